@@ -1,0 +1,1 @@
+"""Prefect flows: which stage feeds which."""

@@ -1,0 +1,1 @@
+"""Customise a language model to new preferences without forgetting: the method, as a library."""

@@ -1,0 +1,1 @@
+"""Evaluation: what a policy learnt (adaptation) and what it forgot (retention)."""

@@ -1,0 +1,1 @@
+"""Preference data: from any public format to validated prompt/chosen/rejected pairs."""

@@ -1,0 +1,51 @@
+"""A preference pair: the one record every data format is turned into."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+Role = Literal["system", "user", "assistant"]
+
+
+class Message(TypedDict):
+    """One turn of a conversation, as chat templates take it."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """Two replies to the same conversation, the first preferred to the second.
+
+    Attributes:
+        prompt: the conversation so far; its last turn is the user's.
+        chosen: text of the preferred reply.
+        rejected: text of the other reply.
+    """
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+
+    @property
+    def prompt_digest(self) -> str:
+        """sha256 of the prompt, blind to case and white space: equal digests are the same prompt to a reader."""
+        turns = [[turn["role"], " ".join(turn["content"].lower().split())] for turn in self.prompt]
+        return hashlib.sha256(json.dumps(turns, ensure_ascii=False).encode()).hexdigest()
+
+    def to_trl(self) -> dict[str, list[Message]]:
+        """The pair in TRL's conversational preference format (explicit prompt)."""
+        return {
+            "prompt": list(self.prompt),
+            "chosen": [{"role": "assistant", "content": self.chosen}],
+            "rejected": [{"role": "assistant", "content": self.rejected}],
+        }
+
+    @classmethod
+    def from_trl(cls, row: dict[str, Any]) -> PreferencePair:
+        """Inverse of `to_trl`, for files this project wrote itself (`formats.py` reads the ones it did not)."""
+        return cls(tuple(row["prompt"]), row["chosen"][0]["content"], row["rejected"][0]["content"])

@@ -1,0 +1,1 @@
+"""Training: the base model, the Q-Adapter and the baselines it is compared with."""

@@ -1,0 +1,1 @@
+"""Prefect tasks: caching, retries and MLflow logging around one call into `qadapter`."""
