@@ -1,0 +1,79 @@
+"""The whole experiment: data, base, every method on every domain, evaluation, report.
+
+    python -m flows.full_paper_repro --profile smoke
+    prefect deployment run full-paper-repro/smoke
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any, Protocol
+
+from prefect import flow
+
+from flows.launch import Launch, PrefectRun, launched
+from qadapter.experiment import Experiment
+from tasks.context import Customisation, RunContext
+from tasks.data import build_benchmarks, generate_toy_world, prepare_data
+from tasks.evaluate import evaluate, measure_base_retention
+from tasks.report import write_report
+from tasks.train import answer_prompts, fine_tune_base, pretrain_base, train_adapter
+
+
+class Run(Protocol):
+    """How a stage is run: submitted to Prefect, or (for `make plan`) only written down."""
+
+    def __call__(self, task: Any, **inputs: Any) -> Any:
+        """Run `task` when its inputs are there; returns what stands for its result."""
+
+
+def experiment_stages(x: Experiment, run: Run) -> Any:
+    """Every stage of the experiment and what feeds it; returns the report's."""
+    world = run(generate_toy_world) if x.toy_world else None
+    data = {source: run(prepare_data, source=source, world=world) for source in x.sources}
+    built = run(build_benchmarks, data=data, world=world) if x.built_benchmarks else None
+    benchmarks = built or world
+
+    bases = {"pretrained": run(pretrain_base, data=data, world=world, built=built)}
+    if x.helpful_sft:
+        bases["helpful"] = run(fine_tune_base, base=bases["pretrained"], data=data[x.helpful_sft.source])
+    old_texts = data[x.helpful_sft.source] if x.helpful_sft else None
+    kept = {
+        name: run(measure_base_retention, base=bases[name], old_texts=old_texts, benchmarks=benchmarks)
+        for name in sorted({domain.base for domain in x.domains.values()})
+    }
+
+    rows = []
+    for name, domain in x.domains.items():
+        base, pairs = bases[domain.base], data[domain.source]
+        shared = {
+            "base": base,
+            "data": pairs,
+            "base_retention": kept[domain.base],
+            "old_texts": old_texts,
+            "benchmarks": benchmarks,
+            "world": world,
+        }
+        rows.append(run(evaluate, cell=Customisation(name, "base"), trained=None, **shared))
+        answers = run(answer_prompts, domain=name, base=base, data=pairs) if "replay" in x.methods.run else None
+        for method, seed in product(x.methods.run, x.seeds):
+            cell = Customisation(name, method, seed)
+            own = {"answers": answers} if method == "replay" else {"answers": None}
+            trained = run(train_adapter, cell=cell, base=base, data=pairs, **own)
+            rows.append(run(evaluate, cell=cell, trained=trained, **shared))
+    return run(write_report, rows=rows, data=data)
+
+
+@flow(name="full-paper-repro", flow_run_name="{profile}", log_prints=True)
+def full_paper_repro(
+    profile: str = "smoke", data: str | None = None, overrides: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Customise a base model to new preferences with Q-Adapter and the baselines, and compare what was learnt and forgotten.
+
+    Args:
+        profile: smoke (toy world), mini (real rows from `data`), paper (Llama-3.1-8B), or a YAML file.
+        data: folder with the data, where the profile's paths say `{data}`.
+        overrides: settings to change, for example {"training.max_steps": 50}.
+    """
+    with launched(Launch("full-paper-repro", profile, data, overrides or {})) as context:
+        return experiment_stages(context.experiment, PrefectRun(context)).result().summary()

@@ -1,0 +1,110 @@
+"""Starting a flow run: everything that can be refused is refused here, before there is any run to see."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefect.runtime import flow_run
+
+from qadapter.errors import QAdapterError
+from qadapter.evaluation.task_catalog import check_tasks
+from qadapter.experiment import Experiment, load_experiment
+from qadapter.preferences import sources
+from qadapter.preferences.prepare import first_usable_pair
+from tasks.context import RunContext, resolve_path, workspace
+from tasks.stage import StageStore
+from tasks.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a user asks for.
+
+    Attributes:
+        experiment_name: of the MLflow experiment.
+        profile: a name in `configs/`, or a YAML file.
+        data: the data folder, or None.
+        overrides: dotted keys to values.
+    """
+
+    experiment_name: str
+    profile: str
+    data: str | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def data_folder(self) -> Path | None:
+        """The data folder as an absolute path."""
+        return Path(self.data).expanduser().resolve() if self.data else None
+
+    def check(self) -> Experiment:
+        """Read the config and look at everything that can be looked at without computing.
+
+        Raises:
+            QAdapterError: with all that is needed to put it right.
+        """
+        experiment = load_experiment(self.profile, self.overrides)
+        folder = self.data_folder
+        if folder is not None and not folder.is_dir():
+            raise QAdapterError(f"the data folder {self.data!r} does not exist; give an existing folder")
+        if experiment.toy_world is None:
+            self._check_sources(experiment, folder)
+        retention = experiment.evaluation.retention
+        check_tasks(retention.tasks)
+        return experiment
+
+    def _check_sources(self, experiment: Experiment, folder: Path | None) -> None:
+        """Each source is there, of a known format, and has a usable pair."""
+        cache = workspace() / ".qadapter" / "downloads"
+        problems = []
+        for name, source in experiment.sources.items():
+            for path in filter(None, (source.path, source.heldout_path)):
+                try:
+                    where = resolve_path(path, folder)
+                    options = {"split": source.split, "revision": source.revision, "config_name": source.config_name}
+                    sources.check(where, **options)
+                    if "://" not in where and not where.startswith("hub:"):
+                        first_usable_pair(sources.locate(where, cache_dir=cache, **options), domain=source.domain)
+                except QAdapterError as error:
+                    problems.append(f"  sources.{name}: {error}")
+        if experiment.built_benchmarks:
+            for name, path in experiment.built_benchmarks.questions.items():
+                file = Path(resolve_path(path, folder))
+                if not file.is_file():
+                    problems.append(f"  built_benchmarks.questions.{name}: there is no file {file}")
+        if problems:
+            raise QAdapterError("the data cannot be used:\n" + "\n".join(dict.fromkeys(problems)))
+
+
+@contextmanager
+def launched(launch: Launch) -> Iterator[RunContext]:
+    """A checked experiment with its MLflow parent run, which ends as FINISHED, FAILED or KILLED whatever happens."""
+    experiment = launch.check()
+    root = workspace()
+    tracker = Tracker.for_project(root)
+    if abandoned := tracker.close_abandoned(launch.experiment_name):
+        logging.getLogger(__name__).warning("%d runs of a killed process were closed as KILLED", len(abandoned))
+    parent = tracker.start_parent(
+        launch.experiment_name,
+        f"{experiment.name} · {flow_run.get_name() or 'run'}",
+        params=experiment.model_dump(mode="json", by_alias=True),
+        tags={"stage": "parent", "profile": launch.profile, "prefect.flow_run_id": flow_run.get_id() or ""},
+    )
+    with tracker.ending(parent):
+        yield RunContext(experiment, StageStore(root / ".qadapter"), tracker, parent, launch.data_folder)
+
+
+@dataclass(frozen=True)
+class PrefectRun:
+    """Submits stages to the flow's task runner: those whose inputs are there run side by side."""
+
+    context: RunContext
+
+    def __call__(self, task: Any, **inputs: Any) -> Any:
+        """A future of the task's result."""
+        return task.submit(context=self.context, **inputs)

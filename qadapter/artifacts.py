@@ -1,0 +1,298 @@
+"""Files that are either whole or absent: digests, atomic writes, and the manifest of a finished folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qadapter.errors import QAdapterError
+
+MANIFEST = "manifest.json"
+
+_STORAGE_ADVICE = {
+    errno.ENOSPC: ("the disk is full", "free some space, then run again: what was finished is kept"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space, then run again: what was finished is kept"),
+    errno.EROFS: ("the file system is read-only", "name a folder that can be written to"),
+    errno.EACCES: ("permission was denied", "name a folder that can be written to, or change its permissions"),
+    errno.EPERM: ("permission was denied", "name a folder that can be written to, or change its permissions"),
+}
+
+
+def digest_file(file: Path) -> str:
+    """sha256 of a file's bytes, as 64 hex digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def list_files(folder: Path, *, exclude: Collection[str] = ()) -> dict[str, Path]:
+    """Every file below `folder`, by its POSIX name relative to it, sorted by name.
+
+    Links are followed (a folder that links back to one above it is entered once), because a link's target is what a
+    reader would read. Names in `exclude` are relative too.
+    """
+    found: dict[str, Path] = {}
+    seen: set[tuple[int, int]] = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        status = Path(parent).stat()
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        for name in files:
+            path = Path(parent, name)
+            found[path.relative_to(folder).as_posix()] = path
+    return {name: found[name] for name in sorted(found) if name not in exclude}
+
+
+def _combine(digests: Mapping[str, str]) -> str:
+    """One sha256 out of the digests of named files: the names are sorted, and a name cannot run into a digest."""
+    lines = json.dumps(sorted(digests.items()), ensure_ascii=True)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def digest_tree(folder: Path, *, exclude: Collection[str] = ()) -> str:
+    """sha256 of a folder's content: the sorted relative names and each file's bytes, not its own name or any date.
+
+    Args:
+        folder: what to digest. A single file is digested by its bytes alone.
+        exclude: relative names to leave out.
+
+    Raises:
+        QAdapterError: there is no such file or folder.
+    """
+    if folder.is_file():
+        return digest_file(folder)
+    if not folder.is_dir():
+        raise QAdapterError(f"{folder} is missing; a file or folder was expected there. Check the path.")
+    return _combine({name: digest_file(path) for name, path in list_files(folder, exclude=exclude).items()})
+
+
+def _storage_failure(error: BaseException) -> int | None:
+    """The errno of a full, read-only or forbidden disk anywhere in an exception's chain, else None.
+
+    Libraries written in Rust or C++ (safetensors, torch) report a full disk as text, not as an errno.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _STORAGE_ADVICE:
+            return seen.errno
+        if "No space left on device" in str(seen):
+            return errno.ENOSPC
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+@contextlib.contextmanager
+def storage_errors(target: Path) -> Iterator[None]:
+    """Turn a full disk, a read-only file system or a forbidden folder into a message that says what to do.
+
+    Args:
+        target: what was being written, for the message.
+
+    Raises:
+        QAdapterError: in place of the `OSError` (which stays its cause). Any other exception passes unchanged, a
+            `QAdapterError` among them.
+    """
+    try:
+        yield
+    except QAdapterError:
+        raise
+    except Exception as error:
+        code = _storage_failure(error)
+        if code is None:
+            raise
+        what, advice = _STORAGE_ADVICE[code]
+        raise QAdapterError(f"Cannot write {target}: {what}. Nothing half-written was left there; {advice}.") from error
+
+
+def _sync(path: Path) -> None:
+    """Push a file's or folder's entry to the disk itself, so that a power cut after a rename cannot empty it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _temporary_sibling(final: Path) -> Path:
+    """A fresh hidden name beside `final`: on the same file system, so that the rename is atomic."""
+    return final.with_name(f".{final.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as readable UTF-8 JSON, atomically: a reader sees the old file or the new one, never a part.
+
+    Raises:
+        QAdapterError: the disk is full or the folder cannot be written to.
+        ValueError: the value holds NaN or an infinity, which JSON has no word for.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    temporary = _temporary_sibling(path)
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+            _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        QAdapterError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise QAdapterError(f"{path} is missing; a JSON file was expected there. Check the path.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise QAdapterError(f"{path} is not JSON ({error}). Restore it, or delete it to have it made again.") from error
+
+
+@contextlib.contextmanager
+def atomic_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A folder that appears under its name only when it is whole.
+
+    The body writes into a temporary sibling; on leaving it, every file is pushed to the disk and the sibling is
+    renamed. An exception removes the sibling. A kill leaves it under its hidden name, `.<name>.<random>.tmp`, which
+    no reader takes for a result; `sweep` removes it.
+
+    Args:
+        final: the folder's name when whole.
+        replace: swap out a folder that is already there; otherwise its presence is an error.
+
+    Yields:
+        The temporary folder, empty.
+
+    Raises:
+        QAdapterError: the disk is full, the place cannot be written to, or `final` exists and `replace` is off.
+    """
+    if final.exists() and not replace:
+        raise QAdapterError(f"{final} exists already; it is not overwritten. Remove it or name another folder.")
+    temporary = _temporary_sibling(final)
+    with storage_errors(final):
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            for parent, _, files in os.walk(temporary):
+                for name in files:
+                    _sync(Path(parent, name))
+                _sync(Path(parent))
+            if replace and final.exists():
+                # A folder cannot be renamed onto a full one: for an instant neither is there, never half of one.
+                outgoing = _temporary_sibling(final)
+                final.rename(outgoing)
+                temporary.rename(final)
+                shutil.rmtree(outgoing, ignore_errors=True)
+            else:
+                temporary.rename(final)
+            _sync(final.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep(final: Path) -> None:
+    """Remove what killed `atomic_folder`s of this name left behind. Call it only where nobody else can be writing."""
+    for leftover in final.parent.glob(f".{final.name}.*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a finished folder holds and what it was made from; stored in it as `manifest.json`.
+
+    Attributes:
+        stage: name of the stage that wrote the folder.
+        key: sha256 over all that determines the content.
+        config: the stage's settings.
+        inputs: content digest of each input, by name.
+        code: digest of the code that ran.
+        versions: versions of the libraries that the result can depend on.
+        files: sha256 and size in bytes of every file, by relative name (the manifest itself is not among them).
+        seconds: how long the computation took.
+        created: when it ended, UTC, ISO 8601.
+    """
+
+    stage: str
+    key: str
+    config: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    code: str
+    versions: Mapping[str, str]
+    seconds: float
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    created: str = ""
+
+    @property
+    def digest(self) -> str:
+        """Content digest of the folder, equal to `digest_tree(folder, exclude={"manifest.json"})`."""
+        return _combine({name: entry["sha256"] for name, entry in self.files.items()})
+
+    def write(self, folder: Path) -> Manifest:
+        """Take stock of a folder's files and write the manifest into it.
+
+        Returns:
+            The manifest as written, with `files` and `created` filled in.
+        """
+        files = {
+            name: {"sha256": digest_file(path), "bytes": path.stat().st_size}
+            for name, path in list_files(folder, exclude={MANIFEST}).items()
+        }
+        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        whole = Manifest(**{**asdict(self), "files": files, "created": created})
+        write_json(folder / MANIFEST, asdict(whole))
+        return whole
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The manifest of a finished folder.
+
+        Raises:
+            QAdapterError: it is missing, not JSON, or lacks a field.
+        """
+        fields = read_json(folder / MANIFEST)
+        try:
+            manifest = cls(**fields)
+            for entry in manifest.files.values():
+                str(entry["sha256"]), int(entry["bytes"])
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise QAdapterError(f"{folder / MANIFEST} is not a manifest ({error}). Remove {folder}.") from error
+        return manifest
+
+    def verify(self, folder: Path, *, hashes: bool = True) -> list[str]:
+        """Hold the folder against the manifest.
+
+        Args:
+            folder: where the files lie.
+            hashes: read every byte; without it only names and sizes are looked at. Files that the manifest does not
+                name are not damage.
+
+        Returns:
+            One sentence for each file that is missing or changed; empty when the folder is whole.
+        """
+        problems = []
+        for name, entry in self.files.items():
+            path = folder / name
+            if not path.is_file():
+                problems.append(f"{name} is missing")
+            elif path.stat().st_size != entry["bytes"]:
+                problems.append(f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}")
+            elif hashes and digest_file(path) != entry["sha256"]:
+                problems.append(f"{name} has other content than when it was written")
+        return problems

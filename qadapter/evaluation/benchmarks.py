@@ -1,0 +1,71 @@
+"""Benchmark files: JSON lines, one item a line, checked before a model sees them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qadapter.errors import QAdapterError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def read_items(file: str | Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """The items of a benchmark file, each with at least the named fields.
+
+    Args:
+        file: JSON lines, UTF-8; empty lines are skipped.
+        fields: keys every item needs, with a value that is neither null nor an empty string.
+
+    Raises:
+        QAdapterError: the file is missing, empty, not JSON lines, or an item lacks a field. Every faulty line is
+            counted and the first is named: a score over the remaining items would not be the benchmark's.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise QAdapterError(
+            f"Benchmark file {path} does not exist. Give the folder that holds it as the evaluation's data folder, "
+            f"or leave this task out."
+        )
+    items: list[dict[str, Any]] = []
+    faults: list[str] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except json.JSONDecodeError as error:
+            faults.append(f"line {number} is not JSON ({error.msg})")
+            continue
+        if not isinstance(item, dict):
+            faults.append(f"line {number} holds {type(item).__name__}, not an object")
+            continue
+        absent = [field for field in fields if item.get(field) in (None, "")]
+        if absent:
+            faults.append(f"line {number} has no {', '.join(repr(field) for field in absent)}")
+            continue
+        items.append(item)
+    if faults:
+        more = f" (and {len(faults) - 1} more faulty lines)" if len(faults) > 1 else ""
+        raise QAdapterError(
+            f"Benchmark file {path}: {faults[0]}{more}. Every line must be an object with "
+            f"{', '.join(repr(field) for field in fields)}. Correct the file or leave this task out."
+        )
+    if not items:
+        raise QAdapterError(f"Benchmark file {path} has no items. Fill it or leave this task out.")
+    return items
+
+
+def lm_eval_dataset(file: str, fields: Sequence[str], **_metadata: Any) -> dict[str, Dataset]:
+    """What a task's `custom_dataset: !function` gets: the file's items as the split `test`.
+
+    lm-eval's own `dataset_path: json` copies the file into the Hugging Face cache first and answers a missing field
+    with a template error. lm-eval passes the task's `metadata` along with `dataset_kwargs`; it is not needed here.
+    """
+    from datasets import Dataset
+
+    keep = list(fields)
+    return {"test": Dataset.from_list([{key: item[key] for key in keep} for item in read_items(file, fields)])}

@@ -1,0 +1,59 @@
+"""Retention benchmarks made from the data itself, for models too small for the public suites."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+from qadapter.artifacts import write_json
+from qadapter.evaluation.benchmarks import read_items
+from qadapter.evaluation.reply_matching import write_reply_matching
+from qadapter.preferences.prepare import load_pairs
+
+HELD_OUT_SHARE = 0.25  # of a question file; the rest is for the model to learn
+MOST_CHARS = 1_200  # of a prompt or a reply: what a small model's context holds
+
+
+def write_benchmarks(
+    replies: Mapping[str, Path], questions: Mapping[str, Path], *, max_items: int, seed: int, out: Path
+) -> None:
+    """Write `benchmarks/<name>_reply_matching.jsonl` and `benchmarks/<name>_text.jsonl`, and `corpus.jsonl` beside them.
+
+    Args:
+        replies: name → file of held-out pairs; the chosen replies are used.
+        questions: name → JSON lines of `question` and `answer`; a quarter becomes benchmarks, the rest the corpus.
+        max_items: longest benchmark.
+        seed: of the choice of items.
+        out: an empty folder.
+    """
+    conversations: dict[str, list[tuple[str, str]]] = {}
+    corpus = []
+    for name, file in replies.items():
+        # one reply a prompt: the pairs of DSP repeat the chosen one
+        distinct = {
+            p.prompt_digest: (p.prompt[-1]["content"], p.chosen) for p in load_pairs(file) if len(p.prompt) == 1
+        }
+        conversations[name] = list(distinct.values())
+    for name, file in questions.items():
+        rows = [(row["question"], row["answer"]) for row in read_items(file, ("question", "answer"))]
+        random.Random(seed).shuffle(rows)
+        held_out = max(1, int(len(rows) * HELD_OUT_SHARE))
+        conversations[name] = rows[:held_out]
+        corpus += rows[held_out:]
+    summary = {}
+    for name, pairs in conversations.items():
+        matching = out / "benchmarks" / f"{name}_reply_matching.jsonl"
+        summary[f"{name}_reply_matching"] = write_reply_matching(
+            pairs, matching, seed=seed, max_items=max_items, max_chars=MOST_CHARS
+        ).items
+        texts = [reply[:MOST_CHARS] for _, reply in pairs[:max_items]]
+        text = out / "benchmarks" / f"{name}_text.jsonl"
+        text.write_text("".join(json.dumps({"text": reply}) + "\n" for reply in texts), encoding="utf-8")
+        summary[f"{name}_text"] = len(texts)
+    with (out / "corpus.jsonl").open("w", encoding="utf-8") as file:
+        for question, answer in corpus:
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    write_json(out / "metrics.json", {f"data/{name}": count for name, count in summary.items()})

@@ -1,0 +1,106 @@
+"""How far a policy has moved from its base on text of the old distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from qadapter.evaluation.prompts import prompt_ids, reply_ids
+from qadapter.evaluation.scoring import by_length, chunks, evaluating, predictions
+from qadapter.preferences.pair import Message
+from qadapter.preferences.tokenize import padding_id
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL(base ‖ policy), in nats, summed over the reply tokens of each conversation.
+
+    Attributes:
+        sums: [n], one sum a conversation.
+        tokens: [n], reply tokens of each.
+    """
+
+    sums: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+
+    @property
+    def per_token(self) -> float:
+        """Mean over all tokens, in nats."""
+        return float(self.sums.sum() / max(self.tokens.sum(), 1))
+
+
+def kl_per_token(
+    base: torch.nn.Module,
+    policy: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[tuple[Sequence[Message], str]],
+    *,
+    max_length: int,
+    batch_size: int,
+) -> Divergence:
+    """KL(base ‖ policy) of the next token, exact over the vocabulary, at every token of given replies.
+
+    Args:
+        base: the model before customising; not the module inside a PEFT policy, which carries the adapter.
+        policy: any policy with the base's vocabulary.
+        conversations: a prompt and a reply each, tokenised as in training.
+        max_length: tokens of prompt and reply together.
+        batch_size: conversations a forward pass of each model.
+    """
+    if _carries_adapter_of(base, policy):
+        raise ValueError("The base is the module inside the policy, so it carries the adapter. Load the base again.")
+    rows = [_encode(tokenizer, prompt, reply, max_length) for prompt, reply in conversations]
+    sums = np.zeros(len(rows))
+    with evaluating(base, policy):
+        for some in by_length([len(ids) for ids, _ in rows], batch_size):
+            batch = _right_padded([rows[i] for i in some], padding_id(tokenizer))
+            sums[some] = _kl_of_batch(base, policy, batch).numpy()
+    return Divergence(sums=sums, tokens=np.array([reply for _, reply in rows], dtype=np.int64))
+
+
+def _kl_of_batch(base: torch.nn.Module, policy: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """[R], float64: Σ_t Σ_a π1(a|s_t) · (log π1(a|s_t) - log π(a|s_t)) over each row's reply tokens."""
+    sums = torch.zeros(batch["input_ids"].shape[0], dtype=torch.float64)
+    base_logits, base_rows, base_columns, _ = predictions(base, batch)
+    logits, rows, columns, _ = predictions(policy, batch)
+    for part in chunks(len(rows), 2 * logits.shape[-1]):
+        log_base = base_logits[base_rows[part], base_columns[part]].float().log_softmax(dim=1)
+        log_policy = logits[rows[part], columns[part]].float().log_softmax(dim=1).to(log_base.device)
+        kl = (log_base.exp() * (log_base - log_policy)).sum(dim=1)
+        sums.index_add_(0, rows[part].cpu(), kl.double().cpu())
+    return sums
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], reply: str, max_length: int
+) -> tuple[list[int], int]:
+    """Token ids of a conversation and how many at its end are the reply; the prompt's beginning is cut if need be."""
+    before = prompt_ids(tokenizer, prompt)
+    ids = reply_ids(tokenizer, prompt, reply)
+    if ids[: len(before)] != before:
+        raise ValueError("The chat template renders a prompt differently when a reply follows, so none can be scored.")
+    reply_tokens = min(len(ids) - len(before), max_length - 1)
+    end = len(before) + reply_tokens
+    return ids[max(0, end - max_length) : end], reply_tokens
+
+
+def _right_padded(rows: Sequence[tuple[list[int], int]], pad: int) -> dict[str, Tensor]:
+    width = max(len(ids) for ids, _ in rows)
+    at = torch.arange(width)
+    ends = torch.tensor([len(ids) for ids, _ in rows])[:, None]
+    starts = ends - torch.tensor([reply for _, reply in rows])[:, None]
+    return {
+        "input_ids": torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in rows]),
+        "attention_mask": (at < ends).long(),
+        "response_mask": (at >= starts) & (at < ends),
+    }
+
+
+def _carries_adapter_of(base: torch.nn.Module, policy: torch.nn.Module) -> bool:
+    return base is not policy and any(module is base for module in policy.modules())

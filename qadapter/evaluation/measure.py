@@ -1,0 +1,200 @@
+"""The two halves of an evaluation, each as files: what a policy learnt, and what it kept of its base."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from qadapter.artifacts import read_json, write_json
+from qadapter.evaluation.divergence import kl_per_token
+from qadapter.evaluation.generate import generate_replies
+from qadapter.evaluation.harness import evaluate_tasks
+from qadapter.evaluation.preference import PairScores, preference_metrics, score_pairs
+from qadapter.evaluation.toy_rules import exact_measures
+from qadapter.settings import AdaptationSettings, ModelSettings, RetentionSettings
+from qadapter.loading import load_base, load_policy
+from qadapter.preferences.pair import PreferencePair
+from qadapter.preferences.prepare import load_pairs
+from qadapter.preferences.toyworld import ToyWorld
+
+
+def measure_adaptation(
+    base: str | Path,
+    adapter: Path | None,
+    heldout_file: Path,
+    *,
+    model: ModelSettings,
+    settings: AdaptationSettings,
+    max_length: int,
+    world: Path | None,
+    style: str | None,
+    out: Path,
+) -> None:
+    """Score held-out pairs and answer held-out prompts.
+
+    Args:
+        base: folder or hub id of the base model.
+        adapter: the adapter's folder, None for the base itself.
+        heldout_file: prepared pairs.
+        model, settings: of the experiment.
+        max_length: tokens, as in training.
+        world: folder of the toy world the data is from, None for real data.
+        style: the domain's style in the toy world, None for harmless.
+        out: gets `metrics.json` (`adaptation/…`, `cost/…`), `pairs.jsonl` (per pair: log-probs, margin) and
+            `answers.jsonl` (prompt, reply).
+
+    `adaptation/score` is the headline: the exact rule where there is one, else the share of pairs whose implied reward
+    (the log-ratio to the base) prefers the chosen reply; a tie counts one half, so the base has 0.5.
+    """
+    network, tokenizer = load_base(base, model)
+    pairs = load_pairs(heldout_file)
+    base_scores = score_pairs(network, tokenizer, pairs, max_length=max_length, batch_size=settings.batch_size)
+    policy = load_policy(network, adapter)
+    scores = base_scores
+    if adapter is not None:
+        scores = score_pairs(policy, tokenizer, pairs, max_length=max_length, batch_size=settings.batch_size)
+    metrics = {f"adaptation/{name}": value for name, value in preference_metrics(scores, base_scores).items()}
+    prompts = _distinct_prompts(pairs, None if world else settings.generate)
+    if prompts:
+        start = time.perf_counter()
+        replies = generate_replies(
+            policy, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
+        )
+        seconds = time.perf_counter() - start
+        generated = sum(len(row) + 1 for row in tokenizer(replies, add_special_tokens=False)["input_ids"])
+        metrics["cost/decoding_tokens_per_second"] = generated / seconds
+        if world is not None:
+            metrics |= exact_measures(ToyWorld.read(world), style, prompts, replies)
+        _write_lines(
+            out / "answers.jsonl",
+            [{"prompt": prompt, "reply": reply} for prompt, reply in zip(prompts, replies, strict=True)],
+        )
+    metrics["adaptation/score"] = metrics.get("adaptation/exact_rule", metrics["adaptation/implied_reward_accuracy"])
+    _write_lines(out / "pairs.jsonl", _pair_rows(scores, base_scores))
+    write_json(out / "metrics.json", metrics)
+
+
+def _distinct_prompts(pairs: Sequence[PreferencePair], limit: int | None) -> list[list[Any]]:
+    """Each held-out prompt once, in order; at most `limit` of them."""
+    first = {pair.prompt_digest: list(pair.prompt) for pair in reversed(pairs)}
+    return list(reversed(first.values()))[:limit]
+
+
+def _pair_rows(scores: PairScores, base_scores: PairScores) -> list[dict[str, float]]:
+    columns = {
+        "pair": scores.indices,
+        "chosen_log_prob": scores.chosen,
+        "rejected_log_prob": scores.rejected,
+        "base_chosen_log_prob": base_scores.chosen,
+        "base_rejected_log_prob": base_scores.rejected,
+        "chosen_tokens": scores.chosen_tokens,
+        "rejected_tokens": scores.rejected_tokens,
+    }
+    return [dict(zip(columns, map(float, values), strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def measure_retention(
+    base: str | Path,
+    adapter: Path | None,
+    base_retention: Path | None,
+    *,
+    model: ModelSettings,
+    settings: RetentionSettings,
+    benchmarks: Path | None,
+    old_texts: Path | None,
+    max_length: int,
+    out: Path,
+) -> None:
+    """Score a policy on what its base could do.
+
+    Args:
+        base, adapter, model: as in `measure_adaptation`.
+        base_retention: folder this function wrote for the base; its scores are what forgetting is measured from.
+        settings: which lm-eval tasks, how many items.
+        benchmarks: folder with `benchmarks/` for the project's own tasks.
+        old_texts: prepared pairs of the old distribution (held-out helpful pairs): the divergence of the policy from
+            the base is taken on their chosen replies.
+        max_length: tokens, as in training.
+        out: gets `metrics.json` (`retention/…`, and given a base `forgetting/…`), `items.jsonl` (per item: score and
+            answer) and `directions.json` (which metrics are better when higher).
+
+    `retention/mean` averages one accuracy a task; measures in other units (bits per byte) are not averaged with them.
+    `forgetting/…` is base minus policy, or policy minus base where lower is better: positive is forgotten.
+    """
+    network, tokenizer = load_base(base, model)
+    policy = load_policy(network, adapter)
+    metrics: dict[str, float] = {}
+    directions: dict[str, bool] = {}
+    items: list[dict[str, Any]] = []
+    plain = [task for task in settings.tasks if task in settings.plain_tasks]
+    asked = [task for task in settings.tasks if task not in settings.plain_tasks]
+    for tasks, template in ((asked, True), (plain, False)):
+        if not tasks:
+            continue
+        scores = evaluate_tasks(
+            policy,
+            tokenizer,
+            tasks,
+            data=benchmarks,
+            limit=settings.limit,
+            batch_size=settings.batch_size,
+            apply_chat_template=template,
+            max_gen_toks=settings.max_new_tokens,
+        )
+        metrics |= {f"retention/{name}": value for name, value in scores.metrics.items()}
+        directions |= {f"retention/{name}": higher for name, higher in scores.higher_is_better.items()}
+        items += [{"task": task, **item} for task, rows in scores.samples.items() for item in rows]
+    headline = {task: headline_metric(task, metrics) for task in settings.tasks}
+    accuracies = [metrics[name] for name in headline.values() if name and directions.get(name, True)]
+    if accuracies:
+        metrics["retention/mean"] = sum(accuracies) / len(accuracies)
+    if base_retention is not None:
+        before = read_json(base_retention / "metrics.json")
+        for name in [*filter(None, headline.values()), "retention/mean"]:
+            if name in before and name in metrics:
+                sign = 1 if directions.get(name, True) else -1
+                metrics[name.replace("retention/", "forgetting/", 1)] = sign * (before[name] - metrics[name])
+        if old_texts is not None:
+            metrics["forgetting/kl_per_token"] = _divergence(
+                base, policy, tokenizer, model, settings, old_texts, max_length
+            )
+    _write_lines(out / "items.jsonl", items)
+    write_json(out / "metrics.json", metrics)
+    write_json(out / "directions.json", directions)
+
+
+def headline_metric(task: str, metrics: dict[str, float]) -> str | None:
+    """The one metric a task is known by: `acc`, `exact_match` and so on, in this order of preference."""
+    present = [name for name in metrics if name.split("/")[1] == task]
+    for wanted in ("exact_match", "acc", "acc_norm", "prompt_level_strict_acc", "bits_per_byte"):
+        for name in present:
+            if name.split("/")[2].split(",")[0] == wanted:
+                return name
+    return present[0] if present else None
+
+
+def _divergence(
+    base: str | Path,
+    policy: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    model: ModelSettings,
+    settings: RetentionSettings,
+    old_texts: Path,
+    max_length: int,
+) -> float:
+    """KL(base ‖ policy) per token; the base is loaded again, because the policy's own copy carries the adapter."""
+    untouched, _ = load_base(base, model)
+    conversations = [(pair.prompt, pair.chosen) for pair in load_pairs(old_texts)[: settings.limit]]
+    divergence = kl_per_token(
+        untouched, policy, tokenizer, conversations, max_length=max_length, batch_size=settings.batch_size
+    )
+    return divergence.per_token
+
+
+def _write_lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows), encoding="utf-8")

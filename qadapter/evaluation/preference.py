@@ -1,0 +1,148 @@
+"""What a policy thinks of held-out preference pairs: accuracy, margin, calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from qadapter.errors import QAdapterError
+from qadapter.evaluation.scoring import by_length, evaluating, reply_log_probs
+from qadapter.preferences.pair import PreferencePair
+from qadapter.preferences.tokenize import EncodedPair, UnusablePair, collate_pairs, encode_pair, padding_id
+
+CALIBRATION_BINS = 10
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """A policy's scores of n pairs, in the order the pairs were given.
+
+    Attributes:
+        chosen, rejected: [n], summed log-probability of each reply given the prompt, in nats.
+        chosen_tokens, rejected_tokens: [n], reply tokens that were scored, the end of the turn included.
+        indices: [n], which of the given pairs these are.
+        left_out: given pairs that cannot be scored, because no difference is left within the maximal length.
+    """
+
+    chosen: Floats
+    rejected: Floats
+    chosen_tokens: NDArray[np.int64]
+    rejected_tokens: NDArray[np.int64]
+    indices: NDArray[np.int64]
+    left_out: int = 0
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+
+def score_pairs(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[PreferencePair],
+    *,
+    max_length: int,
+    batch_size: int,
+) -> PairScores:
+    """Log-probabilities of both replies of each pair, tokenised as in training.
+
+    Args:
+        model: any policy.
+        max_length: tokens of prompt and reply together; longer ones are shortened as in training.
+        batch_size: pairs a forward pass.
+
+    Raises:
+        QAdapterError: not one pair can be scored.
+    """
+    indices, encoded = _encode(tokenizer, pairs, max_length)
+    if not encoded:
+        raise QAdapterError(
+            f"None of the {len(pairs)} held-out pairs can be scored within {max_length} tokens. Hold out more pairs "
+            f"or raise max_length."
+        )
+    lengths = [len(e.prompt_ids) + max(len(e.chosen_ids), len(e.rejected_ids)) for e in encoded]
+    sums = np.zeros((2, len(encoded)))
+    with evaluating(model):
+        for some in by_length(lengths, batch_size):
+            batch = collate_pairs([encoded[i] for i in some], padding_id(tokenizer))
+            sums[:, some] = reply_log_probs(model, batch).numpy().reshape(2, len(some))
+    return PairScores(
+        chosen=sums[0],
+        rejected=sums[1],
+        chosen_tokens=np.array([len(e.chosen_ids) for e in encoded], dtype=np.int64),
+        rejected_tokens=np.array([len(e.rejected_ids) for e in encoded], dtype=np.int64),
+        indices=np.array(indices, dtype=np.int64),
+        left_out=len(pairs) - len(encoded),
+    )
+
+
+def margins(scores: PairScores, base_scores: PairScores) -> Floats:
+    """[n], log-ratio margin log π/π1(chosen) - log π/π1(rejected): the preference's reward that a policy implies."""
+    return (scores.chosen - base_scores.chosen) - (scores.rejected - base_scores.rejected)
+
+
+def preference_metrics(scores: PairScores, base_scores: PairScores) -> dict[str, float]:
+    """The measures of one policy, all over the same n pairs. Ties count one half, so the base implies 0.5 of itself.
+
+    Returns:
+        preference_accuracy: share of pairs whose chosen reply has the higher summed log-probability.
+        preference_accuracy_length_normalised: the same for the mean over tokens.
+        implied_reward_accuracy: share of pairs with a positive margin (see `margins`).
+        margin: mean margin in nats.
+        calibration: expected calibration error of σ(margin) as the probability that the chosen reply is preferred
+            (see `calibration_error`).
+        n: number of pairs.
+        left_out: pairs that could not be scored (see `PairScores`).
+    """
+    if not np.array_equal(scores.indices, base_scores.indices):
+        raise ValueError("The policy and the base scored different pairs. Score both with one tokenizer and length.")
+    margin = margins(scores, base_scores)
+    normalised = scores.chosen / np.maximum(scores.chosen_tokens, 1) - scores.rejected / np.maximum(
+        scores.rejected_tokens, 1
+    )
+    return {
+        "preference_accuracy": float(_won(scores.chosen - scores.rejected).mean()),
+        "preference_accuracy_length_normalised": float(_won(normalised).mean()),
+        "implied_reward_accuracy": float(_won(margin).mean()),
+        "margin": float(margin.mean()),
+        "calibration": calibration_error(margin),
+        "n": float(len(scores)),
+        "left_out": float(scores.left_out),
+    }
+
+
+def calibration_error(margin: Floats, bins: int = CALIBRATION_BINS) -> float:
+    """Expected calibration error Σ_b n_b/n · |accuracy_b - confidence_b| (Guo et al., 2017) of σ(margin).
+
+    The confidence of a pair is the larger of σ(margin) and 1 - σ(margin), so it lies in [½, 1], in equal bins; the
+    prediction is right if the margin is positive, and half right if it is 0.
+    """
+    size = np.abs(margin)
+    confidence = 1 / (1 + np.exp(-size))
+    which = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    gap = np.bincount(which, weights=_won(margin) - confidence, minlength=bins)
+    return float(np.abs(gap).sum() / len(margin))
+
+
+def _won(difference: Floats) -> Floats:
+    """1 where positive, ½ where zero, else 0."""
+    return (np.sign(difference) + 1) / 2
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PreferencePair], max_length: int
+) -> tuple[list[int], list[EncodedPair]]:
+    indices, encoded = [], []
+    for i, pair in enumerate(pairs):
+        try:
+            encoded.append(encode_pair(pair, tokenizer, max_length))
+            indices.append(i)
+        except UnusablePair:
+            continue
+    return indices, encoded

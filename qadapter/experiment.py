@@ -1,0 +1,217 @@
+"""An experiment: what `configs/*.yaml` may say, what contradicts what, and how a config is read.
+
+A config is complete in itself. Unknown keys, wrong types and contradictions are refused before anything runs, all at
+once, each with the key's path and what was expected.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from qadapter.errors import QAdapterError
+from qadapter.settings import (
+    BuiltBenchmarks,
+    Count,
+    DomainSettings,
+    EvaluationSettings,
+    HelpfulSettings,
+    LoraSettings,
+    MethodSettings,
+    ModelSettings,
+    Name,
+    OptimizerSettings,
+    PretrainingSettings,
+    Settings,
+    Source,
+    ToyWorldSettings,
+    refuse_repeats,
+)
+
+PROFILE_FOLDER = Path(__file__).resolve().parents[1] / "configs"
+
+
+class Experiment(Settings):
+    """A whole experiment.
+
+    Attributes:
+        name: the MLflow experiment and the profile's name.
+        seeds: one customisation per seed for each domain and method; the base is trained once, with `base_seed`.
+        parallel: how many stages run side by side (1: one after the other, in this process).
+        training: what all methods share: pairs per step, steps, length. SFT and replay see two sequences where the
+            pairwise methods see one pair, so that the token budget is the same.
+    """
+
+    name: Name
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    base_seed: int = 0
+    parallel: Count = 1
+    toy_world: ToyWorldSettings | None = None
+    sources: dict[Name, Source]
+    model: ModelSettings
+    built_benchmarks: BuiltBenchmarks | None = None
+    pretraining: PretrainingSettings | None = None
+    helpful_sft: HelpfulSettings | None = None
+    lora: LoraSettings = LoraSettings()
+    training: OptimizerSettings
+    domains: dict[Name, DomainSettings] = Field(min_length=1)
+    methods: MethodSettings
+    evaluation: EvaluationSettings
+
+    @model_validator(mode="after")
+    def _check(self) -> Experiment:
+        refuse_repeats("seeds", self.seeds)
+        named = {f"domains.{name}.source": domain.source for name, domain in self.domains.items()}
+        if self.helpful_sft:
+            named["helpful_sft.source"] = self.helpful_sft.source
+        if self.pretraining:
+            named |= {f"pretraining.corpus_sources.{i}": s for i, s in enumerate(self.pretraining.corpus_sources)}
+        if self.built_benchmarks:
+            named |= {f"built_benchmarks.replies.{name}": s for name, s in self.built_benchmarks.replies.items()}
+        for path, source in named.items():
+            if source not in self.sources:
+                raise ValueError(f"{path}: no source {source!r}{_did_you_mean(source, self.sources)}")
+        if unused := set(self.sources) - set(named.values()):
+            raise ValueError(f"sources {sorted(unused)} are used by no domain, no benchmark, helpful_sft or pretraining")
+        if bool(self.model.from_scratch) != bool(self.pretraining):
+            raise ValueError("model.from_scratch and pretraining go together: give both or neither")
+        if self.pretraining and not (self.toy_world or self.pretraining.corpus_sources):
+            raise ValueError("pretraining.corpus_sources: without a toy world, name the sources to learn from")
+        if self.model.pretrained and self.helpful_sft and not self.helpful_sft.lora:
+            raise ValueError("helpful_sft.lora: full fine-tuning is for models from scratch; set it to true")
+        if not self.helpful_sft and (needy := [n for n, d in self.domains.items() if d.base == "helpful"]):
+            raise ValueError(f"domains {needy} want the base 'helpful', but there is no helpful_sft section")
+        if self.model.from_scratch:
+            for section in ("pretraining", "helpful_sft", "training"):
+                settings = getattr(self, section)
+                if settings and settings.max_length > self.model.from_scratch.context:
+                    raise ValueError(
+                        f"{section}.max_length {settings.max_length} is longer than the model's context "
+                        f"{self.model.from_scratch.context}"
+                    )
+        return self
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether some path has `{data}` in it that no toy world fills."""
+        return self.toy_world is None and "{data}" in self.model_dump_json()
+
+
+def profiles() -> list[str]:
+    """Names of the profiles in `configs/`."""
+    return sorted(file.stem for file in PROFILE_FOLDER.glob("*.yaml"))
+
+
+def load_experiment(profile: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Experiment:
+    """Read a profile, apply overrides, validate.
+
+    Args:
+        profile: a profile's name (`smoke`) or a YAML file.
+        overrides: `{"training.max_steps": 5}` or `["training.max_steps=5"]`; values of strings are read as YAML.
+
+    Raises:
+        QAdapterError: unknown profile or key, wrong type, contradiction; every problem at once, with its path.
+    """
+    file = Path(profile) if profile.endswith((".yaml", ".yml")) else PROFILE_FOLDER / f"{profile}.yaml"
+    if not file.is_file():
+        raise QAdapterError(
+            f"there is no profile {profile!r}{_did_you_mean(profile, profiles())}; "
+            f"known profiles are {', '.join(profiles())}, or give the path of a .yaml file"
+        )
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise QAdapterError(f"{file} is not YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise QAdapterError(f"{file} holds {type(settings).__name__}, expected a mapping of settings")
+    for path, value in _pairs(overrides):
+        _set(settings, path, value)
+    try:
+        return Experiment.model_validate(settings)
+    except ValidationError as error:
+        raise QAdapterError(_explain(error, file)) from error
+
+
+def _pairs(overrides: Mapping[str, Any] | Sequence[str]) -> list[tuple[str, Any]]:
+    if isinstance(overrides, Mapping):
+        return list(overrides.items())
+    pairs = []
+    for item in overrides:
+        path, equals, text = item.partition("=")
+        if not equals or not path.strip():
+            raise QAdapterError(f"override {item!r} is not of the form key.path=value, for example training.max_steps=5")
+        try:
+            pairs.append((path.strip(), yaml.safe_load(_yaml_float(text))))
+        except yaml.YAMLError as error:
+            raise QAdapterError(f"the value of override {item!r} is not YAML: {error}") from error
+    return pairs
+
+
+def _yaml_float(text: str) -> str:
+    """YAML 1.1 reads `1e-4` as a string; everybody who types it means the number."""
+    return str(float(text)) if re.fullmatch(r"\s*[-+]?\d+(\.\d*)?[eE][-+]?\d+\s*", text) else text
+
+
+def _set(settings: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    node = settings
+    for i, name in enumerate(parents):
+        if node.get(name) is None:
+            node[name] = {}
+        node = node[name]
+        if not isinstance(node, dict):
+            raise QAdapterError(f"override {path}: {'.'.join(parents[: i + 1])} is a value, it has no key {last!r}")
+    node[last] = value
+
+
+def _explain(error: ValidationError, file: Path) -> str:
+    problems = []
+    for problem in error.errors():
+        path = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            message = f"unknown key{_did_you_mean(str(problem['loc'][-1]), _keys_at(problem['loc'][:-1]))}"
+        elif problem["type"] == "missing":
+            message = "is required"
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            if isinstance(problem["input"], str | int | float | bool | None):
+                message += f" (given: {problem['input']!r})"
+        problems.append(f"  {path}: {message}" if path else f"  {message}")
+    plural = "problem" if len(problems) == 1 else "problems"
+    return f"{len(problems)} {plural} in {file.name} and its overrides:\n" + "\n".join(problems)
+
+
+def _keys_at(location: Sequence[int | str]) -> list[str]:
+    """Known keys of the section at a location of the schema."""
+    schema: Any = Experiment.model_json_schema()
+    definitions = schema.get("$defs", {})
+
+    def sections(node: Any) -> list[Any]:
+        """The object schemas a node stands for: behind references and unions."""
+        if "$ref" in node:
+            return sections(definitions[node["$ref"].rsplit("/", 1)[1]])
+        if "anyOf" in node:
+            return [section for branch in node["anyOf"] for section in sections(branch)]
+        return [node]
+
+    nodes = [schema]
+    for part in location:
+        following = []
+        for node in nodes:
+            if str(part) in node.get("properties", {}):
+                following += sections(node["properties"][str(part)])
+            elif isinstance(node.get("additionalProperties"), dict):
+                following += sections(node["additionalProperties"])
+        nodes = following
+    return [key for node in nodes for key in node.get("properties", {})]
+
+
+def _did_you_mean(given: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.5)
+    return f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}" if known else ""

@@ -1,0 +1,81 @@
+"""From folders to models: the frozen base, and a policy on top of it, of whatever method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from qadapter.errors import QAdapterError
+from qadapter.settings import ModelSettings
+from qadapter.policy import QAdapterForCausalLM
+
+
+def load_base(model: str | Path, settings: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model, in evaluation mode, and its tokenizer (padding on the left, as generation needs it).
+
+    Args:
+        model: a folder or a hub id.
+        settings: precision, quantization, whether remote code may run.
+
+    Raises:
+        QAdapterError: the model cannot be reached, or its quantization is not installed.
+    """
+    quantization = None
+    if settings.quantization != "none":
+        quantization = _quantization(settings)
+    options = {"trust_remote_code": settings.trust_remote_code, "revision": settings.revision}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", **options)
+        network = AutoModelForCausalLM.from_pretrained(
+            model,
+            dtype=getattr(torch, settings.dtype),
+            quantization_config=quantization,
+            device_map={"": 0} if torch.cuda.is_available() else None,
+            use_safetensors=True,
+            **options,
+        )
+    except OSError as error:
+        raise QAdapterError(
+            f"the model {str(model)!r} could not be loaded ({str(error).splitlines()[0]}); give a folder with safetensors "
+            "weights or a hub id, and for a gated model set HF_TOKEN"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return network.eval(), tokenizer
+
+
+def _quantization(settings: ModelSettings) -> object:
+    try:
+        import bitsandbytes  # noqa: F401  # only asked whether it is there: transformers uses it
+    except ImportError as error:
+        raise QAdapterError(
+            f"model.quantization is {settings.quantization}, which needs bitsandbytes; "
+            "install it (pip install bitsandbytes) or set model.quantization to none"
+        ) from error
+    from transformers import BitsAndBytesConfig
+
+    if settings.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, settings.dtype)
+    )
+
+
+def load_policy(base: PreTrainedModel, adapter: Path | None) -> PreTrainedModel | PeftModel:
+    """A policy ready to score and to generate.
+
+    Args:
+        base: from `load_base`; the adapter is put onto it.
+        adapter: folder that a training wrote; None for the base itself.
+
+    Returns:
+        The base, a `PeftModel` (SFT, DPO, replay), or a `QAdapterForCausalLM`, whichever the folder holds.
+    """
+    if adapter is None:
+        return base
+    if (adapter / QAdapterForCausalLM.objective_file).is_file():
+        return QAdapterForCausalLM.from_pretrained(adapter, base_model=base).eval()
+    return PeftModel.from_pretrained(base, adapter).eval()

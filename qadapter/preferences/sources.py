@@ -1,0 +1,284 @@
+"""From what a config names (file, folder, URL, hub id) to local files.
+
+Nothing is executed on the way: data sets come as data files (no loading scripts, no pickle, no archives), and no name
+in a config, a URL or a data set's card can lead outside the folder it belongs to.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Literal
+from urllib.parse import unquote, urlsplit
+
+from datasets import load_dataset_builder
+from huggingface_hub import HfApi, errors, is_offline_mode, snapshot_download
+
+from qadapter.errors import QAdapterError
+from qadapter.preferences import download
+
+DATA_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet", ".arrow")
+# What `datasets` writes beside the rows.
+NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+HUB_TIMEOUT_SECONDS = 20.0
+
+Kind = Literal["file", "folder", "url", "hub"]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceStatus:
+    """What `check` found behind a path without fetching it.
+
+    Attributes:
+        path: as it was given.
+        kind: how it was understood.
+        files: number of data files; None where the server does not say.
+        bytes: their size as stored or sent; None where the server does not say.
+    """
+
+    path: str
+    kind: Kind
+    files: int | None
+    bytes: int | None
+
+
+def locate(
+    path: str, *, cache_dir: Path, split: str | None = None, revision: str | None = None, config_name: str | None = None
+) -> list[Path]:
+    """Local files with the data of a source, fetched if they are not there yet.
+
+    Args:
+        path: a file; a folder (every data file below it); an `http(s)://` or other fsspec URL of one file; or
+            `hub:owner/name`, `hub:owner/name/folder` for a data set of the Hugging Face hub.
+        cache_dir: downloads from URLs go here; those of the hub go to the hub's own cache (`HF_HOME`).
+        split: for folders and hub data sets, the split as its card or its file names declare it. A hub data set with
+            several splits needs it; a folder without it gives all its files.
+        revision: for the hub, a branch, tag or commit.
+        config_name: for folders and hub data sets whose card lists `configs`, the one to use.
+
+    Returns:
+        Existing files in sorted order, at least one.
+
+    Raises:
+        QAdapterError: the source does not exist, has no data, or the arguments do not fit its kind.
+        download.UnreachableError: a server could not be reached; trying again may help.
+    """
+    kind = _check_arguments(path, split=split, revision=revision, config_name=config_name)
+    if kind == "url":
+        return [download.fetch(path, cache_dir / "urls")]
+    if kind == "hub":
+        folder, files = _hub_files(path, revision)
+        return _select(path, folder, split, config_name) if len(files) > 1 or split or config_name else files
+    return _local_files(path, kind, split, config_name)
+
+
+def check(
+    path: str, *, split: str | None = None, revision: str | None = None, config_name: str | None = None
+) -> SourceStatus:
+    """Whether a source is there, asked without downloading its data. Arguments and errors are those of `locate`."""
+    kind = _check_arguments(path, split=split, revision=revision, config_name=config_name)
+    if kind == "url":
+        return SourceStatus(path, kind, 1, download.size(path))
+    if kind == "hub":
+        return _check_hub(path, revision)
+    files = _local_files(path, kind, split, config_name)
+    return SourceStatus(path, kind, len(files), sum(file.stat().st_size for file in files))
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """sha256 over the files' contents; their names, places and order do not matter.
+
+    Raises:
+        QAdapterError: a file cannot be read.
+    """
+    digests = []
+    for file in files:
+        try:
+            with file.open("rb") as stream:
+                digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+        except OSError as error:
+            raise QAdapterError(
+                f"{file} cannot be read: {error.strerror}. Check the path and its permissions."
+            ) from error
+    return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------- kinds and arguments
+
+
+def _check_arguments(path: str, *, split: str | None, revision: str | None, config_name: str | None) -> Kind:
+    kind = _kind(path)
+    for name, value in {"split": split, "revision": revision, "config_name": config_name}.items():
+        if value is None:
+            continue
+        # Branch names may have slashes; a part of dots alone never is a name.
+        if not re.fullmatch(r"[\w.+/-]+", value) or ".." in value or value.startswith("/"):
+            raise QAdapterError(
+                f"{name} '{value}' of {path} is not a name; letters, digits, '-', '_' and '.' were expected."
+            )
+        if kind in ("file", "url") or (name == "revision" and kind == "folder"):
+            raise QAdapterError(f"{name} '{value}' means nothing for the {kind} {path}; leave it out.")
+    return kind
+
+
+def _kind(path: str) -> Kind:
+    if path.startswith("hub:"):
+        return "hub"
+    if "://" in path and not path.startswith("file://"):
+        return "url"
+    return "folder" if _local(path).is_dir() else "file"
+
+
+def _local(path: str) -> Path:
+    """A local path that exists; else an error that names its nearest neighbours."""
+    if not path.strip():
+        raise QAdapterError("The path of a source is empty; a file, a folder, a URL or hub:owner/name was expected.")
+    plain = unquote(urlsplit(path).path) if path.startswith("file://") else path
+    try:
+        local = Path(plain).expanduser().absolute()
+        if local.is_file() or local.is_dir():
+            return local
+        missing, parent = local, local.parent
+        while not parent.is_dir() and parent != parent.parent:
+            missing, parent = parent, parent.parent
+    except (OSError, ValueError, RuntimeError) as error:  # no permission, too long a name, no home folder
+        reason = getattr(error, "strerror", None) or error
+        raise QAdapterError(
+            f"{path[:200]} cannot be looked up: {reason}. Check the path and its permissions."
+        ) from error
+    try:
+        names = {name.lower(): name for name in os.listdir(parent)}  # noqa: PTH208 - names are all that is wanted
+    except OSError:
+        names = {}
+    close = difflib.get_close_matches(missing.name.lower(), names, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(str(parent / names[name]) for name in close)}?" if close else "Check the path."
+    raise QAdapterError(f"{path} does not exist: there is no '{missing.name}' in {parent}. {hint}")
+
+
+# ------------------------------------------------------------------------------------------- folders
+
+
+def _is_data(name: PurePosixPath | Path) -> bool:
+    hidden = any(part.startswith(".") for part in name.parts)
+    cached = name.name.startswith("cache-") and name.suffix == ".arrow"  # results of `datasets.map`, not data
+    return name.name.endswith(DATA_SUFFIXES) and name.name not in NOT_DATA and not hidden and not cached
+
+
+def _local_files(path: str, kind: Kind, split: str | None, config_name: str | None) -> list[Path]:
+    local = _local(path)
+    if kind == "file":
+        return [local]
+    return _select(path, local, split, config_name) if split or config_name else _data_files(path, local)
+
+
+def _data_files(path: str, folder: Path) -> list[Path]:
+    found = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
+    files = sorted(file for file in found if _is_data(file.relative_to(folder)) and file.is_file())
+    if not files:
+        raise QAdapterError(
+            f"The folder {path} has no data files. Files ending in {', '.join(DATA_SUFFIXES)} were expected in it or "
+            "below; name the folder that holds them."
+        )
+    return files
+
+
+def _select(path: str, folder: Path, split: str | None, config_name: str | None) -> list[Path]:
+    """The files of one split and config, as the data set's card or its file names declare them."""
+    folder = folder.resolve()
+    try:
+        with TemporaryDirectory() as scratch:  # for the builder's lock file; it builds nothing
+            builder = load_dataset_builder(str(folder), name=config_name, cache_dir=scratch)
+    except Exception as error:  # the library raises its own, yaml's, fsspec's and pyarrow's errors here
+        reason = str(error).split("\nExample of usage")[0].replace("\n", " ")
+        raise QAdapterError(
+            f"The splits of {path} cannot be read: {reason}. A folder with `train`/`test` files or a card that lists "
+            "`configs` was expected; correct `split` or `config_name`."
+        ) from error
+    splits = {str(name): files for name, files in (builder.config.data_files or {}).items()}
+    if split is None and len(splits) == 1:
+        split = next(iter(splits))
+    if split not in splits:
+        given = "needs a `split`" if split is None else f"has no split '{split}'"
+        raise QAdapterError(
+            f"{path} {given}. Its splits are {', '.join(sorted(splits)) or '(none)'}; set `split` to one."
+        )
+    files = sorted(Path(os.path.normpath(file)) for file in splits[split])
+    # A data set's card may name any pattern, `../..` as well. Links inside the folder are the hub cache's own.
+    if not files or not all(file.is_relative_to(folder) and file.is_file() for file in files):
+        raise QAdapterError(
+            f"The split '{split}' of {path} names no files inside the data set's folder; check its card."
+        )
+    return files
+
+
+# ------------------------------------------------------------------------------------------- the hub
+
+
+def _hub_id(path: str) -> tuple[str, str]:
+    """`hub:owner/name[/folder]` as (owner/name, folder or '')."""
+    match = re.fullmatch(r"hub:([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)((?:/[\w.-]+)*)/?", path)
+    if match is None or ".." in path:
+        raise QAdapterError(
+            f"'{path}' is not a hub data set. hub:owner/name or hub:owner/name/folder was expected, "
+            "for example hub:Anthropic/hh-rlhf/harmless-base."
+        )
+    return match.group(1), match.group(2).strip("/")
+
+
+def _hub_files(path: str, revision: str | None) -> tuple[Path, list[Path]]:
+    repository, folder = _hub_id(path)
+    prefix = f"{folder}/" if folder else ""
+    wanted = [f"{prefix}*{suffix}" for suffix in DATA_SUFFIXES] + [f"{prefix}README.md"]
+    try:
+        snapshot = Path(
+            snapshot_download(repository, repo_type="dataset", revision=revision, allow_patterns=wanted)
+        ).absolute()
+    except Exception as error:  # httpx's, requests' and the hub's own errors have no common base
+        raise _hub_error(path, repository, revision, error) from error
+    if not (snapshot / folder).is_dir():
+        raise QAdapterError(f"{path}: the data set {repository} has no folder '{folder}' with data files in it.")
+    return snapshot / folder, _data_files(path, snapshot / folder)
+
+
+def _check_hub(path: str, revision: str | None) -> SourceStatus:
+    repository, folder = _hub_id(path)
+    if is_offline_mode():  # then only what is cached can be had, and looking costs nothing
+        _, files = _hub_files(path, revision)
+        return SourceStatus(path, "hub", len(files), sum(file.stat().st_size for file in files))
+    try:
+        info = HfApi().dataset_info(repository, revision=revision, files_metadata=True, timeout=HUB_TIMEOUT_SECONDS)
+    except Exception as error:  # as in `_hub_files`
+        raise _hub_error(path, repository, revision, error) from error
+    names = [(PurePosixPath(file.rfilename), file.size) for file in info.siblings or []]
+    sizes = [size for name, size in names if _is_data(name) and (not folder or name.is_relative_to(folder))]
+    if not sizes:
+        raise QAdapterError(f"{path} has no data files. Files ending in {', '.join(DATA_SUFFIXES)} were expected.")
+    known = [size for size in sizes if size is not None]
+    return SourceStatus(path, "hub", len(sizes), sum(known) if len(known) == len(sizes) else None)
+
+
+def _hub_error(path: str, repository: str, revision: str | None, error: Exception) -> QAdapterError:
+    if is_offline_mode():
+        return QAdapterError(
+            f"{path} is not in the local hub cache, and HF_HUB_OFFLINE=1 forbids to fetch it. Unset HF_HUB_OFFLINE, or "
+            f"run `hf download --repo-type dataset {repository}` where there is a network, or give a local folder."
+        )
+    if isinstance(error, errors.GatedRepoError):
+        return QAdapterError(f"{path} is gated: accept its terms on its page and log in with `hf auth login`.")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return QAdapterError(f"{path} has no revision '{revision}'; give one of its branches, tags or commits.")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return QAdapterError(
+            f"The hub has no data set '{repository}' that you may read. Check owner and name, "
+            "or log in with `hf auth login`."
+        )
+    return download.UnreachableError(
+        f"The hub could not be asked for {path} ({type(error).__name__}). Check the network and try again, "
+        "or give a local folder."
+    )

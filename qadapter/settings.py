@@ -1,0 +1,308 @@
+"""The sections of an experiment's config, one class a section. `qadapter/experiment.py` puts them together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Method = Literal["q-adapter", "sft", "dpo", "replay"]
+METHODS: tuple[Method, ...] = ("q-adapter", "sft", "dpo", "replay")
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
+
+
+class Settings(BaseModel):
+    """A section of a config: unknown keys are refused, and nothing changes it after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=())
+
+
+class ToyWorldSettings(Settings):
+    """A toy world to generate (`qadapter/preferences/toyworld.py`); `{data}` in paths is then its folder."""
+
+    seed: int = 0
+    corpus_size: Count = Field(20_000, description="pre-training conversations")
+    harmful_for_training: Count = Field(80, description="harmful requests in the preference data; the rest are held out")
+
+
+class Source(Settings):
+    """Where preference records come from.
+
+    Attributes:
+        path: file, folder, URL (http, https or any fsspec scheme) or `hub:owner/name`. `{data}` is the data folder.
+        heldout_path: an own source of held-out pairs; without it `heldout` splits `path` by prompt.
+        domain: for DSP records, the style that is preferred.
+        split, revision, config_name: for a data set of the hub.
+        heldout: share (below 1) or number of prompts kept out of training.
+        max_train_pairs, max_heldout_pairs: cut after the split, None for all.
+        max_chars: longer records (prompt and reply together) are quarantined.
+    """
+
+    path: str
+    heldout_path: str | None = None
+    domain: str | None = None
+    split: str | None = None
+    heldout_split: str | None = None
+    revision: str | None = None
+    config_name: str | None = None
+    heldout: Annotated[float, Field(gt=0)] = 0.1
+    max_train_pairs: Count | None = None
+    max_heldout_pairs: Count | None = None
+    max_chars: Count = 20_000
+
+    @model_validator(mode="after")
+    def _check(self) -> Source:
+        if self.heldout >= 1 and self.heldout != int(self.heldout):
+            raise ValueError(f"heldout is a share below 1 or a whole number of prompts, not {self.heldout}")
+        return self
+
+
+class FromScratch(Settings):
+    """A Llama-architecture model of this size, trained in the run, tokenizer included."""
+
+    tokenizer: Literal["words", "byte-bpe"] = "byte-bpe"
+    vocab_size: Count
+    hidden_size: Count
+    intermediate_size: Count
+    layers: Count
+    heads: Count
+    context: Count = Field(description="longest sequence in tokens")
+
+    @model_validator(mode="after")
+    def _check(self) -> FromScratch:
+        if self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}")
+        return self
+
+
+class ModelSettings(Settings):
+    """The pre-trained model: one from scratch, or a folder or hub id.
+
+    Attributes:
+        quantization: how the frozen base is held while adapters train; `int8` and `nf4` need bitsandbytes.
+        trust_remote_code: off unless the user turns it on; code from a model repository runs with the user's rights.
+    """
+
+    from_scratch: FromScratch | None = None
+    pretrained: str | None = None
+    revision: str | None = None
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelSettings:
+        if (self.from_scratch is None) == (self.pretrained is None):
+            raise ValueError("give exactly one of from_scratch (a size) and pretrained (a folder or hub id)")
+        if self.from_scratch and self.quantization != "none":
+            raise ValueError("quantization is for pretrained models; a model from scratch is trained in full precision")
+        return self
+
+
+class OptimizerSettings(Settings):
+    """How long and how fast one training runs.
+
+    Attributes:
+        max_steps: optimiser steps; None: `epochs` decides.
+        epochs: passes over the data, used where `max_steps` is None.
+        batch_size: examples (conversations; for adapters: preference pairs) per optimiser step.
+        micro_batch_size: examples per forward pass; gradients are accumulated up to `batch_size`. None: `batch_size`.
+        max_length: tokens; a longer prompt is cut from the left.
+        save_steps: a checkpoint every so many steps, from which a killed training goes on; None: none.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        bf16: mixed precision.
+    """
+
+    learning_rate: Positive
+    max_steps: Count | None = None
+    epochs: Positive = 1.0
+    batch_size: Count
+    micro_batch_size: Count | None = None
+    max_length: Count
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    weight_decay: NonNegative = 0.0
+    save_steps: Count | None = None
+    logging_steps: Count = 10
+    gradient_checkpointing: bool = False
+    bf16: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerSettings:
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}")
+        return self
+
+    @property
+    def micro_batch(self) -> int:
+        """Examples per forward pass."""
+        return self.micro_batch_size or self.batch_size
+
+
+class PretrainingSettings(OptimizerSettings):
+    """Pre-training from scratch.
+
+    Attributes:
+        corpus_sources: preference sources whose training pairs become conversations, both replies of a pair. A toy
+            world brings a corpus of its own; the learnt part of `built_benchmarks.questions` is added too.
+    """
+
+    corpus_sources: tuple[Name, ...] = ()
+
+
+class HelpfulSettings(OptimizerSettings):
+    """The SFT base: the pre-trained model fine-tuned on the chosen replies of one source.
+
+    Attributes:
+        source: name under `sources`.
+        lora: for a pretrained model, train a LoRA and merge it; without it all weights move (models from scratch).
+    """
+
+    source: Name
+    lora: bool = False
+
+
+class LoraSettings(Settings):
+    """The adapter, the same for every method (paper: rank 8, alpha 16, dropout 0.05)."""
+
+    rank: Count = 8
+    alpha: Positive = 16
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
+class DomainSettings(Settings):
+    """One customisation: this source's preferences, put onto this base.
+
+    Attributes:
+        source: name under `sources`.
+        base: `pretrained`, or `helpful` for the SFT base.
+    """
+
+    source: Name
+    base: Literal["pretrained", "helpful"] = "pretrained"
+
+
+class QAdapterSettings(Settings):
+    """The method's own knobs (`qadapter/objective.py`), None for the preset's value; the paper's table is preset `paper`."""
+
+    preset: Literal["paper", "published-code", "residual"] = "paper"
+    alpha_tilde: Positive | None = None
+    alpha_0: NonNegative | None = None
+    beta: NonNegative | None = None
+    gamma: Annotated[float, Field(gt=0, le=1)] | None = None
+    preference_scale: Positive | None = None
+    shift_mask: bool | None = Field(None, description="for published-code: score the tokens a response really has")
+    learning_rate: Positive | None = None
+
+
+class SFTSettings(Settings):
+    """SFT on the chosen replies."""
+
+    learning_rate: Positive | None = None
+
+
+class DPOSettings(Settings):
+    """DPO with the base as reference."""
+
+    beta: Positive = 0.1
+    learning_rate: Positive | None = None
+
+
+class ReplaySettings(Settings):
+    """SFT on the chosen replies and on the base's own answers to the same prompts, one to one."""
+
+    learning_rate: Positive | None = None
+    max_new_tokens: Count
+    temperature: NonNegative = 0.0
+
+
+class MethodSettings(Settings):
+    """Every method's own settings; `run` says which of them run."""
+
+    run: tuple[Method, ...] = METHODS
+    q_adapter: QAdapterSettings = Field(QAdapterSettings(), alias="q-adapter")
+    sft: SFTSettings = SFTSettings()
+    dpo: DPOSettings = DPOSettings()
+    replay: ReplaySettings
+
+    @model_validator(mode="after")
+    def _check(self) -> MethodSettings:
+        refuse_repeats("run", self.run)
+        return self
+
+    def of(self, method: Method) -> QAdapterSettings | SFTSettings | DPOSettings | ReplaySettings:
+        """The settings of one method."""
+        return {"q-adapter": self.q_adapter, "sft": self.sft, "dpo": self.dpo, "replay": self.replay}[method]
+
+
+class RetentionSettings(Settings):
+    """What must not be forgotten: lm-eval tasks, by name (`configs/lm_eval` first, then lm-eval's own).
+
+    Attributes:
+        limit: items per task, None for all.
+        batch_size: sequences per forward pass.
+        plain_tasks: tasks among `tasks` that are asked without chat template (the paper: MMLU).
+    """
+
+    tasks: tuple[str, ...]
+    plain_tasks: tuple[str, ...] = ()
+    limit: Count | None = None
+    batch_size: Count = 64
+    max_new_tokens: Count = 64
+
+    @model_validator(mode="after")
+    def _check(self) -> RetentionSettings:
+        refuse_repeats("tasks", self.tasks)
+        if unknown := set(self.plain_tasks) - set(self.tasks):
+            raise ValueError(f"plain_tasks {sorted(unknown)} are not among tasks {list(self.tasks)}")
+        return self
+
+
+class AdaptationSettings(Settings):
+    """What was to be learnt, on held-out pairs.
+
+    Attributes:
+        batch_size: pairs per forward pass.
+        max_new_tokens: length of the answers generated for reading and, in the toy world, for its exact rules.
+        generate: held-out prompts answered by generation; 0 for none.
+    """
+
+    batch_size: Count = 32
+    max_new_tokens: Count = 64
+    generate: Annotated[int, Field(ge=0)] = 20
+
+
+class BuiltBenchmarks(Settings):
+    """Retention benchmarks made from the data itself, for models too small for the public suites.
+
+    Attributes:
+        replies: benchmark name → source; its held-out prompts ask which of four replies belongs to them
+            (task `<name>_reply_matching`), and the chosen replies are texts to predict (`<name>_bits_per_byte`).
+        questions: benchmark name → JSON-lines file of `question` and `answer`; a quarter of it becomes benchmarks like
+            those of `replies`, and the model from scratch learns the rest.
+        max_items: longest benchmark.
+    """
+
+    replies: dict[Name, Name] = {}
+    questions: dict[Name, str] = {}
+    max_items: Count = 200
+
+
+class EvaluationSettings(Settings):
+    """Both halves of the paper's claim."""
+
+    retention: RetentionSettings
+    adaptation: AdaptationSettings = AdaptationSettings()
+
+
+def refuse_repeats(key: str, values: Sequence[Any]) -> None:
+    """Raise ValueError if a value stands in a list twice."""
+    repeated = sorted({value for value in values if list(values).count(value) > 1})
+    if repeated:
+        raise ValueError(f"{key} names {repeated} more than once")

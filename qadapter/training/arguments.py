@@ -1,0 +1,159 @@
+"""From an experiment's optimiser settings to the arguments of transformers' Trainer, and what every training records."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import psutil
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qadapter.artifacts import write_json
+from qadapter.settings import OptimizerSettings
+
+log = logging.getLogger(__name__)
+
+
+def trainer_arguments(settings: OptimizerSettings, *, seed: int, scratch: Path, sequences_per_example: int = 1) -> dict[str, Any]:
+    """Keyword arguments for any `TrainingArguments` subclass.
+
+    Args:
+        settings: batch size, steps, learning rate and so on.
+        seed: of weights, data order and dropout.
+        scratch: folder for checkpoints; one that is there already is where training goes on.
+        sequences_per_example: rows the trainer sees for one example of `settings`: 2 where a pair's budget is spent on
+            single conversations (SFT, replay).
+    """
+    return {
+        "output_dir": str(scratch),
+        "seed": seed,
+        "data_seed": seed,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": settings.schedule,
+        "warmup_steps": settings.warmup_steps,
+        "weight_decay": settings.weight_decay,
+        "max_steps": settings.max_steps or -1,
+        "num_train_epochs": settings.epochs,
+        "per_device_train_batch_size": settings.micro_batch * sequences_per_example,
+        "gradient_accumulation_steps": settings.batch_size // settings.micro_batch,
+        "logging_steps": settings.logging_steps,
+        "save_strategy": "steps" if settings.save_steps else "no",
+        "save_steps": settings.save_steps or 500,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "gradient_checkpointing": settings.gradient_checkpointing,  # TRL's own default is on
+        "bf16": settings.bf16,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+
+
+class ProgressLog(TrainerCallback):
+    """Says where a training is, at most every `seconds`: a log line survives where a progress bar does not."""
+
+    def __init__(self, name: str, seconds: float = 15.0) -> None:
+        self.name, self.seconds, self._last = name, seconds, time.monotonic()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Trainer's hook: after each logged step."""
+        if logs and "loss" in logs and time.monotonic() - self._last >= self.seconds:
+            self._last = time.monotonic()
+            log.info("%s: step %d of %d, loss %.4f", self.name, state.global_step, state.max_steps, float(logs["loss"]))
+
+
+@dataclass
+class Cost:
+    """What a piece of work took.
+
+    Attributes:
+        seconds: wall time.
+        peak_memory_mb: highest CUDA allocation, or without CUDA how far the process grew beyond its size at the start.
+    """
+
+    seconds: float = 0.0
+    peak_memory_mb: float = 0.0
+    _start: float = field(default_factory=time.perf_counter, repr=False)
+
+
+@contextmanager
+def measured_cost() -> Iterator[Cost]:
+    """Measure the wall time and peak memory of a block; the result is filled in when the block ends."""
+    cost = Cost()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        yield cost
+        cost.peak_memory_mb = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        process, done = psutil.Process(), Event()
+        before = peak = process.memory_info().rss
+
+        def watch() -> None:
+            nonlocal peak
+            while not done.wait(0.1):
+                peak = max(peak, process.memory_info().rss)
+
+        watcher = Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield cost
+        finally:
+            done.set()
+            watcher.join()
+        cost.peak_memory_mb = (max(peak, process.memory_info().rss) - before) / 2**20
+    cost.seconds = time.perf_counter() - cost._start
+
+
+def last_checkpoint(scratch: str | Path) -> str | None:
+    """The newest whole checkpoint in a folder (one without `trainer_state.json` was cut short), or None."""
+    whole = [folder for folder in Path(scratch).glob("checkpoint-*") if (folder / "trainer_state.json").is_file()]
+    newest = max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+    return str(newest) if newest else None
+
+
+def write_training_record(out: Path, trainer: Trainer, cost: Cost, tokens: int, **extra: float) -> None:
+    """Write `history.jsonl` (training curves, a row a logged step) and `metrics.json` (`train/…`, `cost/…`).
+
+    Args:
+        out: the stage's folder.
+        trainer: after training.
+        cost: of the training.
+        tokens: tokens that went through the trained model, padding not counted.
+        extra: further metrics under their full names.
+    """
+    model = trainer.model
+    assert model is not None
+    rows: list[dict[str, float]] = []
+    for entry in trainer.state.log_history:
+        values = {f"train/{name}": value for name, value in entry.items() if name not in ("step", "epoch")}
+        if "train/loss" in values:
+            rows.append({"step": entry["step"], **values})
+    (out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_json(
+        out / "metrics.json",
+        {
+            "train/final_loss": rows[-1]["train/loss"] if rows else float("nan"),
+            "train/steps": trainer.state.global_step,
+            "cost/train_seconds": cost.seconds,
+            "cost/train_tokens": tokens,
+            "cost/train_tokens_per_second": tokens / max(cost.seconds, 1e-9),
+            "cost/train_peak_memory_mb": cost.peak_memory_mb,
+            "cost/trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            **extra,
+        },
+    )

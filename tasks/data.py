@@ -1,0 +1,136 @@
+"""Data stages: the toy world, preference pairs, benchmarks built from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+
+from qadapter.artifacts import read_json
+from qadapter.preferences import sources
+from tasks.context import RunContext
+from tasks.logged import StageResult, logged_stage, task_result
+from tasks.stage import StageOutput
+
+
+@task(task_run_name="toy-world")
+def generate_toy_world(context: RunContext) -> Any:
+    """Write the toy world's data sets, corpus and benchmarks."""
+    settings = context.experiment.toy_world
+    assert settings is not None
+
+    def compute(out: Path, _: Path) -> None:
+        from qadapter.preferences.toyworld import ToyWorld
+
+        ToyWorld(settings.seed).write(
+            out, corpus_size=settings.corpus_size, harmful_for_training=settings.harmful_for_training
+        )
+
+    result = logged_stage(
+        context, "toy-world", module="qadapter.preferences.toyworld", config=settings.model_dump(), inputs={}, compute=compute
+    )
+    return task_result(result, result)
+
+
+# Reading a source can reach over the network, which a second try may mend.
+@task(task_run_name="prepare-{source}", retries=2, retry_delay_seconds=[5, 30])
+def prepare_data(context: RunContext, source: str, world: StageResult | None) -> Any:
+    """Turn one source into validated preference pairs, split by prompt, with a quarantine and a count of everything."""
+    settings = context.experiment.sources[source]
+    cache = context.store.root / "downloads"
+
+    def local(path: str, split: str | None) -> list[Path]:
+        return sources.locate(
+            context.resolve(path, world.path if world else None),
+            cache_dir=cache,
+            split=split,
+            revision=settings.revision,
+            config_name=settings.config_name,
+        )
+
+    files = local(settings.path, settings.split)
+    heldout_files = None
+    if settings.heldout_path or settings.heldout_split:
+        heldout_files = local(settings.heldout_path or settings.path, settings.heldout_split)
+    seed = context.experiment.base_seed
+
+    def compute(out: Path, _: Path) -> None:
+        from qadapter.preferences.prepare import prepare
+
+        prepare(
+            files,
+            out,
+            domain=settings.domain,
+            heldout=settings.heldout,
+            heldout_files=heldout_files,
+            seed=seed,
+            max_train_pairs=settings.max_train_pairs,
+            max_heldout_pairs=settings.max_heldout_pairs,
+            max_chars=settings.max_chars,
+        )
+
+    def log(run_id: str, output: StageOutput) -> None:
+        summary = read_json(output.path / "summary.json")
+        for side in ("train", "heldout"):
+            context.tracker.log_dataset(
+                run_id,
+                f"{source}-{side}",
+                source=settings.path,
+                digest=summary[f"{side}_digest"],
+                context="training" if side == "train" else "evaluation",
+                profile={"pairs": summary[f"{side}_pairs"], "prompts": summary[f"{side}_prompts"]},
+            )
+        context.tracker.log_metrics(run_id, {f"data/{k}": v for k, v in summary.items() if isinstance(v, int | float)})
+
+    result = logged_stage(
+        context,
+        "prepare",
+        label=source,
+        module="qadapter.preferences.prepare",
+        config={
+            **settings.model_dump(exclude={"path", "heldout_path", "revision"}),
+            "seed": seed,
+            "files": sources.fingerprint(files),
+            "heldout_files": sources.fingerprint(heldout_files) if heldout_files else None,
+        },
+        inputs={},
+        compute=compute,
+        log=log,
+    )
+    return task_result(result, result)
+
+
+@task(task_run_name="build-benchmarks")
+def build_benchmarks(context: RunContext, data: Mapping[str, StageResult], world: StageResult | None) -> Any:
+    """Make retention benchmarks from held-out data, and the corpus of what is not held out."""
+    settings = context.experiment.built_benchmarks
+    assert settings is not None
+    texts = {name: Path(context.resolve(path, world.path if world else None)) for name, path in settings.questions.items()}
+    replies = {name: data[source].path for name, source in settings.replies.items()}
+    seed = context.experiment.base_seed
+
+    def compute(out: Path, _: Path) -> None:
+        from qadapter.evaluation.built_benchmarks import write_benchmarks
+
+        write_benchmarks(
+            {name: folder / "heldout.jsonl" for name, folder in replies.items()},
+            texts,
+            max_items=settings.max_items,
+            seed=seed,
+            out=out,
+        )
+
+    result = logged_stage(
+        context,
+        "benchmarks",
+        module="qadapter.evaluation.built_benchmarks",
+        config={"max_items": settings.max_items, "seed": seed, "replies": settings.replies},
+        inputs={
+            **{f"replies-{name}": data[source].output for name, source in settings.replies.items()},
+            **{f"questions-{name}": path for name, path in texts.items()},
+        },
+        compute=compute,
+    )
+    return task_result(result, result)

@@ -1,0 +1,150 @@
+"""Evaluation stages: what a policy learnt, and what it kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+
+from tasks.context import Customisation, RunContext
+from tasks.logged import StageResult, logged_stage, task_result
+from tasks.stage import StageOutput
+from tasks.train import Base
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One row of the comparison: everything the report reads, as folders.
+
+    Attributes:
+        cell: domain, method, seed.
+        training: the adapter's stage; None for the base.
+        adaptation, retention: the evaluation's two halves.
+    """
+
+    cell: Customisation
+    training: StageResult | None
+    adaptation: StageResult
+    retention: StageResult
+
+
+@task(task_run_name="retention-{base.name}")
+def measure_base_retention(context: RunContext, base: Base, old_texts: StageResult | None, benchmarks: StageResult | None) -> Any:
+    """Score a base on what must not be forgotten: the other end of every difference."""
+    result = _retention(context, base, None, None, old_texts, benchmarks, run_name=f"retention · {base.name} base")
+    return task_result(result, result)
+
+
+@task(task_run_name="evaluate-{cell.domain}-{cell.method}-{cell.seed}")
+def evaluate(
+    context: RunContext,
+    cell: Customisation,
+    base: Base,
+    trained: StageResult | None,
+    data: StageResult,
+    base_retention: StageResult,
+    old_texts: StageResult | None,
+    benchmarks: StageResult | None,
+    world: StageResult | None,
+) -> Any:
+    """Measure both halves for one row; the base's own retention is measured once and shown in its rows."""
+    experiment = context.experiment
+    style = experiment.sources[experiment.domains[cell.domain].source].domain
+    adapter = trained.path / "adapter" if trained else None
+    inputs: dict[str, StageOutput | Path] = {**base.inputs(), "data": data.output}
+    if trained is not None:
+        inputs["adapter"] = trained.output
+    if world is not None:
+        inputs["world"] = world.output
+
+    def compute(out: Path, _: Path) -> None:
+        from qadapter.evaluation.measure import measure_adaptation
+
+        measure_adaptation(
+            base.location,
+            adapter,
+            data.path / "heldout.jsonl",
+            model=experiment.model,
+            settings=experiment.evaluation.adaptation,
+            max_length=experiment.training.max_length,
+            world=world.path if world else None,
+            style=style,
+            out=out,
+        )
+
+    adaptation = logged_stage(
+        context,
+        "adaptation",
+        run_id=trained.run_id if trained else None,
+        run_name=cell.name,
+        tags=cell.tags(),
+        module="qadapter.evaluation.measure",
+        config={
+            "settings": experiment.evaluation.adaptation.model_dump(),
+            "model": experiment.model.model_dump(exclude={"from_scratch"}),
+            "max_length": experiment.training.max_length,
+            "style": style,
+            **base.config(),
+        },
+        params={"method": cell.method, "domain": cell.domain, "base": base.name},
+        inputs=inputs,
+        compute=compute,
+    )
+    if trained is None:
+        retention = base_retention
+        context.tracker.log_metrics(adaptation.run_id, retention.output.metrics())
+    else:
+        retention = _retention(context, base, trained, base_retention, old_texts, benchmarks, run_id=trained.run_id)
+    return task_result(Evaluation(cell, trained, adaptation, retention), adaptation, retention)
+
+
+def _retention(
+    context: RunContext,
+    base: Base,
+    trained: StageResult | None,
+    base_retention: StageResult | None,
+    old_texts: StageResult | None,
+    benchmarks: StageResult | None,
+    run_id: str | None = None,
+    run_name: str | None = None,
+) -> StageResult:
+    experiment = context.experiment
+    inputs: dict[str, StageOutput | Path] = dict(base.inputs())
+    for name, result in (("adapter", trained), ("base_retention", base_retention), ("old_texts", old_texts)):
+        if result is not None:
+            inputs[name] = result.output
+    if benchmarks is not None:
+        inputs["benchmarks"] = benchmarks.output
+
+    def compute(out: Path, _: Path) -> None:
+        from qadapter.evaluation.measure import measure_retention
+
+        measure_retention(
+            base.location,
+            trained.path / "adapter" if trained else None,
+            base_retention.path if base_retention else None,
+            model=experiment.model,
+            settings=experiment.evaluation.retention,
+            benchmarks=benchmarks.path if benchmarks else None,
+            old_texts=old_texts.path / "heldout.jsonl" if old_texts else None,
+            max_length=experiment.training.max_length,
+            out=out,
+        )
+
+    return logged_stage(
+        context,
+        "retention",
+        run_id=run_id,
+        run_name=run_name,
+        module="qadapter.evaluation.measure",
+        config={
+            "settings": experiment.evaluation.retention.model_dump(),
+            "model": experiment.model.model_dump(exclude={"from_scratch"}),
+            "max_length": experiment.training.max_length,
+            **base.config(),
+        },
+        inputs=inputs,
+        compute=compute,
+    )

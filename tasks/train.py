@@ -1,0 +1,217 @@
+"""Training stages: the base, its SFT on helpful data, the base's own answers, one adapter a domain and method."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from prefect import task
+
+from qadapter.settings import Method
+from tasks.context import Customisation, RunContext
+from tasks.logged import StageResult, logged_stage, task_result
+from tasks.stage import StageOutput
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model: where it is, and what identifies it in cache keys.
+
+    Attributes:
+        location: folder, or hub id.
+        output: the stage that made it; None for a model from outside.
+        name: `pretrained` or `helpful`.
+    """
+
+    location: str
+    output: StageOutput | None
+    name: str
+
+    def inputs(self) -> dict[str, StageOutput | Path]:
+        """The base as a stage's input, where it is made of files."""
+        if self.output is not None:
+            return {"base": self.output}
+        folder = Path(self.location)
+        return {"base": folder} if folder.is_dir() else {}
+
+    def config(self) -> dict[str, Any]:
+        """The base as part of a stage's config, where it is a name on a hub."""
+        return {} if self.inputs() else {"base": self.location}
+
+
+@task(task_run_name="pretrain")
+def pretrain_base(
+    context: RunContext, data: Mapping[str, StageResult], world: StageResult | None, built: StageResult | None
+) -> Any:
+    """Train tokenizer and base from scratch, or name the pre-trained model that the experiment starts from."""
+    experiment = context.experiment
+    size, settings = experiment.model.from_scratch, experiment.pretraining
+    if size is None or settings is None:
+        return Base(str(experiment.model.pretrained), None, "pretrained")
+    corpora: dict[str, StageOutput | Path] = {f"source-{name}": data[name].output for name in settings.corpus_sources}
+    if world is not None:
+        corpora["world"] = world.output
+    if built is not None:
+        corpora["built"] = built.output
+
+    def compute(out: Path, scratch: Path) -> None:
+        from qadapter.training.base import pretrain
+        from qadapter.training.corpus import read_corpus
+
+        folders = [source.path for source in corpora.values() if isinstance(source, StageOutput)]
+        pretrain(read_corpus(folders), size, settings, seed=experiment.base_seed, out=out, scratch=scratch)
+
+    result = logged_stage(
+        context,
+        "pretrain",
+        module="qadapter.training.base",
+        config={"size": size.model_dump(), **_keyed(settings), "seed": experiment.base_seed},
+        inputs=corpora,
+        compute=compute,
+    )
+    return task_result(Base(str(result.path / "model"), result.output, "pretrained"), result)
+
+
+@task(task_run_name="helpful-sft")
+def fine_tune_base(context: RunContext, base: Base, data: StageResult) -> Any:
+    """Fine-tune the base on the chosen helpful replies."""
+    experiment = context.experiment
+    settings = experiment.helpful_sft
+    assert settings is not None
+
+    def compute(out: Path, scratch: Path) -> None:
+        from qadapter.training.adapt import fine_tune_base as fine_tune
+
+        fine_tune(
+            base.location,
+            data.path / "train.jsonl",
+            model=experiment.model,
+            lora=experiment.lora,
+            settings=settings,
+            seed=experiment.base_seed,
+            out=out,
+            scratch=scratch,
+        )
+
+    result = logged_stage(
+        context,
+        "helpful-sft",
+        module="qadapter.training.adapt",
+        config={
+            **_keyed(settings),
+            "model": experiment.model.model_dump(exclude={"from_scratch"}),
+            "lora_shape": experiment.lora.model_dump() if settings.lora else None,
+            "seed": experiment.base_seed,
+            **base.config(),
+        },
+        inputs={**base.inputs(), "data": data.output},
+        compute=compute,
+    )
+    return task_result(Base(str(result.path / "model"), result.output, "helpful"), result)
+
+
+@task(task_run_name="answers-{domain}")
+def answer_prompts(context: RunContext, domain: str, base: Base, data: StageResult) -> Any:
+    """Let the base answer the training prompts: what replay mixes in, so that the old answers are not forgotten."""
+    experiment = context.experiment
+    settings = experiment.methods.replay
+    rows = (data.path / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    prompts = sorted({json.dumps(json.loads(row)["prompt"]) for row in rows})
+
+    def compute(out: Path, _: Path) -> None:
+        from qadapter.training.adapt import answer_prompts as answer
+
+        answer(
+            base.location,
+            data.path / "train.jsonl",
+            model=experiment.model,
+            settings=settings,
+            batch_size=experiment.evaluation.adaptation.batch_size,
+            seed=experiment.base_seed,
+            out=out,
+        )
+
+    result = logged_stage(
+        context,
+        "answers",
+        label=domain,
+        module="qadapter.evaluation.generate",
+        config={
+            # The prompts, not the pairs: domains that ask the same prompts share the base's answers.
+            "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+            "max_new_tokens": settings.max_new_tokens,
+            "temperature": settings.temperature,
+            "seed": experiment.base_seed,
+            "model": experiment.model.model_dump(exclude={"from_scratch"}),
+            **base.config(),
+        },
+        inputs=base.inputs(),
+        compute=compute,
+    )
+    return task_result(result, result)
+
+
+# One model at a time on an accelerator: `prefect concurrency-limit create accelerator 1` limits this tag.
+@task(task_run_name="train-{cell.domain}-{cell.method}-{cell.seed}", tags=["accelerator"])
+def train_adapter(
+    context: RunContext,
+    cell: Customisation,
+    base: Base,
+    data: StageResult,
+    answers: StageResult | None,
+) -> Any:
+    """Train one adapter with one method; its MLflow run goes on to hold the evaluation."""
+    experiment = context.experiment
+    method, seed = cast(Method, cell.method), cast(int, cell.seed)
+    choice = experiment.methods.of(method)
+    inputs: dict[str, StageOutput | Path] = {**base.inputs(), "data": data.output}
+    if answers is not None:
+        inputs["answers"] = answers.output
+
+    def compute(out: Path, scratch: Path) -> None:
+        from qadapter.training.adapt import train_adapter as train
+
+        train(
+            method,
+            choice,
+            base.location,
+            data.path / "train.jsonl",
+            model=experiment.model,
+            lora=experiment.lora,
+            training=experiment.training,
+            seed=seed,
+            answers_file=answers.path / "answers.json" if answers else None,
+            out=out,
+            scratch=scratch,
+        )
+
+    result = logged_stage(
+        context,
+        "train",
+        run_name=cell.name,
+        tags=cell.tags(),
+        module="qadapter.training.adapt",
+        config={
+            "method": method,
+            "choice": choice.model_dump(),
+            "training": _keyed(experiment.training),
+            "lora": experiment.lora.model_dump(),
+            "model": experiment.model.model_dump(exclude={"from_scratch"}),
+            "seed": seed,
+            **base.config(),
+        },
+        params={"domain": cell.domain, "base": base.name},
+        inputs=inputs,
+        compute=compute,
+    )
+    return task_result(result, result)
+
+
+def _keyed(settings: Any) -> dict[str, Any]:
+    """Settings that a result depends on: how often is logged or saved changes nothing."""
+    kept: dict[str, Any] = settings.model_dump(exclude={"save_steps", "logging_steps", "source", "corpus_sources"})
+    return kept
