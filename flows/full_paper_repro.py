@@ -1,7 +1,7 @@
 """The whole experiment: data, base, every method on every domain, evaluation, report.
 
-    python -m flows.full_paper_repro --profile smoke
-    prefect deployment run full-paper-repro/smoke
+python -m flows.full_paper_repro --profile smoke
+prefect deployment run full-paper-repro/smoke
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 from prefect import flow
 
-from flows.launch import Launch, PrefectRun, launched
+from flows.launch import Launch, launched
 from qadapter.experiment import Experiment
-from tasks.context import Customisation, RunContext
+from tasks.context import Customisation
 from tasks.data import build_benchmarks, generate_toy_world, prepare_data
 from tasks.evaluate import evaluate, measure_base_retention
 from tasks.report import write_report
@@ -75,5 +75,6 @@ def full_paper_repro(
         data: folder with the data, where the profile's paths say `{data}`.
         overrides: settings to change, for example {"training.max_steps": 50}.
     """
-    with launched(Launch("full-paper-repro", profile, data, overrides or {})) as context:
-        return experiment_stages(context.experiment, PrefectRun(context)).result().summary()
+    with launched(Launch("full-paper-repro", profile, data, overrides or {})) as run:
+        report = experiment_stages(run.experiment, run)
+        return run.result(report).summary()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prefect.futures import wait
 from prefect.runtime import flow_run
+from prefect.task_runners import ProcessPoolTaskRunner, ThreadPoolTaskRunner
 
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.task_catalog import check_tasks
@@ -63,13 +66,17 @@ class Launch:
         cache = workspace() / ".qadapter" / "downloads"
         problems = []
         for name, source in experiment.sources.items():
-            for path in filter(None, (source.path, source.heldout_path)):
+            sides = [(source.path, source.split)]
+            if source.heldout_path or source.heldout_split:
+                sides.append((source.heldout_path or source.path, source.heldout_split))
+            for path, split in sides:
                 try:
                     where = resolve_path(path, folder)
-                    options = {"split": source.split, "revision": source.revision, "config_name": source.config_name}
+                    options = {"split": split, "revision": source.revision, "config_name": source.config_name}
                     sources.check(where, **options)
                     if "://" not in where and not where.startswith("hub:"):
-                        first_usable_pair(sources.locate(where, cache_dir=cache, **options), domain=source.domain)
+                        files = sources.locate(where, cache_dir=cache, **options)
+                        first_usable_pair(files, domain=source.domain, max_chars=source.max_chars)
                 except QAdapterError as error:
                     problems.append(f"  sources.{name}: {error}")
         if experiment.built_benchmarks:
@@ -82,10 +89,12 @@ class Launch:
 
 
 @contextmanager
-def launched(launch: Launch) -> Iterator[RunContext]:
-    """A checked experiment with its MLflow parent run, which ends as FINISHED, FAILED or KILLED whatever happens."""
+def launched(launch: Launch) -> Iterator[PrefectRun]:
+    """A checked experiment, ready to run stages; its MLflow run ends FINISHED, FAILED or KILLED whatever happens."""
     experiment = launch.check()
     root = workspace()
+    # Read by torch when it is first imported, here and in every worker process.
+    os.environ.setdefault("OMP_NUM_THREADS", str(experiment.threads_per_stage))
     tracker = Tracker.for_project(root)
     if abandoned := tracker.close_abandoned(launch.experiment_name):
         logging.getLogger(__name__).warning("%d runs of a killed process were closed as KILLED", len(abandoned))
@@ -95,16 +104,55 @@ def launched(launch: Launch) -> Iterator[RunContext]:
         params=experiment.model_dump(mode="json", by_alias=True),
         tags={"stage": "parent", "profile": launch.profile, "prefect.flow_run_id": flow_run.get_id() or ""},
     )
-    with tracker.ending(parent):
-        yield RunContext(experiment, StageStore(root / ".qadapter"), tracker, parent, launch.data_folder)
+    context = RunContext(experiment, StageStore(root / ".qadapter"), tracker, parent, launch.data_folder)
+    with tracker.ending(parent), PrefectRun(context) as run:
+        yield run
 
 
-@dataclass(frozen=True)
 class PrefectRun:
-    """Submits stages to the flow's task runner: those whose inputs are there run side by side."""
+    """Submits stages to a Prefect task runner; those whose inputs are there run side by side, as many as the config says.
 
-    context: RunContext
+    One at a time they run in a thread of this process. Several at a time get a process each: torch's random state
+    belongs to the whole process, and two trainings in one would disturb each other's.
+    """
+
+    def __init__(self, context: RunContext) -> None:
+        self.experiment = context.experiment
+        self._context = context
+        self._futures: list[Any] = []
+        workers = context.experiment.parallel
+        self._runner: Any = ThreadPoolTaskRunner(max_workers=1)
+        if workers > 1:
+            self._runner = ProcessPoolTaskRunner(max_workers=workers)
+
+    def __enter__(self) -> PrefectRun:
+        self._runner.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._runner.__exit__(*error)
 
     def __call__(self, task: Any, **inputs: Any) -> Any:
         """A future of the task's result."""
-        return task.submit(context=self.context, **inputs)
+        future = self._runner.submit(task, {"context": self._context, **inputs})
+        self._futures.append(future)
+        return future
+
+    def result(self, future: Any) -> Any:
+        """Wait for every stage and return one's result.
+
+        A failed stage stops only those that need it; what was finished is kept for the next run.
+
+        Raises:
+            StagesFailed: naming each stage that failed and why.
+        """
+        wait(self._futures)
+        failed = [f.state for f in self._futures if f.state.is_failed() or f.state.is_crashed()]
+        if failed:
+            reasons = "\n".join(dict.fromkeys(f"  {state.message}" for state in failed))
+            raise StagesFailed(f"{len(failed)} of {len(self._futures)} stages failed (what was finished is kept):\n{reasons}")
+        return future.result()
+
+
+class StagesFailed(RuntimeError):
+    """A stage failed while running; the flow run's log has its traceback."""

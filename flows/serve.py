@@ -20,8 +20,10 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import IO
 from urllib.parse import urlsplit
 
+import psutil
 import yaml
 
 from qadapter.errors import QAdapterError
@@ -32,7 +34,10 @@ _START_SECONDS = 180  # a first start creates the database; a busy laptop takes 
 _STOP_SECONDS = 20
 
 
-class _Stopped(Exception):
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class _StopRequest(BaseException):
     """Somebody asked this command to end (Ctrl-C, TERM or HUP)."""
 
 
@@ -120,7 +125,7 @@ def _server_command(url: str) -> list[str]:
 
 
 def _prefect(
-    root: Path, environment: dict[str, str], *arguments: str, output: object = None
+    root: Path, environment: dict[str, str], *arguments: str, output: int | IO[bytes] | None = None
 ) -> subprocess.Popen[bytes]:
     """Start Prefect's command line, in a process group of its own so that Ctrl-C reaches it through us, in order."""
     return subprocess.Popen(
@@ -128,31 +133,23 @@ def _prefect(
         cwd=root,
         env=environment,
         stdin=subprocess.DEVNULL,
-        stdout=output,  # type: ignore[arg-type]
-        stderr=subprocess.STDOUT if output else None,
+        stdout=output,
+        stderr=None if output is None else subprocess.STDOUT,
         start_new_session=True,
     )
 
 
 def _run(root: Path, environment: dict[str, str], *arguments: str) -> None:
     """Run one command to its end; its output is shown only if it fails."""
-    child = subprocess.Popen(
-        [sys.executable, "-m", "prefect", *arguments],
-        cwd=root,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        text=True,
-    )
+    child = _prefect(root, environment, *arguments, output=subprocess.PIPE)
     try:
         output, _ = child.communicate()
     except BaseException:
         _stop(child)
         raise
     if child.returncode:
-        raise QAdapterError(f"`prefect {' '.join(arguments)}` failed with code {child.returncode}:\n{output.strip()}")
+        text = output.decode(errors="replace").strip()
+        raise QAdapterError(f"`prefect {' '.join(arguments)}` failed with code {child.returncode}:\n{text}")
 
 
 def _wait_for_server(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
@@ -178,21 +175,24 @@ def _next_steps(root: Path, url: str) -> str:
 @contextlib.contextmanager
 def _stopping_on_signals() -> Iterator[None]:
     """Turn the first Ctrl-C, TERM or HUP into an orderly end; further ones are ignored while that is under way."""
-    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def stop(_number: int, _frame: FrameType | None) -> None:
-        for kind in kinds:
-            signal.signal(kind, signal.SIG_IGN)
-        raise _Stopped
+        _ignore_signals()
+        raise _StopRequest
 
-    before = {kind: signal.signal(kind, stop) for kind in kinds}
+    before = {kind: signal.signal(kind, stop) for kind in _STOP_SIGNALS}
     try:
         yield
-    except _Stopped:
+    except _StopRequest:
         pass
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
+
+
+def _ignore_signals() -> None:
+    for kind in _STOP_SIGNALS:
+        signal.signal(kind, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -201,22 +201,34 @@ def _stopping(children: dict[str, subprocess.Popen[bytes]]) -> Iterator[None]:
     try:
         yield
     finally:
+        _ignore_signals()
         for name in reversed(list(children)):
             _say(f"Stopping the {name} ...")
             _stop(children[name])
 
 
-def _stop(child: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
-    """TERM for the child's whole process group, flow runs included; KILL for what is left of it after a while."""
-    deadline = time.monotonic() + _STOP_SECONDS
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGTERM)
-        while time.monotonic() < deadline:
-            child.poll()
-            os.killpg(child.pid, 0)  # raises once nobody is left in the group
-            time.sleep(0.1)
-        os.killpg(child.pid, signal.SIGKILL)
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """End a child and all it started, within twice `_STOP_SECONDS`.
+
+    What it started goes first: a flow run that gets TERM while its worker and server still live reports that it was
+    stopped. A worker that is stopped first leaves it `Running` in the database for ever.
+    """
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(child.pid)
+        _end(process.children(recursive=True))
+        _end([process, *process.children(recursive=True)])
     child.wait()
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    """TERM for each, KILL for those that are still there after a while."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=_STOP_SECONDS)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _say(text: str) -> None:

@@ -53,7 +53,7 @@ class AdapterRows:
         """
         given = list(names)
 
-        def name_rows(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        def name_rows(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             return args, {**kwargs, "adapter_names": given}
 
         handles = [layer.register_forward_pre_hook(name_rows, with_kwargs=True) for layer in self._layers]

@@ -7,6 +7,7 @@ once, each with the key's path and what was expected.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,8 @@ class Experiment(Settings):
         name: the MLflow experiment and the profile's name.
         seeds: one customisation per seed for each domain and method; the base is trained once, with `base_seed`.
         parallel: how many stages run side by side (1: one after the other, in this process).
+        threads: of torch, for each stage; None: the machine's cores shared out among `parallel` stages. A tiny model
+            gains nothing from a second one. The environment's OMP_NUM_THREADS wins.
         training: what all methods share: pairs per step, steps, length. SFT and replay see two sequences where the
             pairwise methods see one pair, so that the token budget is the same.
     """
@@ -52,6 +55,7 @@ class Experiment(Settings):
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     base_seed: int = 0
     parallel: Count = 1
+    threads: Count | None = None
     toy_world: ToyWorldSettings | None = None
     sources: dict[Name, Source]
     model: ModelSettings
@@ -98,6 +102,11 @@ class Experiment(Settings):
         return self
 
     @property
+    def threads_per_stage(self) -> int:
+        """torch threads of one stage."""
+        return self.threads or max(1, len(os.sched_getaffinity(0)) // self.parallel)
+
+    @property
     def needs_data(self) -> bool:
         """Whether some path has `{data}` in it that no toy world fills."""
         return self.toy_world is None and "{data}" in self.model_dump_json()
@@ -130,7 +139,7 @@ def load_experiment(profile: str, overrides: Mapping[str, Any] | Sequence[str] =
         raise QAdapterError(f"{file} is not YAML: {error}") from error
     if not isinstance(settings, dict):
         raise QAdapterError(f"{file} holds {type(settings).__name__}, expected a mapping of settings")
-    for path, value in _pairs(overrides):
+    for path, value in parse_overrides(overrides).items():
         _set(settings, path, value)
     try:
         return Experiment.model_validate(settings)
@@ -138,19 +147,24 @@ def load_experiment(profile: str, overrides: Mapping[str, Any] | Sequence[str] =
         raise QAdapterError(_explain(error, file)) from error
 
 
-def _pairs(overrides: Mapping[str, Any] | Sequence[str]) -> list[tuple[str, Any]]:
+def parse_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
+    """`["training.max_steps=5"]` as `{"training.max_steps": 5}`; a mapping as it is.
+
+    Raises:
+        QAdapterError: an override without `=`, or a value that is no YAML.
+    """
     if isinstance(overrides, Mapping):
-        return list(overrides.items())
-    pairs = []
+        return dict(overrides)
+    parsed: dict[str, Any] = {}
     for item in overrides:
         path, equals, text = item.partition("=")
         if not equals or not path.strip():
             raise QAdapterError(f"override {item!r} is not of the form key.path=value, for example training.max_steps=5")
         try:
-            pairs.append((path.strip(), yaml.safe_load(_yaml_float(text))))
+            parsed[path.strip()] = yaml.safe_load(_yaml_float(text))
         except yaml.YAMLError as error:
             raise QAdapterError(f"the value of override {item!r} is not YAML: {error}") from error
-    return pairs
+    return parsed
 
 
 def _yaml_float(text: str) -> str:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from qadapter.errors import QAdapterError
 from qadapter.settings import ModelSettings
 from qadapter.policy import QAdapterForCausalLM
+from qadapter.policy_files import SETTINGS_FILE
 
 
 def load_base(model: str | Path, settings: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -76,6 +77,6 @@ def load_policy(base: PreTrainedModel, adapter: Path | None) -> PreTrainedModel 
     """
     if adapter is None:
         return base
-    if (adapter / QAdapterForCausalLM.objective_file).is_file():
+    if (adapter / SETTINGS_FILE).is_file():
         return QAdapterForCausalLM.from_pretrained(adapter, base_model=base).eval()
     return PeftModel.from_pretrained(base, adapter).eval()

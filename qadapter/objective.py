@@ -198,9 +198,7 @@ def discounts(scored: Tensor, gamma: float, dtype: torch.dtype) -> Tensor:
     return torch.where(scored, torch.as_tensor(gamma, dtype=dtype, device=scored.device) ** step, 0.0)
 
 
-def pair_loss(
-    rewards: Tensor, scored: Tensor, kl: Tensor, objective: Objective, totals: BatchTotals
-) -> PairwiseLoss:
+def pair_loss(rewards: Tensor, scored: Tensor, kl: Tensor, objective: Objective, totals: BatchTotals) -> PairwiseLoss:
     """From each position's reward to the loss; shared by the readable and the fused version.
 
     Args:

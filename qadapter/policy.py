@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class QAdapterForCausalLM(PreTrainedModel, GenerationMixin):
             QAdapterError: a model that this method cannot work with; the message says why.
         """
         _refuse_unworkable(peft_model)
-        base = peft_model.get_base_model()
+        base: Any = peft_model.get_base_model()
         config = copy.deepcopy(base.config)
         config.alpha_0, config.alpha_tilde = objective.alpha_0, objective.alpha_tilde
         super().__init__(config)
@@ -88,6 +88,7 @@ class QAdapterForCausalLM(PreTrainedModel, GenerationMixin):
         self.generation_config = copy.deepcopy(base.generation_config)
         self._base_arguments = frozenset(inspect.signature(base.forward).parameters)
         self._no_split_modules = getattr(base, "_no_split_modules", None)
+        self._parameter_count: int | None = None
         self._base_only = False
         self._rows = AdapterRows(peft_model)
         if self._rows.merged:
@@ -226,14 +227,12 @@ class QAdapterForCausalLM(PreTrainedModel, GenerationMixin):
         self.set_adapter_weights({**self._adapter_weights, name: weight or 0.0})
 
     def as_residual(self) -> None:
-        """Turn an `absolute` policy into the `residual` form of the same policy: Q − log π1 with α0 + 1, up to constants.
+        """Turn an `absolute` policy into the `residual` form of the same policy: Q − log π1, with α0 + 1.
 
         Adapters of the residual form can be composed with any weights. The adapters themselves do not change.
         """
         if self.objective.parametrization == "residual":
             return
-        from dataclasses import replace
-
         self.objective = replace(self.objective, parametrization="residual", alpha_0=self.objective.alpha_0 + 1)
         self.config.alpha_0 += 1
 
@@ -451,13 +450,21 @@ class QAdapterForCausalLM(PreTrainedModel, GenerationMixin):
                 module.training = mode  # of this module alone: it decides whether to recompute, nothing else
         return self
 
+    def floating_point_ops(self, input_dict: dict[str, Any], exclude_embeddings: bool = True) -> int:
+        """Trainer's estimate of a step's operations; the parameters are counted once, not at every step."""
+        if self._parameter_count is None:
+            self._parameter_count = self.num_parameters(exclude_embeddings=exclude_embeddings)
+        return 6 * self.estimate_tokens(input_dict) * self._parameter_count
+
     def get_input_embeddings(self) -> nn.Module:
         """The base's."""
-        return self.peft_model.get_base_model().get_input_embeddings()
+        base: Any = self.peft_model.get_base_model()
+        return base.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:
         """The base's."""
-        return self.peft_model.get_base_model().get_output_embeddings()
+        base: Any = self.peft_model.get_base_model()
+        return base.get_output_embeddings()
 
 
 def _repeat_rows(value: Any, times: int, rows: int) -> Any:
@@ -478,10 +485,10 @@ def _refuse_unworkable(peft_model: PeftModel) -> None:
     for name, config in peft_model.peft_config.items():
         if config.is_prompt_learning:
             raise QAdapterError(
-                f"Adapter {name} learns a prompt ({config.peft_type.value}), which moves every position. "
+                f"Adapter {name} learns a prompt ({config.peft_type}), which moves every position. "
                 "Use one that changes layers, such as LoRA."
             )
-    base = peft_model.get_base_model()
+    base: Any = peft_model.get_base_model()
     if base.config.is_encoder_decoder:
         raise QAdapterError(f"{type(base).__name__} is an encoder-decoder model; expected a causal language model.")
     ends = [base.get_input_embeddings(), base.get_output_embeddings()]

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -96,8 +97,12 @@ def load(
 ) -> tuple[PeftModel, PolicySettings]:
     """Base with adapters, and the settings; see `QAdapterForCausalLM.from_pretrained`."""
     settings = read_settings(folder)
-    if not (folder / ADAPTER_FILE).is_file():
-        raise QAdapterError(f"{folder} has no {ADAPTER_FILE}: no other kind of weight file is loaded. Save it again.")
+    for name in settings.adapter_weights:
+        if not (_place(folder, name) / ADAPTER_FILE).is_file():
+            raise QAdapterError(
+                f"{_place(folder, name)} has no {ADAPTER_FILE}, and no other kind of weight file is loaded. "
+                "Save the policy again."
+            )
     if isinstance(base_model, PreTrainedModel):
         if base_options:
             raise QAdapterError(f"{', '.join(base_options)} only matter for a base that is loaded; one was given.")
@@ -105,14 +110,37 @@ def load(
     else:
         base = _load_base(folder, base_model, base_options)
     first, *others = settings.adapter_weights
-    peft_model = PeftModel.from_pretrained(base, str(folder), adapter_name=first, is_trainable=is_trainable)
+    place = str(_place(folder, first))
+    peft_model = PeftModel.from_pretrained(base, place, adapter_name=first, is_trainable=is_trainable)
     for name in others:
-        peft_model.load_adapter(str(folder / name), adapter_name=name, is_trainable=False)
+        peft_model.load_adapter(str(_place(folder, name)), adapter_name=name, is_trainable=False)
     return peft_model, settings
 
 
+def load_adapter_weights(peft_model: PeftModel, folder: Path, name: str) -> None:
+    """Put the weights that `save` wrote into an adapter that is there already.
+
+    Raises:
+        QAdapterError: no weights in the folder, or weights of another adapter.
+    """
+    file = _place(folder, name) / ADAPTER_FILE
+    if not file.is_file():
+        raise QAdapterError(f"{file} is missing. Give a checkpoint folder that the trainer wrote.")
+    outcome: Any = set_peft_model_state_dict(peft_model, load_file(str(file)), adapter_name=name)
+    if outcome.unexpected_keys:
+        raise QAdapterError(
+            f"{file} holds weights for layers that this adapter does not have, such as {outcome.unexpected_keys[0]}. "
+            "Use the adapter config and the base it was trained with."
+        )
+
+
+def _place(folder: Path, name: str) -> Path:
+    return folder if name == "default" else folder / name  # PEFT's layout
+
+
 def _load_base(folder: Path, base_model: str | Path | None, options: dict[str, Any]) -> PreTrainedModel:
-    place = base_model or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    named = next(iter(read_settings(folder).adapter_weights))
+    place = base_model or PeftConfig.from_pretrained(str(_place(folder, named))).base_model_name_or_path
     if not place:
         raise QAdapterError(
             f"The adapter in {folder} does not say which base it belongs to. Give base_model (a path or a model)."

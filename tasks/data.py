@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect import task
+from prefect.logging import get_run_logger
 
 from qadapter.artifacts import read_json
 from qadapter.preferences import sources
@@ -78,11 +79,15 @@ def prepare_data(context: RunContext, source: str, world: StageResult | None) ->
                 run_id,
                 f"{source}-{side}",
                 source=settings.path,
-                digest=summary[f"{side}_digest"],
+                digest=summary[f"{side}_sha256"],
                 context="training" if side == "train" else "evaluation",
                 profile={"pairs": summary[f"{side}_pairs"], "prompts": summary[f"{side}_prompts"]},
             )
-        context.tracker.log_metrics(run_id, {f"data/{k}": v for k, v in summary.items() if isinstance(v, int | float)})
+        if summary["incomplete_files"]:
+            get_run_logger().warning("%s: these files broke off: %s", source, ", ".join(summary["incomplete_files"]))
+        counts = {name: value for name, value in summary.items() if isinstance(value, int)}
+        counts |= {f"quarantined/{reason}": count for reason, count in summary["quarantined"].items()}
+        context.tracker.log_metrics(run_id, {f"data/{name}": count for name, count in counts.items()})
 
     result = logged_stage(
         context,

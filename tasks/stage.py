@@ -114,7 +114,8 @@ class StageStore:
 
         Args:
             name: the stage's name, letters, digits, dashes and dots; with it two stages never share a key.
-            module: the module that does the work; its code and that of all it imports is part of the key.
+            module: the module that does the work; its code, that of `compute` and of all they import or call in
+                this project is part of the key (`code_digest`).
             config: every setting the result depends on, as JSON values. No paths: they differ between machines.
             inputs: what the stage reads, by name: earlier stages, or files and folders (which are digested).
             compute: called as `compute(out, scratch)`. Writes the result into `out`, an empty folder; may keep
@@ -127,7 +128,7 @@ class StageStore:
             QAdapterError: an input is missing, or the disk is full or read-only.
             TypeError, ValueError: `config` is not plain JSON, or `compute` wrote nothing.
         """
-        code = code_digest(module)
+        code = code_digest(module, compute)
         digests = {label: _input_digest(source) for label, source in inputs.items()}
         key = _key(name, code, config, digests)
         folder, scratch, lock = (

@@ -63,9 +63,25 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 @lru_cache(maxsize=8)
-def _client(uri: str, _process: int) -> MlflowClient:
+def _client(uri: str, artifact_root: str, _process: int) -> MlflowClient:
     """One client a process: a database connection must not be shared with a forked child."""
+    if uri.startswith(_SQLITE):
+        database = Path(uri.removeprefix(_SQLITE))
+        with storage_errors(database):
+            database.parent.mkdir(parents=True, exist_ok=True)
+            with _first_use(uri):
+                if not database.exists():
+                    # Some sixty lines about tables, and artifacts below the current directory, whatever that is, are
+                    # what a client that comes first would give us.
+                    for name in ("alembic", "mlflow.store.db.utils"):
+                        logging.getLogger(name).setLevel(logging.WARNING)
+                    SqlAlchemyStore(uri, artifact_root)
     return MlflowClient(uri)
+
+
+def _first_use(uri: str) -> contextlib.AbstractContextManager[Any]:
+    """A lock between processes: MLflow creates tables and experiments without one, and two doing so at once collide."""
+    return FileLock(f"{uri.removeprefix(_SQLITE)}.lock") if uri.startswith(_SQLITE) else contextlib.nullcontext()
 
 
 def _is_dead(process: str) -> bool:
@@ -180,36 +196,27 @@ class Tracker:
         Raises:
             QAdapterError: it was deleted in the UI.
         """
-        if self.uri.startswith(_SQLITE):
-            database = Path(self.uri.removeprefix(_SQLITE))
-            with storage_errors(database):
-                database.parent.mkdir(parents=True, exist_ok=True)
-                # MLflow creates its tables without a lock of its own, and two processes doing so collide.
-                with FileLock(f"{database}.lock"):
-                    return self._experiment_id(name)
-        return self._experiment_id(name)
-
-    def _experiment_id(self, name: str) -> str:
-        if self.uri.startswith(_SQLITE) and not Path(self.uri.removeprefix(_SQLITE)).exists():
-            _quiet_first_use()
-            # A client would put the artifacts of its experiments below the current directory, whatever that is.
-            SqlAlchemyStore(self.uri, self.artifact_root)
         found = self._call("get_experiment_by_name", name)
-        if found is not None:
-            if found.lifecycle_stage != "active":
-                raise QAdapterError(
-                    f"MLflow's experiment {name!r} at {self.uri} was deleted. Bring it back with "
-                    f"`mlflow experiments restore -x {found.experiment_id}`, or choose another experiment name."
-                )
-            return str(found.experiment_id)
-        if self.uri.startswith(_SQLITE):
-            return str(SqlAlchemyStore(self.uri, self.artifact_root).create_experiment(name))
-        try:
-            return str(self._call("create_experiment", name))
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-            return str(self._call("get_experiment_by_name", name).experiment_id)
+        if found is None:
+            with _first_use(self.uri):
+                found = self._call("get_experiment_by_name", name) or self._create_experiment(name)
+        if found.lifecycle_stage != "active":
+            raise QAdapterError(
+                f"MLflow's experiment {name!r} at {self.uri} was deleted. Bring it back with "
+                f"`mlflow experiments restore -x {found.experiment_id}`, or choose another experiment name."
+            )
+        return str(found.experiment_id)
+
+    def _create_experiment(self, name: str) -> Any:
+        if self.uri.startswith(_SQLITE):  # a client would put its artifacts below the current directory
+            SqlAlchemyStore(self.uri, self.artifact_root).create_experiment(name)
+        else:
+            try:
+                self._call("create_experiment", name)
+            except MlflowException as error:  # another machine's process was faster
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+        return self._call("get_experiment_by_name", name)
 
     def _start(
         self, experiment_id: str, run_name: str, params: Mapping[str, Any] | None, tags: Mapping[str, Any] | None
@@ -363,7 +370,7 @@ class Tracker:
         """
         for pause in (*_PAUSES, None):
             try:
-                return getattr(_client(self.uri, os.getpid()), method)(*arguments, **options)
+                return getattr(_client(self.uri, self.artifact_root, os.getpid()), method)(*arguments, **options)
             except MlflowException as error:
                 busy = error.error_code == "TEMPORARILY_UNAVAILABLE"
                 if busy and pause is not None:
@@ -385,9 +392,3 @@ def _user() -> str:
         return getpass.getuser()
     except (OSError, KeyError):  # no name for this user id, as in many containers
         return "unknown"
-
-
-def _quiet_first_use() -> None:
-    """Creating the tables would print some sixty lines of migrations."""
-    for name in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.WARNING)

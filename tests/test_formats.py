@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,11 @@ def test_bad_records_have_their_reason(file_format: Format, record: Any, reason:
 def test_every_reason_has_a_test() -> None:
     of_files = {Reason.BROKEN_JSON, Reason.BREAKS_OFF}
     assert {reason for _, _, reason in BAD} | of_files == set(Reason)
+
+
+def test_reasons_can_be_names_of_metrics() -> None:
+    """MLflow refuses other characters, and a run must not die of the name of a bad record."""
+    assert all(re.fullmatch(r"[\w .:/-]+", reason.value, re.ASCII) for reason in Reason)
 
 
 def test_dsp_counts_one_rejection_for_every_candidate() -> None:

@@ -15,14 +15,13 @@ import yaml
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from peft import LoraConfig, get_peft_model
-from tiny_chat import byte_tokenizer, teach, tiny_llama
+from tiny_chat import KINDS, byte_tokenizer, teach, tiny_llama, tiny_policy
 
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.benchmarks import read_items
 from qadapter.evaluation.harness import check_tasks, evaluate_tasks
 from qadapter.evaluation.lm_eval_model import PolicyLM
-from qadapter.evaluation.task_catalog import TEMPLATES, find_tasks, local_tasks, official_tasks, render_templates
+from qadapter.evaluation.task_catalog import TEMPLATES, find_tasks, local_tasks, render_templates
 
 KNOWN = [("capital of Aru?", "Bel"), ("3 + 4?", "7"), ("colour of jade?", "green"), ("2 + 2?", "4")]
 
@@ -100,7 +99,7 @@ def test_multiple_choice_and_bits_per_byte(knowing, tokenizer, data) -> None:
 def test_same_scores_as_lm_evals_own_hf_model(knowing, tokenizer, data, tmp_path) -> None:
     names = ["toy_facts", "helpful_reply_matching", "helpful_bits_per_byte"]
     ours = evaluate_tasks(knowing, tokenizer, names, data=data)
-    render_templates(tmp_path, data)
+    render_templates(tmp_path, names, data)
     theirs = simple_evaluate(
         model=HFLM(pretrained=knowing, tokenizer=tokenizer, batch_size=3),
         tasks=names,
@@ -113,12 +112,10 @@ def test_same_scores_as_lm_evals_own_hf_model(knowing, tokenizer, data, tmp_path
         assert value == pytest.approx(theirs["results"][task][f"{metric},none"], rel=1e-5), key
 
 
-@pytest.mark.parametrize("kind", ["plain", "peft"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_prompts_are_the_tokens_of_training(kind, tokenizer, data, monkeypatch) -> None:
     """What reaches `generate` is the template's token ids, one <bos> only, and the answer is `generate`'s own."""
-    model = tiny_llama(seed=3)
-    if kind == "peft":
-        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    model = tiny_policy(kind, seed=3)
     seen: list[list[int]] = []
     original = PolicyLM._model_generate
 
@@ -152,14 +149,20 @@ def test_training_mode_and_random_state_are_left_alone(tokenizer, data) -> None:
 
 
 def test_overhead_beyond_the_models_work_is_below_a_second(tokenizer, tmp_path) -> None:
+    """500 items, two tokens each, so the model itself costs next to nothing. Processor time: others are at work."""
     for name in ["facts", "sums", "howtos", "advice"]:
         write_benchmark(tmp_path, name, [{"question": f"{name} {i}", "answer": "-"} for i in range(125)])
     model = tiny_llama()
     tasks = ["toy_facts", "toy_sums", "toy_howtos", "toy_advice"]
-    evaluate_tasks(model, tokenizer, tasks, data=tmp_path, max_gen_toks=2)  # warm
-    start = time.perf_counter()
-    evaluate_tasks(model, tokenizer, tasks, data=tmp_path, max_gen_toks=2)  # so the model itself costs next to nothing
-    assert time.perf_counter() - start < 1.5
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a second thread spins while it waits, which counts as processor time
+    try:
+        evaluate_tasks(model, tokenizer, tasks, data=tmp_path, max_gen_toks=2)  # warm
+        start = time.process_time()
+        evaluate_tasks(model, tokenizer, tasks, data=tmp_path, max_gen_toks=2)
+        assert time.process_time() - start < 1
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_too_long_prompts_are_counted_and_too_long_answers_refused(tokenizer, tmp_path) -> None:
@@ -205,7 +208,7 @@ def test_missing_data_is_refused(tokenizer, data, tmp_path) -> None:
     [
         (
             '{"question": "q", "answer": "a"}\n{"question": "q"}\n{"answer": ""}\n',
-            r"line 2 has no 'answer' \(and 1 more",
+            r"line 2 has no 'answer' \(and 1 more faults",
         ),
         ('{"question": "q", "ans', "line 1 is not JSON"),
         ("[1]\n", "line 1 holds list"),
@@ -227,18 +230,25 @@ def test_every_file_in_configs_is_loaded_or_included() -> None:
     included = {settings.get("include") for settings in files.values()}
     tasks = {file.name for file in local_tasks().values()}
     assert tasks | (included - {None}) == set(files)
-    assert len(local_tasks()) >= 10
+    assert len(tasks) >= 7
 
 
-def test_official_tasks_are_found_without_indexing_everything() -> None:
-    """The quick catalogue knows what lm-eval's own index knows of the folders the paper's suite needs."""
-    found = find_tasks(["toy_facts", "leaderboard_bbh", "gsm8k_cot", "mmlu"])
-    assert found.local == ("toy_facts",)
-    assert [folder.name for folder in found.official] == ["gsm8k", "bbh_mc", "default"]
-    index = TaskManager(include_path=list(found.official), include_defaults=False)
-    names = {*index.all_subtasks, *index.all_groups}
-    assert names <= set(official_tasks())
-    assert {"mmlu_anatomy", "mmlu_stem", "leaderboard_bbh_navigate", "gsm8k_cot"} <= names
+def test_a_template_for_many_benchmarks_serves_any_name(knowing, tokenizer, tmp_path) -> None:
+    write_benchmark(tmp_path, "anything_text", [{"text": "abc"}])
+    assert find_tasks(["anything_bits_per_byte"]).local == ("anything_bits_per_byte",)
+    scores = evaluate_tasks(knowing, tokenizer, ["anything_bits_per_byte"], data=tmp_path)
+    assert scores.metrics["anything_bits_per_byte/bits_per_byte"] > 0
+    with pytest.raises(QAdapterError, match=r"other_text\.jsonl does not exist"):
+        check_tasks(["other_bits_per_byte"], tmp_path)
+    with pytest.raises(QAdapterError, match="Unknown evaluation task: '_bits_per_byte'"):
+        check_tasks(["_bits_per_byte"])
+
+
+def test_automatic_batch_size_gives_the_same_scores(tokenizer, data) -> None:
+    model = tiny_llama(context=72)
+    settings = {"tasks": ["toy_facts", "helpful_reply_matching", "helpful_bits_per_byte"], "max_gen_toks": 8}
+    automatic = evaluate_tasks(model, tokenizer, data=data, batch_size="auto", **settings)
+    assert automatic.metrics == pytest.approx(evaluate_tasks(model, tokenizer, data=data, **settings).metrics)
 
 
 def test_the_preflight_imports_neither_torch_nor_lm_eval() -> None:

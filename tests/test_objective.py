@@ -83,7 +83,7 @@ def random_batch(seed: int, pairs: int = 3, length: int = 9, vocab: int = 7, gap
 
 def brute_force(batch: Batch, o: Objective) -> dict[str, float]:
     """The equations of the module's text, one number at a time, in Python floats."""
-    rows, length, vocab = batch["q_logits"].shape
+    rows, length, _ = batch["q_logits"].shape
     q_logits, base_logits = batch["q_logits"].tolist(), batch["base_logits"].tolist()
     ids, mask = batch["input_ids"].tolist(), batch["response_mask"].tolist()
 
@@ -114,10 +114,8 @@ def brute_force(batch: Batch, o: Objective) -> dict[str, float]:
         scored = [j for j in range(length - 1) if mask[row][j + 1 if o.shift_mask else j]]
         total = 0.0
         for step, j in enumerate(scored):
-            if o.value == "current-state":
-                subtracted = value(row, j)
-            else:
-                subtracted = value(row, j + 1) if j + 1 in scored else 0.0
+            following = value(row, j + 1) if j + 1 in scored else 0.0
+            subtracted = value(row, j) if o.value == "current-state" else following
             reward = q(row, j)[ids[row][j + 1]] - o.gamma * subtracted
             total += reward * (o.gamma**step if o.aggregation == "discounted-sum" else 1 / (length - 1))
             squares, tokens, kl = squares + reward**2, tokens + 1, kl + divergence(row, j)

@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_chat import byte_tokenizer, tiny_llama
+from tiny_chat import KINDS, byte_tokenizer, tiny_llama, tiny_policy
 
 from qadapter.errors import QAdapterError
 from qadapter.evaluation import scoring
@@ -37,14 +36,6 @@ def tokenizer():
     return byte_tokenizer()
 
 
-def lora(seed: int) -> PeftModel:
-    """A LoRA policy that differs from its base."""
-    base = tiny_llama()
-    torch.manual_seed(seed)
-    model = get_peft_model(base, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
-    return model.eval()
-
-
 def scored(chosen: list[float], rejected: list[float], tokens: tuple[list[int], list[int]] | None = None) -> PairScores:
     n = len(chosen)
     chosen_tokens, rejected_tokens = tokens or ([1] * n, [1] * n)
@@ -64,10 +55,10 @@ def by_hand(model, tokenizer, pair: PreferencePair, reply: str) -> tuple[float, 
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
-@pytest.mark.parametrize("kind", ["plain", "peft"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_scores_equal_those_of_one_reply_at_a_time(kind, batch_size, tokenizer, monkeypatch) -> None:
     monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 262 * 3)  # three positions at a time
-    model = tiny_llama() if kind == "plain" else lora(1)
+    model = tiny_policy(kind, seed=1)
     scores = score_pairs(model, tokenizer, PAIRS, max_length=256, batch_size=batch_size)
     for i, pair in enumerate(PAIRS):
         assert (scores.chosen[i], scores.chosen_tokens[i]) == pytest.approx(
@@ -78,9 +69,10 @@ def test_scores_equal_those_of_one_reply_at_a_time(kind, batch_size, tokenizer, 
         )
 
 
-def test_only_the_positions_of_replies_are_computed(tokenizer, monkeypatch) -> None:
-    """The three prompts have 24, 26 and 71 tokens at least, so a batch of one never needs the logits of a prompt."""
-    model = tiny_llama()
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_positions_of_replies_are_computed(kind, tokenizer) -> None:
+    """In a batch of one pair: logits for the longer reply's tokens and the position behind it, none for prompts."""
+    model = tiny_policy(kind)
     shapes: list[int] = []
     model.register_forward_hook(lambda module, args, output: shapes.append(output.logits.shape[1]))
     score_pairs(model, tokenizer, PAIRS, max_length=256, batch_size=1)
@@ -140,8 +132,9 @@ def test_calibration_error_of_calibrated_and_of_overconfident_margins() -> None:
     assert calibration_error(np.array([1e6, -1e6])) == pytest.approx(0.5)
 
 
-def test_kl_is_that_of_the_full_distributions(tokenizer) -> None:
-    base, policy = tiny_llama(), lora(2)
+@pytest.mark.parametrize("kind", ["peft", "q-adapter"])
+def test_kl_is_that_of_the_full_distributions(kind, tokenizer) -> None:
+    base, policy = tiny_llama(), tiny_policy(kind, 2)
     conversations = [(pair.prompt, pair.chosen) for pair in PAIRS]
     result = kl_per_token(base, policy, tokenizer, conversations, max_length=256, batch_size=2)
     for i, (prompt, reply) in enumerate(conversations):
@@ -160,19 +153,21 @@ def test_kl_is_that_of_the_full_distributions(tokenizer) -> None:
 
 
 def test_kl_within_a_short_length_keeps_the_reply(tokenizer) -> None:
-    result = kl_per_token(tiny_llama(), lora(2), tokenizer, [(PAIRS[2].prompt, "abcdefgh")], max_length=8, batch_size=1)
+    result = kl_per_token(
+        tiny_llama(), tiny_policy("peft", 2), tokenizer, [(PAIRS[2].prompt, "abcdefgh")], max_length=8, batch_size=1
+    )
     assert result.tokens.tolist() == [7]
 
 
 def test_kl_refuses_a_base_that_carries_the_adapter(tokenizer) -> None:
-    policy = lora(1)
+    policy = tiny_policy("peft", 1)
     with pytest.raises(ValueError, match="carries the adapter"):
         kl_per_token(policy.get_base_model(), policy, tokenizer, [], max_length=8, batch_size=1)
 
 
-@pytest.mark.parametrize("kind", ["plain", "peft"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_batched_replies_equal_single_ones_in_order(kind, tokenizer) -> None:
-    model = tiny_llama(seed=5) if kind == "plain" else lora(5)
+    model = tiny_policy(kind, seed=5)
     prompts = [pair.prompt for pair in PAIRS] + [({"role": "user", "content": "z"},)]
     together = generate_replies(model, tokenizer, prompts, max_new_tokens=12, batch_size=3)
     for prompt, reply in zip(prompts, together, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import logging
@@ -403,6 +404,74 @@ def test_a_module_that_is_not_imported_does_not_count(code: Path) -> None:
     before = code_digest("housing.rooms.main")
     rewrite(code / "rooms/stranger.py", "1", "2")
     assert code_digest("housing.rooms.main") == before
+
+
+FUNCTION = """
+def helper(x):
+    return x + 1
+
+def stranger(x):
+    return x
+
+def make(value):
+    def compute(out, scratch):
+        from housing.rooms.lazy import VALUE
+        {line}
+        return [helper(i) for i in range(VALUE)], value
+    return compute
+"""
+
+
+def defined(**changes: str) -> Callable[..., Any]:
+    """`compute` as a module of this project would define it, with changes to its source."""
+    source = FUNCTION.format(line=changes.pop("line", "pass"))
+    for old, new in changes.items():
+        assert old in source
+        source = source.replace(old, new)
+    space: dict[str, Any] = {"__name__": "housing.tasks"}
+    exec(source, space)
+    return space["make"](object())  # type: ignore[no-any-return]
+
+
+def test_the_function_around_the_work_counts(code: Path) -> None:
+    def digest(**changes: str) -> str:
+        return code_digest("housing.deep", defined(**changes))
+
+    before = digest()
+    assert digest(line="pass  # a word more") == before
+    assert digest(stranger="other") == before
+    assert digest(line="value = 3") != before
+    assert digest(**{"x + 1": "x + 2"}) != before, "a function beside it that it calls"
+    rewrite(code / "rooms/lazy.py", "1", "2")
+    assert digest() != before, "a module that only the function imports"
+    assert code_digest("housing.deep") != before
+
+
+def test_a_function_from_the_library_stands_for_its_module(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(code_version, "_LIBRARY", "housing")
+
+    def imported() -> None:
+        raise AssertionError("never called")
+
+    imported.__module__ = "housing.rooms.stranger"
+
+    class Settings:
+        pass
+
+    Settings.__module__ = "housing.deeper"
+    settings = Settings()
+
+    def compute(out: Path, scratch: Path) -> None:
+        imported()
+        print(settings)
+
+    before = code_digest("housing.rooms.lazy", compute)
+    rewrite(code / "deeper.py", "VALUE = 1", "VALUE = 2")
+    assert code_digest("housing.rooms.lazy", compute) == before, "an object is not code"
+    before = code_digest("housing.deep", compute)
+    rewrite(code / "rooms/stranger.py", "1", "2")
+    assert code_digest("housing.deep", compute) != before
+    assert code_digest("housing.deep", functools.partial(compute)) == code_digest("housing.deep", compute)
 
 
 def test_an_unknown_module_is_an_error() -> None:

@@ -158,17 +158,19 @@ def test_every_pair_is_refused_or_fits_with_all_three_parts(question, chosen, re
     try:
         encoded = encode_pair(pair(question, chosen, rejected), TOKENIZER, max_length)
     except UnusablePair:
-        assert not chosen.strip() or not rejected.strip() or chosen.encode()[: max_length - 1] == (
-            rejected.encode()[: max_length - 1]
+        assert (
+            not chosen.strip()
+            or not rejected.strip()
+            or chosen.encode()[: max_length - 1] == (rejected.encode()[: max_length - 1])
         )
         return
     whole = encode_pair(pair(question, chosen, rejected), TOKENIZER, 4096)
     for reply, full in ((encoded.chosen_ids, whole.chosen_ids), (encoded.rejected_ids, whole.rejected_ids)):
-        assert 0 < len(reply)
+        assert len(reply) > 0
         assert reply == full[: len(reply)]
         assert len(encoded.prompt_ids) + len(reply) <= max_length
         assert len(reply) == min(len(full), max_length - 1)
-    assert 0 < len(encoded.prompt_ids)
+    assert len(encoded.prompt_ids) > 0
     assert whole.prompt_ids[-len(encoded.prompt_ids) :] == encoded.prompt_ids
 
 

@@ -225,7 +225,8 @@ def test_first_use_by_several_processes_from_anywhere(tmp_path: Path) -> None:
     """Four processes create the schema and the experiment at once, each with another current directory."""
     program = (
         "import os, sys; sys.path.insert(0, sys.argv[3]); from tasks.tracking import Tracker\n"
-        "tracker = Tracker(*sys.argv[1:3]); run = tracker.start_parent('race', sys.argv[4], {'a': 1})\n"
+        "tracker = Tracker(*sys.argv[1:3]); tracker.close_abandoned('race')\n"
+        "run = tracker.start_parent('race', sys.argv[4], {'a': 1})\n"
         "tracker.log_text(run, 'x', 'x.txt'); tracker.finish(run)"
     )
     uri, artifacts = f"sqlite:///{tmp_path}/mlflow.db", str(tmp_path / "mlruns")
@@ -256,7 +257,7 @@ def test_a_locked_database_is_waited_for(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A real lock would hold each attempt for SQLite's own 20 s, so the first two attempts fail by hand."""
-    real, calls = tracking._client(tracker.uri, os.getpid()), []
+    real, calls = tracking._client(tracker.uri, tracker.artifact_root, os.getpid()), []
 
     class Busy:
         def log_batch(self, *arguments: Any, **options: Any) -> None:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from qadapter.objective import Objective
+from qadapter.policy import QAdapterForCausalLM
+
+Kind = Literal["plain", "peft", "q-adapter"]
+KINDS: tuple[Kind, ...] = ("plain", "peft", "q-adapter")
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
@@ -48,6 +57,18 @@ def tiny_llama(seed: int = 0, *, hidden: int = 32, context: int = 256, layers: i
         initializer_range=0.2,  # far from uniform, so that greedy answers differ from prompt to prompt
     )
     return LlamaForCausalLM(config).eval()
+
+
+def tiny_policy(kind: Kind, seed: int = 0) -> torch.nn.Module:
+    """A policy of each kind on `tiny_llama()`; adapters are random, so that they differ from their base."""
+    if kind == "plain":
+        return tiny_llama(seed)
+    base = tiny_llama()
+    torch.manual_seed(seed)
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    if kind == "peft":
+        return get_peft_model(base, lora).eval()
+    return QAdapterForCausalLM.from_base(base, lora, Objective.preset("residual", alpha_0=0.7)).eval()
 
 
 def teach(

@@ -1,9 +1,9 @@
-"""Benchmark files: JSON lines, one item a line, checked before a model sees them."""
+"""Benchmark files: JSON lines, JSON or Parquet, checked before a model sees them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,13 @@ def read_items(file: str | Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     """The items of a benchmark file, each with at least the named fields.
 
     Args:
-        file: JSON lines, UTF-8; empty lines are skipped.
+        file: JSON lines (UTF-8, empty lines are skipped), a JSON list (or an object that holds one as `examples`,
+            as BIG-Bench Hard does), or Parquet.
         fields: keys every item needs, with a value that is neither null nor an empty string.
 
     Raises:
-        QAdapterError: the file is missing, empty, not JSON lines, or an item lacks a field. Every faulty line is
-            counted and the first is named: a score over the remaining items would not be the benchmark's.
+        QAdapterError: the file is missing, empty or unreadable, or an item lacks a field. Every faulty item is counted
+            and the first is named: a score over the remaining items would not be the benchmark's.
     """
     path = Path(file)
     if not path.is_file():
@@ -32,26 +33,19 @@ def read_items(file: str | Path, fields: Sequence[str]) -> list[dict[str, Any]]:
         )
     items: list[dict[str, Any]] = []
     faults: list[str] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except json.JSONDecodeError as error:
-            faults.append(f"line {number} is not JSON ({error.msg})")
-            continue
-        if not isinstance(item, dict):
-            faults.append(f"line {number} holds {type(item).__name__}, not an object")
-            continue
-        absent = [field for field in fields if item.get(field) in (None, "")]
-        if absent:
-            faults.append(f"line {number} has no {', '.join(repr(field) for field in absent)}")
-            continue
-        items.append(item)
+    for place, item in _records(path):
+        if isinstance(item, Exception):
+            faults.append(f"{place} is not JSON ({item})")
+        elif not isinstance(item, dict):
+            faults.append(f"{place} holds {type(item).__name__}, not an object")
+        elif absent := [field for field in fields if item.get(field) in (None, "")]:
+            faults.append(f"{place} has no {', '.join(repr(field) for field in absent)}")
+        else:
+            items.append(item)
     if faults:
-        more = f" (and {len(faults) - 1} more faulty lines)" if len(faults) > 1 else ""
+        more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
         raise QAdapterError(
-            f"Benchmark file {path}: {faults[0]}{more}. Every line must be an object with "
+            f"Benchmark file {path}: {faults[0]}{more}. Every item must be an object with "
             f"{', '.join(repr(field) for field in fields)}. Correct the file or leave this task out."
         )
     if not items:
@@ -69,3 +63,29 @@ def lm_eval_dataset(file: str, fields: Sequence[str], **_metadata: Any) -> dict[
 
     keep = list(fields)
     return {"test": Dataset.from_list([{key: item[key] for key in keep} for item in read_items(file, fields)])}
+
+
+def _records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where each item stands, and the item; an exception in its place if it cannot be read."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        yield from ((f"row {i}", row) for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1))
+    elif path.suffix == ".json":
+        try:
+            whole = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            yield "the file", error
+            return
+        items = whole.get("examples") if isinstance(whole, dict) else whole
+        if isinstance(items, list):
+            yield from ((f"item {i}", item) for i, item in enumerate(items, start=1))
+        else:
+            yield "the file", items
+    else:
+        for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if line.strip():
+                try:
+                    yield f"line {i}", json.loads(line)
+                except json.JSONDecodeError as error:
+                    yield f"line {i}", error

@@ -19,7 +19,15 @@ from transformers import PreTrainedTokenizerBase
 
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.lm_eval_model import PolicyLM
-from qadapter.evaluation.task_catalog import check_tasks, find_tasks, needs_data, render_templates
+from qadapter.evaluation.official_files import redirect
+from qadapter.evaluation.task_catalog import (
+    TaskFolders,
+    check_tasks,
+    expand_suites,
+    find_tasks,
+    needs_data,
+    render_templates,
+)
 
 __all__ = ["TaskScores", "check_tasks", "evaluate_tasks"]
 
@@ -62,9 +70,11 @@ def evaluate_tasks(
     tasks: Sequence[str],
     *,
     data: Path | None = None,
+    official_data: Path | None = None,
     limit: int | None = None,
     batch_size: int | str = 64,
     apply_chat_template: bool = True,
+    plain_tasks: Sequence[str] = (),
     fewshot_as_multiturn: bool = True,
     num_fewshot: int | None = None,
     max_gen_toks: int | None = None,
@@ -76,10 +86,13 @@ def evaluate_tasks(
     Args:
         model: any policy: a causal language model, a PEFT model or a Q-Adapter; its training mode is left as it was.
         tokenizer: the policy's; its chat template is applied to every prompt if `apply_chat_template`.
-        tasks: names of tasks and groups.
+        tasks: names of tasks, groups and suites (`paper_suite`).
         data: folder whose `benchmarks/` holds the files of the project's own tasks.
+        official_data: folder with files of lm-eval's own tasks (see `qadapter.evaluation.official_files`), by default
+            `<data>/benchmarks`; what is not there comes from the hub.
         limit: use only the first items of each task.
         batch_size: prompts a batch, or "auto" for the largest that fits (found by trying, so meant for a GPU).
+        plain_tasks: those of `tasks` that are asked without chat template, besides those a suite says so of.
         fewshot_as_multiturn: give worked examples as turns of the conversation; needs the chat template.
         num_fewshot: worked examples in place of each task's own number (tasks that fix 0 keep it).
         max_gen_toks: the longest answer in tokens, in place of each task's own.
@@ -90,47 +103,75 @@ def evaluate_tasks(
         QAdapterError: an unknown task, a benchmark file that is missing or faulty, a tokenizer without a chat template,
             an answer that cannot fit into the model's context.
     """
-    if apply_chat_template and not getattr(tokenizer, "chat_template", None):
+    names, without_template = expand_suites(tasks)
+    plain = {*without_template, *plain_tasks} if apply_chat_template else set(names)
+    if not plain.issuperset(names) and not getattr(tokenizer, "chat_template", None):
         raise QAdapterError(
             "The model's tokenizer has no chat template, and the evaluation asks with one. Set "
             "`tokenizer.chat_template` to the template the model was trained with, or switch apply_chat_template off."
         )
-    found = find_tasks(tasks)
+    found = find_tasks(names)
     if data is None and (without := needs_data(found.local)):
         raise QAdapterError(f"Task {without[0]} reads its items from a data folder, and none was given. Give `data`.")
+    if official_data is None and data is not None:
+        official_data = data / "benchmarks"
     if device is not None:
         model.to(device)
+    scores = TaskScores()
     was_training = model.training
-    with _quiet_lm_eval(), tempfile.TemporaryDirectory(prefix="qadapter-tasks-") as rendered:
-        render_templates(Path(rendered), data)
-        manager = TaskManager(include_path=[*found.official, Path(rendered)], include_defaults=False)
-        loaded = manager.load(list(dict.fromkeys(tasks)))
-        for task in loaded["tasks"].values():
-            _configure(task, num_fewshot=num_fewshot, max_gen_toks=max_gen_toks, seed=seed)
-        lm = PolicyLM(
-            model,
-            tokenizer=tokenizer,
-            backend="causal",
-            batch_size=batch_size,
-            apply_chat_template=apply_chat_template,
-        )
-        try:
-            with _seeded(seed, lm.device):
-                raw = evaluate(
-                    lm,
-                    loaded,
-                    limit=limit,
-                    bootstrap_iters=0,
-                    apply_chat_template=apply_chat_template,
-                    fewshot_as_multiturn=fewshot_as_multiturn and apply_chat_template,
+    try:
+        with _quiet_lm_eval(), tempfile.TemporaryDirectory(prefix="qadapter-tasks-") as rendered:
+            manager = _task_manager(names, found, data, official_data, Path(rendered))
+            for chat in (True, False):
+                some = [name for name in names if (name not in plain) == chat]
+                if not some:
+                    continue
+                loaded = _load(manager, some)
+                for task in loaded["tasks"].values():
+                    _configure(task, num_fewshot=num_fewshot, max_gen_toks=max_gen_toks, seed=seed)
+                lm = PolicyLM(
+                    model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, apply_chat_template=chat
                 )
-        finally:
-            model.train(was_training)
-    if raw is None:
-        raise QAdapterError("lm-eval returned no results: only the first process of a distributed run gets them.")
-    scores = _collect(raw, loaded)
-    scores.shortened = lm.shortened
+                with _seeded(seed, lm.device):
+                    raw = evaluate(
+                        lm,
+                        loaded,
+                        limit=limit,
+                        bootstrap_iters=0,
+                        apply_chat_template=chat,
+                        fewshot_as_multiturn=fewshot_as_multiturn and chat,
+                    )
+                scores.update(_collect(raw, loaded))
+                scores.shortened += lm.shortened
+    finally:
+        model.train(was_training)
     return scores
+
+
+def _task_manager(
+    names: Sequence[str], found: TaskFolders, data: Path | None, official_data: Path | None, rendered: Path
+) -> TaskManager:
+    """lm-eval's view of the tasks: its own folders as far as they are needed, then ours, which win."""
+    render_templates(rendered, found.local, data)
+    if found.official and official_data is not None and official_data.is_dir():
+        own = TaskManager(include_path=list(found.official), include_defaults=False)
+        redirect(own.task_index, names, official_data, rendered)
+    return TaskManager(include_path=[*found.official, rendered], include_defaults=False)
+
+
+def _load(manager: TaskManager, names: Sequence[str]) -> Any:
+    """The tasks with their items.
+
+    Raises:
+        QAdapterError: the items of a task come from the hub, and the hub cannot be reached or has them no more.
+    """
+    try:
+        return manager.load(list(names))
+    except (OSError, ValueError, KeyError) as error:  # either is what `datasets` raises offline, by the state of its cache
+        raise QAdapterError(
+            f"A task of {', '.join(names)} could not be loaded: {str(error).splitlines()[0]} If its items come from "
+            f"the hub, allow the network, or put them into a folder and give it as `official_data`."
+        ) from error
 
 
 def _configure(task: Any, *, num_fewshot: int | None, max_gen_toks: int | None, seed: int) -> None:

@@ -1,14 +1,17 @@
-"""The model that lm-eval sees: a policy that is already in memory, behind lm-eval's own Hugging Face class."""
+"""The model that lm-eval sees: a policy in memory, or a Q-Adapter's folder, behind lm-eval's own Hugging Face class."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qadapter.errors import QAdapterError
+from qadapter.policy import QAdapterForCausalLM
 
 
 @register_model("qadapter")
@@ -22,9 +25,39 @@ class PolicyLM(HFLM):
         shortened: requests whose prompt did not fit into the model's context and lost its beginning.
     """
 
-    def __init__(self, pretrained: Any, *, apply_chat_template: bool = False, **settings: Any) -> None:
-        # A template writes its own special tokens, and training tokenises its text without adding any.
-        super().__init__(pretrained, add_bos_token=False if apply_chat_template else None, **settings)
+    def __init__(
+        self,
+        pretrained: Any,
+        *,
+        base: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | str | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+        apply_chat_template: bool = False,
+        **settings: Any,
+    ) -> None:
+        """Wrap a policy.
+
+        Args:
+            pretrained: the policy; or, from a command line, the folder of a Q-Adapter.
+            base: folder or hub id of the Q-Adapter's base; the one its folder names by default.
+            tokenizer: the policy's; the base's by default.
+            dtype: precision of a base that is loaded.
+            device: where a policy that is loaded goes; the processor where there is no GPU, whatever is asked for.
+            apply_chat_template: whether prompts will come out of a chat template.
+            settings: of `hf`.
+        """
+        if isinstance(pretrained, str):
+            # lm-eval's command line asks for a GPU unless told otherwise, and so does `hf` fall back.
+            place = torch.device(device or "cuda") if torch.cuda.is_available() else torch.device("cpu")
+            pretrained = QAdapterForCausalLM.from_pretrained(pretrained, base, dtype=dtype, device_map={"": place})
+            tokenizer = tokenizer or str(pretrained.config.name_or_path)
+        if isinstance(tokenizer, str):
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        if apply_chat_template:
+            # A template writes its own special tokens, and training tokenises its text without adding any.
+            settings.setdefault("add_bos_token", False)
+        super().__init__(pretrained, tokenizer=tokenizer, **settings)
         self.shortened = 0
 
     def tok_batch_encode(

@@ -23,10 +23,15 @@ from qadapter.evaluation.benchmarks import read_items
 TEMPLATES = Path(__file__).resolve().parents[2] / "configs" / "lm_eval"
 """Folder of the project's own task definitions."""
 
-DATA_PLACEHOLDER = "{data}"
+DATA = "{data}"
 """Stands in a template for the absolute path of the data folder."""
 
-_NAME = re.compile(r"""^["']?(?:task|group)["']?\s*:\s*["']?([^\s"'#\[\]]+)["']?\s*(?:#.*)?$""", re.MULTILINE)
+NAME = "{name}"
+"""Stands in a template for a benchmark's name: `{name}_bits_per_byte` defines `dsp_bits_per_byte` and all others."""
+
+_DEFINES = re.compile(r"""^["']?(?:task|group)["']?\s*:\s*["']?([^\s"'#\[\]]+)["']?\s*(?:#.*)?$""", re.MULTILINE)
+_TAGGED = re.compile(r"""^["']?tag["']?\s*:(.*(?:\n\s*-.*)*)$""", re.MULTILINE)
+_WORD = re.compile(r"[\w.-]*\w[\w.-]*")
 
 
 class _TolerantLoader(yaml.SafeLoader):
@@ -49,27 +54,50 @@ class TaskFolders:
     official: tuple[Path, ...]
 
 
+@dataclass(frozen=True)
+class _Official:
+    """Names of the installed lm-eval: the file of each task and group, the folders of each tag's tasks."""
+
+    files: dict[str, Path]
+    tags: dict[str, set[Path]]
+
+
 def find_tasks(names: Sequence[str]) -> TaskFolders:
-    """Where the named tasks and groups are defined.
+    """Where the named tasks, groups and tags are defined.
 
     Raises:
         QAdapterError: a name is defined nowhere; the message has the nearest names.
     """
     if not names:
         raise QAdapterError("No evaluation task was given. Name at least one, for example toy_facts.")
-    local = local_tasks()
+    local = tuple(name for name in names if _template(name) is not None)
     missing = [name for name in names if name not in local]
     if not missing:
-        return TaskFolders(tuple(names), ())
+        return TaskFolders(local, ())
     official = official_tasks()
-    unknown = [name for name in missing if name not in official]
+    unknown = [name for name in missing if name not in official.files and name not in official.tags]
     if unknown:
-        raise QAdapterError(_unknown(unknown, [*local, *official]))
-    folders: dict[Path, None] = {}
-    for name in missing:
-        for file in _files_of(name, official):
-            folders.setdefault(file.parent)
-    return TaskFolders(tuple(name for name in names if name in local), _outermost(folders))
+        raise QAdapterError(_unknown(unknown, [*local_tasks(), *official.files, *official.tags]))
+    folders = {folder for name in missing for folder in _folders_of(name, official)}
+    return TaskFolders(local, _outermost(folders))
+
+
+def expand_suites(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A suite's name (a group of `configs/lm_eval`) replaced by its tasks.
+
+    Returns:
+        All tasks in order, each once, and those among them that the suite asks without chat template.
+    """
+    tasks: dict[str, None] = {}
+    plain: dict[str, None] = {}
+    for name in names:
+        found = _template(name)
+        settings = _settings(found[0]) if found else {}
+        for task in settings["task"] if "group" in settings else [name]:
+            tasks.setdefault(task)
+        for task in settings.get("metadata", {}).get("without_chat_template", []):
+            plain.setdefault(task)
+    return list(tasks), list(plain)
 
 
 def check_tasks(names: Sequence[str], data: Path | None = None) -> None:
@@ -78,50 +106,95 @@ def check_tasks(names: Sequence[str], data: Path | None = None) -> None:
     Raises:
         QAdapterError: see `find_tasks` and `qadapter.evaluation.benchmarks.read_items`.
     """
-    found = find_tasks(names)
+    found = find_tasks(expand_suites(names)[0])
     if data is None:
         return
     for name in found.local:
-        settings = _settings(local_tasks()[name])
-        source = settings.get("dataset_kwargs") or {}
+        source = _source(name)
         if "file" in source:
-            read_items(source["file"].replace(DATA_PLACEHOLDER, str(data.resolve())), source["fields"])
+            read_items(_fill(source["file"], name, data), source["fields"])
 
 
-def render_templates(into: Path, data: Path | None) -> None:
-    """Write the project's task files into a folder, with the data folder's absolute path in the placeholder's place."""
-    replacement = str(data.resolve()) if data is not None else DATA_PLACEHOLDER
+def render_templates(into: Path, names: Sequence[str], data: Path | None) -> None:
+    """Write the project's task files into a folder for lm-eval to read, with the placeholders filled in.
+
+    Args:
+        into: an existing folder.
+        names: tasks that will be asked for; a template for many benchmarks is written once for each of its tasks here.
+        data: the data folder.
+    """
     for template in sorted(TEMPLATES.glob("*.yaml")):
-        text = template.read_text(encoding="utf-8").replace(DATA_PLACEHOLDER, replacement)
-        (into / template.name).write_text(text, encoding="utf-8")
+        text = template.read_text(encoding="utf-8")
+        if NAME not in text:
+            (into / template.name).write_text(_fill(text, "", data), encoding="utf-8")
+    for name in names:
+        found = _template(name)
+        if found is not None and found[1]:
+            text = found[0].read_text(encoding="utf-8")
+            (into / f"{name}.yaml").write_text(_fill(text, name, data), encoding="utf-8")
 
 
 def needs_data(names: Iterable[str]) -> list[str]:
     """Those of the project's own tasks that read a file of the data folder."""
-    local = local_tasks()
-    return [n for n in names if n in local and DATA_PLACEHOLDER in str(_settings(local[n]).get("dataset_kwargs"))]
-
-
-def local_tasks() -> dict[str, Path]:
-    """Name and file of every task and group in `configs/lm_eval`."""
-    return _names_in(TEMPLATES)
+    return [name for name in names if DATA in str(_source(name))]
 
 
 @functools.cache
-def official_tasks() -> dict[str, Path]:
-    """Name and file of every task and group that the installed lm-eval brings."""
+def local_tasks() -> dict[str, Path]:
+    """Name and file of every task and group in `configs/lm_eval`; a name may hold the placeholder `NAME`."""
+    found: dict[str, Path] = {}
+    for file in sorted(TEMPLATES.glob("*.yaml")):
+        for name in _DEFINES.findall(file.read_text(encoding="utf-8")):
+            found.setdefault(name, file)
+    return found
+
+
+@functools.cache
+def official_tasks() -> _Official:
+    """What the installed lm-eval defines (about 2 s, once)."""
     package = importlib.util.find_spec("lm_eval")
     if package is None or not package.submodule_search_locations:
         raise QAdapterError("lm-eval is not installed. Install it with `pip install lm-eval`.")
-    return _names_in(Path(package.submodule_search_locations[0]) / "tasks")
+    files: dict[str, Path] = {}
+    tags: dict[str, set[Path]] = {}
+    for file in sorted((Path(package.submodule_search_locations[0]) / "tasks").glob("**/*")):
+        # Files without ending are only included by others; they define no task, but tag those that include them.
+        if file.suffix not in (".yaml", "") or not file.is_file():
+            continue
+        text = file.read_text(encoding="utf-8", errors="replace")
+        for name in _DEFINES.findall(text) if file.suffix == ".yaml" else []:
+            files.setdefault(name, file)
+        for block in _TAGGED.findall(text):
+            for tag in _WORD.findall(block):
+                tags.setdefault(tag, set()).add(file.parent)
+    return _Official(files, tags)
 
 
-def _names_in(folder: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for file in sorted(folder.glob("**/*.yaml")):
-        for name in _NAME.findall(file.read_text(encoding="utf-8", errors="replace")):
-            found.setdefault(name, file)
-    return found
+def _template(name: str) -> tuple[Path, str] | None:
+    """The template that defines a task, and the benchmark's name that fills its placeholder."""
+    local = local_tasks()
+    if name in local:
+        return local[name], ""
+    for pattern, file in local.items():
+        before, placeholder, after = pattern.partition(NAME)
+        if placeholder and name.startswith(before) and name.endswith(after):
+            benchmark = name[len(before) : len(name) - len(after)]
+            if _WORD.fullmatch(benchmark):
+                return file, benchmark
+    return None
+
+
+def _fill(text: str, name: str, data: Path | None) -> str:
+    found = _template(name)
+    if found is not None and found[1]:
+        text = text.replace(NAME, found[1])
+    return text.replace(DATA, str(data.resolve())) if data is not None else text
+
+
+def _source(name: str) -> dict[str, Any]:
+    """`dataset_kwargs` of one of the project's own tasks."""
+    found = _template(name)
+    return (_settings(found[0]).get("dataset_kwargs") or {}) if found else {}
 
 
 def _settings(file: Path) -> dict[str, Any]:
@@ -134,18 +207,19 @@ def _settings(file: Path) -> dict[str, Any]:
     return merged | own
 
 
-def _files_of(name: str, known: dict[str, Path]) -> list[Path]:
-    """The file of a task, or of a group and everything below it. A tag among the members has no file of its own."""
-    file = known.get(name)
+def _folders_of(name: str, known: _Official) -> set[Path]:
+    """Folders of a task, of a tag's tasks, or of a group and everything below it."""
+    folders = set(known.tags.get(name, ()))
+    file = known.files.get(name)
     if file is None:
-        return []
-    files = [file]
+        return folders
+    folders.add(file.parent)
     members = _settings(file).get("task")
     for member in members if isinstance(members, list) else []:
         child = member if isinstance(member, str) else member.get("task") or member.get("group")
         if isinstance(child, str) and child != name:
-            files += _files_of(child, known)
-    return files
+            folders |= _folders_of(child, known)
+    return folders
 
 
 def _outermost(folders: Iterable[Path]) -> tuple[Path, ...]:

@@ -34,19 +34,22 @@ ROWS_AT_ONCE = 256
 
 
 class Reason(StrEnum):
-    """Why a record, or one candidate pair of it, is not used. The values are what users read."""
+    """Why a record, or one candidate pair of it, is not used.
+
+    The values are what users read. They become names of metrics too: letters, spaces, dashes and colons only.
+    """
 
     BROKEN_JSON = "broken JSON"
     BREAKS_OFF = "the file breaks off or is damaged here: nothing behind this point was read"
     NOT_AN_OBJECT = "not a JSON object"
     WRONG_FIELDS = "a field is missing or has the wrong type"
     NOT_UNICODE = "the text is not valid Unicode"
-    NOT_A_DIALOGUE = "not a dialogue that begins with the user's turn and ends with a reply"
+    NOT_A_DIALOGUE = "not a dialogue that begins with a user turn and ends with a reply"
     EMPTY_PROMPT = "the prompt is empty or has an empty turn"
     EMPTY_REPLY = "empty reply"
     DIFFERENT_PROMPTS = "chosen and rejected have different prompts"
     IDENTICAL_REPLIES = "chosen and rejected are identical"
-    NO_PREFERENCE = "no preference: the score is missing, tied or not a number"
+    NO_PREFERENCE = "no preference: the score is missing or tied or not a number"
     NO_DOMAIN_RESPONSE = "no response in the wanted domain"
     TOO_LONG = "over-long"
 

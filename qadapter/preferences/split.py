@@ -43,13 +43,13 @@ def split_pairs(
 ) -> Split:
     """Divides pairs by prompt, so that no prompt is on both sides. The order of `pairs` has no influence.
 
-    A prompt's side depends on its text, the seed and `heldout` alone if `heldout` is a share: rows that arrive later
+    If `heldout` is a share, a prompt's side depends on its text, the seed and `heldout` alone: rows that arrive later
     never move a prompt from one side to the other.
 
     Args:
         pairs: all pairs, or only the training side's if `heldout_pairs` is given.
-        heldout: a share of the prompts (float, 0 ≤ share < 1; each prompt is drawn on its own, so the count is near the
-            share, and at least one on each side) or a number of prompts (int). 0 holds nothing out.
+        heldout: below 1 a share of the prompts (each is drawn on its own, so the count is near the share, and at least
+            one on each side), from 1 on a whole number of prompts. 0 holds nothing out.
         heldout_pairs: a held-out side that is given; training pairs with one of its prompts are removed.
         seed: decides the split, the order and what the limits cut.
         max_train_pairs, max_heldout_pairs: keep at most so many pairs a side.
@@ -92,15 +92,15 @@ def split_pairs(
 def _draw_prompts(prompts: set[str], heldout: float | int, seed: int) -> set[str]:
     """The prompts to hold out: those whose seeded hash is smallest."""
     ranked = sorted(prompts, key=lambda prompt: _draw(seed, prompt))
-    if isinstance(heldout, bool) or heldout < 0 or (isinstance(heldout, float) and not heldout < 1):
-        raise QAdapterError(f"heldout is {heldout}; a share below 1.0 or a whole number of prompts was expected.")
+    if isinstance(heldout, bool) or not 0 <= heldout < 2**53 or (heldout >= 1 and heldout != int(heldout)):
+        raise QAdapterError(f"heldout is {heldout}; a share below 1 or a whole number of prompts was expected.")
     if heldout == 0:
         return set()
-    if isinstance(heldout, float):
+    if heldout < 1:
         count = sum(int(_draw(seed, prompt), 16) < heldout * 2**256 for prompt in ranked)
         count = max(1, min(count, len(ranked) - 1))
     else:
-        count = heldout
+        count = int(heldout)
     if count >= len(ranked):
         raise QAdapterError(
             f"heldout is {heldout}, but the data has only {len(ranked)} distinct prompts, and training needs at least "

@@ -31,7 +31,7 @@ class UnusablePair(ValueError):  # noqa: N818 - it is no programming error: the 
 
 @dataclass(frozen=True, slots=True)
 class EncodedPair:
-    """Token ids of one pair: each sequence is `prompt_ids` followed by one of the replies; none of the three is empty."""
+    """Token ids of one pair: a sequence is `prompt_ids` and then one of the replies; none of the three is empty."""
 
     prompt_ids: list[int]
     chosen_ids: list[int]
@@ -149,7 +149,8 @@ def _refuse_empty(chosen: str, rejected: str) -> None:
 
 
 def _template_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], **options: bool) -> list[int]:
-    return _ids(tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options))
+    encoding: Any = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)  # type: ignore[arg-type]
+    return _ids(encoding)
 
 
 def _ids(encoding: Mapping[str, Any]) -> list[int]:
@@ -163,9 +164,7 @@ def _shared_beginning(first: Sequence[int], second: Sequence[int]) -> int:
     return min(len(first), len(second))
 
 
-def _split_and_cut(
-    prompt: list[int], with_chosen: list[int], with_rejected: list[int], max_length: int
-) -> EncodedPair:
+def _split_and_cut(prompt: list[int], with_chosen: list[int], with_rejected: list[int], max_length: int) -> EncodedPair:
     if max_length < 2:
         raise ValueError(f"max_length is {max_length}; expected at least 2: one prompt token and one response token.")
     border = min(_shared_beginning(prompt, with_chosen), _shared_beginning(prompt, with_rejected))

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
@@ -25,7 +26,6 @@ from qadapter.settings import (
     SFTSettings,
 )
 from qadapter.loading import load_base
-from qadapter.objective import Objective
 from qadapter.preferences.pair import Message, PreferencePair
 from qadapter.preferences.prepare import load_pairs
 from qadapter.preferences.tokenize import EncodedPair, UnusablePair, encode_pair
@@ -37,15 +37,16 @@ from qadapter.training.arguments import (
     write_training_record,
 )
 from qadapter.training.baselines import train_dpo, train_sft
-from qadapter.training.qadapter_trainer import QAdapterConfig, QAdapterTrainer
+from qadapter.training.encoded_pairs import EncodedPairs
+from qadapter.training.qadapter_config import QAdapterConfig
+from qadapter.training.qadapter_trainer import QAdapterTrainer
 
 MethodChoice = QAdapterSettings | SFTSettings | DPOSettings | ReplaySettings
 
 
-def objective_of(settings: QAdapterSettings) -> Objective:
-    """The objective that a config's `methods.q-adapter` section describes."""
-    given = settings.model_dump(exclude={"preset", "learning_rate"}, exclude_none=True)
-    return Objective.preset(settings.preset, **given)
+def _objective_fields(settings: QAdapterSettings) -> dict[str, Any]:
+    """What a config's `methods.q-adapter` section changes of its preset."""
+    return settings.model_dump(exclude={"preset", "learning_rate"}, exclude_none=True)
 
 
 def lora_config(settings: LoraSettings) -> LoraConfig:
@@ -124,19 +125,19 @@ def _train_q_adapter(
     network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     encoded: Sequence[EncodedPair],
-    arguments: dict[str, object],
+    arguments: dict[str, Any],
     lora: LoraConfig,
     choice: QAdapterSettings,
 ) -> Trainer:
     trainer = QAdapterTrainer(
         model=network,
-        args=QAdapterConfig.from_objective(objective_of(choice), **arguments),
-        train_dataset=encoded,
+        args=QAdapterConfig(objective=choice.preset, **_objective_fields(choice), **arguments),
+        train_dataset=EncodedPairs(encoded),
         processing_class=tokenizer,
         peft_config=lora,
-        callbacks=[ProgressLog("q-adapter")],
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(str(arguments["output_dir"])))
+    ProgressLog.on(trainer, "q-adapter")
+    trainer.train(resume_from_checkpoint=last_checkpoint(arguments["output_dir"]))
     return trainer
 
 

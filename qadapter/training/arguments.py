@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qadapter.artifacts import write_json
 from qadapter.settings import OptimizerSettings
@@ -51,17 +51,26 @@ def trainer_arguments(settings: OptimizerSettings, *, seed: int, scratch: Path, 
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "gradient_checkpointing": settings.gradient_checkpointing,  # TRL's own default is on
+        "activation_checkpointing": settings.gradient_checkpointing,
         "bf16": settings.bf16,
         "use_cpu": not torch.cuda.is_available(),
     }
 
 
 class ProgressLog(TrainerCallback):
-    """Says where a training is, at most every `seconds`: a log line survives where a progress bar does not."""
+    """Says where a training is, at most every `seconds`: a log line survives where a progress bar does not.
+
+    It takes the place of the callback that prints every logged step.
+    """
 
     def __init__(self, name: str, seconds: float = 15.0) -> None:
         self.name, self.seconds, self._last = name, seconds, time.monotonic()
+
+    @classmethod
+    def on(cls, trainer: Trainer, name: str) -> None:
+        """Let a trainer report its progress this way."""
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(cls(name))
 
     def on_log(
         self,

@@ -130,8 +130,8 @@ def pretrain(
         args=TrainingArguments(**arguments),
         train_dataset=[{"input_ids": row} for row in rows],  # type: ignore[arg-type]  # any sized, indexable rows
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
-        callbacks=[ProgressLog("pre-training")],
     )
+    ProgressLog.on(trainer, "pre-training")
     with measured_cost() as cost:
         trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
     trainer.save_model(str(out / "model"))

@@ -53,12 +53,12 @@ def train_sft(
     )
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(**arguments, max_length=None, completion_only_loss=True),
+        args=SFTConfig(**_for_trl(arguments), max_length=None, completion_only_loss=True),
         train_dataset=rows,
         processing_class=tokenizer,
         peft_config=lora,
-        callbacks=[ProgressLog(name)],
     )
+    ProgressLog.on(trainer, name)
     trainer.train(resume_from_checkpoint=last_checkpoint(arguments["output_dir"]))
     return trainer
 
@@ -89,11 +89,16 @@ def train_dpo(
     )
     trainer = _TokenizedDPOTrainer(
         model=model,
-        args=DPOConfig(**arguments, max_length=None, beta=beta),
+        args=DPOConfig(**_for_trl(arguments), max_length=None, beta=beta),
         train_dataset=rows,
         processing_class=tokenizer,
         peft_config=lora,
-        callbacks=[ProgressLog(name)],
     )
+    ProgressLog.on(trainer, name)
     trainer.train(resume_from_checkpoint=last_checkpoint(arguments["output_dir"]))
     return trainer
+
+
+def _for_trl(arguments: dict[str, Any]) -> dict[str, Any]:
+    """TRL 1.16 turns checkpointing on by default, and only under the name that transformers 5.23 deprecates."""
+    return {**arguments, "gradient_checkpointing": arguments["activation_checkpointing"]}

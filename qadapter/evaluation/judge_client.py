@@ -1,0 +1,303 @@
+"""Calls to a judge behind an OpenAI-compatible endpoint: cached, retried, within a budget, never fatal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+
+from qadapter.errors import QAdapterError
+
+Messages = Sequence[dict[str, str]]
+Parsed = TypeVar("Parsed")
+
+CHARACTERS_A_TOKEN = 3.5
+"""For estimates only; English text has about four, other languages fewer."""
+
+LONGEST_WAIT = 60.0
+"""Seconds between two attempts at most, whatever the server asks for."""
+
+GIVE_UP_AFTER = 3
+"""Calls in a row that no retry could save, after which the judge is taken to be gone."""
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """Which judge, and how much it may cost.
+
+    Attributes:
+        url: the endpoint's base, such as `https://api.openai.com/v1`; `/chat/completions` is added.
+        model: the judge's name there.
+        api_key_variable: environment variable that holds the key; None for a server that wants none.
+        input_price, output_price: of a million tokens; needed for an estimate and for a budget.
+        budget: most that one evaluation may cost, in the prices' currency; None for no limit.
+        max_output_tokens: longest answer of the judge.
+        timeout: seconds for one attempt.
+        retries: further attempts after one that failed for a reason that may pass.
+        backoff: seconds before the first of them; each further wait is twice as long.
+        parallel: calls at a time.
+        extra: further fields of the request body; null removes one (some models refuse `temperature`).
+    """
+
+    url: str
+    model: str
+    api_key_variable: str | None = "OPENAI_API_KEY"
+    input_price: float | None = None
+    output_price: float | None = None
+    budget: float | None = None
+    max_output_tokens: int = 64
+    timeout: float = 60.0
+    retries: int = 4
+    backoff: float = 1.0
+    parallel: int = 4
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Refuse what can be seen to be wrong before any call.
+
+        Raises:
+            QAdapterError: no http(s) address, no key in the environment, a budget without prices.
+        """
+        if not re.match(r"https?://[^/\s]+", self.url):
+            raise QAdapterError(f"The judge's url is {self.url!r}. Give the endpoint's base, http(s)://…/v1.")
+        if self.api_key_variable is not None and not os.environ.get(self.api_key_variable):
+            raise QAdapterError(
+                f"The judge's key is expected in the environment variable {self.api_key_variable}, which is not set. "
+                f"Set it, or set api_key_variable to null for a server that wants no key."
+            )
+        if self.budget is not None and (self.input_price is None or self.output_price is None):
+            raise QAdapterError("The judge has a budget but no prices. Give input_price and output_price.")
+
+    def price(self, input_tokens: float, output_tokens: float) -> float | None:
+        """What so many tokens cost; None where the prices are not known."""
+        if self.input_price is None or self.output_price is None:
+            return None
+        return (input_tokens * self.input_price + output_tokens * self.output_price) / 1e6
+
+
+class UnansweredError(Exception):
+    """The judge gave no usable answer to one question; the message is the reason, one of a few words."""
+
+
+@dataclass
+class Usage:
+    """What was used.
+
+    Attributes:
+        calls: questions that were answered, nonsense included.
+        cached: answers that were known.
+        retries: further attempts.
+        cost: in the prices' currency; 0 without prices.
+        last_error: what went wrong last, for people to read.
+    """
+
+    calls: int = 0
+    cached: int = 0
+    retries: int = 0
+    cost: float = 0.0
+    last_error: str = ""
+
+
+class JudgeClient:
+    """One judge for one evaluation; safe to use from several threads.
+
+    Attributes:
+        usage: what was used so far.
+    """
+
+    def __init__(self, settings: JudgeSettings, cache: Path | None = None) -> None:
+        """Check the settings and read the cache.
+
+        Args:
+            settings: the judge.
+            cache: JSON lines of earlier answers, added to; a line that was cut off by a crash is ignored.
+        """
+        settings.check()
+        self.settings = settings
+        self.usage = Usage()
+        self._cache_file = cache
+        self._answers = _read_cache(cache)
+        self._lock = threading.Lock()
+        self._reserved = 0.0
+        self._lost_in_a_row = 0
+        self._stopped: str | None = None
+        key = os.environ.get(settings.api_key_variable, "") if settings.api_key_variable else ""
+        self._http = httpx.Client(timeout=settings.timeout, headers={"Authorization": f"Bearer {key}"} if key else {})
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def ask(self, messages: Messages, parse: Callable[[str], Parsed | None], reminder: str) -> Parsed:
+        """The judge's answer to one question.
+
+        Args:
+            messages: the question.
+            parse: makes an answer of the judge's text, None if it is none.
+            reminder: what is said to a judge whose text was no answer, once.
+
+        Raises:
+            UnansweredError: no answer: "nonsense", "timeout", "unreachable", "server error", "rate limit", "refused",
+                "quota", "budget".
+        """
+        text = self._text(messages, parse)
+        if (answer := parse(text)) is not None:
+            return answer
+        again = [*messages, {"role": "assistant", "content": text}, {"role": "user", "content": reminder}]
+        text = self._text(again, parse)
+        if (answer := parse(text)) is not None:
+            self._remember(self._key(messages), text)
+            return answer
+        self._note(f"nonsense: {text[:200]!r}")
+        raise UnansweredError("nonsense")
+
+    def is_cached(self, messages: Messages) -> bool:
+        """Whether the question needs no call."""
+        return self._key(messages) in self._answers
+
+    def estimated_tokens(self, messages: Messages) -> tuple[float, float]:
+        """Tokens of the question, and of the longest answer to it."""
+        characters = sum(len(message["content"]) for message in messages)
+        return characters / CHARACTERS_A_TOKEN + 4 * len(messages), float(self.settings.max_output_tokens)
+
+    def _text(self, messages: Messages, parse: Callable[[str], Any]) -> str:
+        key = self._key(messages)
+        with self._lock:
+            if (known := self._answers.get(key)) is not None:
+                self.usage.cached += 1
+                return known
+        text = self._call(messages)
+        if parse(text) is not None:  # nonsense is not kept: another attempt, another day, may do better
+            self._remember(key, text)
+        return text
+
+    def _call(self, messages: Messages) -> str:
+        expected = self.settings.price(*self.estimated_tokens(messages)) or 0.0
+        with self._lock:
+            if self._stopped:
+                raise UnansweredError(self._stopped)
+            budget = self.settings.budget
+            if budget is not None and self.usage.cost + self._reserved + expected > budget:
+                raise UnansweredError("budget")
+            self._reserved += expected
+        try:
+            body = self._attempts(messages)
+        finally:
+            with self._lock:
+                self._reserved -= expected
+        with self._lock:
+            self.usage.calls += 1
+            self.usage.cost += self._cost(body.get("usage"), expected)
+        try:
+            return str(body["choices"][0]["message"]["content"] or "")
+        except (KeyError, IndexError, TypeError):
+            return ""  # an answer, but without a text: nonsense
+
+    def _attempts(self, messages: Messages) -> dict[str, Any]:
+        """The response's body, after as many attempts as are allowed."""
+        reason, wait = "unreachable", self.settings.backoff
+        for attempt in range(self.settings.retries + 1):
+            if attempt:
+                time.sleep(wait * random.uniform(0.75, 1.0))  # apart from each other, not all at once
+                with self._lock:
+                    self.usage.retries += 1
+            if self._stopped:
+                raise UnansweredError(self._stopped)
+            wait = min(self.settings.backoff * 2**attempt, LONGEST_WAIT)
+            try:
+                response = self._http.post(
+                    f"{self.settings.url.rstrip('/')}/chat/completions", json=self._body(messages)
+                )
+                if response.is_success:
+                    body = response.json()
+                    self._lost_in_a_row = 0
+                    return body if isinstance(body, dict) else {}
+            except httpx.TimeoutException:
+                reason = self._note("timeout", f"no answer within {self.settings.timeout} s")
+                continue
+            except httpx.TransportError as error:
+                reason = self._note("unreachable", str(error))
+                continue
+            except ValueError:
+                reason = self._note("server error", "the response is not JSON")
+                continue
+            self._note(f"status {response.status_code}", response.text)
+            if response.status_code == 402 or "insufficient_quota" in response.text:
+                raise self._stop("quota")
+            if response.status_code in (401, 403, 404):  # the key or the name is wrong: no question will fare better
+                raise self._stop("refused")
+            if response.status_code not in (408, 409, 429) and response.status_code < 500:
+                raise UnansweredError("refused")
+            reason = "rate limit" if response.status_code == 429 else "server error"
+            wait = _asked_wait(response, wait)
+        with self._lock:
+            self._lost_in_a_row += 1
+            if self._lost_in_a_row >= GIVE_UP_AFTER:
+                self._stopped = reason
+        raise UnansweredError(reason)
+
+    def _stop(self, reason: str) -> UnansweredError:
+        self._stopped = reason
+        return UnansweredError(reason)
+
+    def _note(self, reason: str, detail: str = "") -> str:
+        self.usage.last_error = f"{reason}: {detail.strip()[:200]}" if detail.strip() else reason
+        return reason
+
+    def _cost(self, used: Any, expected: float) -> float:
+        """What a call cost by the server's own count of tokens; the estimate where it does not tell."""
+        if not isinstance(used, dict) or not {"prompt_tokens", "completion_tokens"} <= used.keys():
+            return expected
+        return self.settings.price(used["prompt_tokens"], used["completion_tokens"]) or 0.0
+
+    def _body(self, messages: Messages) -> dict[str, Any]:
+        body = {
+            "model": self.settings.model,
+            "messages": list(messages),
+            "temperature": 0,
+            "max_tokens": self.settings.max_output_tokens,
+        } | self.settings.extra
+        return {name: value for name, value in body.items() if value is not None}
+
+    def _key(self, messages: Messages) -> str:
+        question = json.dumps([self.settings.url, self._body(messages)], sort_keys=True)
+        return hashlib.sha256(question.encode()).hexdigest()
+
+    def _remember(self, key: str, text: str) -> None:
+        with self._lock:
+            self._answers[key] = text
+            if self._cache_file is not None:
+                self._cache_file.parent.mkdir(parents=True, exist_ok=True)
+                with self._cache_file.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"key": key, "text": text}, ensure_ascii=False) + "\n")
+
+
+def _read_cache(file: Path | None) -> dict[str, str]:
+    answers: dict[str, str] = {}
+    if file is None or not file.is_file():
+        return answers
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+            answers[row["key"]] = row["text"]
+        except (ValueError, KeyError, TypeError):
+            continue
+    return answers
+
+
+def _asked_wait(response: httpx.Response, otherwise: float) -> float:
+    """Seconds that the server asks to wait for, if it names them."""
+    try:
+        return min(float(response.headers["retry-after"]), LONGEST_WAIT)
+    except (KeyError, ValueError):
+        return otherwise

@@ -1,0 +1,67 @@
+"""The rows of a comparison: one a domain, method and seed, and what they say together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+METHOD_ORDER = ("base", "q-adapter", "sft", "dpo", "replay")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The measurements of one policy.
+
+    Attributes:
+        domain, method: which cell of the comparison.
+        seed: of the training; None for the base.
+        metrics: `adaptation/…`, `retention/…`, `forgetting/…`, `cost/…`, `train/…`.
+    """
+
+    domain: str
+    method: str
+    seed: int | None
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A measurement over seeds: mean, standard deviation (NaN for fewer than two) and how many."""
+
+    mean: float
+    deviation: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """The spread of the values that are numbers."""
+        numbers = [value for value in values if not math.isnan(value)]
+        if not numbers:
+            return cls(math.nan, math.nan, 0)
+        return cls(fmean(numbers), stdev(numbers) if len(numbers) > 1 else math.nan, len(numbers))
+
+    def text(self, digits: int = 3) -> str:
+        """`0.912`, `0.912 ± 0.010`, or `–` where nothing was measured."""
+        if not self.n:
+            return "–"
+        deviation = "" if math.isnan(self.deviation) else f" ± {self.deviation:.{digits}f}"
+        return f"{self.mean:.{digits}f}{deviation}"
+
+
+def ordered(values: Iterable[str], order: Sequence[str] = ()) -> list[str]:
+    """Distinct values: those of `order` first, the others as they come."""
+    distinct = list(dict.fromkeys(values))
+    return [v for v in order if v in distinct] + [v for v in distinct if v not in order]
+
+
+def spread(rows: Sequence[Row], metric: str, domain: str | None, method: str) -> Spread:
+    """A metric of one method over seeds, in one domain or (None) averaged over the domains seed by seed."""
+    chosen = [row for row in rows if row.method == method and domain in (None, row.domain)]
+    if domain is not None:
+        return Spread.of(row.metrics.get(metric, math.nan) for row in chosen)
+    seeds = dict.fromkeys(row.seed for row in chosen)
+    return Spread.of(
+        fmean(row.metrics.get(metric, math.nan) for row in chosen if row.seed == seed) for seed in seeds
+    )

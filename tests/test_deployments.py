@@ -1,0 +1,348 @@
+"""Deployments as Prefect understands them, the plugin through the real command line, and a real server and worker."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import tomllib
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from flows.deployment_names import DEFAULT_DEPLOYMENTS, expand
+from flows.serve import api_url
+from qadapter.errors import QAdapterError
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+PREFECT = str(Path(sys.executable).with_name("prefect"))
+
+# The whole experiment, as small as it gets: one domain, one method, a model of a few thousand parameters.
+TINY = {
+    "sources": {
+        "harmless": {
+            "path": "{data}/hh-rlhf/harmless.jsonl",
+            "heldout_path": "{data}/hh-rlhf/harmless-heldout.jsonl",
+        }
+    },
+    "domains": {"harmless": {"source": "harmless", "base": "pretrained"}},
+    "helpful_sft": None,
+    "toy_world.corpus_size": 200,
+    "model.from_scratch.hidden_size": 16,
+    "model.from_scratch.intermediate_size": 16,
+    "model.from_scratch.layers": 1,
+    "model.from_scratch.heads": 2,
+    "pretraining.max_steps": 12,
+    "pretraining.batch_size": 4,
+    "training.max_steps": 12,
+    "training.batch_size": 2,
+    "methods.run": ["sft"],
+    "evaluation.retention.tasks": ["toy_facts"],
+    "evaluation.retention.max_new_tokens": 2,
+    "evaluation.adaptation.max_new_tokens": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def deployments() -> list[dict[str, Any]]:
+    return list(yaml.safe_load((PROJECT_ROOT / "prefect.yaml").read_text(encoding="utf-8"))["deployments"])
+
+
+# ---- what the files say
+
+
+def test_each_profile_has_its_deployment(deployments: list[dict[str, Any]]) -> None:
+    from flows.full_paper_repro import full_paper_repro
+
+    found = [entry for entry in deployments if entry["entrypoint"].endswith(":full_paper_repro")]
+    assert [entry["name"] for entry in found] == ["smoke", "mini", "paper"]
+    assert full_paper_repro.name == "full-paper-repro"
+    for entry in found:
+        assert entry["parameters"] == {"profile": entry["name"]}
+        assert (PROJECT_ROOT / "configs" / f"{entry['name']}.yaml").is_file()
+        assert f"profile:{entry['name']}" in entry["tags"]
+
+
+def test_the_flow_takes_what_deployments_and_their_users_give() -> None:
+    from flows.full_paper_repro import full_paper_repro
+
+    signature = inspect.signature(full_paper_repro.fn)
+    assert {name: parameter.default for name, parameter in signature.parameters.items()} == {
+        "profile": "smoke",
+        "data": None,
+        "overrides": None,
+    }
+    given = {"profile": "mini", "data": "/data", "overrides": {"training.max_steps": 5}}
+    assert full_paper_repro.validate_parameters(given) == given
+
+
+def test_every_deployment_is_whole(deployments: list[dict[str, Any]]) -> None:
+    for entry in deployments:
+        file, _, function = entry["entrypoint"].partition(":")
+        assert f"def {function}(" in (PROJECT_ROOT / file).read_text(encoding="utf-8")
+        assert entry["work_pool"]["name"] == "qadapter-local"
+        assert entry["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}
+        assert len(entry["description"]) > 40
+
+
+def test_the_plugin_knows_what_is_deployed(deployments: list[dict[str, Any]]) -> None:
+    from flows.full_paper_repro import full_paper_repro
+
+    deployed = {
+        (full_paper_repro.name, entry["name"]) for entry in deployments if "full_paper_repro" in entry["entrypoint"]
+    }
+    assert set(DEFAULT_DEPLOYMENTS.items()) <= deployed
+
+
+def test_prefect_toml_keeps_to_this_machine() -> None:
+    settings = tomllib.loads((PROJECT_ROOT / "prefect.toml").read_text(encoding="utf-8"))
+    assert settings["api"]["url"] == "http://127.0.0.1:4200/api"
+    assert settings["server"]["analytics_enabled"] is False
+    assert settings["plugins"] == {"enabled": True, "allow": "qadapter-deployments"}
+
+
+def test_the_api_url_is_the_users_or_the_projects(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    assert api_url(PROJECT_ROOT) == "http://127.0.0.1:4200/api"
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4999/api/")
+    assert api_url(PROJECT_ROOT) == "http://127.0.0.1:4999/api"
+    monkeypatch.setenv("PREFECT_API_URL", "")
+    (tmp_path / "prefect.toml").write_text("[api]\n")
+    with pytest.raises(QAdapterError, match="No Prefect API is configured"):
+        api_url(tmp_path)
+
+
+# ---- the plugin
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("deployment run full-paper-repro", "deployment run full-paper-repro/smoke"),
+        ("deployments run full-paper-repro --watch", "deployments run full-paper-repro/smoke --watch"),
+        (
+            "deployment run -p data=x --watch full-paper-repro",
+            "deployment run -p data=x --watch full-paper-repro/smoke",
+        ),
+        ("deployment run --param=data=x full-paper-repro", "deployment run --param=data=x full-paper-repro/smoke"),
+        ("deployment run --tag t full-paper-repro -p a=1", "deployment run --tag t full-paper-repro/smoke -p a=1"),
+        ("--no-prompt deployment run full-paper-repro", "--no-prompt deployment run full-paper-repro/smoke"),
+        ("--profile p deployment run full-paper-repro", "--profile p deployment run full-paper-repro/smoke"),
+    ],
+)
+def test_a_bare_name_is_completed(given: str, expected: str) -> None:
+    assert expand(["prefect", *given.split()]) == ["prefect", *expected.split()]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "deployment",
+        "deployment run",
+        "deployment run full-paper-repro/mini",
+        "deployment run full-paper",
+        "deployment run other-flow",
+        "deployment run other-flow --tag full-paper-repro",
+        "deployment run --flow-run-name full-paper-repro other-flow",
+        "deployment run --tag full-paper-repro",
+        "deployment inspect full-paper-repro",
+        "flow-run ls --flow-name full-paper-repro",
+        "deploy --name full-paper-repro",
+        "config view deployment run full-paper-repro",
+    ],
+)
+def test_nothing_else_is_touched(line: str) -> None:
+    assert expand(["prefect", *line.split()]) == ["prefect", *line.split()]
+
+
+def command_line(*arguments: str, home: Path, url: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    """Prefect's real command line in the project folder, where `prefect.toml` switches the plugin on."""
+    environment = os.environ | {
+        "PREFECT_HOME": str(home),
+        "PREFECT_API_URL": url,
+        "DO_NOT_TRACK": "1",
+        "COLUMNS": "200",
+    }
+    return subprocess.run(
+        [PREFECT, *arguments], cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "outcome"),
+    [("full-paper-repro", "ConnectError"), ("other-flow", "Invalid deployment name format: other-flow")],
+)
+def test_the_real_command_line_loads_the_plugin(tmp_path: Path, name: str, outcome: str) -> None:
+    """Nobody listens on port 9: a completed name gets as far as trying to connect, any other is refused before."""
+    result = command_line("deployment", "run", name, home=tmp_path, url="http://127.0.0.1:9/api")
+    assert result.returncode != 0
+    assert outcome in result.stdout + result.stderr
+    assert "Failed to load plugin" not in result.stdout + result.stderr
+
+
+# ---- `make serve`
+
+
+@dataclass
+class Served:
+    """A running `make serve` of this project, with all it writes in a folder of its own."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    folder: Path
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "serve.log").read_text(errors="replace")
+
+    def prefect(self, *arguments: str, timeout: float = 150) -> str:
+        result = command_line(*arguments, home=self.folder / "prefect", url=self.url, timeout=timeout)
+        assert result.returncode == 0, f"{result.stdout}\n{result.stderr}\n{self.log[-6000:]}"
+        return result.stdout
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
+        )
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return json.load(response)
+
+
+def wait_until(condition: Any, seconds: float, what: str, served: Served) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert served.process.poll() is None, f"serve ended with {served.process.returncode}:\n{served.log[-6000:]}"
+        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s:\n{served.log[-6000:]}"
+        time.sleep(0.3)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("serve")
+    url = f"http://127.0.0.1:{free_port()}/api"
+    environment = os.environ | {
+        "PREFECT_API_URL": url,
+        "PREFECT_HOME": str(folder / "prefect"),
+        "QADAPTER_HOME": str(folder / "home"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    (folder / "home").mkdir()
+    with (folder / "serve.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flows.serve"],
+            cwd=PROJECT_ROOT,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    served = Served(process, url, folder)
+    try:
+        wait_until(lambda: "Ready." in served.log, 120, "a ready server and worker", served)
+        yield served
+    finally:
+        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.terminate()
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        for child in family:
+            if child.is_running():
+                child.kill()
+
+
+def newest_run(served: Served) -> dict[str, Any]:
+    """The flow run that was asked for last."""
+    runs = served.post("/flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC"})
+    assert isinstance(runs[0], dict)
+    return runs[0]
+
+
+@pytest.mark.slow
+def test_deployments_start_runs_that_complete(served: Served, deployments: list[dict[str, Any]]) -> None:
+    """Slash form, then bare name: two real runs through server and worker, the second found in the cache."""
+    found = {entry["name"]: entry for entry in served.post("/deployments/filter", {})}
+    assert set(found) == {entry["name"] for entry in deployments}
+    assert found["mini"]["parameters"] == {"profile": "mini"}
+    for entry in found.values():
+        assert entry["work_pool_name"] == "qadapter-local"
+        assert entry["global_concurrency_limit"]["limit"] == 1
+        assert entry["concurrency_options"]["collision_strategy"] == "ENQUEUE"
+    assert served.post("/work_pools/filter", {})[0]["type"] == "process"
+
+    overrides = f"overrides={json.dumps(TINY)}"
+    for name in ("full-paper-repro/smoke", "full-paper-repro"):
+        served.prefect("deployment", "run", name, "-p", overrides, "--watch")
+        assert newest_run(served)["state_type"] == "COMPLETED", served.log[-6000:]
+
+    smoke = found["smoke"]["id"]
+    assert {run["deployment_id"] for run in served.post("/flow_runs/filter", {})} == {smoke}
+    with sqlite3.connect(served.folder / "home" / "mlflow.db") as database:
+        statuses = database.execute(
+            "SELECT status, COUNT(*) FROM runs WHERE run_uuid NOT IN "
+            "(SELECT run_uuid FROM tags WHERE key = 'mlflow.parentRunId') GROUP BY status"
+        ).fetchall()
+        cached = database.execute(
+            "SELECT value, COUNT(*) FROM tags WHERE key LIKE 'cached.%' GROUP BY value"
+        ).fetchall()
+    assert statuses == [("FINISHED", 2)]
+    assert dict(cached)["True"] == dict(cached)["False"], "what the first run computed, the second one found"
+
+
+@pytest.mark.slow
+def test_stopping_leaves_nothing_behind(served: Served) -> None:
+    """TERM in the middle of a run: it is reported as crashed, every process ends, the port is free."""
+    long_run = TINY | {"pretraining.max_steps": 1_000_000, "base_seed": 7}
+    served.prefect("deployment", "run", "full-paper-repro", "-p", f"overrides={json.dumps(long_run)}")
+    wait_until(lambda: newest_run(served)["state_type"] == "RUNNING", 60, "a running flow", served)
+    run_id = newest_run(served)["id"]
+    family = psutil.Process(served.process.pid).children(recursive=True)
+    assert len(family) >= 3, "server, worker and flow run"
+
+    served.process.send_signal(signal.SIGTERM)
+    assert served.process.wait(timeout=90) == 0, served.log[-6000:]
+
+    assert [process.cmdline() for process in family if process.is_running()] == []
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", int(served.url.split(":")[2].split("/")[0]))) != 0
+    with sqlite3.connect(served.folder / "prefect" / "prefect.db") as database:
+        states = dict(database.execute("SELECT id, state_type FROM flow_run").fetchall())
+    assert states[run_id] == "CRASHED"
+
+
+@pytest.mark.slow
+def test_serve_starts_no_server_elsewhere() -> None:
+    """A remote address that does not answer is an error, not a reason to listen on it."""
+    result = subprocess.run(
+        [sys.executable, "-m", "flows.serve"],
+        cwd=PROJECT_ROOT,
+        env=os.environ | {"PREFECT_API_URL": "http://192.0.2.1:4200/api"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 1
+    assert "loopback address only" in result.stderr
+    assert "Traceback" not in result.stderr

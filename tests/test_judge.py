@@ -1,0 +1,308 @@
+"""The judge against a real HTTP server on this machine."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from qadapter.errors import QAdapterError
+from qadapter.evaluation.judge import CRITERIA, estimate, judge, parse_verdict
+from qadapter.evaluation.judge_client import JudgeSettings
+
+# One answer of the server: a status, a body, and seconds to wait before it.
+Answer = tuple[int, object, float]
+
+PROMPTS = [[{"role": "user", "content": f"question {i}"}] for i in range(6)]
+LONG = ["a long answer " * 3] * 6
+SHORT = [f"short {i}" for i in range(6)]
+
+
+class FakeJudge(ThreadingHTTPServer):
+    """An OpenAI-compatible endpoint whose answers a test decides."""
+
+    def __init__(self, answer: Callable[[str, str, int], str | Answer]) -> None:
+        self.answer = answer
+        self.retry_after: str | None = None
+        self.requests: list[dict] = []
+        self.keys: list[str | None] = []
+        self.lock = threading.Lock()
+        super().__init__(("127.0.0.1", 0), FakeJudgeHandler)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class FakeJudgeHandler(BaseHTTPRequestHandler):
+    server: FakeJudge
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.requests.append(body)
+            self.server.keys.append(self.headers.get("Authorization"))
+            number = len(self.server.requests)
+        asked = body["messages"][1]["content"]
+        first, second = (re.search(rf"<reply {x}>\n(.*?)\n</reply {x}>", asked, re.S).group(1) for x in "AB")
+        answer = self.server.answer(first, second, number)
+        if isinstance(answer, str):
+            message = {"choices": [{"message": {"content": answer}}]}
+            answer = (200, {**message, "usage": {"prompt_tokens": 100, "completion_tokens": 10}}, 0.0)
+        status, content, delay = answer
+        time.sleep(delay)
+        data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+        try:
+            self.send_response(status if self.path == "/v1/chat/completions" else 418)
+            self.send_header("Content-Length", str(len(data)))
+            if self.server.retry_after:
+                self.send_header("Retry-After", self.server.retry_after)
+            self.end_headers()
+            self.wfile.write(data)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # the client gave up waiting
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., FakeJudge]]:
+    servers: list[FakeJudge] = []
+
+    def start(answer: Callable[[str, str, int], str | Answer]) -> FakeJudge:
+        server = FakeJudge(answer)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def settings(server: FakeJudge | str, **changes) -> JudgeSettings:
+    url = server if isinstance(server, str) else server.url
+    defaults = {"api_key_variable": None, "timeout": 5, "retries": 2, "backoff": 0.01, "parallel": 2}
+    return JudgeSettings(url=url, model="fake", **{**defaults, **changes})
+
+
+def longer(first: str, second: str, _: int) -> str:
+    return "Longer is better. " + ("[[A]]" if len(first) > len(second) else "[[B]]")
+
+
+def run(server, a=LONG, b=SHORT, cache=None, **changes):
+    return judge(PROMPTS, a, b, settings(server, **changes), criterion=CRITERIA["harmless"], cache=cache)
+
+
+def test_a_fair_judge_decides_and_every_row_can_be_read(serve) -> None:
+    server = serve(longer)
+    a = [LONG[0], SHORT[1], LONG[2], "same", LONG[4], LONG[5]]
+    b = [SHORT[0], LONG[1], SHORT[2], " same\n", SHORT[4], SHORT[5]]
+    result = run(server, a, b)
+    assert [row.verdict for row in result.rows] == ["a", "b", "a", "tie", "a", "a"]
+    assert result.rows[1].orders == ("b", "b")
+    assert (result.rows[0].prompt, result.rows[0].answer_b) == ("User: question 0", "short 0")
+    assert result.win_rate is not None
+    assert result.win_rate.estimate == pytest.approx(4.5 / 6)
+    assert len(server.requests) == 10  # equal answers are not asked about
+    metrics = result.metrics()
+    assert {name: metrics[name] for name in ("wins", "losses", "ties", "undecided", "calls", "order_agreement")} == {
+        "wins": 4,
+        "losses": 1,
+        "ties": 1,
+        "undecided": 0,
+        "calls": 10,
+        "order_agreement": 1,
+    }
+    assert metrics["win_rate_low"] < metrics["win_rate"] <= metrics["win_rate_high"]
+
+
+def test_a_judge_that_always_takes_the_first_place_decides_nothing(serve) -> None:
+    result = run(serve(lambda first, second, number: "[[A]]"))
+    assert {row.verdict for row in result.rows} == {"tie"}
+    assert result.rows[0].orders == ("a", "b")
+    assert result.metrics()["order_agreement"] == 0
+    assert result.win_rate is not None
+    assert result.win_rate.estimate == 0.5
+
+
+def test_ties_of_the_judge(serve) -> None:
+    assert run(serve(lambda first, second, number: "Both fine: [[c]]")).count("tie") == 6
+
+
+def test_the_request_is_openais(serve, monkeypatch) -> None:
+    monkeypatch.setenv("SOME_KEY", "secret")
+    server = serve(longer)
+    run(server, api_key_variable="SOME_KEY", extra={"temperature": None, "max_completion_tokens": 9})
+    request = server.requests[0]
+    assert set(server.keys) == {"Bearer secret"}
+    assert request["model"] == "fake"
+    assert "temperature" not in request
+    assert (request["max_tokens"], request["max_completion_tokens"]) == (64, 9)
+    assert [message["role"] for message in request["messages"]] == ["system", "user"]
+    assert CRITERIA["harmless"] in request["messages"][0]["content"]
+
+
+def test_answers_are_cached_and_a_torn_cache_is_read(serve, tmp_path) -> None:
+    server, cache = serve(longer), tmp_path / "new" / "judge.jsonl"
+    first = run(server, cache=cache)
+    assert len(server.requests) == 12
+    cache.write_text(cache.read_text() + '{"key": "abc", "te')  # killed while writing
+    again = run(server, cache=cache)
+    assert len(server.requests) == 12
+    assert (again.usage.calls, again.usage.cached) == (0, 12)
+    assert again.rows == first.rows
+    run(server, cache=cache, extra={"seed": 1})  # another question
+    assert len(server.requests) == 24
+
+
+def test_what_may_pass_is_tried_again(serve) -> None:
+    def shaky(first: str, second: str, number: int) -> str | Answer:
+        failures: dict[int, Answer] = {
+            1: (429, {"error": {"message": "slow down"}}, 0),
+            2: (500, "oops", 0),
+            4: (200, "not json", 0),
+        }
+        return failures.get(number) or longer(first, second, number)
+
+    server = serve(shaky)
+    result = run(server, parallel=1)
+    assert result.count("a") == 6
+    assert (result.usage.retries, result.usage.calls, len(server.requests)) == (3, 12, 15)
+
+
+@pytest.mark.parametrize(("retry_after", "bounds"), [(None, [8, 16, 32, 60, 60]), ("20", [20] * 5), ("soon", [8, 16])])
+def test_waits_grow_and_follow_the_server(retry_after, bounds, serve, monkeypatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("qadapter.evaluation.judge_client.time.sleep", waits.append)
+    server = serve(lambda *_: (503, "busy", 0))
+    server.retry_after = retry_after
+    run(server, backoff=8.0, retries=len(bounds), parallel=1)
+    waited = [wait for wait in waits if wait][: len(bounds)]  # the server's own waits are 0
+    assert all(0.75 * bound <= wait <= bound for wait, bound in zip(waited, bounds, strict=True))
+
+
+def test_a_judge_that_talks_nonsense_is_reminded_once(serve, tmp_path) -> None:
+    def forgetful(first: str, second: str, number: int) -> str:
+        return "I like both." if number % 2 else longer(first, second, number)
+
+    server, cache = serve(forgetful), tmp_path / "c"
+    assert run(server, parallel=1, cache=cache).count("a") == 6
+    assert len(server.requests) == 24
+    assert server.requests[1]["messages"][-1]["content"].startswith("Answer with [[A]], [[B]] or [[C]]")
+    assert run(server, parallel=1, cache=cache).usage.cached == 12
+
+
+def test_nonsense_leaves_items_undecided_and_the_evaluation_goes_on(serve) -> None:
+    server = serve(lambda first, second, number: "no idea" if "short 2" in first + second else longer(first, second, 0))
+    result = run(server)
+    assert [row.verdict for row in result.rows] == ["a", "a", "undecided", "a", "a", "a"]
+    assert result.undecided_reasons == {"nonsense": 1}
+    assert result.metrics()["undecided"] == 1
+    assert result.win_rate is not None
+    assert (result.win_rate.estimate, result.win_rate.items) == (1.0, 5)
+    assert result.usage.last_error == "nonsense: 'no idea'"
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason", "error", "most_requests"),
+    [
+        ((429, {"error": {"code": "insufficient_quota"}}, 0), "quota", "status 429", 2),
+        ((401, {"error": {"message": "wrong key"}}, 0), "refused", "wrong key", 2),
+        ((400, {"error": {"message": "no such field"}}, 0), "refused", "no such field", 12),
+        ((200, {"choices": []}, 0), "nonsense", "nonsense: ''", 24),
+        ((429, "slow down", 0), "rate limit", "slow down", 12),
+        ((200, longer("x", "", 0), 1.0), "timeout", "no answer within 0.2 s", 12),
+    ],
+)
+def test_a_judge_that_fails_for_good_is_given_up_and_nothing_raised(
+    answer, reason, error, most_requests, serve
+) -> None:
+    server = serve(lambda *_: answer)
+    result = run(server, timeout=0.2)
+    assert result.undecided_reasons == {reason: 6}
+    assert error in result.usage.last_error
+    assert result.win_rate is None
+    assert "win_rate" not in result.metrics()
+    assert len(server.requests) <= most_requests
+
+
+def test_an_unreachable_judge_is_given_up(serve) -> None:
+    server = serve(longer)
+    server.shutdown()
+    server.server_close()
+    assert run(server).undecided_reasons == {"unreachable": 6}
+
+
+def test_the_estimate_comes_first_and_the_budget_holds(serve, tmp_path) -> None:
+    """A call is counted as 100 + 10 tokens by the server: 100 · 1 + 10 · 2 = 120 millionths."""
+    server = serve(longer)
+    prices = {"input_price": 1.0, "output_price": 2.0}
+    expected = estimate(PROMPTS, LONG, SHORT, settings(server, **prices), criterion="x")
+    assert (expected.calls, expected.cached) == (12, 0)
+    assert expected.price is not None
+    assert 12 * (2 * 64) / 1e6 < expected.price < 12 * (2 * 64 + 400) / 1e6
+    assert server.requests == []
+    with pytest.raises(QAdapterError, match=r"up to 0\.00 for 12 calls.*budget is 0\.00"):
+        run(server, budget=expected.price / 2, **prices)
+    assert server.requests == []
+    paid = run(server, cache=tmp_path / "c", budget=1.0, **prices)
+    assert paid.usage.cost == pytest.approx(12 * 120e-6)
+    assert paid.estimate.calls == 12
+    known = estimate(
+        PROMPTS, LONG, SHORT, settings(server, **prices), criterion=CRITERIA["harmless"], cache=tmp_path / "c"
+    )
+    assert (known.calls, known.cached, known.price) == (0, 12, 0)
+    assert estimate(PROMPTS, LONG, SHORT, settings(server), criterion="x").price is None
+
+
+def test_a_budget_that_runs_out_leaves_the_rest_undecided(serve) -> None:
+    """The server counts a thousand times what was estimated, so the first calls use the budget up."""
+
+    def costly(first: str, second: str, number: int) -> Answer:
+        message = {"choices": [{"message": {"content": longer(first, second, number)}}]}
+        return 200, {**message, "usage": {"prompt_tokens": 500_000, "completion_tokens": 0}}, 0
+
+    server = serve(costly)
+    result = run(server, parallel=1, input_price=1.0, output_price=1.0, budget=1.2)
+    assert len(server.requests) == 3
+    assert [row.verdict for row in result.rows] == ["a"] + ["undecided"] * 5
+    assert result.undecided_reasons == {"budget": 5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"url": "localhost:8000"}, "Give the endpoint's base"),
+        ({"api_key_variable": "QADAPTER_NO_SUCH_KEY"}, "QADAPTER_NO_SUCH_KEY, which is not set"),
+        ({"budget": 1.0}, "a budget but no prices"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_any_call(changes, message) -> None:
+    defaults = {"url": "http://127.0.0.1:9/v1", "model": "m", "api_key_variable": None}
+    with pytest.raises(QAdapterError, match=message):
+        judge(PROMPTS, LONG, SHORT, JudgeSettings(**{**defaults, **changes}), criterion="x")
+
+
+@pytest.mark.parametrize(
+    ("text", "mark"),
+    [
+        ("[[A]]", "A"),
+        ("At first [[A]] seems better, but [[ b ]].", "B"),
+        ("C", "C"),
+        (" b. ", "B"),
+        ("A is better", None),
+        ("[[D]]", None),
+        ("", None),
+    ],
+)
+def test_verdicts_are_read(text, mark) -> None:
+    assert parse_verdict(text) == mark

@@ -1,0 +1,143 @@
+"""The house's rules, held by reading every import statement, lazy ones too, and by importing every module once."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+FLOORS = ("qadapter", "tasks", "flows")  # from the ground up
+FILES = sorted(path.relative_to(PROJECT_ROOT) for floor in FLOORS for path in (PROJECT_ROOT / floor).rglob("*.py"))
+
+
+def parse(file: Path) -> ast.Module:
+    return ast.parse((PROJECT_ROOT / file).read_text(encoding="utf-8"))
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Dotted names of all that a file imports: `from a.b import c` gives a.b and a.b.c."""
+    package = list(file.parent.parts)
+    for node in ast.walk(parse(file)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def offenders(files: list[Path], *forbidden: str) -> list[str]:
+    return [
+        f"{file}: {name}"
+        for file in files
+        for name in imports(file)
+        if any(name == entry or name.startswith(f"{entry}.") for entry in forbidden)
+    ]
+
+
+def on_floor(*floors: str) -> list[Path]:
+    return [file for file in FILES if file.parts[0] in floors]
+
+
+def test_the_rules_see_the_files() -> None:
+    assert len(FILES) > 20
+    assert set(imports(Path("tasks/stage.py"))) >= {"tasks.code_version", "qadapter.artifacts.Manifest", "filelock"}
+
+
+def test_the_library_does_not_know_the_pipeline() -> None:
+    assert offenders(on_floor("qadapter"), "prefect", "mlflow") == []
+
+
+@pytest.mark.parametrize(("floor", "above"), [("qadapter", ("tasks", "flows")), ("tasks", ("flows",))])
+def test_imports_go_down_only(floor: str, above: tuple[str, ...]) -> None:
+    assert offenders(on_floor(floor), *above) == []
+
+
+def test_only_tracking_knows_mlflow() -> None:
+    assert offenders([file for file in FILES if file != Path("tasks/tracking.py")], "mlflow") == []
+
+
+def test_only_the_baselines_know_trls_trainers() -> None:
+    others = [file for file in FILES if file != Path("qadapter/training/baselines.py")]
+    found = [name for file in others for name in imports(file) if name.startswith("trl.") and name.endswith("Trainer")]
+    assert found == []
+    assert offenders(others, "trl.trainer", "trl.experimental") == []
+
+
+def test_the_ground_stands_on_nothing_of_ours() -> None:
+    ground = [Path("qadapter/objective.py"), Path("qadapter/preferences/pair.py"), Path("qadapter/errors.py")]
+    assert [entry for entry in offenders(ground, *FLOORS) if ": qadapter.errors" not in entry] == []
+
+
+def test_the_report_reads_measurements_not_models() -> None:
+    report = [file for file in FILES if file.parts[:2] == ("qadapter", "report")]
+    assert offenders(report, "torch", "transformers", "peft", "trl", "qadapter.policy", "qadapter.loading") == []
+
+
+def test_the_stage_store_is_light() -> None:
+    light = [Path("tasks/stage.py"), Path("tasks/code_version.py"), Path("qadapter/artifacts.py")]
+    assert offenders(light, "torch", "transformers", "numpy", "pandas", "prefect", "mlflow") == []
+
+
+def test_every_room_has_a_name_and_configs_hold_no_code() -> None:
+    assert [file for file in FILES if file.stem in {"util", "utils", "helpers", "common", "misc"}] == []
+    assert sorted((PROJECT_ROOT / "configs").rglob("*.py")) == []
+
+
+def test_no_module_changes_the_environment_when_imported() -> None:
+    """Except that MLflow's telemetry must be off before MLflow is imported."""
+    found = []
+    for file in FILES:
+        for node in parse(file).body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                continue
+            text = ast.unparse(node)
+            if "environ" in text and ("setdefault" in text or "update" in text or "environ[" in text.split("=")[0]):
+                found.append(f"{file}: {text}")
+    assert found == ["tasks/tracking.py: os.environ.setdefault('MLFLOW_DISABLE_TELEMETRY', 'true')"]
+
+
+IMPORT_ALL = """
+import importlib, json, os, sys, threading
+import psutil
+sys.path.insert(0, sys.argv[1])
+before = os.getcwd()
+for name in json.loads(sys.argv[2]):
+    importlib.import_module(name)
+me = psutil.Process()
+sys.stderr.write("RESULT" + json.dumps({
+    "moved": os.getcwd() != before,
+    "files": sorted(os.listdir(before)),
+    "children": [child.name() for child in me.children(recursive=True)],
+    "listening": [str(c.laddr) for c in me.net_connections() if c.status == psutil.CONN_LISTEN],
+    "threads": [t.name for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon],
+}))
+"""
+
+
+@pytest.mark.slow
+def test_importing_does_nothing(tmp_path: Path) -> None:
+    modules = [".".join(file.with_suffix("").parts).removesuffix(".__init__") for file in FILES]
+    result = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL, str(PROJECT_ROOT), json.dumps(modules)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout == ""
+    assert json.loads(result.stderr.rpartition("RESULT")[2]) == {
+        "moved": False,
+        "files": [],
+        "children": [],
+        "listening": [],
+        "threads": [],
+    }

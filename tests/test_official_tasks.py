@@ -1,0 +1,145 @@
+"""lm-eval's own tasks, with their official definitions, on local files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from lm_eval.tasks import TaskManager
+from tiny_chat import byte_tokenizer, tiny_llama
+
+from qadapter.errors import QAdapterError
+from qadapter.evaluation.harness import evaluate_tasks
+from qadapter.evaluation.official_files import leaves
+from qadapter.evaluation.task_catalog import expand_suites, find_tasks, official_tasks
+
+BBH = ["boolean_expressions", "navigate", "object_counting"]
+MMLU_PRO = {"category": "law", "src": "s", "cot_content": "A: Let's think step by step. The answer is (B)."}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A random model whose context holds eight worked examples of GSM8K in bytes."""
+    return tiny_llama(context=6000, layers=1)
+
+
+def write_jsonl(file: Path, rows: list[dict]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_bbh_on_real_rows(model, tokenizer, shared_data) -> None:
+    """Three worked examples as turns, the official description, the file's own questions in order."""
+    names = [f"leaderboard_bbh_{name}" for name in BBH]
+    scores = evaluate_tasks(model, tokenizer, names, data=shared_data, limit=4)
+    assert scores.shortened == 0
+    for name in BBH:
+        examples = json.loads((shared_data / "benchmarks" / "bbh" / f"{name}.json").read_text())["examples"][:4]
+        items = scores.samples[f"leaderboard_bbh_{name}"]
+        assert [item["target"] for item in items] == [example["target"] for example in examples]
+        for item, example in zip(items, examples, strict=True):
+            assert item["prompt"].count("<|user|>") == 4
+            assert item["prompt"].count("<|system|>") == 1
+            assert item["prompt"].endswith(f"<|user|>Q: {example['input']}\nA:<eos><|assistant|>")
+        share = sum(item["scores"]["acc_norm"] for item in items) / 4
+        assert scores.metrics[f"leaderboard_bbh_{name}/acc_norm"] == share
+
+
+def test_gsm8k_on_real_rows(model, tokenizer, shared_data) -> None:
+    scores = evaluate_tasks(model, tokenizer, ["gsm8k_cot"], data=shared_data, limit=3, max_gen_toks=8)
+    rows = [json.loads(line) for line in (shared_data / "benchmarks" / "gsm8k.jsonl").read_text().splitlines()[:3]]
+    items = scores.samples["gsm8k_cot"]
+    assert [item["target"] for item in items] == [row["answer"].split("####")[1].strip() for row in rows]
+    assert all(item["prompt"].count("<|assistant|>") == 9 for item in items)
+    assert items[0]["prompt"].endswith(f"Q: {rows[0]['question']}\nA:<eos><|assistant|>")
+    expected = {"gsm8k_cot/exact_match.strict-match", "gsm8k_cot/exact_match.flexible-extract"}
+    assert set(scores.metrics) == expected
+    assert set(scores.stderr) == expected
+    assert scores.shortened == 0
+
+
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory) -> Path:
+    """Two items of each subject of MMLU, of BBH, MMLU-Pro, IFEval and GSM8K."""
+    folder = tmp_path_factory.mktemp("official")
+    index = TaskManager(include_path=list(find_tasks(["mmlu", "leaderboard_bbh"]).official), include_defaults=False)
+    for task in leaves("mmlu", index.task_index):
+        rows = [{"question": f"{task}?", "choices": ["a", "b", "c", "d"], "answer": i, "subject": task} for i in (1, 3)]
+        write_jsonl(folder / "cais" / "mmlu" / index.task_index[task].cfg["dataset_name"] / "test.jsonl", rows)
+    for task in leaves("leaderboard_bbh", index.task_index):
+        settings = index.task_index[task].cfg
+        choices = settings["doc_to_choice"]
+        target = choices[0] if isinstance(choices, list) else "(A)"
+        rows = [{"input": "Which? Options: (A) a (B) b", "target": target}] * 2
+        write_jsonl(folder / "bbh" / f"{settings['dataset_name']}.jsonl", rows)
+    question = {**MMLU_PRO, "question": "Why?", "options": ["a", "b", "c"], "answer": "B", "answer_index": 1}
+    write_jsonl(folder / "mmlu_pro" / "test.jsonl", [question] * 2)
+    write_jsonl(folder / "mmlu_pro" / "validation.jsonl", [question] * 5)
+    rule = {"key": 1, "prompt": "No commas.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{"n": None}]}
+    write_jsonl(folder / "ifeval.jsonl", [rule] * 2)
+    write_jsonl(folder / "gsm8k.jsonl", [{"question": "1 + 1?", "answer": "One and one. #### 2"}] * 2)
+    return folder
+
+
+def test_the_papers_suite_in_the_papers_settings(model, tokenizer, made_up) -> None:
+    scores = evaluate_tasks(model, tokenizer, ["paper_suite"], official_data=made_up, limit=1, max_gen_toks=4)
+    headline = {
+        "mmlu/acc",
+        "gsm8k_cot/exact_match.strict-match",
+        "leaderboard_mmlu_pro/acc",
+        "leaderboard_bbh/acc_norm",
+        "leaderboard_ifeval/prompt_level_strict_acc",
+    }
+    assert headline <= set(scores.metrics)
+    subjects = [name for name in scores.samples if name.startswith("mmlu_")]
+    assert len(subjects) == 57
+    assert len([name for name in scores.samples if name.startswith("leaderboard_bbh_")]) == 24
+    mean = sum(scores.metrics[f"{name}/acc"] for name in subjects) / 57
+    assert scores.metrics["mmlu/acc"] == pytest.approx(mean)
+    assert "<|user|>" not in scores.samples["mmlu_anatomy"][0]["prompt"]
+    assert scores.samples["leaderboard_mmlu_pro"][0]["prompt"].count("<|user|>") == 6
+    assert scores.samples["leaderboard_ifeval"][0]["prompt"] == "<bos><|user|>No commas.<eos><|assistant|>"
+
+
+def test_the_suite_is_known_to_the_preflight() -> None:
+    names, plain = expand_suites(["toy_facts", "paper_suite", "mmlu"])
+    suite = ["mmlu", "gsm8k_cot", "leaderboard_mmlu_pro", "leaderboard_bbh", "leaderboard_ifeval"]
+    assert names == ["toy_facts", *suite]
+    assert plain == ["mmlu"]
+
+
+def test_official_tasks_are_found_without_indexing_everything() -> None:
+    """The quick catalogue knows what lm-eval's own index knows of the folders the paper's suite needs."""
+    found = find_tasks(["toy_facts", "leaderboard_bbh", "gsm8k_cot", "mmlu"])
+    assert found.local == ("toy_facts",)
+    assert [folder.name for folder in found.official] == ["gsm8k", "bbh_mc", "default"]
+    index = TaskManager(include_path=list(found.official), include_defaults=False)
+    names = {*index.all_subtasks, *index.all_groups}
+    assert names <= set(official_tasks().files)
+    assert {"mmlu_anatomy", "mmlu_stem", "leaderboard_bbh_navigate", "gsm8k_cot"} <= names
+    assert "chain_of_thought" in official_tasks().tags
+
+
+@pytest.mark.parametrize(
+    ("files", "task", "message"),
+    [
+        ({"gsm8k.jsonl": [{"question": "1 + 1?"}]}, "gsm8k_cot", "gsm8k.jsonl: line 1 has no 'answer'"),
+        (
+            {"mmlu_pro/test.jsonl": [{"question": "?", "options": ["a"], "answer": "A", "answer_index": 0}]},
+            "leaderboard_mmlu_pro",
+            "shows 5 worked examples from the split 'validation'.*mmlu_pro/validation.jsonl",
+        ),
+        ({}, "leaderboard_bbh_navigate", "leaderboard_bbh_navigate could not be loaded: .*`official_data`"),
+    ],
+)
+def test_faulty_or_absent_official_files(files, task, message, model, tokenizer, tmp_path) -> None:
+    for name, rows in files.items():
+        write_jsonl(tmp_path / name, rows)
+    with pytest.raises(QAdapterError, match=message):
+        evaluate_tasks(model, tokenizer, [task], official_data=tmp_path)
