@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 import psutil
 import yaml
 
+from flows.dead_runs import close_dead_runs
 from qadapter.errors import QAdapterError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -95,6 +96,8 @@ def serve(root: Path, *, limit: int = 1) -> None:
             with log.open("ab") as stream:
                 children["server"] = _prefect(root, environment, *_server_command(url), output=stream)
             _wait_for_server(url, children["server"], log)
+        if urlsplit(url).hostname in _LOOPBACK and (dead := close_dead_runs(url, no_worker_is_up="server" in children)):
+            _say(f"Reported as crashed, because their process is gone: {', '.join(dead)}")
         if not answers(url, f"/work_pools/{pool}"):
             _run(root, environment, "work-pool", "create", pool, "--type", "process")
         _run(root, environment, "--no-prompt", "deploy", "--all")

@@ -39,11 +39,6 @@ class AdapterRows:
         )
         self.supported &= all(config.peft_type == PeftType.LORA for config in model.peft_config.values())
 
-    @property
-    def merged(self) -> bool:
-        """Whether an adapter is merged into the base's weights: then there is no base left to compare with."""
-        return any(getattr(layer, "merged_adapters", None) for layer in self._layers)
-
     @contextmanager
     def use(self, names: Sequence[str]) -> Iterator[None]:
         """Within the block, row i of every batch goes through adapter `names[i]` (`BASE`: none).

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qadapter import policy_files
-from qadapter.adapter_rows import BASE, AdapterRows
+from qadapter.adapter_rows import BASE
 from qadapter.errors import QAdapterError
 from qadapter.objective import BatchTotals, Objective, PairwiseLoss, pairwise_loss
-from qadapter.pass_caches import PassCaches
+from qadapter.policy_adapters import ComposedAdapters, refuse_unworkable
+from qadapter.row_passes import RowPasses, reorder_rows
 
 
 @dataclass
@@ -40,7 +40,7 @@ class QAdapterOutput(CausalLMOutputWithPast):
     pairwise: PairwiseLoss | None = None
 
 
-class QAdapterForCausalLM(PreTrainedModel, GenerationMixin):
+class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
     """A frozen base model, one or several Q-Adapters on it, and the policy that they make together.
 
     The logits are (Q + α0 · log π1)/α̃, where Q is a weighted sum over the adapters: Σ w_i · (adapted logits) with
@@ -78,7 +78,7 @@ class QAdapterForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             QAdapterError: a model that this method cannot work with; the message says why.
         """
-        _refuse_unworkable(peft_model)
+        refuse_unworkable(peft_model)
         base: Any = peft_model.get_base_model()
         config = copy.deepcopy(base.config)
         config.alpha_0, config.alpha_tilde = objective.alpha_0, objective.alpha_tilde
@@ -90,13 +90,8 @@ class QAdapterForCausalLM(PreTrainedModel, GenerationMixin):
         self._no_split_modules = getattr(base, "_no_split_modules", None)
         self._parameter_count: int | None = None
         self._base_only = False
-        self._rows = AdapterRows(peft_model)
-        if self._rows.merged:
-            raise QAdapterError(
-                "An adapter is merged into the base's weights, so there is no base left to compare with. "
-                "Call unmerge_adapter() on the PEFT model, or load the base anew."
-            )
-        self._adapter_weights: dict[str, float] = {}
+        self._passes = RowPasses(peft_model)
+        self._adapter_weights = {}
         self.set_adapter_weights(adapter_weights or {peft_model.active_adapters[0]: 1.0})
         self.train(peft_model.training)
 
@@ -163,89 +158,6 @@ class QAdapterForCausalLM(PreTrainedModel, GenerationMixin):
         policy.config.alpha_0, policy.config.alpha_tilde = settings.alpha_0, settings.alpha_tilde
         return policy.eval()
 
-    # ---- several adapters -----------------------------------------------------------------------------------------
-
-    @property
-    def adapter_weights(self) -> dict[str, float]:
-        """Weight of each adapter in Q, a copy; adapters of weight 0 are not computed."""
-        return dict(self._adapter_weights)
-
-    def set_adapter_weights(self, weights: Mapping[str, float]) -> None:
-        """Say how much of each adapter's Q goes into the policy; adapters not named are switched off.
-
-        With `residual`, every combination means something: Q_i is what preference i adds, zero weights give
-        π1^(α0/α̃), which is the base at α0 = α̃. With `absolute` each Q_i is a full row of logits, so that the weights
-        must sum to 1; `as_residual` turns such a policy into the same one in the other form.
-
-        Raises:
-            QAdapterError: an adapter that is not there, or weights that mean nothing in this parametrisation.
-        """
-        known = list(self.peft_model.peft_config)
-        if unknown := [name for name in weights if name not in known]:
-            raise QAdapterError(
-                f"No adapter is named {', '.join(unknown)}; there are {', '.join(known)}. Attach it first."
-            )
-        complete = {name: float(weights.get(name, 0.0)) for name in known}
-        active = [name for name, weight in complete.items() if weight]
-        if self.objective.parametrization == "absolute" and abs(sum(complete.values()) - 1) > 1e-6:
-            raise QAdapterError(
-                f"The adapter weights sum to {sum(complete.values()):g}. With parametrisation 'absolute' each Q is a "
-                "full row of logits, so that they must sum to 1. Rescale them, or call as_residual() first; "
-                "disable_adapter() gives the base."
-            )
-        if len(active) > 1 and not self._rows.supported:
-            raise QAdapterError(
-                "Several adapters at once need plain LoRA layers (no DoRA or other variant, no other PEFT method). "
-                "Use one adapter."
-            )
-        self._adapter_weights = complete
-
-    def attach(self, path: str | Path, name: str, weight: float | None = None) -> None:
-        """Load another trained Q-Adapter of the same base beside the ones that are there.
-
-        Args:
-            path: folder that `save_pretrained` wrote.
-            name: what to call it.
-            weight: its weight in Q from now on; not given, it is loaded and switched off.
-
-        Raises:
-            QAdapterError: the name is taken, the folder is no Q-Adapter, or it was trained in the other
-                parametrisation.
-        """
-        if name in self.peft_model.peft_config:
-            raise QAdapterError(f"An adapter named {name!r} is there already. Choose another name.")
-        settings = policy_files.read_settings(Path(path))
-        mine, other = self.objective.parametrization, settings.objective.parametrization
-        if mine != other:
-            raise QAdapterError(
-                f"The adapter in {path} has parametrisation {other!r}, this policy {mine!r}: their Q do not add up. "
-                "Turn the absolute one into the residual form with as_residual() and save it again."
-            )
-        self.peft_model.load_adapter(str(path), adapter_name=name, is_trainable=False)
-        self._rows = AdapterRows(self.peft_model)
-        self.train(self.training)
-        self.set_adapter_weights({**self._adapter_weights, name: weight or 0.0})
-
-    def as_residual(self) -> None:
-        """Turn an `absolute` policy into the `residual` form of the same policy: Q − log π1, with α0 + 1.
-
-        Adapters of the residual form can be composed with any weights. The adapters themselves do not change.
-        """
-        if self.objective.parametrization == "residual":
-            return
-        self.objective = replace(self.objective, parametrization="residual", alpha_0=self.objective.alpha_0 + 1)
-        self.config.alpha_0 += 1
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Within the block this model is the base: its logits are the base's, whatever the dials say."""
-        before = self._base_only
-        self._base_only = True
-        try:
-            yield
-        finally:
-            self._base_only = before
-
     # ---- passes ---------------------------------------------------------------------------------------------------
 
     def q_and_base_logits(
@@ -263,23 +175,9 @@ class QAdapterForCausalLM(PreTrainedModel, GenerationMixin):
         """
         self.trained_adapter()
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **options}
-        with torch.no_grad(), self._bare(len(input_ids)):
+        with self._passes.bare(len(input_ids)):
             base_logits = self.peft_model(**inputs).logits
         return self.peft_model(**inputs).logits, base_logits
-
-    def trained_adapter(self) -> str:
-        """Name of the one adapter that training moves.
-
-        Raises:
-            QAdapterError: several have a weight, or the one that has is not PEFT's active one or has not weight 1.
-        """
-        active = {name: weight for name, weight in self._adapter_weights.items() if weight}
-        if active != dict.fromkeys(self.peft_model.active_adapters, 1.0) or len(active) != 1:
-            raise QAdapterError(
-                f"Training moves one adapter, with weight 1; the weights are {self._adapter_weights}, and PEFT's "
-                f"active adapter is {', '.join(self.peft_model.active_adapters)}. Set both to the one to train."
-            )
-        return next(iter(active))
 
     def forward(
         self,
@@ -295,6 +193,7 @@ class QAdapterForCausalLM(PreTrainedModel, GenerationMixin):
         alpha_tilde: float | None = None,
         response_mask: Tensor | None = None,
         totals: BatchTotals | None = None,
+        up_to_constant: bool = False,
         **options: Any,
     ) -> QAdapterOutput:
         """Combined logits of the policy; or, given a response mask, the training loss of pairs.
@@ -312,6 +211,8 @@ class QAdapterForCausalLM(PreTrainedModel, GenerationMixin):
             alpha_tilde: α̃ of this call.
             response_mask: [2B, T] bool: the rows are pairs, compute `objective`'s loss and no combined logits.
             totals: with a response mask, what the loss divides by.
+            up_to_constant: leave out what is the same for all tokens at a position, which no probability depends on.
+                With `residual` and α0 = Σ w_i that is everything the base contributes: its pass is spared.
             options: further arguments of the base's `forward`.
         """
         if response_mask is not None:
@@ -330,8 +231,23 @@ class QAdapterForCausalLM(PreTrainedModel, GenerationMixin):
         }
         inputs = {name: value for name, value in inputs.items() if value is not None and self._base_takes(name)}
         use_cache = bool(use_cache) or past_key_values is not None
-        groups, cache = self._row_logits(inputs, past_key_values, use_cache)
-        logits = self._combine(groups, alpha_0, alpha_tilde)
+        alpha_0 = self.config.alpha_0 if alpha_0 is None else alpha_0
+        alpha_tilde = self.config.alpha_tilde if alpha_tilde is None else alpha_tilde
+        _refuse_dials(alpha_0, alpha_tilde)
+        active = {} if self._base_only else {name: weight for name, weight in self._adapter_weights.items() if weight}
+        # α0 · log π1 − Σ w_i · base where each Q_i is a difference to the base
+        of_base = alpha_0 - (sum(active.values()) if self.objective.parametrization == "residual" else 0.0)
+        base_matters = not active or of_base != 0 or (alpha_0 != 0 and not up_to_constant)
+        names = [*active, BASE] if base_matters else [*active]
+        rows, cache = self._passes.logits(names, inputs, past_key_values, use_cache)
+        rows = [row if row.dtype == torch.float64 else row.float() for row in rows]
+        if self._base_only:
+            logits = rows[0]
+        else:
+            normalizer = rows[-1].logsumexp(dim=-1, keepdim=True) if alpha_0 and not up_to_constant else None
+            logits = _weighted_sum(rows, [w / alpha_tilde for w in (*active.values(), of_base)])
+            if normalizer is not None:
+                logits = _weighted_sum([logits, normalizer], [1.0, -alpha_0 / alpha_tilde])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
@@ -340,100 +256,16 @@ class QAdapterForCausalLM(PreTrainedModel, GenerationMixin):
     def _base_takes(self, name: str) -> bool:
         return name not in ("position_ids", "logits_to_keep", "inputs_embeds") or name in self._base_arguments
 
-    def _groups(self) -> list[str]:
-        """Names of the groups of rows a pass computes; the base comes last."""
-        active = [] if self._base_only else [name for name, weight in self._adapter_weights.items() if weight]
-        return [*active, BASE]
-
-    def _row_logits(
-        self, inputs: dict[str, Any], cache: Cache | None, use_cache: bool
-    ) -> tuple[list[Tensor], Cache | None]:
-        """Logits of each group of rows, and the cache that holds them all."""
-        names = self._groups()
-        # With autograd one pass would keep the activations of the base's rows as well, and recomputing them for
-        # gradient checkpointing would happen after the rows' names are gone.
-        if self._rows.supported and not torch.is_grad_enabled():
-            rows = len(next(inputs[name] for name in ("input_ids", "inputs_embeds") if name in inputs))
-            with self._rows.use([name for name in names for _ in range(rows)]):
-                output = self.peft_model(
-                    **{name: _repeat_rows(value, len(names), rows) for name, value in inputs.items()},
-                    past_key_values=cache,
-                    use_cache=use_cache,
-                )
-            return list(output.logits.chunk(len(names))), output.past_key_values if use_cache else None
-
-        caches = PassCaches.around(cache, len(names)) if use_cache else None
-        logits = []
-        for group, name in enumerate(names):
-            options = {**inputs, "past_key_values": caches.part(group) if caches else None, "use_cache": use_cache}
-            if name == BASE:
-                with torch.no_grad(), self._bare(len(next(iter(inputs.values())))):
-                    output = self.peft_model(**options)
-            else:
-                with self._through(name, len(next(iter(inputs.values())))):
-                    output = self.peft_model(**options)
-            if caches:
-                caches.put(group, output.past_key_values)
-            logits.append(output.logits)
-        return logits, caches
-
-    def _combine(self, groups: Sequence[Tensor], alpha_0: float | None, alpha_tilde: float | None) -> Tensor:
-        *adapted, base = [logits if logits.dtype == torch.float64 else logits.float() for logits in groups]
-        if self._base_only:
-            return base
-        alpha_0 = self.config.alpha_0 if alpha_0 is None else alpha_0
-        alpha_tilde = self.config.alpha_tilde if alpha_tilde is None else alpha_tilde
-        if not alpha_tilde > 0 or not alpha_0 >= 0:
-            raise QAdapterError(
-                f"alpha_0 is {alpha_0} and alpha_tilde {alpha_tilde}; expected at least 0 and above 0. "
-                "Set both in policy.config or in the call."
-            )
-        weights = [weight for weight in self._adapter_weights.values() if weight]
-        # α0 · log π1 − Σ w_i · base if Q_i is a difference; the normaliser of π1 is a constant of each position
-        of_base = alpha_0 - (sum(weights) if self.objective.parametrization == "residual" else 0.0)
-        logits = of_base * base - alpha_0 * base.logsumexp(dim=-1, keepdim=True)
-        for weight, row in zip(weights, adapted, strict=True):
-            logits = logits + weight * row
-        return logits / alpha_tilde
-
-    @contextmanager
-    def _bare(self, rows: int) -> Iterator[None]:
-        """Every row through the base alone."""
-        if self._rows.supported:
-            with self._rows.use([BASE] * rows):
-                yield
-            return
-        # PEFT switches the adapters' parameters to trainable when it enables them again
-        trainable = [(parameter, parameter.requires_grad) for parameter in self.peft_model.parameters()]
-        with self.peft_model.disable_adapter():
-            yield
-        for parameter, required in trainable:
-            parameter.requires_grad_(required)
-
-    @contextmanager
-    def _through(self, name: str, rows: int) -> Iterator[None]:
-        """Every row through this adapter."""
-        if self.peft_model.active_adapters == [name]:
-            yield
-        elif self._rows.supported:
-            with self._rows.use([name] * rows):
-                yield
-        else:
-            raise QAdapterError(
-                f"Adapter {name} is not PEFT's active one, and these adapter layers cannot choose by row. "
-                f"Call peft_model.set_adapter({name!r}) first."
-            )
-
     # ---- what transformers asks of a model ------------------------------------------------------------------------
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """GenerationMixin's, with `up_to_constant`: whatever picks tokens looks at differences of logits."""
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc, arg-type]
+        return {**inputs, "up_to_constant": True}
 
     def _reorder_cache(self, past_key_values: Cache, beam_idx: Tensor) -> Cache:
         """Beam search's hook: sequence i continues `beam_idx[i]`, in each group of rows."""
-        if isinstance(past_key_values, PassCaches):
-            past_key_values.reorder_cache(beam_idx)  # type: ignore[arg-type]
-        else:
-            groups = range(len(self._groups()))
-            rows = torch.cat([beam_idx + group * len(beam_idx) for group in groups])
-            past_key_values.reorder_cache(rows)  # type: ignore[arg-type]
+        reorder_rows(past_key_values, beam_idx)
         return past_key_values
 
     def train(self, mode: bool = True) -> QAdapterForCausalLM:
@@ -454,7 +286,7 @@ class QAdapterForCausalLM(PreTrainedModel, GenerationMixin):
         """Trainer's estimate of a step's operations; the parameters are counted once, not at every step."""
         if self._parameter_count is None:
             self._parameter_count = self.num_parameters(exclude_embeddings=exclude_embeddings)
-        return 6 * self.estimate_tokens(input_dict) * self._parameter_count
+        return 6 * input_dict["input_ids"].numel() * self._parameter_count
 
     def get_input_embeddings(self) -> nn.Module:
         """The base's."""
@@ -467,34 +299,18 @@ class QAdapterForCausalLM(PreTrainedModel, GenerationMixin):
         return base.get_output_embeddings()
 
 
-def _repeat_rows(value: Any, times: int, rows: int) -> Any:
-    """Tensors of `rows` rows `times` times over; anything else as it is."""
-    if isinstance(value, dict):
-        return {name: _repeat_rows(part, times, rows) for name, part in value.items()}
-    if isinstance(value, Tensor) and value.ndim > 1 and len(value) == rows:
-        return value.repeat(times, *[1] * (value.ndim - 1))
-    return value
+def _weighted_sum(rows: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Σ weight · row. Rows without autograd are overwritten: nothing else holds them, and nothing is as large."""
+    first, *others = zip(rows, weights, strict=False)
+    total = first[0] * first[1] if first[0].requires_grad else first[0].mul_(first[1])
+    for row, weight in others:
+        total = torch.add(total, row, alpha=weight) if total.requires_grad else total.add_(row, alpha=weight)
+    return total
 
 
-def _refuse_unworkable(peft_model: PeftModel) -> None:
-    if not isinstance(peft_model, PeftModel):
+def _refuse_dials(alpha_0: float, alpha_tilde: float) -> None:
+    if not alpha_tilde > 0 or not alpha_0 >= 0:
         raise QAdapterError(
-            f"{type(peft_model).__name__} carries no adapter. Give a PEFT model, or a base model together with an "
-            "adapter config (QAdapterForCausalLM.from_base, or peft_config of the trainer)."
-        )
-    for name, config in peft_model.peft_config.items():
-        if config.is_prompt_learning:
-            raise QAdapterError(
-                f"Adapter {name} learns a prompt ({config.peft_type}), which moves every position. "
-                "Use one that changes layers, such as LoRA."
-            )
-    base: Any = peft_model.get_base_model()
-    if base.config.is_encoder_decoder:
-        raise QAdapterError(f"{type(base).__name__} is an encoder-decoder model; expected a causal language model.")
-    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
-    adapted = any(isinstance(end, BaseTunerLayer) or hasattr(end, "modules_to_save") for end in ends)
-    if base.config.get_text_config().tie_word_embeddings and adapted:
-        raise QAdapterError(
-            "The base ties its input and output embeddings and the adapter changes one of them, so that base and "
-            "adapted model cannot be told apart. Leave embeddings and head out of target_modules and modules_to_save."
+            f"alpha_0 is {alpha_0} and alpha_tilde {alpha_tilde}; expected at least 0 and above 0. "
+            "Set both in policy.config or in the call."
         )

@@ -15,6 +15,7 @@ import tomllib
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import psutil
 import pytest
 import yaml
 
+from flows.dead_runs import close_dead_runs
 from flows.deployment_names import DEFAULT_DEPLOYMENTS, expand
 from flows.serve import api_url
 from qadapter.errors import QAdapterError
@@ -214,11 +216,13 @@ class Served:
         return result.stdout
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
-        request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
-        )
+        return self.send("POST", path, body)
+
+    def send(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}, method=method)
         with urllib.request.urlopen(request, timeout=30) as response:
-            return json.load(response)
+            return json.loads(response.read() or "null")
 
 
 def wait_until(condition: Any, seconds: float, what: str, served: Served) -> None:
@@ -312,6 +316,28 @@ def test_deployments_start_runs_that_complete(served: Served, deployments: list[
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("process", [None, "999999999"], ids=["before it had a process", "its process is gone"])
+def test_a_dead_run_does_not_block_its_deployment(served: Served, process: str | None) -> None:
+    """The place that a run takes in the limit is given back when the run is reported as crashed."""
+    mini = next(entry for entry in served.post("/deployments/filter", {}) if entry["name"] == "mini")
+    limit = f"/v2/concurrency_limits/{mini['global_concurrency_limit']['id']}"
+    later = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+    waiting = {"type": "SCHEDULED", "state_details": {"scheduled_time": later}}
+    run = served.post(f"/deployments/{mini['id']}/create_flow_run", {"state": waiting})
+    assert served.post(f"/flow_runs/{run['id']}/set_state", {"state": {"type": "PENDING"}})["status"] == "ACCEPT"
+    if process is not None:
+        assert served.post(f"/flow_runs/{run['id']}/set_state", {"state": {"type": "RUNNING"}})["status"] == "ACCEPT"
+        served.send("PATCH", f"/flow_runs/{run['id']}", {"infrastructure_pid": process})
+        assert close_dead_runs(served.url, no_worker_is_up=False) == [run["name"]]
+    else:
+        assert close_dead_runs(served.url, no_worker_is_up=False) == []
+        assert served.send("GET", limit)["active_slots"] == 1
+        assert close_dead_runs(served.url, no_worker_is_up=True) == [run["name"]]
+    assert served.send("GET", f"/flow_runs/{run['id']}")["state_type"] == "CRASHED"
+    assert served.send("GET", limit)["active_slots"] == 0
+
+
+@pytest.mark.slow
 def test_stopping_leaves_nothing_behind(served: Served) -> None:
     """TERM in the middle of a run: it is reported as crashed, every process ends, the port is free."""
     long_run = TINY | {"pretraining.max_steps": 1_000_000, "base_seed": 7}
@@ -320,6 +346,7 @@ def test_stopping_leaves_nothing_behind(served: Served) -> None:
     run_id = newest_run(served)["id"]
     family = psutil.Process(served.process.pid).children(recursive=True)
     assert len(family) >= 3, "server, worker and flow run"
+    assert close_dead_runs(served.url, no_worker_is_up=True) == [], "it is alive"
 
     served.process.send_signal(signal.SIGTERM)
     assert served.process.wait(timeout=90) == 0, served.log[-6000:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import pytest
 from peft import LoraConfig
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from qadapter.evaluation.__main__ import main
 from qadapter.evaluation.harness import evaluate_tasks
+from qadapter.evaluation.lm_eval_model import PolicyLM
 from qadapter.objective import Objective
 from qadapter.policy import QAdapterForCausalLM
 
@@ -36,5 +38,18 @@ def test_a_saved_adapter_on_the_command_line_scores_as_in_memory(tmp_path, capsy
     assert printed is not None
     assert float(printed[1]) == pytest.approx(expected["some_bits_per_byte/bits_per_byte"], abs=1e-4)
 
-    assert main(["run", "--model", "qadapter", "--model_args", f"pretrained={tmp_path / 'base'}", *task]) == 1
+
+def test_a_folder_that_is_no_adapter_is_refused_in_one_sentence(tmp_path, capsys, monkeypatch) -> None:
+    given: list[list[str]] = []
+
+    def command() -> None:
+        given.append(sys.argv)
+        PolicyLM(str(tmp_path))
+
+    monkeypatch.setattr("qadapter.evaluation.__main__.cli_evaluate", command)
+    before = list(sys.argv)
+    assert main(["run", "--tasks", "toy_facts,toy_sums", "x_bits_per_byte", "--data", str(tmp_path)]) == 1
     assert "is no Q-Adapter" in capsys.readouterr().err
+    assert sys.argv == before
+    assert given[0][:4] == ["lm_eval", "run", "--tasks", "toy_facts,toy_sums,x_bits_per_byte"]
+    assert given[0][4] == "--include_path"

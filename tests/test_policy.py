@@ -101,6 +101,28 @@ def test_the_dials_in_config_and_call():
             torch.testing.assert_close(far, policy(input_ids=ids).logits.softmax(-1), atol=1e-3, rtol=0)
 
 
+def rows_computed(policy: QAdapterForCausalLM) -> list[int]:
+    """Will hold the number of rows of every pass of the base model from now on."""
+    seen: list[int] = []
+    policy.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    return seen
+
+
+@pytest.mark.parametrize("objective", [ABSOLUTE, RESIDUAL, Objective.preset("residual")], ids=str)
+def test_up_to_a_constant_the_probabilities_are_the_same(objective: Objective):
+    policy, ids = make_policy(objective=objective), tokens()
+    seen = rows_computed(policy)
+    with torch.no_grad():
+        exact = policy(input_ids=ids).logits
+        relative = policy(input_ids=ids, up_to_constant=True).logits
+    torch.testing.assert_close(relative.log_softmax(-1), exact.log_softmax(-1), atol=2e-5, rtol=1e-5)
+    # The base's row cancels where the policy is residual with α0 = 1
+    assert seen == [6, 3 if objective.alpha_0 == 1 else 6]
+    with torch.no_grad():
+        policy(input_ids=ids, alpha_0=0.0)
+    assert seen[2] == (6 if objective.parametrization == "residual" else 3)
+
+
 def test_labels_give_the_cross_entropy_of_the_policy():
     policy, ids = make_policy(), tokens()
     output = policy(input_ids=ids, labels=ids)
@@ -153,7 +175,7 @@ def test_a_failed_pass_leaves_no_hook_behind():
 
 def test_dora_takes_two_passes_to_the_same_end():
     policy = make_policy(use_dora=True)
-    assert not policy._rows.supported
+    assert not policy._passes.rows.supported
     ids = tokens()
     with torch.no_grad():
         torch.testing.assert_close(policy(input_ids=ids).logits, expected_logits(policy, ids))

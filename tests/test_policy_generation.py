@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_policy import ABSOLUTE, RESIDUAL, make_policy, tokens, two_adapters
+from test_policy import ABSOLUTE, RESIDUAL, make_policy, rows_computed, tokens, two_adapters
 from tiny_chat import byte_tokenizer
 from tiny_models import ARCHITECTURES, VOCABULARY
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from qadapter.errors import QAdapterError
+from qadapter.objective import Objective
 from qadapter.policy import QAdapterForCausalLM
 
 NEW = 12
@@ -106,6 +107,18 @@ def test_the_dials_reach_generation():
     assert torch.equal(generate(policy, ids), expected)
     policy.config.alpha_0, policy.config.alpha_tilde = 0.3, 0.8
     assert not torch.equal(generate(policy, ids), expected)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_residual_with_alpha_0_of_1_generates_with_the_adapted_row_alone(beams: int):
+    policy, ids = make_policy(objective=Objective.preset("residual")), tokens()
+    seen = rows_computed(policy)
+    alone = generate(policy, ids, num_beams=beams)
+    assert set(seen) == {3 * beams} or set(seen) == {3, 3 * beams}
+    seen.clear()
+    both = generate(policy, ids, num_beams=beams, alpha_0=1.0 + 1e-6)
+    assert set(seen) <= {6, 6 * beams}
+    assert torch.equal(alone, both)
 
 
 def test_disabled_generates_as_the_base():

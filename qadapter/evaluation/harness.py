@@ -167,10 +167,12 @@ def _load(manager: TaskManager, names: Sequence[str]) -> Any:
     """
     try:
         return manager.load(list(names))
-    except (OSError, ValueError, KeyError) as error:  # either is what `datasets` raises offline, by the state of its cache
+    except (OSError, ValueError, KeyError) as error:
+        # `datasets` raises an OSError or a ValueError offline, by the state of its cache.
+        first_line = str(error).partition("\n")[0]
         raise QAdapterError(
-            f"A task of {', '.join(names)} could not be loaded: {str(error).splitlines()[0]} If its items come from "
-            f"the hub, allow the network, or put them into a folder and give it as `official_data`."
+            f"A task of {', '.join(names)} could not be loaded: {first_line} If its items come from the hub, allow the "
+            f"network, or put them into a folder and give it as `official_data`."
         ) from error
 
 

@@ -173,7 +173,7 @@ def headline_metric(task: str, metrics: dict[str, float]) -> str | None:
     present = [name for name in metrics if name.split("/")[1] == task]
     for wanted in ("exact_match", "acc", "acc_norm", "prompt_level_strict_acc", "bits_per_byte"):
         for name in present:
-            if name.split("/")[2].split(",")[0] == wanted:
+            if name.split("/")[2].split(".")[0] == wanted:
                 return name
     return present[0] if present else None
 

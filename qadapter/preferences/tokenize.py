@@ -84,6 +84,25 @@ def encode_texts(
     return _split_and_cut(prompt_ids, chosen_ids, rejected_ids, max_length)
 
 
+def encode_reply(
+    prompt: Sequence[Message], reply: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[int], list[int]]:
+    """Token ids of one reply to a prompt, rendered and cut as those of a pair: (prompt ids, reply ids).
+
+    Raises:
+        UnusablePair: a reply or a prompt without a token.
+    """
+    _refuse_empty(reply, reply)
+    if tokenizer.chat_template is None:
+        before = plain_prompt(prompt)
+        prompt_ids, whole = _ids(tokenizer(before)), _ids(tokenizer(f"{before} {reply}{tokenizer.eos_token or ''}"))
+    else:
+        answered = [*prompt, {"role": "assistant", "content": reply}]
+        prompt_ids = _template_ids(tokenizer, prompt, add_generation_prompt=True)
+        whole = _template_ids(tokenizer, answered, add_generation_prompt=False)
+    return _split_one(prompt_ids, whole, max_length)
+
+
 def plain_prompt(messages: Sequence[Message]) -> str:
     """The transcript a conversation is rendered as where there is no chat template; it ends with "Assistant:"."""
     turns = [f"\n\n{_SPEAKERS[turn['role']]}: {turn['content']}" for turn in messages]
@@ -178,3 +197,11 @@ def _split_and_cut(prompt: list[int], with_chosen: list[int], with_rejected: lis
         raise UnusablePair(f"the two replies are the same tokens (within max_length {max_length})")
     room = max_length - max(len(chosen), len(rejected))
     return EncodedPair(prompt[:border][-room:], chosen, rejected)
+
+
+def _split_one(prompt: list[int], whole: list[int], max_length: int) -> tuple[list[int], list[int]]:
+    border = _shared_beginning(prompt, whole)
+    reply = whole[border:][: max_length - 1]
+    if border == 0 or not reply:
+        raise UnusablePair("no prompt token or no reply token is left")
+    return prompt[:border][-(max_length - len(reply)) :], reply

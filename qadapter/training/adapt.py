@@ -28,7 +28,7 @@ from qadapter.settings import (
 from qadapter.loading import load_base
 from qadapter.preferences.pair import Message, PreferencePair
 from qadapter.preferences.prepare import load_pairs
-from qadapter.preferences.tokenize import EncodedPair, UnusablePair, encode_pair
+from qadapter.preferences.tokenize import EncodedPair, UnusablePair, encode_pair, encode_reply
 from qadapter.training.arguments import (
     ProgressLog,
     last_checkpoint,
@@ -206,9 +206,7 @@ def _single_conversations(
         for index in kept:
             answer = answers[prompt_key(pairs[index].prompt)]
             if answer.strip():  # a base that has nothing to say gives nothing to remember
-                own = PreferencePair(pairs[index].prompt, answer, answer)
-                answered = encode_pair(own, tokenizer, max_length)
-                examples.append((answered.prompt_ids, answered.chosen_ids))
+                examples.append(encode_reply(pairs[index].prompt, answer, tokenizer, max_length))
     return examples
 
 

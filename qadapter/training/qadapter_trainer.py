@@ -174,10 +174,22 @@ class QAdapterTrainer(Trainer):
         ignore_keys: list[str] | None = None,  # noqa: ARG002
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Only the loss: nobody wants the logits of a whole evaluation set."""
+        inputs = self._without_repeated_pairs(self._prepare_inputs(inputs))
+        if len(inputs["input_ids"]) == 0:
+            return torch.zeros((), device=self.args.device), None, None
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+            loss = self.compute_loss(model, inputs)
         assert isinstance(loss, Tensor)
         return loss.detach(), None, None
+
+    def _without_repeated_pairs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This process's batch less the pairs that the last round repeats to give each process a batch as large."""
+        state, processes = self.accelerator.gradient_state, self.accelerator.num_processes
+        if processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        pairs = len(inputs["input_ids"]) // 2
+        own = min(max(state.remainder - self.accelerator.process_index * pairs, 0), pairs)
+        return {name: torch.cat([value[:own], value[pairs : pairs + own]]) for name, value in inputs.items()}
 
     def evaluation_loop(
         self,
