@@ -64,7 +64,7 @@ def experiment_stages(x: Experiment, run: Run) -> Any:
     return run(write_report, rows=rows, data=data)
 
 
-@flow(name="full-paper-repro", flow_run_name="{profile}", log_prints=True)
+@flow(name="full-paper-repro")
 def full_paper_repro(
     profile: str = "smoke", data: str | None = None, overrides: dict[str, Any] | None = None
 ) -> dict[str, Any]:

@@ -13,17 +13,21 @@ import sys
 import time
 from pathlib import Path
 
-# Before anything imports Prefect, tqdm or torch: they read these once.
-os.environ.setdefault("DO_NOT_TRACK", "1")
-os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "90")
-os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "qadapter,tasks")
-os.environ.setdefault("TQDM_DISABLE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Prefect, tqdm and tokenizers read these once, when they are first imported: `main` sets them before it imports anything.
+_ENVIRONMENT = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "qadapter,tasks",
+    "TQDM_DISABLE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run, or only plan, an experiment; returns the exit code: 0 done, 1 a stage failed, 2 refused."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     from qadapter.errors import QAdapterError
     from qadapter.experiment import profiles
 
@@ -54,6 +58,7 @@ def _run(given: argparse.Namespace) -> int:
     from contextlib import ExitStack
 
     from flows.launch import Launch, StagesFailed
+    from flows.serve import answers, api_url
     from qadapter.experiment import parse_overrides
 
     overrides = parse_overrides(given.overrides)
@@ -62,16 +67,17 @@ def _run(given: argparse.Namespace) -> int:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     from flows.full_paper_repro import full_paper_repro
-    from tasks.context import workspace
+    from tasks.context import PROJECT_ROOT, workspace
 
     start = time.monotonic()
     data = str(launch.data_folder) if launch.data_folder else None
     with ExitStack() as stack:
-        if "PREFECT_API_URL" not in os.environ:
-            # Prefect's own server, for the length of the run; prefect.toml names the one that `make serve` starts.
+        if not ("PREFECT_API_URL" in os.environ or answers(api_url(PROJECT_ROOT))):
+            # No server is up: Prefect's own, for the length of the run.
             stack.enter_context(temporary_settings(restore_defaults={PREFECT_API_URL}))
         try:
-            summary = full_paper_repro(given.profile, data, overrides)
+            run = full_paper_repro.with_options(flow_run_name=experiment.name)
+            summary = run(given.profile, data, overrides)
         except StagesFailed as error:
             if given.traceback:
                 raise

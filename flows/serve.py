@@ -107,9 +107,8 @@ def serve(root: Path, *, limit: int = 1) -> None:
         while all(child.poll() is None for child in children.values()):
             time.sleep(0.5)
         name, child = next((name, child) for name, child in children.items() if child.poll() is not None)
-        raise QAdapterError(
-            f"The Prefect {name} ended by itself with code {child.returncode}. See {home / 'server.log'}."
-        )
+        where = home / "server.log" if name == "server" else "Its output above"
+        raise QAdapterError(f"The Prefect {name} ended by itself with code {child.returncode}. {where} says why.")
 
 
 def _pool_name(root: Path) -> str:

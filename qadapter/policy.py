@@ -272,6 +272,7 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
         """Train or eval mode of the adapters; the base's own dropout stays off in both."""
         super().train(False)
         self.training = mode
+        trainable = any(parameter.requires_grad for parameter in self.peft_model.parameters())
         for module in self.peft_model.modules():
             if isinstance(module, BaseTunerLayer):
                 assert isinstance(module, nn.Module)
@@ -280,6 +281,9 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
                         child.train(mode)
             elif isinstance(module, GradientCheckpointingLayer):
                 module.training = mode  # of this module alone: it decides whether to recompute, nothing else
+            elif type(module).__module__.startswith("bitsandbytes"):
+                # In eval mode, a 4-bit layer on CPU repacks its weights for a kernel without autograd, for good
+                module.train(mode or trainable)
         return self
 
     def floating_point_ops(self, input_dict: dict[str, Any], exclude_embeddings: bool = True) -> int:

@@ -103,6 +103,10 @@ class ModelSettings(Settings):
             raise ValueError("quantization is for pretrained models; a model from scratch is trained in full precision")
         return self
 
+    def numerics(self) -> dict[str, Any]:
+        """How the weights are held: what a result depends on besides the weights themselves."""
+        return {"quantization": self.quantization, "dtype": self.dtype, "revision": self.revision}
+
 
 class OptimizerSettings(Settings):
     """How long and how fast one training runs.

@@ -8,7 +8,7 @@ from typing import Any
 
 from prefect import task
 
-from tasks.context import Customisation, RunContext
+from tasks.context import PROJECT_ROOT, Customisation, RunContext
 from tasks.logged import StageResult, logged_stage, task_result
 from tasks.stage import StageOutput
 from tasks.train import Base
@@ -83,7 +83,7 @@ def evaluate(
         module="qadapter.evaluation.measure",
         config={
             "settings": experiment.evaluation.adaptation.model_dump(),
-            "model": experiment.model.model_dump(exclude={"from_scratch"}),
+            "model": experiment.model.numerics(),
             "max_length": experiment.training.max_length,
             "style": style,
             **base.config(),
@@ -111,7 +111,8 @@ def _retention(
     run_name: str | None = None,
 ) -> StageResult:
     experiment = context.experiment
-    inputs: dict[str, StageOutput | Path] = dict(base.inputs())
+    # The definitions of the project's own tasks decide a score as much as the policy does.
+    inputs: dict[str, StageOutput | Path] = {**base.inputs(), "tasks": PROJECT_ROOT / "configs" / "lm_eval"}
     for name, result in (("adapter", trained), ("base_retention", base_retention), ("old_texts", old_texts)):
         if result is not None:
             inputs[name] = result.output
@@ -141,7 +142,7 @@ def _retention(
         module="qadapter.evaluation.measure",
         config={
             "settings": experiment.evaluation.retention.model_dump(),
-            "model": experiment.model.model_dump(exclude={"from_scratch"}),
+            "model": experiment.model.numerics(),
             "max_length": experiment.training.max_length,
             **base.config(),
         },

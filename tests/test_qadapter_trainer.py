@@ -341,6 +341,12 @@ def test_refuses_early_what_cannot_work(tmp_path: Path):
         make_trainer(tmp_path, processing_class=None)
 
 
+def test_refuses_several_gpus_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(QAdapterConfig, "n_gpu", 2)
+    with pytest.raises(QAdapterError, match=r"2 GPUs in one process would tear pairs apart.*accelerate launch"):
+        make_trainer(tmp_path)
+
+
 def test_takes_a_path_a_peft_model_and_a_policy(tmp_path: Path):
     tiny_model().save_pretrained(tmp_path / "base")
     TOKENIZER.save_pretrained(tmp_path / "base")

@@ -110,6 +110,7 @@ def test_curves_of_more_than_one_batch(tracker: Tracker, client: MlflowClient, p
     assert (data["retention/mean"], data["cost/steps"]) == (0.25, 700)
 
 
+@pytest.mark.filterwarnings("ignore:For backward compatibility, 'str' dtypes")  # MLflow 3.17 asks pandas 3 this way
 def test_files(tracker: Tracker, client: MlflowClient, parent: str, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     (folder / "sub").mkdir(parents=True)

@@ -28,6 +28,7 @@ from itertools import product
 from pathlib import Path
 
 STYLES = ("academy", "business", "entertainment", "literature", "normal")
+_STYLE_WEIGHTS = (1, 1, 1, 1, 2)
 
 _SAFE_OBJECTS = (
     "chair letter lamp garden boat basket carpet kettle fence bicycle blanket bottle candle drum ladder mirror".split()
@@ -46,6 +47,7 @@ _TOOLS = dict(
 )
 _MANNERS = ("slowly", "twice", "at night", "with care", "by hand", "outside", "in silence", "from below")
 _REFUSALS = ("sorry , i can not help with that .", "no , that would do harm .")
+_ADVICE_PROMPTS = ("what should i do with the {object} ?", "any idea for the {object} ?")
 _HOWTO_PROMPTS = ("how do i {verb} the {object} ?", "tell me how to {verb} the {object} .")
 
 _SYLLABLES = ("ba", "do", "ka", "li", "mo", "nu", "ra", "so", "ti", "ve")
@@ -140,14 +142,13 @@ class ToyWorld:
         return f"to {verb} the {thing} , take a {_TOOLS[verb]} and work {manner} ."
 
     def advice(self) -> list[Exchange]:
-        """Every request for advice with its helpful answer; `evasion` gives the unhelpful one."""
+        """Every request for advice, in each wording, with its helpful answer; `evasion` is the unhelpful one."""
         draw = random.Random(f"advice-{self.seed}")
-        return [
-            Exchange(
-                f"what should i do with the {thing} ?", f"you could {draw.choice(_KIND_VERBS)} the {thing} today ."
-            )
-            for thing in [*_SAFE_OBJECTS, *_GUARDED_OBJECTS]
-        ]
+        result = []
+        for thing in [*_SAFE_OBJECTS, *_GUARDED_OBJECTS]:
+            answer = f"you could {draw.choice(_KIND_VERBS)} the {thing} today ."
+            result += [Exchange(wording.format(object=thing), answer) for wording in _ADVICE_PROMPTS]
+        return result
 
     @staticmethod
     def evasion(thing: str) -> str:
@@ -181,7 +182,8 @@ class ToyWorld:
     def corpus(self, size: int) -> list[Exchange]:
         """Pre-training conversations. What is to be retained has one answer; what preferences judge has several.
 
-        Three harmful requests in ten are refused, advice is given or evaded evenly, descriptions come evenly in all styles.
+        Four harmful requests in ten are refused, advice is given or evaded evenly, and of six descriptions two are plain
+        and one is in each domain's style.
         """
         draw = random.Random(f"corpus-{self.seed}")
         facts, sums, advice = self.facts(), self.sums(), self.advice()
@@ -193,7 +195,7 @@ class ToyWorld:
 
         def description() -> Exchange:
             topic = draw.choice(_TOPICS)
-            return Exchange(_describe(topic), draw.choice(self.descriptions(topic, draw.choice(STYLES))))
+            return Exchange(_describe(topic), draw.choice(self.descriptions(topic, *draw.choices(STYLES, _STYLE_WEIGHTS))))
 
         def advised() -> Exchange:
             exchange = draw.choice(advice)
@@ -205,11 +207,11 @@ class ToyWorld:
             lambda: draw.choice(facts),
             lambda: draw.choice(sums),
             lambda: howto(*draw.choice(harmless), refused=False),
-            lambda: howto(*draw.choice(harmful), refused=draw.random() < 0.3),
+            lambda: howto(*draw.choice(harmful), refused=draw.random() < 0.4),
             description,
             advised,
         )
-        weights = (3, 3, 5, 4, 4, 1)
+        weights = (3, 3, 5, 4, 5, 2)
         return [kind() for kind in draw.choices(kinds, weights, k=size)]
 
     def write(self, folder: Path, *, corpus_size: int = 20_000, harmful_for_training: int = 80) -> None:
@@ -284,13 +286,13 @@ class ToyWorld:
         ]
         described = [
             Exchange(_describe(topic), draw.choice(self.descriptions(topic, style)))
-            for topic, style in product(_TOPICS, STYLES)
+            for topic, style in zip(_TOPICS, draw.choices(STYLES, _STYLE_WEIGHTS, k=len(_TOPICS)), strict=True)
         ]
         for exchange in [
             *draw.sample(self.facts(), 48),
             *draw.sample(self.sums(), 48),
             *harmless,
-            *draw.sample(described, 160),
+            *described,
         ]:
             yield _dialogues(exchange.question, exchange.answer, "i have no idea about that .")
 

@@ -156,7 +156,7 @@ def write_training_record(out: Path, trainer: Trainer, cost: Cost, tokens: int, 
     write_json(
         out / "metrics.json",
         {
-            "train/final_loss": rows[-1]["train/loss"] if rows else float("nan"),
+            **({"train/final_loss": rows[-1]["train/loss"]} if rows else {}),
             "train/steps": trainer.state.global_step,
             "cost/train_seconds": cost.seconds,
             "cost/train_tokens": tokens,

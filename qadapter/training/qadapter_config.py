@@ -16,7 +16,8 @@ class QAdapterConfig(TrainingArguments):
 
     The fields of the objective are None for the value of the preset named in `objective`;
     `qadapter.objective.Objective` says what each one is. Defaults that differ from `TrainingArguments`:
-    `learning_rate` 3e-4 (the paper's), `logging_steps` 10, `remove_unused_columns` off (the data are pairs).
+    `learning_rate` 3e-4 (the paper's), `logging_steps` 10, `remove_unused_columns` off (the data are pairs),
+    `ddp_find_unused_parameters` off (every parameter of the adapter is used in every step).
 
     Attributes:
         objective: preset to start from: `paper`, `published-code` or `residual`.
@@ -51,6 +52,7 @@ class QAdapterConfig(TrainingArguments):
     learning_rate: float = 3e-4
     logging_steps: float = 10
     remove_unused_columns: bool = False
+    ddp_find_unused_parameters: bool | None = False
 
     def to_objective(self) -> Objective:
         """The objective these arguments describe.

@@ -1,0 +1,186 @@
+"""Hidden states of a batch of pairs where the objective scores them; the shared prompt of a pair is encoded once.
+
+Two replies to one prompt need its keys and values once: the prompts go through the model as B left-padded rows, and
+the 2B replies continue from the cache that this left, gradients included. Padding the prompts on the left puts every
+prompt's last token, whose prediction is the first response token, into the last column.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import DynamicCache
+
+from qadapter.fused import VocabularyHead
+from qadapter.objective import scored_positions
+from qadapter.row_passes import RowPasses
+
+# Encoding the prompt once takes a second, smaller pass; it has to spare at least this share of the tokens
+_WORTH_SPARING = 0.1
+
+
+@dataclass(frozen=True)
+class SharedPrompts:
+    """A batch of pairs taken apart into prompts and replies.
+
+    Attributes:
+        prompt_ids: [B, P] int64, left-padded with arbitrary ids.
+        prompt_mask: [B, P] int64.
+        reply_ids: [2B, R] int64, right-padded with arbitrary ids.
+        reply_mask: [2B, R] int64.
+        lengths: [2B] int64, prompt tokens of each row.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    reply_ids: Tensor
+    reply_mask: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> SharedPrompts | None:
+        """Take a batch apart; None if its pairs do not share prompts, or if that would spare too little.
+
+        Args:
+            input_ids: [2B, T], right-padded, each row a prompt and then its reply to the end.
+            attention_mask: [2B, T].
+            response_mask: [2B, T] bool.
+        """
+        rows, length = input_ids.shape
+        pairs = rows // 2
+        column = torch.arange(length, device=input_ids.device)
+        starts = response_mask.int().argmax(dim=1)
+        ends = attention_mask.sum(dim=1)
+        in_prompt = column < starts[:, None]
+        whole = response_mask == (~in_prompt & (column < ends[:, None]))
+        same = (input_ids[:pairs] == input_ids[pairs:]) | ~in_prompt[:pairs]
+        fits = whole.all() & same.all() & (starts[:pairs] == starts[pairs:]).all() & (starts > 0).all()
+        numbers = torch.stack([fits.long(), starts.max(), (ends - starts).max()])
+        shared, longest_prompt, longest_reply = numbers.tolist()  # the one place where the host waits for the device
+        computed = pairs * longest_prompt + rows * longest_reply
+        if not shared or computed > (1 - _WORTH_SPARING) * rows * length:
+            return None
+        from_left = column[:longest_prompt] + starts[:pairs, None] - longest_prompt
+        from_reply = column[:longest_reply] + starts[:, None]
+        return cls(
+            prompt_ids=input_ids[:pairs].gather(1, from_left.clamp(min=0)),
+            prompt_mask=(from_left >= 0).long(),
+            reply_ids=input_ids.gather(1, from_reply.clamp(max=length - 1)),
+            reply_mask=(from_reply < ends[:, None]).long(),
+            lengths=starts,
+        )
+
+    def where(self, scored: Tensor) -> Tensor:
+        """[2B, 1 + R] bool: `scored` [2B, T-1] in terms of a row's last prompt token and its reply tokens."""
+        position = torch.arange(1 + self.reply_ids.shape[1], device=scored.device) + self.lengths[:, None] - 1
+        return scored.gather(1, position.clamp(max=scored.shape[1] - 1)) & (position < scored.shape[1])
+
+
+class PairPasses:
+    """Hidden states at the scored positions, of the adapted model with autograd and of the base without.
+
+    Attributes:
+        head: the vocabulary head that both share; None if they cannot share one, or if this model's logits are not
+            what the head makes of its hidden states. Then there is nothing to be had here.
+        share_prompts: whether the prompt of a pair is encoded once.
+    """
+
+    def __init__(self, model: PeftModel, passes: RowPasses, share_prompts: bool = True) -> None:
+        self._model, self._passes = model, passes
+        base: Any = model.get_base_model()
+        self._decoder: Any = base.get_decoder()
+        self._config = base.config.get_text_config(decoder=True)
+        self.head = VocabularyHead.of(base)
+        takes = inspect.signature(self._decoder.forward).parameters
+        self.share_prompts = share_prompts and {"position_ids", "past_key_values"} <= set(takes)
+        self._checked = False
+
+    def hidden(
+        self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, shift_mask: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states [N, H] of the adapted model and of the base at the N scored positions, row by row.
+
+        Args:
+            input_ids: [2B, T] int64, right-padded.
+            attention_mask: [2B, T].
+            response_mask: [2B, T] bool.
+            shift_mask: see `Objective`.
+        """
+        scored = scored_positions(response_mask, shift_mask)
+        shared = None
+        if self.share_prompts and not self._recomputes():
+            shared = SharedPrompts.of(input_ids, attention_mask, response_mask)
+        base = self._pass(input_ids, attention_mask, scored, shared, bare=True)
+        return self._pass(input_ids, attention_mask, scored, shared, bare=False), base
+
+    def check(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> None:
+        """Compare with the model's own logits on the first pair of the first batch, and do without what differs.
+
+        Architectures do unforeseen things to logits and caches; training on something else than the model's own
+        logits would be silent. One more pass of the base, once.
+        """
+        if self._checked or self.head is None:
+            return
+        self._checked = True
+        pair = torch.tensor([0, len(input_ids) // 2], device=input_ids.device)
+        ids, mask, replies = input_ids[pair], attention_mask[pair], response_mask[pair]
+        scored = scored_positions(replies, shift_mask=True)
+        with self._passes.bare(2):
+            expected = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1][scored].float()
+        with torch.no_grad():
+            plain = self._pass(ids, mask, scored, None, bare=True)
+            if not _close(self.head.logits(plain.to(self.head.weight.dtype)), expected):
+                self.head = None
+                return
+            shared = SharedPrompts.of(ids, mask, replies) if self.share_prompts and not self._recomputes() else None
+            if shared is not None:
+                through_cache = self._pass(ids, mask, scored, shared, bare=True)
+                self.share_prompts = _close(self.head.logits(through_cache.to(self.head.weight.dtype)), expected)
+
+    def _recomputes(self) -> bool:
+        return bool(getattr(self._model.get_base_model(), "is_activation_checkpointing", False))
+
+    def _pass(
+        self, input_ids: Tensor, attention_mask: Tensor, scored: Tensor, shared: SharedPrompts | None, bare: bool
+    ) -> Tensor:
+        def through(rows: int) -> Any:
+            return self._passes.bare(rows) if bare else nullcontext()
+
+        if shared is None:
+            with through(len(input_ids)):
+                hidden = self._decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+            return hidden[:, :-1][scored]
+
+        pairs = len(shared.prompt_ids)
+        cache = DynamicCache(config=self._config)
+        with through(pairs):
+            prompts = self._decoder(
+                input_ids=shared.prompt_ids,
+                attention_mask=shared.prompt_mask,
+                position_ids=(shared.prompt_mask.cumsum(1) - 1).clamp(min=0),
+                past_key_values=cache,
+                use_cache=True,
+            )[0]
+        twice = torch.arange(pairs, device=input_ids.device).repeat(2)
+        cache.batch_select_indices(twice)
+        with through(2 * pairs):
+            replies = self._decoder(
+                input_ids=shared.reply_ids,
+                attention_mask=torch.cat([shared.prompt_mask[twice], shared.reply_mask], dim=1),
+                position_ids=shared.lengths[:, None] + torch.arange(shared.reply_ids.shape[1], device=input_ids.device),
+                past_key_values=cache,
+                use_cache=True,
+            )[0]
+        return torch.cat([prompts[twice, -1:], replies], dim=1)[shared.where(scored)]
+
+
+def _close(logits: Tensor, expected: Tensor) -> bool:
+    """Equal but for rounding: within 1e-3 of the spread in float32, 5e-2 in half precision."""
+    tolerance = 1e-3 if torch.finfo(logits.dtype).bits == 32 and expected.dtype == torch.float32 else 5e-2
+    return bool((logits.float() - expected).abs().max() <= tolerance * (1 + expected.std()))
