@@ -54,13 +54,14 @@ def experiment_stages(x: Experiment, run: Run) -> Any:
             "benchmarks": benchmarks,
             "world": world,
         }
-        rows.append(run(evaluate, cell=Customisation(name, "base"), trained=None, **shared))
+        base_row = run(evaluate, cell=Customisation(name, "base"), trained=None, base_row=None, **shared)
+        rows.append(base_row)
         answers = run(answer_prompts, domain=name, base=base, data=pairs) if "replay" in x.methods.run else None
         for method, seed in product(x.methods.run, x.seeds):
             cell = Customisation(name, method, seed)
             own = {"answers": answers} if method == "replay" else {"answers": None}
             trained = run(train_adapter, cell=cell, base=base, data=pairs, **own)
-            rows.append(run(evaluate, cell=cell, trained=trained, **shared))
+            rows.append(run(evaluate, cell=cell, trained=trained, base_row=base_row, **shared))
     return run(write_report, rows=rows, data=data)
 
 

@@ -45,8 +45,11 @@ class Launch:
         """The data folder as an absolute path."""
         return Path(self.data).expanduser().resolve() if self.data else None
 
-    def check(self) -> Experiment:
+    def check(self, *, remote: bool = True) -> Experiment:
         """Read the config and look at everything that can be looked at without computing.
+
+        Args:
+            remote: ask for sources on the network too; without it only those on this machine are looked at.
 
         Raises:
             QAdapterError: with all that is needed to put it right.
@@ -56,12 +59,12 @@ class Launch:
         if folder is not None and not folder.is_dir():
             raise QAdapterError(f"the data folder {self.data!r} does not exist; give an existing folder")
         if experiment.toy_world is None:
-            self._check_sources(experiment, folder)
+            self._check_sources(experiment, folder, remote)
         retention = experiment.evaluation.retention
         check_tasks(retention.tasks)
         return experiment
 
-    def _check_sources(self, experiment: Experiment, folder: Path | None) -> None:
+    def _check_sources(self, experiment: Experiment, folder: Path | None, remote: bool) -> None:
         """Each source is there, of a known format, and has a usable pair."""
         cache = workspace() / ".qadapter" / "downloads"
         problems = []
@@ -73,8 +76,10 @@ class Launch:
                 try:
                     where = resolve_path(path, folder)
                     options = {"split": split, "revision": source.revision, "config_name": source.config_name}
-                    sources.check(where, **options)
-                    if "://" not in where and not where.startswith("hub:"):
+                    away = "://" in where or where.startswith("hub:")
+                    if remote or not away:
+                        sources.check(where, **options)
+                    if not away:
                         files = sources.locate(where, cache_dir=cache, **options)
                         first_usable_pair(files, domain=source.domain, max_chars=source.max_chars)
                 except QAdapterError as error:

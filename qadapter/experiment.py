@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +32,6 @@ from qadapter.settings import (
     Settings,
     Source,
     ToyWorldSettings,
-    refuse_repeats,
 )
 
 PROFILE_FOLDER = Path(__file__).resolve().parents[1] / "configs"
@@ -70,7 +69,14 @@ class Experiment(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Experiment:
-        refuse_repeats("seeds", self.seeds)
+        if problems := list(self._contradictions()):
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _contradictions(self) -> Iterator[str]:
+        """What no section can see alone, a sentence each."""
+        if repeated := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
+            yield f"seeds names {repeated} more than once"
         named = {f"domains.{name}.source": domain.source for name, domain in self.domains.items()}
         if self.helpful_sft:
             named["helpful_sft.source"] = self.helpful_sft.source
@@ -78,28 +84,27 @@ class Experiment(Settings):
             named |= {f"pretraining.corpus_sources.{i}": s for i, s in enumerate(self.pretraining.corpus_sources)}
         if self.built_benchmarks:
             named |= {f"built_benchmarks.replies.{name}": s for name, s in self.built_benchmarks.replies.items()}
-        for path, source in named.items():
-            if source not in self.sources:
-                raise ValueError(f"{path}: no source {source!r}{_did_you_mean(source, self.sources)}")
-        if unused := set(self.sources) - set(named.values()):
-            raise ValueError(f"sources {sorted(unused)} are used by no domain, no benchmark, helpful_sft or pretraining")
+        unknown = {path: source for path, source in named.items() if source not in self.sources}
+        for path, source in unknown.items():
+            yield f"{path}: no source {source!r}{_did_you_mean(source, self.sources)}"
+        if not unknown and (unused := set(self.sources) - set(named.values())):
+            yield f"sources {sorted(unused)} are used by no domain, no benchmark, helpful_sft or pretraining"
         if bool(self.model.from_scratch) != bool(self.pretraining):
-            raise ValueError("model.from_scratch and pretraining go together: give both or neither")
+            yield "model.from_scratch and pretraining go together: give both or neither"
         if self.pretraining and not (self.toy_world or self.pretraining.corpus_sources):
-            raise ValueError("pretraining.corpus_sources: without a toy world, name the sources to learn from")
+            yield "pretraining.corpus_sources: without a toy world, name the sources to learn from"
         if self.model.pretrained and self.helpful_sft and not self.helpful_sft.lora:
-            raise ValueError("helpful_sft.lora: full fine-tuning is for models from scratch; set it to true")
+            yield "helpful_sft.lora: full fine-tuning is for models from scratch; set it to true"
         if not self.helpful_sft and (needy := [n for n, d in self.domains.items() if d.base == "helpful"]):
-            raise ValueError(f"domains {needy} want the base 'helpful', but there is no helpful_sft section")
+            yield f"domains {needy} want the base 'helpful', but there is no helpful_sft section"
         if self.model.from_scratch:
             for section in ("pretraining", "helpful_sft", "training"):
                 settings = getattr(self, section)
                 if settings and settings.max_length > self.model.from_scratch.context:
-                    raise ValueError(
+                    yield (
                         f"{section}.max_length {settings.max_length} is longer than the model's context "
                         f"{self.model.from_scratch.context}"
                     )
-        return self
 
     @property
     def threads_per_stage(self) -> int:
@@ -196,7 +201,7 @@ def _explain(error: ValidationError, file: Path) -> str:
             message = problem["msg"].removeprefix("Value error, ")
             if isinstance(problem["input"], str | int | float | bool | None):
                 message += f" (given: {problem['input']!r})"
-        problems.append(f"  {path}: {message}" if path else f"  {message}")
+        problems += [f"  {path}: {line}" if path else f"  {line}" for line in message.splitlines()]
     plural = "problem" if len(problems) == 1 else "problems"
     return f"{len(problems)} {plural} in {file.name} and its overrides:\n" + "\n".join(problems)
 
@@ -220,8 +225,9 @@ def _keys_at(location: Sequence[int | str]) -> list[str]:
         for node in nodes:
             if str(part) in node.get("properties", {}):
                 following += sections(node["properties"][str(part)])
-            elif isinstance(node.get("additionalProperties"), dict):
-                following += sections(node["additionalProperties"])
+            else:  # a mapping of names to sections
+                named = [node.get("additionalProperties"), *node.get("patternProperties", {}).values()]
+                following += [section for entry in named if isinstance(entry, dict) for section in sections(entry)]
         nodes = following
     return [key for node in nodes for key in node.get("properties", {})]
 

@@ -135,18 +135,21 @@ class _ScoredTerms(torch.autograd.Function):
             values[rows] = objective.alpha_tilde * log_normalizer - objective.alpha_0 * base_normalizer
             kl[rows] = (expected - log_normalizer) - (expected_base - base_normalizer)
         if by_value is not None:
-            ctx.save_for_backward(by_value, targets, head.weight, taken_slope)  # type: ignore[arg-type]
-            ctx.scale = head.scale  # type: ignore[attr-defined]
+            # All that the backward needs, so that the head's weights may be sharded away by then
+            by_taken = head.weight[targets]
+            if taken_slope is not None:
+                by_taken = (by_taken * taken_slope[:, None]).to(by_taken.dtype)
+            if head.scale != 1.0:
+                by_taken, by_value = by_taken * head.scale, by_value * head.scale
+            ctx.save_for_backward(by_taken, by_value)
         ctx.mark_non_differentiable(kl)
         return q_taken, values, kl
 
     @staticmethod
-    def backward(ctx: Any, by_taken: Tensor, by_values: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        value_direction, targets, weight, taken_slope = ctx.saved_tensors
-        if taken_slope is not None:
-            by_taken = by_taken * taken_slope
-        gradient = by_taken[:, None] * weight[targets] + by_values[:, None] * value_direction
-        return (gradient * ctx.scale).to(value_direction.dtype), None, None, None, None, None
+    def backward(ctx: Any, taken_gradient: Tensor, value_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        by_taken, by_value = ctx.saved_tensors
+        gradient = taken_gradient[:, None] * by_taken + value_gradient[:, None] * by_value
+        return gradient.to(by_value.dtype), None, None, None, None, None
 
 
 def _buffers(

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import DynamicCache
 
 from qadapter.fused import VocabularyHead
@@ -86,8 +88,8 @@ class PairPasses:
     """Hidden states at the scored positions, of the adapted model with autograd and of the base without.
 
     Attributes:
-        head: the vocabulary head that both share; None if they cannot share one, or if this model's logits are not
-            what the head makes of its hidden states. Then there is nothing to be had here.
+        usable: whether base and adapted model share a frozen vocabulary head, and their logits are what it makes of
+            their hidden states. Otherwise there is nothing to be had here.
         share_prompts: whether the prompt of a pair is encoded once.
     """
 
@@ -96,10 +98,21 @@ class PairPasses:
         base: Any = model.get_base_model()
         self._decoder: Any = base.get_decoder()
         self._config = base.config.get_text_config(decoder=True)
-        self.head = VocabularyHead.of(base)
+        # Other PEFT methods and LoRA's variants may need what PeftModel.forward does around the model
+        self.usable = passes.rows.supported and VocabularyHead.of(base) is not None
+        self._tolerance = 5e-2 if getattr(base, "quantization_method", None) is not None else 1e-3
         takes = inspect.signature(self._decoder.forward).parameters
         self.share_prompts = share_prompts and {"position_ids", "past_key_values"} <= set(takes)
-        self._checked = False
+        self._head_checked = self._cache_checked = False
+        self._sharded = dist.is_initialized() and any(
+            isinstance(parameter, DTensor) for parameter in model.parameters()
+        )
+
+    def head(self) -> VocabularyHead:
+        """The base's head as it is now: sharded training puts its weights in place for one pass only."""
+        head = VocabularyHead.of(self._model.get_base_model())
+        assert head is not None
+        return head
 
     def hidden(
         self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, shift_mask: bool
@@ -113,38 +126,54 @@ class PairPasses:
             shift_mask: see `Objective`.
         """
         scored = scored_positions(response_mask, shift_mask)
-        shared = None
-        if self.share_prompts and not self._recomputes():
-            shared = SharedPrompts.of(input_ids, attention_mask, response_mask)
+        shared = self._shared(input_ids, attention_mask, response_mask)
         base = self._pass(input_ids, attention_mask, scored, shared, bare=True)
+        if shared is not None and not self._cache_checked:
+            self._cache_checked = True
+            plain = self._pass(input_ids, attention_mask, scored, None, bare=True)
+            self.share_prompts = self._everywhere(self._same(base, plain))
+            if not self.share_prompts:
+                shared, base = None, plain
         return self._pass(input_ids, attention_mask, scored, shared, bare=False), base
 
-    def check(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> None:
-        """Compare with the model's own logits on the first pair of the first batch, and do without what differs.
+    def check(self, input_ids: Tensor, attention_mask: Tensor) -> None:
+        """Compare the head with the model's own logits, once, on the first pair of the first batch.
 
-        Architectures do unforeseen things to logits and caches; training on something else than the model's own
-        logits would be silent. One more pass of the base, once.
+        Architectures do unforeseen things to logits (and to caches, see `hidden`), and training on something else than
+        the model's own logits would be silent.
         """
-        if self._checked or self.head is None:
+        if self._head_checked or not self.usable:
             return
-        self._checked = True
+        self._head_checked = True
         pair = torch.tensor([0, len(input_ids) // 2], device=input_ids.device)
-        ids, mask, replies = input_ids[pair], attention_mask[pair], response_mask[pair]
-        scored = scored_positions(replies, shift_mask=True)
+        inputs = {"input_ids": input_ids[pair], "attention_mask": attention_mask[pair], "use_cache": False}
         with self._passes.bare(2):
-            expected = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1][scored].float()
-        with torch.no_grad():
-            plain = self._pass(ids, mask, scored, None, bare=True)
-            if not _close(self.head.logits(plain.to(self.head.weight.dtype)), expected):
-                self.head = None
-                return
-            shared = SharedPrompts.of(ids, mask, replies) if self.share_prompts and not self._recomputes() else None
-            if shared is not None:
-                through_cache = self._pass(ids, mask, scored, shared, bare=True)
-                self.share_prompts = _close(self.head.logits(through_cache.to(self.head.weight.dtype)), expected)
+            expected = self._model(**inputs).logits[:, -1]
+            hidden = self._decoder(**inputs)[0][:, -1]
+        head = self.head()
+        self.usable = self._everywhere(self._same(head.logits(hidden.to(head.weight.dtype)), expected))
 
-    def _recomputes(self) -> bool:
-        return bool(getattr(self._model.get_base_model(), "is_activation_checkpointing", False))
+    def _same(self, ours: Tensor, expected: Tensor) -> bool:
+        """Whether these are equal but for rounding, in units of their spread."""
+        half = {ours.dtype, expected.dtype} & {torch.float16, torch.bfloat16}
+        tolerance = 5e-2 if half else self._tolerance
+        ours, expected = ours.float(), expected.float()
+        return bool((ours - expected).abs().max() <= tolerance * (1 + expected.std()))
+
+    def _shared(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> SharedPrompts | None:
+        recomputes = getattr(self._model.get_base_model(), "is_activation_checkpointing", False)
+        if not self.share_prompts or recomputes:  # layers that are computed again do not write into a cache
+            return None
+        shared = SharedPrompts.of(input_ids, attention_mask, response_mask)
+        return shared if self._everywhere(shared is not None) else None
+
+    def _everywhere(self, flag: bool) -> bool:
+        """Whether it holds in every process, where they have to take the same passes to gather the same layers."""
+        if not self._sharded:
+            return flag
+        agreed = torch.tensor(int(flag), device=next(self._model.parameters()).device)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+        return bool(agreed.item())
 
     def _pass(
         self, input_ids: Tensor, attention_mask: Tensor, scored: Tensor, shared: SharedPrompts | None, bare: bool
@@ -178,9 +207,3 @@ class PairPasses:
                 use_cache=True,
             )[0]
         return torch.cat([prompts[twice, -1:], replies], dim=1)[shared.where(scored)]
-
-
-def _close(logits: Tensor, expected: Tensor) -> bool:
-    """Equal but for rounding: within 1e-3 of the spread in float32, 5e-2 in half precision."""
-    tolerance = 1e-3 if torch.finfo(logits.dtype).bits == 32 and expected.dtype == torch.float32 else 5e-2
-    return bool((logits.float() - expected).abs().max() <= tolerance * (1 + expected.std()))

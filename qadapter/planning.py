@@ -115,3 +115,12 @@ def training_memory_gb(size: ModelSize, model: ModelSettings, lora: LoraSettings
     width = 2 if settings.bf16 else 4
     logits = tokens * size.vocab_size * width * 2
     return (weights + adapter + tokens * per_token * width + logits) / 2**30
+
+
+EVALUATION_ITEMS_PER_TASK = 2_000  # GSM8K has 1,319, MMLU 14,042, IFEval 541
+
+
+def weights_gb(size: ModelSize, model: ModelSettings) -> float:
+    """Memory of the frozen weights."""
+    held = model.quantization if model.quantization != "none" else model.dtype
+    return size.parameters * BYTES_PER_PARAMETER[held] / 2**30

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -21,9 +22,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from qadapter import policy_files
 from qadapter.adapter_rows import BASE
 from qadapter.errors import QAdapterError
+from qadapter.fused import loss_from_scored
 from qadapter.objective import BatchTotals, Objective, PairwiseLoss, pairwise_loss
+from qadapter.pair_passes import PairPasses
 from qadapter.policy_adapters import ComposedAdapters, refuse_unworkable
 from qadapter.row_passes import RowPasses, reorder_rows
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -56,6 +61,8 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
         peft_model: the base with its adapters.
         objective: what the adapters were (or are to be) trained with.
         adapter_weights: weight of each adapter in Q; see `set_adapter_weights`.
+        loss_implementation: how `forward` computes the loss of pairs: `fused` (`qadapter/fused.py`) where the model's
+            head allows it, or `readable` (`qadapter/objective.py`).
     """
 
     config_class = PretrainedConfig
@@ -91,6 +98,8 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
         self._parameter_count: int | None = None
         self._base_only = False
         self._passes = RowPasses(peft_model)
+        self._pair_passes: PairPasses | None = None
+        self.loss_implementation: Literal["readable", "fused"] = "fused"
         self._adapter_weights = {}
         self.set_adapter_weights(adapter_weights or {peft_model.active_adapters[0]: 1.0})
         self.train(peft_model.training)
@@ -217,8 +226,7 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
         """
         if response_mask is not None:
             assert input_ids is not None
-            q_logits, base_logits = self.q_and_base_logits(input_ids, attention_mask, **options)
-            pairwise = pairwise_loss(q_logits, base_logits, input_ids, response_mask, self.objective, totals)
+            pairwise = self._pair_loss(input_ids, attention_mask, response_mask, totals, options)
             return QAdapterOutput(loss=pairwise.loss, pairwise=pairwise)
 
         inputs = {
@@ -252,6 +260,30 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
         return QAdapterOutput(loss=loss, logits=logits, past_key_values=cache)
+
+    def _pair_loss(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        response_mask: Tensor,
+        totals: BatchTotals | None,
+        options: dict[str, Any],
+    ) -> PairwiseLoss:
+        if self.loss_implementation == "fused" and not options:
+            self.trained_adapter()
+            if self._pair_passes is None:
+                self._pair_passes = PairPasses(self.peft_model, self._passes)
+            passes = self._pair_passes
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            passes.check(input_ids, mask)
+            if passes.usable:
+                hidden, base_hidden = passes.hidden(input_ids, mask, response_mask, self.objective.shift_mask)
+                tokens = (input_ids, response_mask, self.objective, totals)
+                return loss_from_scored(hidden, base_hidden, passes.head(), *tokens)
+            log.warning("The fused loss does not fit this model's head or adapter; the readable one is used.")
+            self.loss_implementation = "readable"
+        q_logits, base_logits = self.q_and_base_logits(input_ids, attention_mask, **options)
+        return pairwise_loss(q_logits, base_logits, input_ids, response_mask, self.objective, totals)
 
     def _base_takes(self, name: str) -> bool:
         return name not in ("position_ids", "logits_to_keep", "inputs_embeds") or name in self._base_arguments

@@ -15,6 +15,7 @@ from torch import nn
 from qadapter import policy_files
 from qadapter.errors import QAdapterError
 from qadapter.objective import Objective
+from qadapter.pair_passes import PairPasses
 from qadapter.row_passes import RowPasses
 
 
@@ -30,6 +31,7 @@ class ComposedAdapters(nn.Module):
     objective: Objective
     config: Any
     _passes: RowPasses
+    _pair_passes: PairPasses | None
     _adapter_weights: dict[str, float]
     _base_only: bool
 
@@ -90,7 +92,7 @@ class ComposedAdapters(nn.Module):
                 "Turn the absolute one into the residual form with as_residual() and save it again."
             )
         self.peft_model.load_adapter(str(path), adapter_name=name, is_trainable=False)
-        self._passes = RowPasses(self.peft_model)
+        self._passes, self._pair_passes = RowPasses(self.peft_model), None
         self.train(self.training)
         self.set_adapter_weights({**self._adapter_weights, name: weight or 0.0})
 

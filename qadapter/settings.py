@@ -19,7 +19,9 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
 class Settings(BaseModel):
     """A section of a config: unknown keys are refused, and nothing changes it after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=False, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class ToyWorldSettings(Settings):
@@ -27,7 +29,9 @@ class ToyWorldSettings(Settings):
 
     seed: int = 0
     corpus_size: Count = Field(20_000, description="pre-training conversations")
-    harmful_for_training: Count = Field(80, description="harmful requests in the preference data; the rest are held out")
+    harmful_for_training: Count = Field(
+        80, lt=128, description="harmful requests, of 128, in the preference data; the rest are held out"
+    )
 
 
 class Source(Settings):
@@ -41,6 +45,7 @@ class Source(Settings):
         heldout: share (below 1) or number of prompts kept out of training.
         max_train_pairs, max_heldout_pairs: cut after the split, None for all.
         max_chars: longer records (prompt and reply together) are quarantined.
+        expected_pairs: how many training pairs a source out of reach is known to have; only `make plan` reads it.
     """
 
     path: str
@@ -54,6 +59,7 @@ class Source(Settings):
     max_train_pairs: Count | None = None
     max_heldout_pairs: Count | None = None
     max_chars: Count = 20_000
+    expected_pairs: Count | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Source:
@@ -250,15 +256,16 @@ class RetentionSettings(Settings):
 
     Attributes:
         limit: items per task, None for all.
-        batch_size: sequences per forward pass.
+        batch_size: sequences per forward pass, or `auto` for the most that fit (on a GPU).
+        max_new_tokens: longest generated answer; None: each task's own.
         plain_tasks: tasks among `tasks` that are asked without chat template (the paper: MMLU).
     """
 
     tasks: tuple[str, ...]
     plain_tasks: tuple[str, ...] = ()
     limit: Count | None = None
-    batch_size: Count = 64
-    max_new_tokens: Count = 64
+    batch_size: Count | Literal["auto"] = 64
+    max_new_tokens: Count | None = None
 
     @model_validator(mode="after")
     def _check(self) -> RetentionSettings:

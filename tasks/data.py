@@ -95,7 +95,7 @@ def prepare_data(context: RunContext, source: str, world: StageResult | None) ->
         label=source,
         module="qadapter.preferences.prepare",
         config={
-            **settings.model_dump(exclude={"path", "heldout_path", "revision"}),
+            **settings.model_dump(exclude={"path", "heldout_path", "revision", "expected_pairs"}),
             "seed": seed,
             "files": sources.fingerprint(files),
             "heldout_files": sources.fingerprint(heldout_files) if heldout_files else None,

@@ -43,6 +43,7 @@ def evaluate(
     cell: Customisation,
     base: Base,
     trained: StageResult | None,
+    base_row: Evaluation | None,
     data: StageResult,
     base_retention: StageResult,
     old_texts: StageResult | None,
@@ -56,6 +57,8 @@ def evaluate(
     inputs: dict[str, StageOutput | Path] = {**base.inputs(), "data": data.output}
     if trained is not None:
         inputs["adapter"] = trained.output
+    if base_row is not None:
+        inputs["base_adaptation"] = base_row.adaptation.output
     if world is not None:
         inputs["world"] = world.output
 
@@ -66,6 +69,7 @@ def evaluate(
             base.location,
             adapter,
             data.path / "heldout.jsonl",
+            base_row.adaptation.path if base_row else None,
             model=experiment.model,
             settings=experiment.evaluation.adaptation,
             max_length=experiment.training.max_length,

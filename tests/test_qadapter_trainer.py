@@ -168,6 +168,16 @@ def test_accumulation_is_exact(tmp_path: Path, objective: str, beta: float):
             torch.testing.assert_close(value, states[0][name], atol=1e-6, rtol=1e-5)
 
 
+def test_both_implementations_train_alike(tmp_path: Path):
+    runs = [make_trainer(tmp_path / kind, loss_implementation=kind, max_steps=6) for kind in ("fused", "readable")]
+    for run in runs:
+        run.train()
+        assert run.policy.loss_implementation == run.args.loss_implementation
+    logs = [[entry for entry in run.state.log_history if "loss" in entry] for run in runs]
+    for fused, readable in zip(*logs, strict=True):
+        assert fused == pytest.approx(readable, rel=1e-3, abs=1e-5)
+
+
 def test_resumed_is_bitwise_the_uninterrupted_run(tmp_path: Path):
     def settings(folder: str) -> dict[str, Any]:
         return {"save_strategy": "steps", "save_steps": 3, "max_steps": 7, "peft_config": lora(dropout=0.2)}
@@ -337,6 +347,8 @@ def test_refuses_early_what_cannot_work(tmp_path: Path):
         make_trainer(tmp_path, alpha_tilde=-1)
     with pytest.raises(QAdapterError, match="no preset 'dpo'"):
         make_trainer(tmp_path, objective="dpo")
+    with pytest.raises(QAdapterError, match="loss_implementation is 'quick'; expected 'fused' or 'readable'"):
+        make_trainer(tmp_path, loss_implementation="quick")
     with pytest.raises(QAdapterError, match="No tokenizer lies beside the base"):
         make_trainer(tmp_path, processing_class=None)
 

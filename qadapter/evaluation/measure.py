@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.artifacts import read_json, write_json
@@ -27,6 +28,7 @@ def measure_adaptation(
     base: str | Path,
     adapter: Path | None,
     heldout_file: Path,
+    base_adaptation: Path | None,
     *,
     model: ModelSettings,
     settings: AdaptationSettings,
@@ -41,6 +43,8 @@ def measure_adaptation(
         base: folder or hub id of the base model.
         adapter: the adapter's folder, None for the base itself.
         heldout_file: prepared pairs.
+        base_adaptation: folder this function wrote for the base; its log-probs are what implied rewards are relative to.
+            None where `adapter` is.
         model, settings: of the experiment.
         max_length: tokens, as in training.
         world: folder of the toy world the data is from, None for real data.
@@ -53,11 +57,9 @@ def measure_adaptation(
     """
     network, tokenizer = load_base(base, model)
     pairs = load_pairs(heldout_file)
-    base_scores = score_pairs(network, tokenizer, pairs, max_length=max_length, batch_size=settings.batch_size)
     policy = load_policy(network, adapter)
-    scores = base_scores
-    if adapter is not None:
-        scores = score_pairs(policy, tokenizer, pairs, max_length=max_length, batch_size=settings.batch_size)
+    scores = score_pairs(policy, tokenizer, pairs, max_length=max_length, batch_size=settings.batch_size)
+    base_scores = _read_scores(base_adaptation / "pairs.jsonl") if base_adaptation else scores
     metrics = {f"adaptation/{name}": value for name, value in preference_metrics(scores, base_scores).items()}
     prompts = _distinct_prompts(pairs, None if world else settings.generate)
     if prompts:
@@ -95,7 +97,17 @@ def _pair_rows(scores: PairScores, base_scores: PairScores) -> list[dict[str, fl
         "chosen_tokens": scores.chosen_tokens,
         "rejected_tokens": scores.rejected_tokens,
     }
-    return [dict(zip(columns, map(float, values), strict=True)) for values in zip(*columns.values(), strict=True)]
+    return [
+        {name: value.item() for name, value in zip(columns, values, strict=True)}
+        for values in zip(*columns.values(), strict=True)
+    ]
+
+
+def _read_scores(file: Path) -> PairScores:
+    """The scores that `_pair_rows` wrote."""
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    names = ("chosen_log_prob", "rejected_log_prob", "chosen_tokens", "rejected_tokens", "pair")
+    return PairScores(*(np.array([row[name] for row in rows]) for name in names))
 
 
 def measure_retention(
@@ -190,8 +202,9 @@ def _divergence(
     """KL(base ‖ policy) per token; the base is loaded again, because the policy's own copy carries the adapter."""
     untouched, _ = load_base(base, model)
     conversations = [(pair.prompt, pair.chosen) for pair in load_pairs(old_texts)[: settings.limit]]
+    batch_size = 8 if settings.batch_size == "auto" else settings.batch_size
     divergence = kl_per_token(
-        untouched, policy, tokenizer, conversations, max_length=max_length, batch_size=settings.batch_size
+        untouched, policy, tokenizer, conversations, max_length=max_length, batch_size=batch_size
     )
     return divergence.per_token
 

@@ -33,6 +33,8 @@ from qadapter.training.arguments import (
     ProgressLog,
     last_checkpoint,
     measured_cost,
+    save_weights,
+    tokens_seen,
     trainer_arguments,
     write_training_record,
 )
@@ -111,13 +113,13 @@ def train_adapter(
             trainer = train_dpo(network, tokenizer, encoded, arguments, lora_config(lora), choice.beta, method)
         else:
             trainer = train_sft(network, tokenizer, examples, arguments, lora_config(lora), method)
-    trainer.save_model(str(out / "adapter"))
+    save_weights(trainer, out / "adapter")
     adapter_bytes = sum(file.stat().st_size for file in (out / "adapter").glob("*.safetensors"))
     if pairwise:
         lengths = [2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in encoded]
     else:
-        lengths = [2 * (len(prompt) + len(reply)) for prompt, reply in examples]
-    tokens = int(sum(lengths) / len(lengths) * steps * training.batch_size)
+        lengths = [len(prompt) + len(reply) for prompt, reply in examples]
+    tokens = tokens_seen(lengths, steps, training.batch_size if pairwise else 2 * training.batch_size)
     write_training_record(out, trainer, cost, tokens, **{"cost/adapter_bytes": adapter_bytes})
 
 
@@ -199,15 +201,20 @@ def _single_conversations(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> list[tuple[list[int], list[int]]]:
-    """Prompts with their chosen replies and, for replay, with the base's own answers."""
-    examples = [(pair.prompt_ids, pair.chosen_ids) for pair in encoded]
-    if answers_file is not None:
-        answers = json.loads(answers_file.read_text(encoding="utf-8"))
-        for index in kept:
-            answer = answers[prompt_key(pairs[index].prompt)]
-            if answer.strip():  # a base that has nothing to say gives nothing to remember
-                examples.append(encode_reply(pairs[index].prompt, answer, tokenizer, max_length))
-    return examples
+    """Two conversations for each pair: the chosen reply twice or, for replay, that one and the base's own answer.
+
+    Two, so that batches and epochs are as large as those of the methods that see both replies of a pair.
+    """
+    chosen = [(pair.prompt_ids, pair.chosen_ids) for pair in encoded]
+    if answers_file is None:
+        return chosen + chosen
+    answers = json.loads(answers_file.read_text(encoding="utf-8"))
+    second = list(chosen)
+    for place, index in enumerate(kept):
+        answer = answers[prompt_key(pairs[index].prompt)]
+        if answer.strip():  # a base that has nothing to say gives nothing to remember: the chosen reply stays
+            second[place] = encode_reply(pairs[index].prompt, answer, tokenizer, max_length)
+    return chosen + second
 
 
 def fine_tune_base(
@@ -239,14 +246,13 @@ def fine_tune_base(
         )
     if settings.lora:
         # Merging into a quantised base would lose what was learnt to rounding: merge into the unquantised one.
-        trainer.save_model(str(out / "adapter"))
+        save_weights(trainer, out / "adapter")
         from peft import PeftModel
 
         whole, _ = load_base(base, model.model_copy(update={"quantization": "none"}))
         PeftModel.from_pretrained(whole, out / "adapter").merge_and_unload().save_pretrained(out / "model")
     else:
-        trainer.save_model(str(out / "model"))
+        save_weights(trainer, out / "model")
     tokenizer.save_pretrained(out / "model")
-    tokens = sum(len(prompt) + len(reply) for prompt, reply in examples)
-    seen = trainer.state.global_step * settings.batch_size / len(examples)
-    write_training_record(out, trainer, cost, int(tokens * seen))
+    lengths = [len(prompt) + len(reply) for prompt, reply in examples]
+    write_training_record(out, trainer, cost, tokens_seen(lengths, trainer.state.global_step, settings.batch_size))

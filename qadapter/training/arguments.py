@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,6 +134,24 @@ def last_checkpoint(scratch: str | Path) -> str | None:
     whole = [folder for folder in Path(scratch).glob("checkpoint-*") if (folder / "trainer_state.json").is_file()]
     newest = max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
     return str(newest) if newest else None
+
+
+def save_weights(trainer: Trainer, folder: Path) -> None:
+    """Save a trained model without Trainer's pickle of its own arguments, which nobody reads and nobody should load."""
+    trainer.save_model(str(folder))
+    (folder / "training_args.bin").unlink(missing_ok=True)
+
+
+def tokens_seen(lengths: Sequence[int], steps: int, batch_size: int) -> int:
+    """Tokens that so many steps read; the last step of an epoch takes what is left of the examples.
+
+    Args:
+        lengths: tokens of each example.
+        steps: optimiser steps.
+        batch_size: examples of a full step.
+    """
+    steps_of_an_epoch = math.ceil(len(lengths) / batch_size)
+    return round(sum(lengths) / steps_of_an_epoch * steps)
 
 
 def write_training_record(out: Path, trainer: Trainer, cost: Cost, tokens: int, **extra: float) -> None:

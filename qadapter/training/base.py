@@ -24,6 +24,8 @@ from qadapter.training.arguments import (
     ProgressLog,
     last_checkpoint,
     measured_cost,
+    save_weights,
+    tokens_seen,
     trainer_arguments,
     write_training_record,
 )
@@ -134,7 +136,7 @@ def pretrain(
     ProgressLog.on(trainer, "pre-training")
     with measured_cost() as cost:
         trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
-    trainer.save_model(str(out / "model"))
+    save_weights(trainer, out / "model")
     tokenizer.save_pretrained(out / "model")
-    tokens = int(sum(map(len, rows)) / len(rows) * trainer.state.global_step * settings.batch_size)
+    tokens = tokens_seen([len(row) for row in rows], trainer.state.global_step, settings.batch_size)
     write_training_record(out, trainer, cost, tokens)

@@ -30,6 +30,8 @@ class QAdapterConfig(TrainingArguments):
         value: `next-state` or `current-state`.
         aggregation: `discounted-sum` or `padded-mean`.
         shift_mask: whether the positions that predict response tokens are scored.
+        loss_implementation: `fused` (only response positions meet the vocabulary, in chunks; a pair's prompt is encoded
+            once) or `readable` (the definition, with full logits); see `QAdapterForCausalLM`.
         max_length: most tokens of prompt + reply (paper: 512); the prompt is cut from the left.
         pad_to_multiple_of: batches are padded to a multiple of it.
         model_init_kwargs: for `AutoModelForCausalLM.from_pretrained`, if the model is given by name.
@@ -45,6 +47,7 @@ class QAdapterConfig(TrainingArguments):
     value: str | None = None
     aggregation: str | None = None
     shift_mask: bool | None = None
+    loss_implementation: str = field(default="fused", metadata={"help": "fused or readable"})
     max_length: int = 512
     pad_to_multiple_of: int | None = None
     model_init_kwargs: dict[str, Any] | None = None

@@ -320,6 +320,9 @@ def _policy(
         )
     else:
         policy = QAdapterForCausalLM.from_base(model, peft_config, objective)
+    if args.loss_implementation not in ("fused", "readable"):
+        raise QAdapterError(f"loss_implementation is {args.loss_implementation!r}; expected 'fused' or 'readable'.")
+    policy.loss_implementation = args.loss_implementation  # type: ignore[assignment]
     policy.trained_adapter()
     if not any(parameter.requires_grad for parameter in policy.parameters()):
         raise QAdapterError(

@@ -1,0 +1,85 @@
+"""What the published code does, written anew from its description: two full passes, full float32 logits, the loss always.
+
+Every call runs the model with its adapter and without, makes full-vocabulary float32 rows of both for every position
+(prompts and padding included), combines them and computes the training loss on them, also while generating.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from qadapter.objective import Objective
+
+
+def published_terms(q_logits: Tensor, base_logits: Tensor, input_ids: Tensor, o: Objective) -> tuple[Tensor, Tensor]:
+    """Combined logits [R, T, V] and implied rewards [R, T-1], in float32 over everything."""
+    q_logits, base_logits = q_logits.float(), base_logits.float()
+    base_logprobs = F.log_softmax(base_logits, dim=-1)
+    combined = (q_logits + o.alpha_0 * base_logprobs) / o.alpha_tilde
+    values = o.alpha_tilde * torch.logsumexp(combined, dim=-1)
+    taken = q_logits[:, :-1].gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+    return combined, taken - o.gamma * values[:, :-1]
+
+
+def published_loss(rewards: Tensor, mask: Tensor, o: Objective) -> Tensor:
+    """Preference loss and penalty of pairs, with the unshifted mask and the padded length."""
+    counted = mask[:, :-1].float()
+    totals = (rewards * counted).sum(1) / counted.shape[1]
+    chosen, rejected = totals.chunk(2)
+    return -F.logsigmoid(chosen - rejected).mean() + o.beta * (rewards.square() * counted).sum() / counted.sum()
+
+
+def published_step(model: PeftModel, batch: dict[str, Tensor], o: Objective) -> Tensor:
+    """One training step's loss and gradients."""
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    q_logits = model(**inputs).logits
+    with model.disable_adapter():
+        base_logits = model(**inputs).logits
+    _, rewards = published_terms(q_logits, base_logits, batch["input_ids"], o)
+    loss = published_loss(rewards, batch["response_mask"], o)
+    loss.backward()
+    return loss.detach()
+
+
+class PublishedPolicy(PreTrainedModel, GenerationMixin):
+    """Generation and scoring the published way: two passes with two caches for each token."""
+
+    _supports_sdpa = True
+
+    def __init__(self, model: PeftModel, objective: Objective) -> None:
+        base: Any = model.get_base_model()
+        super().__init__(copy.deepcopy(base.config))
+        self.model = model
+        self.objective = objective
+        self.generation_config = copy.deepcopy(base.generation_config)
+        self._base_cache: Any = None
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """Combined logits; the loss is computed and thrown away."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        inputs["use_cache"] = bool(use_cache)
+        if use_cache and past_key_values.get_seq_length() == 0:
+            self._base_cache = DynamicCache(config=self.config)
+        q_output = self.model(**inputs, past_key_values=past_key_values)
+        with self.model.disable_adapter():
+            base_output = self.model(**inputs, past_key_values=self._base_cache if use_cache else None)
+        combined, rewards = published_terms(q_output.logits, base_output.logits, input_ids, self.objective)
+        if input_ids.shape[1] > 1 and len(input_ids) % 2 == 0:
+            published_loss(rewards, torch.ones_like(input_ids, dtype=torch.bool), self.objective)
+        return CausalLMOutputWithPast(logits=combined, past_key_values=q_output.past_key_values)

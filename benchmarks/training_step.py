@@ -1,0 +1,142 @@
+"""One training step: the published way, TRL's DPO, and each technique of this project on its own.
+
+python -m benchmarks.training_step                       # both shapes, 1 and 8 pairs
+python -m benchmarks.training_step --shapes body-heavy --batches 1 --threads 2
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from trl import DPOConfig, DPOTrainer
+
+from benchmarks.measure import arguments, compare, prepare, table
+from benchmarks.published import published_step
+from benchmarks.shapes import SHAPES, Shape, base_model, batch, lora, policy
+from qadapter.objective import Objective, pairwise_loss, scored_positions
+from qadapter.policy import QAdapterForCausalLM
+
+PUBLISHED = "published code's way"
+
+
+def sides(shape: Shape, pairs: int, device: str, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
+    """Every way to make one step's gradients on the same pairs."""
+    objective = Objective.preset("published-code", shift_mask=True)
+    data = batch(shape, pairs, device)
+    ours = policy(shape, device, dtype, objective).train()
+
+    def readable() -> Tensor:
+        ours.loss_implementation = "readable"
+        return backward(ours, ours(**data).loss)
+
+    def response_positions() -> Tensor:
+        return backward(ours, response_positions_loss(ours, data, objective))
+
+    def fused(share: bool) -> Tensor:
+        ours.loss_implementation = "fused"
+        if ours._pair_passes is not None:
+            ours._pair_passes.share_prompts = share
+        return backward(ours, ours(**data).loss)
+
+    fused(True)  # makes the passes and checks them
+    return {
+        PUBLISHED: lambda: clear(ours, published_step(ours.peft_model, data, objective)),
+        "base without autograd": readable,
+        "+ response positions only": response_positions,
+        "+ chunked (fused)": lambda: fused(False),
+        "+ shared prompt = this project": lambda: fused(True),
+        "TRL DPO": trl_dpo(shape, data, device, dtype),
+    }
+
+
+def clear(model: QAdapterForCausalLM, loss: Tensor) -> Tensor:
+    """Drop the gradients."""
+    model.zero_grad()
+    return loss
+
+
+def backward(model: QAdapterForCausalLM, loss: Tensor | None) -> Tensor:
+    """Gradients of a loss, dropped again."""
+    assert loss is not None
+    loss.backward()
+    return clear(model, loss.detach())
+
+
+def response_positions_loss(ours: QAdapterForCausalLM, data: dict[str, Tensor], objective: Objective) -> Tensor:
+    """Full logits of the scored positions alone, with autograd through the readable objective."""
+    scored = scored_positions(data["response_mask"], objective.shift_mask)
+    rows, positions = scored.nonzero(as_tuple=True)
+    decoder = ours.peft_model.get_base_model().get_decoder()
+    inputs = {"input_ids": data["input_ids"], "attention_mask": data["attention_mask"], "use_cache": False}
+    with ours._passes.bare(len(scored)):
+        base_hidden = decoder(**inputs)[0]
+    hidden = decoder(**inputs)[0]
+    head = ours.get_output_embeddings()
+    # The readable objective wants rows: put each row's scored positions, one more for the last token, side by side.
+    counts = scored.sum(1)
+    width = int(counts.max())
+    index = torch.zeros(len(scored), width + 1, dtype=torch.long, device=scored.device)
+    slot = torch.arange(width, device=scored.device)
+    filled = slot < counts[:, None]
+    index[:, :-1][filled] = positions
+    tokens = torch.zeros_like(index)
+    tokens[:, 1:][filled] = data["input_ids"][rows, positions + 1]
+    mask = torch.zeros_like(index, dtype=torch.bool)
+    mask[:, 1:] = filled
+    gather = index[..., None].expand(-1, -1, hidden.shape[-1])
+    with torch.no_grad():
+        base_logits = head(base_hidden.gather(1, gather))
+    return pairwise_loss(head(hidden.gather(1, gather)), base_logits, tokens, mask, objective).loss
+
+
+def trl_dpo(shape: Shape, data: dict[str, Tensor], device: str, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """TRL's own loss on the same token ids, through its trainer."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "a": 2}, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+    trainer = DPOTrainer(
+        model=base_model(shape, device, dtype),
+        args=DPOConfig(
+            output_dir=tempfile.mkdtemp(),
+            report_to="none",
+            use_cpu=device == "cpu",
+            bf16=False,
+            gradient_checkpointing=False,
+            disable_dropout=False,
+        ),
+        train_dataset=Dataset.from_list([{"prompt": "a", "chosen": " a a", "rejected": " a"}]),
+        processing_class=tokenizer,
+        peft_config=lora(),
+    )
+    model = trainer.model.train()
+    inputs = {k: data[k] for k in ("input_ids", "attention_mask")} | {"completion_mask": data["response_mask"].long()}
+
+    def step() -> Tensor:
+        loss = trainer.compute_loss(model, inputs)
+        loss.backward()
+        model.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print one table for each shape and number of pairs."""
+    options = arguments(__doc__).parse_args(argv)
+    prepare(options)
+    for name in options.shapes:
+        for pairs in options.batches:
+            made = sides(SHAPES[name], pairs, options.device, getattr(torch, options.dtype))
+            results = compare(made, options.rounds, options.device)
+            print(table(f"training step, {name}, {pairs} pair(s), T = {SHAPES[name].length}", results, PUBLISHED))
+
+
+if __name__ == "__main__":
+    main()
