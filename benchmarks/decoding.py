@@ -7,6 +7,7 @@ python -m benchmarks.decoding --new-tokens 64 --batches 1 2 4 8
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def sides(shape: Shape, rows: int, new_tokens: int, device: str, dtype: torch.dt
     prompts = batch(shape, rows, device)["input_ids"][:rows, : shape.prompt]
     settings = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
-    def generate(model: torch.nn.Module) -> Callable[[], Tensor]:
+    def generate(model: Any) -> Callable[[], Tensor]:
         return lambda: model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), **settings)
 
     return {

@@ -9,7 +9,7 @@ import platform
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def prepare(options: argparse.Namespace) -> None:
     print(f"{where}, {torch.get_num_threads()} threads, {options.dtype}, torch {torch.__version__}\n")
 
 
-def compare(sides: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, Measured]:
+def compare(sides: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, Measured]:
     """Measure every side: peak memory in a first run each, then time in rounds over all sides.
 
     Args:

@@ -1,4 +1,4 @@
-"""What the published code does, written anew from its description: two full passes, full float32 logits, the loss always.
+"""What the published code does, written anew from its description: two passes, full float32 logits, always the loss.
 
 Every call runs the model with its adapter and without, makes full-vocabulary float32 rows of both for every position
 (prompts and padding included), combines them and computes the training loss on them, also while generating.
@@ -72,8 +72,8 @@ class PublishedPolicy(PreTrainedModel, GenerationMixin):
         **_: Any,
     ) -> CausalLMOutputWithPast:
         """Combined logits; the loss is computed and thrown away."""
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        inputs["use_cache"] = bool(use_cache)
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs |= {"position_ids": position_ids, "use_cache": bool(use_cache)}
         if use_cache and past_key_values.get_seq_length() == 0:
             self._base_cache = DynamicCache(config=self.config)
         q_output = self.model(**inputs, past_key_values=past_key_values)

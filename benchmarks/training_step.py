@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +70,8 @@ def response_positions_loss(ours: QAdapterForCausalLM, data: dict[str, Tensor], 
     """Full logits of the scored positions alone, with autograd through the readable objective."""
     scored = scored_positions(data["response_mask"], objective.shift_mask)
     rows, positions = scored.nonzero(as_tuple=True)
-    decoder = ours.peft_model.get_base_model().get_decoder()
+    base: Any = ours.peft_model.get_base_model()
+    decoder = base.get_decoder()
     inputs = {"input_ids": data["input_ids"], "attention_mask": data["attention_mask"], "use_cache": False}
     with ours._passes.bare(len(scored)):
         base_hidden = decoder(**inputs)[0]
@@ -115,7 +117,8 @@ def trl_dpo(shape: Shape, data: dict[str, Tensor], device: str, dtype: torch.dty
         processing_class=tokenizer,
         peft_config=lora(),
     )
-    model = trainer.model.train()
+    model: Any = trainer.model
+    model.train()
     inputs = {k: data[k] for k in ("input_ids", "attention_mask")} | {"completion_mask": data["response_mask"].long()}
 
     def step() -> Tensor:

@@ -69,7 +69,7 @@ def experiment_stages(x: Experiment, run: Run) -> Any:
 def full_paper_repro(
     profile: str = "smoke", data: str | None = None, overrides: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Customise a base model to new preferences with Q-Adapter and the baselines, and compare what was learnt and forgotten.
+    """Customise a base to new preferences with Q-Adapter and the baselines; compare what was learnt and forgotten.
 
     Args:
         profile: smoke (toy world), mini (real rows from `data`), paper (Llama-3.1-8B), or a YAML file.

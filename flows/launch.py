@@ -98,6 +98,8 @@ def launched(launch: Launch) -> Iterator[PrefectRun]:
     """A checked experiment, ready to run stages; its MLflow run ends FINISHED, FAILED or KILLED whatever happens."""
     experiment = launch.check()
     root = workspace()
+    for name in ("qadapter", "tasks"):
+        logging.getLogger(name).setLevel(logging.INFO)  # progress of long stages; Prefect passes it on (prefect.toml)
     # Read by torch when it is first imported, here and in every worker process.
     os.environ.setdefault("OMP_NUM_THREADS", str(experiment.threads_per_stage))
     tracker = Tracker.for_project(root)
@@ -115,7 +117,7 @@ def launched(launch: Launch) -> Iterator[PrefectRun]:
 
 
 class PrefectRun:
-    """Submits stages to a Prefect task runner; those whose inputs are there run side by side, as many as the config says.
+    """Submits stages to a Prefect task runner; those whose inputs are there run side by side, `parallel` at a time.
 
     One at a time they run in a thread of this process. Several at a time get a process each: torch's random state
     belongs to the whole process, and two trainings in one would disturb each other's.
@@ -149,15 +151,17 @@ class PrefectRun:
         A failed stage stops only those that need it; what was finished is kept for the next run.
 
         Raises:
-            StagesFailed: naming each stage that failed and why.
+            StagesFailedError: naming each stage that failed and why.
         """
         wait(self._futures)
         failed = [f.state for f in self._futures if f.state.is_failed() or f.state.is_crashed()]
         if failed:
             reasons = "\n".join(dict.fromkeys(f"  {state.message}" for state in failed))
-            raise StagesFailed(f"{len(failed)} of {len(self._futures)} stages failed (what was finished is kept):\n{reasons}")
+            raise StagesFailedError(
+                f"{len(failed)} of {len(self._futures)} stages failed (what was finished is kept):\n{reasons}"
+            )
         return future.result()
 
 
-class StagesFailed(RuntimeError):
+class StagesFailedError(RuntimeError):
     """A stage failed while running; the flow run's log has its traceback."""

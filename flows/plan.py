@@ -81,11 +81,13 @@ def plan_text(profile: str, data: str | None, overrides: Sequence[str] | Mapping
     experiment_stages(experiment, recorder)
     plans = {name: _plan_source(experiment, name, launch.data_folder) for name in experiment.sources}
     size = planning.model_size(experiment.model)
+    model = experiment.model
+    held = model.quantization if model.quantization != "none" else model.dtype
     sections = [
         f"Plan of {experiment.name}: the config is valid, {len(recorder.stages)} stages.",
         "Data\n" + "\n".join(f"  {name:<14}{plan.note}" for name, plan in plans.items()),
         f"Model\n  {size.parameters / 1e6:,.1f} M parameters ({size.assumption}), "
-        f"held as {experiment.model.quantization if experiment.model.quantization != 'none' else experiment.model.dtype}; "
+        f"held as {held}; "
         f"adapter of {planning.adapter_parameters(size, experiment.lora) / 1e6:,.2f} M",
         _costs(experiment, recorder.stages, plans, size),
         _assumptions(experiment),
@@ -145,7 +147,7 @@ def _costs(
         if estimate:
             groups.setdefault((stage.task, _kind(stage)), []).append(estimate)
     for (_, kind), estimates in groups.items():
-        steps, tokens, flops, memory = estimates[0]
+        steps, tokens, _, memory = estimates[0]
         hours = {machine: sum(e[2] for e in estimates) / machine.flops / 3600 for machine in _MACHINES}
         for machine in _MACHINES:
             total[machine] += hours[machine]
@@ -153,7 +155,9 @@ def _costs(
             f"  {kind:<22}{len(estimates):>5}{steps or '–':>8}{tokens:>12,.0f}{memory:>11.2f}"
             + "".join(f"{hours[machine]:>19.3f}" for machine in _MACHINES)
         )
-    lines.append(f"  {'all':<22}{len(stages):>5}{'':>31}" + "".join(f"{total[machine]:>19.3f}" for machine in _MACHINES))
+    lines.append(
+        f"  {'all':<22}{len(stages):>5}{'':>31}" + "".join(f"{total[machine]:>19.3f}" for machine in _MACHINES)
+    )
     return "Cost (steps, tokens and memory of one run; hours of all runs)\n" + "\n".join(lines)
 
 
@@ -205,10 +209,11 @@ def _assumptions(experiment: Experiment) -> str:
     return "Assumptions\n  " + "\n  ".join(
         [
             f"a token is {planning.CHARS_PER_TOKEN:g} characters of text; a longer sequence counts as max_length",
-            "2 operations per parameter and token for each pass: forward 1, backward 1 through activations, 1 through weights;",
+            "2 operations per parameter and token for each pass: forward 1, backward 1 through activations, 1 through",
+            "  weights;",
             "  q-adapter and dpo 3 (base forward, adapted forward, backward), sft and replay 2, pre-training 3",
             *(f"{machine.name} reaches {machine.flops / 1e12:,.2f} TFLOP/s" for machine in _MACHINES),
-            f"an lm-eval task has {planning.EVALUATION_ITEMS_PER_TASK:,} items of max_length tokens, unless limit says less",
+            f"an lm-eval task has {planning.EVALUATION_ITEMS_PER_TASK:,} items of max_length tokens, or `limit`",
             f"micro-batch {experiment.training.micro_batch} pairs, optimiser AdamW on the adapter only, in float32",
         ]
     )

@@ -1,8 +1,8 @@
 """The command behind `make repro` and `make plan`.
 
-    python -m flows.run --profile smoke
-    python -m flows.run --profile mini --data path/to/folder training.max_steps=20
-    python -m flows.run --profile paper --plan
+python -m flows.run --profile smoke
+python -m flows.run --profile mini --data path/to/folder training.max_steps=20
+python -m flows.run --profile paper --plan
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-# Prefect, tqdm and tokenizers read these once, when they are first imported: `main` sets them before it imports anything.
+# Prefect, tqdm and tokenizers read these once, when first imported: `main` sets them before it imports anything.
 _ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -32,7 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     from qadapter.experiment import profiles
 
     parser = argparse.ArgumentParser(prog="python -m flows.run", description="Run or plan the full experiment.")
-    parser.add_argument("--profile", default="smoke", help=f"one of {', '.join(profiles())}, or a YAML file (default: smoke)")
+    parser.add_argument(
+        "--profile", default="smoke", help=f"one of {', '.join(profiles())}, or a YAML file (default: smoke)"
+    )
     parser.add_argument("--data", help="folder with the data, where the profile's paths say {data}")
     parser.add_argument("--plan", action="store_true", help="check everything, print stages and estimates, run nothing")
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
@@ -57,7 +59,7 @@ def _plan(given: argparse.Namespace) -> int:
 def _run(given: argparse.Namespace) -> int:
     from contextlib import ExitStack
 
-    from flows.launch import Launch, StagesFailed
+    from flows.launch import Launch, StagesFailedError
     from flows.serve import answers, api_url
     from qadapter.experiment import parse_overrides
 
@@ -76,9 +78,8 @@ def _run(given: argparse.Namespace) -> int:
             # No server is up: Prefect's own, for the length of the run.
             stack.enter_context(temporary_settings(restore_defaults={PREFECT_API_URL}))
         try:
-            run = full_paper_repro.with_options(flow_run_name=experiment.name)
-            summary = run(given.profile, data, overrides)
-        except StagesFailed as error:
+            summary = full_paper_repro(given.profile, data, overrides)
+        except StagesFailedError as error:
             if given.traceback:
                 raise
             sys.stderr.write(f"error: {error}\n")

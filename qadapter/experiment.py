@@ -164,7 +164,9 @@ def parse_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, A
     for item in overrides:
         path, equals, text = item.partition("=")
         if not equals or not path.strip():
-            raise QAdapterError(f"override {item!r} is not of the form key.path=value, for example training.max_steps=5")
+            raise QAdapterError(
+                f"override {item!r} is not of the form key.path=value, for example training.max_steps=5"
+            )
         try:
             parsed[path.strip()] = yaml.safe_load(_yaml_float(text))
         except yaml.YAMLError as error:

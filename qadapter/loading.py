@@ -9,9 +9,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter.errors import QAdapterError
-from qadapter.settings import ModelSettings
 from qadapter.policy import QAdapterForCausalLM
 from qadapter.policy_files import SETTINGS_FILE
+from qadapter.settings import ModelSettings
 
 
 def load_base(model: str | Path, settings: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -40,8 +40,8 @@ def load_base(model: str | Path, settings: ModelSettings) -> tuple[PreTrainedMod
         )
     except OSError as error:
         raise QAdapterError(
-            f"the model {str(model)!r} could not be loaded ({str(error).splitlines()[0]}); give a folder with safetensors "
-            "weights or a hub id, and for a gated model set HF_TOKEN"
+            f"the model {str(model)!r} could not be loaded ({str(error).splitlines()[0]}); give a folder with "
+            "safetensors weights or a hub id, and for a gated model set HF_TOKEN"
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

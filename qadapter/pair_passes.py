@@ -23,8 +23,10 @@ from qadapter.fused import VocabularyHead
 from qadapter.objective import scored_positions
 from qadapter.row_passes import RowPasses
 
-# Encoding the prompt once takes a second, smaller pass; it has to spare at least this share of the tokens
+# Encoding the prompt once takes a second, smaller pass. It pays if it spares at least this share of the tokens, and at
+# least so many tokens × width²: measured on one CPU thread; on a GPU, by what a kernel launch costs there.
 _WORTH_SPARING = 0.1
+_WORK_TO_SPARE = {"cpu": 1.2e6, "cuda": 1e9}
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,14 @@ class SharedPrompts:
     lengths: Tensor
 
     @classmethod
-    def of(cls, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> SharedPrompts | None:
+    def of(cls, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, width: int) -> SharedPrompts | None:
         """Take a batch apart; None if its pairs do not share prompts, or if that would spare too little.
 
         Args:
             input_ids: [2B, T], right-padded, each row a prompt and then its reply to the end.
             attention_mask: [2B, T].
             response_mask: [2B, T] bool.
+            width: of the model's hidden states.
         """
         rows, length = input_ids.shape
         pairs = rows // 2
@@ -65,8 +68,9 @@ class SharedPrompts:
         fits = whole.all() & same.all() & (starts[:pairs] == starts[pairs:]).all() & (starts > 0).all()
         numbers = torch.stack([fits.long(), starts.max(), (ends - starts).max()])
         shared, longest_prompt, longest_reply = numbers.tolist()  # the one place where the host waits for the device
-        computed = pairs * longest_prompt + rows * longest_reply
-        if not shared or computed > (1 - _WORTH_SPARING) * rows * length:
+        spared = rows * length - pairs * longest_prompt - rows * longest_reply
+        worth = _WORK_TO_SPARE.get(input_ids.device.type, _WORK_TO_SPARE["cuda"])
+        if not shared or spared < _WORTH_SPARING * rows * length or spared * width**2 < worth:
             return None
         from_left = column[:longest_prompt] + starts[:pairs, None] - longest_prompt
         from_reply = column[:longest_reply] + starts[:, None]
@@ -164,7 +168,7 @@ class PairPasses:
         recomputes = getattr(self._model.get_base_model(), "is_activation_checkpointing", False)
         if not self.share_prompts or recomputes:  # layers that are computed again do not write into a cache
             return None
-        shared = SharedPrompts.of(input_ids, attention_mask, response_mask)
+        shared = SharedPrompts.of(input_ids, attention_mask, response_mask, self._config.hidden_size)
         return shared if self._everywhere(shared is not None) else None
 
     def _everywhere(self, flag: bool) -> bool:

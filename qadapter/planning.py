@@ -1,4 +1,4 @@
-"""What an experiment would cost, estimated before anything runs: tokens, steps, memory, hours, each with its assumption."""
+"""What an experiment would cost, estimated before anything runs: tokens, steps, memory, hours, and assumptions."""
 
 from __future__ import annotations
 
@@ -76,14 +76,18 @@ def _size_from_name(name: str) -> ModelSize:
     found = re.search(r"(\d+(?:\.\d+)?)\s*([bBmM])(?![a-zA-Z])", name)
     if not found:
         raise QAdapterError(
-            f"the config of {name!r} cannot be reached and its name says no size (like 8B), so nothing can be estimated; "
-            "check the name, the network and HF_TOKEN"
+            f"the config of {name!r} cannot be reached and its name says no size (like 8B), so nothing can be "
+            "estimated; check the name, the network and HF_TOKEN"
         )
     parameters = float(found[1]) * (1e9 if found[2].lower() == "b" else 1e6)
     # Llama's proportions: parameters ≈ 12 · layers · hidden², layers ≈ hidden / 128
     hidden = round((parameters * 128 / 12) ** (1 / 3))
     return ModelSize(
-        parameters, hidden, max(1, hidden // 128), 128_256, f"guessed from the name {name!r}: its config is out of reach"
+        parameters,
+        hidden,
+        max(1, hidden // 128),
+        128_256,
+        f"guessed from the name {name!r}: its config is out of reach",
     )
 
 
@@ -107,7 +111,7 @@ def training_flops(size: ModelSize, tokens: float, passes: float) -> float:
 
 
 def training_memory_gb(size: ModelSize, model: ModelSettings, lora: LoraSettings, settings: OptimizerSettings) -> float:
-    """Peak while an adapter trains: frozen weights, adapter with gradient and two moments, activations, scored logits."""
+    """Peak of a training: frozen weights, adapter with gradient and two moments, activations, scored logits."""
     weights = size.parameters * BYTES_PER_PARAMETER[model.quantization if model.quantization != "none" else model.dtype]
     adapter = adapter_parameters(size, lora) * 4 * 4
     tokens = 2 * settings.micro_batch * settings.max_length

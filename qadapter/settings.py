@@ -19,9 +19,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
 class Settings(BaseModel):
     """A section of a config: unknown keys are refused, and nothing changes it after validation."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=False, protected_namespaces=(), allow_inf_nan=False
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=(), allow_inf_nan=False)
 
 
 class ToyWorldSettings(Settings):
@@ -133,7 +131,7 @@ class OptimizerSettings(Settings):
     epochs: Positive = 1.0
     batch_size: Count
     micro_batch_size: Count | None = None
-    max_length: Count
+    max_length: Annotated[int, Field(ge=2)]
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     weight_decay: NonNegative = 0.0
@@ -145,7 +143,9 @@ class OptimizerSettings(Settings):
     @model_validator(mode="after")
     def _check(self) -> OptimizerSettings:
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}")
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
         return self
 
     @property
@@ -199,7 +199,7 @@ class DomainSettings(Settings):
 
 
 class QAdapterSettings(Settings):
-    """The method's own knobs (`qadapter/objective.py`), None for the preset's value; the paper's table is preset `paper`."""
+    """The method's own knobs (`qadapter/objective.py`), None for the preset's value; `paper` is the paper's table."""
 
     preset: Literal["paper", "published-code", "residual"] = "paper"
     alpha_tilde: Positive | None = None
@@ -298,11 +298,13 @@ class BuiltBenchmarks(Settings):
         questions: benchmark name → JSON-lines file of `question` and `answer`; a quarter of it becomes benchmarks like
             those of `replies`, and the model from scratch learns the rest.
         max_items: longest benchmark.
+        max_chars: longest prompt or reply used; a model cannot score what its context does not hold.
     """
 
     replies: dict[Name, Name] = {}
     questions: dict[Name, str] = {}
     max_items: Count = 200
+    max_chars: Count = 1_200
 
 
 class EvaluationSettings(Settings):

@@ -30,7 +30,12 @@ def generate_toy_world(context: RunContext) -> Any:
         )
 
     result = logged_stage(
-        context, "toy-world", module="qadapter.preferences.toyworld", config=settings.model_dump(), inputs={}, compute=compute
+        context,
+        "toy-world",
+        module="qadapter.preferences.toyworld",
+        config=settings.model_dump(),
+        inputs={},
+        compute=compute,
     )
     return task_result(result, result)
 
@@ -74,15 +79,9 @@ def prepare_data(context: RunContext, source: str, world: StageResult | None) ->
 
     def log(run_id: str, output: StageOutput) -> None:
         summary = read_json(output.path / "summary.json")
-        for side in ("train", "heldout"):
-            context.tracker.log_dataset(
-                run_id,
-                f"{source}-{side}",
-                source=settings.path,
-                digest=summary[f"{side}_sha256"],
-                context="training" if side == "train" else "evaluation",
-                profile={"pairs": summary[f"{side}_pairs"], "prompts": summary[f"{side}_prompts"]},
-            )
+        for side in SIDES:
+            log_pairs(context, run_id, source, output, side)
+            log_pairs(context, context.parent_run_id, source, output, side)
         if summary["incomplete_files"]:
             get_run_logger().warning("%s: these files broke off: %s", source, ", ".join(summary["incomplete_files"]))
         counts = {name: value for name, value in summary.items() if isinstance(value, int)}
@@ -107,12 +106,30 @@ def prepare_data(context: RunContext, source: str, world: StageResult | None) ->
     return task_result(result, result)
 
 
+SIDES = {"train": "training", "heldout": "evaluation"}
+
+
+def log_pairs(context: RunContext, run_id: str, source: str, prepared: StageOutput, side: str) -> None:
+    """Record one side of a prepared source, `train` or `heldout`, as a data set input of an MLflow run."""
+    summary = read_json(prepared.path / "summary.json")
+    context.tracker.log_dataset(
+        run_id,
+        f"{source}-{side}",
+        source=context.experiment.sources[source].path,
+        digest=summary[f"{side}_sha256"],
+        context=SIDES[side],
+        profile={"pairs": summary[f"{side}_pairs"], "prompts": summary[f"{side}_prompts"]},
+    )
+
+
 @task(task_run_name="build-benchmarks")
 def build_benchmarks(context: RunContext, data: Mapping[str, StageResult], world: StageResult | None) -> Any:
     """Make retention benchmarks from held-out data, and the corpus of what is not held out."""
     settings = context.experiment.built_benchmarks
     assert settings is not None
-    texts = {name: Path(context.resolve(path, world.path if world else None)) for name, path in settings.questions.items()}
+    texts = {
+        name: Path(context.resolve(path, world.path if world else None)) for name, path in settings.questions.items()
+    }
     replies = {name: data[source].path for name, source in settings.replies.items()}
     seed = context.experiment.base_seed
 
@@ -123,6 +140,7 @@ def build_benchmarks(context: RunContext, data: Mapping[str, StageResult], world
             {name: folder / "heldout.jsonl" for name, folder in replies.items()},
             texts,
             max_items=settings.max_items,
+            max_chars=settings.max_chars,
             seed=seed,
             out=out,
         )
@@ -131,7 +149,7 @@ def build_benchmarks(context: RunContext, data: Mapping[str, StageResult], world
         context,
         "benchmarks",
         module="qadapter.evaluation.built_benchmarks",
-        config={"max_items": settings.max_items, "seed": seed, "replies": settings.replies},
+        config={**settings.model_dump(exclude={"questions"}), "seed": seed},
         inputs={
             **{f"replies-{name}": data[source].output for name, source in settings.replies.items()},
             **{f"questions-{name}": path for name, path in texts.items()},

@@ -9,6 +9,7 @@ from typing import Any
 from prefect import task
 
 from tasks.context import PROJECT_ROOT, Customisation, RunContext
+from tasks.data import log_pairs
 from tasks.logged import StageResult, logged_stage, task_result
 from tasks.stage import StageOutput
 from tasks.train import Base
@@ -31,7 +32,9 @@ class Evaluation:
 
 
 @task(task_run_name="retention-{base.name}")
-def measure_base_retention(context: RunContext, base: Base, old_texts: StageResult | None, benchmarks: StageResult | None) -> Any:
+def measure_base_retention(
+    context: RunContext, base: Base, old_texts: StageResult | None, benchmarks: StageResult | None
+) -> Any:
     """Score a base on what must not be forgotten: the other end of every difference."""
     result = _retention(context, base, None, None, old_texts, benchmarks, run_name=f"retention · {base.name} base")
     return task_result(result, result)
@@ -52,7 +55,8 @@ def evaluate(
 ) -> Any:
     """Measure both halves for one row; the base's own retention is measured once and shown in its rows."""
     experiment = context.experiment
-    style = experiment.sources[experiment.domains[cell.domain].source].domain
+    source = experiment.domains[cell.domain].source
+    style = experiment.sources[source].domain
     adapter = trained.path / "adapter" if trained else None
     inputs: dict[str, StageOutput | Path] = {**base.inputs(), "data": data.output}
     if trained is not None:
@@ -95,6 +99,7 @@ def evaluate(
         params={"method": cell.method, "domain": cell.domain, "base": base.name},
         inputs=inputs,
         compute=compute,
+        log=lambda run_id, _: log_pairs(context, run_id, source, data.output, "heldout"),
     )
     if trained is None:
         retention = base_retention

@@ -60,12 +60,16 @@ def logged_stage(
     title = run_name or (f"{name} · {label}" if label else name)
     if run_id is None:
         run_id = tracker.start_child(
-            context.parent_run_id, title, params={**config, **(params or {})}, tags={"stage": name, **(tags or {})}
+            context.parent_run_id,
+            title,
+            params=_given({**config, **(params or {})}),
+            tags={"stage": name, **(tags or {})},
         )
     elif params:
         tracker.log_params(run_id, params)
     with tracker.ending(run_id):
         output = context.store.run(name, module=module, config=config, inputs=inputs, compute=compute)
+        tracker.log_params(run_id, output.params())
         tracker.log_tags(run_id, {f"cached.{name}": output.cached, f"digest.{name}": output.digest[:16]})
         tracker.log_metrics(run_id, {**output.metrics(), f"cost/{name}_stage_seconds": output.seconds})
         tracker.log_history(run_id, output.history())
@@ -75,6 +79,15 @@ def logged_stage(
     how = f"found ({output.key[:12]}), it took" if output.cached else "done in"
     get_run_logger().info("%s: %s %.1f s", title, how, output.seconds)
     return StageResult(output, run_id)
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that say something: None stands for a default, which `params.json` of the stage fills in."""
+    return {
+        name: _given(value) if isinstance(value, Mapping) else value
+        for name, value in settings.items()
+        if value is not None
+    }
 
 
 def task_result(value: Any, *stages: StageResult) -> Any:

@@ -77,6 +77,11 @@ class StageOutput:
         file = self.path / "metrics.json"
         return {name: float(value) for name, value in read_json(file).items()} if file.exists() else {}
 
+    def params(self) -> dict[str, Any]:
+        """The stage's `params.json`: settings as they came out, defaults filled in; empty if it wrote none."""
+        file = self.path / "params.json"
+        return dict(read_json(file)) if file.exists() else {}
+
     def history(self) -> list[dict[str, float]]:
         """The rows of the stage's `history.jsonl`, each {"step": n, name: value, ...}; empty if it wrote none."""
         file = self.path / "history.jsonl"

@@ -13,6 +13,7 @@ from prefect import task
 
 from qadapter.settings import Method
 from tasks.context import Customisation, RunContext
+from tasks.data import log_pairs
 from tasks.logged import StageResult, logged_stage, task_result
 from tasks.stage import StageOutput
 
@@ -197,7 +198,7 @@ def train_adapter(
         module="qadapter.training.adapt",
         config={
             "method": method,
-            "choice": choice.model_dump(),
+            method: choice.model_dump(),
             "training": _keyed(experiment.training),
             "lora": experiment.lora.model_dump(),
             "model": experiment.model.numerics(),
@@ -205,6 +206,7 @@ def train_adapter(
             **base.config(),
         },
         params={"domain": cell.domain, "base": base.name},
+        log=lambda run_id, _: log_pairs(context, run_id, experiment.domains[cell.domain].source, data.output, "train"),
         inputs=inputs,
         compute=compute,
     )

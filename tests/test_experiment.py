@@ -220,7 +220,7 @@ def test_every_problem_at_once_with_its_path() -> None:
     assert by_path["training.learning_rat"] == "unknown key, did you mean 'learning_rate'?"
     assert by_path["training.batch_size"].startswith("Input should be a valid integer")
     assert by_path["training.batch_size"].endswith("(given: 'many')")
-    assert by_path["training.max_length"].endswith("greater than or equal to 1 (given: 0)")
+    assert by_path["training.max_length"].endswith("greater than or equal to 2 (given: 0)")
     assert "'pretrained' or 'helpful'" in by_path["domains.harmless.base"]
     assert "(given: None)" in by_path["model.from_scratch.heads"]
     assert by_path["methods.q_adapter"] == "unknown key, did you mean 'q-adapter'?"

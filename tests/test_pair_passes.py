@@ -13,6 +13,7 @@ from test_qadapter_trainer import TOKENIZER, pairs
 from tiny_models import ARCHITECTURES, lora, moved, tiny_model
 from torch import Tensor, nn
 
+from qadapter import pair_passes
 from qadapter.objective import Objective
 from qadapter.pair_passes import SharedPrompts
 from qadapter.policy import QAdapterForCausalLM
@@ -24,6 +25,11 @@ OBJECTIVES = [
     Objective.preset("published-code"),
     Objective.preset("residual", alpha_0=0.8, preference_scale=2.0),
 ]
+
+
+@pytest.fixture(autouse=True)
+def sharing_always_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair_passes, "_WORK_TO_SPARE", {"cuda": 0.0})
 
 
 def batch_of(count: int = 5, prompt: int = 20) -> dict[str, Tensor]:
@@ -85,16 +91,23 @@ def test_the_prompt_is_computed_once():
     assert seen == [(5, prompts), (10, replies)] * 2
     seen.clear()
     short = batch_of(prompt=0)  # nothing worth sharing: plain rows
-    assert SharedPrompts.of(**short) is None
+    assert SharedPrompts.of(**short, width=10_000) is None
     policy(**short)
     assert seen == [tuple(short["input_ids"].shape)] * 2
+
+
+def test_a_small_model_does_not_bother(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.undo()
+    batch = batch_of()
+    assert SharedPrompts.of(**batch, width=32) is None
+    assert SharedPrompts.of(**batch, width=512) is not None
 
 
 def test_taken_apart_and_put_together():
     batch = collate_pairs([encode_pair(pair, TOKENIZER, 128) for pair in pairs(3)], 0)
     batch = {name: torch.cat([value] * 1) for name, value in batch.items()}
     long = batch_of(3)
-    parts = SharedPrompts.of(**long)
+    parts = SharedPrompts.of(**long, width=10_000)
     assert parts is not None
     for row in range(6):
         ids, start = long["input_ids"][row], int(long["response_mask"][row].int().argmax())
@@ -109,14 +122,14 @@ def test_taken_apart_and_put_together():
 @pytest.mark.parametrize("change", ["prompt", "mask", "start"])
 def test_pairs_that_share_no_prompt_take_whole_rows(change: str):
     batch = batch_of()
-    assert SharedPrompts.of(**batch) is not None
+    assert SharedPrompts.of(**batch, width=10_000) is not None
     if change == "prompt":
         batch["input_ids"][1, 3] += 1
     elif change == "mask":
         batch["response_mask"][1, 2] = True
     else:
         batch["response_mask"][1] &= batch["response_mask"][1].cumsum(0) > 1
-    assert SharedPrompts.of(**batch) is None
+    assert SharedPrompts.of(**batch, width=10_000) is None
     policy = make_policy(objective=OBJECTIVES[0]).train()
     fused = step(policy, batch)
     policy.loss_implementation = "readable"
@@ -165,7 +178,7 @@ def test_a_head_that_does_not_fit_is_noticed(model: Any, caplog: pytest.LogCaptu
 
 def test_a_cache_that_does_not_fit_is_noticed(monkeypatch: pytest.MonkeyPatch):
     policy, batch = make_policy(objective=OBJECTIVES[0]).train(), batch_of()
-    parts = SharedPrompts.of(**batch)
+    parts = SharedPrompts.of(**batch, width=10_000)
     assert parts is not None
     wrong = replace(parts, prompt_ids=parts.prompt_ids.roll(1, 1))
     monkeypatch.setattr(SharedPrompts, "of", lambda *_: wrong)

@@ -13,18 +13,18 @@ from qadapter.evaluation.reply_matching import write_reply_matching
 from qadapter.preferences.prepare import load_pairs
 
 HELD_OUT_SHARE = 0.25  # of a question file; the rest is for the model to learn
-MOST_CHARS = 1_200  # of a prompt or a reply: what a small model's context holds
 
 
 def write_benchmarks(
-    replies: Mapping[str, Path], questions: Mapping[str, Path], *, max_items: int, seed: int, out: Path
+    replies: Mapping[str, Path], questions: Mapping[str, Path], *, max_items: int, max_chars: int, seed: int, out: Path
 ) -> None:
-    """Write `benchmarks/<name>_reply_matching.jsonl` and `benchmarks/<name>_text.jsonl`, and `corpus.jsonl` beside them.
+    """Write `<name>_reply_matching.jsonl` and `<name>_text.jsonl` below `benchmarks/`, and `corpus.jsonl` beside it.
 
     Args:
         replies: name → file of held-out pairs; the chosen replies are used.
         questions: name → JSON lines of `question` and `answer`; a quarter becomes benchmarks, the rest the corpus.
         max_items: longest benchmark.
+        max_chars: longest prompt and reply of an item; a text to predict is cut to it.
         seed: of the choice of items.
         out: an empty folder.
     """
@@ -46,9 +46,9 @@ def write_benchmarks(
     for name, pairs in conversations.items():
         matching = out / "benchmarks" / f"{name}_reply_matching.jsonl"
         summary[f"{name}_reply_matching"] = write_reply_matching(
-            pairs, matching, seed=seed, max_items=max_items, max_chars=MOST_CHARS
+            pairs, matching, seed=seed, max_items=max_items, max_chars=max_chars
         ).items
-        texts = [reply[:MOST_CHARS] for _, reply in pairs[:max_items]]
+        texts = [reply[:max_chars] for _, reply in pairs[:max_items]]
         text = out / "benchmarks" / f"{name}_text.jsonl"
         text.write_text("".join(json.dumps({"text": reply}) + "\n" for reply in texts), encoding="utf-8")
         summary[f"{name}_text"] = len(texts)

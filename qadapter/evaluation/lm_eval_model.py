@@ -95,7 +95,7 @@ class PolicyLM(HFLM):
     def _loglikelihood_tokens(
         self,
         requests: list[tuple[tuple[str, str], list[int], list[int]]],
-        disable_tqdm: bool = True,  # noqa: ARG002
+        disable_tqdm: bool = True,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         for _, context, continuation in requests:

@@ -17,11 +17,11 @@ from qadapter.evaluation.generate import generate_replies
 from qadapter.evaluation.harness import evaluate_tasks
 from qadapter.evaluation.preference import PairScores, preference_metrics, score_pairs
 from qadapter.evaluation.toy_rules import exact_measures
-from qadapter.settings import AdaptationSettings, ModelSettings, RetentionSettings
 from qadapter.loading import load_base, load_policy
 from qadapter.preferences.pair import PreferencePair
 from qadapter.preferences.prepare import load_pairs
 from qadapter.preferences.toyworld import ToyWorld
+from qadapter.settings import AdaptationSettings, ModelSettings, RetentionSettings
 
 
 def measure_adaptation(
@@ -43,7 +43,7 @@ def measure_adaptation(
         base: folder or hub id of the base model.
         adapter: the adapter's folder, None for the base itself.
         heldout_file: prepared pairs.
-        base_adaptation: folder this function wrote for the base; its log-probs are what implied rewards are relative to.
+        base_adaptation: folder this function wrote for the base: implied rewards are relative to its log-probs.
             None where `adapter` is.
         model, settings: of the experiment.
         max_length: tokens, as in training.
@@ -203,9 +203,7 @@ def _divergence(
     untouched, _ = load_base(base, model)
     conversations = [(pair.prompt, pair.chosen) for pair in load_pairs(old_texts)[: settings.limit]]
     batch_size = 8 if settings.batch_size == "auto" else settings.batch_size
-    divergence = kl_per_token(
-        untouched, policy, tokenizer, conversations, max_length=max_length, batch_size=batch_size
-    )
+    divergence = kl_per_token(untouched, policy, tokenizer, conversations, max_length=max_length, batch_size=batch_size)
     return divergence.per_token
 
 

@@ -48,10 +48,17 @@ def comparison(rows: Sequence[Row]) -> pd.DataFrame:
 
 def task_details(rows: Sequence[Row]) -> pd.DataFrame:
     """Every retention measure of every row, as numbers."""
-    names = ordered(name for row in rows for name in row.metrics if name.startswith(("adaptation/", "retention/", "forgetting/")))
+    names = ordered(
+        name for row in rows for name in row.metrics if name.startswith(("adaptation/", "retention/", "forgetting/"))
+    )
     return pd.DataFrame(
         [
-            {"domain": row.domain, "method": row.method, "seed": row.seed, **{n: row.metrics.get(n, math.nan) for n in names}}
+            {
+                "domain": row.domain,
+                "method": row.method,
+                "seed": row.seed,
+                **{n: row.metrics.get(n, math.nan) for n in names},
+            }
             for row in rows
         ]
     )
@@ -69,7 +76,7 @@ def summary_metrics(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def best_and_worst(rows: Sequence[Row]) -> list[str]:
-    """Sentences computed from the means: who adapts most, who keeps most, and what Q-Adapter costs against the others."""
+    """Sentences computed from the means: who adapts most and who keeps most."""
     methods = [m for m in ordered((row.method for row in rows), METHOD_ORDER) if m != "base"]
     if not methods:
         return []
@@ -77,7 +84,9 @@ def best_and_worst(rows: Sequence[Row]) -> list[str]:
     kept = {m: spread(rows, "retention/mean", None, m).mean for m in methods}
     base = spread(rows, "retention/mean", None, "base").mean
     return [
-        "Adaptation, best first: " + ", ".join(f"{m} {adapted[m]:.3f}" for m in sorted(methods, key=lambda m: -adapted[m])) + ".",
+        "Adaptation, best first: "
+        + ", ".join(f"{m} {adapted[m]:.3f}" for m in sorted(methods, key=lambda m: -adapted[m]))
+        + ".",
         f"Retention (the base has {base:.3f}), best first: "
         + ", ".join(f"{m} {kept[m]:.3f}" for m in sorted(methods, key=lambda m: -kept[m]))
         + ".",
@@ -103,18 +112,21 @@ def build_report(rows: Sequence[Row], *, title: str, data: dict[str, dict[str, f
     )
     methods = ordered((row.method for row in rows), METHOD_ORDER)
     details = pd.DataFrame(
-        [{"measure": name.removeprefix("retention/"), **{m: spread(rows, name, None, m).text() for m in methods}} for name in measures]
+        [
+            {"measure": name.removeprefix("retention/"), **{m: spread(rows, name, None, m).text() for m in methods}}
+            for name in measures
+        ]
     )
     sections = [
         f"# {title}",
         *best_and_worst(rows),
         "## Comparison",
         table.to_markdown(index=False),
-        "*adaptation*: the toy world's exact rule, or where there is none the *pref. acc.*: share of held-out pairs whose "
-        "implied reward (log-ratio to the base) prefers the chosen reply, ties one half. *log-prob acc.*: the same by "
-        "length-normalised log-probability, no base involved. *retention*: mean accuracy over the retention tasks. "
-        "*forgetting*: the base's retention minus the policy's, positive is forgotten. *KL/token*: KL(base ‖ policy) on "
-        "held-out helpful replies.",
+        "*adaptation*: the toy world's exact rule, or where there is none the *pref. acc.*: share of held-out pairs "
+        "whose implied reward (log-ratio to the base) prefers the chosen reply, ties one half. *log-prob acc.*: the "
+        "same by length-normalised log-probability, no base involved. *retention*: mean accuracy over the retention tasks. "
+        "*forgetting*: the base's retention minus the policy's, positive is forgotten. *KL/token*: KL(base ‖ policy) "
+        "on held-out helpful replies.",
         "![retention against adaptation](retention_adaptation.png)",
         "## Retention by task, mean over domains",
         details.to_markdown(index=False),

@@ -50,8 +50,10 @@ def retention_against_adaptation(rows: Sequence[Row], file: Path, title: str) ->
                 yerr=None if math.isnan(retention.deviation) else retention.deviation,
                 fmt=marker,
                 color=colour,
-                markersize=13 if method == "base" else 9,
-                markeredgecolor="white",
+                markersize=11,
+                # hollow, so that two policies at one place can both be seen
+                markerfacecolor=colour if method == "base" else "none",
+                markeredgewidth=1.0 if method == "base" else 2.2,
                 capsize=3,
                 label=method,
             )

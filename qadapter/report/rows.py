@@ -62,6 +62,4 @@ def spread(rows: Sequence[Row], metric: str, domain: str | None, method: str) ->
     if domain is not None:
         return Spread.of(row.metrics.get(metric, math.nan) for row in chosen)
     seeds = dict.fromkeys(row.seed for row in chosen)
-    return Spread.of(
-        fmean(row.metrics.get(metric, math.nan) for row in chosen if row.seed == seed) for seed in seeds
-    )
+    return Spread.of(fmean(row.metrics.get(metric, math.nan) for row in chosen if row.seed == seed) for seed in seeds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 from qadapter.artifacts import write_json
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.generate import generate_replies
+from qadapter.loading import load_base
+from qadapter.preferences.pair import Message, PreferencePair
+from qadapter.preferences.prepare import load_pairs
+from qadapter.preferences.tokenize import EncodedPair, UnusablePair, encode_pair, encode_reply
 from qadapter.settings import (
     DPOSettings,
     HelpfulSettings,
@@ -25,10 +30,6 @@ from qadapter.settings import (
     ReplaySettings,
     SFTSettings,
 )
-from qadapter.loading import load_base
-from qadapter.preferences.pair import Message, PreferencePair
-from qadapter.preferences.prepare import load_pairs
-from qadapter.preferences.tokenize import EncodedPair, UnusablePair, encode_pair, encode_reply
 from qadapter.training.arguments import (
     ProgressLog,
     last_checkpoint,
@@ -88,7 +89,8 @@ def train_adapter(
             twice as many single conversations (sft, replay), so that every method sees the same number of sequences.
         seed: of weights, order and dropout.
         answers_file: the base's answers, JSON, `prompt_key(prompt)` to answer; for replay.
-        out: gets `adapter/` (PEFT's files; for the Q-Adapter its objective too), `history.jsonl`, `metrics.json` and
+        out: gets `adapter/` (PEFT's files; for the Q-Adapter its objective too), for the Q-Adapter `params.json` (its
+            objective, defaults filled in), `history.jsonl`, `metrics.json` and
             `unused.jsonl` (pairs without a response token after truncation, with the reason).
         scratch: checkpoints; training goes on from the newest whole one.
 
@@ -98,7 +100,11 @@ def train_adapter(
     network, tokenizer = load_base(base, model)
     pairs = load_pairs(pairs_file)
     kept, encoded = _encode(pairs, tokenizer, training.max_length, out / "unused.jsonl")
-    settings = training if choice.learning_rate is None else training.model_copy(update={"learning_rate": choice.learning_rate})
+    settings = (
+        training
+        if choice.learning_rate is None
+        else training.model_copy(update={"learning_rate": choice.learning_rate})
+    )
     # An explicit number of steps gives every method the same budget, whatever it calls an epoch.
     steps = training.max_steps or math.ceil(len(encoded) / training.batch_size * training.epochs)
     settings = settings.model_copy(update={"max_steps": steps})
@@ -108,7 +114,7 @@ def train_adapter(
     examples = _single_conversations(kept, encoded, pairs, answers_file, tokenizer, training.max_length)
     with measured_cost() as cost:
         if isinstance(choice, QAdapterSettings):
-            trainer: Trainer = _train_q_adapter(network, tokenizer, encoded, arguments, lora_config(lora), choice)
+            trainer: Trainer = _train_q_adapter(network, tokenizer, encoded, arguments, lora_config(lora), choice, out)
         elif isinstance(choice, DPOSettings):
             trainer = train_dpo(network, tokenizer, encoded, arguments, lora_config(lora), choice.beta, method)
         else:
@@ -130,10 +136,13 @@ def _train_q_adapter(
     arguments: dict[str, Any],
     lora: LoraConfig,
     choice: QAdapterSettings,
+    out: Path,
 ) -> Trainer:
+    settings = QAdapterConfig(objective=choice.preset, **_objective_fields(choice), **arguments)
+    write_json(out / "params.json", {"objective": asdict(settings.to_objective())})
     trainer = QAdapterTrainer(
         model=network,
-        args=QAdapterConfig(objective=choice.preset, **_objective_fields(choice), **arguments),
+        args=settings,
         train_dataset=EncodedPairs(encoded),
         processing_class=tokenizer,
         peft_config=lora,

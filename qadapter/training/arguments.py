@@ -1,4 +1,4 @@
-"""From an experiment's optimiser settings to the arguments of transformers' Trainer, and what every training records."""
+"""From an experiment's optimiser settings to transformers' Trainer's arguments, and what every training records."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from qadapter.settings import OptimizerSettings
 log = logging.getLogger(__name__)
 
 
-def trainer_arguments(settings: OptimizerSettings, *, seed: int, scratch: Path, sequences_per_example: int = 1) -> dict[str, Any]:
+def trainer_arguments(
+    settings: OptimizerSettings, *, seed: int, scratch: Path, sequences_per_example: int = 1
+) -> dict[str, Any]:
     """Keyword arguments for any `TrainingArguments` subclass.
 
     Args:

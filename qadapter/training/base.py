@@ -18,8 +18,9 @@ from transformers import (
     set_seed,
 )
 
-from qadapter.settings import FromScratch, PretrainingSettings
+from qadapter.errors import QAdapterError
 from qadapter.preferences.pair import Message
+from qadapter.settings import FromScratch, PretrainingSettings
 from qadapter.training.arguments import (
     ProgressLog,
     last_checkpoint,
@@ -114,7 +115,12 @@ def pretrain(
 
     Writes `model/` (weights as safetensors, config, tokenizer), `history.jsonl` and `metrics.json` to `out`.
     Goes on from the newest checkpoint in `scratch`.
+
+    Raises:
+        QAdapterError: there is no conversation.
     """
+    if not conversations:
+        raise QAdapterError("there is no conversation to pre-train on: every source is empty; name one that is not")
     tokenizer = train_tokenizer(conversations, size)
     model = model_from_scratch(size, tokenizer, seed)
     rows = [

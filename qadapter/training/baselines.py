@@ -1,6 +1,6 @@
 """The baselines, through TRL: supervised fine-tuning and DPO. Replay is SFT on a mixture, so it is `train_sft` too.
 
-All methods read the same tokens: pairs are encoded once, by `qadapter.preferences.tokenize`, and handed over as token ids.
+All methods read the same tokens: pairs are encoded by `qadapter.preferences.tokenize` and handed over as token ids.
 """
 
 from __future__ import annotations

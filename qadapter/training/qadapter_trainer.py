@@ -170,8 +170,8 @@ class QAdapterTrainer(Trainer):
         self,
         model: nn.Module,
         inputs: dict[str, Tensor | Any],
-        prediction_loss_only: bool,  # noqa: ARG002 - Trainer's signature
-        ignore_keys: list[str] | None = None,  # noqa: ARG002
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Only the loss: nobody wants the logits of a whole evaluation set."""
         inputs = self._without_repeated_pairs(self._prepare_inputs(inputs))
