@@ -76,12 +76,12 @@ def policy(shape: Shape, device: str, dtype: torch.dtype, objective: Objective) 
 
 
 def batch(shape: Shape, pairs: int, device: str) -> dict[str, Tensor]:
-    """Pairs of full length with one prompt each; the second reply of each is a third shorter."""
+    """Pairs of one prompt and two replies each, all of full length."""
     generator = torch.Generator().manual_seed(1)
     reply = shape.length - shape.prompt
 
     def draw(count: int) -> list[int]:
         return torch.randint(3, shape.vocabulary, (count,), generator=generator).tolist()
 
-    encoded = [EncodedPair(draw(shape.prompt), draw(reply), draw(reply - reply // 3)) for _ in range(pairs)]
+    encoded = [EncodedPair(draw(shape.prompt), draw(reply), draw(reply)) for _ in range(pairs)]
     return {name: value.to(device) for name, value in collate_pairs(encoded, 0).items()}

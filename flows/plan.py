@@ -119,16 +119,16 @@ def _plan_source(experiment: Experiment, name: str, folder: Path | None) -> Sour
         domain=source.domain,
         max_chars=source.max_chars,
     )
-    pairs = parsed.pairs
-    characters = [sum(len(m["content"]) for m in p.prompt) + (len(p.chosen) + len(p.rejected)) / 2 for p in pairs]
-    tokens = sum(min(longest, c / planning.CHARS_PER_TOKEN) for c in characters) / len(pairs)
-    prompts = len({p.prompt_digest for p in pairs})
+    usable = parsed.pairs
+    characters = [sum(len(m["content"]) for m in p.prompt) + (len(p.chosen) + len(p.rejected)) / 2 for p in usable]
+    tokens = sum(min(longest, c / planning.CHARS_PER_TOKEN) for c in characters) / len(usable)
+    prompts = len({p.prompt_digest for p in usable})
     held_out = source.heldout if source.heldout < 1 else source.heldout / prompts
-    train = min(int(len(pairs) * (1 - held_out)), source.max_train_pairs or len(pairs))
+    train = min(int(len(usable) * (1 - held_out)), source.max_train_pairs or len(usable))
     return SourcePlan(
         train,
         tokens,
-        f"{len(pairs):,} usable pairs on {prompts:,} prompts, {len(parsed.rejected)} quarantined; about {train:,} to "
+        f"{len(usable):,} usable pairs on {prompts:,} prompts, {len(parsed.rejected)} quarantined; about {train:,} to "
         f"train on, {tokens:.0f} tokens a sequence",
     )
 

@@ -207,7 +207,7 @@ class QAdapterSettings(Settings):
     beta: NonNegative | None = None
     gamma: Annotated[float, Field(gt=0, le=1)] | None = None
     preference_scale: Positive | None = None
-    shift_mask: bool | None = Field(None, description="for published-code: score the tokens a response really has")
+    shift_mask: bool | None = None
     learning_rate: Positive | None = None
 
 
@@ -248,7 +248,13 @@ class MethodSettings(Settings):
 
     def of(self, method: Method) -> QAdapterSettings | SFTSettings | DPOSettings | ReplaySettings:
         """The settings of one method."""
-        return {"q-adapter": self.q_adapter, "sft": self.sft, "dpo": self.dpo, "replay": self.replay}[method]
+        sections: dict[Method, QAdapterSettings | SFTSettings | DPOSettings | ReplaySettings] = {
+            "q-adapter": self.q_adapter,
+            "sft": self.sft,
+            "dpo": self.dpo,
+            "replay": self.replay,
+        }
+        return sections[method]
 
 
 class RetentionSettings(Settings):

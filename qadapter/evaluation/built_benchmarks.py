@@ -52,8 +52,9 @@ def write_benchmarks(
         text = out / "benchmarks" / f"{name}_text.jsonl"
         text.write_text("".join(json.dumps({"text": reply}) + "\n" for reply in texts), encoding="utf-8")
         summary[f"{name}_text"] = len(texts)
-    with (out / "corpus.jsonl").open("w", encoding="utf-8") as file:
-        for question, answer in corpus:
-            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"messages": turns}) + "\n")
+    turns = [
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}] for question, answer in corpus
+    ]
+    lines = "".join(json.dumps({"messages": messages}) + "\n" for messages in turns)
+    (out / "corpus.jsonl").write_text(lines, encoding="utf-8")
     write_json(out / "metrics.json", {f"data/{name}": count for name, count in summary.items()})

@@ -106,8 +106,17 @@ def _pair_rows(scores: PairScores, base_scores: PairScores) -> list[dict[str, fl
 def _read_scores(file: Path) -> PairScores:
     """The scores that `_pair_rows` wrote."""
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    names = ("chosen_log_prob", "rejected_log_prob", "chosen_tokens", "rejected_tokens", "pair")
-    return PairScores(*(np.array([row[name] for row in rows]) for name in names))
+
+    def column(name: str) -> Any:
+        return np.array([row[name] for row in rows])
+
+    return PairScores(
+        chosen=column("chosen_log_prob"),
+        rejected=column("rejected_log_prob"),
+        chosen_tokens=column("chosen_tokens"),
+        rejected_tokens=column("rejected_tokens"),
+        indices=column("pair"),
+    )
 
 
 def measure_retention(

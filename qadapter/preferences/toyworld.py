@@ -22,7 +22,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -330,7 +330,7 @@ def _dialogues(question: str, chosen: str, rejected: str) -> dict[str, str]:
     return {"chosen": prompt + chosen, "rejected": prompt + rejected}
 
 
-def _write_lines(file: Path, rows: Iterator[dict[str, object]] | Iterator[dict[str, str]]) -> None:
+def _write_lines(file: Path, rows: Iterable[Mapping[str, object]]) -> None:
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if file.suffix == ".gz":
         # mtime=0: the same rows are the same bytes, so that the file's digest is a cache key

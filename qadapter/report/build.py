@@ -124,9 +124,9 @@ def build_report(rows: Sequence[Row], *, title: str, data: dict[str, dict[str, f
         table.to_markdown(index=False),
         "*adaptation*: the toy world's exact rule, or where there is none the *pref. acc.*: share of held-out pairs "
         "whose implied reward (log-ratio to the base) prefers the chosen reply, ties one half. *log-prob acc.*: the "
-        "same by length-normalised log-probability, no base involved. *retention*: mean accuracy over the retention tasks. "
-        "*forgetting*: the base's retention minus the policy's, positive is forgotten. *KL/token*: KL(base ‖ policy) "
-        "on held-out helpful replies.",
+        "same by length-normalised log-probability, no base involved. *retention*: mean accuracy over the retention "
+        "tasks. *forgetting*: the base's retention minus the policy's, positive is forgotten. *KL/token*: KL(base ‖ "
+        "policy) on held-out helpful replies.",
         "![retention against adaptation](retention_adaptation.png)",
         "## Retention by task, mean over domains",
         details.to_markdown(index=False),

@@ -125,7 +125,7 @@ def pretrain(
     model = model_from_scratch(size, tokenizer, seed)
     rows = [
         tokenizer(
-            tokenizer.apply_chat_template(list(conversation), tokenize=False),
+            tokenizer.apply_chat_template(list(conversation), tokenize=False),  # type: ignore[arg-type]
             add_special_tokens=False,
             truncation=True,
             max_length=settings.max_length,
@@ -136,7 +136,7 @@ def pretrain(
     trainer = Trainer(
         model=model,
         args=TrainingArguments(**arguments),
-        train_dataset=[{"input_ids": row} for row in rows],  # type: ignore[arg-type]  # any sized, indexable rows
+        train_dataset=[{"input_ids": row} for row in rows],
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )
     ProgressLog.on(trainer, "pre-training")
