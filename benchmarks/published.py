@@ -38,8 +38,14 @@ def published_loss(rewards: Tensor, mask: Tensor, o: Objective) -> Tensor:
 
 
 def published_step(model: PeftModel, batch: dict[str, Tensor], o: Objective) -> Tensor:
-    """One training step's loss and gradients."""
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    """One training step's loss and gradients.
+
+    The base's pass keeps its graph ("gradient bookkeeping on the base pass"): the embeddings ask for gradients, as PEFT
+    has it for quantised bases and gradient checkpointing, and the base's logits are in the loss, so that the backward
+    goes through both passes although nothing in the base can move.
+    """
+    embedded = model.get_base_model().get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+    inputs = {"inputs_embeds": embedded, "attention_mask": batch["attention_mask"]}
     q_logits = model(**inputs).logits
     with model.disable_adapter():
         base_logits = model(**inputs).logits

@@ -79,7 +79,7 @@ def retention(toy: TinyToy, adapter: Path | None, base: Path | None, out: Path, 
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
     root = tmp_path_factory.mktemp("measured")
     toy = make_tiny_toy(root / "toy")
-    training = TRAINING.model_copy(update={"learning_rate": 5e-2, "save_steps": None})
+    training = TRAINING.model_copy(update={"learning_rate": 5e-2, "max_steps": 30, "save_steps": None})
     adapters = {
         method: toy.train(method, root / method, training=training) / "adapter" for method in ("sft", "q-adapter")
     }
@@ -147,7 +147,7 @@ def test_an_adapter_is_measured_against_the_bases_own_scores(measured: Measured,
 
 
 def test_answers_and_the_exact_rule(measured: Measured) -> None:
-    """In the toy world every distinct held-out prompt is answered, whatever `generate` says, and refusals are counted."""
+    """In the toy world each distinct held-out prompt is answered, whatever `generate` says; refusals are counted."""
     toy = measured.toy
     answers = rows(measured.adaptation["sft"] / "answers.jsonl")
     prompts = list({one.prompt_digest: list(one.prompt) for one in load_pairs(toy.heldout)}.values())
@@ -349,7 +349,7 @@ def questions(file: Path, count: int = 40) -> Path:
 def test_a_quarter_is_held_out_and_the_rest_is_learnt(tmp_path: Path) -> None:
     file = questions(tmp_path / "q.jsonl")
     (tmp_path / "out").mkdir()
-    write_benchmarks({}, {"sums": file}, max_items=100, seed=0, out=tmp_path / "out")
+    write_benchmarks({}, {"sums": file}, max_items=100, max_chars=900, seed=0, out=tmp_path / "out")
     learnt = rows(tmp_path / "out/corpus.jsonl")
     asked = rows(tmp_path / "out/benchmarks/sums_reply_matching.jsonl")
     texts = rows(tmp_path / "out/benchmarks/sums_text.jsonl")
@@ -377,7 +377,7 @@ def test_a_question_that_is_asked_twice_is_on_one_side(tmp_path: Path) -> None:
     file = questions(tmp_path / "q.jsonl")
     file.write_text(file.read_text() * 3)
     (tmp_path / "out").mkdir()
-    write_benchmarks({}, {"sums": file}, max_items=100, seed=0, out=tmp_path / "out")
+    write_benchmarks({}, {"sums": file}, max_items=100, max_chars=900, seed=0, out=tmp_path / "out")
     learnt = [row["messages"][0]["content"] for row in rows(tmp_path / "out/corpus.jsonl")]
     asked = [row["prompt"] for row in rows(tmp_path / "out/benchmarks/sums_reply_matching.jsonl")]
     assert not set(learnt) & set(asked)
@@ -389,7 +389,7 @@ def test_the_seed_decides_what_is_held_out(tmp_path: Path) -> None:
     texts = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         (tmp_path / name).mkdir()
-        write_benchmarks({}, {"sums": file}, max_items=100, seed=seed, out=tmp_path / name)
+        write_benchmarks({}, {"sums": file}, max_items=100, max_chars=900, seed=seed, out=tmp_path / name)
         texts.append((tmp_path / name / "corpus.jsonl").read_text())
     assert texts[0] == texts[1] != texts[2]
 
@@ -402,7 +402,7 @@ def test_replies_become_benchmarks(tmp_path: Path) -> None:
     long = (*pairs[0].prompt, {"role": "assistant", "content": "x"}, {"role": "user", "content": "y"})
     file = write_pairs(tmp_path / "heldout.jsonl", [*pairs, type(pairs[0])(long, "deep reply", "bad")])  # type: ignore[arg-type]
     (tmp_path / "out").mkdir()
-    write_benchmarks({"talk": file}, {}, max_items=6, seed=0, out=tmp_path / "out")
+    write_benchmarks({"talk": file}, {}, max_items=6, max_chars=900, seed=0, out=tmp_path / "out")
     asked = rows(tmp_path / "out/benchmarks/talk_reply_matching.jsonl")
     texts = rows(tmp_path / "out/benchmarks/talk_text.jsonl")
     assert len(asked) == len(texts) == 6
@@ -415,18 +415,18 @@ def test_replies_become_benchmarks(tmp_path: Path) -> None:
 def test_too_few_conversations_are_refused(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(QAdapterError, match="needs at least 4 different single-turn conversations and found 2"):
-        write_benchmarks({}, {"sums": questions(tmp_path / "q.jsonl", 8)}, max_items=9, seed=0, out=tmp_path / "out")
+        write_benchmarks(
+            {}, {"sums": questions(tmp_path / "q.jsonl", 8)}, max_items=9, max_chars=900, seed=0, out=tmp_path / "out"
+        )
 
 
 def test_built_benchmarks_are_scored_in_their_own_directions(measured: Measured, tmp_path: Path) -> None:
     """Through lm-eval itself: accuracy is averaged, bits per byte (lower is better) are not."""
     (tmp_path / "built").mkdir()
-    pairs = [
-        pair(exchange.question, exchange.answer, "i have no idea")
-        for exchange in ToyWorld.read(measured.toy.world).facts()
-    ]
+    facts = ToyWorld.read(measured.toy.world).facts()
+    pairs = [pair(fact.question, fact.answer, "i have no idea") for fact in facts]
     file = write_pairs(tmp_path / "heldout.jsonl", pairs[:12])
-    write_benchmarks({"facts": file}, {}, max_items=8, seed=0, out=tmp_path / "built")
+    write_benchmarks({"facts": file}, {}, max_items=8, max_chars=900, seed=0, out=tmp_path / "built")
     settings = RetentionSettings(tasks=("facts_reply_matching", "facts_bits_per_byte"), batch_size=8)
     options = {"settings": settings, "benchmarks": tmp_path / "built", "old_texts": None}
     base = retention(measured.toy, None, None, tmp_path / "base", **options)
@@ -461,7 +461,7 @@ def test_minis_benchmarks_are_not_in_its_corpus(shared_data: Path, tmp_path: Pat
         name: Path(file.replace("{data}", str(shared_data)))
         for name, file in experiment.built_benchmarks.questions.items()
     }
-    write_benchmarks(replies, asked, max_items=10_000, seed=0, out=tmp_path / "built")
+    write_benchmarks(replies, asked, max_items=10_000, max_chars=10**6, seed=0, out=tmp_path / "built")
     read = read_corpus([*(tmp_path / name for name in experiment.pretraining.corpus_sources), tmp_path / "built"])
     known = {turn["content"].strip() for conversation in read for turn in conversation}
     leaks = {

@@ -37,7 +37,8 @@ def write_benchmarks(
         }
         conversations[name] = list(distinct.values())
     for name, file in questions.items():
-        rows = [(row["question"], row["answer"]) for row in read_items(file, ("question", "answer"))]
+        # a question that is asked twice must not be on both sides
+        rows = list({row["question"]: row["answer"] for row in read_items(file, ("question", "answer"))}.items())
         random.Random(seed).shuffle(rows)
         held_out = max(1, int(len(rows) * HELD_OUT_SHARE))
         conversations[name] = rows[:held_out]

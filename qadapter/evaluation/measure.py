@@ -16,6 +16,7 @@ from qadapter.evaluation.divergence import kl_per_token
 from qadapter.evaluation.generate import generate_replies
 from qadapter.evaluation.harness import evaluate_tasks
 from qadapter.evaluation.preference import PairScores, preference_metrics, score_pairs
+from qadapter.evaluation.task_catalog import expand_suites
 from qadapter.evaluation.toy_rules import exact_measures
 from qadapter.loading import load_base, load_policy
 from qadapter.preferences.pair import PreferencePair
@@ -170,7 +171,7 @@ def measure_retention(
         metrics |= {f"retention/{name}": value for name, value in scores.metrics.items()}
         directions |= {f"retention/{name}": higher for name, higher in scores.higher_is_better.items()}
         items += [{"task": task, **item} for task, rows in scores.samples.items() for item in rows]
-    headline = {task: headline_metric(task, metrics) for task in settings.tasks}
+    headline = {task: headline_metric(task, metrics) for task in expand_suites(settings.tasks)[0]}
     accuracies = [metrics[name] for name in headline.values() if name and directions.get(name, True)]
     if accuracies:
         metrics["retention/mean"] = sum(accuracies) / len(accuracies)

@@ -1,0 +1,49 @@
+"""The README shows only what was run: its Python block is run here, its commands and files are checked to exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny_chat import byte_tokenizer
+from tests.tiny_models import tiny_model
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_python_example_trains_saves_loads_and_generates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = byte_tokenizer()
+    base = tmp_path / "base"
+    tiny_model("llama", seed=0).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    code = code.replace("path/or/hub-id", str(base)).replace("max_steps=100", "max_steps=2, use_cpu=True")
+    monkeypatch.chdir(tmp_path)
+    pairs = [
+        {
+            "prompt": [{"role": "user", "content": f"question {i}"}],
+            "chosen": [{"role": "assistant", "content": "a good answer"}],
+            "rejected": [{"role": "assistant", "content": "a bad answer"}],
+        }
+        for i in range(8)
+    ]
+    names = {"tokenizer": tokenizer, "pairs": pairs}
+    exec(code, names)  # the README's own text
+    policy = names["policy"]
+    assert policy.config.alpha_0 == 0.5
+    ids = tokenizer("Hello", return_tensors="pt")["input_ids"]
+    first = policy(input_ids=ids).logits
+    policy.config.alpha_0 = 1.0
+    assert not torch.equal(first, policy(input_ids=ids).logits)
+
+
+def test_every_file_and_make_target_it_names_exists() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for command in set(re.findall(r"\bmake ([a-z]+)", README)):
+        assert re.search(rf"^{command}:", makefile, flags=re.M), command

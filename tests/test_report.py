@@ -1,0 +1,269 @@
+"""The report: arithmetic over seeds and domains by hand, a table that says what was measured and what was not."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pandas as pd
+import pytest
+
+from qadapter.artifacts import read_json
+from qadapter.report.build import COLUMNS, best_and_worst, build_report, comparison, summary_metrics, task_details
+from qadapter.report.figures import retention_against_adaptation
+from qadapter.report.rows import Row, Spread, ordered, spread
+
+COUNTS = {"harmless": {"read": 256, "used": 256, "train_pairs": 160, "heldout_pairs": 96, "quarantined": 0}}
+
+
+def row(domain: str, method: str, seed: int | None, adaptation: float, retention: float, **more: float) -> Row:
+    metrics = {
+        "adaptation/score": adaptation,
+        "adaptation/implied_reward_accuracy": 0.5,
+        "retention/mean": retention,
+        "retention/toy_facts/exact_match": retention,
+        **{name.replace("__", "/"): value for name, value in more.items()},
+    }
+    return Row(domain, method, seed, metrics)
+
+
+@pytest.fixture
+def rows() -> list[Row]:
+    """Two domains, the base and two methods; SFT with three seeds, the Q-Adapter with one."""
+    return [
+        row("harmless", "base", None, 0.1, 1.0),
+        row("harmless", "sft", 0, 0.8, 0.5, forgetting__mean=0.5, cost__train_seconds=10.04),
+        row("harmless", "sft", 1, 0.9, 0.6, forgetting__mean=0.4, cost__train_seconds=11.0),
+        row("harmless", "sft", 2, 1.0, 0.7, forgetting__mean=0.3, cost__train_seconds=12.0),
+        row("harmless", "q-adapter", 0, 0.75, 0.95, forgetting__mean=0.05, cost__train_tokens_per_second=1234.4),
+        row("academy", "base", None, 0.3, 0.8),
+        row("academy", "sft", 0, 0.4, 0.1, forgetting__mean=0.7),
+        row("academy", "sft", 1, 0.5, 0.2, forgetting__mean=0.6),
+        row("academy", "sft", 2, 0.3, 0.3, forgetting__mean=0.5),
+        row("academy", "q-adapter", 0, 0.25, 0.85, forgetting__mean=-0.05),
+    ]
+
+
+def cell(table: pd.DataFrame, domain: str, method: str, column: str) -> Any:
+    found = table[(table["domain"] == domain) & (table["method"] == method)]
+    assert len(found) == 1
+    return found.iloc[0][column]
+
+
+# ---- arithmetic
+
+
+def test_spread_over_seeds_by_hand() -> None:
+    """Mean (.8 + .9 + 1)/3 = .9; deviation √((.01 + 0 + .01)/2) = .1."""
+    found = Spread.of([0.8, 0.9, 1.0])
+    assert found.mean == pytest.approx(0.9)
+    assert found.deviation == pytest.approx(0.1)
+    assert found.n == 3
+    assert found.text() == "0.900 ± 0.100"
+    assert found.text(1) == "0.9 ± 0.1"
+
+
+def test_one_seed_has_no_deviation() -> None:
+    found = Spread.of([0.25])
+    assert (found.mean, found.n) == (0.25, 1)
+    assert math.isnan(found.deviation)
+    assert found.text() == "0.250"
+
+
+def test_what_was_not_measured_is_a_dash() -> None:
+    assert Spread.of([]).text() == Spread.of([math.nan]).text() == "–"
+    assert Spread.of([0.5, math.nan]).n == 1
+
+
+def test_the_mean_over_domains_is_taken_seed_by_seed(rows: list[Row]) -> None:
+    """Seeds of SFT over two domains: (.8 + .4)/2 = .6, (.9 + .5)/2 = .7, (1 + .3)/2 = .65.
+
+    Their mean is .65 and their deviation √((.0025 + .0025 + 0)/2) = .05; over all six values it would be .288.
+    """
+    found = spread(rows, "adaptation/score", None, "sft")
+    assert (found.mean, found.deviation, found.n) == (pytest.approx(0.65), pytest.approx(0.05), 3)
+    base = spread(rows, "retention/mean", None, "base")
+    assert (base.mean, base.n) == (pytest.approx(0.9), 1)
+
+
+def test_a_mean_over_domains_wants_every_domain(rows: list[Row]) -> None:
+    """The training time of seed 0 is known in one domain only: no mean is better than half a one."""
+    assert spread(rows, "cost/train_seconds", "harmless", "sft").n == 3
+    assert spread(rows, "cost/train_seconds", None, "sft").n == 0
+
+
+def test_order() -> None:
+    assert ordered(["b", "z", "a", "b"], ("a", "b", "c")) == ["a", "b", "z"]
+    assert ordered(["b", "a", "b"]) == ["b", "a"]
+
+
+# ---- table
+
+
+def test_table(rows: list[Row]) -> None:
+    table = comparison(rows)
+    assert list(table.columns) == ["domain", "method", *COLUMNS]
+    assert list(zip(table["domain"], table["method"], strict=True)) == [
+        (domain, method) for domain in ("harmless", "academy", "MEAN") for method in ("base", "q-adapter", "sft")
+    ]
+    assert cell(table, "harmless", "sft", "adaptation") == "0.900 ± 0.100"
+    assert cell(table, "harmless", "sft", "retention") == "0.600 ± 0.100"
+    assert cell(table, "harmless", "sft", "forgetting") == "0.400 ± 0.100"
+    assert cell(table, "harmless", "q-adapter", "adaptation") == "0.750"
+    assert cell(table, "academy", "q-adapter", "forgetting") == "-0.050"
+    assert cell(table, "MEAN", "sft", "adaptation") == "0.650 ± 0.050"
+    assert cell(table, "MEAN", "q-adapter", "forgetting") == "0.000"
+    assert cell(table, "harmless", "sft", "train s") == "11.0 ± 1.0"
+    assert cell(table, "harmless", "q-adapter", "tokens/s") == "1234"
+
+
+def test_missing_measurements_are_dashes(rows: list[Row]) -> None:
+    table = comparison(rows)
+    assert cell(table, "harmless", "base", "forgetting") == "–"
+    assert cell(table, "harmless", "base", "train s") == "–"
+    assert cell(table, "academy", "sft", "train s") == "–"
+    assert cell(table, "MEAN", "sft", "train s") == "–"
+    assert set(table["memory MB"]) == {"–"}
+    assert set(table["KL/token"]) == {"–"}
+
+
+def test_one_domain_needs_no_mean(rows: list[Row]) -> None:
+    assert set(comparison([r for r in rows if r.domain == "academy"])["domain"]) == {"academy"}
+
+
+def test_a_method_that_did_not_run_has_no_row(rows: list[Row]) -> None:
+    some = [r for r in rows if (r.domain, r.method) != ("academy", "sft")]
+    table = comparison(some)
+    assert not ((table["domain"] == "academy") & (table["method"] == "sft")).any()
+    assert cell(table, "MEAN", "sft", "adaptation") == "0.900 ± 0.100"
+
+
+def test_details_are_numbers(rows: list[Row]) -> None:
+    details = task_details(rows)
+    assert len(details) == len(rows)
+    assert set(details.columns) == {
+        "domain",
+        "method",
+        "seed",
+        "adaptation/score",
+        "adaptation/implied_reward_accuracy",
+        "retention/mean",
+        "retention/toy_facts/exact_match",
+        "forgetting/mean",
+    }
+    second = details[(details["domain"] == "harmless") & (details["method"] == "sft") & (details["seed"] == 1)]
+    assert second["retention/mean"].tolist() == [0.6]
+    assert details[details["method"] == "base"]["forgetting/mean"].isna().all()
+
+
+def test_summary_for_the_parent_run(rows: list[Row]) -> None:
+    assert summary_metrics(rows) == {
+        "mean/adaptation/score/base": pytest.approx(0.2),
+        "mean/adaptation/score/sft": pytest.approx(0.65),
+        "mean/adaptation/score/q-adapter": pytest.approx(0.5),
+        "mean/retention/mean/base": pytest.approx(0.9),
+        "mean/retention/mean/sft": pytest.approx(0.4),
+        "mean/retention/mean/q-adapter": pytest.approx(0.9),
+        "mean/forgetting/mean/sft": pytest.approx(0.5),
+        "mean/forgetting/mean/q-adapter": pytest.approx(0.0),
+    }
+
+
+def test_sentences_are_computed(rows: list[Row]) -> None:
+    assert best_and_worst(rows) == [
+        "Adaptation, best first: sft 0.650, q-adapter 0.500.",
+        "Retention (the base has 0.900), best first: q-adapter 0.900, sft 0.400.",
+    ]
+    assert best_and_worst([r for r in rows if r.method == "base"]) == []
+
+
+def test_sentences_do_not_rank_what_was_not_measured() -> None:
+    bare = [Row("d", "base", None, {}), Row("d", "sft", 0, {"adaptation/score": 0.5}), Row("d", "dpo", 0, {})]
+    text = " ".join(best_and_worst(bare))
+    assert "sft 0.500" in text
+    assert "nan" not in text
+
+
+# ---- files
+
+
+def test_report_files(rows: list[Row], tmp_path: Path) -> None:
+    build_report(rows, title="Test world", data=COUNTS, out=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "report.md",
+        "comparison.csv",
+        "details.csv",
+        "retention_adaptation.png",
+        "metrics.json",
+    }
+    csv = pd.read_csv(tmp_path / "comparison.csv", dtype=str)
+    assert csv.equals(comparison(rows).astype(str))
+    assert pd.read_csv(tmp_path / "details.csv")["adaptation/score"].tolist() == [
+        r.metrics["adaptation/score"] for r in rows
+    ]
+    assert read_json(tmp_path / "metrics.json") == summary_metrics(rows)
+
+
+def markdown_tables(text: str) -> list[list[list[str]]]:
+    """The tables of a Markdown text: rows of cells, the line below the heading left out."""
+    tables: list[list[list[str]]] = [[]]
+    for line in text.splitlines():
+        if line.startswith("|"):
+            cells = [part.strip() for part in line.strip("|").split("|")]
+            if not all(set(part) <= set(":-") for part in cells):
+                tables[-1].append(cells)
+        elif tables[-1]:
+            tables.append([])
+    return [table for table in tables if table]
+
+
+def test_the_report_shows_the_table_as_it_is(rows: list[Row], tmp_path: Path) -> None:
+    """Cell by cell: nothing on the way to Markdown rounds `0.900` to `0.9`."""
+    build_report(rows, title="Test world", data=COUNTS, out=tmp_path)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert text.startswith("# Test world\n")
+    assert "Adaptation, best first: sft 0.650, q-adapter 0.500." in text
+    assert "](retention_adaptation.png)" in text
+    table, details, data = markdown_tables(text)
+    expected = comparison(rows)
+    assert table[0] == list(expected.columns)
+    assert table[1:] == expected.astype(str).to_numpy().tolist()
+    assert details[0] == ["measure", "base", "q-adapter", "sft"]
+    assert details[1] == ["toy_facts/exact_match", "0.900", "0.900", "0.400 ± 0.087"]
+    assert data == [["source", *COUNTS["harmless"]], ["harmless", "256", "256", "160", "96", "0"]]
+
+
+def test_the_report_of_real_data_without_tasks(tmp_path: Path) -> None:
+    """Nothing kept was measured: the report says so with dashes and draws an empty figure, it does not fail."""
+    bare = [Row("d", "base", None, {"adaptation/score": 0.5}), Row("d", "sft", 0, {"adaptation/score": 0.7})]
+    build_report(bare, title="Bare", data=COUNTS, out=tmp_path)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "nan" not in text.lower()
+    table = markdown_tables(text)[0]
+    assert table[2][:6] == ["d", "sft", "0.700", "–", "–", "–"]
+
+
+def test_the_figure_can_be_looked_at(rows: list[Row], tmp_path: Path) -> None:
+    file = tmp_path / "figure.png"
+    retention_against_adaptation(rows, file, "Test world")
+    assert file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    picture = matplotlib.image.imread(file)
+    height, width = picture.shape[:2]
+    assert width > height > 300  # three panels in a line
+    assert len(np.unique(picture[..., :3].reshape(-1, 3), axis=0)) > 50  # something is drawn on it
+    for colour in ("#D55E00", "#0072B2"):  # the Q-Adapter's and SFT's
+        wanted = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        assert (np.abs(picture[..., :3] - wanted).max(axis=-1) < 0.02).sum() > 50, colour
+
+
+def test_figures_are_drawn_in_threads(rows: list[Row], tmp_path: Path) -> None:
+    """Prefect runs stages in threads; pyplot's global state would be shared among them."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    files = [tmp_path / f"{i}.png" for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda file: retention_against_adaptation(rows, file, "T"), files))
+    assert len({file.read_bytes() for file in files}) == 1
