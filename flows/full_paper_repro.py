@@ -39,7 +39,7 @@ def experiment_stages(x: Experiment, run: Run) -> Any:
         bases["helpful"] = run(fine_tune_base, base=bases["pretrained"], data=data[x.helpful_sft.source])
     old_texts = data[x.helpful_sft.source] if x.helpful_sft else None
     kept = {
-        name: run(measure_base_retention, base=bases[name], old_texts=old_texts, benchmarks=benchmarks)
+        name: run(measure_base_retention, name=name, base=bases[name], old_texts=old_texts, benchmarks=benchmarks)
         for name in sorted({domain.base for domain in x.domains.values()})
     }
 

@@ -252,7 +252,7 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
         if self._base_only:
             logits = rows[0]
         else:
-            normalizer = rows[-1].logsumexp(dim=-1, keepdim=True) if alpha_0 and not up_to_constant else None
+            normalizer = _log_normalizer(rows[-1]) if alpha_0 and not up_to_constant else None
             logits = _weighted_sum(rows, [w / alpha_tilde for w in (*active.values(), of_base)])
             if normalizer is not None:
                 logits = _weighted_sum([logits, normalizer], [1.0, -alpha_0 / alpha_tilde])
@@ -342,6 +342,11 @@ def _weighted_sum(rows: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     for row, weight in others:
         total = torch.add(total, row, alpha=weight) if total.requires_grad else total.add_(row, alpha=weight)
     return total
+
+
+def _log_normalizer(logits: Tensor) -> Tensor:
+    """logsumexp over the vocabulary, [B, T, 1]; row by row, since torch's own makes a copy of what it is given."""
+    return torch.stack([row.logsumexp(dim=-1, keepdim=True) for row in logits])
 
 
 def _refuse_dials(alpha_0: float, alpha_tilde: float) -> None:

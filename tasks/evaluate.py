@@ -31,12 +31,12 @@ class Evaluation:
     retention: StageResult
 
 
-@task(task_run_name="retention-{base.name}")
+@task(task_run_name="retention-{name}")
 def measure_base_retention(
-    context: RunContext, base: Base, old_texts: StageResult | None, benchmarks: StageResult | None
+    context: RunContext, name: str, base: Base, old_texts: StageResult | None, benchmarks: StageResult | None
 ) -> Any:
     """Score a base on what must not be forgotten: the other end of every difference."""
-    result = _retention(context, base, None, None, old_texts, benchmarks, run_name=f"retention · {base.name} base")
+    result = _retention(context, base, None, None, old_texts, benchmarks, run_name=f"retention · {name} base")
     return task_result(result, result)
 
 

@@ -57,13 +57,14 @@ def pretrain_base(
     if world is not None:
         corpora["world"] = world.output
     if built is not None:
-        corpora["built"] = built.output
+        corpora["built"] = built.path / "corpus.jsonl"  # not the benchmarks beside it
 
     def compute(out: Path, scratch: Path) -> None:
         from qadapter.training.base import pretrain
         from qadapter.training.corpus import read_corpus
 
-        folders = [source.path for source in corpora.values() if isinstance(source, StageOutput)]
+        folders = [data[name].path for name in settings.corpus_sources]
+        folders += [stage.path for stage in (world, built) if stage is not None]
         pretrain(read_corpus(folders), size, settings, seed=experiment.base_seed, out=out, scratch=scratch)
 
     result = logged_stage(

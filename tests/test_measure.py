@@ -158,7 +158,8 @@ def test_answers_and_the_exact_rule(measured: Measured) -> None:
     found = metrics(measured.adaptation["sft"])
     share = sum(map(ToyWorld.is_refusal, expected)) / len(expected)
     assert found["adaptation/exact_rule"] == found["adaptation/score"] == share
-    assert share > metrics(measured.adaptation["base"])["adaptation/exact_rule"]
+    before = [row["reply"] for row in rows(measured.adaptation["base"] / "answers.jsonl")]
+    assert expected != before  # the adapter changed what is said (what counts as right: test of exact_measures)
     assert found["cost/decoding_tokens_per_second"] > 0
 
 

@@ -73,6 +73,11 @@ def test_one_seed_has_no_deviation() -> None:
     assert found.text() == "0.250"
 
 
+def test_nothing_has_no_sign() -> None:
+    assert Spread.of([-1e-9]).text() == "0.000"
+    assert Spread.of([-0.001]).text() == "-0.001"
+
+
 def test_what_was_not_measured_is_a_dash() -> None:
     assert Spread.of([]).text() == Spread.of([math.nan]).text() == "–"
     assert Spread.of([0.5, math.nan]).n == 1
@@ -232,8 +237,18 @@ def test_the_report_shows_the_table_as_it_is(rows: list[Row], tmp_path: Path) ->
     assert table[0] == list(expected.columns)
     assert table[1:] == expected.astype(str).to_numpy().tolist()
     assert details[0] == ["measure", "base", "q-adapter", "sft"]
-    assert details[1] == ["toy_facts/exact_match", "0.900", "0.900", "0.400 ± 0.087"]
+    assert details[1] == ["toy_facts/exact_match", "0.900", "0.900", "0.400 ± 0.100"]
     assert data == [["source", *COUNTS["harmless"]], ["harmless", "256", "256", "160", "96", "0"]]
+
+
+def test_one_seeds_report_keeps_its_digits(rows: list[Row], tmp_path: Path) -> None:
+    build_report([r for r in rows if r.seed in (None, 0)], title="Test world", data=COUNTS, out=tmp_path)
+    table = markdown_tables((tmp_path / "report.md").read_text(encoding="utf-8"))[0]
+    assert [cells[2] for cells in table[1:]] == [
+        *("0.100", "0.750", "0.800"),
+        *("0.300", "0.250", "0.400"),
+        *("0.200", "0.500", "0.600"),
+    ]
 
 
 def test_the_report_of_real_data_without_tasks(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ def write_benchmarks(
     """Write `<name>_reply_matching.jsonl` and `<name>_text.jsonl` below `benchmarks/`, and `corpus.jsonl` beside it.
 
     Args:
-        replies: name → file of held-out pairs; the chosen replies are used.
+        replies: name → `heldout.jsonl` of a prepared source; the chosen replies are used. HH has the same opening in
+            several dialogues: a reply that is a turn of the source's own `train.jsonl` is left out.
         questions: name → JSON lines of `question` and `answer`; a quarter becomes benchmarks, the rest the corpus.
         max_items: longest benchmark.
         max_chars: longest prompt and reply of an item; a text to predict is cut to it.
@@ -31,9 +32,12 @@ def write_benchmarks(
     conversations: dict[str, list[tuple[str, str]]] = {}
     corpus = []
     for name, file in replies.items():
+        seen = _turns(file.with_name("train.jsonl"))
         # one reply a prompt: the pairs of DSP repeat the chosen one
         distinct = {
-            p.prompt_digest: (p.prompt[-1]["content"], p.chosen) for p in load_pairs(file) if len(p.prompt) == 1
+            pair.prompt_digest: (pair.prompt[-1]["content"], pair.chosen)
+            for pair in load_pairs(file)
+            if len(pair.prompt) == 1 and pair.chosen.strip() not in seen
         }
         conversations[name] = list(distinct.values())
     for name, file in questions.items():
@@ -59,3 +63,13 @@ def write_benchmarks(
     lines = "".join(json.dumps({"messages": messages}) + "\n" for messages in turns)
     (out / "corpus.jsonl").write_text(lines, encoding="utf-8")
     write_json(out / "metrics.json", {f"data/{name}": count for name, count in summary.items()})
+
+
+def _turns(file: Path) -> set[str]:
+    """Everything said in a file of pairs; nothing if there is no file."""
+    if not file.is_file():
+        return set()
+    pairs = load_pairs(file)
+    return {turn["content"].strip() for pair in pairs for turn in pair.prompt} | {
+        reply.strip() for pair in pairs for reply in (pair.chosen, pair.rejected)
+    }

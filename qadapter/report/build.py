@@ -76,21 +76,19 @@ def summary_metrics(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def best_and_worst(rows: Sequence[Row]) -> list[str]:
-    """Sentences computed from the means: who adapts most and who keeps most."""
-    methods = [m for m in ordered((row.method for row in rows), METHOD_ORDER) if m != "base"]
-    if not methods:
-        return []
-    adapted = {m: spread(rows, "adaptation/score", None, m).mean for m in methods}
-    kept = {m: spread(rows, "retention/mean", None, m).mean for m in methods}
-    base = spread(rows, "retention/mean", None, "base").mean
-    return [
-        "Adaptation, best first: "
-        + ", ".join(f"{m} {adapted[m]:.3f}" for m in sorted(methods, key=lambda m: -adapted[m]))
-        + ".",
-        f"Retention (the base has {base:.3f}), best first: "
-        + ", ".join(f"{m} {kept[m]:.3f}" for m in sorted(methods, key=lambda m: -kept[m]))
-        + ".",
-    ]
+    """Sentences computed from the means over domains: who adapts most and who keeps most, of those measured."""
+    base = spread(rows, "retention/mean", None, "base")
+    sentences = {
+        "Adaptation": "adaptation/score",
+        f"Retention (the base has {base.text()})" if base.n else "Retention": "retention/mean",
+    }
+    result = []
+    for subject, metric in sentences.items():
+        found = {m: spread(rows, metric, None, m) for m in ordered((row.method for row in rows), METHOD_ORDER)}
+        ranked = sorted((m for m in found if m != "base" and found[m].n), key=lambda m: -found[m].mean)
+        if ranked:
+            result.append(f"{subject}, best first: " + ", ".join(f"{m} {found[m].mean:.3f}" for m in ranked) + ".")
+    return result
 
 
 def build_report(rows: Sequence[Row], *, title: str, data: dict[str, dict[str, float]], out: Path) -> None:
@@ -121,7 +119,7 @@ def build_report(rows: Sequence[Row], *, title: str, data: dict[str, dict[str, f
         f"# {title}",
         *best_and_worst(rows),
         "## Comparison",
-        table.to_markdown(index=False),
+        _markdown(table),
         "*adaptation*: the toy world's exact rule, or where there is none the *pref. acc.*: share of held-out pairs "
         "whose implied reward (log-ratio to the base) prefers the chosen reply, ties one half. *log-prob acc.*: the "
         "same by length-normalised log-probability, no base involved. *retention*: mean accuracy over the retention "
@@ -129,9 +127,14 @@ def build_report(rows: Sequence[Row], *, title: str, data: dict[str, dict[str, f
         "policy) on held-out helpful replies.",
         "![retention against adaptation](retention_adaptation.png)",
         "## Retention by task, mean over domains",
-        details.to_markdown(index=False),
+        _markdown(details),
         "## Data",
-        counts.to_markdown(index=False),
+        _markdown(counts),
     ]
     (out / "report.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     write_json(out / "metrics.json", summary_metrics(rows))
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    """A table with its cells as they are: tabulate would read `0.900` as a number and write `0.9`."""
+    return str(table.to_markdown(index=False, disable_numparse=True))

@@ -47,7 +47,7 @@ class Spread:
         if not self.n:
             return "–"
         deviation = "" if math.isnan(self.deviation) else f" ± {self.deviation:.{digits}f}"
-        return f"{self.mean:.{digits}f}{deviation}"
+        return f"{round(self.mean, digits) + 0.0:.{digits}f}{deviation}"  # + 0.0: nobody wants to read -0.000
 
 
 def ordered(values: Iterable[str], order: Sequence[str] = ()) -> list[str]:
