@@ -15,7 +15,7 @@ from prefect.runtime import flow_run
 from prefect.task_runners import ProcessPoolTaskRunner, ThreadPoolTaskRunner
 
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.task_catalog import check_tasks
+from qadapter.evaluation.task_catalog import NAME, check_tasks, expand_suites, find_tasks, local_tasks, needs_data
 from qadapter.experiment import Experiment, load_experiment
 from qadapter.preferences import sources
 from qadapter.preferences.prepare import first_usable_pair
@@ -58,10 +58,12 @@ class Launch:
         folder = self.data_folder
         if folder is not None and not folder.is_dir():
             raise QAdapterError(f"the data folder {self.data!r} does not exist; give an existing folder")
+        if experiment.needs_data and folder is None:
+            resolve_path("{data}", None)
         if experiment.toy_world is None:
             self._check_sources(experiment, folder, remote)
-        retention = experiment.evaluation.retention
-        check_tasks(retention.tasks)
+        check_tasks(experiment.evaluation.retention.tasks)
+        _check_benchmarks(experiment)
         return experiment
 
     def _check_sources(self, experiment: Experiment, folder: Path | None, remote: bool) -> None:
@@ -91,6 +93,27 @@ class Launch:
                     problems.append(f"  built_benchmarks.questions.{name}: there is no file {file}")
         if problems:
             raise QAdapterError("the data cannot be used:\n" + "\n".join(dict.fromkeys(problems)))
+
+
+def _check_benchmarks(experiment: Experiment) -> None:
+    """Each of the project's own retention tasks has a benchmark that this experiment makes.
+
+    Raises:
+        QAdapterError: naming those that have none.
+    """
+    made: set[str] = set()
+    if built := experiment.built_benchmarks:
+        names = [*built.replies, *built.questions]
+        made = {task.replace(NAME, name) for task in local_tasks() if NAME in task for name in names}
+    elif experiment.toy_world:
+        made = {task for task in local_tasks() if task.startswith("toy_")}
+    tasks, _ = expand_suites(experiment.evaluation.retention.tasks)
+    if lacking := [task for task in needs_data(find_tasks(tasks).local) if task not in made]:
+        known = f"; those it makes are for {', '.join(sorted(made))}" if made else ""
+        raise QAdapterError(
+            f"evaluation.retention.tasks names {', '.join(lacking)}, but this experiment makes no benchmark for that"
+            f"{known}. Leave it out or add to built_benchmarks."
+        )
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
 # Prefect, tqdm and tokenizers read these once, when first imported: `main` sets them before it imports anything.
@@ -20,6 +21,8 @@ _ENVIRONMENT = {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "qadapter,tasks",
     "TQDM_DISABLE": "1",
+    # Its warnings here are about prompts that are cut to the context on purpose.
+    "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
 
@@ -28,6 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run, or only plan, an experiment; returns the exit code: 0 done, 1 a stage failed, 2 refused."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # TRL 1.16 and PEFT 0.21 use names that transformers 5.23 deprecates; nothing a user could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     from qadapter.errors import QAdapterError
     from qadapter.experiment import profiles
 

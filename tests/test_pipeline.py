@@ -1,4 +1,4 @@
-"""The whole experiment, cut very small, through the real Prefect and the real MLflow: run, repeated, changed, broken."""
+"""The whole experiment, cut very small, through real Prefect and real MLflow: run, repeated, changed, broken."""
 
 from __future__ import annotations
 
