@@ -44,7 +44,8 @@ def published_step(model: PeftModel, batch: dict[str, Tensor], o: Objective) -> 
     has it for quantised bases and gradient checkpointing, and the base's logits are in the loss, so that the backward
     goes through both passes although nothing in the base can move.
     """
-    embedded = model.get_base_model().get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+    base: Any = model.get_base_model()
+    embedded = base.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
     inputs = {"inputs_embeds": embedded, "attention_mask": batch["attention_mask"]}
     q_logits = model(**inputs).logits
     with model.disable_adapter():

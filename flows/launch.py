@@ -59,7 +59,11 @@ class Launch:
         if folder is not None and not folder.is_dir():
             raise QAdapterError(f"the data folder {self.data!r} does not exist; give an existing folder")
         if experiment.needs_data and folder is None:
-            resolve_path("{data}", None)
+            raise QAdapterError(
+                f"the profile {self.profile!r} needs a data folder and none was given; name one, for example "
+                f"`make repro PROFILE={self.profile} DATA=path/to/folder`, or the deployment parameter "
+                "data=path/to/folder"
+            )
         if experiment.toy_world is None:
             self._check_sources(experiment, folder, remote)
         check_tasks(experiment.evaluation.retention.tasks)

@@ -8,7 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -100,20 +103,13 @@ class Home:
         with self.entered():
             return dict(full_paper_repro("smoke", None, overrides))
 
-    def entered(self) -> Any:
-        patch = pytest.MonkeyPatch()
-
-        class Entered:
-            def __enter__(self) -> pytest.MonkeyPatch:
-                patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-                patch.setenv("QADAPTER_HOME", str(home))
-                return patch
-
-            def __exit__(self, *_: object) -> None:
-                patch.undo()
-
-        home = self.folder
-        return Entered()
+    @contextmanager
+    def entered(self) -> Iterator[pytest.MonkeyPatch]:
+        """What runs in this block works here."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+            patch.setenv("QADAPTER_HOME", str(self.folder))
+            yield patch
 
     @property
     def client(self) -> MlflowClient:
@@ -206,9 +202,6 @@ def second(first: Ran) -> Ran:
 
 def command(home: Home, arguments: list[str]) -> tuple[int, str, str]:
     """`python -m flows.run` in this process, against the harness's server: exit code, what it printed, its errors."""
-    from contextlib import redirect_stderr, redirect_stdout
-    from io import StringIO
-
     out, errors = StringIO(), StringIO()
     with home.entered() as patch, redirect_stdout(out), redirect_stderr(errors):
         patch.setenv("PREFECT_API_URL", str(PREFECT_API_URL.value()))
@@ -516,6 +509,7 @@ class Bad:
 
     arguments: Callable[[Path], list[str]]
     expected: tuple[str, ...]
+    own_process: bool = False
 
 
 def own_source(name: str, content: str) -> Callable[[Path], list[str]]:
@@ -538,26 +532,37 @@ def own_source(name: str, content: str) -> Callable[[Path], list[str]]:
 
 SAME = json.dumps({"chosen": "\n\nHuman: hi\n\nAssistant: yes", "rejected": "\n\nHuman: hi\n\nAssistant: yes"})
 BAD = {
-    "unknown profile": Bad(lambda _: ["--profile", "smok"], ("no profile 'smok'", "did you mean 'smoke'?")),
+    "unknown profile": Bad(
+        lambda _: ["--profile", "smok"], ("no profile 'smok'", "did you mean 'smoke'?"), own_process=True
+    ),
     "unknown key": Bad(
         lambda _: ["training.max_step=5", "lora.rnk=2"],
         ("2 problems", "training.max_step: unknown key, did you mean 'max_steps'?", "lora.rnk: unknown key"),
+        own_process=True,
     ),
-    "wrong type": Bad(lambda _: ["training.max_steps=many"], ("training.max_steps: Input should be a valid integer",)),
-    "no data folder given": Bad(lambda _: ["--profile", "mini"], ("needs a data folder", "DATA=path/to/folder")),
     "missing data folder": Bad(
-        lambda folder: ["--profile", "mini", "--data", str(folder / "nowhere")], ("nowhere", "does not exist")
+        lambda folder: ["--profile", "mini", "--data", str(folder / "nowhere")],
+        ("nowhere", "does not exist"),
+        own_process=True,
+    ),
+    "unknown format": Bad(own_source("pairs.csv", "a,b\n1,2\n"), ("sources.mine", "pairs.csv"), own_process=True),
+    "no usable pair": Bad(
+        own_source("pairs.jsonl", f"{SAME}\n" * 3),
+        ("No usable preference pair", "pairs.jsonl", "3 read"),
+        own_process=True,
+    ),
+    "no data folder given": Bad(
+        lambda _: ["--profile", "mini"], ("'mini' needs a data folder", "make repro PROFILE=mini DATA=path/to/folder")
     ),
     "empty data folder": Bad(
         lambda folder: ["--profile", "mini", "--data", str(folder)], ("sources.helpful", "sources.academy", "gsm8k")
     ),
-    "unknown format": Bad(own_source("pairs.csv", "a,b\n1,2\n"), ("sources.mine", "pairs.csv")),
-    "no usable pair": Bad(
-        own_source("pairs.jsonl", f"{SAME}\n" * 3), ("No usable preference pair", "pairs.jsonl", "3 read")
-    ),
+    "wrong type": Bad(lambda _: ["training.max_steps=many"], ("training.max_steps: Input should be a valid integer",)),
+    "no override": Bad(lambda _: ["training.max_steps"], ("not of the form key.path=value",)),
     "unknown task": Bad(lambda _: ["evaluation.retention.tasks=[toy_fact]"], ("toy_fact", "did you mean toy_facts")),
     "no benchmark for a task": Bad(
-        lambda _: ["evaluation.retention.tasks=[toy_facts, gsm8k_reply_matching]"], ("gsm8k_reply_matching",)
+        lambda _: ["evaluation.retention.tasks=[toy_facts, gsm8k_reply_matching]"],
+        ("gsm8k_reply_matching", "makes no benchmark", "toy_advice, toy_facts, toy_howtos, toy_sums"),
     ),
 }
 
@@ -574,12 +579,11 @@ class Refused:
 
 @pytest.fixture(scope="module")
 def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Refused]:
-    """Each command of `BAD` in a process and a workspace of its own, two at a time: most of it is imports."""
-    from concurrent.futures import ThreadPoolExecutor
+    """The commands of `BAD` that have a process of their own, two at a time: most of it is imports."""
 
     def refuse(name: str) -> Refused:
         folder, home = tmp_path_factory.mktemp("input"), tmp_path_factory.mktemp("home")
-        environment = {**os.environ, "QADAPTER_HOME": str(home), "PREFECT_HOME": str(home / "prefect")}
+        environment = {**os.environ, "QADAPTER_HOME": str(home)}
         environment.pop("MLFLOW_TRACKING_URI", None)
         found = subprocess.run(
             [sys.executable, "-m", "flows.run", *BAD[name].arguments(folder)],
@@ -591,13 +595,12 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Refused]:
         )
         return Refused(found.returncode, found.stdout, found.stderr, home)
 
+    names = [name for name in BAD if BAD[name].own_process]
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(BAD, pool.map(refuse, BAD), strict=True))
+        return dict(zip(names, pool.map(refuse, names), strict=True))
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_refused_before_anything_runs(name: str, refusals: dict[str, Refused]) -> None:
-    refused = refusals[name]
+def check_refusal(name: str, refused: Refused) -> None:
     assert refused.code == 2
     assert refused.printed == ""
     assert refused.message.startswith("error: ")
@@ -605,8 +608,18 @@ def test_bad_input_is_refused_before_anything_runs(name: str, refusals: dict[str
     for expected in BAD[name].expected:
         assert expected in refused.message
     assert "Traceback" not in refused.message
-    left = {path.name for path in refused.home.rglob("*") if "prefect" not in path.relative_to(refused.home).parts}
-    assert not left & {"mlflow.db", "mlruns", "stages"}, left
+    assert list(refused.home.iterdir()) == []  # no run, no database, no folder
+
+
+@pytest.mark.parametrize("name", [name for name in BAD if BAD[name].own_process])
+def test_bad_input_is_refused_before_anything_runs(name: str, refusals: dict[str, Refused]) -> None:
+    check_refusal(name, refusals[name])
+
+
+@pytest.mark.parametrize("name", [name for name in BAD if not BAD[name].own_process])
+def test_more_bad_input_is_refused(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    home = Home(tmp_path_factory.mktemp("home"))
+    check_refusal(name, Refused(*command(home, BAD[name].arguments(tmp_path_factory.mktemp("input"))), home.folder))
 
 
 def test_a_traceback_for_those_who_ask(tmp_path: Path) -> None:
