@@ -15,6 +15,8 @@ from prefect.runtime import flow_run
 from prefect.task_runners import ProcessPoolTaskRunner, ThreadPoolTaskRunner
 
 from qadapter.errors import QAdapterError
+from qadapter.evaluation.benchmarks import read_items
+from qadapter.evaluation.built_benchmarks import QUESTION_FIELDS
 from qadapter.evaluation.task_catalog import NAME, check_tasks, expand_suites, find_tasks, local_tasks, needs_data
 from qadapter.experiment import Experiment, load_experiment
 from qadapter.preferences import sources
@@ -92,9 +94,10 @@ class Launch:
                     problems.append(f"  sources.{name}: {error}")
         if experiment.built_benchmarks:
             for name, path in experiment.built_benchmarks.questions.items():
-                file = Path(resolve_path(path, folder))
-                if not file.is_file():
-                    problems.append(f"  built_benchmarks.questions.{name}: there is no file {file}")
+                try:
+                    read_items(resolve_path(path, folder), QUESTION_FIELDS)
+                except QAdapterError as error:
+                    problems.append(f"  built_benchmarks.questions.{name}: {error}")
         if problems:
             raise QAdapterError("the data cannot be used:\n" + "\n".join(dict.fromkeys(problems)))
 

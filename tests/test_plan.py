@@ -300,6 +300,13 @@ def test_a_plan_refuses_what_a_run_would_refuse(tmp_path: Path) -> None:
         plan_text("smoke", None, ["evaluation.retention.tasks=[toy_fact]"])
 
 
+def test_questions_that_cannot_be_read_are_refused_before_anything_runs(shared_data: Path, tmp_path: Path) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"question": "2 + 2?", "answer": "4"}\n{"question": "no answer"}\n')
+    with pytest.raises(QAdapterError, match=r"built_benchmarks\.questions\.gsm8k: .* has no 'answer'"):
+        plan_text("mini", str(shared_data), [f"built_benchmarks.questions={{gsm8k: {questions}}}"])
+
+
 def test_a_plan_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, offline: list[str]) -> None:
     monkeypatch.setenv("QADAPTER_HOME", str(tmp_path))
     plan_text("smoke", None)

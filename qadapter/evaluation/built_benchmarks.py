@@ -12,6 +12,7 @@ from qadapter.evaluation.benchmarks import read_items
 from qadapter.evaluation.reply_matching import write_reply_matching
 from qadapter.preferences.prepare import load_pairs
 
+QUESTION_FIELDS = ("question", "answer")
 HELD_OUT_SHARE = 0.25  # of a question file; the rest is for the model to learn
 
 
@@ -42,7 +43,7 @@ def write_benchmarks(
         conversations[name] = list(distinct.values())
     for name, file in questions.items():
         # a question that is asked twice must not be on both sides
-        rows = list({row["question"]: row["answer"] for row in read_items(file, ("question", "answer"))}.items())
+        rows = list({row["question"]: row["answer"] for row in read_items(file, QUESTION_FIELDS)}.items())
         random.Random(seed).shuffle(rows)
         held_out = max(1, int(len(rows) * HELD_OUT_SHARE))
         conversations[name] = rows[:held_out]

@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qadapter.evaluation.prompts import prompt_ids, reply_ids
 from qadapter.evaluation.scoring import by_length, chunks, evaluating, predictions
 from qadapter.preferences.pair import Message
-from qadapter.preferences.tokenize import padding_id
+from qadapter.preferences.tokenize import encode_reply, padding_id
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,8 @@ def kl_per_token(
     """
     if _carries_adapter_of(base, policy):
         raise ValueError("The base is the module inside the policy, so it carries the adapter. Load the base again.")
-    rows = [_encode(tokenizer, prompt, reply, max_length) for prompt, reply in conversations]
+    encoded = [encode_reply(prompt, reply, tokenizer, max_length) for prompt, reply in conversations]
+    rows = [(prompt + reply, len(reply)) for prompt, reply in encoded]
     sums = np.zeros(len(rows))
     with evaluating(base, policy):
         for some in by_length([len(ids) for ids, _ in rows], batch_size):
@@ -75,19 +75,6 @@ def _kl_of_batch(base: torch.nn.Module, policy: torch.nn.Module, batch: dict[str
         kl = (log_base.exp() * (log_base - log_policy)).sum(dim=1)
         sums.index_add_(0, rows[part].cpu(), kl.double().cpu())
     return sums
-
-
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], reply: str, max_length: int
-) -> tuple[list[int], int]:
-    """Token ids of a conversation and how many at its end are the reply; the prompt's beginning is cut if need be."""
-    before = prompt_ids(tokenizer, prompt)
-    ids = reply_ids(tokenizer, prompt, reply)
-    if ids[: len(before)] != before:
-        raise ValueError("The chat template renders a prompt differently when a reply follows, so none can be scored.")
-    reply_tokens = min(len(ids) - len(before), max_length - 1)
-    end = len(before) + reply_tokens
-    return ids[max(0, end - max_length) : end], reply_tokens
 
 
 def _right_padded(rows: Sequence[tuple[list[int], int]], pad: int) -> dict[str, Tensor]:

@@ -31,11 +31,10 @@ from qadapter.settings import (
     SFTSettings,
 )
 from qadapter.training.arguments import (
-    ProgressLog,
-    last_checkpoint,
     measured_cost,
     save_weights,
     tokens_seen,
+    train_to_end,
     trainer_arguments,
     write_training_record,
 )
@@ -147,9 +146,7 @@ def _train_q_adapter(
         processing_class=tokenizer,
         peft_config=lora,
     )
-    ProgressLog.on(trainer, "q-adapter")
-    trainer.train(resume_from_checkpoint=last_checkpoint(arguments["output_dir"]))
-    return trainer
+    return train_to_end(trainer, "q-adapter")
 
 
 def _encode(

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -21,6 +21,7 @@ from qadapter.artifacts import write_json
 from qadapter.settings import OptimizerSettings
 
 log = logging.getLogger(__name__)
+AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 
 def trainer_arguments(
@@ -136,6 +137,21 @@ def last_checkpoint(scratch: str | Path) -> str | None:
     whole = [folder for folder in Path(scratch).glob("checkpoint-*") if (folder / "trainer_state.json").is_file()]
     newest = max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
     return str(newest) if newest else None
+
+
+def train_to_end(trainer: AnyTrainer, name: str) -> AnyTrainer:
+    """Train from the newest checkpoint in the trainer's folder, or from the start, with lines of progress.
+
+    Args:
+        trainer: of transformers or TRL; its `output_dir` holds the checkpoints.
+        name: what is trained, for the lines of progress.
+
+    Returns:
+        The trainer, trained.
+    """
+    ProgressLog.on(trainer, name)
+    trainer.train(resume_from_checkpoint=last_checkpoint(str(trainer.args.output_dir)))
+    return trainer
 
 
 def save_weights(trainer: Trainer, folder: Path) -> None:

@@ -22,11 +22,10 @@ from qadapter.errors import QAdapterError
 from qadapter.preferences.pair import Message
 from qadapter.settings import FromScratch, PretrainingSettings
 from qadapter.training.arguments import (
-    ProgressLog,
-    last_checkpoint,
     measured_cost,
     save_weights,
     tokens_seen,
+    train_to_end,
     trainer_arguments,
     write_training_record,
 )
@@ -139,9 +138,8 @@ def pretrain(
         train_dataset=[{"input_ids": row} for row in rows],
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )
-    ProgressLog.on(trainer, "pre-training")
     with measured_cost() as cost:
-        trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
+        train_to_end(trainer, "pre-training")
     save_weights(trainer, out / "model")
     tokenizer.save_pretrained(out / "model")
     tokens = tokens_seen([len(row) for row in rows], trainer.state.global_step, settings.batch_size)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from qadapter.preferences.tokenize import EncodedPair
-from qadapter.training.arguments import ProgressLog, last_checkpoint
+from qadapter.training.arguments import train_to_end
 
 
 class _TokenizedDPOTrainer(DPOTrainer):
@@ -58,9 +58,7 @@ def train_sft(
         processing_class=tokenizer,
         peft_config=lora,
     )
-    ProgressLog.on(trainer, name)
-    trainer.train(resume_from_checkpoint=last_checkpoint(arguments["output_dir"]))
-    return trainer
+    return train_to_end(trainer, name)
 
 
 def train_dpo(
@@ -94,9 +92,7 @@ def train_dpo(
         processing_class=tokenizer,
         peft_config=lora,
     )
-    ProgressLog.on(trainer, name)
-    trainer.train(resume_from_checkpoint=last_checkpoint(arguments["output_dir"]))
-    return trainer
+    return train_to_end(trainer, name)
 
 
 def _for_trl(arguments: dict[str, Any]) -> dict[str, Any]:
