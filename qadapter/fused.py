@@ -108,9 +108,9 @@ class _ScoredTerms(torch.autograd.Function):
         taken_slope = torch.ones_like(q_taken) if head.softcap is not None else None
         # α0 · log π1 − base, where Q is the difference to the base
         of_base = objective.alpha_0 - (1.0 if objective.parametrization == "residual" else 0.0)
-        for rows, (logits, base, probabilities) in _buffers(hidden, head, precise, chunk):
-            logits = head.logits(hidden[rows], out=logits)
-            base = head.logits(base_hidden[rows], out=base)
+        for rows, both, probabilities in _buffers(hidden, head, precise, chunk):
+            # One product for both: the head's weights, far larger than the rows, are read once
+            logits, base = head.logits(torch.cat([hidden[rows], base_hidden[rows]]), out=both).chunk(2)
             token = targets[rows, None]
             q_taken[rows] = logits.gather(1, token).squeeze(1)
             slope = None
@@ -154,20 +154,18 @@ class _ScoredTerms(torch.autograd.Function):
 
 def _buffers(
     hidden: Tensor, head: VocabularyHead, dtype: torch.dtype, chunk: int
-) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Slices of the rows with three [rows, V] buffers, the same memory for every slice."""
-    whole = [
-        torch.empty(min(chunk, len(hidden)), len(head.weight), dtype=dtype, device=hidden.device) for _ in range(3)
-    ]
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Slices of at most `chunk` rows, with a [2 · rows, V] and a [rows, V] buffer: the same memory for every slice."""
+    size = min(chunk, len(hidden))
+    whole = torch.empty(3 * size, len(head.weight), dtype=dtype, device=hidden.device)
     for start in range(0, len(hidden), chunk):
-        stop = min(start + chunk, len(hidden))
-        yield slice(start, stop), [buffer[: stop - start] for buffer in whole]
+        rows = min(chunk, len(hidden) - start)
+        yield slice(start, start + rows), whole[: 2 * rows], whole[2 * size : 2 * size + rows]
 
 
 def _log_normalizer(logits: Tensor, probabilities: Tensor) -> Tensor:
     """logsumexp of [N, V] logits whose softmax is at hand: logit − log probability of the likeliest token."""
-    largest, token = logits.max(dim=1)
-    return largest - probabilities.gather(1, token[:, None]).squeeze(1).log()
+    return logits.amax(dim=1) - probabilities.amax(dim=1).log()
 
 
 def scored_terms(
