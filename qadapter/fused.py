@@ -1,15 +1,16 @@
-"""The objective computed from hidden states in chunks, so that [tokens, vocabulary] never exists for a whole batch.
+"""The objective from hidden states, block by block: [tokens, vocabulary] never exists for a whole batch.
 
 The loss needs only two numbers of each scored position: Q of the token that was taken, and V. Their gradients by the
-adapted hidden state h (logits W·h) are W[taken] and W·π̃, both of the size of h: they are computed in the forward,
-chunk by chunk, while the chunk's probabilities are there, and nothing of vocabulary size is kept for the backward.
+adapted hidden state h (logits W·h) are W[taken] and W·π̃, both of the size of h: they are computed in the forward, and
+nothing of vocabulary size is kept for the backward. The vocabulary goes by in blocks, each of them read once for all
+positions; sums over it are kept relative to the largest logit so far and rescaled when a larger one comes, as in
+"Online normalizer calculation for softmax" (Milakov and Gimelshein, 2018).
 What follows from the two numbers (discounts, sums, the loss) is `objective.pair_loss`, the same code as the readable
 version, which `tests/test_fused.py` holds this one against, loss and gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +29,9 @@ from qadapter.objective import (
     scored_positions,
 )
 
-# Elements of one chunk of logits: large enough for the matrix products to be efficient, small enough to be cheap
-_CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
+# Logits of one block: enough for efficient matrix products, on a CPU few enough to stay in its cache
+_BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
+_NARROWEST_BLOCK = 1024  # tokens of the vocabulary; positions that do not fit beside so many wait for their turn
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,46 @@ class VocabularyHead:
             logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits
 
+    def block(self, start: int, stop: int) -> VocabularyHead:
+        """The head of a slice of the vocabulary."""
+        bias = None if self.bias is None else self.bias[start:stop]
+        return VocabularyHead(self.weight[start:stop], bias, self.scale, self.softcap)
+
     def to(self, dtype: torch.dtype) -> VocabularyHead:
         """The same head with weights of another type."""
         bias = None if self.bias is None else self.bias.to(dtype)
         return VocabularyHead(self.weight.to(dtype), bias, self.scale, self.softcap)
+
+
+class _Sums:
+    """Sums over the vocabulary of exp(x) and of exp(x) · y, where x comes in blocks: relative to the largest x so far.
+
+    Attributes:
+        largest: [N], the largest x so far.
+        total: [N], Σ_a exp(x_a - largest).
+        weighted: the sums of exp(x - largest) · y, [N] or [N, H] each; who takes the exponentials adds to them.
+    """
+
+    def __init__(self, like: Tensor, *widths: int) -> None:
+        """`like`: an [N] tensor of the wanted type and device; `widths`: of the weighted sums, 0 for [N]."""
+        count = len(like)
+        self.largest = like.new_full((count,), -torch.inf)
+        self.total = like.new_zeros(count)
+        self.weighted = [like.new_zeros((count, width) if width else (count,)) for width in widths]
+
+    def exponentials(self, block: Tensor, out: Tensor) -> Tensor:
+        """exp(x - largest) of a block [N, W], in `out`; earlier sums are rescaled to the new `largest`."""
+        before, self.largest = self.largest, torch.maximum(self.largest, block.amax(dim=1))
+        torch.sub(block, self.largest[:, None], out=out).exp_()
+        rescale = (before - self.largest).exp_()
+        self.total.mul_(rescale).add_(out.sum(dim=1))
+        for sums in self.weighted:
+            sums.mul_(rescale if sums.ndim == 1 else rescale[:, None])
+        return out
+
+    def log_normalizer(self) -> Tensor:
+        """[N], logsumexp of x."""
+        return self.largest + self.total.log()
 
 
 class _ScoredTerms(torch.autograd.Function):
@@ -99,46 +137,23 @@ class _ScoredTerms(torch.autograd.Function):
         head: VocabularyHead,
         targets: Tensor,
         objective: Objective,
-        chunk: int,
+        block_elements: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        differentiate = hidden.requires_grad
         precise = torch.promote_types(hidden.dtype, torch.float32)
-        q_taken, values, kl = (torch.empty(len(hidden), dtype=precise, device=hidden.device) for _ in range(3))
-        by_value = torch.empty_like(hidden) if differentiate else None
-        taken_slope = torch.ones_like(q_taken) if head.softcap is not None else None
-        # α0 · log π1 − base, where Q is the difference to the base
-        of_base = objective.alpha_0 - (1.0 if objective.parametrization == "residual" else 0.0)
-        for rows, both, probabilities in _buffers(hidden, head, precise, chunk):
-            # One product for both: the head's weights, far larger than the rows, are read once
-            logits, base = head.logits(torch.cat([hidden[rows], base_hidden[rows]]), out=both).chunk(2)
-            token = targets[rows, None]
-            q_taken[rows] = logits.gather(1, token).squeeze(1)
-            slope = None
-            if head.softcap is not None and taken_slope is not None:
-                slope = 1 - (logits / head.softcap) ** 2
-                taken_slope[rows] = slope.gather(1, token).squeeze(1)
-            if objective.parametrization == "residual":
-                q_taken[rows] -= base.gather(1, token).squeeze(1)
-            if of_base:
-                logits.add_(base, alpha=of_base)
-            if objective.alpha_tilde != 1.0:
-                logits.div_(objective.alpha_tilde)
-            torch.softmax(logits, dim=1, out=probabilities)
-            log_normalizer = _log_normalizer(logits, probabilities)
-            expected = torch.linalg.vecdot(probabilities, logits)
-            expected_base = torch.linalg.vecdot(probabilities, base)
-            if by_value is not None:
-                weighted = probabilities if slope is None else probabilities.mul_(slope)
-                by_value[rows] = weighted.to(hidden.dtype) @ head.weight
-            torch.softmax(base, dim=1, out=probabilities)
-            base_normalizer = _log_normalizer(base, probabilities)
-            values[rows] = objective.alpha_tilde * log_normalizer - objective.alpha_0 * base_normalizer
-            kl[rows] = (expected - log_normalizer) - (expected_base - base_normalizer)
+        terms = torch.empty((4, len(hidden)), dtype=precise, device=hidden.device)
+        by_value = torch.empty_like(hidden) if hidden.requires_grad else None
+        at_once = max(block_elements // _NARROWEST_BLOCK, 1)
+        for start in range(0, len(hidden), at_once):
+            rows = slice(start, start + at_once)
+            gradient = None if by_value is None else by_value[rows]
+            of_rows = _terms(hidden[rows], base_hidden[rows], head, targets[rows], objective, block_elements, gradient)
+            terms[:, rows] = torch.stack(of_rows)
+        q_taken, values, kl, slope_taken = terms.unbind()
         if by_value is not None:
             # All that the backward needs, so that the head's weights may be sharded away by then
             by_taken = head.weight[targets]
-            if taken_slope is not None:
-                by_taken = (by_taken * taken_slope[:, None]).to(by_taken.dtype)
+            if head.softcap is not None:
+                by_taken = (by_taken * slope_taken[:, None]).to(by_taken.dtype)
             if head.scale != 1.0:
                 by_taken, by_value = by_taken * head.scale, by_value * head.scale
             ctx.save_for_backward(by_taken, by_value)
@@ -152,20 +167,63 @@ class _ScoredTerms(torch.autograd.Function):
         return gradient.to(by_value.dtype), None, None, None, None, None
 
 
-def _buffers(
-    hidden: Tensor, head: VocabularyHead, dtype: torch.dtype, chunk: int
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Slices of at most `chunk` rows, with a [2 · rows, V] and a [rows, V] buffer: the same memory for every slice."""
-    size = min(chunk, len(hidden))
-    whole = torch.empty(3 * size, len(head.weight), dtype=dtype, device=hidden.device)
-    for start in range(0, len(hidden), chunk):
-        rows = min(chunk, len(hidden) - start)
-        yield slice(start, start + rows), whole[: 2 * rows], whole[2 * size : 2 * size + rows]
+def _terms(
+    hidden: Tensor,
+    base_hidden: Tensor,
+    head: VocabularyHead,
+    targets: Tensor,
+    objective: Objective,
+    block_elements: int,
+    by_value: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Q of the taken token, V, KL(π̃ ‖ π1) and the slope of the taken token's soft cap, each [N], float32 at least.
 
-
-def _log_normalizer(logits: Tensor, probabilities: Tensor) -> Tensor:
-    """logsumexp of [N, V] logits whose softmax is at hand: logit − log probability of the likeliest token."""
-    return logits.amax(dim=1) - probabilities.amax(dim=1).log()
+    `by_value`, if given, is [N, H] and gets the gradient of V by `hidden`.
+    """
+    precise = torch.promote_types(hidden.dtype, torch.float32)
+    count, size = len(hidden), len(head.weight)
+    width = min(max(block_elements // count, _NARROWEST_BLOCK), size)
+    buffer = torch.empty(3 * count * width, dtype=precise, device=hidden.device)
+    like = buffer[:count]
+    q_taken, slope_taken = torch.zeros_like(like), torch.ones_like(like)
+    policy = _Sums(like, 0, 0, *([] if by_value is None else [hidden.shape[1]]))
+    base_policy = _Sums(like)
+    residual = objective.parametrization == "residual"
+    of_base = objective.alpha_0 - (
+        1.0 if residual else 0.0
+    )  # α0 · log π1 − base, where Q is the difference to the base
+    both_hidden = torch.cat([hidden, base_hidden])
+    for start in range(0, size, width):
+        block = head.block(start, min(start + width, size))
+        columns = len(block.weight)
+        both, out = buffer[: 3 * count * columns].view(3 * count, columns).split([2 * count, count])
+        # One product for both: the head's weights, far larger than the hidden states, are read once
+        logits, base = block.logits(both_hidden, out=both).chunk(2)
+        place = (targets - start).clamp(0, columns - 1)[:, None]
+        here = (targets >= start) & (targets < start + columns)
+        q = logits.gather(1, place) - base.gather(1, place) if residual else logits.gather(1, place)
+        q_taken = torch.where(here, q.squeeze(1), q_taken)
+        slope = None
+        if head.softcap is not None:
+            slope = 1 - (logits / head.softcap) ** 2
+            slope_taken = torch.where(here, slope.gather(1, place).squeeze(1), slope_taken)
+        if of_base:
+            logits.add_(base, alpha=of_base)
+        if objective.alpha_tilde != 1.0:
+            logits.div_(objective.alpha_tilde)
+        weights = policy.exponentials(logits, out)
+        policy.weighted[0].add_(torch.linalg.vecdot(weights, logits))
+        policy.weighted[1].add_(torch.linalg.vecdot(weights, base))
+        if by_value is not None:
+            weights = weights if slope is None else weights.mul_(slope)
+            policy.weighted[2].add_(weights.to(hidden.dtype) @ block.weight)
+        base_policy.exponentials(base, out)
+    if by_value is not None:
+        by_value.copy_(policy.weighted[2] / policy.total[:, None])
+    log_normalizer, base_normalizer = policy.log_normalizer(), base_policy.log_normalizer()
+    values = objective.alpha_tilde * log_normalizer - objective.alpha_0 * base_normalizer
+    expected, expected_base = policy.weighted[0] / policy.total, policy.weighted[1] / policy.total
+    return q_taken, values, (expected - log_normalizer) - (expected_base - base_normalizer), slope_taken
 
 
 def scored_terms(
@@ -186,9 +244,9 @@ def scored_terms(
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    chunk = max(_CHUNK_ELEMENTS.get(device, _CHUNK_ELEMENTS["cuda"]) // len(head.weight), 1)
+    elements = _BLOCK_ELEMENTS.get(device, _BLOCK_ELEMENTS["cuda"])
     with torch.autocast(device, enabled=False):
-        return _ScoredTerms.apply(hidden.to(dtype), base_hidden.to(dtype), head.to(dtype), targets, objective, chunk)
+        return _ScoredTerms.apply(hidden.to(dtype), base_hidden.to(dtype), head.to(dtype), targets, objective, elements)
 
 
 def loss_from_scored(

@@ -76,6 +76,12 @@ def assert_same(readable: list[Tensor], fast: list[Tensor], atol: float, rtol: f
     assert fast[-1].abs().max() > 0
 
 
+def in_blocks_of(rows: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take so many rows at once, and so many tokens of the vocabulary (more, where there are fewer rows)."""
+    monkeypatch.setitem(fused._BLOCK_ELEMENTS, "cpu", rows * width)
+    monkeypatch.setattr(fused, "_NARROWEST_BLOCK", width)
+
+
 @pytest.mark.parametrize("objective", [*PRESETS, *OBJECTIVES], ids=str)
 @pytest.mark.parametrize("gaps", [False, True])
 def test_equals_the_readable_one_in_float64(objective: Objective, gaps: bool):
@@ -84,11 +90,11 @@ def test_equals_the_readable_one_in_float64(objective: Objective, gaps: bool):
 
 @pytest.mark.parametrize("objective", [*PRESETS, OBJECTIVES[0], OBJECTIVES[-1]], ids=str)
 @pytest.mark.parametrize(("pairs", "length", "vocab"), [(1, 4, 2), (1, 5, 257), (5, 33, 61), (2, 128, 8)])
-@pytest.mark.parametrize("chunk_rows", [1, 7, 10_000])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (7, 3), (10_000, 10_000)])
 def test_equals_the_readable_one_in_float32(
-    objective: Objective, pairs: int, length: int, vocab: int, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
+    objective: Objective, pairs: int, length: int, vocab: int, rows: int, width: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setitem(fused._CHUNK_ELEMENTS, "cpu", chunk_rows * vocab)
+    in_blocks_of(rows, width, monkeypatch)
     batch = hidden_batch(pairs, torch.float32, vocab=vocab, pairs=pairs, length=length, gaps=pairs == 5)
     assert_same(*both(batch, objective), atol=1e-5, rtol=1e-5)
 
@@ -139,7 +145,7 @@ def test_large_logits_do_not_overflow():
 def test_nothing_of_vocabulary_size_is_kept_for_the_backward(monkeypatch: pytest.MonkeyPatch):
     vocab = 5000
     batch = hidden_batch(7, torch.float32, vocab=vocab, pairs=4, length=40)
-    monkeypatch.setitem(fused._CHUNK_ELEMENTS, "cpu", 3 * vocab)
+    in_blocks_of(16, 1000, monkeypatch)
     kept: list[int] = []
     head = VocabularyHead(batch["weight"])
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
