@@ -47,7 +47,7 @@ def sides(shape: Shape, pairs: int, device: str, dtype: torch.dtype) -> dict[str
         PUBLISHED: lambda: clear(ours, published_step(ours.peft_model, data, objective)),
         "base without autograd": readable,
         "+ response positions only": response_positions,
-        "+ chunked (fused)": lambda: fused(False),
+        "+ vocabulary in blocks (fused)": lambda: fused(False),
         "+ shared prompt = this project": lambda: fused(True),
         "TRL DPO": trl_dpo(shape, data, device, dtype),
     }

@@ -35,7 +35,7 @@ def test_every_side_of_the_training_step_has_the_same_loss():
     """All but TRL's, which is another method."""
     sides = training_step.sides(shapes.SHAPES["tiny"], 2, "cpu", torch.float32)
     readable = sides["base without autograd"]().item()
-    for name in ("+ chunked (fused)", "+ shared prompt = this project"):
+    for name in ("+ vocabulary in blocks (fused)", "+ shared prompt = this project"):
         assert sides[name]().item() == pytest.approx(readable, rel=1e-5), name
     # That side has a padded length of its own, which only `paper` does not look at
     objective = Objective.preset("paper")

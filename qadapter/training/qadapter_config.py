@@ -30,7 +30,7 @@ class QAdapterConfig(TrainingArguments):
         value: `next-state` or `current-state`.
         aggregation: `discounted-sum` or `padded-mean`.
         shift_mask: whether the positions that predict response tokens are scored.
-        loss_implementation: `fused` (only response positions meet the vocabulary, in chunks; a pair's prompt is encoded
+        loss_implementation: `fused` (only response positions meet the vocabulary, in blocks; a pair's prompt is encoded
             once) or `readable` (the definition, with full logits); see `QAdapterForCausalLM`.
         max_length: most tokens of prompt + reply (paper: 512); the prompt is cut from the left.
         pad_to_multiple_of: batches are padded to a multiple of it.
