@@ -27,6 +27,13 @@ class Measured:
     peak_bytes: int
 
 
+@dataclass(frozen=True)
+class TooLarge:
+    """A side that this machine has no room for: the bytes it would need, by what a smaller batch took."""
+
+    expected_bytes: float
+
+
 def arguments(description: str | None) -> argparse.ArgumentParser:
     """What every benchmark's command line takes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,37 +55,60 @@ def prepare(options: argparse.Namespace) -> None:
     print(f"{where}, {torch.get_num_threads()} threads, {options.dtype}, torch {torch.__version__}\n")
 
 
-def compare(sides: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, Measured]:
+def compare(
+    sides: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: str,
+    expected_bytes: Mapping[str, float] | None = None,
+) -> dict[str, Measured | TooLarge]:
     """Measure every side: peak memory in a first run each, then time in rounds over all sides.
 
     Args:
         sides: name to something that does the work once.
         rounds: how often; interleaved, so that a busy machine is busy for all of them.
         device: `cpu` or `cuda`.
+        expected_bytes: how much a side is going to need; one that does not fit is not run.
     """
-    peaks = {name: _peak(work, device) for name, work in sides.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    expected = expected_bytes or {}
+    room = 0.85 * _free_bytes(device)
+    fitting = {name: work for name, work in sides.items() if expected.get(name, 0) < room}
+    peaks = {name: _peak(work, device) for name, work in fitting.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in fitting}
     for _ in range(rounds):
-        for name, work in sides.items():
+        for name, work in fitting.items():
             _settle(device)
             start = time.perf_counter()
             work()
             if device == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
-    return {name: Measured(statistics.median(seconds[name]), peaks[name]) for name in sides}
+    return {
+        name: Measured(statistics.median(seconds[name]), peaks[name]) if name in fitting else TooLarge(expected[name])
+        for name in sides
+    }
 
 
-def table(title: str, results: dict[str, Measured], reference: str) -> str:
-    """A table with, for each side, its numbers and how many times better than `reference` it is."""
-    base = results[reference]
+def table(title: str, results: Mapping[str, Measured | TooLarge], reference: str) -> str:
+    """A table with, for each side, its numbers and how many times better than `reference` it is.
+
+    Where the reference does not fit, the first side that does takes its place.
+    """
+    measured = {name: one for name, one in results.items() if isinstance(one, Measured)}
+    base = measured.get(reference) or next(iter(measured.values()))
     lines = [title, f"{'':34}{'seconds':>10}{'speed-up':>10}{'peak MB':>10}{'memory':>9}"]
     for name, one in results.items():
+        if isinstance(one, TooLarge):
+            lines.append(f"{name:34}  does not fit, it would need about {one.expected_bytes / 1e9:.0f} GB")
+            continue
         memory = one.peak_bytes / base.peak_bytes if base.peak_bytes else float("nan")
         lines.append(
             f"{name:34}{one.seconds:10.3f}{base.seconds / one.seconds:9.2f}x{one.peak_bytes / 1e6:10.0f}{memory:8.2f}x"
         )
     return "\n".join(lines) + "\n"
+
+
+def _free_bytes(device: str) -> int:
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
 
 
 def _settle(device: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
-from benchmarks.measure import arguments, compare, prepare, table
+from benchmarks.measure import Measured, arguments, compare, prepare, table
 from benchmarks.published import published_step
 from benchmarks.shapes import SHAPES, Shape, base_model, batch, lora, policy
 from qadapter.objective import Objective, pairwise_loss, scored_positions
@@ -135,9 +135,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = arguments(__doc__).parse_args(argv)
     prepare(options)
     for name in options.shapes:
-        for pairs in options.batches:
+        bytes_a_pair: dict[str, float] = {}
+        for pairs in sorted(options.batches):
             made = sides(SHAPES[name], pairs, options.device, getattr(torch, options.dtype))
-            results = compare(made, options.rounds, options.device)
+            expected = {side: pairs * one for side, one in bytes_a_pair.items()}
+            results = compare(made, options.rounds, options.device, expected)
+            bytes_a_pair |= {side: r.peak_bytes / pairs for side, r in results.items() if isinstance(r, Measured)}
             print(table(f"training step, {name}, {pairs} pair(s), T = {SHAPES[name].length}", results, PUBLISHED))
 
 

@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `benchmarks` is no part of the installed package
 
-from benchmarks import decoding, published, scoring, shapes, training_step
+from benchmarks import decoding, measure, published, scoring, shapes, training_step
 from qadapter.objective import Objective, pairwise_loss
 
 COLUMNS = ["seconds", "speed-up", "peak", "MB", "memory"]
@@ -29,6 +29,17 @@ def test_prints_one_table(script, extra: list[str], sides: int, capsys: pytest.C
     assert len(rows) == sides
     assert rows[0].startswith("published code's way")
     assert rows[0].split()[-3] == "1.00x"
+
+
+def test_a_side_without_room_is_not_run() -> None:
+    def boom() -> None:
+        raise AssertionError("it was run")
+
+    results = measure.compare({"large": boom, "small": lambda: None}, 1, "cpu", {"large": 1e15, "small": 1.0})
+    assert results["large"] == measure.TooLarge(1e15)
+    lines = measure.table("title", results, "large").splitlines()
+    assert lines[2].split() == "large does not fit, it would need about 1000000 GB".split()
+    assert lines[3].split()[2] == "1.00x"
 
 
 def test_every_side_of_the_training_step_has_the_same_loss():

@@ -1,0 +1,1 @@
+"""The method on the command line, without the pipeline: `python -m qadapter train|generate|score|chat`."""

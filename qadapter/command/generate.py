@@ -1,0 +1,115 @@
+"""`python -m qadapter generate`: replies to prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from qadapter.command.opened import as_base, dials, note, open_policy
+from qadapter.command.options import GenerateOptions
+from qadapter.command.results import Row, require_free, writing
+from qadapter.errors import QAdapterError
+from qadapter.evaluation.generate import generate_replies
+from qadapter.preferences.pair import Message
+from qadapter.preferences.records import iter_records
+
+
+def run(options: GenerateOptions) -> None:
+    """Answer every prompt, in order; rows go to a file, or readable text to stdout.
+
+    Raises:
+        QAdapterError: prompts or policy that cannot be used.
+    """
+    prompts = [[_user(text)] for text in options.prompt]
+    if options.prompts is not None:
+        prompts += read_prompts(Path(options.prompts).expanduser())
+    if not prompts:
+        raise QAdapterError("no prompt was given; give --prompt TEXT or --prompts FILE")
+    file = require_free(options)
+    policy, tokenizer = open_policy(options)
+    note(dials(policy))
+
+    def answers(start: int) -> list[str]:
+        some = prompts[start : start + options.batch_size]
+        return generate_replies(
+            policy,
+            tokenizer,
+            some,
+            max_new_tokens=options.max_new_tokens,
+            batch_size=len(some),
+            temperature=options.temperature,
+            seed=options.seed + start,
+        )
+
+    with writing(file) as write, tqdm(total=len(prompts), desc="generating", unit="prompt") as bar:
+        for start in range(0, len(prompts), options.batch_size):
+            columns = {"prompt": prompts[start : start + options.batch_size], "reply": answers(start)}
+            if options.compare_base:
+                with as_base(policy):
+                    columns["base_reply"] = answers(start)
+            for values in zip(*columns.values(), strict=True):
+                row: Row = dict(zip(columns, values, strict=True))
+                write(row)
+                if file is None:
+                    bar.write(_readable(row))
+                bar.update()
+
+
+def read_prompts(file: Path) -> list[list[Message]]:
+    """The prompts of a file, as conversations that end with the user's turn.
+
+    Args:
+        file: `.txt` with a prompt a line (blank lines are none); anything else is read as `iter_records` does, a record
+            being a text, or an object with `prompt` (text or messages) or `messages`.
+
+    Raises:
+        QAdapterError: no such file, or a record that is no prompt; the message has its line.
+    """
+    if file.suffix == ".txt":
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise QAdapterError(f"{file} cannot be read ({error}); a UTF-8 text file was expected") from error
+        return [[_user(line.strip())] for line in lines if line.strip()]
+    prompts = []
+    for record in iter_records(file):
+        prompt = None if record.problem else _prompt(record.value)
+        if prompt is None:
+            raise QAdapterError(
+                f"{file}, line {record.line}: {record.problem or 'no prompt'}; expected a text, or an object with "
+                "`prompt` (text or messages) or `messages`, the last one the user's"
+            )
+        prompts.append(prompt)
+    return prompts
+
+
+def _prompt(value: Any) -> list[Message] | None:
+    """A record's conversation, None if it has none."""
+    if isinstance(value, Mapping):
+        value = value.get("prompt", value.get("messages"))
+    if isinstance(value, str):
+        return [_user(value)] if value.strip() else None
+    if not isinstance(value, list) or not value or not all(_is_message(turn) for turn in value):
+        return None
+    turns: list[Message] = [{"role": turn["role"], "content": turn["content"]} for turn in value]
+    return turns if turns[-1]["role"] == "user" else None
+
+
+def _is_message(turn: Any) -> bool:
+    known = isinstance(turn, Mapping) and turn.get("role") in ("system", "user", "assistant")
+    return known and isinstance(turn.get("content"), str)
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def _readable(row: Row) -> str:
+    lines = [f"{turn['role']}: {turn['content']}" for turn in row["prompt"]]
+    lines.append(f"reply: {row['reply']}")
+    if "base_reply" in row:
+        lines.append(f"base: {row['base_reply']}")
+    return "\n".join(lines) + "\n"

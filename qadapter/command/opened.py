@@ -1,0 +1,151 @@
+"""From the flags that name a policy to the policy: base, one or several adapters, dials."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import PeftConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qadapter.command.options import PolicyOptions
+from qadapter.errors import QAdapterError
+from qadapter.loading import load_base, load_policy
+from qadapter.policy import QAdapterForCausalLM
+from qadapter.policy_files import SETTINGS_FILE, read_settings
+from qadapter.settings import ModelSettings
+
+RECORD = "train.yaml"  # what `train` was asked for; its own --config
+
+
+def note(text: str) -> None:
+    """Say something that is no result: on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def training_record(adapter: Path) -> dict[str, Any]:
+    """What `train` wrote down beside an adapter; empty for one that was trained otherwise."""
+    file = adapter / RECORD
+    content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return content if isinstance(content, dict) else {}
+
+
+def open_policy(options: PolicyOptions) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The policy, ready to score and to generate, and its tokenizer.
+
+    Args:
+        options: folders, weights, dials, base. What is not given of the base's numerics is as in training.
+
+    Returns:
+        A `QAdapterForCausalLM`, or a `PeftModel` for a folder with a plain PEFT adapter (SFT, DPO, replay).
+
+    Raises:
+        QAdapterError: no adapter there, no base found, or flags that do not fit the adapters.
+    """
+    first, *others = (Path(folder).expanduser() for folder in options.adapter)
+    for folder in (first, *others):
+        _require_adapter(folder)
+    weights = options.weights or (1 / len(options.adapter),) * len(options.adapter)
+    if len(weights) != len(options.adapter):
+        raise QAdapterError(f"--weights has {len(weights)} numbers for {len(options.adapter)} adapters; give one each")
+    base = options.base or _base_of(first)
+    record = training_record(first)
+    if options.base:
+        record.pop("revision", None)  # of another base
+    # Never trust_remote_code: a folder from elsewhere must not turn it on.
+    numerics = {name: getattr(options, name) or record.get(name) for name in ("dtype", "quantization", "revision")}
+    settings = ModelSettings(
+        pretrained=base,
+        trust_remote_code=options.trust_remote_code,
+        **{name: value for name, value in numerics.items() if value is not None},
+    )
+    network, tokenizer = open_base(base, settings)
+    policy = load_policy(network, first)
+    if isinstance(policy, QAdapterForCausalLM):
+        _compose(policy, others, weights)
+        _turn(policy, options)
+    elif others or options.weights or options.alpha_0 is not None or options.alpha_tilde is not None:
+        raise QAdapterError(
+            f"{first} is a plain PEFT adapter (it has no {SETTINGS_FILE}); several adapters, --weights, --alpha-0 and "
+            "--alpha-tilde are for Q-Adapters"
+        )
+    return policy, tokenizer
+
+
+def as_base(policy: Any) -> AbstractContextManager[Any]:
+    """Within the block a policy of `open_policy` is its base."""
+    return policy.disable_adapter()
+
+
+def open_base(base: str, settings: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base and its tokenizer; says how conversations are written if it has no chat template.
+
+    Raises:
+        QAdapterError: no model there.
+    """
+    if Path(base).is_dir() and not (Path(base) / "config.json").is_file():
+        raise QAdapterError(
+            f"the folder {base} is no model: it has no config.json; give one that save_pretrained wrote"
+        )
+    network, tokenizer = load_base(base, settings)
+    if tokenizer.chat_template is None:
+        note(
+            "note: the base has no chat template; conversations are written as plain transcripts, "
+            r'"\n\nHuman: …\n\nAssistant: …", and the end-of-sequence token closes a reply'
+        )
+    return network, tokenizer
+
+
+def dials(policy: Any) -> str:
+    """Where a Q-Adapter's dials stand, for people to read."""
+    if not isinstance(policy, QAdapterForCausalLM):
+        return "plain PEFT adapter, no dials"
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in policy.adapter_weights.items())
+    return f"alpha_0 {policy.config.alpha_0:g}, alpha_tilde {policy.config.alpha_tilde:g}, weights: {weights}"
+
+
+def _require_adapter(folder: Path) -> None:
+    if (folder / SETTINGS_FILE).is_file() or (folder / "adapter_config.json").is_file():
+        return
+    if (folder / RECORD).is_file():
+        raise QAdapterError(
+            f"the training in {folder} is not finished; go on with: python -m qadapter train --config "
+            f"{folder / RECORD} --resume"
+        )
+    raise QAdapterError(
+        f"{folder} is no adapter: it has no adapter_config.json; give a folder that training wrote (--output of train)"
+    )
+
+
+def _base_of(folder: Path) -> str:
+    """The base that an adapter's own files name."""
+    named = folder
+    if not (folder / "adapter_config.json").is_file():  # PEFT keeps adapters that are not called `default` below
+        named = folder / next(iter(read_settings(folder).adapter_weights))
+    base = PeftConfig.from_pretrained(str(named)).base_model_name_or_path
+    if not base:
+        raise QAdapterError(f"the adapter in {folder} does not say which base it belongs to; give --base")
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise QAdapterError(
+            f"the base of {folder} is not at {base} any more; give --base, the folder where it lies now"
+        )
+    return str(base)
+
+
+def _compose(policy: QAdapterForCausalLM, others: list[Path], weights: tuple[float, ...]) -> None:
+    """Load the other adapters and weigh all of them; a folder's own weights count within its share."""
+    shares = {name: own * weights[0] for name, own in policy.adapter_weights.items()}
+    for place, (folder, weight) in enumerate(zip(others, weights[1:], strict=True), start=2):
+        policy.attach(folder, f"adapter_{place}")
+        shares[f"adapter_{place}"] = weight
+    policy.set_adapter_weights(shares)
+
+
+def _turn(policy: QAdapterForCausalLM, options: PolicyOptions) -> None:
+    if options.alpha_0 is not None:
+        policy.config.alpha_0 = options.alpha_0
+    if options.alpha_tilde is not None:
+        policy.config.alpha_tilde = options.alpha_tilde

@@ -1,0 +1,204 @@
+"""What each subcommand takes, one class a subcommand.
+
+A field is a flag and a key of the config file: `batch_size` is `--batch-size` and `batch_size: 8`. A class that others
+inherit from is a section of the help, under the first sentence of its docstring.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from qadapter.settings import Count, ModelSettings, NonNegative, OptimizerSettings, Positive, Settings
+
+DType = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["none", "int8", "nf4"]
+
+
+def _listed(value: Any) -> Any:
+    """`a,b` as a list, so that a flag can say what a YAML list says."""
+    return value.split(",") if isinstance(value, str) else value
+
+
+def _repeated(value: Any) -> Any:
+    """One value as a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+def _modules(value: Any) -> Any:
+    return value if value == "all-linear" else _listed(value)
+
+
+def _absolute(place: str) -> str:
+    """A path that exists, absolute: it is written down, and read from other folders. Hub ids and URLs as they are."""
+    path = Path(place).expanduser()
+    return str(path.absolute()) if path.exists() else place
+
+
+def _from_here(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
+Place = Annotated[str, AfterValidator(_absolute)]
+Strings = Annotated[tuple[str, ...], BeforeValidator(_repeated)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_listed)]
+Modules = Annotated[str | tuple[str, ...], BeforeValidator(_modules)]
+
+
+class DataOptions(Settings):
+    """Preference data, in any of the formats of docs/data.md."""
+
+    data: Place = Field(description="file, folder, URL or hub:owner/name; the format is detected")
+    domain: str | None = Field(None, description="the preferred style of DSP data")
+    split: str | None = Field(None, description="of a folder or hub data set")
+    data_revision: str | None = Field(None, description="branch, tag or commit of a hub data set")
+    data_config: str | None = Field(None, description="which of the configs that a data set's card lists")
+    max_chars: Count = Field(20_000, description="longer pairs (prompt and longer reply) are quarantined")
+
+    def located(self, place: str, split: str | None) -> list[Path]:
+        """The local files behind `data` or another place, fetched if need be."""
+        from qadapter.preferences.sources import locate
+
+        cache = Path("~/.cache/qadapter").expanduser()
+        return locate(place, cache_dir=cache, split=split, revision=self.data_revision, config_name=self.data_config)
+
+
+class SplitOptions(DataOptions):
+    """What is held out."""
+
+    heldout: NonNegative = Field(0.1, description="share (below 1) or number of prompts to hold out; 0: none")
+    heldout_data: Place | None = Field(None, description="data to hold out whole, in place of --heldout")
+    heldout_split: str | None = Field(None, description="of --heldout-data, or of --data")
+    max_train_pairs: Count | None = Field(None, description="keep at most so many pairs")
+    max_heldout_pairs: Count | None = Field(None, description="keep at most so many held-out pairs")
+
+
+class BaseOptions(Settings):
+    """The base model."""
+
+    trust_remote_code: bool = Field(False, description="run code that comes with the base, with your rights")
+
+
+class ObjectiveOptions(Settings):
+    """The objective (docs/method.md); what is not given is the preset's."""
+
+    preset: Literal["paper", "published-code", "residual"] = Field("paper", description="where the values start from")
+    alpha_tilde: Positive | None = Field(None, description="α̃, temperature of the customised policy")
+    alpha_0: NonNegative | None = Field(None, description="α0, how much of the base is kept")
+    beta: NonNegative | None = Field(None, description="β, weight of the squared rewards")
+    gamma: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="γ, discount")
+    preference_scale: Positive | None = Field(None, description="w, scale of the Bradley-Terry model")
+    shift_mask: bool | None = Field(None, description="score the positions that predict response tokens")
+
+    def objective(self) -> dict[str, Any]:
+        """What is given, as arguments of `QAdapterConfig`."""
+        return {"objective": self.preset, **self.model_dump(include=set(ObjectiveOptions.model_fields) - {"preset"})}
+
+
+class AdapterOptions(Settings):
+    """The adapter."""
+
+    lora_rank: Count = Field(8, description="rank of LoRA")
+    lora_alpha: Positive = Field(16, description="alpha of LoRA")
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="dropout in LoRA")
+    target_modules: Modules = Field("all-linear", description="all-linear, or names: q_proj,v_proj")
+
+
+class TrainingOptions(OptimizerSettings):
+    """How long and how fast."""
+
+    learning_rate: Positive = Field(3e-4, description="the highest one of the schedule")
+    epochs: Positive = Field(1.0, description="passes over the data, unless --max-steps is given")
+    max_steps: Count | None = Field(None, description="optimiser steps")
+    batch_size: Count = Field(16, description="pairs per optimiser step")
+    micro_batch_size: Count | None = Field(None, description="pairs per forward pass, a divisor of --batch-size")
+    max_length: Annotated[int, Field(ge=2)] = Field(512, description="tokens; longer prompts are cut from the left")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps over which the learning rate rises")
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "linear", description="of the learning rate"
+    )
+    weight_decay: NonNegative = Field(0.0, description="AdamW's")
+    bf16: bool = Field(False, description="mixed precision")
+    gradient_checkpointing: bool = Field(False, description="less memory, more time")
+    logging_steps: Count = Field(10, description="a line of numbers every so many steps")
+    save_steps: Count | None = Field(100, description="a checkpoint every so many steps")
+    seed: int = Field(0, description="of split, weights, order and dropout")
+
+
+class TrainOptions(SplitOptions, BaseOptions, ObjectiveOptions, AdapterOptions, TrainingOptions):
+    """Train a Q-Adapter."""
+
+    base: Place = Field(description="folder or hub id of a causal language model")
+    output: Annotated[str, AfterValidator(_from_here)] = Field(
+        description="folder for the adapter, its metrics and the prepared data"
+    )
+    dtype: DType = Field("float32", description="of the base's weights")
+    quantization: Quantization = Field("none", description="of the base; int8 and nf4 need bitsandbytes")
+    revision: str | None = Field(None, description="of a base from the hub")
+    resume: bool = Field(False, description="go on from the last checkpoint in --output, if there is one")
+    overwrite: bool = Field(False, description="train anew: delete the training that lies in --output")
+
+    def model_settings(self) -> ModelSettings:
+        """How to load the base."""
+        names = {"dtype", "quantization", "revision", "trust_remote_code"}
+        return ModelSettings(pretrained=self.base, **self.model_dump(include=names))
+
+
+class PolicyOptions(BaseOptions):
+    """Which policy."""
+
+    adapter: Strings = Field(
+        min_length=1, description="folder of a trained adapter; give it several times to compose several"
+    )
+    weights: Numbers | None = Field(None, description="of each adapter in Q: 0.5,0.5 (default: equal, sum 1)")
+    alpha_0: NonNegative | None = Field(None, description="α0, how much of the base (default: as trained)")
+    alpha_tilde: Positive | None = Field(None, description="α̃, temperature of the policy (default: as trained)")
+    base: Place | None = Field(None, description="folder or hub id of the base (default: what the adapter names)")
+    dtype: DType | None = Field(None, description="of the base's weights (default: as trained)")
+    quantization: Quantization | None = Field(None, description="of the base (default: as trained)")
+    revision: str | None = Field(None, description="of a base from the hub (default: as trained)")
+
+
+class DecodingOptions(Settings):
+    """How replies are written."""
+
+    max_new_tokens: Count = Field(256, description="longest reply")
+    temperature: NonNegative = Field(0.0, description="0: the most likely token at each step; above 0: sampling")
+    seed: int = Field(0, description="of sampling")
+
+
+class FileOptions(Settings):
+    """Where the result goes."""
+
+    output: str | None = Field(None, description="JSON-lines file")
+    overwrite: bool = Field(False, description="replace the file if it is there")
+
+
+class GenerateOptions(PolicyOptions, DecodingOptions, FileOptions):
+    """Answer prompts."""
+
+    prompt: Strings = Field((), description="a prompt; may be given several times")
+    prompts: str | None = Field(
+        None, description=".txt with a prompt a line, or JSON lines with `prompt` (text or messages) or `messages`"
+    )
+    batch_size: Count = Field(16, description="prompts at once")
+    compare_base: bool = Field(False, description="also let the base answer")
+
+
+class ScoreOptions(PolicyOptions, DataOptions, FileOptions):
+    """Score preference pairs."""
+
+    batch_size: Count = Field(8, description="pairs per forward pass")
+    max_length: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="tokens; longer prompts are cut from the left (default: as trained, else 512)"
+    )
+    limit: Count | None = Field(None, description="score only the first so many pairs")
+
+
+class ChatOptions(PolicyOptions, DecodingOptions):
+    """Talk to a policy."""
+
+    system: str | None = Field(None, description="a system message to begin with")
+    show_base: bool = Field(False, description="also show what the base says, as /base does")

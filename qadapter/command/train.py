@@ -1,0 +1,220 @@
+"""`python -m qadapter train`: from preference data to a folder with an adapter, what it learnt and how."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qadapter.artifacts import read_json, storage_errors
+from qadapter.command.opened import RECORD, note, open_base
+from qadapter.command.options import TrainOptions
+from qadapter.command.score import score_both
+from qadapter.errors import QAdapterError
+from qadapter.evaluation.preference import preference_metrics
+from qadapter.preferences.pair import PreferencePair
+from qadapter.preferences.prepare import PreparationSummary, first_usable_pair, load_pairs, prepare
+from qadapter.settings import LoraSettings
+from qadapter.training.adapt import lora_config
+from qadapter.training.arguments import (
+    measured_cost,
+    save_weights,
+    tokens_seen,
+    trainer_arguments,
+    write_training_record,
+)
+from qadapter.training.checkpoints import SealCheckpoints, last_checkpoint
+from qadapter.training.encoded_pairs import EncodedPairs, encode_dataset
+from qadapter.training.qadapter_config import QAdapterConfig
+from qadapter.training.qadapter_trainer import QAdapterTrainer
+
+METRICS = "metrics.json"  # written last: a folder that has it is finished
+_NO_PART_OF_THE_RESULT = {"output", "resume", "overwrite", "logging_steps", "save_steps"}
+
+
+def run(options: TrainOptions) -> None:
+    """Train, evaluate, save. `docs/command.md` lists the files.
+
+    Raises:
+        QAdapterError: data, base or settings that cannot be used, or an output folder that holds something else.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise QAdapterError(
+            "the command trains in one process, and WORLD_SIZE says there are several; for several GPUs write a script "
+            "around QAdapterTrainer and start it with accelerate launch"
+        )
+    out = Path(options.output)
+    resuming = _check_output(out, options)
+    if resuming and (out / METRICS).is_file():
+        note(f"{out} is finished already")
+        _print_outcome(out, read_json(out / METRICS))
+        return
+    files = heldout_files = None
+    if not resuming:
+        files = options.located(options.data, options.split)
+        first_usable_pair(files, domain=options.domain, max_chars=options.max_chars)
+        if options.heldout_data or options.heldout_split:
+            heldout_files = options.located(options.heldout_data or options.data, options.heldout_split)
+    network, tokenizer = open_base(options.base, options.model_settings())
+    if files is not None:  # nothing of an earlier training is deleted before data and base are seen to be usable
+        with storage_errors(out):
+            _start_anew(out, options)
+        prepare(
+            files,
+            out / "data",
+            domain=options.domain,
+            heldout=options.heldout,
+            heldout_files=heldout_files,
+            seed=options.seed,
+            max_train_pairs=options.max_train_pairs,
+            max_heldout_pairs=options.max_heldout_pairs,
+            max_chars=options.max_chars,
+        )
+    _describe_data(out / "data")
+    with storage_errors(out):
+        _train(options, out, network, tokenizer)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    _print_outcome(out, read_json(out / METRICS))
+
+
+def _train(options: TrainOptions, out: Path, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    heldout = load_pairs(out / "data" / "heldout.jsonl")
+    train_set = encode_dataset(load_pairs(out / "data" / "train.jsonl"), tokenizer, options.max_length, "training")
+    heldout_set = encode_dataset(heldout, tokenizer, options.max_length, "held-out") if heldout else None
+    _write_unused(out / "unused.jsonl", train_set, heldout_set)
+    # As in the pipeline: an explicit number of steps, the last one of an epoch with what is left of the pairs.
+    steps = options.max_steps or math.ceil(len(train_set) / options.batch_size * options.epochs)
+    settings = options.model_copy(update={"max_steps": steps})
+    arguments = trainer_arguments(settings, seed=options.seed, scratch=out / "checkpoints")
+    arguments |= {"disable_tqdm": False, "per_device_eval_batch_size": options.micro_batch}
+    lora = LoraSettings(
+        rank=options.lora_rank,
+        alpha=options.lora_alpha,
+        dropout=options.lora_dropout,
+        target_modules=options.target_modules,
+    )
+    trainer = QAdapterTrainer(
+        model=network,
+        args=QAdapterConfig(**options.objective(), **arguments),
+        train_dataset=train_set,
+        eval_dataset=heldout_set,
+        processing_class=tokenizer,
+        peft_config=lora_config(lora),
+    )
+    trainer.add_callback(SealCheckpoints())
+    checkpoint = last_checkpoint(out / "checkpoints")
+    note(f"training: {steps} steps of {options.batch_size} pairs" + (f", from {checkpoint}" if checkpoint else ""))
+    with measured_cost() as cost:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    save_weights(trainer, out)
+    metrics = _evaluate(trainer, heldout, options) if heldout else {}
+    encoded = [train_set[place] for place in range(len(train_set))]
+    lengths = [2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in encoded]
+    write_training_record(out, trainer, cost, tokens_seen(lengths, steps, options.batch_size), **metrics)
+
+
+def _evaluate(trainer: QAdapterTrainer, heldout: list[PreferencePair], options: TrainOptions) -> dict[str, float]:
+    """The objective on the held-out pairs (`heldout/…`), and the pipeline's measures of them (`adaptation/…`).
+
+    Raises:
+        QAdapterError: the training diverged.
+    """
+    evaluated = trainer.evaluate()
+    names = [name for name in evaluated if name.startswith(("eval_rewards/", "eval_loss", "eval_kl/"))]
+    metrics = {f"heldout/{name.removeprefix('eval_')}": float(evaluated[name]) for name in names}
+    if not all(map(math.isfinite, metrics.values())):
+        raise QAdapterError(
+            f"the training diverged: the held-out loss is {metrics['heldout/loss']}; lower --learning-rate and start "
+            "again with --overwrite"
+        )
+    tokenizer: Any = trainer.processing_class
+    scores, base_scores = score_both(
+        trainer.policy, tokenizer, heldout, max_length=options.max_length, batch_size=options.micro_batch
+    )
+    metrics |= {f"adaptation/{name}": value for name, value in preference_metrics(scores, base_scores).items()}
+    return metrics
+
+
+# ---- the output folder ------------------------------------------------------------------------------------------
+
+
+def _check_output(out: Path, options: TrainOptions) -> bool:
+    """Whether to go on with what lies in the folder.
+
+    Raises:
+        QAdapterError: it holds something that must not be touched, or a training with other settings.
+    """
+    if out.exists() and not out.is_dir():
+        raise QAdapterError(f"--output {out} is a file; give a folder")
+    if not out.is_dir() or not any(out.iterdir()):
+        return False
+    if not (out / RECORD).is_file():
+        raise QAdapterError(f"{out} is not empty and holds no training (no {RECORD}); give another --output")
+    if options.resume:
+        _require_same_settings(out / RECORD, options)
+        return (out / "data" / "summary.json").is_file()  # written when the data are whole
+    finished, begun = (out / METRICS).is_file(), last_checkpoint(out / "checkpoints") is not None
+    if (finished or begun) and not options.overwrite:
+        what, way = ("a finished training", "") if finished else ("an unfinished training", "--resume to go on, ")
+        raise QAdapterError(f"{out} holds {what}; add {way}--overwrite to train anew, or give another --output")
+    return False
+
+
+def _record(options: TrainOptions) -> dict[str, Any]:
+    return options.model_dump(mode="json", exclude={"resume", "overwrite"})
+
+
+def _require_same_settings(file: Path, options: TrainOptions) -> None:
+    before, now = yaml.safe_load(file.read_text(encoding="utf-8")), _record(options)
+    names = (before.keys() | now.keys()) - _NO_PART_OF_THE_RESULT
+    if changed := sorted(name for name in names if before.get(name) != now.get(name)):
+        listed = ", ".join(f"{name} was {before.get(name)} and is {now.get(name)}" for name in changed)
+        raise QAdapterError(
+            f"--resume needs the settings of the start, but {listed}; use --config {file}, or --overwrite in place of "
+            "--resume to train anew"
+        )
+
+
+def _start_anew(out: Path, options: TrainOptions) -> None:
+    """An empty folder but for the record of what was asked for."""
+    if (out / RECORD).is_file():
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(_record(options), sort_keys=False, allow_unicode=True)
+    (out / RECORD).write_text(f"# python -m qadapter train --config {RECORD}\n{text}", encoding="utf-8")
+
+
+def _write_unused(file: Path, train_set: EncodedPairs, heldout_set: EncodedPairs | None) -> None:
+    """The pairs that are nothing within the maximal length, by side and place in its file, with the reason."""
+    sides = {"train": train_set.quarantined, "heldout": heldout_set.quarantined if heldout_set else []}
+    rows = [{"side": side, "pair": index, "reason": why} for side, left in sides.items() for index, why in left]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+# ---- what people read -------------------------------------------------------------------------------------------
+
+
+def _describe_data(folder: Path) -> None:
+    summary = PreparationSummary.load(folder / "summary.json")
+    formats = ", ".join(sorted(set(summary.formats.values())))
+    note(f"data: {summary.read} pairs read ({formats}), {summary.used} used, {summary.read - summary.used} quarantined")
+    for reason, count in summary.quarantined.items():
+        note(f"  {count} quarantined: {reason}")
+    if summary.quarantined:
+        note(f"  line by line: {folder / 'quarantine.jsonl'}")
+    note(
+        f"  {summary.train_pairs} to train on, {summary.heldout_pairs} held out, {summary.duplicates} duplicates, "
+        f"{summary.cross_split_pairs} with a held-out prompt, {summary.cut_train + summary.cut_heldout} over the limits"
+    )
+
+
+def _print_outcome(out: Path, metrics: dict[str, float]) -> None:
+    for name, value in metrics.items():
+        print(f"{name:<50}{value:.6g}")
+    print(f"adapter: {out}\ntry:     python -m qadapter chat --adapter {out}")
