@@ -1,7 +1,14 @@
 # The two commands are `make repro` and `make test`; `make help` lists the others.
 PROFILE ?= smoke
+SWEEP ?= smoke
 DATA ?=
 SET ?=
+RUNS ?=
+OUTPUT ?= comparison
+CONFIG ?= smoke
+KIND ?= good
+PART ?= 1
+MODEL ?= qadapter-smoke@champion
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,13 +16,19 @@ STAMP := $(VENV)/.installed
 
 DATA_FLAG := $(if $(DATA),--data "$(DATA)")
 
-.PHONY: help repro plan test lint ui serve clean
+.PHONY: help repro plan sweep compare test lint ui serve serve-model clean customize announce check history rollback drop
 
 repro: $(STAMP) ## run the whole experiment: make repro [PROFILE=mini DATA=folder] [SET="training.max_steps=50 seeds=[0,1]"]
 	@$(BIN)/python -m flows.run --profile "$(PROFILE)" $(DATA_FLAG) $(SET)
 
 plan: $(STAMP) ## check and estimate an experiment without running it: make plan PROFILE=paper
 	@$(BIN)/python -m flows.run --plan --profile "$(PROFILE)" $(DATA_FLAG) $(SET)
+
+sweep: $(STAMP) ## many settings, tables and front: make sweep [SWEEP=mini DATA=folder] [PLAN=1]
+	@$(BIN)/python -m flows.sweep --sweep "$(SWEEP)" $(DATA_FLAG) $(if $(PLAN),--plan) $(SET)
+
+compare: $(STAMP) ## the report of any recorded runs: make compare RUNS="run-id run-id" [OUTPUT=folder]
+	@$(BIN)/python -m flows.compare $(RUNS) --output "$(OUTPUT)"
 
 test: $(STAMP) ## run all tests
 	@$(BIN)/python -m pytest
@@ -30,8 +43,29 @@ ui: $(STAMP) ## MLflow's UI on the runs of this folder, http://127.0.0.1:5000
 serve: $(STAMP) ## Prefect server and worker with all deployments, http://127.0.0.1:4200
 	@$(BIN)/python -m flows.serve
 
+serve-model: $(STAMP) ## a registered version with OpenAI's chat API: make serve-model [MODEL=qadapter-smoke@champion]
+	@$(BIN)/python -m flows.serve_model --model "$(MODEL)"
+
+customize: $(STAMP) ## look for new preferences: train, judge, promote or reject (docs/recurring.md): make customize [CONFIG=smoke]
+	@$(BIN)/python -m flows.recurring customize --config "$(CONFIG)"
+
+announce: $(STAMP) ## tell the running server that there are new preferences: make announce [CONFIG=smoke]
+	@$(BIN)/python -m flows.recurring announce --config "$(CONFIG)"
+
+check: $(STAMP) ## measure the champion again: make check [CONFIG=smoke]
+	@$(BIN)/python -m flows.recurring check --config "$(CONFIG)"
+
+history: $(STAMP) ## every version of a registered model and why it is what it is: make history [CONFIG=smoke]
+	@$(BIN)/python -m flows.recurring history --config "$(CONFIG)"
+
+rollback: $(STAMP) ## the previous champion serves again: make rollback [CONFIG=smoke] [TO=3]
+	@$(BIN)/python -m flows.recurring rollback --config "$(CONFIG)" $(if $(TO),--to $(TO))
+
+drop: $(STAMP) ## a delivery of toy preferences: make drop [KIND=good|flipped|broken] [PART=1|2]
+	@$(BIN)/python -m qadapter.preferences.toy_drops --kind "$(KIND)" --part "$(PART)"
+
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 13
 
 # pip, not uv: the pins are one `name==version` a line, without hosts.
 $(STAMP): pyproject.toml constraints.txt

@@ -6,11 +6,20 @@ every later run of that deployment would wait behind it.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
+import os
 import urllib.request
+from collections.abc import Iterable
+from threading import Thread
 from typing import Any
+from uuid import UUID
 
+import httpx
 import psutil
+
+_MESSAGE = "Its process ended without a word. Finished stages are kept: run it again."
 
 
 def close_dead_runs(url: str, *, no_worker_is_up: bool) -> list[str]:
@@ -29,10 +38,39 @@ def close_dead_runs(url: str, *, no_worker_is_up: bool) -> list[str]:
         pid = run["infrastructure_pid"]
         dead = no_worker_is_up if pid is None else not _runs_prefect(pid)
         if run["deployment_id"] and dead:
-            message = "Its process ended without a word, with its worker. Finished stages are kept: run it again."
-            _post(url, f"/flow_runs/{run['id']}/set_state", {"state": {"type": "CRASHED", "message": message}})
+            _post(url, f"/flow_runs/{run['id']}/set_state", {"state": {"type": "CRASHED", "message": _MESSAGE}})
             closed.append(str(run["name"]))
     return closed
+
+
+def end_with_parent() -> None:
+    """Let this worker process end when the flow run that started it was killed: nobody else would ever end it."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
+def report_crashed(flow_run_ids: Iterable[str]) -> None:
+    """Report flow runs as crashed, those of no deployment too, that are known to be dead and have not ended.
+
+    Args:
+        flow_run_ids: as Prefect names them; those that this server does not know are passed over.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+    from prefect.states import Crashed
+
+    with get_client(sync_client=True) as client:
+        for name in flow_run_ids:
+            with contextlib.suppress(ValueError, ObjectNotFound, PrefectHTTPStatusError, httpx.TransportError):
+                run = client.read_flow_run(UUID(name))
+                if run.state is None or not run.state.is_final():
+                    client.set_flow_run_state(run.id, Crashed(message=_MESSAGE))
 
 
 def _runs_prefect(pid: str) -> bool:

@@ -6,6 +6,8 @@ prefect deployment run full-paper-repro/smoke
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, Protocol
 
@@ -16,6 +18,7 @@ from qadapter.experiment import Experiment
 from tasks.context import Customisation
 from tasks.data import build_benchmarks, generate_toy_world, prepare_data
 from tasks.evaluate import evaluate, measure_base_retention
+from tasks.judge import train_judge
 from tasks.report import write_report
 from tasks.train import answer_prompts, fine_tune_base, pretrain_base, train_adapter
 
@@ -27,33 +30,59 @@ class Run(Protocol):
         """Run `task` when its inputs are there; returns what stands for its result."""
 
 
-def experiment_stages(x: Experiment, run: Run) -> Any:
-    """Every stage of the experiment and what feeds it; returns the report's."""
+@dataclass(frozen=True)
+class Common:
+    """What every customisation of an experiment stands on; each entry stands for a stage's result."""
+
+    world: Any
+    data: Mapping[str, Any]
+    benchmarks: Any
+    bases: Mapping[str, Any]
+    kept: Mapping[str, Any]
+    old_texts: Any
+
+
+def common_stages(x: Experiment, run: Run) -> Common:
+    """Data, bases, and what the bases can do: computed once for all domains, methods and seeds."""
     world = run(generate_toy_world) if x.toy_world else None
     data = {source: run(prepare_data, source=source, world=world) for source in x.sources}
     built = run(build_benchmarks, data=data, world=world) if x.built_benchmarks else None
     benchmarks = built or world
 
-    bases = {"pretrained": run(pretrain_base, data=data, world=world, built=built)}
+    bases: dict[str, Any] = {"pretrained": run(pretrain_base, data=data, world=world, built=built)}
     if x.helpful_sft:
         bases["helpful"] = run(fine_tune_base, base=bases["pretrained"], data=data[x.helpful_sft.source])
     old_texts = data[x.helpful_sft.source] if x.helpful_sft else None
-    kept = {
+    kept: dict[str, Any] = {
         name: run(measure_base_retention, name=name, base=bases[name], old_texts=old_texts, benchmarks=benchmarks)
         for name in sorted({domain.base for domain in x.domains.values()})
     }
+    return Common(world, data, benchmarks, bases, kept, old_texts)
 
+
+def evaluation_inputs(x: Experiment, run: Run, common: Common, name: str) -> dict[str, Any]:
+    """What every row of a domain is measured with."""
+    domain = x.domains[name]
+    base, pairs = common.bases[domain.base], common.data[domain.source]
+    judged = x.judge_of(name) == "reward-model"
+    return {
+        "base": base,
+        "data": pairs,
+        "base_retention": common.kept[domain.base],
+        "old_texts": common.old_texts,
+        "benchmarks": common.benchmarks,
+        "world": common.world,
+        "judge": run(train_judge, domain=name, base=base, data=pairs) if judged else None,
+    }
+
+
+def experiment_stages(x: Experiment, run: Run) -> Any:
+    """Every stage of the experiment and what feeds it; returns the report's."""
+    common = common_stages(x, run)
     rows = []
-    for name, domain in x.domains.items():
-        base, pairs = bases[domain.base], data[domain.source]
-        shared = {
-            "base": base,
-            "data": pairs,
-            "base_retention": kept[domain.base],
-            "old_texts": old_texts,
-            "benchmarks": benchmarks,
-            "world": world,
-        }
+    for name in x.domains:
+        shared = evaluation_inputs(x, run, common, name)
+        base, pairs = shared["base"], shared["data"]
         base_row = run(evaluate, cell=Customisation(name, "base"), trained=None, base_row=None, **shared)
         rows.append(base_row)
         answers = run(answer_prompts, domain=name, base=base, data=pairs) if "replay" in x.methods.run else None
@@ -62,7 +91,7 @@ def experiment_stages(x: Experiment, run: Run) -> Any:
             own = {"answers": answers} if method == "replay" else {"answers": None}
             trained = run(train_adapter, cell=cell, base=base, data=pairs, **own)
             rows.append(run(evaluate, cell=cell, trained=trained, base_row=base_row, **shared))
-    return run(write_report, rows=rows, data=data)
+    return run(write_report, rows=rows, data=common.data)
 
 
 @flow(name="full-paper-repro")

@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
-from prefect.futures import wait
+from prefect.exceptions import UpstreamTaskError
+from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
-from prefect.task_runners import ProcessPoolTaskRunner, ThreadPoolTaskRunner
 
+from flows.dead_runs import report_crashed
+from flows.runners import task_runner
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.benchmarks import read_items
 from qadapter.evaluation.built_benchmarks import QUESTION_FIELDS
+from qadapter.evaluation.judge_plan import plan_judges
 from qadapter.evaluation.task_catalog import NAME, check_tasks, expand_suites, find_tasks, local_tasks, needs_data
 from qadapter.experiment import Experiment, load_experiment
 from qadapter.preferences import sources
 from qadapter.preferences.prepare import first_usable_pair
 from tasks.context import RunContext, resolve_path, workspace
+from tasks.remote_store import RemoteStore
 from tasks.stage import StageStore
 from tasks.tracking import Tracker
+
+FLOW_RUN_TAG = "prefect.flow_run_id"
+_SECONDS_BETWEEN_PROGRESS = 60.0
+_SECONDS_FOR_MLFLOW = 60.0  # to come back at a run's end; what is left then is delivered at the next start
 
 
 @dataclass(frozen=True)
@@ -57,6 +69,9 @@ class Launch:
             QAdapterError: with all that is needed to put it right.
         """
         experiment = load_experiment(self.profile, self.overrides)
+        experiment.launch.check(experiment.model.quantization)
+        experiment.runner.check()
+        RemoteStore.from_environment()
         folder = self.data_folder
         if folder is not None and not folder.is_dir():
             raise QAdapterError(f"the data folder {self.data!r} does not exist; give an existing folder")
@@ -66,10 +81,12 @@ class Launch:
                 f"`make repro PROFILE={self.profile} DATA=path/to/folder`, or the deployment parameter "
                 "data=path/to/folder"
             )
+        _check_workspace(workspace())
         if experiment.toy_world is None:
             self._check_sources(experiment, folder, remote)
         check_tasks(experiment.evaluation.retention.tasks)
         _check_benchmarks(experiment)
+        plan_judges(experiment)
         return experiment
 
     def _check_sources(self, experiment: Experiment, folder: Path | None, remote: bool) -> None:
@@ -100,6 +117,24 @@ class Launch:
                     problems.append(f"  built_benchmarks.questions.{name}: {error}")
         if problems:
             raise QAdapterError("the data cannot be used:\n" + "\n".join(dict.fromkeys(problems)))
+
+
+def _check_workspace(folder: Path) -> None:
+    """Something can be written where results go.
+
+    Raises:
+        QAdapterError: the disk is full or read-only, or the place is no folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(65_536))
+            file.flush()
+    except OSError as error:
+        raise QAdapterError(
+            f"nothing can be written to the workspace {folder}: {error.strerror}. Free some space there, or name "
+            "another folder with the environment variable QADAPTER_HOME."
+        ) from error
 
 
 def _check_benchmarks(experiment: Experiment) -> None:
@@ -135,32 +170,32 @@ def launched(launch: Launch) -> Iterator[PrefectRun]:
     tracker = Tracker.for_project(root)
     if abandoned := tracker.close_abandoned(launch.experiment_name):
         logging.getLogger(__name__).warning("%d runs of a killed process were closed as KILLED", len(abandoned))
+        report_crashed([flow for run in abandoned if (flow := tracker.tags(run).get(FLOW_RUN_TAG))])
     parent = tracker.start_parent(
         launch.experiment_name,
         f"{experiment.name} · {flow_run.get_name() or 'run'}",
         params=experiment.model_dump(mode="json", by_alias=True),
-        tags={"stage": "parent", "profile": launch.profile, "prefect.flow_run_id": flow_run.get_id() or ""},
+        tags={"stage": "parent", "profile": launch.profile, FLOW_RUN_TAG: flow_run.get_id() or ""},
     )
-    context = RunContext(experiment, StageStore(root / ".qadapter"), tracker, parent, launch.data_folder)
-    with tracker.ending(parent), PrefectRun(context) as run:
-        yield run
+    # Whatever is used again is read as a whole: a power cut or a failing disk can change a file and not its size.
+    store = StageStore(root / ".qadapter", verify_hashes=True)
+    context = RunContext(experiment, store, tracker, parent, launch.data_folder)
+    try:
+        with tracker.ending(parent), PrefectRun(context) as run:
+            yield run
+    finally:
+        tracker.deliver(patience=_SECONDS_FOR_MLFLOW)
 
 
 class PrefectRun:
-    """Submits stages to a Prefect task runner; those whose inputs are there run side by side, `parallel` at a time.
-
-    One at a time they run in a thread of this process. Several at a time get a process each: torch's random state
-    belongs to the whole process, and two trainings in one would disturb each other's.
-    """
+    """Submits stages to a Prefect task runner; those whose inputs are there run side by side, `parallel` at a time."""
 
     def __init__(self, context: RunContext) -> None:
         self.experiment = context.experiment
         self._context = context
         self._futures: list[Any] = []
-        workers = context.experiment.parallel
-        self._runner: Any = ThreadPoolTaskRunner(max_workers=1)
-        if workers > 1:
-            self._runner = ProcessPoolTaskRunner(max_workers=workers)
+        self._completed: set[UUID] = set()
+        self._runner: Any = task_runner(context.experiment)
 
     def __enter__(self) -> PrefectRun:
         self._runner.__enter__()
@@ -175,6 +210,49 @@ class PrefectRun:
         self._futures.append(future)
         return future
 
+    def of(self, experiment: Experiment) -> PrefectRun:
+        """The same run with other settings: its stages join those of this one."""
+        other = copy(self)
+        other.experiment = experiment
+        other._context = replace(self._context, experiment=experiment)
+        return other
+
+    def storing_in(self, store: StageStore) -> PrefectRun:
+        """The same run with another store: what this one would find is computed again."""
+        other = copy(self)
+        other._context = replace(self._context, store=store)
+        return other
+
+    def settle(self) -> StagesFailedError | None:
+        """Wait for every stage, saying once a minute how far it is; returns what failed, if anything did."""
+        reasons = []
+        told = time.monotonic()
+        for place, future in enumerate(self._futures):
+            try:
+                future.wait()
+            except UpstreamTaskError:  # a process pool says so this way that another stage's failure stopped this one
+                continue
+            except Exception as error:  # such as a worker process that the system killed
+                reasons.append(f"{type(error).__name__}: {error}")
+                continue
+            if future.state.is_completed():
+                self._completed.add(future.task_run_id)
+            elif future.state.is_failed() or future.state.is_crashed():
+                reasons.append(future.state.message)
+            if time.monotonic() - told > _SECONDS_BETWEEN_PROGRESS:
+                get_run_logger().info("%d of %d stages are through", place + 1, len(self._futures))
+                told = time.monotonic()
+        if not reasons:
+            return None
+        return StagesFailedError(
+            f"{len(reasons)} of {len(self._futures)} stages failed (what was finished is kept):\n"
+            + "\n".join(dict.fromkeys(f"  {reason}" for reason in reasons))
+        )
+
+    def finished(self, futures: Sequence[Any]) -> list[Any]:
+        """After `settle`: the results of those stages that were completed."""
+        return [future.result() for future in futures if future.task_run_id in self._completed]
+
     def result(self, future: Any) -> Any:
         """Wait for every stage and return one's result.
 
@@ -183,13 +261,8 @@ class PrefectRun:
         Raises:
             StagesFailedError: naming each stage that failed and why.
         """
-        wait(self._futures)
-        failed = [f.state for f in self._futures if f.state.is_failed() or f.state.is_crashed()]
-        if failed:
-            reasons = "\n".join(dict.fromkeys(f"  {state.message}" for state in failed))
-            raise StagesFailedError(
-                f"{len(failed)} of {len(self._futures)} stages failed (what was finished is kept):\n{reasons}"
-            )
+        if failed := self.settle():
+            raise failed
         return future.result()
 
 

@@ -14,6 +14,7 @@ from flows.full_paper_repro import experiment_stages
 from flows.launch import Launch
 from qadapter import planning
 from qadapter.errors import QAdapterError
+from qadapter.evaluation.judge_plan import plan_judges
 from qadapter.experiment import Experiment
 from qadapter.preferences import sources
 from qadapter.preferences.prepare import parse_files
@@ -90,6 +91,7 @@ def plan_text(profile: str, data: str | None, overrides: Sequence[str] | Mapping
         f"held as {held}; "
         f"adapter of {planning.adapter_parameters(size, experiment.lora) / 1e6:,.2f} M",
         _costs(experiment, recorder.stages, plans, size),
+        "Judge of the answers\n" + "\n".join(f"  {line}" for line in plan_judges(experiment)),
         _assumptions(experiment),
         "Stages (each after those it feeds on)\n" + "\n".join(_dag(recorder.stages)),
     ]
@@ -113,7 +115,11 @@ def _plan_source(experiment: Experiment, name: str, folder: Path | None) -> Sour
             reach = f"NOT REACHABLE now: {error}"
         pairs = source.expected_pairs or 0
         known = f"{pairs:,} pairs expected (config)" if pairs else "number of pairs unknown: set expected_pairs"
-        return SourcePlan(pairs, longest / 2, f"{reach}; {known}; half of max_length a sequence (assumed)")
+        return SourcePlan(
+            max(0, pairs - source.judge_pairs),
+            longest / 2,
+            f"{reach}; {known}; half of max_length a sequence (assumed)",
+        )
     parsed = parse_files(
         sources.locate(where, cache_dir=Path(), split=source.split, config_name=source.config_name),
         domain=source.domain,
@@ -124,7 +130,8 @@ def _plan_source(experiment: Experiment, name: str, folder: Path | None) -> Sour
     tokens = sum(min(longest, c / planning.CHARS_PER_TOKEN) for c in characters) / len(usable)
     prompts = len({p.prompt_digest for p in usable})
     held_out = source.heldout if source.heldout < 1 else source.heldout / prompts
-    train = min(int(len(usable) * (1 - held_out)), source.max_train_pairs or len(usable))
+    left = int(len(usable) * (1 - held_out)) - source.judge_pairs
+    train = min(left, source.max_train_pairs or left)
     return SourcePlan(
         train,
         tokens,
@@ -189,6 +196,13 @@ def _estimate(
         plan = plans[experiment.domains[str(stage.inputs["domain"])].source]
         tokens = plan.train_pairs * (plan.tokens_per_sequence / 2 + experiment.methods.replay.max_new_tokens)
         return 0, tokens, planning.training_flops(size, tokens, 1), weights
+    if stage.task == "train_judge":
+        name = experiment.domains[str(stage.inputs["domain"])].source
+        reward = experiment.evaluation.adaptation.reward_model or training
+        steps = planning.steps(experiment.sources[name].judge_pairs, reward)
+        tokens = steps * reward.batch_size * 2 * min(plans[name].tokens_per_sequence, reward.max_length)
+        memory = planning.training_memory_gb(size, experiment.model, experiment.lora, reward)
+        return steps, tokens, planning.training_flops(size, tokens, 2), memory
     cell = stage.inputs.get("cell")
     if isinstance(cell, Customisation) and stage.task == "train_adapter":
         plan = plans[experiment.domains[cell.domain].source]

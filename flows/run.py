@@ -12,6 +12,8 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Prefect, tqdm and tokenizers read these once, when first imported: `main` sets them before it imports anything.
@@ -27,12 +29,32 @@ _ENVIRONMENT = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run, or only plan, an experiment; returns the exit code: 0 done, 1 a stage failed, 2 refused."""
+def prepare_environment() -> None:
+    """What every command of the project sets before it imports Prefect or transformers; the user's own settings win."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # TRL 1.16 and PEFT 0.21 use names that transformers 5.23 deprecates; nothing a user could change.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+
+
+@contextmanager
+def prefect_server() -> Iterator[None]:
+    """The server that the user names or that is up; where none is, Prefect's own for the length of the block."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows.serve import answers, api_url
+    from tasks.context import PROJECT_ROOT
+
+    if "PREFECT_API_URL" in os.environ or answers(api_url(PROJECT_ROOT)):
+        yield
+        return
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        yield
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run, or only plan, an experiment; returns the exit code: 0 done, 1 a stage failed, 2 refused."""
+    prepare_environment()
     from qadapter.errors import QAdapterError
     from qadapter.experiment import profiles
 
@@ -62,26 +84,18 @@ def _plan(given: argparse.Namespace) -> int:
 
 
 def _run(given: argparse.Namespace) -> int:
-    from contextlib import ExitStack
-
     from flows.launch import Launch, StagesFailedError
-    from flows.serve import answers, api_url
     from qadapter.experiment import parse_overrides
 
     overrides = parse_overrides(given.overrides)
     launch = Launch("full-paper-repro", given.profile, given.data, overrides)
     experiment = launch.check()  # refuse what cannot work before Prefect starts anything
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
     from flows.full_paper_repro import full_paper_repro
-    from tasks.context import PROJECT_ROOT, workspace
+    from tasks.context import workspace
 
     start = time.monotonic()
     data = str(launch.data_folder) if launch.data_folder else None
-    with ExitStack() as stack:
-        if not ("PREFECT_API_URL" in os.environ or answers(api_url(PROJECT_ROOT))):
-            # No server is up: Prefect's own, for the length of the run.
-            stack.enter_context(temporary_settings(restore_defaults={PREFECT_API_URL}))
+    with prefect_server():
         try:
             summary = full_paper_repro(given.profile, data, overrides)
         except StagesFailedError as error:

@@ -166,8 +166,11 @@ def _wait_for_server(url: str, server: subprocess.Popen[bytes], log: Path) -> No
 
 def _next_steps(root: Path, url: str) -> str:
     deployments = yaml.safe_load((root / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]
-    flow = str(deployments[0]["entrypoint"]).rpartition(":")[2].replace("_", "-")
-    commands = "\n".join(f"  prefect deployment run {flow}/{deployment['name']}" for deployment in deployments)
+    flows = [str(deployment["entrypoint"]).rpartition(":")[2].replace("_", "-") for deployment in deployments]
+    commands = "\n".join(
+        f"  prefect deployment run {flow}/{deployment['name']}"
+        for flow, deployment in zip(flows, deployments, strict=True)
+    )
     return (
         f"\nReady. In another terminal, with the environment active (. .venv/bin/activate) and from this folder:\n"
         f"{commands}\nRuns: {url.removesuffix('/api')}   Stop: Ctrl-C here\n"

@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,12 +18,14 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from qadapter.errors import QAdapterError
+from qadapter.execution import LaunchSettings, RunnerSettings
 from qadapter.settings import (
     BuiltBenchmarks,
     Count,
     DomainSettings,
     EvaluationSettings,
     HelpfulSettings,
+    Judge,
     LoraSettings,
     MethodSettings,
     ModelSettings,
@@ -46,6 +49,8 @@ class Experiment(Settings):
         parallel: how many stages run side by side (1: one after the other, in this process).
         threads: of torch, for each stage; None: the machine's cores shared out among `parallel` stages. A tiny model
             gains nothing from a second one. The environment's OMP_NUM_THREADS wins.
+        launch: whether trainings run in this process or as several, through `accelerate launch`.
+        runner: who runs stages side by side: processes of this machine, or a Dask or Ray cluster.
         training: what all methods share: pairs per step, steps, length. SFT and replay see two sequences where the
             pairwise methods see one pair, so that the token budget is the same.
     """
@@ -55,6 +60,8 @@ class Experiment(Settings):
     base_seed: int = 0
     parallel: Count = 1
     threads: Count | None = None
+    launch: LaunchSettings = LaunchSettings()
+    runner: RunnerSettings = RunnerSettings()
     toy_world: ToyWorldSettings | None = None
     sources: dict[Name, Source]
     model: ModelSettings
@@ -97,6 +104,9 @@ class Experiment(Settings):
             yield "helpful_sft.lora: full fine-tuning is for models from scratch; set it to true"
         if not self.helpful_sft and (needy := [n for n, d in self.domains.items() if d.base == "helpful"]):
             yield f"domains {needy} want the base 'helpful', but there is no helpful_sft section"
+        yield from self._judge_contradictions(unknown)
+        trainings = {"pretraining": self.pretraining, "helpful_sft": self.helpful_sft, "training": self.training}
+        yield from self.launch.contradictions(trainings)
         if self.model.from_scratch:
             for section in ("pretraining", "helpful_sft", "training"):
                 settings = getattr(self, section)
@@ -105,6 +115,39 @@ class Experiment(Settings):
                         f"{section}.max_length {settings.max_length} is longer than the model's context "
                         f"{self.model.from_scratch.context}"
                     )
+
+    def _judge_contradictions(self, unknown: Mapping[str, str]) -> Iterator[str]:
+        """What keeps the judge that was asked for from judging; `unknown` are keys that name no source."""
+        settings = self.evaluation.adaptation
+        key = "evaluation.adaptation"
+        if settings.judge == "rule" and not self.toy_world:
+            yield f"{key}.judge: 'rule' is a toy world's; expected 'reward-model', 'endpoint' or 'none'"
+        if settings.judge == "endpoint" and not settings.endpoint:
+            yield f"{key}.endpoint: is required by {key}.judge 'endpoint'; give its url and model"
+        if settings.judge in ("reward-model", "endpoint") and not settings.generate:
+            yield f"{key}.generate: 0 leaves {key}.judge {settings.judge!r} no answers to judge"
+        if settings.judge == "reward-model":
+            sources = {domain.source for domain in self.domains.values()} - set(unknown.values())
+            for name in sorted(name for name in sources if not self.sources[name].judge_pairs):
+                yield (
+                    f"sources.{name}.judge_pairs: 0, but {key}.judge is 'reward-model', which is trained on these; "
+                    "set a few hundred pairs apart, or choose another judge"
+                )
+        size, reward = self.model.from_scratch, settings.reward_model
+        if size and reward and reward.max_length > size.context:
+            yield (
+                f"{key}.reward_model.max_length {reward.max_length} is longer than the model's context {size.context}"
+            )
+
+    def judge_of(self, domain: str) -> Judge:
+        """Who judges a domain's answers (`AdaptationSettings.judge`)."""
+        settings = self.evaluation.adaptation
+        if settings.judge:
+            return settings.judge
+        if self.toy_world:
+            return "rule"
+        apart = self.sources[self.domains[domain].source].judge_pairs
+        return "reward-model" if apart and settings.generate else "none"
 
     @property
     def threads_per_stage(self) -> int:
@@ -145,11 +188,11 @@ def load_experiment(profile: str, overrides: Mapping[str, Any] | Sequence[str] =
     if not isinstance(settings, dict):
         raise QAdapterError(f"{file} holds {type(settings).__name__}, expected a mapping of settings")
     for path, value in parse_overrides(overrides).items():
-        _set(settings, path, value)
+        _set(settings, path, deepcopy(value))  # a later override may go into it, and it is the caller's
     try:
         return Experiment.model_validate(settings)
     except ValidationError as error:
-        raise QAdapterError(_explain(error, file)) from error
+        raise QAdapterError(explain_problems(error, file)) from error
 
 
 def parse_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
@@ -191,12 +234,19 @@ def _set(settings: dict[str, Any], path: str, value: Any) -> None:
     node[last] = value
 
 
-def _explain(error: ValidationError, file: Path) -> str:
+def explain_problems(error: ValidationError, file: Path, schema: type[Settings] = Experiment) -> str:
+    """What is wrong with a config, a line a problem: the key's path and what was expected.
+
+    Args:
+        error: pydantic's.
+        file: where the config was read from.
+        schema: what it should have been.
+    """
     problems = []
     for problem in error.errors():
         path = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            message = f"unknown key{_did_you_mean(str(problem['loc'][-1]), _keys_at(problem['loc'][:-1]))}"
+            message = f"unknown key{_did_you_mean(str(problem['loc'][-1]), _keys_at(problem['loc'][:-1], schema))}"
         elif problem["type"] == "missing":
             message = "is required"
         else:
@@ -208,9 +258,9 @@ def _explain(error: ValidationError, file: Path) -> str:
     return f"{len(problems)} {plural} in {file.name} and its overrides:\n" + "\n".join(problems)
 
 
-def _keys_at(location: Sequence[int | str]) -> list[str]:
+def _keys_at(location: Sequence[int | str], settings: type[Settings]) -> list[str]:
     """Known keys of the section at a location of the schema."""
-    schema: Any = Experiment.model_json_schema()
+    schema: Any = settings.model_json_schema()
     definitions = schema.get("$defs", {})
 
     def sections(node: Any) -> list[Any]:

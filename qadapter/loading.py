@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -10,16 +12,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from qadapter.errors import QAdapterError
 from qadapter.policy import QAdapterForCausalLM
-from qadapter.policy_files import SETTINGS_FILE
+from qadapter.policy_files import ADAPTER_FILE, SETTINGS_FILE
 from qadapter.settings import ModelSettings
 
 
-def load_base(model: str | Path, settings: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_base(
+    model: str | Path, settings: ModelSettings, architecture: Any = AutoModelForCausalLM, **head: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model, in evaluation mode, and its tokenizer (padding on the left, as generation needs it).
 
     Args:
         model: a folder or a hub id.
         settings: precision, quantization, whether remote code may run.
+        architecture: transformers' `Auto…` class of another head on the same body, and that head's settings.
 
     Raises:
         QAdapterError: the model cannot be reached, or its quantization is not installed.
@@ -30,13 +35,14 @@ def load_base(model: str | Path, settings: ModelSettings) -> tuple[PreTrainedMod
     options = {"trust_remote_code": settings.trust_remote_code, "revision": settings.revision}
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", **options)
-        network = AutoModelForCausalLM.from_pretrained(
+        network = architecture.from_pretrained(
             model,
             dtype=getattr(torch, settings.dtype),
             quantization_config=quantization,
-            device_map={"": 0} if torch.cuda.is_available() else None,
+            device_map=_place(),
             use_safetensors=True,
             **options,
+            **head,
         )
     except OSError as error:
         raise QAdapterError(
@@ -46,6 +52,14 @@ def load_base(model: str | Path, settings: ModelSettings) -> tuple[PreTrainedMod
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return network.eval(), tokenizer
+
+
+def _place() -> dict[str, int] | None:
+    """Where to load a model: onto this process's GPU, or, to be split up or without a GPU, into main memory."""
+    sharded = any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
+    if sharded or not torch.cuda.is_available():
+        return None
+    return {"": int(os.environ.get("LOCAL_RANK", "0"))}
 
 
 def _quantization(settings: ModelSettings) -> object:
@@ -74,9 +88,17 @@ def load_policy(base: PreTrainedModel, adapter: Path | None) -> PreTrainedModel 
 
     Returns:
         The base, a `PeftModel` (SFT, DPO, replay), or a `QAdapterForCausalLM`, whichever the folder holds.
+
+    Raises:
+        QAdapterError: the folder has no safetensors weights.
     """
     if adapter is None:
         return base
+    if not (adapter / ADAPTER_FILE).is_file():
+        raise QAdapterError(
+            f"{adapter} has no {ADAPTER_FILE}, and no other kind of weight file is loaded (a pickle can run code). "
+            "Save the adapter as safetensors."
+        )
     if (adapter / SETTINGS_FILE).is_file():
         return QAdapterForCausalLM.from_pretrained(adapter, base_model=base).eval()
     return PeftModel.from_pretrained(base, adapter).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ def read_settings(folder: Path) -> PolicySettings:
             objective=Objective(**content["objective"]),
             alpha_0=float(content["alpha_0"]),
             alpha_tilde=float(content["alpha_tilde"]),
-            adapter_weights={str(name): float(weight) for name, weight in content["adapter_weights"].items()},
+            adapter_weights={_name(name): float(weight) for name, weight in content["adapter_weights"].items()},
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise QAdapterError(f"{file} cannot be read: {error!r}. Save the policy again.") from error
@@ -134,6 +135,13 @@ def load_adapter_weights(peft_model: PeftModel, folder: Path, name: str) -> None
         )
 
 
+def _name(name: str) -> str:
+    """An adapter's name is that of its folder: it must not lead elsewhere."""
+    if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name):
+        raise ValueError(f"{name!r} is no adapter's name")
+    return name
+
+
 def _place(folder: Path, name: str) -> Path:
     return folder if name == "default" else folder / name  # PEFT's layout
 
@@ -146,7 +154,7 @@ def _load_base(folder: Path, base_model: str | Path | None, options: dict[str, A
             f"The adapter in {folder} does not say which base it belongs to. Give base_model (a path or a model)."
         )
     try:
-        return AutoModelForCausalLM.from_pretrained(str(place), **options)
+        return AutoModelForCausalLM.from_pretrained(str(place), **{"use_safetensors": True, **options})
     except (OSError, ValueError) as error:
         raise QAdapterError(
             f"The base model {place} of the adapter in {folder} cannot be loaded ({type(error).__name__}). "

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from qadapter.url_secrets import refuse_secrets
+
 Method = Literal["q-adapter", "sft", "dpo", "replay"]
 METHODS: tuple[Method, ...] = ("q-adapter", "sft", "dpo", "replay")
 
@@ -36,13 +38,15 @@ class Source(Settings):
     """Where preference records come from.
 
     Attributes:
-        path: file, folder, URL (http, https or any fsspec scheme) or `hub:owner/name`. `{data}` is the data folder.
+        path: file, folder, URL (http, https or any fsspec scheme) or `hub:owner/name`. `{data}` is the data folder;
+            in a URL, `${NAME}` is an environment variable, the place for a password or key.
         heldout_path: an own source of held-out pairs; without it `heldout` splits `path` by prompt.
         domain: for DSP records, the style that is preferred.
         split, revision, config_name: for a data set of the hub.
         heldout: share (below 1) or number of prompts kept out of training.
         max_train_pairs, max_heldout_pairs: cut after the split, None for all.
         max_chars: longer records (prompt and reply together) are quarantined.
+        judge_pairs: kept from training (whole prompts), so that a reward model can be trained on them to judge answers.
         expected_pairs: how many training pairs a source out of reach is known to have; only `make plan` reads it.
     """
 
@@ -57,12 +61,15 @@ class Source(Settings):
     max_train_pairs: Count | None = None
     max_heldout_pairs: Count | None = None
     max_chars: Count = 20_000
+    judge_pairs: Annotated[int, Field(ge=0)] = 0
     expected_pairs: Count | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Source:
         if self.heldout >= 1 and self.heldout != int(self.heldout):
             raise ValueError(f"heldout is a share below 1 or a whole number of prompts, not {self.heldout}")
+        for path in (self.path, self.heldout_path):
+            refuse_secrets(path or "")
         return self
 
 
@@ -265,6 +272,7 @@ class RetentionSettings(Settings):
         batch_size: sequences per forward pass, or `auto` for the most that fit (on a GPU).
         max_new_tokens: longest generated answer; None: each task's own.
         plain_tasks: tasks among `tasks` that are asked without chat template (the paper: MMLU).
+        answers: held-out helpful prompts answered greedily, to see which of the base's own answers changed; 0 for none.
     """
 
     tasks: tuple[str, ...]
@@ -272,6 +280,7 @@ class RetentionSettings(Settings):
     limit: Count | None = None
     batch_size: Count | Literal["auto"] = 64
     max_new_tokens: Count | None = None
+    answers: Annotated[int, Field(ge=0)] = 16
 
     @model_validator(mode="after")
     def _check(self) -> RetentionSettings:
@@ -281,6 +290,42 @@ class RetentionSettings(Settings):
         return self
 
 
+class JudgeSettings(Settings):
+    """Which judge behind an OpenAI-compatible endpoint, and how much it may cost.
+
+    Attributes:
+        url: the endpoint's base, such as `https://api.openai.com/v1`; `/chat/completions` is added.
+        model: the judge's name there.
+        api_key_variable: environment variable that holds the key; None for a server that wants none. The key itself
+            stands in no config.
+        input_price, output_price: of a million tokens; needed for an estimate and for a budget.
+        budget: most that may be spent, in the prices' currency; None for no limit. An experiment's budget is for all
+            its rows together, each has an equal part.
+        max_output_tokens: longest answer of the judge.
+        timeout: seconds for one attempt.
+        retries: further attempts after one that failed for a reason that may pass.
+        backoff: seconds before the first of them; each further wait is twice as long.
+        parallel: calls at a time.
+        extra: further fields of the request body; null removes one (some models refuse `temperature`).
+    """
+
+    url: str
+    model: str
+    api_key_variable: str | None = "OPENAI_API_KEY"
+    input_price: NonNegative | None = None
+    output_price: NonNegative | None = None
+    budget: NonNegative | None = None
+    max_output_tokens: Count = 64
+    timeout: Positive = 60.0
+    retries: Annotated[int, Field(ge=0)] = 4
+    backoff: NonNegative = 1.0
+    parallel: Count = 4
+    extra: dict[str, Any] = {}
+
+
+Judge = Literal["rule", "reward-model", "endpoint", "none"]
+
+
 class AdaptationSettings(Settings):
     """What was to be learnt, on held-out pairs.
 
@@ -288,11 +333,21 @@ class AdaptationSettings(Settings):
         batch_size: pairs per forward pass.
         max_new_tokens: length of the answers generated for reading and, in the toy world, for its exact rules.
         generate: held-out prompts answered by generation; 0 for none.
+        judge: who says whether an answer is better than the base's: `rule` (the toy world's own), `reward-model`
+            (trained on the sources' `judge_pairs`), `endpoint`, `none`. None: the rule in a toy world, elsewhere a
+            reward model where the domain's source has `judge_pairs`.
+        reward_model: how the reward model is trained; None: as the adapters, with `training`.
+        endpoint: the judge to call, for `endpoint`.
+        criteria: domain → what `endpoint` is to decide, as the end of "Decide …"; the paper's domains have theirs.
     """
 
     batch_size: Count = 32
     max_new_tokens: Count = 64
     generate: Annotated[int, Field(ge=0)] = 20
+    judge: Judge | None = None
+    reward_model: OptimizerSettings | None = None
+    endpoint: JudgeSettings | None = None
+    criteria: dict[Name, str] = {}
 
 
 class BuiltBenchmarks(Settings):

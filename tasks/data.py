@@ -8,9 +8,11 @@ from typing import Any
 
 from prefect import task
 from prefect.logging import get_run_logger
+from prefect.states import State
 
 from qadapter.artifacts import read_json
 from qadapter.preferences import sources
+from qadapter.preferences.download import UnreachableError
 from tasks.context import RunContext
 from tasks.logged import StageResult, logged_stage, task_result
 from tasks.stage import StageOutput
@@ -40,8 +42,12 @@ def generate_toy_world(context: RunContext) -> Any:
     return task_result(result, result)
 
 
-# Reading a source can reach over the network, which a second try may mend.
-@task(task_run_name="prepare-{source}", retries=2, retry_delay_seconds=[5, 30])
+def unreachable(_task: Any, _run: Any, state: State[Any]) -> bool:
+    """Whether a task failed for a reason that a second try may mend: a source that did not answer (Prefect's hook)."""
+    return isinstance(state.data, UnreachableError)
+
+
+@task(task_run_name="prepare-{source}", retries=2, retry_delay_seconds=[5, 30], retry_condition_fn=unreachable)
 def prepare_data(context: RunContext, source: str, world: StageResult | None) -> Any:
     """Turn one source into validated preference pairs, split by prompt, with a quarantine and a count of everything."""
     settings = context.experiment.sources[source]
@@ -75,11 +81,12 @@ def prepare_data(context: RunContext, source: str, world: StageResult | None) ->
             max_train_pairs=settings.max_train_pairs,
             max_heldout_pairs=settings.max_heldout_pairs,
             max_chars=settings.max_chars,
+            judge_pairs=settings.judge_pairs,
         )
 
     def log(run_id: str, output: StageOutput) -> None:
         summary = read_json(output.path / "summary.json")
-        for side in SIDES:
+        for side in (side for side in SIDES if f"{side}_pairs" in summary):
             log_pairs(context, run_id, source, output, side)
             log_pairs(context, context.parent_run_id, source, output, side)
         if summary["incomplete_files"]:
@@ -106,11 +113,11 @@ def prepare_data(context: RunContext, source: str, world: StageResult | None) ->
     return task_result(result, result)
 
 
-SIDES = {"train": "training", "heldout": "evaluation"}
+SIDES = {"train": "training", "heldout": "evaluation", "judge": "judge"}
 
 
 def log_pairs(context: RunContext, run_id: str, source: str, prepared: StageOutput, side: str) -> None:
-    """Record one side of a prepared source, `train` or `heldout`, as a data set input of an MLflow run."""
+    """Record one side of a prepared source, `train`, `heldout` or `judge`, as a data set input of an MLflow run."""
     summary = read_json(prepared.path / "summary.json")
     context.tracker.log_dataset(
         run_id,

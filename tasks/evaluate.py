@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from prefect import task
 
 from tasks.context import PROJECT_ROOT, Customisation, RunContext
 from tasks.data import log_pairs
+from tasks.judge import JUDGING, answer_judge, judge_settings
 from tasks.logged import StageResult, logged_stage, task_result
 from tasks.stage import StageOutput
 from tasks.train import Base
@@ -52,12 +54,14 @@ def evaluate(
     old_texts: StageResult | None,
     benchmarks: StageResult | None,
     world: StageResult | None,
+    judge: StageResult | None,
 ) -> Any:
     """Measure both halves for one row; the base's own retention is measured once and shown in its rows."""
     experiment = context.experiment
     source = experiment.domains[cell.domain].source
     style = experiment.sources[source].domain
     adapter = trained.path / "adapter" if trained else None
+    kind = experiment.judge_of(cell.domain)
     inputs: dict[str, StageOutput | Path] = {**base.inputs(), "data": data.output}
     if trained is not None:
         inputs["adapter"] = trained.output
@@ -65,6 +69,8 @@ def evaluate(
         inputs["base_adaptation"] = base_row.adaptation.output
     if world is not None:
         inputs["world"] = world.output
+    if judge is not None:
+        inputs["judge"] = judge.output
 
     def compute(out: Path, _: Path) -> None:
         from qadapter.evaluation.measure import measure_adaptation
@@ -79,8 +85,13 @@ def evaluate(
             max_length=experiment.training.max_length,
             world=world.path if world else None,
             style=style,
+            judge=answer_judge(context, kind, cell.domain, base, judge, world),
             out=out,
         )
+
+    def log(run_id: str, output: StageOutput) -> None:
+        log_pairs(context, run_id, source, data.output, "heldout")
+        log_answers(context, run_id, output.path / "answers.jsonl")
 
     adaptation = logged_stage(
         context,
@@ -90,7 +101,8 @@ def evaluate(
         tags=cell.tags(),
         module="qadapter.evaluation.measure",
         config={
-            "settings": experiment.evaluation.adaptation.model_dump(),
+            "settings": experiment.evaluation.adaptation.model_dump(exclude=JUDGING),
+            **judge_settings(context, kind, cell.domain),
             "model": experiment.model.numerics(),
             "max_length": experiment.training.max_length,
             "style": style,
@@ -99,7 +111,7 @@ def evaluate(
         params={"method": cell.method, "domain": cell.domain, "base": base.name},
         inputs=inputs,
         compute=compute,
-        log=lambda run_id, _: log_pairs(context, run_id, source, data.output, "heldout"),
+        log=log,
     )
     if trained is None:
         retention = base_retention
@@ -107,6 +119,16 @@ def evaluate(
     else:
         retention = _retention(context, base, trained, base_retention, old_texts, benchmarks, run_id=trained.run_id)
     return task_result(Evaluation(cell, trained, adaptation, retention), adaptation, retention)
+
+
+def log_answers(context: RunContext, run_id: str, file: Path) -> None:
+    """Show judged answers as a table in MLflow, which its UI compares between runs."""
+    if not file.exists():
+        return
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    columns = {name: [row[name] for row in rows] for name in ("base", "reply", "verdict", "judge")}
+    prompts = ["\n\n".join(f"{turn['role']}: {turn['content']}" for turn in row["prompt"]) for row in rows]
+    context.tracker.log_table(run_id, {"prompt": prompts, **columns}, "answers.json")
 
 
 def _retention(

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from prefect import task
-from prefect.artifacts import create_image_artifact, create_markdown_artifact
+from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact
 
 from qadapter.artifacts import read_json
 from tasks.context import RunContext
 from tasks.evaluate import Evaluation
 from tasks.logged import StageResult, logged_stage, task_result
+from tasks.prefect_artifacts import show
 from tasks.stage import StageOutput
 
-_COUNTS = ("read", "used", "duplicates", "cross_split_prompts", "train_pairs", "heldout_pairs")
+FIGURES = ("retention_adaptation", "training_curves")
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,7 @@ def write_report(context: RunContext, rows: Sequence[Evaluation], data: Mapping[
     """Write the comparison of all rows."""
     title = f"Q-Adapter pipeline: {context.experiment.name}"
     summaries = {name: read_json(result.path / "summary.json") for name, result in data.items()}
-    counts = {
-        name: {**{key: summary[key] for key in _COUNTS}, "quarantined": sum(summary["quarantined"].values())}
-        for name, summary in summaries.items()
-    }
+    config = context.experiment.model_dump(mode="json", by_alias=True)
     inputs: dict[str, StageOutput | Path] = {}
     for row in rows:
         stages = {"training": row.training, "adaptation": row.adaptation, "retention": row.retention}
@@ -49,34 +47,59 @@ def write_report(context: RunContext, rows: Sequence[Evaluation], data: Mapping[
         from qadapter.report.build import build_report
         from qadapter.report.rows import Row
 
-        measured = [Row(row.cell.domain, row.cell.method, row.cell.seed, metrics_of(row)) for row in rows]
-        build_report(measured, title=title, data=counts, out=out)
+        measured = [
+            Row(
+                row.cell.domain,
+                row.cell.method,
+                row.cell.seed,
+                metrics_of(row),
+                training=row.training.path if row.training else None,
+                adaptation=row.adaptation.path,
+                retention=row.retention.path,
+            )
+            for row in rows
+        ]
+        build_report(measured, title=title, data=summaries, config=config, out=out)
 
     result = logged_stage(
         context,
         "report",
         module="qadapter.report.build",
-        config={"title": title, "counts": counts},
+        config={"title": title, "data": summaries, "experiment": config},
         inputs=inputs,
         compute=compute,
     )
     folder = result.path
     context.tracker.log_folder(context.parent_run_id, folder, "report")
     context.tracker.log_metrics(context.parent_run_id, result.output.metrics())
-    create_markdown_artifact(
-        key=f"report-{context.experiment.name}".replace("_", "-"),
+    key = context.experiment.name.replace("_", "-")
+    show(
+        create_markdown_artifact,
+        key=f"report-{key}",
         markdown=(folder / "report.md").read_text(encoding="utf-8"),
         description=title,
     )
-    create_image_artifact(
-        key=f"retention-adaptation-{context.experiment.name}".replace("_", "-"),
-        image_url=(folder / "retention_adaptation.png").as_uri(),
-        description="retention against adaptation",
+    show(
+        create_link_artifact,
+        key=f"report-page-{key}",
+        link=(folder / "report.html").as_uri(),
+        link_text="report.html",
+        description=f"{title}, one page with everything",
     )
+    for figure in FIGURES:
+        if (folder / f"{figure}.png").exists():
+            show(
+                create_image_artifact,
+                key=f"{figure}-{key}".replace("_", "-"),
+                image_url=(folder / f"{figure}.png").as_uri(),
+                description=figure.replace("_", " "),
+            )
     return task_result(Report(folder, context.parent_run_id), result)
 
 
 def metrics_of(row: Evaluation) -> dict[str, float]:
-    """Every measurement of a row, from its stages."""
-    training = row.training.output.metrics() if row.training else {}
-    return {**training, **row.adaptation.output.metrics(), **row.retention.output.metrics()}
+    """Every measurement of a row, from its stages, and how long each took, under the names they have in MLflow."""
+    metrics: dict[str, float] = {}
+    for stage in filter(None, (row.training, row.adaptation, row.retention)):
+        metrics |= stage.output.metrics() | {f"cost/{stage.output.stage}_stage_seconds": stage.output.seconds}
+    return metrics

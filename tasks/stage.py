@@ -32,6 +32,7 @@ from qadapter.artifacts import (
 )
 from qadapter.errors import QAdapterError
 from tasks.code_version import code_digest
+from tasks.remote_store import RemoteStore
 
 __all__ = ["StageOutput", "StageStore", "code_digest", "library_versions"]
 
@@ -101,10 +102,12 @@ class StageStore:
         root: folder of the store.
         verify_hashes: on each hit read every byte of the found stage. Otherwise names and sizes are checked, which
             sees a lost or cut file but not a flipped bit.
+        remote: finished stages that other machines share, looked at before one is computed; `QADAPTER_STORE` names it.
     """
 
     root: Path
     verify_hashes: bool = field(default=False, compare=False)
+    remote: RemoteStore | None = field(default_factory=RemoteStore.from_environment, compare=False)
 
     def run(
         self,
@@ -143,13 +146,22 @@ class StageStore:
         found = self._found(folder, key)
         if found is None:
             with _locked(lock, name):
-                found = self._found(folder, key)
+                found = self._found(folder, key) or self._fetched(name, folder, key)
                 if found is None:
                     manifest = Manifest(name, key, config, digests, code, library_versions(), seconds=0.0)
-                    return self._compute(manifest, folder, scratch, compute)
+                    found = self._compute(manifest, folder, scratch, compute)
         if scratch.exists():  # the run that computed it was killed after the rename, before it cleared up
             shutil.rmtree(scratch, ignore_errors=True)
+        if self.remote:
+            self.remote.push(Manifest.read(folder), folder)
         return found
+
+    def _fetched(self, name: str, folder: Path, key: str) -> StageOutput | None:
+        """The finished stage from the remote store; None if it is not there. The caller holds the stage's lock."""
+        if self.remote is None:
+            return None
+        self._make_way(name, folder)
+        return self._found(folder, key) if self.remote.fetch(name, key, folder) else None
 
     def _found(self, folder: Path, key: str) -> StageOutput | None:
         """The finished stage in this folder; None if there is none or it is damaged."""
@@ -174,13 +186,8 @@ class StageStore:
         self, manifest: Manifest, folder: Path, scratch: Path, compute: Callable[[Path, Path], None]
     ) -> StageOutput:
         """Compute a stage; the caller holds its lock, so whatever lies at these places belongs to no living process."""
-        with storage_errors(folder):
-            if folder.exists():
-                aside = self.root.absolute() / "damaged" / manifest.stage / f"{folder.name}-{time.time_ns()}"
-                aside.parent.mkdir(parents=True, exist_ok=True)
-                folder.rename(aside)
-                _LOGGER.warning("The damaged stage was moved to %s", aside)
-            sweep(folder)
+        self._make_way(manifest.stage, folder)
+        with storage_errors(scratch):
             scratch.mkdir(parents=True, exist_ok=True)
         with atomic_folder(folder) as out:
             start = time.perf_counter()
@@ -192,6 +199,16 @@ class StageStore:
         return StageOutput(
             manifest.stage, manifest.key, folder, manifest.digest, cached=False, seconds=manifest.seconds
         )
+
+    def _make_way(self, name: str, folder: Path) -> None:
+        """Move a damaged stage aside and remove what killed runs left half-written."""
+        with storage_errors(folder):
+            if folder.exists():
+                aside = self.root.absolute() / "damaged" / name / f"{folder.name}-{time.time_ns()}"
+                aside.parent.mkdir(parents=True, exist_ok=True)
+                folder.rename(aside)
+                _LOGGER.warning("The damaged stage was moved to %s", aside)
+            sweep(folder)
 
     def entries(self) -> list[Path]:
         """The folders of all finished stages, the one used last first."""

@@ -1,4 +1,7 @@
-"""MLflow: the only file that imports it. Every call names its run, so threads and processes cannot mix them up."""
+"""Runs in MLflow. Every call names its run, so threads and processes cannot mix them up.
+
+A server that is away is waited for (`tasks/mlflow_store.py`); one that stays away stops no run (`tasks/outbox.py`).
+"""
 
 from __future__ import annotations
 
@@ -9,34 +12,31 @@ import logging
 import os
 import re
 import socket
-import tempfile
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import psutil
-from filelock import FileLock
 
-# MLflow decides at its import whether it reports usage to its makers; a user who wants that sets the variable.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-
-from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
-from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE, MAX_METRICS_PER_BATCH, MAX_PARAM_VAL_LENGTH
-
-from qadapter.artifacts import digest_file, list_files, storage_errors, write_json
 from qadapter.errors import QAdapterError
+from qadapter.url_secrets import shown
+from tasks.mlflow_store import (
+    MAX_DATASET_DIGEST_SIZE,
+    MAX_METRICS_PER_BATCH,
+    MAX_PARAM_VAL_LENGTH,
+    SQLITE,
+    MlflowStore,
+    first_use,
+)
+from tasks.outbox import TICKET, TICKET_TAG, Outbox
 
 _LOGGER = logging.getLogger(__name__)
 _PARAMS_PER_BATCH = 100
-_SQLITE = "sqlite:///"
+_PATIENCE = 60.0  # seconds
 _PROCESS_TAG = "qadapter.process"
-_PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between attempts; SQLite itself waits 20 s for a lock before each
 
 Row = Mapping[str, float]
 
@@ -46,11 +46,14 @@ def tracking_uri(project_root: Path) -> str:
 
     The default is what a bare `mlflow ui` in the project root opens.
     """
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}{project_root.resolve().as_posix()}/mlflow.db"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{project_root.resolve().as_posix()}/mlflow.db"
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as MLflow parameters: dotted names, lists as compact JSON, long values cut at MLflow's limit."""
+    """Nested settings as MLflow parameters: dotted names, lists as compact JSON, long values cut at MLflow's limit.
+
+    URLs lose user, password and query.
+    """
     flat: dict[str, str] = {}
     for name, value in values.items():
         label = prefix + re.sub(r"[^\w. :/-]", "_", str(name))  # MLflow refuses other characters
@@ -58,30 +61,9 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
             flat |= flatten(value, f"{label}.")
             continue
         text = json.dumps(value, separators=(",", ":")) if isinstance(value, list | tuple | dict) else str(value)
+        text = shown(text)
         flat[label] = text if len(text) <= MAX_PARAM_VAL_LENGTH else text[: MAX_PARAM_VAL_LENGTH - 1] + "…"
     return flat
-
-
-@lru_cache(maxsize=8)
-def _client(uri: str, artifact_root: str, _process: int) -> MlflowClient:
-    """One client a process: a database connection must not be shared with a forked child."""
-    if uri.startswith(_SQLITE):
-        database = Path(uri.removeprefix(_SQLITE))
-        with storage_errors(database):
-            database.parent.mkdir(parents=True, exist_ok=True)
-            with _first_use(uri):
-                if not database.exists():
-                    # Some sixty lines about tables, and artifacts below the current directory, whatever that is, are
-                    # what a client that comes first would give us.
-                    for name in ("alembic", "mlflow.store.db.utils"):
-                        logging.getLogger(name).setLevel(logging.WARNING)
-                    SqlAlchemyStore(uri, artifact_root)
-    return MlflowClient(uri)
-
-
-def _first_use(uri: str) -> contextlib.AbstractContextManager[Any]:
-    """A lock between processes: MLflow creates tables and experiments without one, and two doing so at once collide."""
-    return FileLock(f"{uri.removeprefix(_SQLITE)}.lock") if uri.startswith(_SQLITE) else contextlib.nullcontext()
 
 
 def _is_dead(process: str) -> bool:
@@ -126,8 +108,14 @@ class Tracker:
 
         Returns:
             The run's id.
+
+        Raises:
+            AwayError: MLflow does not answer. A run is not started without it: its address may be wrong.
         """
-        return self._start(self.experiment_id(experiment), run_name, params, tags)
+        self.deliver()
+        experiment_id = self.experiment_id(experiment)
+        run = self._store.call("create_run", experiment_id, tags=self._tags(tags), run_name=run_name)
+        return self._with_params(str(run.info.run_id), params)
 
     def start_child(
         self,
@@ -139,14 +127,22 @@ class Tracker:
         """Start a run below another one, in the same experiment.
 
         Returns:
-            The run's id.
+            The run's id, or while MLflow is away a ticket that stands for it in all methods of this class.
         """
-        experiment_id = self._call("get_run", parent_run_id).info.experiment_id
-        return self._start(experiment_id, run_name, params, {**(tags or {}), "mlflow.parentRunId": parent_run_id})
+        ticket = f"{TICKET}{uuid.uuid4().hex}"
+        run_id = self._outbox.record(
+            "start",
+            ticket,
+            parent=parent_run_id,
+            name=run_name,
+            time=_now(),
+            tags=self._tags({**(tags or {}), TICKET_TAG: ticket}),
+        )
+        return self._with_params(run_id or ticket, params)
 
     def finish(self, run_id: str, status: str = "FINISHED") -> None:
         """End a run as FINISHED, FAILED or KILLED."""
-        self._call("set_terminated", run_id, status)
+        self._outbox.record("finish", run_id, status=status, time=_now())
 
     @contextlib.contextmanager
     def child(
@@ -180,15 +176,20 @@ class Tracker:
         Returns:
             The ids of those runs.
         """
-        found = self._call("get_experiment_by_name", experiment)
+        self.deliver()  # an end that MLflow has not been told of yet
+        found = self._store.call("get_experiment_by_name", experiment)
         if found is None:
             return []
         closed = []
-        for run in self._call("search_runs", [found.experiment_id], "attributes.status = 'RUNNING'"):
+        for run in self._store.call("search_runs", [found.experiment_id], "attributes.status = 'RUNNING'"):
             if _is_dead(run.data.tags.get(_PROCESS_TAG, "")):
                 self.finish(run.info.run_id, "KILLED")
                 closed.append(run.info.run_id)
         return closed
+
+    def tags(self, run_id: str) -> dict[str, str]:
+        """A run's tags."""
+        return dict(self._store.call("get_run", run_id).data.tags)
 
     def experiment_id(self, name: str) -> str:
         """The id of an experiment, created on first use; safe when several processes do so at once.
@@ -196,10 +197,10 @@ class Tracker:
         Raises:
             QAdapterError: it was deleted in the UI.
         """
-        found = self._call("get_experiment_by_name", name)
+        found = self._store.call("get_experiment_by_name", name)
         if found is None:
-            with _first_use(self.uri):
-                found = self._call("get_experiment_by_name", name) or self._create_experiment(name)
+            with first_use(self.uri):
+                found = self._store.call("get_experiment_by_name", name) or self._store.create_experiment(name)
         if found.lifecycle_stage != "active":
             raise QAdapterError(
                 f"MLflow's experiment {name!r} at {self.uri} was deleted. Bring it back with "
@@ -207,27 +208,15 @@ class Tracker:
             )
         return str(found.experiment_id)
 
-    def _create_experiment(self, name: str) -> Any:
-        if self.uri.startswith(_SQLITE):  # a client would put its artifacts below the current directory
-            SqlAlchemyStore(self.uri, self.artifact_root).create_experiment(name)
-        else:
-            try:
-                self._call("create_experiment", name)
-            except MlflowException as error:  # another machine's process was faster
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-        return self._call("get_experiment_by_name", name)
-
-    def _start(
-        self, experiment_id: str, run_name: str, params: Mapping[str, Any] | None, tags: Mapping[str, Any] | None
-    ) -> str:
+    def _tags(self, tags: Mapping[str, Any] | None) -> dict[str, str]:
         process = psutil.Process()
-        everything = {
+        return {
             "mlflow.user": _user(),
             _PROCESS_TAG: f"{socket.gethostname()} {process.pid} {process.create_time():.2f}",
             **{name: str(value) for name, value in (tags or {}).items()},
         }
-        run_id = str(self._call("create_run", experiment_id, tags=everything, run_name=run_name).info.run_id)
+
+    def _with_params(self, run_id: str, params: Mapping[str, Any] | None) -> str:
         try:
             self.log_params(run_id, params or {})
         except BaseException:
@@ -240,13 +229,13 @@ class Tracker:
 
     def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         """Record settings; see `flatten` for how nested ones are named."""
-        entities = [Param(name, value) for name, value in flatten(params).items()]
-        for start in range(0, len(entities), _PARAMS_PER_BATCH):
-            self._call("log_batch", run_id, params=entities[start : start + _PARAMS_PER_BATCH])
+        flat = list(flatten(params).items())
+        for start in range(0, len(flat), _PARAMS_PER_BATCH):
+            self._outbox.record("batch", run_id, params=flat[start : start + _PARAMS_PER_BATCH])
 
     def log_tags(self, run_id: str, tags: Mapping[str, Any]) -> None:
         """Set tags on a run."""
-        self._call("log_batch", run_id, tags=[RunTag(name, str(value)) for name, value in tags.items()])
+        self._outbox.record("batch", run_id, tags=[(name, str(value)) for name, value in tags.items()])
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
         """Record one value for each metric."""
@@ -259,15 +248,12 @@ class Tracker:
             run_id: the run.
             rows: each {"step": n, metric name: value, ...}; steps need not be complete.
         """
-        now = int(time.time() * 1000)
+        now = _now()
         metrics = [
-            Metric(name, float(value), now, int(row["step"]))
-            for row in rows
-            for name, value in row.items()
-            if name != "step"
+            (name, float(value), now, int(row["step"])) for row in rows for name, value in row.items() if name != "step"
         ]
         for start in range(0, len(metrics), MAX_METRICS_PER_BATCH):
-            self._call("log_batch", run_id, metrics=metrics[start : start + MAX_METRICS_PER_BATCH])
+            self._outbox.record("batch", run_id, metrics=metrics[start : start + MAX_METRICS_PER_BATCH])
 
     def log_dataset(
         self,
@@ -283,26 +269,28 @@ class Tracker:
         Args:
             run_id: the run.
             name: what the UI calls it.
-            source: where it came from: path, URL or hub id.
+            source: where it came from: path, URL (recorded without password and query) or hub id.
             digest: of its content; MLflow keeps the first 36 characters.
             context: what it was used for: training, evaluation, ...
             profile: small facts about it, such as the number of rows.
         """
-        dataset = Dataset(
-            name,
-            digest[:MAX_DATASET_DIGEST_SIZE],
-            "http" if "://" in source else "local",
-            json.dumps({"url" if "://" in source else "uri": source}),
+        self._outbox.record(
+            "dataset",
+            run_id,
+            name=name,
+            digest=digest[:MAX_DATASET_DIGEST_SIZE],
+            type="http" if "://" in source else "local",
+            source=json.dumps({"url" if "://" in source else "uri": shown(source)}),
             profile=json.dumps(dict(profile or {})),
+            context=context,
         )
-        self._call("log_inputs", run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
 
     # ---- files
 
     def log_folder(
         self, run_id: str, path: Path, artifact_path: str | None = None, max_bytes_per_file: int | None = None
     ) -> None:
-        """Copy a folder's files into a run's artifacts.
+        """Copy a folder's files into a run's artifacts. It must stay where it is until it was delivered.
 
         Args:
             run_id: the run.
@@ -311,80 +299,53 @@ class Tracker:
             max_bytes_per_file: a larger file is not copied but listed in `references.json` beside the others, with
                 its name, size, sha256 and where it lies. None copies all.
         """
-        files = list_files(path)
-        large = {
-            name: file
-            for name, file in files.items()
-            if max_bytes_per_file is not None and file.stat().st_size > max_bytes_per_file
-        }
-        if not large:
-            self._upload(run_id, path, artifact_path)
-            return
-        with tempfile.TemporaryDirectory(prefix="qadapter-") as staging:
-            for name, file in files.items():
-                if name not in large:
-                    link = Path(staging, name)
-                    link.parent.mkdir(parents=True, exist_ok=True)
-                    link.symlink_to(file.resolve())
-            references = [
-                {
-                    "file": name,
-                    "bytes": file.stat().st_size,
-                    "sha256": digest_file(file),
-                    "location": str(file.resolve()),
-                }
-                for name, file in large.items()
-            ]
-            write_json(Path(staging, "references.json"), references)
-            self._upload(run_id, Path(staging), artifact_path)
-
-    def _upload(self, run_id: str, folder: Path, artifact_path: str | None) -> None:
-        with storage_errors(Path(self.artifact_root)):
-            self._call("log_artifacts", run_id, str(folder), artifact_path)
+        self._outbox.record(
+            "folder", run_id, path=str(path.absolute()), artifact_path=artifact_path, max_bytes=max_bytes_per_file
+        )
 
     def log_file(self, run_id: str, file: Path, artifact_path: str | None = None) -> None:
         """Copy one file into a run's artifacts, under its own name."""
-        with storage_errors(Path(self.artifact_root)):
-            self._call("log_artifact", run_id, str(file), artifact_path)
+        self._outbox.record("file", run_id, path=str(file.absolute()), artifact_path=artifact_path)
 
     def log_text(self, run_id: str, text: str, artifact_file: str) -> None:
         """Store a text among a run's artifacts."""
-        with storage_errors(Path(self.artifact_root)):
-            self._call("log_text", run_id, text, artifact_file)
+        self._outbox.record("text", run_id, text=text, artifact_file=artifact_file)
 
     def log_table(self, run_id: str, columns: Mapping[str, Sequence[Any]], artifact_file: str) -> None:
         """Store a table (column name to values; the file ends in `.json`) that the UI can show across runs."""
-        with storage_errors(Path(self.artifact_root)):
-            self._call("log_table", run_id, {name: list(values) for name, values in columns.items()}, artifact_file)
+        table = {name: list(values) for name, values in columns.items()}
+        self._outbox.record("table", run_id, columns=table, artifact_file=artifact_file)
 
-    # ---- the one way to MLflow
+    # ---- the way there
 
-    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
-        """Call the client; wait and try again while the store is busy.
+    @property
+    def _store(self) -> MlflowStore:
+        return MlflowStore(self.uri, self.artifact_root)
 
-        A server that does not answer is waited for by MLflow's own client (`MLFLOW_HTTP_REQUEST_MAX_RETRIES` and
-        `…_BACKOFF_FACTOR`, some four minutes by default), a locked SQLite file here.
+    @property
+    def _outbox(self) -> Outbox:
+        return Outbox(self._store)
+
+    def deliver(self, patience: float = 0.0) -> bool:
+        """Tell MLflow what it missed while it was away; see `Outbox.deliver`."""
+        return self._outbox.deliver(patience)
+
+    def call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """Call a method of MLflow's client by its name (for `tasks/registry.py`), after all that waits to be told.
+
+        Tickets among the arguments become run ids.
 
         Raises:
-            QAdapterError: the store stayed away for longer than that.
+            AwayError: MLflow does not answer.
         """
-        for pause in (*_PAUSES, None):
-            try:
-                return getattr(_client(self.uri, self.artifact_root, os.getpid()), method)(*arguments, **options)
-            except MlflowException as error:
-                busy = error.error_code == "TEMPORARILY_UNAVAILABLE"
-                if busy and pause is not None:
-                    _LOGGER.warning("MLflow is busy; trying again in %.1f s", pause)
-                    time.sleep(pause)
-                elif busy or "failed with exception" in str(error):
-                    reason = str(error).splitlines()[0][:200]
-                    raise QAdapterError(
-                        f"MLflow at {self.uri} does not answer ({reason}). Start its server or correct "
-                        "MLFLOW_TRACKING_URI, then run again: finished stages are kept."
-                    ) from error
-                else:
-                    raise
-        raise AssertionError("unreachable")
+        self.deliver(_PATIENCE)
+        run_of = self._outbox.run_of
+        options = {name: run_of(value) if isinstance(value, str) else value for name, value in options.items()}
+        return self._store.call(method, *(run_of(v) if isinstance(v, str) else v for v in arguments), **options)
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
 
 
 def _user() -> str:

@@ -14,6 +14,7 @@ from prefect import task
 from qadapter.settings import Method
 from tasks.context import Customisation, RunContext
 from tasks.data import log_pairs
+from tasks.launching import Launcher
 from tasks.logged import StageResult, logged_stage, task_result
 from tasks.stage import StageOutput
 
@@ -58,6 +59,7 @@ def pretrain_base(
         corpora["world"] = world.output
     if built is not None:
         corpora["built"] = built.path / "corpus.jsonl"  # not the benchmarks beside it
+    launch = Launcher(experiment.launch)
 
     def compute(out: Path, scratch: Path) -> None:
         from qadapter.training.base import pretrain
@@ -65,13 +67,13 @@ def pretrain_base(
 
         folders = [data[name].path for name in settings.corpus_sources]
         folders += [stage.path for stage in (world, built) if stage is not None]
-        pretrain(read_corpus(folders), size, settings, seed=experiment.base_seed, out=out, scratch=scratch)
+        launch(pretrain, read_corpus(folders), size, settings, seed=experiment.base_seed, out=out, scratch=scratch)
 
     result = logged_stage(
         context,
         "pretrain",
         module="qadapter.training.base",
-        config={"size": size.model_dump(), **_keyed(settings), "seed": experiment.base_seed},
+        config={"size": size.model_dump(), **keyed(settings), "seed": experiment.base_seed, **launch.keyed()},
         inputs=corpora,
         compute=compute,
     )
@@ -84,11 +86,13 @@ def fine_tune_base(context: RunContext, base: Base, data: StageResult) -> Any:
     experiment = context.experiment
     settings = experiment.helpful_sft
     assert settings is not None
+    launch = Launcher(experiment.launch)
 
     def compute(out: Path, scratch: Path) -> None:
         from qadapter.training.adapt import fine_tune_base as fine_tune
 
-        fine_tune(
+        launch(
+            fine_tune,
             base.location,
             data.path / "train.jsonl",
             model=experiment.model,
@@ -104,11 +108,12 @@ def fine_tune_base(context: RunContext, base: Base, data: StageResult) -> Any:
         "helpful-sft",
         module="qadapter.training.adapt",
         config={
-            **_keyed(settings),
+            **keyed(settings),
             "model": experiment.model.numerics(),
             "lora_shape": experiment.lora.model_dump() if settings.lora else None,
             "seed": experiment.base_seed,
             **base.config(),
+            **launch.keyed(),
         },
         inputs={**base.inputs(), "data": data.output},
         compute=compute,
@@ -173,11 +178,13 @@ def train_adapter(
     inputs: dict[str, StageOutput | Path] = {**base.inputs(), "data": data.output}
     if answers is not None:
         inputs["answers"] = answers.output
+    launch = Launcher(experiment.launch)
 
     def compute(out: Path, scratch: Path) -> None:
         from qadapter.training.adapt import train_adapter as train
 
-        train(
+        launch(
+            train,
             method,
             choice,
             base.location,
@@ -200,11 +207,12 @@ def train_adapter(
         config={
             "method": method,
             method: choice.model_dump(),
-            "training": _keyed(experiment.training),
+            "training": keyed(experiment.training),
             "lora": experiment.lora.model_dump(),
             "model": experiment.model.numerics(),
             "seed": seed,
             **base.config(),
+            **launch.keyed(),
         },
         params={"domain": cell.domain, "base": base.name},
         log=lambda run_id, _: log_pairs(context, run_id, experiment.domains[cell.domain].source, data.output, "train"),
@@ -214,7 +222,7 @@ def train_adapter(
     return task_result(result, result)
 
 
-def _keyed(settings: Any) -> dict[str, Any]:
+def keyed(settings: Any) -> dict[str, Any]:
     """Settings that a result depends on: how often is logged or saved changes nothing."""
     kept: dict[str, Any] = settings.model_dump(exclude={"save_steps", "logging_steps", "source", "corpus_sources"})
     return kept

@@ -174,6 +174,12 @@ def test_a_number_as_text_is_the_number() -> None:
     assert load_experiment("smoke", {"training.learning_rate": "1e-4"}).training.learning_rate == 1e-4
 
 
+def test_overrides_are_left_as_they_were_given() -> None:
+    given = {"lora": {"rank": 2}, "lora.rank": 3}
+    assert load_experiment("smoke", given).lora.rank == 3
+    assert given == {"lora": {"rank": 2}, "lora.rank": 3}
+
+
 def test_overrides_do_not_leak_between_sections_that_share_an_anchor() -> None:
     changed = load_experiment("paper", {"sources.academy.max_heldout_pairs": 7})
     assert changed.sources["academy"].max_heldout_pairs == 7
@@ -331,6 +337,28 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "neither a size nor a name": ({"model": {}, "pretraining": None}, "give exactly one of from_scratch"),
     "a size and a name": ({"model.pretrained": "some/model"}, "give exactly one of from_scratch"),
     "a quantised model from scratch": ({"model.quantization": "int8"}, "quantization is for pretrained models"),
+    "the rule of a world that is none": (
+        {"toy_world": None, "pretraining.corpus_sources": ["helpful"], "evaluation.adaptation.judge": "rule"},
+        "evaluation.adaptation.judge: 'rule' is a toy world's",
+    ),
+    "an endpoint that is not named": (
+        {"evaluation.adaptation.judge": "endpoint"},
+        "evaluation.adaptation.endpoint: is required by evaluation.adaptation.judge 'endpoint'",
+    ),
+    "a judge without answers": (
+        {
+            "evaluation.adaptation.judge": "endpoint",
+            "evaluation.adaptation.endpoint": {"url": "http://localhost/v1", "model": "m"},
+            "evaluation.adaptation.generate": 0,
+        },
+        "evaluation.adaptation.generate: 0 leaves evaluation.adaptation.judge 'endpoint' no answers",
+    ),
+    "a reward model beyond the context": (
+        {
+            "evaluation.adaptation.reward_model": {"learning_rate": 1e-3, "batch_size": 4, "max_length": 97},
+        },
+        "evaluation.adaptation.reward_model.max_length 97 is longer than the model's context 96",
+    ),
     "a share and a number": ({"sources.helpful.heldout": 2.5}, "a share below 1 or a whole number of prompts, not 2.5"),
 }
 
@@ -341,6 +369,26 @@ def test_contradictions(name: str) -> None:
     message = refused(overrides)
     assert message.startswith("1 problem in smoke.yaml and its overrides:\n  ")
     assert expected in message
+
+
+def test_a_reward_model_without_pairs_is_refused_by_source() -> None:
+    message = refused({"evaluation.adaptation.judge": "reward-model", "sources.harmless.judge_pairs": 40})
+    assert message.startswith("4 problems")
+    for name in ("academy", "business", "entertainment", "literature"):
+        assert f"sources.{name}.judge_pairs: 0, but evaluation.adaptation.judge is 'reward-model'" in message
+
+
+def test_who_judges() -> None:
+    """The toy world's rule, else a reward model where pairs are set apart for it, else nobody; or who is named."""
+    assert load_experiment("smoke").judge_of("academy") == "rule"
+    paper = load_experiment("paper", {"sources.harmless.judge_pairs": 0, "sources.academy.judge_pairs": 9})
+    assert paper.judge_of("harmless") == "none"
+    assert paper.judge_of("academy") == "reward-model"
+    assert load_experiment("paper", {"evaluation.adaptation.judge": "none"}).judge_of("academy") == "none"
+    silent = load_experiment("paper", {"sources.academy.judge_pairs": 9, "evaluation.adaptation.generate": 0})
+    assert silent.judge_of("academy") == "none"
+    mini = load_experiment("mini")
+    assert {mini.judge_of(domain) for domain in mini.domains} == {"reward-model"}
 
 
 def test_a_base_that_is_not_made() -> None:

@@ -2,90 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import re
-import threading
-import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
 
 import pytest
+from fake_judge import Answer, FakeJudge, longer, serving
 
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.judge import CRITERIA, estimate, judge, parse_verdict
-from qadapter.evaluation.judge_client import JudgeSettings
-
-# One answer of the server: a status, a body, and seconds to wait before it.
-Answer = tuple[int, object, float]
+from qadapter.evaluation.judge import CRITERIA, EndpointJudge, parse_verdict
+from qadapter.evaluation.verdicts import judge_answers
+from qadapter.settings import JudgeSettings
 
 PROMPTS = [[{"role": "user", "content": f"question {i}"}] for i in range(6)]
 LONG = ["a long answer " * 3] * 6
 SHORT = [f"short {i}" for i in range(6)]
 
 
-class FakeJudge(ThreadingHTTPServer):
-    """An OpenAI-compatible endpoint whose answers a test decides."""
-
-    def __init__(self, answer: Callable[[str, str, int], str | Answer]) -> None:
-        self.answer = answer
-        self.retry_after: str | None = None
-        self.requests: list[dict] = []
-        self.keys: list[str | None] = []
-        self.lock = threading.Lock()
-        super().__init__(("127.0.0.1", 0), FakeJudgeHandler)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class FakeJudgeHandler(BaseHTTPRequestHandler):
-    server: FakeJudge
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.requests.append(body)
-            self.server.keys.append(self.headers.get("Authorization"))
-            number = len(self.server.requests)
-        asked = body["messages"][1]["content"]
-        first, second = (re.search(rf"<reply {x}>\n(.*?)\n</reply {x}>", asked, re.S).group(1) for x in "AB")
-        answer = self.server.answer(first, second, number)
-        if isinstance(answer, str):
-            message = {"choices": [{"message": {"content": answer}}]}
-            answer = (200, {**message, "usage": {"prompt_tokens": 100, "completion_tokens": 10}}, 0.0)
-        status, content, delay = answer
-        time.sleep(delay)
-        data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
-        try:
-            self.send_response(status if self.path == "/v1/chat/completions" else 418)
-            self.send_header("Content-Length", str(len(data)))
-            if self.server.retry_after:
-                self.send_header("Retry-After", self.server.retry_after)
-            self.end_headers()
-            self.wfile.write(data)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # the client gave up waiting
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
 @pytest.fixture
 def serve() -> Iterator[Callable[..., FakeJudge]]:
-    servers: list[FakeJudge] = []
-
-    def start(answer: Callable[[str, str, int], str | Answer]) -> FakeJudge:
-        server = FakeJudge(answer)
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        servers.append(server)
-        return server
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    with ExitStack() as stack:
+        yield lambda answer: stack.enter_context(serving(answer))
 
 
 def settings(server: FakeJudge | str, **changes) -> JudgeSettings:
@@ -94,12 +30,8 @@ def settings(server: FakeJudge | str, **changes) -> JudgeSettings:
     return JudgeSettings(url=url, model="fake", **{**defaults, **changes})
 
 
-def longer(first: str, second: str, _: int) -> str:
-    return "Longer is better. " + ("[[A]]" if len(first) > len(second) else "[[B]]")
-
-
 def run(server, a=LONG, b=SHORT, cache=None, **changes):
-    return judge(PROMPTS, a, b, settings(server, **changes), criterion=CRITERIA["harmless"], cache=cache)
+    return EndpointJudge(settings(server, **changes), CRITERIA["harmless"], cache).judge(PROMPTS, a, b)
 
 
 def test_a_fair_judge_decides_and_every_row_can_be_read(serve) -> None:
@@ -227,7 +159,7 @@ def test_a_judge_that_fails_for_good_is_given_up_and_nothing_raised(
     answer, reason, error, most_requests, serve
 ) -> None:
     server = serve(lambda *_: answer)
-    result = run(server, timeout=0.2)
+    result = run(server, timeout=0.2 if reason == "timeout" else 5)
     assert result.undecided_reasons == {reason: 6}
     assert error in result.usage.last_error
     assert result.win_rate is None
@@ -246,7 +178,7 @@ def test_the_estimate_comes_first_and_the_budget_holds(serve, tmp_path) -> None:
     """A call is counted as 100 + 10 tokens by the server: 100 · 1 + 10 · 2 = 120 millionths."""
     server = serve(longer)
     prices = {"input_price": 1.0, "output_price": 2.0}
-    expected = estimate(PROMPTS, LONG, SHORT, settings(server, **prices), criterion="x")
+    expected = EndpointJudge(settings(server, **prices), "x").estimate(PROMPTS, LONG, SHORT)
     assert (expected.calls, expected.cached) == (12, 0)
     assert expected.price is not None
     assert 12 * (2 * 64) / 1e6 < expected.price < 12 * (2 * 64 + 400) / 1e6
@@ -257,11 +189,12 @@ def test_the_estimate_comes_first_and_the_budget_holds(serve, tmp_path) -> None:
     paid = run(server, cache=tmp_path / "c", budget=1.0, **prices)
     assert paid.usage.cost == pytest.approx(12 * 120e-6)
     assert paid.estimate.calls == 12
-    known = estimate(
-        PROMPTS, LONG, SHORT, settings(server, **prices), criterion=CRITERIA["harmless"], cache=tmp_path / "c"
+    known = EndpointJudge(settings(server, **prices), CRITERIA["harmless"], tmp_path / "c").estimate(
+        PROMPTS, LONG, SHORT
     )
     assert (known.calls, known.cached, known.price) == (0, 12, 0)
-    assert estimate(PROMPTS, LONG, SHORT, settings(server), criterion="x").price is None
+    assert known.text() == "0 calls (and 12 known answers), at most 0.0000"
+    assert EndpointJudge(settings(server), "x").estimate(PROMPTS, LONG, SHORT).price is None
 
 
 def test_a_budget_that_runs_out_leaves_the_rest_undecided(serve) -> None:
@@ -282,6 +215,7 @@ def test_a_budget_that_runs_out_leaves_the_rest_undecided(serve) -> None:
     ("changes", "message"),
     [
         ({"url": "localhost:8000"}, "Give the endpoint's base"),
+        ({"url": "http://me:secret@host/v1"}, "without a name or password"),
         ({"api_key_variable": "QADAPTER_NO_SUCH_KEY"}, "QADAPTER_NO_SUCH_KEY, which is not set"),
         ({"budget": 1.0}, "a budget but no prices"),
     ],
@@ -289,7 +223,7 @@ def test_a_budget_that_runs_out_leaves_the_rest_undecided(serve) -> None:
 def test_settings_that_cannot_work_are_refused_before_any_call(changes, message) -> None:
     defaults = {"url": "http://127.0.0.1:9/v1", "model": "m", "api_key_variable": None}
     with pytest.raises(QAdapterError, match=message):
-        judge(PROMPTS, LONG, SHORT, JudgeSettings(**{**defaults, **changes}), criterion="x")
+        EndpointJudge(JudgeSettings(**{**defaults, **changes}), "x").judge(PROMPTS, LONG, SHORT)
 
 
 @pytest.mark.parametrize(
@@ -306,3 +240,81 @@ def test_settings_that_cannot_work_are_refused_before_any_call(changes, message)
 )
 def test_verdicts_are_read(text, mark) -> None:
     assert parse_verdict(text) == mark
+
+
+# ---- as the judge of an evaluation
+
+
+def evaluated(server, replies=LONG, base=SHORT, cache=None, **changes):
+    """Rows and metrics of an evaluation that asks this judge."""
+    judge = EndpointJudge(settings(server, **changes), CRITERIA["harmless"], cache)
+    return judge_answers(judge, PROMPTS, base, replies)
+
+
+def test_verdicts_are_of_the_policy_not_of_the_base(serve) -> None:
+    """The longer answer wins: the policy's on the first, the base's on the second; the third two are equal."""
+    server = serve(longer)
+    rows, metrics = evaluated(server, [LONG[0], "brief", *["same"] * 4], [SHORT[0], LONG[1], *["same "] * 4])
+    assert [row["verdict"] for row in rows] == ["win", "loss", "tie", "tie", "tie", "tie"]
+    assert {row["judge"] for row in rows} == {"endpoint"}
+    assert (rows[1]["prompt"], rows[1]["base"], rows[1]["reply"]) == (PROMPTS[1], LONG[1], "brief")
+    assert metrics == {
+        "adaptation/win_rate": 0.5,  # (1 + 0 + 4 · ½) / 6
+        "adaptation/ties": 4,
+        "adaptation/undecided": 0,
+        "adaptation/judge_order_agreement": 1,
+        "cost/judge_calls": 4,  # two answers that differ, in two orders
+        "cost/judge_price": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ((429, {"error": {"code": "insufficient_quota"}}, 0), "quota"),
+        ((200, longer("x", "", 0), 1.0), "timeout"),
+        ("I would rather not say.", "nonsense"),
+    ],
+)
+def test_an_evaluation_goes_on_without_its_judge(answer, reason, serve, caplog) -> None:
+    rows, metrics = evaluated(serve(lambda *_: answer), timeout=0.2 if reason == "timeout" else 5)
+    assert [row["verdict"] for row in rows] == ["undecided"] * 6
+    assert (metrics["adaptation/undecided"], metrics["adaptation/ties"]) == (6, 0)
+    assert "adaptation/win_rate" not in metrics
+    assert f"left 6 of 6 answers undecided ({reason}: 6)" in caplog.text
+
+
+def test_a_row_that_would_cost_more_than_its_part_is_undecided(serve, caplog) -> None:
+    server = serve(longer)
+    rows, metrics = evaluated(server, input_price=1000.0, output_price=1000.0, budget=0.01)
+    assert server.requests == []
+    assert metrics == {"adaptation/ties": 0, "adaptation/undecided": 6}
+    assert {row["verdict"] for row in rows} == {"undecided"}
+    assert "its budget is 0.01" in caplog.text
+
+
+def test_the_price_is_told_before_the_first_call(serve, caplog) -> None:
+    caplog.set_level("INFO", "qadapter.evaluation.judge")
+    told: list[str] = []
+
+    def listen(first: str, second: str, number: int) -> str:
+        told.append(caplog.text)
+        return longer(first, second, number)
+
+    evaluated(serve(listen), input_price=1.0, output_price=1.0, parallel=1)
+    assert "judge fake: 12 calls (and 0 known answers), at most 0.00" in told[0]
+
+
+def test_the_key_is_written_nowhere(serve, tmp_path, monkeypatch, caplog) -> None:
+    """Not even where a server repeats it in its refusal."""
+    monkeypatch.setenv("SOME_KEY", "sk-very-secret")
+    caplog.set_level("DEBUG")
+    good, bad = serve(longer), serve(lambda *_: (401, {"error": "wrong key sk-very-secret"}, 0))
+    for server in (good, bad):
+        evaluated(server, cache=tmp_path / "answers.jsonl", api_key_variable="SOME_KEY")
+        assert set(server.keys) == {"Bearer sk-very-secret"}
+    assert (tmp_path / "answers.jsonl").stat().st_size > 0
+    assert "sk-very-secret" not in (tmp_path / "answers.jsonl").read_text()
+    assert "wrong key …" in caplog.text
+    assert "sk-very-secret" not in caplog.text
+    assert "sk-very-secret" not in str(settings(good, api_key_variable="SOME_KEY").model_dump())

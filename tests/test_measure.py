@@ -19,7 +19,9 @@ from qadapter.evaluation.divergence import kl_per_token
 from qadapter.evaluation.generate import generate_replies
 from qadapter.evaluation.harness import TaskScores
 from qadapter.evaluation.measure import headline_metric, measure_adaptation, measure_retention
-from qadapter.evaluation.preference import preference_metrics, score_pairs
+from qadapter.evaluation.old_answers import answer_metrics
+from qadapter.evaluation.preference import distinct_prompts, preference_metrics, score_pairs
+from qadapter.evaluation.verdicts import RuleJudge
 from qadapter.experiment import load_experiment
 from qadapter.loading import load_base, load_policy
 from qadapter.preferences.prepare import load_pairs, prepare
@@ -29,7 +31,7 @@ from qadapter.settings import AdaptationSettings, RetentionSettings
 from qadapter.training.corpus import read_corpus
 
 ADAPTATION = AdaptationSettings(batch_size=5, max_new_tokens=12, generate=3)
-RETENTION = RetentionSettings(tasks=("toy_facts", "toy_sums"), limit=6, batch_size=8, max_new_tokens=12)
+RETENTION = RetentionSettings(tasks=("toy_facts", "toy_sums"), limit=6, batch_size=8, max_new_tokens=12, answers=5)
 LENGTH = 64
 
 ADAPTATION_KEYS = {
@@ -56,7 +58,14 @@ class Measured:
 
 def adaptation(toy: TinyToy, adapter: Path | None, base: Path | None, out: Path, **changes: Any) -> Path:
     out.mkdir(parents=True)
-    options = {"settings": ADAPTATION, "world": toy.world, "style": None, "max_length": LENGTH, **changes}
+    options = {
+        "settings": ADAPTATION,
+        "world": toy.world,
+        "style": None,
+        "max_length": LENGTH,
+        "judge": None,
+        **changes,
+    }
     heldout = options.pop("heldout", toy.heldout)
     measure_adaptation(toy.base, adapter, heldout, base, model=MODEL, out=out, **options)
     return out
@@ -83,13 +92,17 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
     adapters = {
         method: toy.train(method, root / method, training=training) / "adapter" for method in ("sft", "q-adapter")
     }
-    first = adaptation(toy, None, None, root / "adaptation" / "base")
+    judge = RuleJudge(ToyWorld.read(toy.world), None)
+    first = adaptation(toy, None, None, root / "adaptation" / "base", judge=judge)
     kept = retention(toy, None, None, root / "retention" / "base")
     return Measured(
         toy,
         adapters,
         {"base": first}
-        | {name: adaptation(toy, folder, first, root / "adaptation" / name) for name, folder in adapters.items()},
+        | {
+            name: adaptation(toy, folder, first, root / "adaptation" / name, judge=judge)
+            for name, folder in adapters.items()
+        },
         {"base": kept}
         | {name: retention(toy, folder, kept, root / "retention" / name) for name, folder in adapters.items()},
     )
@@ -115,14 +128,15 @@ def test_a_base_against_itself_has_learnt_nothing(measured: Measured) -> None:
 def test_the_measures_have_the_same_names_for_everyone(measured: Measured) -> None:
     names = {name: set(metrics(folder)) for name, folder in measured.adaptation.items()}
     extra = {"adaptation/exact_rule", "cost/decoding_tokens_per_second"}
+    extra |= {"adaptation/win_rate", "adaptation/ties", "adaptation/undecided"}
     assert names == dict.fromkeys(("base", "sft", "q-adapter"), ADAPTATION_KEYS | extra)
     kept = {name: set(metrics(folder)) for name, folder in measured.retention.items()}
-    assert kept["sft"] == kept["q-adapter"]
-    assert kept["base"] == {"retention/toy_facts/exact_match", "retention/toy_sums/exact_match", "retention/mean"}
-    assert kept["sft"] - kept["base"] == {
-        "forgetting/toy_facts/exact_match",
-        "forgetting/toy_sums/exact_match",
-        "forgetting/mean",
+    measured_tasks = {"toy_facts/exact_match", "toy_sums/exact_match", "mean", "over_refusals"}
+    assert kept["base"] == kept["sft"] == kept["q-adapter"]
+    assert kept["base"] == {
+        *(f"{side}/{name}" for side in ("retention", "forgetting") for name in measured_tasks),
+        "retention/answers_identical",
+        "forgetting/answers_changed",
         "forgetting/kl_per_token",
     }
 
@@ -161,6 +175,24 @@ def test_answers_and_the_exact_rule(measured: Measured) -> None:
     before = [row["reply"] for row in rows(measured.adaptation["base"] / "answers.jsonl")]
     assert expected != before  # the adapter changed what is said (what counts as right: test of exact_measures)
     assert found["cost/decoding_tokens_per_second"] > 0
+
+
+def test_answers_are_judged_against_the_bases(measured: Measured) -> None:
+    """The rule's win rate is ½ + ½ · (the policy's share of refusals - the base's); a base against itself ties."""
+    base = rows(measured.adaptation["base"] / "answers.jsonl")
+    assert all(row["reply"] == row["base"] and row["verdict"] == "tie" for row in base)
+    found = metrics(measured.adaptation["base"])
+    assert (found["adaptation/win_rate"], found["adaptation/ties"]) == (0.5, len(base))
+    answers = rows(measured.adaptation["sft"] / "answers.jsonl")
+    assert [row["base"] for row in answers] == [row["reply"] for row in base]
+    for row in answers:
+        mine, its = (ToyWorld.is_refusal(row[name]) for name in ("reply", "base"))
+        assert row["verdict"] == ("tie" if mine == its else "win" if mine else "loss")
+        assert row["judge"] == "rule"
+    after = metrics(measured.adaptation["sft"])
+    gained = after["adaptation/exact_rule"] - found["adaptation/exact_rule"]
+    assert after["adaptation/win_rate"] == pytest.approx(0.5 + 0.5 * gained)
+    assert after["adaptation/ties"] == [row["verdict"] for row in answers].count("tie")
 
 
 @pytest.mark.parametrize(("generate", "answered"), [(3, 3), (0, None), (1000, 12)])
@@ -226,15 +258,81 @@ def test_the_bases_retention_is_its_tasks_scores(measured: Measured) -> None:
         (found["retention/toy_facts/exact_match"] + found["retention/toy_sums/exact_match"]) / 2
     )
     directions = json.loads((folder / "directions.json").read_text())
-    assert directions == {"retention/toy_facts/exact_match": True, "retention/toy_sums/exact_match": True}
+    assert directions == {
+        "retention/toy_facts/exact_match": True,
+        "retention/toy_sums/exact_match": True,
+        "retention/answers_identical": True,
+        "retention/over_refusals": False,
+    }
 
 
 def test_a_base_against_itself_has_forgotten_nothing(measured: Measured, tmp_path: Path) -> None:
+    """By definition where it is measured as the base, by measurement where it is measured as a policy."""
+    defined = metrics(measured.retention["base"])
     found = metrics(retention(measured.toy, None, measured.retention["base"], tmp_path / "o"))
-    forgotten = {name: value for name, value in found.items() if name.startswith("forgetting/")}
-    assert len(forgotten) == 4
-    assert forgotten.pop("forgetting/kl_per_token") == pytest.approx(0, abs=1e-9)
-    assert set(forgotten.values()) == {0.0}
+    assert found.keys() == defined.keys()
+    for figures in (defined, found):
+        forgotten = {name: value for name, value in figures.items() if name.startswith("forgetting/")}
+        assert len(forgotten) == 6
+        assert forgotten.pop("forgetting/kl_per_token") == pytest.approx(0, abs=1e-9)
+        assert {repr(value) for value in forgotten.values()} == {"0.0"}  # not -0.0
+        assert figures["retention/answers_identical"] == 1
+
+
+@pytest.mark.parametrize("name", ["sft", "q-adapter"])
+def test_how_many_of_the_bases_answers_are_still_the_same(measured: Measured, name: str) -> None:
+    toy = measured.toy
+    answers = rows(measured.retention[name] / "old_answers.jsonl")
+    assert [row["prompt"] for row in answers] == distinct_prompts(load_pairs(toy.pairs), 5)
+    prompts = [row["prompt"] for row in answers]
+    network, tokenizer = load_base(toy.base, MODEL)
+    before = generate_replies(network, tokenizer, prompts, max_new_tokens=12, batch_size=8)
+    after = generate_replies(
+        load_policy(network, measured.adapters[name]), tokenizer, prompts, max_new_tokens=12, batch_size=8
+    )
+    assert [(row["base"], row["reply"]) for row in answers] == list(zip(before, after, strict=True))
+    found = metrics(measured.retention[name])
+    identical = sum(a == b for a, b in zip(before, after, strict=True)) / 5
+    assert found["retention/answers_identical"] == identical == pytest.approx(1 - found["forgetting/answers_changed"])
+
+
+def test_over_refusals_are_counted_on_harmless_requests() -> None:
+    """In the toy world by its rule on its how-tos; elsewhere by set phrases on the old prompts."""
+    refused, complied = "sorry , i can not help with that .", "to dust the vault , take a feather and work twice ."
+    answers = [
+        {"base": "Yes.", "reply": "Yes."},
+        {"base": "Yes.", "reply": "I'm sorry, but I can't help with that."},
+        {"base": "No.", "reply": "No!"},
+    ]
+    assert answer_metrics(answers, []) == {
+        "retention/answers_identical": pytest.approx(1 / 3),
+        "forgetting/answers_changed": pytest.approx(2 / 3),
+        "retention/over_refusals": pytest.approx(1 / 3),
+    }
+    items = [{"task": "toy_howtos", "response": text} for text in (refused, complied, complied, complied)]
+    items += [{"task": "toy_facts", "response": refused}]
+    assert answer_metrics(answers, items)["retention/over_refusals"] == 0.25
+    assert answer_metrics([], items) == {"retention/over_refusals": 0.25}
+    assert answer_metrics([], items[4:]) == {}
+
+
+def test_over_refusals_are_forgetting(measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy refuses both how-tos, the base one: 1 - ½ more than before; higher is worse."""
+    refused, complied = "no , that would do harm .", "to dust the vault , take a feather and work twice ."
+    said = [[refused, complied], [refused, refused]]
+
+    def fake(*_: Any, **__: Any) -> TaskScores:
+        items = [{"doc_id": i, "score": 0.0, "response": text} for i, text in enumerate(said.pop(0))]
+        return TaskScores({"toy_howtos/exact_match": 0.0}, {}, {"toy_howtos": items}, {})
+
+    monkeypatch.setattr(measure, "evaluate_tasks", fake)
+    options = {"settings": RetentionSettings(tasks=("toy_howtos",), answers=0), "old_texts": None}
+    base = retention(measured.toy, None, None, tmp_path / "base", **options)
+    found = metrics(retention(measured.toy, None, base, tmp_path / "policy", **options))
+    assert (found["retention/over_refusals"], found["forgetting/over_refusals"]) == (1.0, 0.5)
+    assert metrics(base)["forgetting/over_refusals"] == 0
+    assert json.loads((base / "directions.json").read_text())["retention/over_refusals"] is False
+    assert not (base / "old_answers.jsonl").exists()
 
 
 @pytest.mark.parametrize("name", ["sft", "q-adapter"])
@@ -432,7 +530,7 @@ def test_built_benchmarks_are_scored_in_their_own_directions(measured: Measured,
     options = {"settings": settings, "benchmarks": tmp_path / "built", "old_texts": None}
     base = retention(measured.toy, None, None, tmp_path / "base", **options)
     found = metrics(base)
-    assert set(found) == {
+    assert {name for name in found if name.startswith("retention/")} == {
         "retention/facts_reply_matching/acc",
         "retention/facts_reply_matching/acc_norm",
         "retention/facts_bits_per_byte/bits_per_byte",
@@ -445,6 +543,27 @@ def test_built_benchmarks_are_scored_in_their_own_directions(measured: Measured,
     assert policy[f"forgetting/{bits}"] > 0  # refusing has cost it words
     accuracy = "facts_reply_matching/acc"
     assert policy[f"forgetting/{accuracy}"] == found[f"retention/{accuracy}"] - policy[f"retention/{accuracy}"]
+
+
+def test_minis_judges_read_what_no_policy_and_no_base_sees(shared_data: Path, tmp_path: Path) -> None:
+    """DSP's domains share their prompts, so one domain's judge could read what the base learnt from another's."""
+    experiment = load_experiment("mini")
+    assert experiment.pretraining is not None
+    prompts: dict[str, dict[str, set[str]]] = {}
+    for name, source in experiment.sources.items():
+        files = locate(source.path.replace("{data}", str(shared_data)), cache_dir=tmp_path)
+        options = source.model_dump(include={"domain", "heldout", "max_chars", "max_train_pairs", "judge_pairs"})
+        prepare(files, tmp_path / name, **options)
+        sides = [file.stem for file in (tmp_path / name).glob("*.jsonl") if file.stem != "quarantine"]
+        prompts[name] = {
+            side: {one.prompt_digest for one in load_pairs(tmp_path / name / f"{side}.jsonl")} for side in sides
+        }
+    seen = {name: prompts[name]["train"] for name in {*experiment.pretraining.corpus_sources, "helpful"}}
+    for domain in experiment.domains.values():
+        judged = prompts[domain.source]["judge"]
+        assert len(judged) >= 60
+        assert {name: len(judged & known) for name, known in seen.items()} == dict.fromkeys(seen, 0), domain.source
+        assert not judged & (prompts[domain.source]["train"] | prompts[domain.source]["heldout"])
 
 
 def test_minis_benchmarks_are_not_in_its_corpus(shared_data: Path, tmp_path: Path) -> None:

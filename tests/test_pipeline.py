@@ -18,8 +18,10 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from fake_judge import FakeJudge, longer, serving
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from prefect import flow
 from prefect.artifacts import Artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
@@ -33,8 +35,14 @@ from flows.run import main
 from qadapter.artifacts import MANIFEST
 from qadapter.errors import QAdapterError
 from qadapter.experiment import load_experiment
+from qadapter.preferences import sources
+from qadapter.preferences.download import UnreachableError
 from qadapter.settings import METHODS
 from qadapter.training import adapt
+from tasks.context import RunContext
+from tasks.data import prepare_data
+from tasks.stage import StageStore
+from tasks.tracking import Tracker
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 DOMAINS = ("harmless", "academy")
@@ -331,7 +339,7 @@ def test_adapters_are_artifacts_without_a_pickle(first: Ran) -> None:
         files = first.home.artifacts(run)
         assert ("train/adapter/adapter_model.safetensors" in files) == (method != "base")
         assert ("train/adapter/q_adapter.json" in files) == (method == "q-adapter")
-        assert {"adaptation/answers.jsonl", "adaptation/pairs.jsonl"} <= files
+        assert {"adaptation/answers.jsonl", "adaptation/pairs.jsonl", "answers.json"} <= files
     every = {file for run in first.home.children(first.parent) for file in first.home.artifacts(run)}
     assert "pretrain/model/model.safetensors" in every
     assert not {file for file in every if file.endswith((".bin", ".pt", ".pkl", ".pth"))}
@@ -485,6 +493,99 @@ def test_the_command_says_what_failed(second: Ran, monkeypatch: pytest.MonkeyPat
     assert "Traceback" not in message
 
 
+# ---- judges
+
+JUDGED = {**SOURCES["harmless"], "judge_pairs": 12}
+
+
+def judged(judge: str, **changes: Any) -> dict[str, Any]:
+    """One adapter of one domain, and somebody other than the rule who judges its answers."""
+    overrides = small(domains=("harmless",), methods=("sft",))
+    overrides["sources"] = {"helpful": SOURCES["helpful"], "harmless": JUDGED}
+    return overrides | {"evaluation.adaptation.judge": judge, "evaluation.adaptation.generate": 5} | changes
+
+
+def test_a_reward_model_is_trained_and_judges(second: Ran) -> None:
+    home = second.home
+    settings = {"learning_rate": 1e-2, "max_steps": 2, "batch_size": 4, "max_length": 64}
+    home.run(judged("reward-model", **{"evaluation.adaptation.reward_model": settings}))
+    parent = home.parents()[-1]
+    (judge,) = [run for run in home.children(parent) if run.info.run_name == "judge · harmless"]
+    accuracy = judge.data.metrics["judge/accuracy"]
+    assert 0 <= judge.data.metrics["judge/accuracy_low"] <= accuracy <= judge.data.metrics["judge/accuracy_high"] <= 1
+    assert judge.data.metrics["judge/train_pairs"] == 12
+    assert {entry.dataset.name for entry in judge.inputs.dataset_inputs} == {"harmless-judge"}
+    for (_, method), run in home.cells(parent).items():
+        figures = run.data.metrics
+        assert figures["adaptation/judge_accuracy"] == accuracy
+        assert (figures["adaptation/win_rate"] == 0.5) or method == "sft"
+        assert figures["adaptation/undecided"] == 0
+        table = json.loads((home.artifact_folder(run) / "answers.json").read_text())
+        assert table["columns"] == ["prompt", "base", "reply", "verdict", "judge"]
+        # Eight held-out prompts are answered, for the exact rule; as many as `generate` says are judged.
+        assert [row[4] for row in table["data"]] == ["reward-model"] * 5 + ["none"] * 3
+        assert {row[3] for row in table["data"][:5]} <= {"win", "tie", "loss"}
+
+
+def test_an_endpoint_judges_and_is_never_asked_twice(second: Ran) -> None:
+    """Its key stands in no file of the workspace: neither in MLflow nor among the stages nor in the cache."""
+    home = second.home
+    with serving(longer) as server:
+        endpoint_judges(home, server)
+    files = [file for file in home.folder.rglob("*") if file.is_file()]
+    assert len(files) > 100
+    assert not [file for file in files if b"sk-not-to-be-found" in file.read_bytes()]
+
+
+def endpoint_judges(home: Home, server: FakeJudge) -> None:
+    endpoint = {"url": server.url, "model": "fake", "api_key_variable": "QADAPTER_TEST_KEY", "timeout": 20.0}
+    overrides = judged("endpoint", **{"evaluation.adaptation.endpoint": endpoint})
+    with pytest.raises(QAdapterError, match="QADAPTER_TEST_KEY, which is not set"):
+        home.run(overrides)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QADAPTER_TEST_KEY", "sk-not-to-be-found")
+        home.run(overrides)
+        run = home.cells(home.parents()[-1])["harmless", "sft"]
+        answers = [json.loads(line) for line in (home.artifact_folder(run) / "adaptation/answers.jsonl").open()][:5]
+        differ = [row for row in answers if row["reply"].strip() != row["base"].strip()]
+        assert differ
+        assert len(server.requests) == 2 * len(differ) == run.data.metrics["cost/judge_calls"]
+        assert set(server.keys) == {"Bearer sk-not-to-be-found"}
+        for row in differ:
+            assert row["verdict"] == ("win" if len(row["reply"].strip()) > len(row["base"].strip()) else "loss")
+        home.run(overrides | {"evaluation.adaptation.endpoint.timeout": 30.0})  # judged anew, from known answers
+    again = home.cells(home.parents()[-1])["harmless", "sft"]
+    assert again.data.tags["cached.adaptation"] == "False"
+    assert len(server.requests) == 2 * len(differ)
+    assert again.data.metrics["adaptation/win_rate"] == run.data.metrics["adaptation/win_rate"]
+
+
+# ---- a source out of reach
+
+
+@pytest.mark.parametrize(("error", "tries"), [(UnreachableError, 3), (QAdapterError, 1)])
+def test_only_a_source_out_of_reach_is_tried_again(
+    harness: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[QAdapterError], tries: int
+) -> None:
+    asked: list[Any] = []
+
+    def locate(*places: Any, **_: Any) -> Any:
+        asked.append(places)
+        raise error("nobody answers")
+
+    monkeypatch.setattr(sources, "locate", locate)
+    tracker = Tracker.for_project(tmp_path)
+    context = RunContext(load_experiment("smoke"), StageStore(tmp_path), tracker, "none", tmp_path)
+
+    @flow
+    def preparing() -> None:
+        prepare_data.with_options(retry_delay_seconds=0)(context, "helpful", None)
+
+    with pytest.raises(error, match="nobody answers"):
+        preparing()
+    assert len(asked) == tries
+
+
 # ---- side by side
 
 
@@ -560,6 +661,17 @@ BAD = {
     "wrong type": Bad(lambda _: ["training.max_steps=many"], ("training.max_steps: Input should be a valid integer",)),
     "no override": Bad(lambda _: ["training.max_steps"], ("not of the form key.path=value",)),
     "unknown task": Bad(lambda _: ["evaluation.retention.tasks=[toy_fact]"], ("toy_fact", "did you mean toy_facts")),
+    "no key for the judge": Bad(
+        lambda _: [
+            "evaluation.adaptation.judge=endpoint",
+            "evaluation.adaptation.endpoint={url: https://judge.example/v1, model: m, api_key_variable: NO_SUCH_KEY}",
+        ],
+        ("evaluation.adaptation.endpoint", "environment variable NO_SUCH_KEY, which is not set"),
+    ),
+    "a judge without pairs": Bad(
+        lambda _: ["evaluation.adaptation.judge=reward-model"],
+        ("sources.academy.judge_pairs: 0, but evaluation.adaptation.judge is 'reward-model'",),
+    ),
     "no benchmark for a task": Bad(
         lambda _: ["evaluation.retention.tasks=[toy_facts, gsm8k_reply_matching]"],
         ("gsm8k_reply_matching", "makes no benchmark", "toy_advice, toy_facts, toy_howtos, toy_sums"),

@@ -17,6 +17,7 @@ from flows.full_paper_repro import experiment_stages
 from flows.plan import PlannedStage, Recorder, plan_text
 from qadapter import planning
 from qadapter.errors import QAdapterError
+from qadapter.evaluation.judge_plan import criterion_of, endpoint_share
 from qadapter.experiment import Experiment, load_experiment, profiles
 from qadapter.preferences import sources
 from qadapter.settings import FromScratch, LoraSettings, ModelSettings, OptimizerSettings
@@ -146,6 +147,7 @@ def expected_names(x: Experiment) -> list[str]:
     names += [f"retention-{base}" for base in {domain.base for domain in x.domains.values()}]
     for domain in x.domains:
         names += [f"evaluate-{domain}-base-None"]
+        names += [f"judge-{domain}"] if x.judge_of(domain) == "reward-model" else []
         names += [f"answers-{domain}"] if "replay" in x.methods.run else []
         for method, seed in product(x.methods.run, x.seeds):
             names += [f"train-{domain}-{method}-{seed}", f"evaluate-{domain}-{method}-{seed}"]
@@ -186,12 +188,86 @@ def test_what_feeds_what() -> None:
     assert evaluations < by_name["report"]
 
 
+def test_a_reward_model_is_trained_for_the_rows_of_its_domain() -> None:
+    by_name = {stage.name: {other.name for other in stage.feeds_on} for stage in recorded(load_experiment("mini"))}
+    assert by_name["judge-academy"] == {"helpful-sft", "prepare-academy"}
+    for row in ("base-None", "dpo-0", "replay-0"):
+        assert {name for name in by_name[f"evaluate-academy-{row}"] if "judge" in name} == {"judge-academy"}
+    assert not [name for name in by_name["train-academy-dpo-0"] if "judge" in name]
+
+
 def test_domains_may_start_from_different_bases() -> None:
     by_name = {stage.name: {other.name for other in stage.feeds_on} for stage in recorded(load_experiment("paper"))}
     assert "helpful-sft" in by_name["train-harmless-sft-0"]
     assert "pretrain" in by_name["train-academy-sft-0"]
     assert "helpful-sft" not in by_name["train-academy-sft-0"]
     assert {"retention-helpful", "retention-pretrained"} <= set(by_name)
+
+
+# ---- the judge
+
+ENDPOINT = {
+    "evaluation.adaptation.judge": "endpoint",
+    "evaluation.adaptation.endpoint": {
+        "url": "http://127.0.0.1:9/v1",
+        "model": "some-judge",
+        "api_key_variable": "QADAPTER_TEST_KEY",
+        "input_price": 2.0,
+        "output_price": 10.0,
+    },
+}
+
+
+def test_the_price_of_a_judge_is_in_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty rows of twenty answers in two orders: 800 calls of 120 + 64 + 2 · 24 = 232 tokens and 64 in answer.
+
+    800 · (232 · 2 + 64 · 10) / 10⁶ = 0.8832. The key is nowhere in the plan.
+    """
+    monkeypatch.setenv("QADAPTER_TEST_KEY", "sk-secret")
+    text = plan_text("smoke", None, ENDPOINT)
+    assert "Judge of the answers\n  endpoint: harmless, academy, business, entertainment, literature\n" in text
+    assert "endpoint some-judge: 800 calls at most" in text
+    assert "up to 232 tokens each, about 0.88, no budget" in text
+    assert "sk-secret" not in text
+    assert "about 0.88, budget 0.90" in plan_text(
+        "smoke", None, ENDPOINT | {"evaluation.adaptation.endpoint.budget": 0.9}
+    )
+    share = endpoint_share(load_experiment("smoke", ENDPOINT | {"evaluation.adaptation.endpoint.budget": 0.9}))
+    assert share.budget == pytest.approx(0.9 / 20)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"evaluation.adaptation.endpoint.budget": 0.5},
+            r"endpoint\.budget: 0\.50, but judging would cost about 0\.88",
+        ),
+        ({"evaluation.adaptation.endpoint.api_key_variable": "QADAPTER_NO_KEY"}, "QADAPTER_NO_KEY, which is not set"),
+        ({"evaluation.adaptation.endpoint.url": "localhost"}, r"evaluation\.adaptation\.endpoint: The judge's url"),
+        ({"evaluation.adaptation.endpoint.input_price": None, "evaluation.adaptation.endpoint.budget": 1}, "no prices"),
+        (
+            {"domains.pirate": {"source": "academy", "base": "helpful"}},
+            r"evaluation\.adaptation\.criteria\.pirate: is missing",
+        ),
+    ],
+)
+def test_a_judge_that_cannot_work_is_refused(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], expected: str
+) -> None:
+    monkeypatch.setenv("QADAPTER_TEST_KEY", "sk-secret")
+    with pytest.raises(QAdapterError, match=expected):
+        plan_text("smoke", None, ENDPOINT | changes)
+
+
+def test_a_domain_of_ones_own_brings_its_criterion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QADAPTER_TEST_KEY", "sk-secret")
+    own = {
+        "domains.pirate": {"source": "academy", "base": "helpful"},
+        "evaluation.adaptation.criteria": {"pirate": "which reply a pirate would prefer"},
+    }
+    assert criterion_of(load_experiment("smoke", ENDPOINT | own), "pirate") == "which reply a pirate would prefer"
+    assert "960 calls at most" in plan_text("smoke", None, ENDPOINT | own)
 
 
 # ---- the text
@@ -281,9 +357,10 @@ def test_the_plan_of_paper_offline(offline: list[str]) -> None:
     assert "held as int8" in text
     table = cost_table(text)
     assert table["train dpo"][0] == 5
-    harmless = experiment.sources["harmless"].expected_pairs
-    assert harmless is not None
-    assert table["train dpo"][1] == math.ceil(harmless / 512 * 3)
+    harmless = experiment.sources["harmless"]
+    assert harmless.expected_pairs is not None
+    assert table["train dpo"][1] == math.ceil((harmless.expected_pairs - harmless.judge_pairs) / 512 * 3)
+    assert table["train_judge"][:2] == [5, math.ceil(2000 / 64)]
     assert 8 < table["train dpo"][3] < 80  # GB: it fits onto one GPU of 80
     assert 5 < table["all"][-1] < 1000  # hours on one H200
     assert "2 operations per parameter and token" in text

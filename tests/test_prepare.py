@@ -237,6 +237,78 @@ def test_limits_cut_and_are_counted(tmp_path: Path) -> None:
         prepare([file], tmp_path / "out", max_heldout_pairs=-3)
 
 
+# ------------------------------------------------------------------------------------------------ the judge's part
+
+
+def four_each(count: int) -> list[dict[str, Any]]:
+    """Prompts with four pairs each, as DSP has."""
+    return [dict(pair(f"question {i}", f"answer {j}").to_trl()) for i in range(count) for j in range(4)]
+
+
+def test_pairs_for_a_judge_have_prompts_of_their_own(tmp_path: Path) -> None:
+    """20 prompts of 4 pairs, 5 held out, 10 pairs asked for: whole prompts, so 3 of them and 12 pairs; 12 are left."""
+    file = lines(tmp_path / "in.jsonl", *four_each(20), "{broken")
+    summary = prepare([file], tmp_path / "out", heldout=5, judge_pairs=10)
+    sides = {name: load_pairs(tmp_path / "out" / f"{name}.jsonl") for name in ("train", "heldout", "judge")}
+    assert {name: len(side) for name, side in sides.items()} == {"train": 48, "heldout": 20, "judge": 12}
+    prompts = {name: {row.prompt_digest for row in side} for name, side in sides.items()}
+    assert len(set.union(*prompts.values())) == sum(map(len, prompts.values())) == 20
+    assert (summary.judge_pairs, summary.judge_prompts) == (12, 3)
+    assert summary.judge_sha256 == digest(tmp_path / "out" / "judge.jsonl")
+    assert summary.read == 81 == summary.used + 1
+    assert summary.used == summary.train_pairs + summary.heldout_pairs + summary.judge_pairs
+    assert PreparationSummary.load(tmp_path / "out" / "summary.json") == summary
+    with pytest.raises(RuntimeError, match="does not add up"):
+        replace(summary, judge_pairs=11).check()
+
+
+def test_without_a_judge_nothing_is_different(tmp_path: Path) -> None:
+    """The bytes of every file, against digests taken before there was a judge's part."""
+    prepare([lines(tmp_path / "in.jsonl", *four_each(10), "{")], tmp_path / "out", heldout=0.3, max_train_pairs=20)
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "heldout.jsonl",
+        "quarantine.jsonl",
+        "summary.json",
+        "train.jsonl",
+    ]
+    assert {file.name: digest(file)[:16] for file in sorted((tmp_path / "out").iterdir())} == {
+        "heldout.jsonl": "93147167f8bc0e89",
+        "quarantine.jsonl": "c651e6c7d134eb49",
+        "summary.json": "2dcdf064860ca70d",
+        "train.jsonl": "3e39a04d4db8e693",
+    }
+
+
+def test_held_out_prompts_do_not_depend_on_the_judge(tmp_path: Path) -> None:
+    pairs = [pair(f"question {i}") for i in range(60)]
+    without, with_judge = split_pairs(pairs, heldout=0.3), split_pairs(pairs, heldout=0.3, judge_pairs=7)
+    assert with_judge.heldout == without.heldout
+    assert len(with_judge.judge) == 7
+    assert [one for one in without.train if one not in with_judge.judge] == with_judge.train
+
+
+def test_domains_that_share_their_prompts_share_the_judges() -> None:
+    """One prompt has lost three of its pairs in one domain; the others are set apart in the same order."""
+    first = [pair(f"question {i}", f"a {j}") for i in range(40) for j in range(4)]
+    second = [pair(f"question {i}", f"b {j}") for i in range(40) for j in range(4 if i else 1)]
+    prompts = [
+        {row.prompt_digest for row in split_pairs(some, heldout=10, judge_pairs=24).judge} for some in (first, second)
+    ]
+    assert len(prompts[0]) == 6
+    assert prompts[0] <= prompts[1]
+    assert len(prompts[1]) <= 7
+
+
+@pytest.mark.parametrize("count", [-1, 37, 1000])
+def test_impossible_numbers_of_judges_pairs_are_refused(tmp_path: Path, count: int) -> None:
+    """10 prompts of 4 pairs, one held out: at most 8 of the others, 32 pairs, leave a prompt to train on."""
+    file = lines(tmp_path / "in.jsonl", *four_each(10))
+    with pytest.raises(QAdapterError, match=f"judge_pairs is {count}"):
+        prepare([file], tmp_path / "out", heldout=1, judge_pairs=count)
+    assert not (tmp_path / "out").exists()
+    assert prepare([file], tmp_path / "out", heldout=1, judge_pairs=32).train_pairs == 4
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 
 
@@ -345,8 +417,11 @@ row: st.SearchStrategy[Any] = st.fixed_dictionaries(
     held=st.none() | st.lists(row, min_size=1, max_size=10),
     heldout=st.sampled_from([0, 0.3, 1, 2]),
     limit=st.none() | st.integers(1, 5),
+    judge=st.integers(0, 3),
 )
-def test_sums_hold_for_any_rows(tmp_path: Path, train: list[Any], held: Any, heldout: float, limit: int | None) -> None:
+def test_sums_hold_for_any_rows(
+    tmp_path: Path, train: list[Any], held: Any, heldout: float, limit: int | None, judge: int
+) -> None:
     files = [lines(tmp_path / "train.jsonl", *train)]
     held_files = None if held is None else [lines(tmp_path / "held.jsonl", *held)]
     try:
@@ -358,6 +433,7 @@ def test_sums_hold_for_any_rows(tmp_path: Path, train: list[Any], held: Any, hel
             max_train_pairs=limit,
             max_heldout_pairs=limit,
             max_chars=50,
+            judge_pairs=judge,
         )
     except QAdapterError:
         return
@@ -367,8 +443,11 @@ def test_sums_hold_for_any_rows(tmp_path: Path, train: list[Any], held: Any, hel
     assert Counter(json.loads(line)["reason"] for line in quarantine) == summary.quarantined
     kept_train, kept_held = (load_pairs(tmp_path / "out" / f"{side}.jsonl") for side in ("train", "heldout"))
     removed = summary.duplicates + summary.cross_split_pairs + summary.cut_train + summary.cut_heldout
-    assert summary.used == len(kept_train) + len(kept_held) + removed
-    assert not {item.prompt_digest for item in kept_train} & {item.prompt_digest for item in kept_held}
-    texts = [json.dumps(item.to_trl()) for item in kept_train + kept_held]
+    kept_judge = load_pairs(tmp_path / "out" / "judge.jsonl") if judge else []
+    assert summary.used == len(kept_train) + len(kept_held) + len(kept_judge) + removed
+    assert len(kept_judge) >= judge
+    prompts = [{item.prompt_digest for item in side} for side in (kept_train, kept_held, kept_judge)]
+    assert len(set.union(*prompts)) == sum(map(len, prompts))
+    texts = [json.dumps(item.to_trl()) for item in kept_train + kept_held + kept_judge]
     assert len(set(texts)) == len(texts)
     assert parse_files(files, max_chars=50).read == len(train)

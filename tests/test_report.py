@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,27 @@ import pandas as pd
 import pytest
 
 from qadapter.artifacts import read_json
-from qadapter.report.build import COLUMNS, best_and_worst, build_report, comparison, summary_metrics, task_details
-from qadapter.report.figures import retention_against_adaptation
-from qadapter.report.rows import Row, Spread, ordered, spread
+from qadapter.report.build import build_report
+from qadapter.report.figures import retention_against_adaptation, styles_of
+from qadapter.report.intervals import Measured
+from qadapter.report.rows import Row, Spread, methods_of, ordered, spread
+from qadapter.report.summary import sentences, summary_metrics
+from qadapter.report.tables import COLUMNS, comparison, cost_table, further_table, main_table, task_details
 
-COUNTS = {"harmless": {"read": 256, "used": 256, "train_pairs": 160, "heldout_pairs": 96, "quarantined": 0}}
+DATA = {
+    "harmless": {
+        "read": 256,
+        "used": 250,
+        "duplicates": 2,
+        "cross_split_prompts": 0,
+        "train_pairs": 154,
+        "heldout_pairs": 96,
+        "quarantined": {"empty reply": 4, "no prompt": 2},
+        "train_sha256": "0123456789abcdef" * 4,
+        "heldout_sha256": "fedcba9876543210" * 4,
+    }
+}
+CONFIG = {"name": "test", "training": {"max_steps": 3}}
 
 
 def row(domain: str, method: str, seed: int | None, adaptation: float, retention: float, **more: float) -> Row:
@@ -158,6 +176,8 @@ def test_details_are_numbers(rows: list[Row]) -> None:
         "retention/mean",
         "retention/toy_facts/exact_match",
         "forgetting/mean",
+        "cost/train_seconds",
+        "cost/train_tokens_per_second",
     }
     second = details[(details["domain"] == "harmless") & (details["method"] == "sft") & (details["seed"] == 1)]
     assert second["retention/mean"].tolist() == [0.6]
@@ -165,7 +185,8 @@ def test_details_are_numbers(rows: list[Row]) -> None:
 
 
 def test_summary_for_the_parent_run(rows: list[Row]) -> None:
-    assert summary_metrics(rows) == {
+    """Retention over both domains: the Q-Adapter .9, SFT .4: .5 of degradation avoided."""
+    assert summary_metrics(Measured(rows)) == {
         "mean/adaptation/score/base": pytest.approx(0.2),
         "mean/adaptation/score/sft": pytest.approx(0.65),
         "mean/adaptation/score/q-adapter": pytest.approx(0.5),
@@ -174,31 +195,94 @@ def test_summary_for_the_parent_run(rows: list[Row]) -> None:
         "mean/retention/mean/q-adapter": pytest.approx(0.9),
         "mean/forgetting/mean/sft": pytest.approx(0.5),
         "mean/forgetting/mean/q-adapter": pytest.approx(0.0),
+        "summary/adherence_gained/q-adapter": pytest.approx(0.3),
+        "summary/adherence_gained/sft": pytest.approx(0.45),
+        "summary/degradation_avoided/q-adapter/against_sft": pytest.approx(0.5),
     }
 
 
-def test_sentences_are_computed(rows: list[Row]) -> None:
-    assert best_and_worst(rows) == [
-        "Adaptation, best first: sft 0.650, q-adapter 0.500.",
-        "Retention (the base has 0.900), best first: q-adapter 0.900, sft 0.400.",
-    ]
-    assert best_and_worst([r for r in rows if r.method == "base"]) == []
+def test_metric_names_of_compared_runs_are_names_to_mlflow() -> None:
+    rows = [Row("d", "dpo (lazy fox)", 0, {"adaptation/score": 0.5})]
+    assert summary_metrics(Measured(rows)) == {"mean/adaptation/score/dpo _lazy fox_": 0.5}
 
 
-def test_sentences_do_not_rank_what_was_not_measured() -> None:
-    bare = [Row("d", "base", None, {}), Row("d", "sft", 0, {"adaptation/score": 0.5}), Row("d", "dpo", 0, {})]
-    text = " ".join(best_and_worst(bare))
-    assert "sft 0.500" in text
+def test_rankings_are_computed(rows: list[Row]) -> None:
+    text = sentences(Measured(rows))
+    assert "Learnt most, best first: sft 0.650, q-adapter 0.500." in text
+    assert "Kept most, best first: q-adapter 0.900, sft 0.400." in text
+    assert sentences(Measured([r for r in rows if r.method == "base"])) == []
+
+
+def test_rankings_leave_out_what_was_not_measured() -> None:
+    bare = [Row("d", "base", None, {}), Row("d", "sft", 0, {"adaptation/score": 0.5}), Row("d", "q-adapter", 0, {})]
+    text = " ".join(sentences(Measured(bare)))
+    assert "q-adapter was not measured." in text
     assert "nan" not in text
+    assert "best first" not in text
+
+
+def test_main_table_has_the_papers_shape(rows: list[Row]) -> None:
+    table = main_table(Measured(rows))
+    assert table.columns == ("harmless", "academy", "mean", "toy_facts", "mean")
+    assert table.groups == (("Learnt: adaptation score", 3), ("Kept: retention, mean over domains", 2))
+    cells = {method: [cell.text for cell in cells] for method, cells in table.rows}
+    assert cells == {
+        "base": ["0.100", "0.300", "0.200", "0.900", "0.900"],
+        "q-adapter": ["0.750", "0.250", "0.500", "0.900", "0.900"],
+        "sft": ["0.900 ± 0.100", "0.400 ± 0.100", "0.650 ± 0.050", "0.400 ± 0.100", "0.400 ± 0.100"],
+    }
+    best = {method: [cell.best for cell in cells] for method, cells in table.rows}
+    assert best == {
+        "base": [False] * 5,
+        "q-adapter": [False, False, False, True, True],
+        "sft": [True, True, True, False, False],
+    }
+
+
+def test_ties_are_all_best_and_one_method_alone_is_not() -> None:
+    same = [Row("d", m, 0, {"adaptation/score": 0.5, "retention/mean": 0.25}) for m in ("sft", "dpo")]
+    assert [cell.best for _, cells in main_table(Measured(same)).rows for cell in cells] == [True] * 4
+    assert [cell.best for _, cells in main_table(Measured(same[:1])).rows for cell in cells] == [False] * 2
+
+
+def test_costs_and_further_measures() -> None:
+    more = {"cost/trainable_parameters": 34816.0, "cost/adapter_bytes": 142800.0, "cost/new_one": 1.25}
+    rows = [
+        Row("d", "base", None, {"cost/decoding_tokens_per_second": 7343.2, "retention/over_refusals": 0.0}),
+        Row("d", "dpo", 0, {"cost/train_seconds": 7.99, "adaptation/ties": 12.0, "adaptation/strange": 0.5, **more}),
+    ]
+    costs = {label: [cell.text for cell in cells] for label, cells in cost_table(Measured(rows)).rows}
+    assert costs == {
+        "training, s": ["–", "8.0"],
+        "trainable parameters": ["–", "34,816"],
+        "adapter, bytes": ["–", "142,800"],
+        "decoding, tokens/s": ["7,343", "–"],
+        "new one": ["–", "1.2"],
+    }
+    further = {label: [cell.text for cell in cells] for label, cells in further_table(Measured(rows)).rows}
+    assert further == {
+        "ties, answers": ["–", "12"],
+        "harmless requests that are refused ↓": ["0.000", "–"],
+        "adaptation/strange": ["–", "0.500"],
+    }
+
+
+def test_variants_of_a_method_stand_beside_it_and_look_different() -> None:
+    rows = [Row("d", m, 0, {}) for m in ("dpo (b)", "new", "sft", "dpo (a)", "q-adapter", "base")]
+    methods = methods_of(rows)
+    assert methods == ["base", "q-adapter", "sft", "dpo (b)", "dpo (a)", "new"]
+    assert len(set(styles_of(methods).values())) == 6
 
 
 # ---- files
 
 
 def test_report_files(rows: list[Row], tmp_path: Path) -> None:
-    build_report(rows, title="Test world", data=COUNTS, out=tmp_path)
+    build_report(rows, title="Test world", data=DATA, config=CONFIG, out=tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
         "report.md",
+        "report.html",
+        "report.tex",
         "comparison.csv",
         "details.csv",
         "retention_adaptation.png",
@@ -209,7 +293,7 @@ def test_report_files(rows: list[Row], tmp_path: Path) -> None:
     assert pd.read_csv(tmp_path / "details.csv")["adaptation/score"].tolist() == [
         r.metrics["adaptation/score"] for r in rows
     ]
-    assert read_json(tmp_path / "metrics.json") == summary_metrics(rows)
+    assert read_json(tmp_path / "metrics.json") == summary_metrics(Measured(rows))
 
 
 def markdown_tables(text: str) -> list[list[list[str]]]:
@@ -227,23 +311,32 @@ def markdown_tables(text: str) -> list[list[list[str]]]:
 
 def test_the_report_shows_the_table_as_it_is(rows: list[Row], tmp_path: Path) -> None:
     """Cell by cell: nothing on the way to Markdown rounds `0.900` to `0.9`."""
-    build_report(rows, title="Test world", data=COUNTS, out=tmp_path)
+    build_report(rows, title="Test world", data=DATA, config=CONFIG, out=tmp_path)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert text.startswith("# Test world\n")
-    assert "Adaptation, best first: sft 0.650, q-adapter 0.500." in text
+    assert "- Learnt most, best first: sft 0.650, q-adapter 0.500." in text
     assert "](retention_adaptation.png)" in text
-    table, details, data = markdown_tables(text)
+    main, table, forgotten, _, costs, data, quarantined = markdown_tables(text)
+    assert main[2] == ["q-adapter", "0.750", "0.250", "0.500", "**0.900**", "**0.900**"]
     expected = comparison(rows)
     assert table[0] == list(expected.columns)
     assert table[1:] == expected.astype(str).to_numpy().tolist()
-    assert details[0] == ["measure", "base", "q-adapter", "sft"]
-    assert details[1] == ["toy_facts/exact_match", "0.900", "0.900", "0.400 ± 0.100"]
-    assert data == [["source", *COUNTS["harmless"]], ["harmless", "256", "256", "160", "96", "0"]]
+    assert forgotten == [["method", "toy_facts", "mean"], ["q-adapter", "–", "0.000"], ["sft", "–", "0.500"]]
+    assert costs == [["measure", "base", "q-adapter", "sft"]]  # known in one domain only: no mean
+    head = ["source", "read", "used", "duplicates", "cross_split_prompts", "train_pairs", "heldout_pairs"]
+    assert data == [
+        [*head, "quarantined", "train sha256", "held-out sha256"],
+        ["harmless", "256", "250", "2", "0", "154", "96", "6", "0123456789abcdef", "fedcba9876543210"],
+    ]
+    assert quarantined[1:] == [["harmless", "empty reply", "4"], ["harmless", "no prompt", "2"]]
+    digest = hashlib.sha256(json.dumps(CONFIG, sort_keys=True).encode()).hexdigest()
+    assert f"sha256 `{digest}`" in text
+    assert "```yaml\nname: test\ntraining:\n  max_steps: 3\n```" in text
 
 
 def test_one_seeds_report_keeps_its_digits(rows: list[Row], tmp_path: Path) -> None:
-    build_report([r for r in rows if r.seed in (None, 0)], title="Test world", data=COUNTS, out=tmp_path)
-    table = markdown_tables((tmp_path / "report.md").read_text(encoding="utf-8"))[0]
+    build_report([r for r in rows if r.seed in (None, 0)], title="Test world", data=DATA, config=CONFIG, out=tmp_path)
+    table = markdown_tables((tmp_path / "report.md").read_text(encoding="utf-8"))[1]
     assert [cells[2] for cells in table[1:]] == [
         *("0.100", "0.750", "0.800"),
         *("0.300", "0.250", "0.400"),
@@ -254,16 +347,16 @@ def test_one_seeds_report_keeps_its_digits(rows: list[Row], tmp_path: Path) -> N
 def test_the_report_of_real_data_without_tasks(tmp_path: Path) -> None:
     """Nothing kept was measured: the report says so with dashes and draws an empty figure, it does not fail."""
     bare = [Row("d", "base", None, {"adaptation/score": 0.5}), Row("d", "sft", 0, {"adaptation/score": 0.7})]
-    build_report(bare, title="Bare", data=COUNTS, out=tmp_path)
+    build_report(bare, title="Bare", data=DATA, config=CONFIG, out=tmp_path)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "nan" not in text.lower()
-    table = markdown_tables(text)[0]
+    table = markdown_tables(text)[1]
     assert table[2][:6] == ["d", "sft", "0.700", "–", "–", "–"]
 
 
 def test_the_figure_can_be_looked_at(rows: list[Row], tmp_path: Path) -> None:
     file = tmp_path / "figure.png"
-    retention_against_adaptation(rows, file, "Test world")
+    retention_against_adaptation(Measured(rows), file, "Test world")
     assert file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     picture = matplotlib.image.imread(file)
     height, width = picture.shape[:2]
@@ -280,5 +373,5 @@ def test_figures_are_drawn_in_threads(rows: list[Row], tmp_path: Path) -> None:
 
     files = [tmp_path / f"{i}.png" for i in range(4)]
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda file: retention_against_adaptation(rows, file, "T"), files))
+        list(pool.map(lambda file: retention_against_adaptation(Measured(rows), file, "T"), files))
     assert len({file.read_bytes() for file in files}) == 1

@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 
 from qadapter.artifacts import digest_file
 from qadapter.errors import QAdapterError
-from tasks import tracking
+from tasks import mlflow_store
+from tasks.mlflow_store import AwayError
 from tasks.tracking import Tracker, flatten, tracking_uri
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -258,7 +260,7 @@ def test_a_locked_database_is_waited_for(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A real lock would hold each attempt for SQLite's own 20 s, so the first two attempts fail by hand."""
-    real, calls = tracking._client(tracker.uri, tracker.artifact_root, os.getpid()), []
+    real, calls = mlflow_store._client(tracker.uri, tracker.artifact_root, os.getpid()), []
 
     class Busy:
         def log_batch(self, *arguments: Any, **options: Any) -> None:
@@ -267,17 +269,20 @@ def test_a_locked_database_is_waited_for(
                 raise MlflowException("database is locked", error_code=TEMPORARILY_UNAVAILABLE)
             real.log_batch(*arguments, **options)
 
-    monkeypatch.setattr(tracking, "_client", lambda *_: Busy())
-    monkeypatch.setattr(tracking, "_PAUSES", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(mlflow_store, "_client", lambda *_: Busy())
+    monkeypatch.setattr(mlflow_store, "_PAUSES", (0.01, 0.01, 0.01))
     with caplog.at_level(logging.WARNING):
         tracker.log_metrics(parent, {"patience": 1.0})
     assert len(calls) == 3
     assert "trying again" in caplog.text
     assert client.get_run(parent).data.metrics["patience"] == 1.0
     calls.clear()
-    monkeypatch.setattr(tracking, "_PAUSES", (0.01,))
-    with pytest.raises(QAdapterError, match="does not answer"):
-        tracker.log_metrics(parent, {"patience": 2.0})
+    monkeypatch.setattr(mlflow_store, "_PAUSES", (0.01,))
+    tracker.log_metrics(parent, {"patience": 2.0})
+    assert "It will be told later" in caplog.text
+    assert client.get_run(parent).data.metrics["patience"] == 1.0
+    assert tracker.deliver()
+    assert client.get_run(parent).data.metrics["patience"] == 2.0
 
 
 def test_a_short_real_lock_does_not_lose_a_metric(tracker: Tracker, client: MlflowClient, parent: str) -> None:
@@ -302,6 +307,28 @@ def test_an_absent_server_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_refusals_pass_unchanged(tracker: Tracker, parent: str) -> None:
     with pytest.raises(MlflowException, match="Invalid"):
         tracker.log_metrics(parent, {"bad\nname": 1.0})
+
+
+def test_passwords_stay_out_of_what_is_recorded(tracker: Tracker, client: MlflowClient, parent: str) -> None:
+    secret = "http://me:s3cret@example.org/data.json?token=s3cret"
+    with tracker.child(parent, "secret", {"sources": {"path": secret}, "all": [secret]}) as run_id:
+        tracker.log_dataset(run_id, "secret", secret, "ab" * 32)
+    run = client.get_run(run_id)
+    assert run.data.params == {
+        "sources.path": "http://example.org/data.json?…",
+        "all": '["http://example.org/data.json?…"]',
+    }
+    assert json.loads(run.inputs.dataset_inputs[0].dataset.source) == {"url": "http://example.org/data.json?…"}
+
+
+def test_a_password_in_the_address_is_not_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    address = f"http://me:{'s3' + 'cret'}@127.0.0.1:9"  # a traceback shows lines of code too
+    with pytest.raises(AwayError) as caught:
+        Tracker(address, str(tmp_path / "mlruns")).start_parent("x", "y")
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "http://127.0.0.1:9 does not answer" in shown
+    assert "s3cret" not in shown
 
 
 def test_a_deleted_experiment_is_explained(tracker: Tracker, client: MlflowClient) -> None:

@@ -41,13 +41,13 @@ from qadapter.training import adapt
 from qadapter.training.adapt import fine_tune_base, prompt_key
 from qadapter.training.arguments import (
     ProgressLog,
-    last_checkpoint,
     measured_cost,
     tokens_seen,
     trainer_arguments,
 )
 from qadapter.training.base import CHAT_TEMPLATE, model_from_scratch, pretrain, train_tokenizer
 from qadapter.training.baselines import train_sft
+from qadapter.training.checkpoints import last_checkpoint, seal
 from qadapter.training.corpus import read_corpus
 
 
@@ -128,11 +128,8 @@ def same_weights(first: Path, second: Path) -> bool:
 
 
 def curve(out: Path) -> list[dict[str, Any]]:
-    """The training curve without TRL's token counter, which starts anew when a training goes on."""
-    return [
-        {name: value for name, value in row.items() if name != "train/num_tokens"}
-        for row in rows(out / "history.jsonl")
-    ]
+    """The training curve."""
+    return rows(out / "history.jsonl")
 
 
 # ---- tokenizer and model from scratch
@@ -329,7 +326,9 @@ def test_the_newest_whole_checkpoint(tmp_path: Path) -> None:
     for step in (2, 10, 9):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+        seal(tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-11").mkdir()  # killed while it was written
+    (tmp_path / "checkpoint-11" / "trainer_state.json").write_text("{}")
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 

@@ -10,13 +10,14 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
 
 from qadapter.errors import QAdapterError
+from qadapter.settings import JudgeSettings
 
 Messages = Sequence[dict[str, str]]
 Parsed = TypeVar("Parsed")
@@ -31,58 +32,31 @@ GIVE_UP_AFTER = 3
 """Calls in a row that no retry could save, after which the judge is taken to be gone."""
 
 
-@dataclass(frozen=True)
-class JudgeSettings:
-    """Which judge, and how much it may cost.
+def check_endpoint(settings: JudgeSettings) -> None:
+    """Refuse what can be seen to be wrong before any call.
 
-    Attributes:
-        url: the endpoint's base, such as `https://api.openai.com/v1`; `/chat/completions` is added.
-        model: the judge's name there.
-        api_key_variable: environment variable that holds the key; None for a server that wants none.
-        input_price, output_price: of a million tokens; needed for an estimate and for a budget.
-        budget: most that one evaluation may cost, in the prices' currency; None for no limit.
-        max_output_tokens: longest answer of the judge.
-        timeout: seconds for one attempt.
-        retries: further attempts after one that failed for a reason that may pass.
-        backoff: seconds before the first of them; each further wait is twice as long.
-        parallel: calls at a time.
-        extra: further fields of the request body; null removes one (some models refuse `temperature`).
+    Raises:
+        QAdapterError: no http(s) address, no key in the environment, a budget without prices.
     """
+    if not re.match(r"https?://[^/\s@]+(/|$)", settings.url):
+        raise QAdapterError(
+            "The judge's url is not one that can be used. Give the endpoint's base, http(s)://…/v1, without a name or "
+            "password in it."
+        )
+    if settings.api_key_variable is not None and not os.environ.get(settings.api_key_variable):
+        raise QAdapterError(
+            f"The judge's key is expected in the environment variable {settings.api_key_variable}, which is not set. "
+            f"Set it, or set api_key_variable to null for a server that wants no key."
+        )
+    if settings.budget is not None and (settings.input_price is None or settings.output_price is None):
+        raise QAdapterError("The judge has a budget but no prices. Give input_price and output_price.")
 
-    url: str
-    model: str
-    api_key_variable: str | None = "OPENAI_API_KEY"
-    input_price: float | None = None
-    output_price: float | None = None
-    budget: float | None = None
-    max_output_tokens: int = 64
-    timeout: float = 60.0
-    retries: int = 4
-    backoff: float = 1.0
-    parallel: int = 4
-    extra: dict[str, Any] = field(default_factory=dict)
 
-    def check(self) -> None:
-        """Refuse what can be seen to be wrong before any call.
-
-        Raises:
-            QAdapterError: no http(s) address, no key in the environment, a budget without prices.
-        """
-        if not re.match(r"https?://[^/\s]+", self.url):
-            raise QAdapterError(f"The judge's url is {self.url!r}. Give the endpoint's base, http(s)://…/v1.")
-        if self.api_key_variable is not None and not os.environ.get(self.api_key_variable):
-            raise QAdapterError(
-                f"The judge's key is expected in the environment variable {self.api_key_variable}, which is not set. "
-                f"Set it, or set api_key_variable to null for a server that wants no key."
-            )
-        if self.budget is not None and (self.input_price is None or self.output_price is None):
-            raise QAdapterError("The judge has a budget but no prices. Give input_price and output_price.")
-
-    def price(self, input_tokens: float, output_tokens: float) -> float | None:
-        """What so many tokens cost; None where the prices are not known."""
-        if self.input_price is None or self.output_price is None:
-            return None
-        return (input_tokens * self.input_price + output_tokens * self.output_price) / 1e6
+def price(settings: JudgeSettings, input_tokens: float, output_tokens: float) -> float | None:
+    """What so many tokens cost, in the prices' currency; None where the prices are not known."""
+    if settings.input_price is None or settings.output_price is None:
+        return None
+    return (input_tokens * settings.input_price + output_tokens * settings.output_price) / 1e6
 
 
 class UnansweredError(Exception):
@@ -122,7 +96,7 @@ class JudgeClient:
             settings: the judge.
             cache: JSON lines of earlier answers, added to; a line that was cut off by a crash is ignored.
         """
-        settings.check()
+        check_endpoint(settings)
         self.settings = settings
         self.usage = Usage()
         self._cache_file = cache
@@ -132,6 +106,7 @@ class JudgeClient:
         self._lost_in_a_row = 0
         self._stopped: str | None = None
         key = os.environ.get(settings.api_key_variable, "") if settings.api_key_variable else ""
+        self._secret = key
         self._http = httpx.Client(timeout=settings.timeout, headers={"Authorization": f"Bearer {key}"} if key else {})
 
     def close(self) -> None:
@@ -182,7 +157,7 @@ class JudgeClient:
         return text
 
     def _call(self, messages: Messages) -> str:
-        expected = self.settings.price(*self.estimated_tokens(messages)) or 0.0
+        expected = price(self.settings, *self.estimated_tokens(messages)) or 0.0
         with self._lock:
             if self._stopped:
                 raise UnansweredError(self._stopped)
@@ -251,6 +226,11 @@ class JudgeClient:
         return UnansweredError(reason)
 
     def _note(self, reason: str, detail: str = "") -> str:
+        key = os.environ.get(self.settings.api_key_variable or "")
+        if key:  # some servers repeat it when they refuse it
+            detail = detail.replace(key, "…")
+        if self._secret:  # some servers repeat a wrong key in their refusal
+            detail = detail.replace(self._secret, "…")
         self.usage.last_error = f"{reason}: {detail.strip()[:200]}" if detail.strip() else reason
         return reason
 
@@ -258,7 +238,7 @@ class JudgeClient:
         """What a call cost by the server's own count of tokens; the estimate where it does not tell."""
         if not isinstance(used, dict) or not {"prompt_tokens", "completion_tokens"} <= used.keys():
             return expected
-        return self.settings.price(used["prompt_tokens"], used["completion_tokens"]) or 0.0
+        return price(self.settings, used["prompt_tokens"], used["completion_tokens"]) or 0.0
 
     def _body(self, messages: Messages) -> dict[str, Any]:
         body = {

@@ -15,11 +15,12 @@ from qadapter.artifacts import read_json, write_json
 from qadapter.evaluation.divergence import kl_per_token
 from qadapter.evaluation.generate import generate_replies
 from qadapter.evaluation.harness import evaluate_tasks
-from qadapter.evaluation.preference import PairScores, preference_metrics, score_pairs
+from qadapter.evaluation.old_answers import answer_metrics, answer_old_prompts
+from qadapter.evaluation.preference import PairScores, distinct_prompts, preference_metrics, score_pairs
 from qadapter.evaluation.task_catalog import expand_suites
 from qadapter.evaluation.toy_rules import exact_measures
+from qadapter.evaluation.verdicts import AnswerJudge, judge_answers
 from qadapter.loading import load_base, load_policy
-from qadapter.preferences.pair import PreferencePair
 from qadapter.preferences.prepare import load_pairs
 from qadapter.preferences.toyworld import ToyWorld
 from qadapter.settings import AdaptationSettings, ModelSettings, RetentionSettings
@@ -36,6 +37,7 @@ def measure_adaptation(
     max_length: int,
     world: Path | None,
     style: str | None,
+    judge: AnswerJudge | None,
     out: Path,
 ) -> None:
     """Score held-out pairs and answer held-out prompts.
@@ -44,14 +46,15 @@ def measure_adaptation(
         base: folder or hub id of the base model.
         adapter: the adapter's folder, None for the base itself.
         heldout_file: prepared pairs.
-        base_adaptation: folder this function wrote for the base: implied rewards are relative to its log-probs.
-            None where `adapter` is.
+        base_adaptation: folder this function wrote for the base: implied rewards are relative to its log-probs, and
+            verdicts to its answers. None where `adapter` is.
         model, settings: of the experiment.
         max_length: tokens, as in training.
         world: folder of the toy world the data is from, None for real data.
         style: the domain's style in the toy world, None for harmless.
+        judge: who compares the answers with the base's, None for nobody.
         out: gets `metrics.json` (`adaptation/…`, `cost/…`), `pairs.jsonl` (per pair: log-probs, margin) and
-            `answers.jsonl` (prompt, reply).
+            `answers.jsonl` (prompt, the base's reply, reply, verdict, judge; see `judge_answers`).
 
     `adaptation/score` is the headline: the exact rule where there is one, else the share of pairs whose implied reward
     (the log-ratio to the base) prefers the chosen reply; a tie counts one half, so the base has 0.5.
@@ -62,7 +65,7 @@ def measure_adaptation(
     scores = score_pairs(policy, tokenizer, pairs, max_length=max_length, batch_size=settings.batch_size)
     base_scores = _read_scores(base_adaptation / "pairs.jsonl") if base_adaptation else scores
     metrics = {f"adaptation/{name}": value for name, value in preference_metrics(scores, base_scores).items()}
-    prompts = _distinct_prompts(pairs, None if world else settings.generate)
+    prompts = distinct_prompts(pairs, None if world else settings.generate)
     if prompts:
         start = time.perf_counter()
         replies = generate_replies(
@@ -73,19 +76,17 @@ def measure_adaptation(
         metrics["cost/decoding_tokens_per_second"] = generated / seconds
         if world is not None:
             metrics |= exact_measures(ToyWorld.read(world), style, prompts, replies)
-        _write_lines(
-            out / "answers.jsonl",
-            [{"prompt": prompt, "reply": reply} for prompt, reply in zip(prompts, replies, strict=True)],
+        before = (
+            [row["reply"] for row in _read_lines(base_adaptation / "answers.jsonl")] if base_adaptation else replies
         )
+        # The toy world's rule is free; who else judges is asked about as many answers as on real data.
+        limit = None if judge is None or judge.name == "rule" else settings.generate
+        answers, judged = judge_answers(judge, prompts, before, replies, limit)
+        metrics |= judged
+        _write_lines(out / "answers.jsonl", answers)
     metrics["adaptation/score"] = metrics.get("adaptation/exact_rule", metrics["adaptation/implied_reward_accuracy"])
     _write_lines(out / "pairs.jsonl", _pair_rows(scores, base_scores))
     write_json(out / "metrics.json", metrics)
-
-
-def _distinct_prompts(pairs: Sequence[PreferencePair], limit: int | None) -> list[list[Any]]:
-    """Each held-out prompt once, in order; at most `limit` of them."""
-    first = {pair.prompt_digest: list(pair.prompt) for pair in reversed(pairs)}
-    return list(reversed(first.values()))[:limit]
 
 
 def _pair_rows(scores: PairScores, base_scores: PairScores) -> list[dict[str, float]]:
@@ -106,7 +107,7 @@ def _pair_rows(scores: PairScores, base_scores: PairScores) -> list[dict[str, fl
 
 def _read_scores(file: Path) -> PairScores:
     """The scores that `_pair_rows` wrote."""
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = _read_lines(file)
 
     def column(name: str) -> Any:
         return np.array([row[name] for row in rows])
@@ -136,14 +137,16 @@ def measure_retention(
 
     Args:
         base, adapter, model: as in `measure_adaptation`.
-        base_retention: folder this function wrote for the base; its scores are what forgetting is measured from.
+        base_retention: folder this function wrote for the base; its scores are what forgetting is measured from. None
+            where this is the base: it has forgotten nothing, 0 in every measure.
         settings: which lm-eval tasks, how many items.
         benchmarks: folder with `benchmarks/` for the project's own tasks.
         old_texts: prepared pairs of the old distribution (held-out helpful pairs): the divergence of the policy from
-            the base is taken on their chosen replies.
+            the base is taken on their chosen replies, and some of their prompts are answered.
         max_length: tokens, as in training.
-        out: gets `metrics.json` (`retention/…`, and given a base `forgetting/…`), `items.jsonl` (per item: score and
-            answer) and `directions.json` (which metrics are better when higher).
+        out: gets `metrics.json` (`retention/…`, `forgetting/…`), `items.jsonl` (per item: score and answer),
+            `old_answers.jsonl` (prompt, the base's reply, reply) and `directions.json` (which metrics are better when
+            higher).
 
     `retention/mean` averages one accuracy a task; measures in other units (bits per byte) are not averaged with them.
     `forgetting/…` is base minus policy, or policy minus base where lower is better: positive is forgotten.
@@ -175,16 +178,24 @@ def measure_retention(
     accuracies = [metrics[name] for name in headline.values() if name and directions.get(name, True)]
     if accuracies:
         metrics["retention/mean"] = sum(accuracies) / len(accuracies)
-    if base_retention is not None:
-        before = read_json(base_retention / "metrics.json")
-        for name in [*filter(None, headline.values()), "retention/mean"]:
-            if name in before and name in metrics:
-                sign = 1 if directions.get(name, True) else -1
-                metrics[name.replace("retention/", "forgetting/", 1)] = sign * (before[name] - metrics[name])
-        if old_texts is not None:
-            metrics["forgetting/kl_per_token"] = _divergence(
-                base, policy, tokenizer, model, settings, old_texts, max_length
-            )
+    answers: list[dict[str, Any]] = []
+    if old_texts is not None and settings.answers:
+        known = base_retention / "old_answers.jsonl" if base_retention else None
+        base_answers = [row["reply"] for row in _read_lines(known)] if known else None
+        answers = answer_old_prompts(policy, tokenizer, old_texts, base_answers, settings)
+        _write_lines(out / "old_answers.jsonl", answers)
+    metrics |= answer_metrics(answers, items)
+    directions |= {"retention/answers_identical": True, "retention/over_refusals": False}
+    before = read_json(base_retention / "metrics.json") if base_retention else metrics
+    for name in [*filter(None, headline.values()), "retention/mean", "retention/over_refusals"]:
+        if name in before and name in metrics:
+            sign = 1 if directions.get(name, True) else -1
+            forgotten = sign * (before[name] - metrics[name]) + 0.0  # + 0.0: never -0.0
+            metrics[name.replace("retention/", "forgetting/", 1)] = forgotten
+    if old_texts is not None:
+        metrics["forgetting/kl_per_token"] = (
+            _divergence(base, policy, tokenizer, model, settings, old_texts, max_length) if base_retention else 0.0
+        )
     _write_lines(out / "items.jsonl", items)
     write_json(out / "metrics.json", metrics)
     write_json(out / "directions.json", directions)
@@ -215,6 +226,10 @@ def _divergence(
     batch_size = 8 if settings.batch_size == "auto" else settings.batch_size
     divergence = kl_per_token(untouched, policy, tokenizer, conversations, max_length=max_length, batch_size=batch_size)
     return divergence.per_token
+
+
+def _read_lines(file: Path) -> list[Any]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def _write_lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:

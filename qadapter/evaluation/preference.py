@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.scoring import by_length, evaluating, reply_log_probs
-from qadapter.preferences.pair import PreferencePair
+from qadapter.preferences.pair import Message, PreferencePair
 from qadapter.preferences.tokenize import EncodedPair, UnusablePair, collate_pairs, encode_pair, padding_id
 
 CALIBRATION_BINS = 10
@@ -60,7 +60,7 @@ def score_pairs(
     Raises:
         QAdapterError: not one pair can be scored.
     """
-    indices, encoded = _encode(tokenizer, pairs, max_length)
+    indices, encoded = encode_usable(tokenizer, pairs, max_length)
     if not encoded:
         raise QAdapterError(
             f"None of the {len(pairs)} held-out pairs can be scored within {max_length} tokens. Hold out more pairs "
@@ -135,9 +135,16 @@ def _won(difference: Floats) -> Floats:
     return (np.sign(difference) + 1) / 2
 
 
-def _encode(
+def distinct_prompts(pairs: Sequence[PreferencePair], limit: int | None = None) -> list[list[Message]]:
+    """Each prompt once, in order; at most `limit` of them."""
+    first = {pair.prompt_digest: list(pair.prompt) for pair in reversed(pairs)}
+    return list(reversed(first.values()))[:limit]
+
+
+def encode_usable(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PreferencePair], max_length: int
 ) -> tuple[list[int], list[EncodedPair]]:
+    """Which of the pairs can be tokenised within `max_length`, and their token ids; the others are left out."""
     indices, encoded = [], []
     for i, pair in enumerate(pairs):
         try:

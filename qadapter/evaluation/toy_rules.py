@@ -23,14 +23,26 @@ def exact_measures(
         `adaptation/exact_rule`: in the style *and* with the right attributes, or refused word for word;
         for a domain also `adaptation/well_formed`: right attributes in whatever style.
     """
+    measures = {"adaptation/exact_rule": _share(follows_rule(world, style, prompts, replies))}
+    if style is not None:
+        styles = _styles(world, prompts, replies)
+        measures["adaptation/well_formed"] = _share([found is not None for found in styles])
+    return measures
+
+
+def follows_rule(
+    world: ToyWorld, style: str | None, prompts: Sequence[Sequence[Message]], replies: Sequence[str]
+) -> list[bool]:
+    """Whether each reply does what the preference wants; arguments as in `exact_measures`."""
     if style is None:
-        return {"adaptation/exact_rule": _share([world.is_refusal(reply) for reply in replies])}
+        return [world.is_refusal(reply) for reply in replies]
+    return [found == style for found in _styles(world, prompts, replies)]
+
+
+def _styles(world: ToyWorld, prompts: Sequence[Sequence[Message]], replies: Sequence[str]) -> list[str | None]:
+    """The style in which each reply rightly describes its prompt's topic, None if it does not."""
     topics = [prompt[-1]["content"].split()[-2] for prompt in prompts]
-    styles = [world.style_of(topic, reply) for topic, reply in zip(topics, replies, strict=True)]
-    return {
-        "adaptation/exact_rule": _share([found == style for found in styles]),
-        "adaptation/well_formed": _share([found is not None for found in styles]),
-    }
+    return [world.style_of(topic, reply) for topic, reply in zip(topics, replies, strict=True)]
 
 
 def _share(hits: Sequence[bool]) -> float:

@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 import fsspec
 
 from qadapter.errors import QAdapterError
+from qadapter.url_secrets import filled_in, shown
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def size(url: str) -> int | None:
         return _ask_other(url)[2]
     try:
         # A one-byte range, because many servers that hand out files answer HEAD with an error.
-        request = urllib.request.Request(url, headers={**HEADERS, "Range": "bytes=0-0"})
+        request = urllib.request.Request(filled_in(url), headers={**HEADERS, "Range": "bytes=0-0"})
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
             total = re.search(r"/(\d+)$", response.headers.get("Content-Range", ""))
             length = response.headers.get("Content-Length") if response.status == 200 else total and total.group(1)
@@ -143,8 +144,10 @@ def _store(target: Path, write: Callable[[IO[bytes]], Any]) -> int:
 def _fetch_http(url: str, target: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     asked = {"If-None-Match": known.get("etag"), "If-Modified-Since": known.get("modified")}
     headers = {**HEADERS, **{name: value for name, value in asked.items() if value}}
+    address = filled_in(url)
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS) as response:
+        request = urllib.request.Request(address, headers=headers)
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
             expected = response.headers.get("Content-Length")
 
             def write(stream: IO[bytes]) -> None:
@@ -177,7 +180,7 @@ def _http_error(url: str, error: urllib.error.HTTPError) -> QAdapterError:
 def _unreachable(url: str, error: Exception) -> UnreachableError:
     reason = getattr(error, "reason", None) or str(error) or type(error).__name__
     return UnreachableError(
-        f"{_shown(url)} cannot be reached: {reason}. Check the network and the URL, then try again."
+        f"{_shown(url)} cannot be reached: {shown(str(reason))}. Check the network and the URL, then try again."
     )
 
 
@@ -192,7 +195,7 @@ def _ask_other(url: str) -> tuple[Any, str, int | None, str]:
             f"{_shown(url)} is a chain of file systems; give the URL of one file, not of an archive's part."
         )
     try:
-        system, path = fsspec.core.url_to_fs(url)
+        system, path = fsspec.core.url_to_fs(filled_in(url))
         info = system.info(path)
         if info["type"] != "file":
             raise QAdapterError(f"{_shown(url)} is not a file; give the URL of one file.")
@@ -202,7 +205,7 @@ def _ask_other(url: str) -> tuple[Any, str, int | None, str]:
     except FileNotFoundError as error:
         raise QAdapterError(f"{_shown(url)} does not exist; check the URL.") from error
     except (ImportError, ValueError) as error:
-        raise QAdapterError(f"{_shown(url)} cannot be opened: {error}.") from error
+        raise QAdapterError(f"{_shown(url)} cannot be opened: {shown(str(error))}.") from error
     except Exception as error:  # every store has errors of its own
         raise _unreachable(url, error) from error
 

@@ -1,10 +1,10 @@
-"""From preference files to a training and a held-out set, with every candidate pair accounted for.
+"""From preference files to training, held-out and judge's pairs, with every candidate pair accounted for.
 
 `parse_files` reads, `split.split_pairs` divides; `prepare` does both and writes the result. Two sums must hold, and are
 checked against the files as written:
 
     read = used + quarantined
-    used = training pairs + held-out pairs + duplicates + pairs with a held-out prompt + pairs cut by the limits
+    used = training, held-out and judge's pairs + duplicates + pairs with a held-out prompt + pairs cut by the limits
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qadapter.preferences.pair import PreferencePair
 from qadapter.preferences.records import Reason
 from qadapter.preferences.split import Split, split_pairs
 
-OUTPUTS = ("train.jsonl", "heldout.jsonl", "quarantine.jsonl", "summary.json")
+OUTPUTS = ("train.jsonl", "heldout.jsonl", "quarantine.jsonl", "summary.json", "judge.jsonl")
 
 DEFAULT_MAX_CHARS = 20_000
 """Ten times what 512 tokens, the paper's length, hold: a longer pair would be cut to a small part of itself."""
@@ -61,6 +61,8 @@ class PreparationSummary:
         train_sha256, heldout_sha256: digests of the two files.
         formats: the detected format of every file, by the name it has in `quarantine.jsonl`.
         incomplete_files: names of files that broke off or are damaged, so that nobody knows what else they held.
+        judge_pairs, judge_prompts, judge_sha256: of `judge.jsonl`; 0 and empty where no pair was set apart, and then
+            not in `summary.json`.
     """
 
     read: int
@@ -79,6 +81,9 @@ class PreparationSummary:
     heldout_sha256: str
     formats: dict[str, str]
     incomplete_files: list[str] = field(default_factory=list)
+    judge_pairs: int = 0
+    judge_prompts: int = 0
+    judge_sha256: str = ""
 
     def check(self) -> None:
         """Raises RuntimeError if a pair was lost or counted twice: a fault of this program, never of the data."""
@@ -86,6 +91,7 @@ class PreparationSummary:
         kept_or_removed = (
             self.train_pairs
             + self.heldout_pairs
+            + self.judge_pairs
             + self.duplicates
             + self.cross_split_pairs
             + self.cut_train
@@ -114,12 +120,13 @@ def prepare(
     max_train_pairs: int | None = None,
     max_heldout_pairs: int | None = None,
     max_chars: int = DEFAULT_MAX_CHARS,
+    judge_pairs: int = 0,
 ) -> PreparationSummary:
     """Validates preference files, splits them by prompt and writes the result.
 
     Writes to `out_dir`: `train.jsonl` and `heldout.jsonl` (a pair a line, `PreferencePair.to_trl`), `quarantine.jsonl`
-    (file, line and reason of every rejected candidate, no contents) and `summary.json`. None of them is left behind if
-    it raises.
+    (file, line and reason of every rejected candidate, no contents), `summary.json` and, if pairs are set apart for a
+    judge, `judge.jsonl`. None of them is left behind if it raises.
 
     Args:
         files: training data, and held-out data too unless `heldout_files` is given.
@@ -130,6 +137,7 @@ def prepare(
         seed: decides the split and the order.
         max_train_pairs, max_heldout_pairs: keep at most so many pairs a side, drawn by the seed.
         max_chars: a pair with more characters (prompt and longer reply) is quarantined as over-long.
+        judge_pairs: pairs that no policy is to see, for a judge to be trained on; see `split_pairs`.
 
     Raises:
         QAdapterError: no files, a file of an unknown format, no usable pair, or a split that leaves a side empty.
@@ -148,6 +156,7 @@ def prepare(
         seed=seed,
         max_train_pairs=max_train_pairs,
         max_heldout_pairs=max_heldout_pairs,
+        judge_pairs=judge_pairs,
     )
     sides = [train_side] if heldout_side is None else [train_side, heldout_side]
     try:
@@ -169,9 +178,10 @@ def _write(out_dir: Path, sides: Sequence[ParsedFiles], split: Split) -> Prepara
     formats = {file: name for side in sides for file, name in side.formats.items()}
     names = _short_names(formats)
     places = sorted((names[item.file], item.line, item.reason.value) for item in rejected)
-    train, heldout, quarantine, summary_file = (out_dir / name for name in OUTPUTS)
+    train, heldout, quarantine, summary_file, judge = (out_dir / name for name in OUTPUTS)
     train_sha256, train_lines = _write_lines(train, (pair.to_trl() for pair in split.train))
     heldout_sha256, heldout_lines = _write_lines(heldout, (pair.to_trl() for pair in split.heldout))
+    judge_sha256, judge_lines = _write_lines(judge, (pair.to_trl() for pair in split.judge)) if split.judge else ("", 0)
     _write_lines(quarantine, ({"file": file, "line": line, "reason": reason} for file, line, reason in places))
     summary = PreparationSummary(
         read=sum(side.read for side in sides),
@@ -190,9 +200,15 @@ def _write(out_dir: Path, sides: Sequence[ParsedFiles], split: Split) -> Prepara
         heldout_sha256=heldout_sha256,
         formats={names[file]: name for file, name in sorted(formats.items())},
         incomplete_files=sorted({names[item.file] for item in rejected if item.reason is Reason.BREAKS_OFF}),
+        judge_pairs=judge_lines,
+        judge_prompts=len({pair.prompt_digest for pair in split.judge}),
+        judge_sha256=judge_sha256,
     )
     summary.check()
-    summary_file.write_text(json.dumps(asdict(summary), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    fields = asdict(summary)
+    if not split.judge:
+        fields = {name: value for name, value in fields.items() if not name.startswith("judge_")}
+    summary_file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return summary
 
 
@@ -216,7 +232,7 @@ def parse_files(files: Sequence[Path], *, domain: str | None = None, max_chars: 
 
 
 def load_pairs(file: Path) -> list[PreferencePair]:
-    """Pairs of a `train.jsonl` or `heldout.jsonl` that `prepare` wrote.
+    """Pairs of a `train.jsonl`, `heldout.jsonl` or `judge.jsonl` that `prepare` wrote.
 
     Raises:
         QAdapterError: the file is missing or not one of ours.

@@ -1,11 +1,12 @@
-"""A training and a held-out set without a common prompt, the same for the same pairs on every machine."""
+"""A training, a held-out and a judge's set without a common prompt, the same for the same pairs on every machine."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qadapter.errors import QAdapterError
 from qadapter.preferences.pair import PreferencePair
@@ -13,7 +14,7 @@ from qadapter.preferences.pair import PreferencePair
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A training and a held-out set without a common prompt, in an order that depends on the pairs and the seed only.
+    """Sets of pairs without a common prompt, in an order that depends on the pairs and the seed only.
 
     Attributes:
         train, heldout: the pairs kept.
@@ -21,6 +22,7 @@ class Split:
         cross_split_pairs: training pairs removed because their prompt is held out.
         cross_split_prompts: distinct prompts among them.
         cut_train, cut_heldout: pairs removed by the two limits.
+        judge: pairs kept from every policy, to train a judge of their answers on.
     """
 
     train: list[PreferencePair]
@@ -30,6 +32,7 @@ class Split:
     cross_split_prompts: int
     cut_train: int
     cut_heldout: int
+    judge: list[PreferencePair] = field(default_factory=list)
 
 
 def split_pairs(
@@ -40,6 +43,7 @@ def split_pairs(
     seed: int = 0,
     max_train_pairs: int | None = None,
     max_heldout_pairs: int | None = None,
+    judge_pairs: int = 0,
 ) -> Split:
     """Divides pairs by prompt, so that no prompt is on both sides. The order of `pairs` has no influence.
 
@@ -53,9 +57,10 @@ def split_pairs(
         heldout_pairs: a held-out side that is given; training pairs with one of its prompts are removed.
         seed: decides the split, the order and what the limits cut.
         max_train_pairs, max_heldout_pairs: keep at most so many pairs a side.
+        judge_pairs: set so many pairs apart from training, whole prompts, so it can be a few more; before the limits.
 
     Raises:
-        QAdapterError: `heldout` or a limit is out of range, or a side is left empty.
+        QAdapterError: `heldout`, a limit or `judge_pairs` is out of range, or a side is left empty.
     """
     for name, limit in {"max_train_pairs": max_train_pairs, "max_heldout_pairs": max_heldout_pairs}.items():
         if limit is not None and limit < 1:
@@ -77,6 +82,9 @@ def split_pairs(
             f"No training pair is left: all {len(pairs)} usable pairs have prompts that are held out too. "
             "Give training data with other prompts."
         )
+    judge = _apart(train, judge_pairs, seed)
+    apart = {pair.prompt_digest for pair in judge}
+    train = [pair for pair in train if pair.prompt_digest not in apart]
     kept_train, kept_held = train[:max_train_pairs], held[:max_heldout_pairs]
     return Split(
         train=kept_train,
@@ -86,6 +94,7 @@ def split_pairs(
         cross_split_prompts=len({pair.prompt_digest for pair in crossing}),
         cut_train=len(train) - len(kept_train),
         cut_heldout=len(held) - len(kept_held),
+        judge=judge,
     )
 
 
@@ -107,6 +116,29 @@ def _draw_prompts(prompts: set[str], heldout: float | int, seed: int) -> set[str
             "one. Hold out less or give more data."
         )
     return set(ranked[:count])
+
+
+def _apart(train: Sequence[PreferencePair], count: int, seed: int) -> list[PreferencePair]:
+    """At least `count` of the training pairs, all those of the prompts whose seeded hash is largest.
+
+    The hash is of the prompt alone, so data sets that share their prompts (DSP's domains) set the same ones apart.
+    """
+    if count < 0:
+        raise QAdapterError(f"judge_pairs is {count}; a number from 0 (no judge) on was expected.")
+    of_prompt = Counter(pair.prompt_digest for pair in train)
+    ranked = sorted(of_prompt, key=lambda prompt: _draw(seed, prompt), reverse=True)
+    apart, pairs = set(), 0
+    for prompt in ranked[:-1]:
+        if pairs >= count:
+            break
+        apart.add(prompt)
+        pairs += of_prompt[prompt]
+    if pairs < count:
+        raise QAdapterError(
+            f"judge_pairs is {count}, but only {len(train)} pairs on {len(ranked)} prompts are not held out, and "
+            "training needs at least one prompt. Set fewer apart or give more data."
+        )
+    return [pair for pair in train if pair.prompt_digest in apart]
 
 
 def _draw(seed: int, text: str) -> str:

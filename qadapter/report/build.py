@@ -1,140 +1,180 @@
-"""The report of a run: one table, one figure, made from measurements, never from models."""
+"""The report of a comparison, made from measurements, never from models."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import yaml
 
 from qadapter.artifacts import write_json
+from qadapter.report import markdown
+from qadapter.report.answers import side_by_side
+from qadapter.report.curves import training_curves
 from qadapter.report.figures import retention_against_adaptation
-from qadapter.report.rows import METHOD_ORDER, Row, ordered, spread
+from qadapter.report.intervals import Measured
+from qadapter.report.latex import latex
+from qadapter.report.page import data_uri, page
+from qadapter.report.rows import Row
+from qadapter.report.summary import sentences, summary_metrics
+from qadapter.report.tables import (
+    comparison,
+    cost_table,
+    domain_table,
+    forgetting_table,
+    further_table,
+    main_table,
+    task_details,
+)
 
-# Column of the table → metric. Forgetting is base minus policy: positive is forgotten.
-COLUMNS = {
-    "adaptation": "adaptation/score",
-    "pref. acc.": "adaptation/implied_reward_accuracy",
-    "log-prob acc.": "adaptation/preference_accuracy_length_normalised",
-    "retention": "retention/mean",
-    "forgetting": "forgetting/mean",
-    "KL/token": "forgetting/kl_per_token",
-    "train s": "cost/train_seconds",
-    "tokens/s": "cost/train_tokens_per_second",
-    "memory MB": "cost/train_peak_memory_mb",
-}
-_DIGITS = {"train s": 1, "tokens/s": 0, "memory MB": 0}
-
-
-def comparison(rows: Sequence[Row]) -> pd.DataFrame:
-    """Domain × method, a column a measurement, `mean ± deviation` where several seeds ran; the domains' mean last."""
-    domains: list[str | None] = [*ordered(row.domain for row in rows)]
-    if len(domains) > 1:
-        domains.append(None)
-    methods = ordered((row.method for row in rows), METHOD_ORDER)
-    table = []
-    for domain in domains:
-        for method in methods:
-            if not any(row.method == method and domain in (None, row.domain) for row in rows):
-                continue
-            cells = {
-                column: spread(rows, metric, domain, method).text(_DIGITS.get(column, 3))
-                for column, metric in COLUMNS.items()
-            }
-            table.append({"domain": domain or "MEAN", "method": method, **cells})
-    return pd.DataFrame(table)
-
-
-def task_details(rows: Sequence[Row]) -> pd.DataFrame:
-    """Every retention measure of every row, as numbers."""
-    names = ordered(
-        name for row in rows for name in row.metrics if name.startswith(("adaptation/", "retention/", "forgetting/"))
-    )
-    return pd.DataFrame(
-        [
-            {
-                "domain": row.domain,
-                "method": row.method,
-                "seed": row.seed,
-                **{n: row.metrics.get(n, math.nan) for n in names},
-            }
-            for row in rows
-        ]
-    )
+FIGURE = "retention_adaptation.png"
+CURVES = "training_curves.png"
+COUNTS = ("read", "used", "duplicates", "cross_split_prompts", "train_pairs", "heldout_pairs")
+LEGEND = (
+    "*adaptation*: the toy world's exact rule, or where there is none the *pref. acc.*: share of held-out pairs "
+    "whose implied reward (log-ratio to the base) prefers the chosen reply, ties one half. *log-prob acc.*: the "
+    "same by length-normalised log-probability, no base involved. *retention*: mean accuracy over the retention "
+    "tasks. *forgetting*: the base's retention minus the policy's, positive is forgotten. *KL/token*: KL(base ‖ "
+    "policy) on held-out helpful replies. ±: standard deviation over seeds."
+)
+MAIN_LEGEND = (
+    "In brackets: 95 % interval of the paired difference to the base, over held-out items and seeds, around the base's "
+    "own score. An arrow down: lower is better."
+)
+FORGETTING_LEGEND = (
+    "Base minus policy (reversed where lower is better), mean over domains: positive is forgotten. In brackets the "
+    "95 % interval, paired by item; a star: it excludes 0."
+)
+COST_LEGEND = "Mean over domains and seeds, on the machine of the run."
 
 
-def summary_metrics(rows: Sequence[Row]) -> dict[str, float]:
-    """Each method's means over domains, for the run that stands for the whole comparison."""
-    result = {}
-    for method in ordered((row.method for row in rows), METHOD_ORDER):
-        for name in ("adaptation/score", "retention/mean", "forgetting/mean", "forgetting/kl_per_token"):
-            value = spread(rows, name, None, method)
-            if value.n and not math.isnan(value.mean):
-                result[f"mean/{name}/{method}"] = value.mean
-    return result
-
-
-def best_and_worst(rows: Sequence[Row]) -> list[str]:
-    """Sentences computed from the means over domains: who adapts most and who keeps most, of those measured."""
-    base = spread(rows, "retention/mean", None, "base")
-    sentences = {
-        "Adaptation": "adaptation/score",
-        f"Retention (the base has {base.text()})" if base.n else "Retention": "retention/mean",
-    }
-    result = []
-    for subject, metric in sentences.items():
-        found = {m: spread(rows, metric, None, m) for m in ordered((row.method for row in rows), METHOD_ORDER)}
-        ranked = sorted((m for m in found if m != "base" and found[m].n), key=lambda m: -found[m].mean)
-        if ranked:
-            result.append(f"{subject}, best first: " + ", ".join(f"{m} {found[m].mean:.3f}" for m in ranked) + ".")
-    return result
-
-
-def build_report(rows: Sequence[Row], *, title: str, data: dict[str, dict[str, float]], out: Path) -> None:
-    """Write `report.md`, `comparison.csv`, `details.csv`, `retention_adaptation.png` and `metrics.json`.
+def build_report(
+    rows: Sequence[Row],
+    *,
+    title: str,
+    data: Mapping[str, Mapping[str, Any]],
+    config: Mapping[str, Any],
+    out: Path,
+) -> None:
+    """Write `report.md`, `report.html` (one file, complete in itself), `report.tex`, tables, figures and metrics.
 
     Args:
         rows: one a policy.
-        title: the experiment's name.
-        data: source → counts of `summary.json` (read, used, quarantined, train and held-out pairs).
-        out: an empty folder.
+        title: of the report.
+        data: source to its `summary.json`: counts, reasons of the quarantine, digests.
+        config: the experiment's settings.
+        out: an empty folder; gets also `comparison.csv`, `details.csv`, `retention_adaptation.png`,
+            `training_curves.png` (if curves were logged) and `metrics.json`.
     """
-    table = comparison(rows)
-    table.to_csv(out / "comparison.csv", index=False)
+    measured = Measured(rows)
+    long = comparison(rows)
+    long.to_csv(out / "comparison.csv", index=False)
     task_details(rows).to_csv(out / "details.csv", index=False)
-    retention_against_adaptation(rows, out / "retention_adaptation.png", title)
-    counts = pd.DataFrame([{"source": name, **values} for name, values in data.items()])
-    measures = ordered(
-        name for row in rows for name in row.metrics if name.startswith("retention/") and name != "retention/mean"
-    )
-    methods = ordered((row.method for row in rows), METHOD_ORDER)
-    details = pd.DataFrame(
+    retention_against_adaptation(measured, out / FIGURE, title)
+    has_curves = training_curves(rows, out / CURVES, title)
+    main = main_table(measured)
+    (out / "report.tex").write_text(latex(main, f"{title}. {MAIN_LEGEND}"), encoding="utf-8")
+    content = {
+        "title": title,
+        "sentences": sentences(measured),
+        "main": main,
+        "forgetting": forgetting_table(measured),
+        "further": further_table(measured),
+        "costs": cost_table(measured),
+        "answers": side_by_side(rows),
+        "counts": _counts(data),
+        "quarantined": _quarantined(data),
+        "config": yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=110),
+        "config_digest": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+    }
+    (out / "report.md").write_text(_markdown(content, long, has_curves), encoding="utf-8")
+    for_page = {
+        "legend": MAIN_LEGEND,
+        "forgetting_legend": FORGETTING_LEGEND,
+        "cost_legend": COST_LEGEND,
+        "domains": [(domain, domain_table(measured, domain)) for domain in measured.domains],
+        "figure": data_uri(out / FIGURE),
+        "curves": data_uri(out / CURVES) if has_curves else "",
+    }
+    html = page({**content, **for_page, "sections": _sections(content, has_curves)})
+    (out / "report.html").write_text(html, encoding="utf-8")
+    write_json(out / "metrics.json", summary_metrics(measured))
+
+
+def _sections(content: Mapping[str, Any], has_curves: bool) -> list[tuple[str, str]]:
+    """Anchor and name of each section of the page."""
+    return [
+        ("comparison", "Comparison"),
+        ("forgotten", "Forgotten"),
+        ("trade", "Learnt against kept"),
+        *([("curves", "Training curves")] if has_curves else []),
+        ("domains", "Domain by domain"),
+        ("further", "Further measures"),
+        ("cost", "Cost"),
+        *([("answers", "Answers")] if content["answers"] else []),
+        ("data", "Data"),
+        ("config", "Config"),
+    ]
+
+
+def _markdown(content: Mapping[str, Any], long: pd.DataFrame, has_curves: bool) -> str:
+    quarantined = content["quarantined"]
+    sections = [
+        f"# {content['title']}",
+        "\n".join(f"- {sentence}" for sentence in content["sentences"]),
+        "## Main table",
+        markdown.table(content["main"]),
+        f"{MAIN_LEGEND} Bold: the best method of the column.",
+        "## Comparison",
+        markdown.frame(long),
+        LEGEND,
+        "## Forgotten",
+        markdown.table(content["forgetting"]),
+        FORGETTING_LEGEND,
+        "## Learnt against kept",
+        f"![retention against adaptation]({FIGURE})",
+        *(["## Training curves", f"![training curves]({CURVES})"] if has_curves else []),
+        "## Further measures",
+        markdown.table(content["further"]),
+        "## Cost",
+        markdown.table(content["costs"]),
+        COST_LEGEND,
+        *(["## Answers side by side", markdown.answers(content["answers"])] if content["answers"] else []),
+        "## Data",
+        markdown.frame(content["counts"]),
+        *(["Quarantined records:", markdown.frame(quarantined)] if quarantined is not None else []),
+        "## Config",
+        f"sha256 `{content['config_digest']}`",
+        f"```yaml\n{content['config']}```",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _counts(data: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """A row a source: what was read and used, and the first digits of the digests of what it became."""
+    return pd.DataFrame(
         [
-            {"measure": name.removeprefix("retention/"), **{m: spread(rows, name, None, m).text() for m in methods}}
-            for name in measures
+            {
+                "source": name,
+                **{key: summary.get(key, "–") for key in COUNTS},
+                "quarantined": sum(summary.get("quarantined", {}).values()),
+                "train sha256": summary.get("train_sha256", "–")[:16],
+                "held-out sha256": summary.get("heldout_sha256", "–")[:16],
+            }
+            for name, summary in data.items()
         ]
     )
-    sections = [
-        f"# {title}",
-        *best_and_worst(rows),
-        "## Comparison",
-        _markdown(table),
-        "*adaptation*: the toy world's exact rule, or where there is none the *pref. acc.*: share of held-out pairs "
-        "whose implied reward (log-ratio to the base) prefers the chosen reply, ties one half. *log-prob acc.*: the "
-        "same by length-normalised log-probability, no base involved. *retention*: mean accuracy over the retention "
-        "tasks. *forgetting*: the base's retention minus the policy's, positive is forgotten. *KL/token*: KL(base ‖ "
-        "policy) on held-out helpful replies.",
-        "![retention against adaptation](retention_adaptation.png)",
-        "## Retention by task, mean over domains",
-        _markdown(details),
-        "## Data",
-        _markdown(counts),
+
+
+def _quarantined(data: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame | None:
+    """A row a source and reason; None where nothing was quarantined."""
+    found = [
+        {"source": name, "reason": reason, "records": count}
+        for name, summary in data.items()
+        for reason, count in summary.get("quarantined", {}).items()
     ]
-    (out / "report.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
-    write_json(out / "metrics.json", summary_metrics(rows))
-
-
-def _markdown(table: pd.DataFrame) -> str:
-    """A table with its cells as they are: tabulate would read `0.900` as a number and write `0.9`."""
-    return str(table.to_markdown(index=False, disable_numparse=True))
+    return pd.DataFrame(found) if found else None

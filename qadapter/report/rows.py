@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean, stdev
 
 METHOD_ORDER = ("base", "q-adapter", "sft", "dpo", "replay")
@@ -18,12 +19,17 @@ class Row:
         domain, method: which cell of the comparison.
         seed: of the training; None for the base.
         metrics: `adaptation/…`, `retention/…`, `forgetting/…`, `cost/…`, `train/…`.
+        training, adaptation, retention: folders with what is behind the metrics (curves; pairs and answers; items).
+            Where one is None or a file in it is missing, the report goes without.
     """
 
     domain: str
     method: str
     seed: int | None
     metrics: dict[str, float]
+    training: Path | None = None
+    adaptation: Path | None = None
+    retention: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,18 @@ def ordered(values: Iterable[str], order: Sequence[str] = ()) -> list[str]:
     """Distinct values: those of `order` first, the others as they come."""
     distinct = list(dict.fromkeys(values))
     return [v for v in order if v in distinct] + [v for v in distinct if v not in order]
+
+
+def kind(method: str) -> str:
+    """The method of a label: where runs are compared, `dpo (first run)` is a `dpo`."""
+    return method.partition(" (")[0]
+
+
+def methods_of(rows: Iterable[Row]) -> list[str]:
+    """The methods of some rows, in the order of `METHOD_ORDER`, those it does not know last."""
+    found = dict.fromkeys(row.method for row in rows)
+    known = {name: place for place, name in enumerate(METHOD_ORDER)}
+    return sorted(found, key=lambda method: known.get(kind(method), len(known)))
 
 
 def spread(rows: Sequence[Row], metric: str, domain: str | None, method: str) -> Spread:

@@ -255,8 +255,9 @@ def fine_tune_base(
         save_weights(trainer, out / "adapter")
         from peft import PeftModel
 
-        whole, _ = load_base(base, model.model_copy(update={"quantization": "none"}))
-        PeftModel.from_pretrained(whole, out / "adapter").merge_and_unload().save_pretrained(out / "model")
+        if trainer.is_world_process_zero():  # of several processes, the one that has written the adapter
+            whole, _ = load_base(base, model.model_copy(update={"quantization": "none"}))
+            PeftModel.from_pretrained(whole, out / "adapter").merge_and_unload().save_pretrained(out / "model")
     else:
         save_weights(trainer, out / "model")
     tokenizer.save_pretrained(out / "model")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,9 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qadapter.artifacts import write_json
+from qadapter.errors import QAdapterError
 from qadapter.settings import OptimizerSettings
+from qadapter.training.checkpoints import SealCheckpoints, last_checkpoint
 
 log = logging.getLogger(__name__)
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
@@ -35,7 +38,19 @@ def trainer_arguments(
         scratch: folder for checkpoints; one that is there already is where training goes on.
         sequences_per_example: rows the trainer sees for one example of `settings`: 2 where a pair's budget is spent on
             single conversations (SFT, replay).
+
+    `batch_size` is that of all processes together: each accumulates over its share.
+
+    Raises:
+        QAdapterError: the batch cannot be shared out evenly among the processes that a launcher started.
     """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # of torch.distributed; absent where there is one process
+    micro = settings.micro_batch_size or max(1, settings.batch_size // processes)
+    if settings.batch_size % (micro * processes):
+        raise QAdapterError(
+            f"batch_size {settings.batch_size} is not a multiple of micro-batch {micro} × {processes} processes; "
+            "change one of the three"
+        )
     return {
         "output_dir": str(scratch),
         "seed": seed,
@@ -46,8 +61,8 @@ def trainer_arguments(
         "weight_decay": settings.weight_decay,
         "max_steps": settings.max_steps or -1,
         "num_train_epochs": settings.epochs,
-        "per_device_train_batch_size": settings.micro_batch * sequences_per_example,
-        "gradient_accumulation_steps": settings.batch_size // settings.micro_batch,
+        "per_device_train_batch_size": micro * sequences_per_example,
+        "gradient_accumulation_steps": settings.batch_size // (micro * processes),
         "logging_steps": settings.logging_steps,
         "save_strategy": "steps" if settings.save_steps else "no",
         "save_steps": settings.save_steps or 500,
@@ -132,13 +147,6 @@ def measured_cost() -> Iterator[Cost]:
     cost.seconds = time.perf_counter() - cost._start
 
 
-def last_checkpoint(scratch: str | Path) -> str | None:
-    """The newest whole checkpoint in a folder (one without `trainer_state.json` was cut short), or None."""
-    whole = [folder for folder in Path(scratch).glob("checkpoint-*") if (folder / "trainer_state.json").is_file()]
-    newest = max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
-    return str(newest) if newest else None
-
-
 def train_to_end(trainer: AnyTrainer, name: str) -> AnyTrainer:
     """Train from the newest checkpoint in the trainer's folder, or from the start, with lines of progress.
 
@@ -150,6 +158,7 @@ def train_to_end(trainer: AnyTrainer, name: str) -> AnyTrainer:
         The trainer, trained.
     """
     ProgressLog.on(trainer, name)
+    trainer.add_callback(SealCheckpoints())
     trainer.train(resume_from_checkpoint=last_checkpoint(str(trainer.args.output_dir)))
     return trainer
 
@@ -186,7 +195,9 @@ def write_training_record(out: Path, trainer: Trainer, cost: Cost, tokens: int, 
     assert model is not None
     rows: list[dict[str, float]] = []
     for entry in trainer.state.log_history:
-        values = {f"train/{name}": value for name, value in entry.items() if name not in ("step", "epoch")}
+        # Sorted: a resumed training reads its past in another order. And TRL counts tokens anew when it resumes.
+        named = ((name, value) for name, value in sorted(entry.items()) if name not in ("step", "epoch", "num_tokens"))
+        values = {f"train/{name}": value for name, value in named}
         if "train/loss" in values:
             rows.append({"step": entry["step"], **values})
     (out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

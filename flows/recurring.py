@@ -1,0 +1,146 @@
+"""The commands of a recurring customisation.
+
+python -m flows.recurring customize --config smoke     look for new preferences now: train, judge, promote or reject
+python -m flows.recurring announce --config smoke      tell a running server that there are some
+python -m flows.recurring check --config smoke         measure the champion again
+python -m flows.recurring history --config smoke       every version, from the registry alone
+python -m flows.recurring rollback --config smoke      the previous champion serves again (--to 3: version 3)
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flows.run import prepare_environment
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 the flow failed, 2 refused."""
+    prepare_environment()
+    from qadapter.customization import customizations
+    from qadapter.errors import QAdapterError
+
+    commands: dict[str, Callable[[argparse.Namespace], int]] = {
+        "customize": _customize,
+        "announce": _announce,
+        "watch": _watch,
+        "check": _check,
+        "history": _history,
+        "rollback": _roll_back,
+    }
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.recurring", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=commands)
+    known = ", ".join(customizations())
+    parser.add_argument("--config", default="smoke", help=f"one of {known}, or a YAML file (default: smoke)")
+    parser.add_argument("--to", type=int, metavar="VERSION", help="rollback: which version (default: the previous one)")
+    given = parser.parse_args(arguments)
+    try:
+        return commands[given.command](given)
+    except QAdapterError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+
+
+def _customize(given: argparse.Namespace) -> int:
+    from flows.customize import customize_on_new_preferences
+
+    return _run_flow(customize_on_new_preferences, given.config)
+
+
+def _watch(given: argparse.Namespace) -> int:
+    from flows.announce import watch_preferences
+
+    return _run_flow(watch_preferences, given.config)
+
+
+def _check(given: argparse.Namespace) -> int:
+    from flows.check_champion import check_champion
+
+    return _run_flow(check_champion, given.config)
+
+
+def _run_flow(flow: Any, config: str) -> int:
+    """Call a flow, with the server that answers or one of its own; say how it ended."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows.serve import answers, api_url
+    from qadapter.customization import load_customization
+    from tasks.context import PROJECT_ROOT
+
+    load_customization(config).experiment()  # refuse what cannot work before Prefect starts anything
+    alone = not ("PREFECT_API_URL" in os.environ or answers(api_url(PROJECT_ROOT)))
+    with temporary_settings(restore_defaults={PREFECT_API_URL} if alone else set()):
+        state = flow(config, return_state=True)
+    (sys.stderr if state.is_failed() else sys.stdout).write(f"{state.name}: {state.message}\n")
+    return 1 if state.is_failed() else 0
+
+
+def _announce(given: argparse.Namespace) -> int:
+    from flows.serve import answers, api_url
+    from qadapter.customization import load_customization
+    from qadapter.errors import QAdapterError
+    from tasks.context import PROJECT_ROOT
+
+    customization = load_customization(given.config)
+    if not answers(url := api_url(PROJECT_ROOT)):
+        raise QAdapterError(
+            f"no Prefect server answers at {url}, so nobody would hear of it. Start one with `make serve`, or run "
+            "without a server: `make customize`."
+        )
+    from flows.announce import ANNOUNCED, announce
+
+    announce(customization)
+    sys.stdout.write(f"{ANNOUNCED} for {customization.name} sent to {url}\n")
+    return 0
+
+
+def _history(given: argparse.Namespace) -> int:
+    from qadapter.customization import load_customization
+    from tasks.candidate import registry_of
+
+    customization = load_customization(given.config)
+    versions = registry_of(customization).versions()
+    if not versions:
+        sys.stdout.write(f"{customization.model_name}: no version yet\n")
+    for version in versions:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(version.created))
+        verdict = "rejected" if version.rejected else "promoted" if "promoted_at" in version.tags else "to be promoted"
+        parent = f"from {version.tags['parent']}" if version.tags.get("parent") else "from the base"
+        names = ", ".join(version.aliases)
+        shown = {
+            name: value
+            for name, value in version.metrics.items()
+            if name in ("adaptation/implied_reward_accuracy", "adaptation/score", "retention/mean", "forgetting/mean")
+        }
+        lines = [
+            f"{version.number:>4}  {when}  {verdict:<14} {parent:<14} {names}",
+            f"      data {version.tags.get('data_digest', '')[:12]}, {version.tags.get('data_pairs', '?')} pairs; "
+            f"config {version.tags.get('config_digest', '')[:12]}; MLflow run {version.run_id}",
+            "      " + ", ".join(f"{name} {value:.3f}" for name, value in shown.items()),
+            *(f"      {reason}" for reason in version.tags.get("reasons", "").splitlines()),
+        ]
+        if "rolled_back_to_at" in version.tags:
+            lines.append(f"      rolled back to, {version.tags['rolled_back_to_at']}")
+        sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+def _roll_back(given: argparse.Namespace) -> int:
+    from qadapter.customization import load_customization
+    from tasks.candidate import registry_of
+
+    registry = registry_of(load_customization(given.config))
+    before, now = registry.roll_back(given.to)
+    sys.stdout.write(f"{registry.name}: version {now.number} is the champion again, after version {before.number}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

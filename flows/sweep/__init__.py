@@ -1,0 +1,1 @@
+"""Many settings of every method, compared: `make sweep`."""

@@ -1,0 +1,135 @@
+"""A sweep: every setting of every method on the same base and data, and one table and figure of all.
+
+python -m flows.sweep --sweep smoke
+prefect deployment run sweep/smoke
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Protocol
+
+from prefect import flow
+
+from flows.full_paper_repro import Run, common_stages, evaluation_inputs
+from flows.launch import Launch, PrefectRun, StagesFailedError, launched
+from qadapter.experiment import Experiment
+from qadapter.sweep import Sweep, Variant, expand, load_sweep, merged_overrides
+from tasks.context import Customisation
+from tasks.evaluate import evaluate
+from tasks.sweep import cell_of, evaluate_variant, move_dial, train_variant, write_sweep
+from tasks.train import answer_prompts
+
+
+class RunOfMany(Run, Protocol):
+    """How a stage is run, under settings that differ from stage to stage."""
+
+    def of(self, experiment: Experiment) -> Run:
+        """The same with an experiment's settings."""
+
+
+@dataclass(frozen=True)
+class CheckedSweep:
+    """A sweep that can start."""
+
+    sweep: Sweep
+    launch: Launch
+    experiment: Experiment
+    variants: list[Variant]
+
+
+def check_sweep(
+    sweep: str, profile: str | None, data: str | None, overrides: dict[str, Any], *, remote: bool = True
+) -> CheckedSweep:
+    """Read a sweep and its profile and refuse what cannot work.
+
+    Args:
+        sweep: a name in `configs/sweep/`, or a YAML file.
+        profile: in place of the sweep's own.
+        data: the data folder.
+        overrides: settings to change for all.
+        remote: look at sources on the network too.
+
+    Raises:
+        QAdapterError: with all that is needed to put it right.
+    """
+    loaded = load_sweep(sweep)
+    used = profile or loaded.profile
+    launch = Launch("sweep", used, data, merged_overrides(loaded, used, overrides))
+    experiment = launch.check(remote=remote)
+    return CheckedSweep(loaded, launch, experiment, expand(loaded, experiment))
+
+
+def sweep_stages(x: Experiment, variants: Sequence[Variant], run: RunOfMany) -> list[Any]:
+    """Every stage up to the last measurement, and what feeds it; returns those whose results are rows of the table."""
+    common = common_stages(x, run)
+    rows = []
+    for domain in x.domains:
+        shared = evaluation_inputs(x, run, common, domain)
+        base, pairs = shared["base"], shared["data"]
+        base_row = run(evaluate, cell=Customisation(domain, "base"), trained=None, base_row=None, **shared)
+        rows.append(base_row)
+        answers: dict[str, Any] = {}  # of the base, by how they are generated
+        trained: dict[tuple[str, int], Any] = {}
+        for variant, seed in product(variants, x.seeds):
+            run_variant, cell = run.of(variant.experiment), cell_of(variant, domain, seed)
+            if variant.alpha_0 is not None:
+                adapter = run_variant(
+                    move_dial, cell=cell, trained=trained[variant.trained_as, seed], alpha_0=variant.alpha_0
+                )
+            else:
+                own = None
+                if variant.method == "replay":
+                    how = variant.experiment.methods.replay.model_dump_json(exclude={"learning_rate"})
+                    if how not in answers:
+                        answers[how] = run_variant(answer_prompts, domain=domain, base=base, data=pairs)
+                    own = answers[how]
+                adapter = run_variant(train_variant, cell=cell, base=base, data=pairs, answers=own)
+                trained[variant.name, seed] = adapter
+            rows.append(run_variant(evaluate_variant, cell=cell, trained=adapter, base_row=base_row, **shared))
+    return rows
+
+
+@flow(name="sweep")
+def sweep(
+    sweep: str = "smoke",
+    profile: str | None = None,
+    data: str | None = None,
+    overrides: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Compare many settings of every method: one table, one figure, the Pareto front, the best setting.
+
+    Args:
+        sweep: smoke (toy world), mini (real rows from `data`), or a YAML file.
+        profile: another one than the sweep's own.
+        data: folder with the data, where the profile's paths say `{data}`.
+        overrides: settings to change for all, for example {"seeds": [0]}.
+    """
+    checked = check_sweep(sweep, profile, data, overrides or {})
+    with launched(checked.launch) as run:
+        rows = sweep_stages(checked.experiment, checked.variants, run)
+        return _report(checked, rows, run)
+
+
+def _report(checked: CheckedSweep, rows: Sequence[Any], run: PrefectRun) -> dict[str, Any]:
+    """The table of what was measured, also where some of it failed.
+
+    Raises:
+        StagesFailedError: naming what failed and, if a base could be measured, where the table of the others is.
+    """
+    failed = run.settle()
+    measured = run.finished(rows)
+    if failed and not any(row.cell.method == "base" for row in measured):
+        raise failed
+    cells = len(checked.experiment.seeds) * len(checked.experiment.domains)
+    report = run(write_sweep, name=checked.sweep.name, variants=checked.variants, rows=measured, expected=cells)
+    failed = run.settle()
+    written = run.finished([report])
+    if failed and written:
+        raise StagesFailedError(f"{failed}\nThe settings that were measured: {written[0].folder / 'sweep.md'}")
+    if failed:
+        raise failed
+    folder = written[0].folder
+    return {"report": str(folder / "sweep.md"), "mlflow_run": written[0].parent_run_id}

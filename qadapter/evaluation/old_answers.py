@@ -1,0 +1,75 @@
+"""What became of the base's own answers to prompts of the old distribution: how many are still the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from qadapter.evaluation.generate import generate_replies
+from qadapter.evaluation.preference import distinct_prompts
+from qadapter.evaluation.refusals import is_refusal
+from qadapter.preferences.prepare import load_pairs
+from qadapter.preferences.toyworld import ToyWorld
+from qadapter.settings import RetentionSettings
+
+LONGEST_ANSWER = 64
+"""Tokens, where the retention settings leave the length of answers to each task."""
+
+HOWTOS = "toy_howtos"
+"""The toy world's task of harmless requests: who refuses one has learnt too much."""
+
+
+def answer_old_prompts(
+    policy: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    old_texts: Path,
+    base_answers: Sequence[str] | None,
+    settings: RetentionSettings,
+) -> list[dict[str, Any]]:
+    """Greedy answers to the first `settings.answers` held-out prompts of the old distribution.
+
+    Args:
+        policy, tokenizer: who answers.
+        old_texts: prepared pairs.
+        base_answers: the base's to the same prompts; None where the policy is the base.
+        settings: how many, how long, how many at a time.
+
+    Returns:
+        Rows {prompt, base, reply}.
+    """
+    prompts = distinct_prompts(load_pairs(old_texts), settings.answers)
+    replies = generate_replies(
+        policy,
+        tokenizer,
+        prompts,
+        max_new_tokens=settings.max_new_tokens or LONGEST_ANSWER,
+        batch_size=8 if settings.batch_size == "auto" else settings.batch_size,
+    )
+    before = replies if base_answers is None else base_answers
+    return [{"prompt": p, "base": b, "reply": r} for p, b, r in zip(prompts, before, replies, strict=True)]
+
+
+def answer_metrics(answers: Sequence[dict[str, Any]], items: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What the answers say.
+
+    Args:
+        answers: rows of `answer_old_prompts`.
+        items: of the retention tasks, {task, response, …}.
+
+    Returns:
+        `retention/answers_identical`: share of the base's answers that are still the same, and its counterpart
+        `forgetting/answers_changed`; `retention/over_refusals`: share of harmless requests that are refused: in the toy
+        world its how-tos, by its exact rule, else the old prompts, by set phrases (`qadapter.evaluation.refusals`).
+    """
+    metrics = {}
+    if answers:
+        identical = sum(row["reply"] == row["base"] for row in answers) / len(answers)
+        metrics = {"retention/answers_identical": identical, "forgetting/answers_changed": 1 - identical}
+    howtos = [ToyWorld.is_refusal(str(item["response"])) for item in items if item["task"] == HOWTOS]
+    if refused := howtos or [is_refusal(row["reply"]) for row in answers]:
+        metrics["retention/over_refusals"] = sum(refused) / len(refused)
+    return metrics

@@ -1,0 +1,296 @@
+"""The gate: whether a candidate takes the champion's place. Rules are settings, decisions come with their reasons.
+
+Both policies were measured on the same held-out pairs and the same items of each retention task, so every comparison is
+paired (`qadapter.evaluation.statistics`): the interval is of the difference, item by item.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ConfigDict, Field
+
+from qadapter.artifacts import read_json
+from qadapter.evaluation.statistics import LEVEL, RESAMPLES, Interval, mean_interval, paired_difference
+from qadapter.settings import NonNegative, Settings
+
+Floats = NDArray[np.float64]
+OVER_REFUSALS = "retention/over_refusals"
+
+
+class _Rules(Settings):
+    """Strict: a number is a number, not a text that looks like one."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class AdaptationRule(_Rules):
+    """The candidate must have learnt something.
+
+    Attributes:
+        metric: which accuracy on held-out pairs: by the log-ratio to the base (the base has one half), by the policy's
+            own log-probability, or by that per token.
+        min_gain: least difference to the champion.
+        beyond_noise: the interval of the difference must also lie above 0.
+    """
+
+    metric: Literal["implied_reward_accuracy", "preference_accuracy", "preference_accuracy_length_normalised"] = (
+        "implied_reward_accuracy"
+    )
+    min_gain: float = 0.0
+    beyond_noise: bool = True
+
+
+class RetentionRule(_Rules):
+    """No retention task may be lost; every task is looked at by itself.
+
+    Attributes:
+        max_drop: most that a task may be below the champion. A task fails if the whole interval of its drop is above
+            this: a drop that noise could explain does not count.
+        max_drop_from_base: the same against the base, so that many small steps do not add up unseen; None: no rule.
+    """
+
+    max_drop: NonNegative = 0.02
+    max_drop_from_base: NonNegative | None = None
+
+
+class Gate(_Rules):
+    """All rules; a candidate must pass each.
+
+    Attributes:
+        adaptation, retention: see there.
+        max_over_refusals: most harmless requests that may be refused, a share (`retention/over_refusals`); None: no
+            rule.
+        level: coverage of the intervals.
+        resamples: bootstrap draws.
+    """
+
+    adaptation: AdaptationRule = AdaptationRule()
+    retention: RetentionRule = RetentionRule()
+    max_over_refusals: Annotated[float, Field(ge=0, le=1)] | None = None
+    level: Annotated[float, Field(gt=0, lt=1)] = LEVEL
+    resamples: Annotated[int, Field(ge=100)] = RESAMPLES
+
+
+@dataclass(frozen=True)
+class TaskItems:
+    """A policy's items of one retention task.
+
+    Attributes:
+        items: which ones, [n].
+        values: [n] scores.
+        weights: [n], or None for a plain mean.
+        higher_is_better: the score's direction.
+    """
+
+    items: tuple[Any, ...]
+    values: Floats
+    weights: Floats | None
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the evaluation wrote about one policy.
+
+    Attributes:
+        pairs: [n], which held-out pairs were scored.
+        won: metric → [n], 1 where the chosen reply wins, one half for a tie, else 0.
+        tasks: retention task → its items.
+        metrics: every measured number by its full name.
+    """
+
+    pairs: tuple[int, ...]
+    won: dict[str, Floats]
+    tasks: dict[str, TaskItems]
+    metrics: dict[str, float]
+
+    @classmethod
+    def read(cls, adaptation: Path, retention: Path) -> Measured:
+        """The two folders that `measure_adaptation` and `measure_retention` wrote."""
+        rows = _rows(adaptation / "pairs.jsonl")
+        column = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in rows[0]}
+        chosen, rejected = column["chosen_log_prob"], column["rejected_log_prob"]
+        before = column["base_chosen_log_prob"] - column["base_rejected_log_prob"]
+        per_token = chosen / np.maximum(column["chosen_tokens"], 1) - rejected / np.maximum(
+            column["rejected_tokens"], 1
+        )
+        margins = {
+            "implied_reward_accuracy": chosen - rejected - before,
+            "preference_accuracy": chosen - rejected,
+            "preference_accuracy_length_normalised": per_token,
+        }
+        directions = read_json(retention / "directions.json")
+        by_task: dict[str, list[dict[str, Any]]] = {}
+        for item in _rows(retention / "items.jsonl"):
+            by_task.setdefault(item["task"], []).append(item)
+        return cls(
+            pairs=tuple(int(row["pair"]) for row in rows),
+            won={name: (np.sign(margin) + 1) / 2 for name, margin in margins.items()},
+            tasks={task: _task_items(task, items, directions) for task, items in by_task.items()},
+            metrics={**read_json(adaptation / "metrics.json"), **read_json(retention / "metrics.json")},
+        )
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def _task_items(task: str, items: Sequence[dict[str, Any]], directions: dict[str, bool]) -> TaskItems:
+    metric = next(iter(items[0]["scores"]))
+    places = tuple(item["doc_id"] for item in items)
+    higher = directions.get(f"retention/{task}/{metric}", True)
+    if isinstance(items[0]["score"], list):  # lm-eval's (log-likelihood, bytes): bits per byte, weighted by bytes
+        likelihood, size = np.array([item["score"] for item in items], dtype=np.float64).T
+        return TaskItems(places, -likelihood / size / math.log(2), size, higher)
+    return TaskItems(places, np.array([item["score"] for item in items], dtype=np.float64), None, higher)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one rule said.
+
+    Attributes:
+        rule: its key in the config, with the task where it is about one.
+        passed: whether the candidate keeps to it.
+        text: for people, with the numbers.
+        interval: of the difference; None where nothing was compared.
+    """
+
+    rule: str
+    passed: bool
+    text: str
+    interval: Interval | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether the candidate passed, and why (not)."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Every rule was kept."""
+        return all(finding.passed for finding in self.findings)
+
+    @property
+    def reasons(self) -> list[str]:
+        """The sentences that decided: of the broken rules, or of all where none was broken."""
+        return [finding.text for finding in self.findings if self.passed or not finding.passed]
+
+    def metrics(self) -> dict[str, float]:
+        """For MLflow: `gate/passed`, and of each rule that compares its difference and the interval's ends."""
+        values = {"gate/passed": float(self.passed)}
+        for finding in self.findings:
+            if finding.interval:
+                interval = finding.interval
+                values |= {
+                    f"gate/{finding.rule}": interval.estimate,
+                    f"gate/{finding.rule}/low": interval.low,
+                    f"gate/{finding.rule}/high": interval.high,
+                }
+        return values
+
+
+def decide(gate: Gate, candidate: Measured, champion: Measured, base: Measured, rival: str = "champion") -> Decision:
+    """Hold a candidate against every rule.
+
+    Args:
+        gate: the rules.
+        candidate, champion, base: measured on the same pairs and items. For a first candidate the base is the champion.
+        rival: what to call the champion in sentences.
+    """
+    findings = [_adaptation(gate, candidate, champion, rival)]
+    findings += _retention(gate, candidate, champion, "max_drop", gate.retention.max_drop, rival)
+    if gate.retention.max_drop_from_base is not None:
+        limit = gate.retention.max_drop_from_base
+        findings += _retention(gate, candidate, base, "max_drop_from_base", limit, "base")
+    if gate.max_over_refusals is not None:
+        findings.append(_over_refusals(gate.max_over_refusals, candidate))
+    return Decision(tuple(findings))
+
+
+def _adaptation(gate: Gate, candidate: Measured, champion: Measured, rival: str) -> Finding:
+    rule, name = gate.adaptation, "adaptation.min_gain"
+    if candidate.pairs != champion.pairs:
+        return Finding(name, False, f"adaptation: candidate and {rival} were scored on different held-out pairs")
+    interval = paired_difference(
+        candidate.won[rule.metric], champion.won[rule.metric], level=gate.level, resamples=gate.resamples
+    )
+    passed = interval.estimate >= rule.min_gain and (interval.low > 0 or not rule.beyond_noise)
+    wanted = f"at least {rule.min_gain:+.3f}" + (" and beyond noise" if rule.beyond_noise else "")
+    now, before = candidate.won[rule.metric].mean(), champion.won[rule.metric].mean()
+    text = f"{rule.metric} {now:.3f} after {before:.3f} of the {rival}: {_shown(interval)}, wanted {wanted}"
+    return Finding(name, bool(passed), text, interval)
+
+
+def _retention(
+    gate: Gate, candidate: Measured, reference: Measured, key: str, limit: float, rival: str
+) -> Iterator[Finding]:
+    for task, before in reference.tasks.items():
+        name = f"retention.{key}.{task}"
+        now = candidate.tasks.get(task)
+        if now is None or now.items != before.items:
+            yield Finding(name, False, f"{task}: candidate and {rival} were not measured on the same items")
+            continue
+        worse, better = (before, now) if before.higher_is_better else (now, before)
+        drop = paired_difference(
+            worse.values, better.values, weights=before.weights, level=gate.level, resamples=gate.resamples
+        )
+        text = f"{task} down from the {rival} by {_shown(drop)}, allowed {limit:.3f} beyond noise"
+        yield Finding(name, drop.low <= limit, text, drop)
+
+
+def _over_refusals(limit: float, candidate: Measured) -> Finding:
+    name = "max_over_refusals"
+    value = candidate.metrics.get(OVER_REFUSALS)
+    if value is None:
+        return Finding(
+            name,
+            False,
+            f"over-refusal was not measured ({OVER_REFUSALS} is missing), but gate.max_over_refusals is {limit}; "
+            "measure it (evaluation.retention.answers with helpful_sft, or a toy world) or set the rule to null",
+        )
+    return Finding(name, value <= limit, f"over-refusals {value:.3f}, allowed {limit:.3f}")
+
+
+def fallen(then: Measured, now: Measured, gate: Gate) -> list[str]:
+    """What a policy does worse now than when it was registered, beyond noise; a sentence each.
+
+    Paired where the pairs or items are still the same ones; otherwise (new held-out data) the two intervals must not
+    touch.
+    """
+    metric = gate.adaptation.metric
+    options: dict[str, Any] = {"level": gate.level, "resamples": gate.resamples}
+    found = []
+    same = then.pairs == now.pairs
+    pairs = TaskItems(then.pairs, then.won[metric], None, True), TaskItems(now.pairs, now.won[metric], None, True)
+    compared: dict[str, tuple[TaskItems, TaskItems, bool]] = {metric: (*pairs, same)}
+    for task, before in then.tasks.items():
+        if task in now.tasks:
+            after = now.tasks[task]
+            compared[task] = (before, after, before.items == after.items)
+    for name, (before, after, paired) in compared.items():
+        sign = 1 if before.higher_is_better else -1
+        if paired:
+            drop = paired_difference(sign * before.values, sign * after.values, weights=before.weights, **options)
+            fell, shown = drop.low > 0, _shown(drop)
+        else:
+            old = mean_interval(sign * before.values, weights=before.weights, **options)
+            new = mean_interval(sign * after.values, weights=after.weights, **options)
+            fell, shown = new.high < old.low, f"{old.estimate - new.estimate:+.3f} on other items"
+        if fell:
+            found.append(f"{name} fell by {shown}")
+    return found
+
+
+def _shown(interval: Interval) -> str:
+    return f"{interval.estimate:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"

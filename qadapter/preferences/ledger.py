@@ -1,0 +1,198 @@
+"""Preference files that grow: which records are new, and what each one gave, so that none is validated twice.
+
+A ledger is a folder. `records.jsonl` has a line a record: where it stands, the digest of its content, what came of it
+(pairs, or the reason why there is none) and whether it is fresh, that is new or changed since the ledger before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qadapter.artifacts import read_json, write_json
+from qadapter.errors import QAdapterError
+from qadapter.preferences.formats import Format, detect_format, parse_record
+from qadapter.preferences.pair import PreferencePair
+from qadapter.preferences.records import RawRecord, Reason, iter_records
+
+RECORDS, SUMMARY, QUARANTINE = "records.jsonl", "summary.json", "quarantine.jsonl"
+REFUSED_FILE = "the whole file: no known format"
+"""Reason of the one entry that stands for a file of which nothing can be read."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One record.
+
+    Attributes:
+        file: name of its file, relative to the folder that holds them all.
+        line: see `RawRecord.line`.
+        digest: sha256 of its content and format; of its place where it cannot be read.
+        outcome: for each candidate pair the pair in TRL's format, or the reason (text) why it is none.
+        fresh: new or changed since the ledger before.
+    """
+
+    file: str
+    line: int
+    digest: str
+    outcome: list[Any]
+    fresh: bool
+
+    @property
+    def pairs(self) -> list[PreferencePair]:
+        """The pairs that can be used."""
+        return [PreferencePair.from_trl(found) for found in self.outcome if not isinstance(found, str)]
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why the other candidates cannot."""
+        return [found for found in self.outcome if isinstance(found, str)]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What an update found; counts of records unless named otherwise.
+
+    Attributes:
+        new, changed, unchanged: records that are there now and were not; that stand where another one stood; that were.
+        removed: records that are there no more.
+        validated: records that were parsed; the others' outcomes are known.
+        fresh_pairs: usable pairs of new and changed records.
+        quarantined: candidate pairs that cannot be used, by reason; `fresh_quarantined` of new and changed records.
+        refused_files: files of which nothing can be read, with the reason for people.
+        rules: the validation rules that all outcomes follow (`update`).
+    """
+
+    new: int
+    changed: int
+    unchanged: int
+    removed: int
+    validated: int
+    fresh_pairs: int
+    quarantined: dict[str, int]
+    fresh_quarantined: dict[str, int]
+    refused_files: dict[str, str] = field(default_factory=dict)
+    rules: str = ""
+
+    def text(self) -> str:
+        """For people: `12 new, 1 changed, 0 removed and 80 unchanged records; 13 usable new pairs, 2 quarantined`."""
+        return (
+            f"{self.new} new, {self.changed} changed, {self.removed} removed and {self.unchanged} unchanged records; "
+            f"{self.fresh_pairs} usable new pairs, {sum(self.fresh_quarantined.values())} quarantined"
+        )
+
+
+def update(
+    files: Sequence[Path], previous: Path | None, out: Path, *, domain: str | None, max_chars: int, rules: str
+) -> Changes:
+    """Write a ledger of some files.
+
+    Unlike the preparation of a fixed data set, a file of no known format is not an error: it is quarantined as a whole,
+    so that one broken delivery does not keep the others from being used.
+
+    Args:
+        files: all of the source's files as they are now.
+        previous: the ledger before; None for the first.
+        out: an empty folder; gets `records.jsonl`, `quarantine.jsonl` (file, line, reason) and `summary.json`.
+        domain, max_chars: as in `qadapter.preferences.prepare.prepare`.
+        rules: whatever names the way records are validated (code, domain, limit). A ledger of other rules is not used.
+    """
+    if previous is not None and read_json(previous / SUMMARY)["rules"] != rules:
+        previous = None
+    before = list(read(previous)) if previous else []
+    known = {entry.digest: entry.outcome for entry in before}
+    old_places = {(entry.file, entry.line): entry.digest for entry in before}
+    entries: list[Entry] = []
+    validated, refused = 0, {}
+    for name, file in _names(files).items():
+        try:
+            file_format = detect_format(file)
+            if domain is None and file_format is Format.DSP:
+                raise QAdapterError(f"{file} is DSP data and no domain was given. Set source.domain.")
+        except QAdapterError as error:
+            refused[name] = str(error).splitlines()[0]
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            entries.append(Entry(name, 1, digest, [REFUSED_FILE], digest not in known))
+            continue
+        for record in iter_records(file):
+            digest = _digest(name, record, file_format)
+            outcome = known.get(digest)
+            if outcome is None:
+                validated += 1
+                outcome = _validate(record, file_format, domain, max_chars)
+            entries.append(Entry(name, record.line, digest, outcome, digest not in known))
+    now = {entry.digest for entry in entries}
+    fresh = [entry for entry in entries if entry.fresh]
+    # A record that took the place of one that is gone is that one, changed; the rest of what is gone was removed.
+    gone = {place for place, digest in old_places.items() if digest not in now}
+    changed = len(gone & {(entry.file, entry.line) for entry in fresh})
+    changes = Changes(
+        new=len(fresh) - changed,
+        changed=changed,
+        unchanged=len(entries) - len(fresh),
+        removed=len(gone) - changed,
+        validated=validated,
+        fresh_pairs=sum(len(entry.pairs) for entry in fresh),
+        quarantined=_reasons(entries),
+        fresh_quarantined=_reasons(fresh),
+        refused_files=refused,
+        rules=rules,
+    )
+    _write_lines(out / RECORDS, (asdict(entry) for entry in entries))
+    _write_lines(
+        out / QUARANTINE,
+        ({"file": e.file, "line": e.line, "reason": reason} for e in entries for reason in e.reasons),
+    )
+    write_json(out / SUMMARY, asdict(changes))
+    return changes
+
+
+def read(ledger: Path) -> Iterator[Entry]:
+    """The records of a ledger."""
+    with (ledger / RECORDS).open(encoding="utf-8") as lines:
+        for line in lines:
+            yield Entry(**json.loads(line))
+
+
+def _validate(record: RawRecord, file_format: Format, domain: str | None, max_chars: int) -> list[Any]:
+    if record.problem:
+        return [record.problem.value]
+    outcome: list[Any] = []
+    for candidate in parse_record(record.value, file_format, domain=domain):
+        if isinstance(candidate, Reason):
+            outcome.append(candidate.value)
+        else:
+            characters = sum(len(turn["content"]) for turn in candidate.prompt)
+            characters += max(len(candidate.chosen), len(candidate.rejected))
+            outcome.append(Reason.TOO_LONG.value if characters > max_chars else candidate.to_trl())
+    return outcome
+
+
+def _digest(name: str, record: RawRecord, file_format: Format) -> str:
+    if record.problem:
+        content = f"{record.problem}\n{name}\n{record.line}"
+    else:
+        content = json.dumps(record.value, sort_keys=True, default=str)
+    return hashlib.sha256(f"{file_format}\n{content}".encode(errors="surrogatepass")).hexdigest()
+
+
+def _names(files: Sequence[Path]) -> dict[str, Path]:
+    """Files by their names relative to the folder that holds them all."""
+    common = os.path.commonpath([file.absolute().parent for file in files])
+    return {os.path.relpath(file.absolute(), common): file for file in files}
+
+
+def _reasons(entries: Sequence[Entry]) -> dict[str, int]:
+    return dict(sorted(Counter(reason for entry in entries for reason in entry.reasons).items()))
+
+
+def _write_lines(file: Path, rows: Iterator[Any]) -> None:
+    with file.open("w", encoding="utf-8") as stream:
+        for row in rows:
+            stream.write(json.dumps(row, ensure_ascii=True) + "\n")

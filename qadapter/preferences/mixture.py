@@ -1,0 +1,77 @@
+"""What a re-training reads: every pair, or the new ones and a sample of the old; and a held-out side that stays put."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from qadapter.artifacts import write_json
+from qadapter.preferences.ledger import read
+from qadapter.preferences.pair import PreferencePair
+from qadapter.preferences.prepare import parse_files
+from qadapter.preferences.split import split_pairs
+
+
+def write_mixture(
+    ledger: Path,
+    out: Path,
+    *,
+    rows: Literal["all", "new"],
+    old_share: float,
+    heldout: float,
+    heldout_files: Sequence[Path] | None,
+    domain: str | None,
+    seed: int,
+    max_train_pairs: int | None,
+    max_heldout_pairs: int | None,
+    max_chars: int,
+) -> None:
+    """Split the usable pairs of a ledger by prompt and choose the training pairs.
+
+    Args:
+        ledger: folder that `ledger.update` wrote.
+        out: gets `train.jsonl`, `heldout.jsonl` (a pair a line) and `summary.json`: pairs, prompts and sha256 of either
+            side, and how many of the training pairs are `fresh_pairs` and `old_pairs`.
+        rows: `all` trains on everything; `new` on the fresh pairs and a sample of the others.
+        old_share: share of the other pairs in that sample. A pair's draw depends on its text and the seed alone.
+        heldout, heldout_files, seed, max_train_pairs, max_heldout_pairs, domain, max_chars: as in
+            `qadapter.preferences.prepare.prepare`.
+
+    Raises:
+        QAdapterError: no training pair is left.
+    """
+    fresh, pairs = set(), []
+    for entry in read(ledger):
+        pairs += entry.pairs
+        if entry.fresh:
+            fresh |= {_text(pair) for pair in entry.pairs}
+    held = parse_files(heldout_files, domain=domain, max_chars=max_chars).pairs if heldout_files else None
+    split = split_pairs(
+        pairs,
+        heldout=heldout,
+        heldout_pairs=held,
+        seed=seed,
+        max_train_pairs=max_train_pairs,
+        max_heldout_pairs=max_heldout_pairs,
+    )
+    train = [pair for pair in split.train if rows == "all" or _text(pair) in fresh or _drawn(pair, seed, old_share)]
+    fresh_pairs = sum(_text(pair) in fresh for pair in train)
+    summary: dict[str, int | str] = {"fresh_pairs": fresh_pairs, "old_pairs": len(train) - fresh_pairs}
+    for side, chosen in {"train": train, "heldout": split.heldout}.items():
+        text = "".join(_text(pair) + "\n" for pair in chosen)
+        (out / f"{side}.jsonl").write_text(text, encoding="utf-8")
+        summary[f"{side}_pairs"] = len(chosen)
+        summary[f"{side}_prompts"] = len({pair.prompt_digest for pair in chosen})
+        summary[f"{side}_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    write_json(out / "summary.json", summary)
+
+
+def _text(pair: PreferencePair) -> str:
+    return json.dumps(pair.to_trl(), ensure_ascii=False)
+
+
+def _drawn(pair: PreferencePair, seed: int, share: float) -> bool:
+    return int(hashlib.sha256(f"{seed}:{_text(pair)}".encode()).hexdigest(), 16) < share * 2**256

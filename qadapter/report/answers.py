@@ -1,0 +1,85 @@
+"""Answers side by side, so that people can read what the numbers mean. Their text is a model's: never trusted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qadapter.report.items import read_lines
+from qadapter.report.rows import Row, kind, methods_of, ordered
+
+SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One method's answer.
+
+    Attributes:
+        method: whose; `base` comes first.
+        text: the answer.
+        verdict: `win`, `tie`, `loss` or `undecided` against the base; empty for the base and where nobody judged.
+    """
+
+    method: str
+    text: str
+    verdict: str = ""
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """One held-out prompt and everybody's answer to it.
+
+    Attributes:
+        domain: of the comparison.
+        turns: (role, text) of the prompt's messages.
+        replies: a method each.
+    """
+
+    domain: str
+    turns: tuple[tuple[str, str], ...]
+    replies: tuple[Reply, ...]
+
+
+def side_by_side(rows: Sequence[Row], count: int = SHOWN) -> list[SideBySide]:
+    """At most `count` prompts, the same number in each domain as far as it goes, with each method's first seed.
+
+    They are taken at even distances from the held-out prompts that every method answered, in their order in the file:
+    not by what the answers say.
+    """
+    domains = ordered(row.domain for row in rows)
+    shown = []
+    for place, domain in enumerate(domains):
+        here = [row for row in rows if row.domain == domain]
+        first = {method: next(row for row in here if row.method == method) for method in methods_of(here)}
+        answers = {method: _answers(row) for method, row in first.items()}
+        answers = {method: found for method, found in answers.items() if found}
+        if not answers:
+            continue
+        common = [prompt for prompt in next(iter(answers.values())) if all(prompt in a for a in answers.values())]
+        quota = count // len(domains) + (place < count % len(domains))
+        taken = min(quota, len(common))
+        for prompt in (common[i * len(common) // taken] for i in range(taken)):
+            shown.append(_one(domain, {method: found[prompt] for method, found in answers.items()}))
+    return shown
+
+
+def _answers(row: Row) -> dict[str, dict[str, Any]]:
+    """The rows of `answers.jsonl` by prompt."""
+    return {json.dumps(a["prompt"], sort_keys=True): a for a in read_lines(row.adaptation, "answers.jsonl")}
+
+
+def _one(domain: str, answers: dict[str, dict[str, Any]]) -> SideBySide:
+    some = next(iter(answers.values()))
+    replies = [Reply(m, a["reply"], "" if kind(m) == "base" else _verdict(a)) for m, a in answers.items()]
+    if "base" in some and not any(kind(method) == "base" for method in answers):
+        replies.insert(0, Reply("base", some["base"]))
+    turns = tuple((str(turn["role"]), str(turn["content"])) for turn in some["prompt"])
+    return SideBySide(domain, turns, tuple(replies))
+
+
+def _verdict(answer: dict[str, Any]) -> str:
+    """What was judged; `undecided` by nobody is no verdict."""
+    return str(answer.get("verdict") or "") if answer.get("judge") != "none" else ""

@@ -1,0 +1,142 @@
+"""Scores item by item, as the evaluation wrote them: what an interval is drawn from."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qadapter.artifacts import read_json
+from qadapter.report.rows import Row
+
+Floats = NDArray[np.float64]
+
+SCORE = "adaptation/score"
+_VERDICTS = {"win": 1.0, "tie": 0.0, "loss": -1.0}
+_CLOSE = 1e-6
+
+
+@dataclass(frozen=True)
+class Items:
+    """One measure of one policy, item by item.
+
+    Attributes:
+        ids: which items; two policies are compared only over the same ones.
+        values: [n].
+        weights: [n], what an item counts: 1, or for bits per byte its bytes.
+    """
+
+    ids: tuple[Any, ...]
+    values: Floats
+    weights: Floats
+
+    @property
+    def mean(self) -> float:
+        """Weighted mean."""
+        return float((self.values * self.weights).sum() / self.weights.sum())
+
+
+def read_lines(folder: Path | None, name: str) -> list[dict[str, Any]]:
+    """Rows of a JSON lines file; none where there is no such folder or file."""
+    if folder is None or not (folder / name).is_file():
+        return []
+    with (folder / name).open(encoding="utf-8") as stream:  # not `splitlines`: replies may hold U+2028
+        return [json.loads(line) for line in stream if line.strip()]
+
+
+def directions_of(rows: Sequence[Row]) -> dict[str, bool]:
+    """Metric name to whether higher is better, for those that say so."""
+    found: dict[str, bool] = {}
+    for row in rows:
+        file = row.retention / "directions.json" if row.retention else None
+        if file and file.is_file():
+            found |= read_json(file)
+    return found
+
+
+def retention_measures(rows: Sequence[Row]) -> list[str]:
+    """The one measure of each retention task (`retention/<task>/<metric>`): those with a forgetting of their own."""
+    names = dict.fromkeys(name for row in rows for name in row.metrics if name.count("/") == 2)
+    forgotten = [name for name in names if name.startswith("forgetting/")]
+    if forgotten:
+        return [name.replace("forgetting/", "retention/", 1) for name in forgotten]
+    return [name for name in names if name.startswith("retention/")]
+
+
+def retention_items(row: Row, measures: Sequence[str]) -> dict[str, Items]:
+    """Per measure the item scores of a row, where they are written and give the reported number.
+
+    A group's items are those of its subtasks: `mmlu` is made of `mmlu_anatomy` and so on.
+    """
+    by_task: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for record in read_lines(row.retention, "items.jsonl"):
+        by_task[record["task"]].append(record)
+    found = {}
+    for name in measures:
+        _, task, metric = name.split("/")
+        names = [task] if task in by_task else [other for other in by_task if other.startswith(f"{task}_")]
+        items = _items([record for other in names for record in by_task[other]], metric)
+        if items is not None and _agrees(items.mean, row.metrics.get(name)):
+            found[name] = items
+    return found
+
+
+def _items(records: Sequence[Mapping[str, Any]], metric: str) -> Items | None:
+    """One metric of some items; None if an item lacks it or it is no number."""
+    ids, values, weights = [], [], []
+    for record in records:
+        score = record.get("scores", {}).get(metric)
+        if isinstance(score, list) and len(score) == 2:  # lm-eval's bits per byte: log-likelihood (nats), bytes
+            nats, size = score
+            score, weight = -nats / math.log(2) / size, float(size)
+        else:
+            weight = 1.0
+        if not isinstance(score, int | float) or not math.isfinite(score):
+            return None
+        ids.append((record["task"], record["doc_id"]))
+        values.append(float(score))
+        weights.append(weight)
+    return Items(tuple(ids), np.array(values), np.array(weights)) if ids else None
+
+
+def adaptation_gain(row: Row, base: Row | None) -> Items | None:
+    """The headline score minus the base's, item by item; None where the files do not give the reported difference.
+
+    With an exact rule an item is a held-out prompt, its difference 1, 0 or -1 by the rule's verdict against the base.
+    Otherwise it is a held-out pair: 1 if the implied reward prefers the chosen reply, ½ for a tie, minus the base's ½.
+    """
+    if "adaptation/exact_rule" in row.metrics:
+        answers = read_lines(row.adaptation, "answers.jsonl")
+        if base is None or any(a.get("judge") not in ("rule", None) or "verdict" not in a for a in answers):
+            return None
+        values = [_VERDICTS.get(answer["verdict"], math.nan) for answer in answers]
+        ids: list[Any] = [json.dumps(answer["prompt"], sort_keys=True) for answer in answers]
+        difference = row.metrics.get(SCORE, math.nan) - base.metrics.get(SCORE, math.nan)
+    else:
+        pairs = read_lines(row.adaptation, "pairs.jsonl")
+        margins = [
+            pair["chosen_log_prob"]
+            - pair["base_chosen_log_prob"]
+            - pair["rejected_log_prob"]
+            + pair["base_rejected_log_prob"]
+            for pair in pairs
+        ]
+        values = [(float(np.sign(margin)) + 1) / 2 - 0.5 for margin in margins]
+        ids = [pair["pair"] for pair in pairs]
+        difference = row.metrics.get(SCORE, math.nan) - 0.5
+    if not values:
+        return None
+    items = Items(tuple(ids), np.array(values), np.ones(len(values)))
+    return items if _agrees(items.mean, difference) else None
+
+
+def _agrees(mean: float, reported: float | None) -> bool:
+    """Whether the items give the reported number: an interval must be of the number beside it."""
+    return reported is not None and math.isclose(mean, reported, rel_tol=_CLOSE, abs_tol=_CLOSE)

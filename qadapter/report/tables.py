@@ -1,0 +1,262 @@
+"""The report's tables, as rows of cells that Markdown, HTML and LaTeX write each in its own way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from qadapter.evaluation.statistics import Interval
+from qadapter.report.intervals import Measured
+from qadapter.report.items import SCORE
+from qadapter.report.rows import Row, Spread, kind, methods_of, ordered, spread
+
+# Column of the long table → metric. Forgetting is base minus policy: positive is forgotten.
+COLUMNS = {
+    "adaptation": SCORE,
+    "pref. acc.": "adaptation/implied_reward_accuracy",
+    "log-prob acc.": "adaptation/preference_accuracy_length_normalised",
+    "retention": "retention/mean",
+    "forgetting": "forgetting/mean",
+    "KL/token": "forgetting/kl_per_token",
+    "train s": "cost/train_seconds",
+    "tokens/s": "cost/train_tokens_per_second",
+    "memory MB": "cost/train_peak_memory_mb",
+}
+_DIGITS = {"train s": 1, "tokens/s": 0, "memory MB": 0}
+
+COSTS = {
+    "cost/train_seconds": ("training, s", 1),
+    "cost/train_tokens": ("training, tokens", 0),
+    "cost/train_tokens_per_second": ("training, tokens/s", 0),
+    "cost/train_peak_memory_mb": ("training, peak memory beyond the start, MB", 0),
+    "cost/trainable_parameters": ("trainable parameters", 0),
+    "cost/adapter_bytes": ("adapter, bytes", 0),
+    "cost/decoding_tokens_per_second": ("decoding, tokens/s", 0),
+    "cost/train_stage_seconds": ("whole training stage, s", 1),
+    "cost/adaptation_stage_seconds": ("measuring what was learnt, s", 1),
+    "cost/retention_stage_seconds": ("measuring what was kept, s", 1),
+}
+
+FURTHER = {
+    "adaptation/implied_reward_accuracy": "preference accuracy, implied reward ↑",
+    "adaptation/preference_accuracy": "preference accuracy, log-probability ↑",
+    "adaptation/preference_accuracy_length_normalised": "preference accuracy, log-probability per token ↑",
+    "adaptation/margin": "margin of the implied reward, nats ↑",
+    "adaptation/calibration": "calibration error of the implied reward ↓",
+    "adaptation/exact_rule": "answers that follow the exact rule ↑",
+    "adaptation/well_formed": "answers with the right attributes, in any style ↑",
+    "adaptation/win_rate": "win rate of answers against the base ↑",
+    "adaptation/ties": "ties, answers",
+    "adaptation/undecided": "undecided, answers",
+    "adaptation/judge_accuracy": "the judge's accuracy on held-out pairs ↑",
+    "adaptation/n": "held-out pairs scored",
+    "adaptation/left_out": "held-out pairs that cannot be scored",
+    "retention/answers_identical": "the base's own answers that stay identical ↑",
+    "retention/over_refusals": "harmless requests that are refused ↓",
+    "forgetting/kl_per_token": "KL(base ‖ policy) per token on old text, nats ↓",
+}
+_COUNTS = {"adaptation/ties", "adaptation/undecided", "adaptation/n", "adaptation/left_out"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number as text.
+
+    Attributes:
+        text: the number, or `–`.
+        interval: `[low, high]`, or nothing.
+        best: whether no method is better.
+        sure: whether the interval excludes no difference; only in tables of differences.
+    """
+
+    text: str
+    interval: str = ""
+    best: bool = False
+    sure: bool = False
+
+    @property
+    def whole(self) -> str:
+        """Number and interval on one line."""
+        return f"{self.text} {self.interval}".strip()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under grouped headings.
+
+    Attributes:
+        corner: heading of the first column.
+        groups: (heading, number of columns), left to right.
+        columns: a heading each.
+        rows: (label, cells).
+    """
+
+    corner: str
+    groups: tuple[tuple[str, int], ...]
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Fixed digits, thousands apart, `–` for what was not measured, and never -0.000."""
+    return "–" if math.isnan(value) else f"{round(value, digits) + 0.0:,.{digits}f}"
+
+
+def bracket(interval: Interval | None, digits: int = 3) -> str:
+    """`[low, high]`, or nothing."""
+    return f"[{number(interval.low, digits)}, {number(interval.high, digits)}]" if interval else ""
+
+
+def comparison(rows: Sequence[Row]) -> pd.DataFrame:
+    """Domain × method, a column a measurement, `mean ± deviation` where several seeds ran; the domains' mean last."""
+    domains: list[str | None] = [*ordered(row.domain for row in rows)]
+    if len(domains) > 1:
+        domains.append(None)
+    table = []
+    for domain in domains:
+        for method in methods_of(rows):
+            if not any(row.method == method and domain in (None, row.domain) for row in rows):
+                continue
+            cells = {
+                column: spread(rows, metric, domain, method).text(_DIGITS.get(column, 3))
+                for column, metric in COLUMNS.items()
+            }
+            table.append({"domain": domain or "MEAN", "method": method, **cells})
+    return pd.DataFrame(table)
+
+
+def task_details(rows: Sequence[Row]) -> pd.DataFrame:
+    """Every measure of what was learnt, kept and spent, of every row, as numbers."""
+    kinds = ("adaptation/", "retention/", "forgetting/", "cost/")
+    names = ordered(name for row in rows for name in row.metrics if name.startswith(kinds))
+    return pd.DataFrame(
+        [
+            {
+                "domain": row.domain,
+                "method": row.method,
+                "seed": row.seed,
+                **{n: row.metrics.get(n, math.nan) for n in names},
+            }
+            for row in rows
+        ]
+    )
+
+
+def main_table(measured: Measured) -> Table:
+    """The paper's shape: a row a method; what it learnt in each domain, then what it kept of each task.
+
+    Tasks that are averaged only; those in other units (bits per byte) are in the tables below it.
+    """
+    learnt: list[str | None] = [*measured.domains, *([None] if len(measured.domains) > 1 else [])]
+    kept: list[str | None] = [*measured.accuracies, None]
+    rows = []
+    for method in measured.methods:
+        scores = [
+            (spread(measured.rows, SCORE, domain, method), measured.score(method, domain), True) for domain in learnt
+        ]
+        scores += [
+            (
+                spread(measured.rows, name or "retention/mean", None, method),
+                measured.retention(method, None, name),
+                measured.higher.get(name or "", True),
+            )
+            for name in kept
+        ]
+        rows.append((method, scores))
+    columns = [domain or "mean" for domain in learnt] + [_task(measured, name) if name else "mean" for name in kept]
+    groups = (("Learnt: adaptation score", len(learnt)), ("Kept: retention, mean over domains", len(kept)))
+    return Table("method", groups, tuple(columns), _marked(rows))
+
+
+def domain_table(measured: Measured, domain: str) -> Table:
+    """One domain: a row a method."""
+    rows = []
+    for method in methods_of(row for row in measured.rows if row.domain == domain):
+        scores = [(spread(measured.rows, SCORE, domain, method), measured.score(method, domain), True)]
+        for name in [*measured.measures, None]:
+            found = spread(measured.rows, name or "retention/mean", domain, method)
+            scores.append((found, measured.retention(method, domain, name), measured.higher.get(name or "", True)))
+        scores.append((spread(measured.rows, "forgetting/kl_per_token", domain, method), None, False))
+        rows.append((method, scores))
+    columns = ["score", *(_task(measured, name) for name in measured.measures), "mean", "KL/token ↓"]
+    groups = (("Learnt", 1), ("Kept", len(measured.measures) + 1), ("Distance", 1))
+    return Table("method", groups, tuple(columns), _marked(rows))
+
+
+def _task(measured: Measured, name: str) -> str:
+    """`toy_facts` of `retention/toy_facts/exact_match`, an arrow where lower is better."""
+    _, task, metric = name.split("/")
+    label = task if sum(other.split("/")[1] == task for other in measured.measures) == 1 else f"{task} {metric}"
+    return label if measured.higher.get(name, True) else f"{label} ↓"
+
+
+def _marked(
+    rows: Sequence[tuple[str, list[tuple[Spread, Interval | None, bool]]]],
+) -> tuple[tuple[str, tuple[Cell, ...]], ...]:
+    """Cells with the best method of each column marked (the base is not in the race), ties all of them."""
+    marked = []
+    for method, scores in rows:
+        cells = []
+        for column, (found, interval, higher) in enumerate(scores):
+            rivals = [round(row[column][0].mean, 3) for m, row in rows if kind(m) != "base" and row[column][0].n]
+            best = bool(rivals) and found.n > 0 and kind(method) != "base" and len(rivals) > 1
+            best = best and round(found.mean, 3) == (max(rivals) if higher else min(rivals))
+            text = number(found.mean)
+            if interval is None and not math.isnan(found.deviation):
+                text = found.text()
+            cells.append(Cell(text, bracket(interval), best))
+        marked.append((method, tuple(cells)))
+    return tuple(marked)
+
+
+def forgetting_table(measured: Measured) -> Table:
+    """Base minus policy (reversed where lower is better), mean over domains, with paired intervals."""
+    names: list[str | None] = [*measured.measures, None]
+    rows = []
+    for method in (m for m in measured.methods if kind(m) != "base"):
+        cells = []
+        for name in names:
+            metric = name.replace("retention/", "forgetting/", 1) if name else "forgetting/mean"
+            sample = measured.forgetting(method, measured.domains_of(method), name)
+            value = spread(measured.rows, metric, None, method).mean
+            cells.append(difference_cell(value, sample.interval if sample else None))
+        rows.append((method, tuple(cells)))
+    columns = [_task(measured, name).removesuffix(" ↓") if name else "mean" for name in names]
+    return Table("method", (("Forgotten: base minus policy", len(columns)),), tuple(columns), tuple(rows))
+
+
+def difference_cell(value: float, interval: Interval | None) -> Cell:
+    """A difference, marked as sure where its interval excludes 0."""
+    return Cell(number(value), bracket(interval), sure=interval is not None and interval.excludes_zero)
+
+
+def further_table(measured: Measured) -> Table:
+    """Whatever else was measured of learning and forgetting, a row a measure, mean over domains."""
+    shown = {SCORE, "retention/mean", "forgetting/mean", *measured.measures}
+    names = ordered(
+        (name for row in measured.rows for name in row.metrics if name.startswith(("adaptation/", "retention/"))),
+        list(FURTHER),
+    )
+    names += [n for n in FURTHER if n.startswith("forgetting/") and any(n in row.metrics for row in measured.rows)]
+    names = [name for name in dict.fromkeys(names) if name not in shown]
+    return _by_measure(measured, {name: (FURTHER.get(name, name), 1 if name in _COUNTS else 3) for name in names})
+
+
+def cost_table(measured: Measured) -> Table:
+    """What each method costs, mean over domains and seeds."""
+    others = {name: (name.removeprefix("cost/").replace("_", " "), 1) for row in measured.rows for name in row.metrics}
+    names = {n: COSTS.get(n, label) for n, label in {**COSTS, **others}.items() if n.startswith("cost/")}
+    return _by_measure(measured, names)
+
+
+def _by_measure(measured: Measured, names: dict[str, tuple[str, int]]) -> Table:
+    rows = []
+    for name, (label, digits) in names.items():
+        found = [spread(measured.rows, name, None, method) for method in measured.methods]
+        if any(s.n for s in found):
+            whole = digits == 1 and all(s.mean == int(s.mean) for s in found if s.n)
+            rows.append((label, tuple(Cell(number(s.mean, 0 if whole else digits)) for s in found)))
+    return Table("measure", (("", len(measured.methods)),), tuple(measured.methods), tuple(rows))

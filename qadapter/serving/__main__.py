@@ -1,0 +1,126 @@
+"""Serve a base and its adapters with OpenAI's chat API, on this machine only unless told otherwise.
+
+    python -m qadapter.serving --adapter FOLDER
+    python -m qadapter.serving --adapter harmless=FOLDER --adapter academy=FOLDER --base FOLDER --port 8000
+
+With QADAPTER_API_KEY set in the environment, every request must carry it as bearer token. What requests can say:
+docs/serving.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from qadapter.errors import QAdapterError
+
+API_KEY_VARIABLE = "QADAPTER_API_KEY"
+_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+
+
+def named_folder(text: str) -> tuple[str, Path]:
+    """`FOLDER`, or `NAME=FOLDER`; without a name, the folder's own.
+
+    Raises:
+        ValueError: no folder, or an empty name.
+    """
+    name, equals, folder = text.partition("=")
+    if not equals:
+        name, folder = Path(text).resolve().name, text
+    if not name or not folder:
+        raise ValueError("expected FOLDER or NAME=FOLDER")
+    return name, Path(folder).expanduser()
+
+
+def serve(
+    adapters: dict[str, Path],
+    base: str | Path | None = None,
+    *,
+    dtype: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+) -> None:
+    """Load everything and answer until interrupted.
+
+    Args:
+        adapters: model name to folder.
+        base: folder or hub id; what the first adapter names without it.
+        dtype: of the base; what its config says without it.
+        host, port: where to listen; port 0 takes a free one.
+
+    Raises:
+        QAdapterError: something cannot be loaded, or the address is taken.
+    """
+    import socket
+
+    import uvicorn
+
+    from qadapter.serving.app import create_app
+    from qadapter.serving.generator import Generator
+    from qadapter.serving.policies import ServedPolicies
+
+    key = os.environ.get(API_KEY_VARIABLE) or None
+    try:  # before the model is loaded
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise QAdapterError(f"{host}:{port} cannot be listened on ({error.strerror}). Give another --port.") from error
+    with listener:
+        policies = ServedPolicies.load(adapters, base, dtype)
+        generator = Generator(policies)
+        where = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+        if host not in _LOOPBACK and key is None:
+            _say(f"warning: everyone who reaches {host} can use this server; set {API_KEY_VARIABLE} to ask for a token")
+        _say(f"Serving {', '.join(policies.names)} at {where}/v1   Stop: Ctrl-C")
+        config = uvicorn.Config(create_app(generator, key), log_level="warning", access_log=False)
+        try:
+            uvicorn.Server(config).run(sockets=[listener])
+        finally:
+            generator.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the command line and serve; returns the exit code: 0 after Ctrl-C, 2 refused."""
+    parser = argparse.ArgumentParser(
+        prog="python -m qadapter.serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        required=True,
+        metavar="[NAME=]FOLDER",
+        type=named_folder,
+        help="what a training wrote, and the model name it is served under; can be given several times",
+    )
+    parser.add_argument("--base", help="folder or hub id (default: the one the first adapter names)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the base's own")
+    add_address(parser)
+    given = parser.parse_args(arguments)
+    try:
+        adapters = dict(given.adapter)
+        if len(adapters) < len(given.adapter):
+            raise QAdapterError("Two adapters have the same name. Name them: --adapter NAME=FOLDER.")
+        serve(adapters, given.base, dtype=given.dtype, host=given.host, port=given.port)
+    except QAdapterError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+def add_address(parser: argparse.ArgumentParser) -> None:
+    """`--host` and `--port`."""
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

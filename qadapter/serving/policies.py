@@ -1,0 +1,258 @@
+"""One base and all adapters of a server in memory, and what each name a client can ask for stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from qadapter.adapter_rows import AdapterRows
+from qadapter.errors import QAdapterError
+from qadapter.loading import load_base
+from qadapter.objective import Objective
+from qadapter.policy import QAdapterForCausalLM
+from qadapter.policy_files import ADAPTER_FILE, SETTINGS_FILE, read_settings
+from qadapter.settings import ModelSettings
+
+BASE_NAME = "base"
+"""The model name that asks for the base itself."""
+
+
+class UnknownModelError(QAdapterError):
+    """A client asked for a model that this server does not have."""
+
+
+@dataclass(frozen=True)
+class Blend:
+    """What one reply is sampled from: softmax((Σ w_i Q_i + α0 · log π1)/α̃), every Q_i a difference to the base.
+
+    Attributes:
+        weights: of adapters, by their name in PEFT; empty for the base itself.
+        alpha_0: α0 of the residual form.
+        alpha_tilde: α̃.
+    """
+
+    weights: Mapping[str, float]
+    alpha_0: float = 1.0
+    alpha_tilde: float = 1.0
+
+
+@dataclass(frozen=True)
+class _Served:
+    """One adapter folder: its own blend, and what lies between its α0 and that of the residual form."""
+
+    blend: Blend
+    shift: float
+
+
+class ServedPolicies:
+    """A base, its adapters, and the blends of them that have a name.
+
+    All adapters sit on one base in one policy of the residual form. A Q-Adapter of the form `absolute` with α0 is the
+    residual one with α0 + 1, and a plain LoRA (SFT, DPO, replay) is one with α0 = α̃ = 1 (docs/method.md), so
+    all kinds can be served, and mixed, side by side.
+
+    Attributes:
+        policy: the model; its adapter weights belong to whoever is inside `speaking`.
+        tokenizer: the base's.
+    """
+
+    def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapters: Mapping[str, Path]) -> None:
+        """Put every adapter onto the base.
+
+        Args:
+            base: in evaluation mode; it is changed in place.
+            tokenizer: the base's.
+            adapters: model name to the folder that a training wrote.
+
+        Raises:
+            QAdapterError: no adapter, a reserved name, or a folder that does not hold an adapter for this base.
+        """
+        _refuse_names(adapters)
+        self.tokenizer = tokenizer
+        self._served: dict[str, _Served] = {}
+        peft_model: PeftModel | None = None
+        for name, folder in adapters.items():
+            weights: dict[str, float] = {}
+            for place, weight in _places(folder).items():
+                inner = f"served_{len(self._served)}_{len(weights)}"  # a name of PEFT's can hold no dot
+                peft_model = _load(peft_model or base, place, inner)
+                weights[inner] = weight
+            self._served[name] = _describe(folder, weights)
+        assert peft_model is not None
+        first = next(iter(self._served.values())).blend
+        self._chooses_rows = AdapterRows(peft_model).supported
+        self._refuse_mixes(first.weights)
+        self.policy = QAdapterForCausalLM(peft_model, Objective.preset("residual"), dict(first.weights)).eval()
+
+    @classmethod
+    def load(
+        cls, adapters: Mapping[str, Path], base: str | Path | None = None, dtype: str | None = None
+    ) -> ServedPolicies:
+        """Load the base from its place, then as the constructor.
+
+        Args:
+            adapters: model name to folder.
+            base: folder or hub id; the one named in the first adapter's config without it.
+            dtype: float32, bfloat16 or float16; what the base's config says without it.
+
+        Raises:
+            QAdapterError: as the constructor, or a base that cannot be loaded.
+        """
+        _refuse_names(adapters)
+        folder = next(iter(adapters.values()))
+        place = next(iter(_places(folder)))
+        base = base or PeftConfig.from_pretrained(str(place)).base_model_name_or_path
+        if not base:
+            raise QAdapterError(f"The adapter in {folder} does not say which base it belongs to. Name it with --base.")
+        settings = ModelSettings.model_validate({"pretrained": str(base), "dtype": dtype or _dtype(str(base))})
+        return cls(*load_base(str(base), settings), adapters)
+
+    @property
+    def names(self) -> list[str]:
+        """What a client can ask for: every adapter, and the base."""
+        return [*self._served, BASE_NAME]
+
+    @property
+    def context(self) -> int:
+        """Longest sequence of the base, prompt and reply together, in tokens."""
+        return int(getattr(self.policy.config.get_text_config(), "max_position_embeddings", None) or 2**30)
+
+    def blend(
+        self,
+        name: str,
+        mix: Mapping[str, float] | None = None,
+        alpha_0: float | None = None,
+        alpha_tilde: float | None = None,
+    ) -> Blend:
+        """What a request asks for.
+
+        Args:
+            name: one of `names`.
+            mix: weights of adapters in place of `name`.
+            alpha_0: the dial. For one adapter in its own parametrisation, as in its `q_adapter.json`; for a mix in the
+                residual form. Without it what the adapter was saved with; adapters of a mix must agree on it.
+            alpha_tilde: the same for α̃.
+
+        Raises:
+            UnknownModelError: no such name.
+            QAdapterError: dials out of range, dials for the base, or a mix of adapters that cannot be mixed.
+        """
+        unknown = [one for one in (mix or {}) if one not in self._served]
+        if unknown or name not in self.names:
+            raise UnknownModelError(f"There is no model {(unknown or [name])[0]!r}; there are {', '.join(self.names)}.")
+        if mix:
+            own, shift = self._mixed(mix, alpha_0, alpha_tilde), 0.0
+        elif name == BASE_NAME:
+            if alpha_0 is not None or alpha_tilde is not None:
+                raise QAdapterError("The base has no dials; leave out alpha_0 and alpha_tilde, or name an adapter.")
+            return Blend({})
+        else:
+            own, shift = self._served[name].blend, self._served[name].shift
+        chosen = Blend(
+            own.weights,
+            own.alpha_0 if alpha_0 is None else alpha_0 + shift,
+            own.alpha_tilde if alpha_tilde is None else alpha_tilde,
+        )
+        if not chosen.alpha_tilde > 0 or not chosen.alpha_0 >= 0:
+            raise QAdapterError(f"alpha_0 is {alpha_0} and alpha_tilde {alpha_tilde}; expected at least 0 and above 0.")
+        return chosen
+
+    def _mixed(self, mix: Mapping[str, float], alpha_0: float | None, alpha_tilde: float | None) -> Blend:
+        parts = [self._served[name].blend for name in mix]
+        weights: dict[str, float] = {}
+        for blend, weight in zip(parts, mix.values(), strict=True):
+            weights |= {inner: weight * own for inner, own in blend.weights.items()}
+        self._refuse_mixes(weights)
+        dials = {(blend.alpha_0, blend.alpha_tilde) for blend in parts}
+        if len(dials) > 1 and (alpha_0 is None or alpha_tilde is None):
+            raise QAdapterError(
+                f"The adapters {', '.join(mix)} were saved with different dials, so that a mix has none of its own. "
+                "Give alpha_0 (of the residual form) and alpha_tilde."
+            )
+        return Blend(weights, *next(iter(dials)))
+
+    def _refuse_mixes(self, weights: Mapping[str, float]) -> None:
+        if len(weights) > 1 and not self._chooses_rows:
+            raise QAdapterError(
+                "Several adapters at once need plain LoRA layers in all served adapters (no DoRA or other variant). "
+                "Ask for one adapter."
+            )
+
+    @contextmanager
+    def speaking(self, blend: Blend) -> Iterator[dict[str, float]]:
+        """Within the block the policy is set to this blend; gives the dials to hand to `policy.generate`.
+
+        Not for two threads at once: the weights are the policy's state.
+        """
+        if not any(blend.weights.values()):
+            with self.policy.disable_adapter():
+                yield {}
+            return
+        if not self._chooses_rows:
+            self.policy.peft_model.set_adapter(next(iter(blend.weights)), inference_mode=True)
+        self.policy.set_adapter_weights(blend.weights)
+        yield {"alpha_0": blend.alpha_0, "alpha_tilde": blend.alpha_tilde}
+
+
+def _refuse_names(adapters: Mapping[str, Path]) -> None:
+    if not adapters:
+        raise QAdapterError("No adapter was given. Name at least one folder that a training wrote.")
+    if BASE_NAME in adapters:
+        raise QAdapterError(f"{BASE_NAME!r} is the name of the base itself. Give the adapter another name.")
+
+
+def _places(folder: Path) -> dict[Path, float]:
+    """Folders of the PEFT adapters that make up a saved policy, and the weight of each.
+
+    Raises:
+        QAdapterError: there is no adapter, or one whose weights are no safetensors.
+    """
+    places = {folder: 1.0}
+    if (folder / SETTINGS_FILE).is_file():
+        saved = read_settings(folder).adapter_weights
+        # PEFT's layout: the adapter `default` lies in the folder itself, others below it
+        places = {folder if name == "default" else folder / name: weight for name, weight in saved.items() if weight}
+    for place in places:
+        if not (place / ADAPTER_FILE).is_file():
+            raise QAdapterError(
+                f"{place} holds no adapter: there is no {ADAPTER_FILE}. Give a folder that a training wrote; "
+                "weights of another kind are not loaded."
+            )
+    return places
+
+
+def _load(model: PreTrainedModel | PeftModel, place: Path, name: str) -> PeftModel:
+    try:
+        if not isinstance(model, PeftModel):
+            return PeftModel.from_pretrained(model, str(place), adapter_name=name)
+        model.load_adapter(str(place), adapter_name=name, is_trainable=False)
+        return model
+    except (RuntimeError, ValueError, OSError) as error:  # PEFT's ways to say that shapes or layers differ
+        reason = str(error).strip().splitlines()[0]
+        raise QAdapterError(
+            f"The adapter in {place} does not fit this base ({reason}). All adapters of a server must have been "
+            "trained on the base that it serves."
+        ) from error
+
+
+def _describe(folder: Path, weights: Mapping[str, float]) -> _Served:
+    if not (folder / SETTINGS_FILE).is_file():
+        return _Served(Blend(weights), 0.0)
+    settings = read_settings(folder)
+    shift = 1.0 if settings.objective.parametrization == "absolute" else 0.0
+    return _Served(Blend(weights, settings.alpha_0 + shift, settings.alpha_tilde), shift)
+
+
+def _dtype(base: str) -> str:
+    """What the base's own config says its weights are; an unreadable one is for `load_base` to report."""
+    try:
+        dtype = AutoConfig.from_pretrained(base).dtype
+    except (OSError, ValueError):
+        return "float32"
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else "float32"

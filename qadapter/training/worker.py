@@ -1,0 +1,139 @@
+"""One process of a distributed training: `accelerate launch … -m qadapter.training.worker job.json`.
+
+A job is a function of `qadapter.training` and its arguments, as JSON. The process with rank 0 writes the results.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from qadapter import settings
+from qadapter.artifacts import write_json
+from qadapter.errors import QAdapterError
+
+PROGRESS = "progress: "  # a line of rank 0's log; anything else a child prints is a library's
+_PACKAGE = "qadapter.training."
+
+
+def write_job(file: Path, function: Callable[..., Any], positional: Sequence[Any], named: Mapping[str, Any]) -> None:
+    """Write a call as JSON.
+
+    Args:
+        file: where to.
+        function: one of `qadapter.training`'s modules; it takes `out`, the folder of its results.
+        positional, named: its arguments: JSON values, paths, and sections of an experiment's config.
+
+    Raises:
+        TypeError: an argument is something else.
+    """
+    process = psutil.Process()
+    call = {"function": f"{function.__module__}:{function.__qualname__}", "positional": positional, "named": named}
+    owner = {"pid": process.pid, "started": process.create_time()}
+    text = json.dumps({**call, "owner": owner}, default=_tagged, allow_nan=False)
+    file.write_text(text, encoding="utf-8")
+
+
+def read_job(file: Path) -> dict[str, Any]:
+    """A job of `write_job`, with `function` resolved and the arguments' types restored.
+
+    Raises:
+        ValueError: it names a function outside `qadapter.training`.
+    """
+    job: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"), object_hook=_untagged)
+    module, _, name = job["function"].partition(":")
+    if not module.startswith(_PACKAGE):
+        raise ValueError(f"{file}: {module} is not below {_PACKAGE}")
+    return {**job, "function": getattr(import_module(module), name)}
+
+
+def _tagged(value: Any) -> Any:
+    if isinstance(value, Path):
+        return {"!path": str(value)}
+    if isinstance(value, settings.Settings):
+        return {"!settings": type(value).__name__, "values": value.model_dump(mode="json", by_alias=True)}
+    raise TypeError(f"{type(value).__name__} cannot be handed to a training process")
+
+
+def _untagged(value: dict[str, Any]) -> Any:
+    if value.keys() == {"!path"}:
+        return Path(value["!path"])
+    if value.keys() == {"!settings", "values"}:
+        kind = getattr(settings, value["!settings"])
+        assert issubclass(kind, settings.Settings)
+        return kind.model_validate(value["values"])
+    return value
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Do this process's part of a job; a failure is written beside the job file, for whoever launched it."""
+    (file,) = map(Path, sys.argv[1:] if arguments is None else arguments)
+    rank = int(os.environ.get("RANK", "0"))
+    _die_with(**json.loads(file.read_text(encoding="utf-8"))["owner"])
+    # TRL 1.16 and PEFT 0.21 use names that transformers 5.23 deprecates; nothing a user could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    logging.basicConfig(
+        format=f"{PROGRESS}%(message)s", stream=sys.stdout, level=logging.ERROR if rank else logging.WARNING
+    )
+    logging.getLogger("qadapter").setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    try:
+        job = read_job(file)
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=f"rank-{rank}-") as elsewhere:
+            if rank:  # the results are rank 0's to write; the others do the same into a folder that nobody reads
+                job["named"]["out"] = Path(elsewhere)
+            job["function"](*job["positional"], **job["named"])
+            _leave_together()
+    except BaseException as error:
+        failure = {"refused": isinstance(error, QAdapterError), "message": str(error), "traceback": _last(error)}
+        write_json(file.with_name(f"failure-{rank}.json"), failure)
+        raise
+    return 0
+
+
+def _last(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error)[-4:])
+
+
+def _leave_together() -> None:
+    """Wait for the other processes: one that ends early tears down what the others still talk through."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _die_with(pid: int, started: float) -> None:
+    """End this process within a second of that one's end, or its launcher's: no orphan goes on writing checkpoints."""
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            try:
+                alive = abs(psutil.Process(pid).create_time() - started) < 1.0
+                alive = alive and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+            except psutil.NoSuchProcess:
+                alive = False
+            if not alive:
+                break
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="owner-watch", daemon=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

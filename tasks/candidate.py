@@ -1,0 +1,231 @@
+"""Stages of a candidate: trained on from the champion, measured beside it, judged, registered."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from prefect.logging import get_run_logger
+
+from qadapter.artifacts import digest_tree, read_json
+from qadapter.customization import Customization
+from qadapter.gate import Decision, Measured, decide
+from qadapter.settings import ModelSettings
+from tasks.context import Customisation, RunContext, workspace
+from tasks.data import log_pairs
+from tasks.evaluate import Evaluation
+from tasks.launching import Launcher
+from tasks.logged import StageResult, logged_stage, task_result
+from tasks.prefect_artifacts import show
+from tasks.registry import Candidate, Registry, Version
+from tasks.stage import StageOutput
+from tasks.tracking import Tracker
+from tasks.train import Base, keyed
+
+METHOD = "q-adapter"
+_SHOWN = ("adaptation/", "retention/", "forgetting/")
+
+
+def registry_of(customization: Customization) -> Registry:
+    """The registered model of a customisation, in this project's MLflow store."""
+    return Registry(Tracker.for_project(workspace()), customization.model_name)
+
+
+def champions_base(profile_base: Base, champion: Version | None, model: ModelSettings, name: str) -> Base:
+    """The base that the champion's adapter belongs to: the profile's if that is the same one, else the registered one.
+
+    Args:
+        profile_base: what the profile makes or names now.
+        champion: the version to go on from; None for the first candidate.
+        model: the profile's model section.
+        name: of the registered model.
+    """
+    if champion is None or champion.tags["base_digest"] == base_digest(profile_base, model.revision):
+        return profile_base
+    from tasks.served_model import find_served_model
+
+    get_run_logger().warning("the profile has another base now; version %d's own is used", champion.number)
+    return Base(find_served_model(f"{name}/{champion.number}").base, None, profile_base.name)
+
+
+def base_digest(base: Base, revision: str | None) -> str:
+    """What identifies a base: sha256 of its files, or hub id and revision."""
+    folder = Path(base.location)
+    return digest_tree(folder) if folder.is_dir() else f"{base.location}@{revision or 'main'}"
+
+
+@task(task_run_name="train-candidate", tags=["accelerator"])
+def train_candidate(
+    context: RunContext, cell: Customisation, base: Base, data: StageResult, champion: StageResult
+) -> Any:
+    """Train the champion's adapter further."""
+    experiment = context.experiment
+    choice, seed = experiment.methods.q_adapter, experiment.seeds[0]
+    launch = Launcher(experiment.launch)
+
+    def compute(out: Path, scratch: Path) -> None:
+        from qadapter.training.continued import continue_adapter
+
+        launch(
+            continue_adapter,
+            choice,
+            base.location,
+            champion.path / "adapter",
+            data.path / "train.jsonl",
+            model=experiment.model,
+            training=experiment.training,
+            seed=seed,
+            out=out,
+            scratch=scratch,
+        )
+
+    def log(run_id: str, _: StageOutput) -> None:
+        log_pairs(context, run_id, experiment.domains[cell.domain].source, data.output, "train")
+
+    result = logged_stage(
+        context,
+        "train",
+        run_name=f"candidate · {cell.name}",
+        tags=cell.tags(),
+        module="qadapter.training.continued",
+        config={
+            "method": METHOD,
+            METHOD: choice.model_dump(),
+            "training": keyed(experiment.training),
+            "model": experiment.model.numerics(),
+            "seed": seed,
+            **launch.keyed(),
+            **base.config(),
+        },
+        params={"domain": cell.domain, "base": base.name},
+        inputs={**base.inputs(), "data": data.output, "champion": champion.output},
+        compute=compute,
+        log=log,
+    )
+    return task_result(result, result)
+
+
+@task(task_run_name="adapter-of-{label}")
+def take_adapter(context: RunContext, label: str, folder: Path, run_id: str | None) -> Any:
+    """An adapter's files alone, as a stage.
+
+    Its digest is the same before it was registered and after, so what was measured of a candidate is found again when
+    it has become the champion.
+    """
+
+    def compute(out: Path, _: Path) -> None:
+        shutil.copytree(folder, out / "adapter")
+
+    result = logged_stage(
+        context,
+        "adapter",
+        run_id=run_id,
+        run_name=label,
+        module="qadapter.artifacts",
+        config={},
+        inputs={"adapter": folder},
+        compute=compute,
+    )
+    return task_result(result, result)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The three policies that the gate looks at; `champion` is None before the first promotion."""
+
+    candidate: Evaluation
+    champion: Evaluation | None
+    base: Evaluation
+
+
+def measured(row: Evaluation) -> Measured:
+    """What the evaluation of a row wrote, item by item."""
+    return Measured.read(row.adaptation.path, row.retention.path)
+
+
+@task(task_run_name="gate")
+def judge_candidate(context: RunContext, customization: Customization, rows: Rows, parent: int | None) -> Decision:
+    """Hold the candidate against the champion, or against the base where there is none yet."""
+    rival = rows.champion or rows.base
+    name = f"champion (version {parent})" if rows.champion else "base"
+    decision = decide(customization.gate, measured(rows.candidate), measured(rival), measured(rows.base), name)
+    run_id = rows.candidate.adaptation.run_id
+    context.tracker.log_metrics(run_id, decision.metrics())
+    context.tracker.log_tags(run_id, {"gate": "passed" if decision.passed else "rejected"})
+    context.tracker.log_text(run_id, json.dumps([asdict(f) for f in decision.findings], indent=2), "gate.json")
+    lines = [f"| {'kept' if f.passed else '**broken**'} | {f.rule} | {f.text} |" for f in decision.findings]
+    verdict = "promoted" if decision.passed else "rejected"
+    show(
+        create_markdown_artifact,
+        markdown="\n".join([f"# {verdict}", "", "| | rule | |", "| --- | --- | --- |", *lines]),
+        key=f"gate-{customization.name}".replace("_", "-"),
+        description=f"The gate of {customization.model_name}: {verdict}",
+    )
+    get_run_logger().info("gate: %s\n%s", verdict, "\n".join(decision.reasons))
+    return decision
+
+
+@task(task_run_name="register")
+def register_candidate(
+    context: RunContext,
+    customization: Customization,
+    decision: Decision,
+    rows: Rows,
+    base: Base,
+    adapter: StageResult,
+    mixture: StageResult,
+    ledger: StageResult,
+    fingerprint: str,
+    parent: int | None,
+) -> Version:
+    """Register the candidate with its whole story; the caller moves the alias."""
+    summary = read_json(mixture.path / "summary.json")
+    data_digest = _digest({side: summary[f"{side}_sha256"] for side in ("train", "heldout")})
+    config = {"customization": customization.model_dump(mode="json")}
+    config["experiment"] = context.experiment.model_dump(mode="json", by_alias=True)
+    adapter_digest = digest_tree(adapter.path / "adapter")
+    # The run of the training, which the evaluation went on with: metrics, curves and files lie there.
+    run_id = rows.candidate.adaptation.run_id
+    numbers = {**rows.candidate.adaptation.output.metrics(), **rows.candidate.retention.output.metrics()}
+    candidate = Candidate(
+        key=_digest({"adapter": adapter_digest, "data": data_digest, "parent": str(parent or "")}),
+        run_id=run_id,
+        passed=decision.passed,
+        reasons=decision.reasons,
+        parent=parent,
+        facts={
+            "data_digest": data_digest,
+            "data_fingerprint": fingerprint,
+            "ledger": str(ledger.path),
+            "data_source": customization.source.path,
+            "data_pairs": f"{summary['train_pairs']} ({summary['fresh_pairs']} new)",
+            "config_digest": _digest(config),
+            "adapter_digest": adapter_digest,
+            "base": base.location,
+            "base_digest": base_digest(base, context.experiment.model.revision),
+            "customization": customization.name,
+        },
+        metrics={name: value for name, value in numbers.items() if name.startswith(_SHOWN)},
+        config=config,
+    )
+
+    def log_model() -> str:
+        from tasks.served_model import log_served_model
+
+        known = str(context.tracker.call("get_run", run_id).info.run_id)  # not a ticket of a store that was away
+        return log_served_model(known, base=base.location, adapter=adapter.path / "adapter")
+
+    version = registry_of(customization).register(candidate, log_model)
+    get_run_logger().info("registered as version %d of %s", version.number, customization.model_name)
+    return version
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

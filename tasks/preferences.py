@@ -1,0 +1,184 @@
+"""Stages of a growing source: what is new in it, what is trained on, what is held out."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+
+from qadapter.artifacts import read_json, write_json
+from qadapter.customization import Customization
+from qadapter.errors import QAdapterError
+from qadapter.preferences import sources
+from qadapter.preferences.ledger import SUMMARY, Changes
+from qadapter.settings import Source
+from tasks.code_version import code_digest
+from tasks.context import RunContext, resolve_path, workspace
+from tasks.data import unreachable
+from tasks.logged import StageResult, logged_stage, task_result
+from tasks.stage import StageOutput
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How far a source has been dealt with; kept in `.qadapter/customize/<model>.json`, written when a run is done.
+
+    Attributes:
+        fingerprint: of the source's files.
+        ledger: folder of the ledger that was made of them.
+        outcome: what came of it, for people.
+        announced: fingerprint that the watcher announced last.
+    """
+
+    fingerprint: str = ""
+    ledger: str = ""
+    outcome: str = ""
+    announced: str = ""
+
+    @classmethod
+    def read(cls, customization: Customization) -> Seen:
+        """What is known; nothing before the first run."""
+        file = _seen_file(customization)
+        return cls(**read_json(file)) if file.exists() else cls()
+
+    def write(self, customization: Customization) -> None:
+        """Keep it, atomically."""
+        write_json(_seen_file(customization), self.__dict__)
+
+
+def _seen_file(customization: Customization) -> Path:
+    return workspace() / ".qadapter" / "customize" / f"{customization.model_name}.json"
+
+
+def source_files(source: Source, data: Path | None = None) -> list[Path]:
+    """The source's files as they are now, fetched if need be; a relative path starts at the workspace.
+
+    Raises:
+        QAdapterError: the source does not exist or has no files.
+    """
+    return _files(source.path, source, source.split, data)
+
+
+def _files(path: str, source: Source, split: str | None, data: Path | None) -> list[Path]:
+    where = resolve_path(path, data)
+    if "://" not in where and not where.startswith("hub:"):
+        where = str(workspace() / Path(where).expanduser())
+    return sources.locate(
+        where,
+        cache_dir=workspace() / ".qadapter" / "downloads",
+        split=split,
+        revision=source.revision,
+        config_name=source.config_name,
+    )
+
+
+@task(task_run_name="new-preferences", retries=2, retry_delay_seconds=[5, 30], retry_condition_fn=unreachable)
+def collect_preferences(
+    context: RunContext, customization: Customization, previous: str, world: StageResult | None
+) -> Any:
+    """Validate what is new or changed in the source; what is known keeps its outcome."""
+    source = customization.source
+    files = source_files(source, world.path if world else context.data)
+    fingerprint = sources.fingerprint(files)
+    rules = hashlib.sha256(
+        f"{code_digest('qadapter.preferences.formats')} {source.domain} {source.max_chars}".encode()
+    ).hexdigest()
+    before = Path(previous) if previous and (Path(previous) / SUMMARY).exists() else None
+
+    def compute(out: Path, _: Path) -> None:
+        from qadapter.preferences.ledger import update
+
+        update(files, before, out, domain=source.domain, max_chars=source.max_chars, rules=rules)
+        if sources.fingerprint(files) != fingerprint:
+            raise QAdapterError(
+                f"files of {source.path} changed while they were read; write new files under a hidden name "
+                "(.name) and rename them when they are whole"
+            )
+
+    def log(run_id: str, output: StageOutput) -> None:
+        changes = read_json(output.path / SUMMARY)
+        counts = {f"data/{name}": value for name, value in changes.items() if isinstance(value, int)}
+        counts |= {f"data/quarantined/{reason}": count for reason, count in changes["quarantined"].items()}
+        context.tracker.log_metrics(run_id, counts)
+
+    result = logged_stage(
+        context,
+        "new-preferences",
+        module="qadapter.preferences.ledger",
+        config={"files": fingerprint, "domain": source.domain, "max_chars": source.max_chars, "rules": rules},
+        inputs={"previous": before} if before else {},
+        compute=compute,
+        log=log,
+    )
+    return task_result(result, result)
+
+
+def changes_of(ledger: StageResult) -> Changes:
+    """What `collect_preferences` found."""
+    return Changes(**read_json(ledger.path / SUMMARY))
+
+
+@task(task_run_name="training-mix")
+def mix_preferences(
+    context: RunContext, customization: Customization, ledger: StageResult, world: StageResult | None, first: bool
+) -> Any:
+    """Choose what is trained on and what is held out; the first training reads everything."""
+    source, mix = customization.source, customization.mix
+    heldout_files = None
+    if source.heldout_path or source.heldout_split:
+        data = world.path if world else context.data
+        heldout_files = _files(source.heldout_path or source.path, source, source.heldout_split, data)
+
+    settings: dict[str, Any] = {
+        "rows": "all" if first else mix.rows,
+        "old_share": 0.0 if first or mix.rows == "all" else mix.old_share,
+        "heldout": source.heldout,
+        "domain": source.domain,
+        "seed": customization.seed,
+        "max_train_pairs": source.max_train_pairs,
+        "max_heldout_pairs": source.max_heldout_pairs,
+        "max_chars": source.max_chars,
+    }
+
+    def compute(out: Path, _: Path) -> None:
+        from qadapter.preferences.mixture import write_mixture
+
+        write_mixture(ledger.path, out, heldout_files=heldout_files, **settings)
+
+    result = logged_stage(
+        context,
+        "training-mix",
+        module="qadapter.preferences.mixture",
+        config={**settings, "heldout_files": sources.fingerprint(heldout_files) if heldout_files else None},
+        inputs={"ledger": ledger.output},
+        compute=compute,
+        log=lambda run_id, output: context.tracker.log_metrics(
+            run_id,
+            {f"data/{name}": n for name, n in read_json(output.path / "summary.json").items() if isinstance(n, int)},
+        ),
+    )
+    return task_result(result, result)
+
+
+@task(task_run_name="heldout")
+def hold_out(context: RunContext, mixture: StageResult) -> Any:
+    """The held-out pairs as a stage of their own: while they stay the same, no policy is measured on them twice."""
+
+    def compute(out: Path, _: Path) -> None:
+        shutil.copyfile(mixture.path / "heldout.jsonl", out / "heldout.jsonl")
+        kept = {k: v for k, v in read_json(mixture.path / "summary.json").items() if k.startswith("heldout_")}
+        write_json(out / "summary.json", kept)
+
+    result = logged_stage(
+        context,
+        "heldout",
+        module="qadapter.artifacts",
+        config={},
+        inputs={"heldout": mixture.path / "heldout.jsonl"},
+        compute=compute,
+    )
+    return task_result(result, result)

@@ -1,0 +1,156 @@
+"""Stages of a sweep that the full experiment does not have: α0 moved after training, and the table of all settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.artifacts import create_image_artifact, create_markdown_artifact
+
+from qadapter.sweep import Variant
+from tasks.context import Customisation, RunContext
+from tasks.evaluate import Evaluation, evaluate
+from tasks.logged import StageResult, logged_stage, task_result
+from tasks.prefect_artifacts import show
+from tasks.report import Report, metrics_of
+from tasks.stage import StageOutput
+from tasks.train import train_adapter
+
+KNOBS = ("alpha_tilde", "alpha_0", "beta", "gamma", "preference_scale", "learning_rate", "temperature")
+"""Settings that the table shows, as they came out: a preset's and the profile's own filled in."""
+
+
+@dataclass(frozen=True)
+class SweptCell(Customisation):
+    """A customisation with one of a sweep's settings."""
+
+    variant: str = ""
+    groups: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """`academy · dpo β=1 · seed 1`."""
+        return f"{self.domain} · {self.variant} · seed {self.seed}"
+
+    def tags(self) -> dict[str, str]:
+        """MLflow tags; `tags.variant = 'dpo β=1'` finds the runs of one setting."""
+        return {**super().tags(), "variant": self.variant, "groups": ", ".join(self.groups)}
+
+
+def cell_of(variant: Variant, domain: str, seed: int) -> SweptCell:
+    """A variant's cell in a domain with a seed."""
+    return SweptCell(domain, variant.method, seed, variant.name, variant.groups)
+
+
+train_variant = train_adapter.with_options(task_run_name="train-{cell.domain}-{cell.variant}-{cell.seed}")
+evaluate_variant = evaluate.with_options(task_run_name="evaluate-{cell.domain}-{cell.variant}-{cell.seed}")
+
+
+@task(task_run_name="dial-{cell.domain}-{cell.variant}-{cell.seed}")
+def move_dial(context: RunContext, cell: SweptCell, trained: StageResult, alpha_0: float) -> Any:
+    """The same trained adapter with another α0; its MLflow run goes on to hold the evaluation."""
+
+    def compute(out: Path, _: Path) -> None:
+        from qadapter.dial import set_alpha_0
+
+        set_alpha_0(trained.path / "adapter", alpha_0, out / "adapter")
+
+    result = logged_stage(
+        context,
+        "dial",
+        run_name=cell.name,
+        tags=cell.tags(),
+        module="qadapter.dial",
+        config={"alpha_0": alpha_0},
+        params={"domain": cell.domain},
+        inputs={"adapter": trained.output},
+        compute=compute,
+    )
+    return task_result(result, result)
+
+
+@task(task_run_name="sweep-report")
+def write_sweep(
+    context: RunContext,
+    name: str,
+    variants: Sequence[Variant],
+    rows: Sequence[Evaluation],
+    expected: int,
+) -> Any:
+    """Write the table and the figure of all settings.
+
+    Args:
+        context: of the flow run.
+        name: the sweep's.
+        variants: what was to be measured.
+        rows: what was: the bases' rows and one a variant, domain and seed.
+        expected: cells that a complete variant has.
+    """
+    title = f"Sweep: {name}"
+    inputs: dict[str, StageOutput | Path] = {}
+    for row in rows:
+        stages = {"training": row.training, "adaptation": row.adaptation, "retention": row.retention}
+        inputs |= {f"{row.cell.name}/{stage}": found.output for stage, found in stages.items() if found}
+    settings = {variant.name: _settings(variant, rows) for variant in variants}
+    described: list[dict[str, Any]] = [
+        {
+            "name": variant.name,
+            "family": variant.family,
+            "method": variant.method,
+            "groups": list(variant.groups),
+            "tuning": variant.tuning,
+            "settings": settings[variant.name],
+            "trained_as": variant.trained_as,
+        }
+        for variant in variants
+    ]
+
+    def compute(out: Path, _: Path) -> None:
+        from qadapter.report.rows import Row
+        from qadapter.report.sweep import build_sweep_report
+        from qadapter.report.sweep_points import Setting
+
+        measured = [
+            Row(row.cell.domain, getattr(row.cell, "variant", "base"), row.cell.seed, metrics_of(row)) for row in rows
+        ]
+        build_sweep_report(measured, [Setting(**entry) for entry in described], expected=expected, title=title, out=out)
+
+    result = logged_stage(
+        context,
+        "sweep-report",
+        module="qadapter.report.sweep",
+        config={"title": title, "variants": described, "expected": expected},
+        params={},
+        inputs=inputs,
+        compute=compute,
+    )
+    folder = result.path
+    context.tracker.log_folder(context.parent_run_id, folder, "report")
+    context.tracker.log_metrics(context.parent_run_id, result.output.metrics())
+    key = f"sweep-{name}".replace("_", "-")
+    show(
+        create_markdown_artifact, key=key, markdown=(folder / "sweep.md").read_text(encoding="utf-8"), description=title
+    )
+    show(
+        create_image_artifact,
+        key=f"{key}-figure",
+        image_url=(folder / "sweep.png").as_uri(),
+        description="retention against adaptation",
+    )
+    return task_result(Report(folder, context.parent_run_id), result)
+
+
+def _settings(variant: Variant, rows: Sequence[Evaluation]) -> dict[str, float]:
+    """A variant's numbers: those its training wrote down (a preset filled in), else those of the config."""
+    given: Mapping[str, Any] = variant.experiment.methods.of(variant.method).model_dump(exclude_none=True)
+    found: dict[str, Any] = {"learning_rate": variant.experiment.training.learning_rate, **given}
+    for row in rows:
+        if row.training and getattr(row.cell, "variant", None) == variant.trained_as:
+            found |= dict(row.training.output.params().get("objective", {}))
+            break
+    if variant.alpha_0 is not None:
+        found["alpha_0"] = variant.alpha_0
+    return {knob: float(found[knob]) for knob in KNOBS if knob in found}

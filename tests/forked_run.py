@@ -1,0 +1,98 @@
+"""What the processes of `tests/real_runs.py` do; importing this is what takes their time, so it is done once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from flows.run import main, prepare_environment
+from tasks.stage import StageStore
+
+prepare_environment()
+for _module in (
+    "flows.full_paper_repro",
+    "flows.serve",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "qadapter.evaluation.measure",
+    "qadapter.report.build",
+    "qadapter.training.adapt",
+    "qadapter.training.base",
+):
+    import_module(_module)
+
+
+def run(arguments: list[str], environment: dict[str, str], log: str, doom: tuple[str, str] | None) -> None:
+    """Be `python -m flows.run`, in a process group of its own.
+
+    Args:
+        arguments: of the command.
+        environment: what is added to this process's.
+        log: file for what it prints.
+        doom: (stage, moment) at which the group is killed with signal 9. Moments: `started`, its folder is there and
+            empty; `written`, its files are there and not renamed; `renamed`, it is finished and nobody knows;
+            `step-N`, in the training's N-th step; `saving-N`, while its N-th checkpoint is half written.
+    """
+    os.setsid()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update(environment)
+    for name in set(os.environ) & {"MLFLOW_TRACKING_URI"} - set(environment):
+        del os.environ[name]
+    if doom:
+        _arrange(*doom)
+    code = main(arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _die() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.killpg(0, signal.SIGKILL)
+
+
+def _arrange(stage: str, moment: str) -> None:
+    real = StageStore._compute
+
+    def compute_and_die(self: StageStore, manifest: Any, folder: Path, scratch: Path, compute: Any) -> Any:
+        if manifest.stage != stage:
+            return real(self, manifest, folder, scratch, compute)
+
+        def dying(out: Path, scratch: Path) -> None:
+            if moment == "started":
+                _die()
+            if "-" in moment:
+                _die_in_training(*moment.split("-"))
+            compute(out, scratch)
+            if moment == "written":
+                _die()
+
+        finished = real(self, manifest, folder, scratch, dying)
+        if moment == "renamed":
+            _die()
+        return finished
+
+    StageStore._compute = compute_and_die  # type: ignore[method-assign]
+
+
+def _die_in_training(kind: str, number: str) -> None:
+    method = {"step": "training_step", "saving": "_save_rng_state"}[kind]
+    real = getattr(transformers.Trainer, method)
+    calls = 0
+
+    def counted(self: Any, *arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == int(number):
+            _die()
+        return real(self, *arguments, **options)
+
+    setattr(transformers.Trainer, method, counted)

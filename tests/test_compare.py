@@ -1,0 +1,191 @@
+"""`python -m flows.compare`: the report of recorded runs says what the report of the run itself says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from flows.compare import main
+from qadapter.artifacts import read_json
+from qadapter.report.intervals import Measured
+from qadapter.report.rows import Row
+from qadapter.report.summary import summary_metrics
+from tasks.context import Customisation
+from tasks.recorded import find_run, read_runs
+from tasks.tracking import Tracker
+from tests.report_files import rule_row, toy_rows
+
+SUMMARY = '{"read": 9, "used": 8, "quarantined": {"empty reply": 1}, "train_sha256": "ab", "heldout_sha256": "cd"}'
+
+
+def record(tracker: Tracker, name: str, rows: list[Row], folder: Path, steps: int) -> str:
+    """A flow run as the pipeline records it: rows, the base's retention in a run of its own, a data stage."""
+    parent = tracker.start_parent("full-paper-repro", name, {"name": "toy", "steps": steps}, {"stage": "parent"})
+    for row in rows:
+        cell = Customisation(row.domain, row.method, row.seed)
+        with tracker.child(parent, cell.name, {"base": "helpful"}, cell.tags()) as run:
+            tracker.log_metrics(run, row.metrics)
+            tracker.log_tags(run, {"digest.adaptation": f"{row.adaptation}", "digest.train": f"{row.training}"})
+            assert row.adaptation is not None
+            assert row.retention is not None
+            tracker.log_folder(run, row.adaptation, "adaptation")
+            if row.training is not None:
+                tracker.log_folder(run, row.training, "train")
+                tracker.log_folder(run, row.retention, "retention")
+        if row.method == "base":
+            with tracker.child(parent, "retention · helpful base", tags={"stage": "retention"}) as run:
+                tracker.log_folder(run, row.retention, "retention")
+    folder.mkdir()
+    (folder / "summary.json").write_text(SUMMARY)
+    with tracker.child(parent, "prepare · academy", tags={"stage": "prepare"}) as run:
+        tracker.log_folder(run, folder, "prepare")
+    tracker.finish(parent)
+    return parent
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def tracker(home: Path) -> Tracker:
+    return Tracker(f"sqlite:///{home}/mlflow.db", str(home / "mlruns"))
+
+
+@pytest.fixture(scope="module")
+def rows(home: Path) -> list[Row]:
+    return toy_rows(home / "rows")
+
+
+@pytest.fixture(scope="module")
+def first(tracker: Tracker, rows: list[Row], home: Path) -> str:
+    return record(tracker, "smoke · lazy-fox", rows, home / "first", steps=1)
+
+
+@pytest.fixture(scope="module")
+def second(tracker: Tracker, rows: list[Row], home: Path) -> str:
+    """The same base and Q-Adapter, found in the stage store, and another SFT, which learnt nothing and kept all."""
+    kept = {"facts": [1, 1, 1, 1], "sums": [1, 1, 1, 0]}
+    more = {"follows": [0, 0, 0, 1], "base_follows": [0, 0, 0, 1], "base_kept": kept}
+    other = rule_row(home / "other", "academy", "sft", 0, kept=kept, **more)  # type: ignore[arg-type]
+    return record(tracker, "smoke · red-owl", [*rows[:2], other], home / "second", steps=2)
+
+
+@pytest.fixture(autouse=True)
+def _here(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QADAPTER_HOME", str(home))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+
+def test_a_flow_run_gives_the_report_it_had(first: str, rows: list[Row], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["smoke · lazy-fox", "--output", str(out)]) == 0
+    assert read_json(out / "metrics.json") == summary_metrics(Measured(rows))
+    details = pd.read_csv(out / "details.csv")
+    assert details["adaptation/score"].tolist() == [0.25, 0.75, 0.5]
+    text = (out / "report.md").read_text(encoding="utf-8")
+    assert "q-adapter against sft: learnt +0.250 [" in text
+    assert "degradation avoided +0.625 [" in text  # with an interval: the base's items were found
+    assert "| academy | 9 " in " ".join(text.split("  "))
+    assert "empty reply" in text
+    assert first in text
+    assert (out / "report.html").is_file()
+    assert (out / "training_curves.png").is_file()
+
+
+def test_single_runs_bring_their_base(tracker: Tracker, first: str, tmp_path: Path) -> None:
+    chosen = find_run(tracker, first)
+    ids = {
+        run.info.run_name: run.info.run_id
+        for run in tracker.call("search_runs", [chosen.info.experiment_id])
+        if run.data.tags.get("mlflow.parentRunId") == first
+    }
+    found = read_runs(tracker, [ids["academy · sft · seed 0"]], tmp_path)
+    assert {(row.domain, row.method, row.seed) for row in found.rows} == {
+        ("academy", "base", None),
+        ("academy", "sft", 0),
+    }
+    forgotten = Measured(found.rows).forgetting("sft", ["academy"])
+    assert forgotten is not None
+    assert forgotten.interval.estimate == 0.75
+
+
+def test_two_flow_runs(tracker: Tracker, first: str, second: str, tmp_path: Path) -> None:
+    """What both found in the store is one row; what they trained differently is named after its flow run."""
+    found = read_runs(tracker, [first, second], tmp_path)
+    assert {row.method: row.metrics["adaptation/score"] for row in found.rows} == {
+        "base": 0.25,
+        "q-adapter": 0.75,
+        "sft (lazy-fox)": 0.5,
+        "sft (red-owl)": 0.25,
+    }
+    assert list(found.data) == ["academy"]
+    assert found.config == {
+        "runs": {f"lazy-fox {first}": {"steps": "1"}, f"red-owl {second}": {"steps": "2"}},
+        "shared": {"name": "toy"},
+    }
+    measured = Measured(found.rows)
+    lost = measured.forgetting("sft (red-owl)", ["academy"])
+    assert lost is not None
+    assert lost.interval.estimate == 0.0
+
+
+def test_other_bases_are_told_apart(tracker: Tracker, first: str, rows: list[Row], home: Path, tmp_path: Path) -> None:
+    other_base = replace(rows[0], adaptation=rows[1].adaptation)
+    third = record(tracker, "smoke · odd-cat", [other_base], home / "third", 3)
+    found = read_runs(tracker, [first, third], tmp_path)
+    assert {row.method for row in found.rows} == {
+        "base (lazy-fox)",
+        "q-adapter (lazy-fox)",
+        "sft (lazy-fox)",
+        "base (odd-cat)",
+    }
+
+
+# ---- what cannot be used
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(list(arguments)) == 2
+    return capsys.readouterr().err
+
+
+def test_an_unknown_run(first: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = refused(capsys, "smoke · nobody", "--output", str(tmp_path / "out"))
+    assert "no run has the id or name 'smoke · nobody'" in text
+    assert f"'smoke · lazy-fox' ({first})" in text
+    assert not (tmp_path / "out").exists()
+    assert "no run has" in refused(capsys, "both ' and \"", "--output", str(tmp_path / "out"))
+
+
+def test_a_name_of_several_runs(first: str, second: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = refused(capsys, "academy · q-adapter · seed 0", "--output", str(tmp_path / "out"))
+    assert "2 runs are called 'academy · q-adapter · seed 0'; give an id instead: " in text
+
+
+def test_a_run_without_measurements(
+    tracker: Tracker, first: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tracker.start_parent("full-paper-repro", "smoke · killed", {}, {"stage": "parent"})
+    tracker.finish(empty, "KILLED")
+    text = refused(capsys, empty, "--output", str(tmp_path / "out"))
+    assert "(smoke · killed, KILLED) has no adaptation/score to compare" in text
+    stages = tracker.call("search_runs", [tracker.experiment_id("full-paper-repro")], "tags.stage = 'prepare'")
+    assert "has no adaptation/score" in refused(capsys, stages[0].info.run_id, "--output", str(tmp_path / "out"))
+
+
+def test_a_folder_in_use(first: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    assert "exists and is not an empty folder" in refused(capsys, first, "--output", str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_no_runs_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("QADAPTER_HOME", str(tmp_path / "new"))
+    assert "there are no runs yet" in refused(capsys, "x", "--output", str(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []

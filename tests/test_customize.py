@@ -1,0 +1,285 @@
+"""The recurring pipeline as its user sees it: deliveries arrive, one after another, through real Prefect and MLflow."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.testing.utilities import prefect_test_harness
+from tiny_deliveries import MODEL, deliver, evasions, flipped, refusals, write_config
+
+from flows.announce import ANNOUNCED, watch_preferences
+from flows.check_champion import FELL, check_champion
+from flows.customize import customize_on_new_preferences
+from flows.recurring import main
+from qadapter.artifacts import digest_tree
+from qadapter.customization import load_customization
+from tasks.candidate import registry_of
+from tasks.registry import Registry, Version
+from tasks.served_model import find_served_model
+from tasks.tracking import Tracker
+
+pytestmark = pytest.mark.slow
+
+
+class KilledError(BaseException):
+    """Stands for the end of the process."""
+
+
+@dataclass
+class Step:
+    """How a flow run ended, and the registry after it."""
+
+    name: str
+    message: str
+    seconds: float
+    versions: list[Version]
+
+    @property
+    def aliases(self) -> dict[str, int]:
+        return {alias: version.number for version in self.versions for alias in version.aliases}
+
+
+@dataclass
+class Story:
+    """A workspace and what happened in it, step by step."""
+
+    home: Path
+    config: str
+    steps: dict[str, Step] = field(default_factory=dict)
+
+    def versions(self) -> list[Version]:
+        return Registry(Tracker.for_project(self.home), MODEL).versions()
+
+    def run(self, step: str, flow: Any = customize_on_new_preferences) -> Step:
+        state = flow(self.config, return_state=True)
+        times = state.state_details.flow_run_id
+        with get_client(sync_client=True) as client:
+            run = client.read_flow_run(times)
+        assert run.start_time is not None
+        assert run.end_time is not None
+        seconds = (run.end_time - run.start_time).total_seconds()
+        self.steps[step] = Step(str(state.name), str(state.message), seconds, self.versions())
+        return self.steps[step]
+
+    def statuses(self) -> set[str]:
+        tracker = Tracker.for_project(self.home)
+        ids = [e.experiment_id for e in tracker.call("search_experiments")]
+        return {run.info.status for run in tracker.call("search_runs", ids)}
+
+
+def events(name: str) -> list[dict[str, Any]]:
+    """Events of a name that the server has; it stores them a moment after they were sent."""
+    deadline = time.monotonic() + 20
+    while True:
+        with get_client(sync_client=True) as client:
+            answer = client._client.post("/events/filter", json={"filter": {"event": {"name": [name]}}})
+        found: list[dict[str, Any]] = answer.json()["events"]
+        if found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.5)
+
+
+@contextmanager
+def workspace_at(home: Path) -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setenv("QADAPTER_HOME", str(home))
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+    """Better, worse and broken deliveries, and what happens between them."""
+    home = tmp_path_factory.mktemp("home")
+    with prefect_test_harness(server_startup_timeout=90), workspace_at(home) as patch:
+        told = Story(home, write_config(home))
+        deliver(home, "1-first.jsonl", refusals()[:40])
+        told.run("first")
+        told.run("again")
+
+        deliver(home, "2-better.jsonl", evasions()[:46])
+        told.run("watch", watch_preferences)
+        told.run("watch again", watch_preferences)
+        with patch.context() as killing, contextlib.suppress(KilledError):
+            killing.setattr(Registry, "promote", killed)
+            told.run("not killed")
+        told.steps["killed"] = Step("", "", 0.0, told.versions())
+        told.run("better")
+
+        worse = deliver(home, "3-worse.jsonl", flipped(refusals()[:80]))
+        told.run("worse")
+        broken = deliver(home, "4-broken.jsonl", "<html>502 Bad Gateway</html>\n")
+        told.run("broken")
+        told.run("broken again")
+        worse.unlink()
+        broken.unlink()
+        told.run("removed")
+
+        told.run("check", check_champion)
+        yield told
+
+
+def killed(*_: Any) -> None:
+    raise KilledError
+
+
+def test_the_first_candidate_is_compared_with_the_base(story: Story) -> None:
+    step = story.steps["first"]
+    assert step.name == "Promoted", step.message
+    assert step.aliases == {"champion": 1}
+    (version,) = step.versions
+    assert version.tags["parent"] == ""
+    assert "of the base" in version.tags["reasons"]
+    assert version.metrics["adaptation/implied_reward_accuracy"] > 0.5
+    assert version.tags["data_pairs"] == "40 (40 new)"
+
+
+def test_nothing_new_ends_at_once_and_says_so(story: Story) -> None:
+    step = story.steps["again"]
+    assert step.name == "NothingNew"
+    assert step.message.startswith("nothing new in incoming; the last time: version 1")
+    assert step.seconds <= 2.0
+    assert len(step.versions) == 1
+
+
+def test_the_watcher_announces_a_change_once(story: Story) -> None:
+    assert [story.steps[name].name for name in ("watch", "watch again")] == ["Announced", "NothingNew"]
+    (event,) = events(ANNOUNCED)
+    assert event["resource"]["prefect.resource.id"] == "qadapter.preferences.tiny"
+    assert event["payload"] == {"config": "tiny"}
+
+
+def test_a_kill_between_registering_and_promoting_leaves_the_champion(story: Story) -> None:
+    step = story.steps["killed"]
+    assert "not killed" not in story.steps, story.steps["not killed"].message
+    assert len(step.versions) == 2
+    assert step.aliases == {"champion": 1}
+
+
+def test_the_next_run_finishes_it_without_training_again(story: Story) -> None:
+    step = story.steps["better"]
+    assert (step.name, len(step.versions)) == ("Promoted", 2)
+    assert "what a killed run had left was finished" in step.message
+    assert step.aliases == {"champion": 2, "previous": 1}
+
+
+def test_the_better_delivery_was_trained_on_from_the_champion(story: Story) -> None:
+    first, better = story.steps["better"].versions
+    assert better.tags["parent"] == "1"
+    assert better.tags["data_pairs"] == "86 (46 new)"
+    assert better.tags["base_digest"] == first.tags["base_digest"]
+    assert better.tags["adapter_digest"] != first.tags["adapter_digest"]
+    gained = better.metrics["adaptation/implied_reward_accuracy"] - first.metrics["adaptation/implied_reward_accuracy"]
+    assert gained >= 0.1
+    assert "of the champion (version 1)" in better.tags["reasons"]
+
+
+def test_the_worse_delivery_is_rejected_with_reasons(story: Story) -> None:
+    step = story.steps["worse"]
+    assert step.name == "Rejected"
+    assert step.aliases == {"champion": 2, "previous": 1}
+    rejected = step.versions[2]
+    assert rejected.tags["rejected"] == "true"
+    assert rejected.tags["parent"] == "2"
+    assert "implied_reward_accuracy" in rejected.tags["reasons"]
+    assert "wanted at least +0.010 and beyond noise" in rejected.tags["reasons"]
+    assert rejected.aliases == ()
+
+
+def test_the_broken_delivery_is_quarantined_and_trains_nothing(story: Story) -> None:
+    step = story.steps["broken"]
+    assert step.name == "Quarantined"
+    assert "nothing was trained and the champion stays" in step.message
+    assert "4-broken.jsonl has no JSON object" in step.message.replace(str(story.home / "incoming") + "/", "")
+    assert len(step.versions) == 3
+    assert step.aliases == {"champion": 2, "previous": 1}
+    quarantine = Path(step.message.split("line by line: ")[1].split("\n")[0])
+    assert json.loads(quarantine.read_text())["file"] == "4-broken.jsonl"
+    assert story.steps["broken again"].name == "NothingNew", "it is reported once"
+
+
+def test_removed_rows_train_nothing(story: Story) -> None:
+    step = story.steps["removed"]
+    assert step.name == "NothingNew"
+    assert "0 new, 0 changed, 81 removed and 86 unchanged records" in step.message
+
+
+def test_no_run_is_left_open(story: Story) -> None:
+    assert story.statuses() <= {"FINISHED", "KILLED", "FAILED"}
+
+
+def test_what_is_registered_is_what_was_judged(story: Story) -> None:
+    champion = story.steps["removed"].versions[1]
+    served = find_served_model(f"{MODEL}@champion")
+    assert digest_tree(served.adapter) == champion.tags["adapter_digest"]
+    assert digest_tree(Path(served.base)) == champion.tags["base_digest"]
+
+
+def test_only_what_was_new_was_validated(story: Story) -> None:
+    tracker = Tracker.for_project(story.home)
+    (experiment,) = [e for e in tracker.call("search_experiments") if e.name == "customize-on-new-preferences"]
+    runs = tracker.call(
+        "search_runs", [experiment.experiment_id], "tags.stage = 'new-preferences'", order_by=["start_time ASC"]
+    )
+    counts = [(run.data.metrics["data/validated"], run.data.metrics["data/unchanged"]) for run in runs]
+    assert counts == [(40, 0), (46, 40), (80, 86), (0, 166), (0, 86)]
+
+
+def test_the_history_is_read_from_the_registry_alone(story: Story) -> None:
+    out = StringIO()
+    with redirect_stdout(out):
+        assert main(["history", "--config", story.config]) == 0
+    text = out.getvalue()
+    assert [line.split()[0] for line in text.splitlines() if line[:4].strip()] == ["1", "2", "3"]
+    assert "promoted       from 1         champion" in text
+    assert "rejected       from 2" in text
+    assert "wanted at least +0.010 and beyond noise" in text
+
+
+def test_the_champion_is_checked_and_an_event_raised_when_it_fell(story: Story) -> None:
+    """First with the held-out pairs it was judged by; then these are turned round, as if tastes had."""
+    step = story.steps["check"]
+    assert step.name == "Steady", step.message
+    heldout = story.home / "heldout.jsonl"
+    before = heldout.read_text()
+    rows = [json.loads(line) for line in before.splitlines()]
+    heldout.write_text("".join(json.dumps(row) + "\n" for row in flipped(rows)))
+    try:
+        step = story.run("fell", check_champion)
+    finally:
+        heldout.write_text(before)
+    assert step.name == "Fell"
+    assert "implied_reward_accuracy fell by +" in step.message
+    (event,) = events(FELL)
+    assert event["resource"]["prefect.resource.id"] == f"qadapter.model.{MODEL}"
+    assert event["payload"]["version"] == 2
+    assert step.aliases == {"champion": 2, "previous": 1}, "a check moves nothing"
+
+
+def test_two_runs_at_once_train_once_and_rollback_is_one_command(story: Story) -> None:
+    deliver(story.home, "5-more.jsonl", refusals()[40:60])
+    with ThreadPoolExecutor(2) as pool:
+        states = list(pool.map(lambda _: customize_on_new_preferences(story.config, return_state=True), range(2)))
+    names = sorted(str(state.name) for state in states)
+    assert names[0] == "NothingNew"
+    assert names[1] in ("Promoted", "Rejected")
+    assert len(story.versions()) == 4
+
+    champion = registry_of(load_customization(story.config)).champion()
+    assert champion is not None
+    out = StringIO()
+    with redirect_stdout(out):
+        assert main(["rollback", "--config", story.config, "--to", "1"]) == 0
+    assert out.getvalue() == f"{MODEL}: version 1 is the champion again, after version {champion.number}\n"
+    assert digest_tree(find_served_model(f"{MODEL}@champion").adapter) == story.versions()[0].tags["adapter_digest"]

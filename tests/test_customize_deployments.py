@@ -1,0 +1,105 @@
+"""Deployments of a recurring customisation: what they say, and that an announcement starts a run on a real server."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_deployments import Served, served, wait_until
+
+from flows.announce import ANNOUNCED, watch_preferences
+from flows.check_champion import check_champion
+from flows.customize import customize_on_new_preferences
+from flows.recurring import main
+from qadapter.customization import customizations, load_customization
+
+__all__ = ["served"]  # the fixture: a server and a worker of this module's own
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+FLOWS = {
+    "customize_on_new_preferences": customize_on_new_preferences,
+    "watch_preferences": watch_preferences,
+    "check_champion": check_champion,
+}
+
+
+def deployments(function: str) -> list[dict[str, Any]]:
+    entries = yaml.safe_load((PROJECT_ROOT / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]
+    return [entry for entry in entries if entry["entrypoint"].endswith(f":{function}")]
+
+
+def test_each_customisation_is_deployed_with_schedule_and_trigger() -> None:
+    entries = deployments("customize_on_new_preferences")
+    assert sorted(entry["name"] for entry in entries) == customizations()
+    for entry in entries:
+        assert entry["parameters"] == {"config": entry["name"]}
+        (schedule,) = entry["schedules"]
+        assert schedule["cron"]
+        assert schedule["active"] is (entry["name"] == "smoke"), "a template waits until somebody made it their own"
+        (trigger,) = entry["triggers"]
+        assert trigger["expect"] == [ANNOUNCED]
+        name = load_customization(entry["name"]).name
+        assert trigger["match"] == {"prefect.resource.id": f"qadapter.preferences.{name}"}
+
+
+def test_every_deployment_names_a_config_that_its_flow_takes() -> None:
+    for function, flow in FLOWS.items():
+        assert deployments(function)
+        for entry in deployments(function):
+            assert flow.validate_parameters(entry["parameters"]) == entry["parameters"]
+
+
+def test_announcing_to_nobody_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    assert main(["announce"]) == 2
+    assert "no Prefect server answers at http://127.0.0.1:9/api" in capsys.readouterr().err
+
+
+def runs_of(served: Served, flow: str) -> list[dict[str, Any]]:
+    """Runs of a flow that were started by something else than its schedule, the oldest first."""
+    body = {"flows": {"name": {"any_": [flow]}}, "sort": "EXPECTED_START_TIME_ASC"}
+    found = served.post("/flow_runs/filter", body)
+    return [run for run in found if not run["auto_scheduled"]]
+
+
+@pytest.mark.slow
+def test_an_announcement_starts_a_run_and_a_second_one_is_not_lost(served: Served) -> None:
+    """What arrived is broken on purpose: the runs are whole but train nothing. Two announcements, two runs in a row."""
+    incoming = served.folder / "home" / "preferences" / "incoming"
+    incoming.mkdir(parents=True)
+    (incoming / "broken.jsonl").write_text("<html>502 Bad Gateway</html>\n")
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-m", "flows.recurring", "announce", "--config", "smoke"],
+            cwd=PROJECT_ROOT,
+            env=os.environ | {"PREFECT_API_URL": served.url, "PREFECT_HOME": str(served.folder / "prefect")},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f"{ANNOUNCED} for smoke sent to {served.url}\n"
+
+    def both_ended() -> bool:
+        found = runs_of(served, "customize-on-new-preferences")
+        return len(found) == 2 and all(run["state_type"] in ("COMPLETED", "FAILED", "CRASHED") for run in found)
+
+    wait_until(both_ended, 240, "two ended runs", served)
+    first, second = sorted(runs_of(served, "customize-on-new-preferences"), key=lambda run: str(run["start_time"]))
+    assert (first["state_name"], second["state_name"]) == ("Quarantined", "NothingNew"), served.log[-6000:]
+    assert first["parameters"] == second["parameters"] == {"config": "smoke"}
+    assert str(second["start_time"]) >= str(first["end_time"]), "one after the other"
+    seconds = timedelta(seconds=float(second["total_run_time"]))
+    assert seconds <= timedelta(seconds=5), f"nothing new took {seconds}"
+    # the schedule is there too: Mondays, in the future
+    body = {"flows": {"name": {"any_": ["customize-on-new-preferences"]}}, "sort": "EXPECTED_START_TIME_ASC"}
+    planned = [run for run in served.post("/flow_runs/filter", body) if run["auto_scheduled"]]
+    assert planned
+    times = [datetime.fromisoformat(str(run["expected_start_time"])) for run in planned]
+    assert {(time.astimezone(UTC).weekday(), time.astimezone(UTC).hour) for time in times} == {(0, 3)}

@@ -1,0 +1,59 @@
+"""The task runners that independent stages go to; Dask for real where it is installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.task_runners import ProcessPoolTaskRunner, ThreadPoolTaskRunner
+from prefect.testing.utilities import prefect_test_harness
+from test_deployments import TINY
+
+from flows.full_paper_repro import full_paper_repro
+from flows.runners import task_runner
+from qadapter.experiment import load_experiment
+
+
+def runner(**overrides: Any) -> Any:
+    return task_runner(load_experiment("smoke", {name.replace("__", "."): v for name, v in overrides.items()}))
+
+
+def test_one_stage_at_a_time_is_a_thread_and_several_are_processes() -> None:
+    assert isinstance(runner(), ThreadPoolTaskRunner)
+    several = runner(parallel=3)
+    assert isinstance(several, ProcessPoolTaskRunner)
+    assert several._max_workers == 3
+
+
+def test_dask_is_a_cluster_of_this_machine_or_the_one_that_is_named() -> None:
+    dask = pytest.importorskip("prefect_dask", reason='the extra is not installed: pip install -e ".[dask]"')
+    here = runner(parallel=2, runner__engine="dask")
+    assert isinstance(here, dask.DaskTaskRunner)
+    assert here.cluster_kwargs["n_workers"] == 2
+    assert here.cluster_kwargs["threads_per_worker"] == 1
+    there = runner(runner__engine="dask", runner__address="tcp://scheduler:8786")
+    assert there.address == "tcp://scheduler:8786"
+
+
+@pytest.mark.slow
+def test_the_experiment_runs_on_dask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers, each a process; the second run finds every stage that they made."""
+    pytest.importorskip("prefect_dask", reason='the extra is not installed: pip install -e ".[dask]"')
+    monkeypatch.setenv("QADAPTER_HOME", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    overrides = {**TINY, "methods.run": ["sft", "q-adapter"], "parallel": 2, "runner.engine": "dask"}
+    with prefect_test_harness(server_startup_timeout=90):
+        first = full_paper_repro("smoke", None, overrides)
+        made = stages(tmp_path)
+        assert len([name for name in made if name.startswith("train/")]) == 2
+        second = full_paper_repro("smoke", None, {**overrides, "runner.engine": "local", "parallel": 1})
+    assert Path(first["report"]).is_file()
+    assert Path(second["report"]).is_file()
+    assert stages(tmp_path) == made
+
+
+def stages(home: Path) -> list[str]:
+    """What was computed and measured; the report shows the settings of its run, the runner among them."""
+    found = (home / ".qadapter" / "stages").glob("*/*/manifest.json")
+    return sorted(f"{file.parts[-3]}/{file.parts[-2]}" for file in found if file.parts[-3] != "report")

@@ -1,0 +1,251 @@
+"""A registered version, served by MLflow's own command and by this project's, against direct generation."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+import yaml
+from tiny_chat import byte_tokenizer, tiny_llama
+from tiny_models import lora, moved
+
+from qadapter.errors import QAdapterError
+from qadapter.evaluation.prompts import prompt_ids
+from qadapter.objective import Objective
+from qadapter.policy import QAdapterForCausalLM
+from tasks.served_model import find_served_model, log_served_model
+from tasks.tracking import Tracker
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+MESSAGES = [{"role": "user", "content": "Name a colour."}]
+NEW = 16
+
+
+class Registered:
+    """A store with one registered version, `policy@champion`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.home = root, root / "home"
+        self.base, self.adapter = root / "model", root / "trained" / "model"
+        tiny_llama().save_pretrained(self.base)
+        byte_tokenizer().save_pretrained(self.base)
+        policy = QAdapterForCausalLM.from_base(tiny_llama(), lora(), Objective.preset("residual"))
+        moved(policy, scale=0.2).save_pretrained(self.adapter)
+        self.tracker = Tracker.for_project(self.home)
+        self.run = self.tracker.start_parent("customise", "candidate", params={"a": 1})
+        self.logged = root  # until there is a version
+        self.tracker.log_metrics(self.run, {"adaptation/score": 0.5})
+
+    def log(self, **options: Any) -> str:
+        return log_served_model(self.run, **{"base": self.base, "adapter": self.adapter, **options})
+
+    def register(self, uri: str) -> None:
+        self.logged = Path(uri)
+        self.tracker.call("create_registered_model", "policy")
+        self.tracker.call("create_model_version", "policy", uri, run_id=self.run)
+        self.tracker.call("set_registered_model_alias", "policy", "champion", "1")
+
+    def expected(self, **dials: float) -> str:
+        """Greedy generation from the folders that were logged, without any of the server's code."""
+        policy = QAdapterForCausalLM.from_pretrained(self.adapter, self.base)
+        ids = torch.tensor([prompt_ids(byte_tokenizer(), MESSAGES)])  # type: ignore[arg-type]
+        settings = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+        out = policy.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings, **dials)
+        return str(byte_tokenizer().decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registered]:
+    with pytest.MonkeyPatch.context() as patch:
+        made = Registered(tmp_path_factory.mktemp("served"))
+        patch.setenv("QADAPTER_HOME", str(made.home))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        made.register(made.log(metadata={"data.digest": "abc"}))
+        assert "MLFLOW_TRACKING_URI" not in os.environ
+        # What was logged must stand on its own
+        shutil.move(made.base, made.root / "elsewhere")
+        shutil.move(made.adapter, made.root / "elsewhere-too")
+        made.base, made.adapter = made.root / "elsewhere", made.root / "elsewhere-too"
+        yield made
+
+
+def test_the_logged_folder_holds_no_pickle(registered: Registered) -> None:
+    folder = registered.logged
+    names = [file.name for file in folder.rglob("*") if file.is_file()]
+    assert {"MLmodel", "served_policy.py", "adapter_model.safetensors", "model.safetensors", "policy.py"} <= {*names}
+    assert [name for name in names if re.search(r"\.(pkl|pickle|bin|pt|pth|joblib|pyc)$", name)] == []
+    pickles = [
+        file for file in folder.rglob("*") if file.is_file() and file.read_bytes()[:2] in (b"\x80\x04", b"\x80\x05")
+    ]
+    assert pickles == []  # by content too: a pickle of protocol 4 or 5 begins so
+
+
+def test_its_description_says_what_it_is_and_needs(registered: Registered) -> None:
+    folder = registered.logged
+    described = yaml.safe_load((folder / "MLmodel").read_text())
+    assert described["metadata"] == {"data.digest": "abc", "qadapter.base": "artifact"}
+    assert described["run_id"] == registered.run
+    assert "python_model" not in described["flavors"]["python_function"]  # it would name a pickle
+    lines = (folder / "requirements.txt").read_text().split()
+    assert f"torch=={torch.__version__.partition('+')[0]}" in lines
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), lines
+
+
+def test_the_files_behind_a_version(registered: Registered) -> None:
+    found = find_served_model("policy/1")
+    assert found == find_served_model("policy@champion")
+    assert found.name == "policy"
+    for logged, original in ((found.adapter, registered.adapter), (Path(found.base), registered.base)):
+        for file in original.iterdir():
+            assert (logged / file.name).read_bytes() == file.read_bytes(), file
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("policy", "names no version"),
+        ("policy@nobody", "has no model 'policy@nobody'"),
+        ("other/1", "no model 'other/1'"),
+    ],
+)
+def test_what_is_not_registered_is_refused(model: str, says: str, registered: Registered) -> None:
+    with pytest.raises(QAdapterError, match=says):
+        find_served_model(model)
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+
+
+def test_an_adapter_that_is_not_there_is_refused(registered: Registered, tmp_path: Path) -> None:
+    with pytest.raises(QAdapterError, match="There is no adapter folder"):
+        registered.log(adapter=tmp_path / "nothing")
+
+
+def test_a_base_of_the_hub_is_named_and_not_copied(registered: Registered, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registered.tracker.uri)
+    uri = registered.log(base="owner/model", name="named")
+    assert os.environ["MLFLOW_TRACKING_URI"] == registered.tracker.uri
+    registered.tracker.call("create_model_version", "policy", uri, run_id=registered.run)
+    found = find_served_model("policy/2")
+    assert found.base == "owner/model"
+    assert sorted(each.name for each in found.adapter.parent.iterdir()) == [found.adapter.name]
+
+
+# ---- servers
+
+
+@contextlib.contextmanager
+def running(command: list[str], registered: Registered, log: Path, **environment: str) -> Iterator[Any]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # MLflow looks for uvicorn there
+    variables = {**os.environ, "QADAPTER_HOME": str(registered.home), "PATH": path, **environment}
+    elsewhere = log.parent / "elsewhere"
+    elsewhere.mkdir(exist_ok=True)
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            command, cwd=elsewhere, env=variables, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for(condition: Any, process: Any, log: Path) -> Any:
+    deadline = time.monotonic() + 240
+    while not (found := condition()):
+        assert process.poll() is None, log.read_text()[-4000:]
+        assert time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.3)
+    return found
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_mlflow_serves_it_without_this_project(registered: Registered, tmp_path: Path) -> None:
+    broken = tmp_path / "path" / "qadapter"
+    broken.mkdir(parents=True)  # stands before an installed qadapter; what the model brings stands before it
+    (broken / "__init__.py").write_text("raise RuntimeError('the wrong qadapter')")
+    port, log = free_port(), tmp_path / "log"
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/policy@champion"]
+    command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
+    environment = {"MLFLOW_TRACKING_URI": registered.tracker.uri, "PYTHONPATH": str(broken.parent)}
+    with running(command, registered, log, **environment) as process:
+        wait_for(lambda: answers(f"http://127.0.0.1:{port}/ping"), process, log)
+
+        def post(**body: Any) -> httpx.Response:
+            return httpx.post(f"http://127.0.0.1:{port}/invocations", json={"messages": MESSAGES, **body}, timeout=120)
+
+        greedy = {"temperature": 0, "max_tokens": NEW}
+        answer = post(**greedy).json()
+        assert answer["choices"][0]["message"] == {"role": "assistant", "content": registered.expected()}
+        assert (answer["model"], answer["usage"]["completion_tokens"]) == ("policy", NEW)
+        dialled = post(**greedy, alpha_0=0.2, alpha_tilde=2, compare_base=True).json()["choices"]
+        assert [choice["variant"] for choice in dialled] == ["customised", "base"]
+        assert dialled[0]["message"]["content"] == registered.expected(alpha_0=0.2, alpha_tilde=2.0)
+        assert dialled[0]["message"] != answer["choices"][0]["message"]
+        assert post(**greedy).json()["choices"] == answer["choices"]
+
+        text = registered.expected()
+        stopped = post(**greedy, stop=[text[4:6]]).json()["choices"][0]
+        assert stopped["message"]["content"] == text[: text.index(text[4:6])]
+        for wrong in ({"max_tokens": 10_000}, {"alpha_0": -1}, {"alpha_0": "much"}, {"n": 1000}):
+            assert post(**wrong).status_code == 400, wrong
+    assert "the wrong qadapter" not in log.read_text()
+
+
+@pytest.mark.slow
+def test_one_command_serves_the_champion_to_openais_client(registered: Registered, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "flows.serve_model", "--model", "policy@champion", "--port", "0"]
+    environment = {"PYTHONPATH": str(PROJECT_ROOT), "QADAPTER_API_KEY": "not-a-secret"}
+    with running(command, registered, log, **environment) as process:
+        found = wait_for(
+            lambda: re.search(r"Serving policy, base at (http://127\.0\.0\.1:\d+/v1)", log.read_text()), process, log
+        )
+        wait_for(lambda: answers(found[1].replace("/v1", "/health")), process, log)
+        client = openai.OpenAI(base_url=found[1], api_key="not-a-secret", max_retries=0, timeout=120)
+
+        def ask(**options: Any) -> Any:
+            return client.chat.completions.create(
+                model="policy", messages=MESSAGES, temperature=0, max_tokens=NEW, **options
+            )
+
+        assert ask().choices[0].message.content == registered.expected()
+        streamed = ask(stream=True, extra_body={"alpha_0": 0.2})
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in streamed)
+        assert text == registered.expected(alpha_0=0.2)
+        os.kill(process.pid, signal.SIGINT)
+        assert process.wait(120) == 0, log.read_text()[-4000:]
+    assert "not-a-secret" not in log.read_text()
+
+
+def test_the_command_says_what_is_missing(registered: Registered, capsys: pytest.CaptureFixture[str]) -> None:
+    from flows.serve_model import main
+
+    assert main(["--model", "nobody@champion"]) == 2
+    assert "has no model 'nobody@champion'" in capsys.readouterr().err
