@@ -28,7 +28,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
         "customize": _customize,
         "announce": _announce,
-        "watch": _watch,
         "check": _check,
         "history": _history,
         "rollback": _roll_back,
@@ -52,12 +51,6 @@ def _customize(given: argparse.Namespace) -> int:
     from flows.customize import customize_on_new_preferences
 
     return _run_flow(customize_on_new_preferences, given.config)
-
-
-def _watch(given: argparse.Namespace) -> int:
-    from flows.announce import watch_preferences
-
-    return _run_flow(watch_preferences, given.config)
 
 
 def _check(given: argparse.Namespace) -> int:
