@@ -30,8 +30,8 @@ sweep: $(STAMP) ## many settings, tables and front: make sweep [SWEEP=mini DATA=
 compare: $(STAMP) ## the report of any recorded runs: make compare RUNS="run-id run-id" [OUTPUT=folder]
 	@$(BIN)/python -m flows.compare $(RUNS) --output "$(OUTPUT)"
 
-test: $(STAMP) ## run all tests
-	@$(BIN)/python -m pytest
+test: $(STAMP) ## run all tests, two files at a time
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP) ## lint, format check, type check
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
