@@ -1,7 +1,8 @@
-"""What the published code does, written anew from its description: two passes, full float32 logits, always the loss.
+"""What the published code does, written anew from its description: two passes, full float32 logits, always the rewards.
 
 Every call runs the model with its adapter and without, makes full-vocabulary float32 rows of both for every position
-(prompts and padding included), combines them and computes the training loss on them, also while generating.
+(prompts and padding included), combines them and computes the implied rewards of them, also while generating: there
+the loss too, where the rows can be pairs.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ def _costs(
     experiment: Experiment, stages: Sequence[PlannedStage], plans: Mapping[str, SourcePlan], size: planning.ModelSize
 ) -> str:
     """One line a kind of stage that computes: how many, steps, tokens, memory, hours on each machine."""
-    header = f"  {'stage':<22}{'runs':>5}{'steps':>8}{'tokens':>12}{'memory GB':>11}" + "".join(
+    header = f"  {'stage':<22}{'runs':>5}{'steps':>10}{'tokens':>16}{'memory GB':>11}" + "".join(
         f"{'h on ' + machine.name:>19}" for machine in _MACHINES
     )
     lines, total = [header], dict.fromkeys(_MACHINES, 0.0)
@@ -154,18 +154,19 @@ def _costs(
         if estimate:
             groups.setdefault((stage.task, _kind(stage)), []).append(estimate)
     for (_, kind), estimates in groups.items():
-        steps, tokens, _, memory = estimates[0]
+        steps = [str(count) for count in sorted({estimate[0] for estimate in estimates}) if count]
+        tokens, memory = sum(estimate[1] for estimate in estimates), max(estimate[3] for estimate in estimates)
         hours = {machine: sum(e[2] for e in estimates) / machine.flops / 3600 for machine in _MACHINES}
         for machine in _MACHINES:
             total[machine] += hours[machine]
         lines.append(
-            f"  {kind:<22}{len(estimates):>5}{steps or '–':>8}{tokens:>12,.0f}{memory:>11.2f}"
+            f"  {kind:<22}{len(estimates):>5}{'/'.join(steps) or '–':>10}{tokens:>16,.0f}{memory:>11.2f}"
             + "".join(f"{hours[machine]:>19.3f}" for machine in _MACHINES)
         )
     lines.append(
-        f"  {'all':<22}{len(stages):>5}{'':>31}" + "".join(f"{total[machine]:>19.3f}" for machine in _MACHINES)
+        f"  {'all':<22}{len(stages):>5}{'':>37}" + "".join(f"{total[machine]:>19.3f}" for machine in _MACHINES)
     )
-    return "Cost (steps, tokens and memory of one run; hours of all runs)\n" + "\n".join(lines)
+    return "Cost (steps and memory of one run; tokens and hours of all runs)\n" + "\n".join(lines)
 
 
 def _kind(stage: PlannedStage) -> str:
@@ -206,15 +207,16 @@ def _estimate(
     cell = stage.inputs.get("cell")
     if isinstance(cell, Customisation) and stage.task == "train_adapter":
         plan = plans[experiment.domains[cell.domain].source]
+        training = experiment.training_of(cell.domain)
         steps = planning.steps(plan.train_pairs, training)
         tokens = steps * training.batch_size * 2 * plan.tokens_per_sequence
         passes = planning.PASSES[cast(Method, cell.method)]
         memory = planning.training_memory_gb(size, experiment.model, experiment.lora, training)
         return steps, tokens, planning.training_flops(size, tokens, passes), memory
-    if isinstance(cell, Customisation) and stage.task == "evaluate":
-        items = planning.EVALUATION_ITEMS_PER_TASK
-        limit = experiment.evaluation.retention.limit
-        tokens = len(experiment.evaluation.retention.tasks) * min(items, limit or items) * training.max_length
+    measures = stage.task == "measure_base_retention"  # the base's rows show what was measured once
+    if measures or (stage.task == "evaluate" and isinstance(cell, Customisation) and cell.method != "base"):
+        retention = experiment.evaluation.retention
+        tokens = planning.benchmark_items(retention.tasks, retention.limit) * training.max_length
         return 0, tokens, planning.training_flops(size, tokens, 1), weights
     return None
 
@@ -227,7 +229,8 @@ def _assumptions(experiment: Experiment) -> str:
             "  weights;",
             "  q-adapter and dpo 3 (base forward, adapted forward, backward), sft and replay 2, pre-training 3",
             *(f"{machine.name} reaches {machine.flops / 1e12:,.2f} TFLOP/s" for machine in _MACHINES),
-            f"an lm-eval task has {planning.EVALUATION_ITEMS_PER_TASK:,} items of max_length tokens, or `limit`",
+            "an lm-eval item reads max_length tokens; a task of unknown size has "
+            f"{planning.ITEMS_OF_OTHER_TASKS:,} of them, or `limit`; answers to held-out prompts are not counted",
             f"micro-batch {experiment.training.micro_batch} pairs, optimiser AdamW on the adapter only, in float32",
         ]
     )

@@ -104,6 +104,8 @@ class Experiment(Settings):
             yield "helpful_sft.lora: full fine-tuning is for models from scratch; set it to true"
         if not self.helpful_sft and (needy := [n for n, d in self.domains.items() if d.base == "helpful"]):
             yield f"domains {needy} want the base 'helpful', but there is no helpful_sft section"
+        if self.training.max_steps and (idle := [name for name, d in self.domains.items() if d.epochs]):
+            yield f"domains.{idle[0]}.epochs says nothing where training.max_steps counts: give one of them"
         yield from self._judge_contradictions(unknown)
         trainings = {"pretraining": self.pretraining, "helpful_sft": self.helpful_sft, "training": self.training}
         yield from self.launch.contradictions(trainings)
@@ -148,6 +150,11 @@ class Experiment(Settings):
             return "rule"
         apart = self.sources[self.domains[domain].source].judge_pairs
         return "reward-model" if apart and settings.generate else "none"
+
+    def training_of(self, domain: str) -> OptimizerSettings:
+        """The training that a domain's adapters get."""
+        epochs = self.domains[domain].epochs
+        return self.training if epochs is None else self.training.model_copy(update={"epochs": epochs})
 
     @property
     def threads_per_stage(self) -> int:

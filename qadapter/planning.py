@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qadapter.errors import QAdapterError
@@ -121,7 +122,22 @@ def training_memory_gb(size: ModelSize, model: ModelSettings, lora: LoraSettings
     return (weights + adapter + tokens * per_token * width + logits) / 2**30
 
 
-EVALUATION_ITEMS_PER_TASK = 2_000  # GSM8K has 1,319, MMLU 14,042, IFEval 541
+# Items of the paper's benchmarks as lm-eval 0.4 asks them (leaderboard_bbh: 24 of BIG-Bench Hard's tasks), and what any
+# other task is taken to have.
+_BENCHMARK_ITEMS = {
+    "mmlu": 14_042,
+    "gsm8k_cot": 1_319,
+    "leaderboard_mmlu_pro": 12_032,
+    "leaderboard_bbh": 5_761,
+    "leaderboard_ifeval": 541,
+}
+ITEMS_OF_OTHER_TASKS = 2_000
+
+
+def benchmark_items(tasks: Sequence[str], limit: int | None) -> int:
+    """Questions of lm-eval tasks together; `limit` is the most that one task asks."""
+    counts = [_BENCHMARK_ITEMS.get(task, ITEMS_OF_OTHER_TASKS) for task in tasks]
+    return sum(min(count, limit or count) for count in counts)
 
 
 def weights_gb(size: ModelSize, model: ModelSettings) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +50,10 @@ class ComposedAdapters(nn.Module):
         Raises:
             QAdapterError: an adapter that is not there, or weights that mean nothing in this parametrisation.
         """
-        known = list(self.peft_model.peft_config)
+        self._adapter_weights = self._checked(weights, list(self.peft_model.peft_config))
+
+    def _checked(self, weights: Mapping[str, float], known: Sequence[str]) -> dict[str, float]:
+        """The weight of every known adapter; `set_adapter_weights` says what is refused."""
         if unknown := [name for name in weights if name not in known]:
             raise QAdapterError(
                 f"No adapter is named {', '.join(unknown)}; there are {', '.join(known)}. Attach it first."
@@ -68,7 +71,7 @@ class ComposedAdapters(nn.Module):
                 "Several adapters at once need plain LoRA layers (no DoRA or other variant, no other PEFT method). "
                 "Use one adapter."
             )
-        self._adapter_weights = complete
+        return complete
 
     def attach(self, path: str | Path, name: str, weight: float | None = None) -> None:
         """Load another trained Q-Adapter of the same base beside the ones that are there.
@@ -79,8 +82,8 @@ class ComposedAdapters(nn.Module):
             weight: its weight in Q from now on; not given, it is loaded and switched off.
 
         Raises:
-            QAdapterError: the name is taken, the folder is no Q-Adapter, or it was trained in the other
-                parametrisation.
+            QAdapterError: the name is taken, the folder is no Q-Adapter, it was trained in the other parametrisation,
+                or the weights then mean nothing in this one.
         """
         if name in self.peft_model.peft_config:
             raise QAdapterError(f"An adapter named {name!r} is there already. Choose another name.")
@@ -91,10 +94,12 @@ class ComposedAdapters(nn.Module):
                 f"The adapter in {path} has parametrisation {other!r}, this policy {mine!r}: their Q do not add up. "
                 "Turn the absolute one into the residual form with as_residual() and save it again."
             )
+        weights = {**self._adapter_weights, name: weight or 0.0}
+        self._checked(weights, list(weights))  # before anything is loaded
         self.peft_model.load_adapter(str(path), adapter_name=name, is_trainable=False)
         self._passes, self._pair_passes = RowPasses(self.peft_model), None
         self.train(self.training)
-        self.set_adapter_weights({**self._adapter_weights, name: weight or 0.0})
+        self.set_adapter_weights(weights)
 
     def as_residual(self) -> None:
         """Turn an `absolute` policy into the `residual` form of the same policy: Q − log π1, with α0 + 1.

@@ -199,10 +199,12 @@ class DomainSettings(Settings):
     Attributes:
         source: name under `sources`.
         base: `pretrained`, or `helpful` for the SFT base.
+        epochs: passes over this domain's data, where they differ from `training.epochs`.
     """
 
     source: Name
     base: Literal["pretrained", "helpful"] = "pretrained"
+    epochs: Positive | None = None
 
 
 class QAdapterSettings(Settings):

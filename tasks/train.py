@@ -174,7 +174,7 @@ def train_adapter(
     """Train one adapter with one method; its MLflow run goes on to hold the evaluation."""
     experiment = context.experiment
     method, seed = cast(Method, cell.method), cast(int, cell.seed)
-    choice = experiment.methods.of(method)
+    choice, training = experiment.methods.of(method), experiment.training_of(cell.domain)
     inputs: dict[str, StageOutput | Path] = {**base.inputs(), "data": data.output}
     if answers is not None:
         inputs["answers"] = answers.output
@@ -191,7 +191,7 @@ def train_adapter(
             data.path / "train.jsonl",
             model=experiment.model,
             lora=experiment.lora,
-            training=experiment.training,
+            training=training,
             seed=seed,
             answers_file=answers.path / "answers.json" if answers else None,
             out=out,
@@ -207,7 +207,7 @@ def train_adapter(
         config={
             "method": method,
             method: choice.model_dump(),
-            "training": keyed(experiment.training),
+            "training": keyed(training),
             "lora": experiment.lora.model_dump(),
             "model": experiment.model.numerics(),
             "seed": seed,

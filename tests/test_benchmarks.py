@@ -42,8 +42,8 @@ def test_a_side_without_room_is_not_run() -> None:
     assert lines[3].split()[2] == "1.00x"
 
 
-def test_every_side_of_the_training_step_has_the_same_loss():
-    """All but TRL's, which is another method."""
+def test_the_sides_of_this_project_have_the_same_loss():
+    """TRL's is another method, and the published code's mask is not shifted."""
     sides = training_step.sides(shapes.SHAPES["tiny"], 2, "cpu", torch.float32)
     readable = sides["base without autograd"]().item()
     for name in ("+ vocabulary in blocks (fused)", "+ shared prompt = this project"):

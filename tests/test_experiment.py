@@ -287,6 +287,10 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"built_benchmarks": {"replies": {"x": "harmles"}}},
         "built_benchmarks.replies.x: no source 'harmles', did you mean 'harmless'?",
     ),
+    "epochs that do not count": (
+        {"domains.academy.epochs": 2},
+        "domains.academy.epochs says nothing where training.max_steps counts",
+    ),
     "a source that nobody uses": (
         {"sources.spare": {"path": "x.jsonl"}},
         "sources ['spare'] are used by no domain",

@@ -14,7 +14,7 @@ from tiny_models import ARCHITECTURES, lora, moved, tiny_model
 from torch import Tensor, nn
 
 from qadapter import pair_passes
-from qadapter.objective import Objective
+from qadapter.objective import Objective, scored_positions
 from qadapter.pair_passes import SharedPrompts
 from qadapter.policy import QAdapterForCausalLM
 from qadapter.preferences.pair import PreferencePair
@@ -104,8 +104,6 @@ def test_a_small_model_does_not_bother(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_taken_apart_and_put_together():
-    batch = collate_pairs([encode_pair(pair, TOKENIZER, 128) for pair in pairs(3)], 0)
-    batch = {name: torch.cat([value] * 1) for name, value in batch.items()}
     long = batch_of(3)
     parts = SharedPrompts.of(**long, width=10_000)
     assert parts is not None
@@ -117,6 +115,10 @@ def test_taken_apart_and_put_together():
         assert parts.prompt_mask[pair].tolist() == sorted(parts.prompt_mask[pair].tolist())
         assert parts.reply_ids[row][parts.reply_mask[row].bool()].tolist() == ids[start:end].tolist()
         assert parts.lengths[row] == start
+    # put together again: the scored positions' own tokens, read from prompt and reply, are those of the whole rows
+    scored = scored_positions(long["response_mask"], True)
+    ends = torch.cat([parts.prompt_ids[torch.arange(3).repeat(2), -1:], parts.reply_ids], dim=1)
+    assert ends[parts.where(scored)].tolist() == long["input_ids"][:, :-1][scored].tolist()
 
 
 @pytest.mark.parametrize("change", ["prompt", "mask", "start"])

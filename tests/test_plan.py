@@ -291,9 +291,11 @@ def cost_table(text: str) -> dict[str, list[float]]:
     section = text.split("Cost (")[1].split("\n\n")[0].splitlines()[2:]
     table = {}
     for line in section:
-        found = re.fullmatch(r"  (\S.*?)\s{2,}([\d ,.–]+)", line)
+        found = re.fullmatch(r"  (\S.*?)\s{2,}([\d ,.–/]+)", line)
         assert found, line
-        table[found[1]] = [float("nan") if word == "–" else float(word.replace(",", "")) for word in found[2].split()]
+        table[found[1]] = [
+            float("nan") if word == "–" else float(word.split("/")[-1].replace(",", "")) for word in found[2].split()
+        ]
     return table
 
 
@@ -357,9 +359,17 @@ def test_the_plan_of_paper_offline(offline: list[str]) -> None:
     assert "held as int8" in text
     table = cost_table(text)
     assert table["train dpo"][0] == 5
-    harmless = experiment.sources["harmless"]
-    assert harmless.expected_pairs is not None
-    assert table["train dpo"][1] == math.ceil((harmless.expected_pairs - harmless.judge_pairs) / 512 * 3)
+    steps = []
+    for name, epochs in (("harmless", 2), ("academy", 3)):
+        source = experiment.sources[name]
+        assert source.expected_pairs is not None
+        steps.append(math.ceil((source.expected_pairs - source.judge_pairs) / 512 * epochs))
+    assert f" {steps[0]}/{steps[1]} " in next(line for line in text.splitlines() if line.startswith("  train dpo"))
+    tokens = sum(2 * 512 * count * 256 for count in (steps[0], *[steps[1]] * 4))
+    assert table["train dpo"][2] == pytest.approx(tokens)
+    items = 14_042 + 1_319 + 12_032 + 5_761 + 541
+    assert table["evaluate dpo"][2] == pytest.approx(5 * items * 512)
+    assert table["measure_base_retention"][2] == pytest.approx(2 * items * 512)
     assert table["train_judge"][:2] == [5, math.ceil(2000 / 64)]
     assert 8 < table["train dpo"][3] < 80  # GB: it fits onto one GPU of 80
     assert 5 < table["all"][-1] < 1000  # hours on one H200

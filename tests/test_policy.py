@@ -325,6 +325,12 @@ def test_attaching_refuses_what_does_not_fit(tmp_path: Path):
     make_policy(objective=ABSOLUTE).save_pretrained(tmp_path / "absolute")
     with pytest.raises(QAdapterError, match="'absolute', this policy 'residual'"):
         policy.attach(tmp_path / "absolute", "third")
+    absolute = make_policy(objective=ABSOLUTE)
+    with pytest.raises(QAdapterError, match=r"weights sum to 1\.5"):
+        absolute.attach(tmp_path / "absolute", "third", weight=0.5)
+    assert list(absolute.adapter_weights) == ["default"]
+    assert list(absolute.peft_model.peft_config) == ["default"]  # nothing was loaded, so the next try can succeed
+    absolute.attach(tmp_path / "absolute", "third")
     policy.set_adapter_weights({"default": 1.0, "second": 1.0})
     with pytest.raises(QAdapterError, match="Training moves one adapter"):
         policy.q_and_base_logits(tokens())
