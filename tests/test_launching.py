@@ -175,7 +175,7 @@ def test_killed_it_leaves_no_orphan_and_goes_on_where_it_stopped(toy: TinyToy, t
     whole = drive(toy, tmp_path / "whole", tmp_path / "scratch-whole")
     said = {}
     for name, driver in (("resumed", resumed), ("whole", whole)):
-        said[name] = driver.communicate(timeout=300)[1]
+        said[name] = driver.communicate(timeout=900)[1]
         assert driver.returncode == 0, said[name][-3000:]
     assert len(re.findall(r"INFO:tasks\.launching:.*checkpoint-55 is not whole", said["resumed"])) == 1
     assert "is not whole" not in said["whole"]
