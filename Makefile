@@ -46,8 +46,8 @@ serve: $(STAMP) ## Prefect server and worker with all deployments, http://127.0.
 serve-model: $(STAMP) ## a registered version with OpenAI's chat API: make serve-model [MODEL=qadapter-smoke@champion]
 	@$(BIN)/python -m flows.serve_model --model "$(MODEL)"
 
-customize: $(STAMP) ## look for new preferences: train, judge, promote or reject (docs/recurring.md): make customize [CONFIG=smoke]
-	@$(BIN)/python -m flows.recurring customize --config "$(CONFIG)"
+customize: $(STAMP) ## look for new preferences: train, judge, promote or reject (docs/recurring.md): make customize [CONFIG=smoke] [FORCE=1]
+	@$(BIN)/python -m flows.recurring customize --config "$(CONFIG)" $(if $(FORCE),--force)
 
 announce: $(STAMP) ## tell the running server that there are new preferences: make announce [CONFIG=smoke]
 	@$(BIN)/python -m flows.recurring announce --config "$(CONFIG)"

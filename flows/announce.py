@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from prefect import flow
@@ -16,8 +15,10 @@ from prefect.events.clients import get_events_client
 from prefect.logging import get_run_logger
 from prefect.states import Completed, State
 
-from flows.customize import fingerprint_of
+from flows.customize import at_work, fingerprint_of
+from flows.launch import check_workspace
 from qadapter.customization import Customization, load_customization
+from tasks.context import workspace
 from tasks.preferences import Seen
 
 ANNOUNCED = "qadapter.preferences.announced"
@@ -44,18 +45,26 @@ def emit(event: str, resource: str, payload: Mapping[str, Any]) -> None:
 def watch_preferences(config: str = "smoke") -> State[Any]:
     """Look at the source (folder, file, URL or hub revision) and announce it if its content changed.
 
-    A change is announced once; what becomes of it is the other flow's matter. Ends as `NothingNew` or `Announced`.
+    The held-out pairs and the config count too. A change is announced once, and again if the run that it started did
+    not come to an end. Ends as `NothingNew` or `Announced`.
 
     Args:
         config: a name in `configs/customize/`, or a YAML file.
     """
     customization = load_customization(config)
-    fingerprint, seen = fingerprint_of(customization), Seen.read(customization)
-    if fingerprint in (seen.fingerprint, seen.announced):
+    check_workspace(workspace())
+    fingerprint = fingerprint_of(customization)
+    busy = at_work(customization)  # asked first: a run that ends now has written down what it did
+    seen = Seen.read(customization)
+    failed = fingerprint == seen.started and not busy
+    if fingerprint == seen.fingerprint or (fingerprint == seen.announced and not failed):
         name, message = "NothingNew", f"nothing new in {customization.source.path}"
     else:
+        again = fingerprint == seen.announced
         announce(customization)
-        replace(Seen.read(customization), announced=fingerprint).write(customization)
-        name, message = "Announced", f"{customization.source.path} has changed"
+        # Until the run has begun that this announcement starts, no run of this content has failed.
+        Seen.update(customization, announced=fingerprint, started="")
+        why = "announced again: the run of this content did not come to an end" if again else "has changed"
+        name, message = "Announced", f"{customization.source.path} {why}"
     get_run_logger().info("%s: %s", name, message)
     return Completed(name=name, message=message, data={"outcome": name, "message": message})

@@ -13,19 +13,23 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed, State
 
 from flows.announce import emit
-from flows.customize import fetch, lay_ground, measuring, prepared
-from qadapter.customization import load_customization
+from flows.customize import fetch, launch_of, lay_ground, measuring, one_at_a_time, prepared
+from flows.launch import check_workspace, close_abandoned
+from qadapter.customization import Customization, load_customization
 from qadapter.gate import Measured, fallen
-from tasks.candidate import METHOD, measured, registry_of
+from tasks.candidate import METHOD, learnt_by, measured, registry_of
 from tasks.context import Customisation, workspace
 from tasks.data import generate_toy_world
 from tasks.preferences import Seen, collect_preferences, hold_out, mix_preferences
+from tasks.registry import Registry, Version
 from tasks.stage import StageStore
+from tasks.tracking import Tracker
 
+NAME = "check-champion"
 FELL = "qadapter.champion.fell"
 
 
-@flow(name="check-champion")
+@flow(name=NAME)
 def check_champion(config: str = "smoke") -> State[Any]:
     """Measure the champion on today's held-out preferences and the retention tasks; nothing is trained or promoted.
 
@@ -37,18 +41,39 @@ def check_champion(config: str = "smoke") -> State[Any]:
         config: a name in `configs/customize/`, or a YAML file.
     """
     customization = load_customization(config)
+    check_workspace(workspace())
+    close_abandoned(Tracker.for_project(workspace()), NAME)
     registry = registry_of(customization)
-    champion = registry.champion()
-    if champion is None:
+    if registry.champion() is None:
         return _ended("NoChampion", f"the registered model {customization.model_name!r} has no champion to check")
+    launch_of(config, customization, NAME).check()
+    with one_at_a_time(customization, "checks"):  # each removes what the one before measured
+        champion = registry.champion()
+        assert champion is not None  # an alias may move, but it is never taken away
+        reasons = _what_fell(config, customization, registry, champion)
+    if not reasons:
+        return _ended("Steady", f"version {champion.number} of {customization.model_name} is as good as it was")
+    message = f"version {champion.number} of {customization.model_name}: " + "; ".join(reasons)
+    emit(FELL, f"qadapter.model.{customization.model_name}", {"version": champion.number, "reasons": reasons})
+    return _ended("Fell", message)
+
+
+def _what_fell(config: str, customization: Customization, registry: Registry, champion: Version) -> list[str]:
     checks = workspace() / ".qadapter" / "checks" / customization.model_name
-    shutil.rmtree(checks, ignore_errors=True)
-    with prepared(config, customization, "check-champion") as (run, step):
+    shutil.rmtree(checks, ignore_errors=True)  # of a check that was killed
+    with prepared(config, customization, NAME) as (run, step):
         x = run.experiment
         world = step(generate_toy_world) if x.toy_world else None
         seen = Seen.read(customization)
         ledger = step(collect_preferences, customization=customization, previous=seen.ledger, world=world)
-        mixture = step(mix_preferences, customization=customization, ledger=ledger, world=world, first=False)
+        mixture = step(
+            mix_preferences,
+            customization=customization,
+            ledger=ledger,
+            learnt=learnt_by(champion),
+            world=world,
+            everything=True,  # of no matter here: only the held-out side is used
+        )
         heldout = step(hold_out, mixture=mixture)
         ground = lay_ground(x, step, world, champion, customization.model_name)
         adapter = fetch(step, customization, champion)
@@ -65,11 +90,7 @@ def check_champion(config: str = "smoke") -> State[Any]:
         then = Measured.read(registry.files(champion, "adaptation"), registry.files(champion, "retention"))
         reasons = fallen(then, now, customization.gate)
     shutil.rmtree(checks, ignore_errors=True)
-    if not reasons:
-        return _ended("Steady", f"version {champion.number} of {customization.model_name} is as good as it was")
-    message = f"version {champion.number} of {customization.model_name}: " + "; ".join(reasons)
-    emit(FELL, f"qadapter.model.{customization.model_name}", {"version": champion.number, "reasons": reasons})
-    return _ended("Fell", message)
+    return reasons
 
 
 def _ended(name: str, message: str) -> State[Any]:

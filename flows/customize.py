@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,20 @@ from prefect import flow
 from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed, State
 
-from flows.launch import Launch, PrefectRun, launched
+from flows.launch import Launch, PrefectRun, check_workspace, close_abandoned, launched
 from qadapter.artifacts import read_json
 from qadapter.customization import PREFERENCES, Customization, load_customization
-from qadapter.evaluation.task_catalog import check_tasks
 from qadapter.experiment import Experiment
 from qadapter.preferences import sources
+from qadapter.preferences.mixture import unlearnt
 from tasks.candidate import (
     METHOD,
     Rows,
     champions_base,
+    config_of,
+    digest_of,
     judge_candidate,
+    learnt_by,
     register_candidate,
     registry_of,
     take_adapter,
@@ -37,43 +40,75 @@ from tasks.context import Customisation, workspace
 from tasks.data import build_benchmarks, generate_toy_world, prepare_data
 from tasks.evaluate import evaluate, measure_base_retention
 from tasks.logged import StageResult
-from tasks.preferences import Seen, changes_of, collect_preferences, hold_out, mix_preferences, source_files
-from tasks.registry import Version
+from tasks.preferences import (
+    Seen,
+    changes_of,
+    collect_preferences,
+    heldout_files,
+    hold_out,
+    mix_preferences,
+    source_files,
+)
+from tasks.registry import Registry, Version
+from tasks.tracking import Tracker
 from tasks.train import Base, fine_tune_base, pretrain_base, train_adapter
 
 Step = Callable[..., Any]
+NAME = "customize-on-new-preferences"
 
 
-@flow(name="customize-on-new-preferences")
-def customize_on_new_preferences(config: str = "smoke") -> State[Any]:
+@flow(name=NAME)
+def customize_on_new_preferences(config: str = "smoke", force: bool = False) -> State[Any]:
     """Look for new preferences; if there are any, train, compare with the champion, promote or reject.
 
-    Ends as `NothingNew`, `Promoted`, `Rejected`, or, where a delivery holds nothing usable, fails as `Quarantined`.
+    Other held-out pairs or another config are looked at like new preferences. Ends as `NothingNew`, `Promoted`,
+    `Rejected`, `Superseded` (passed, but somebody moved the champion meanwhile), or, where a delivery holds nothing
+    usable, fails as `Quarantined`.
 
     Args:
         config: a name in `configs/customize/`, or a YAML file.
+        force: train and judge although nothing is new.
     """
     customization = load_customization(config)
+    check_workspace(workspace())
+    close_abandoned(Tracker.for_project(workspace()), NAME)
+    fingerprint = fingerprint_of(customization)
+    seen = Seen.update(customization, started=fingerprint)
+    if force or fingerprint != seen.fingerprint:
+        launch_of(config, customization, NAME).check()  # what cannot work need not wait for another run's end
     with one_at_a_time(customization):
         registry = registry_of(customization)
         finished = registry.finish()
+        left = _remember_what_was_killed(customization, registry)
         seen = Seen.read(customization)
-        fingerprint = fingerprint_of(customization)
-        if fingerprint == seen.fingerprint:
+        fingerprint = fingerprint_of(customization)  # it may have waited for a long time
+        if fingerprint == seen.fingerprint and not force:
+            if left is not None:
+                name = "Promoted" if left.number in finished else "NothingNew"
+                return _ended(name, f"what a killed run had left was finished; {seen.outcome}")
             return _ended("NothingNew", f"nothing new in {customization.source.path}; the last time: {seen.outcome}")
-        last = next(reversed(registry.versions()), None)
-        if last is not None and last.tags.get("data_fingerprint") == fingerprint:
-            # A run was killed between registering and remembering: this data has its version, only the end is missing.
-            outcome = f"version {last.number}: {'; '.join(last.tags['reasons'].splitlines())}"
-            replace(seen, fingerprint=fingerprint, ledger=last.tags["ledger"], outcome=outcome).write(customization)
-            name = "Promoted" if last.number in finished else "NothingNew"
-            return _ended(name, f"what a killed run had left was finished; {outcome}")
-        with prepared(config, customization, "customize-on-new-preferences") as (run, step):
-            name, outcome, ledger = _customize(run.experiment, step, customization, seen.ledger, fingerprint)
-        known = Seen.read(customization)  # the watcher may have written meanwhile
+        with prepared(config, customization, NAME) as (run, step):
+            name, outcome, ledger = _customize(run.experiment, step, customization, seen.ledger, fingerprint, force)
         # Last: a run that is killed before this is done again, out of finished stages.
-        replace(known, fingerprint=fingerprint, ledger=ledger, outcome=outcome).write(customization)
+        versions = registry.versions()
+        version = versions[-1].number if versions else 0
+        Seen.update(customization, fingerprint=fingerprint, ledger=ledger, outcome=outcome, version=version)
         return _ended(name, outcome)
+
+
+def _remember_what_was_killed(customization: Customization, registry: Registry) -> Version | None:
+    """A run was killed between registering its version and remembering that: the version says what it dealt with."""
+    last = next(reversed(registry.versions()), None)
+    if last is None or last.number <= Seen.read(customization).version:
+        return None
+    Seen.update(
+        customization,
+        fingerprint=last.tags["data_fingerprint"],
+        ledger=last.tags["ledger"],
+        outcome=f"version {last.number}: {'; '.join(last.tags['reasons'].splitlines())}",
+        version=last.number,
+    )
+    return last
 
 
 def _ended(name: str, message: str) -> State[Any]:
@@ -85,7 +120,7 @@ def _ended(name: str, message: str) -> State[Any]:
 
 
 def _customize(
-    x: Experiment, step: Step, customization: Customization, previous: str, fingerprint: str
+    x: Experiment, step: Step, customization: Customization, previous: str, fingerprint: str, force: bool
 ) -> tuple[str, str, str]:
     """Name and sentence of the outcome, and the ledger's folder."""
     registry = registry_of(customization)
@@ -93,13 +128,25 @@ def _customize(
     ledger = step(collect_preferences, customization=customization, previous=previous, world=world)
     changes = changes_of(ledger)
     place = str(ledger.path)
-    if changes.fresh_pairs == 0:
-        if changes.fresh_quarantined:
-            return "Quarantined", _complaint(customization, ledger), place
-        return "NothingNew", changes.text(), place
     champion = registry.champion()
-    mixture = step(mix_preferences, customization=customization, ledger=ledger, world=world, first=champion is None)
-    if read_json(mixture.path / "summary.json")["fresh_pairs"] == 0:
+    learnt = learnt_by(champion)
+    # Not what is new since the last run: what a rejected candidate was trained on, the champion has not learnt.
+    waiting = len(unlearnt(ledger.path, learnt))
+    broken = bool(changes.fresh_quarantined) and not changes.fresh_pairs
+    if not force and (waiting == 0 or (broken and not changes.removed)):
+        if broken:
+            return "Quarantined", _complaint(customization, ledger), place
+        known = "" if champion is None else f"; version {champion.number} has learnt all of them"
+        return "NothingNew", changes.text() + known, place
+    mixture = step(
+        mix_preferences,
+        customization=customization,
+        ledger=ledger,
+        learnt=learnt,
+        world=world,
+        everything=champion is None or waiting == 0,
+    )
+    if not force and read_json(mixture.path / "summary.json")["fresh_pairs"] == 0:
         return "NothingNew", f"{changes.text()}; all of them are held out", place
     ground = lay_ground(x, step, world, champion, customization.model_name)
     heldout = step(hold_out, mixture=mixture)
@@ -129,10 +176,12 @@ def _customize(
         fingerprint=fingerprint,
         parent=parent,
     )
-    if decision.passed:
-        registry.promote(version)
-    name = "Promoted" if decision.passed else "Rejected"
-    return name, f"version {version.number}, {changes.text()}: " + "; ".join(decision.reasons), place
+    outcome = f"version {version.number}, {changes.text()}: " + "; ".join(decision.reasons)
+    if not decision.passed:
+        return "Rejected", outcome, place
+    if left_alone := registry.promote(version):
+        return "Superseded", f"{left_alone}; {outcome}", place
+    return "Promoted", outcome, place
 
 
 def _complaint(customization: Customization, ledger: StageResult) -> str:
@@ -150,17 +199,45 @@ def _complaint(customization: Customization, ledger: StageResult) -> str:
 
 
 def fingerprint_of(customization: Customization) -> str:
-    """sha256 over the source's files as they are now."""
+    """sha256 over what decides a verdict: the source's files and the held-out ones as they are now, and the config."""
     data = Path(customization.data).expanduser().resolve() if customization.data else None
-    return sources.fingerprint(source_files(customization.source, data))
+    source, experiment = customization.source, customization.experiment()
+    # What the toy world writes follows from the config, and need not be there yet.
+    made = experiment.toy_world is not None and "{data}" in (source.heldout_path or "")
+    held = None if made else heldout_files(source, data)
+    return digest_of(
+        {
+            "source": sources.fingerprint(source_files(source, data)),
+            "heldout": sources.fingerprint(held) if held else None,
+            "config": config_of(customization, experiment),
+        }
+    )
+
+
+def _lock(customization: Customization, what: str) -> FileLock:
+    file = workspace() / ".qadapter" / what / f"{customization.model_name}.lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(file, poll_interval=0.2)
+
+
+def at_work(customization: Customization) -> bool:
+    """Whether a run of this customisation is at work on this machine."""
+    try:
+        with _lock(customization, "customize").acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 @contextmanager
-def one_at_a_time(customization: Customization) -> Iterator[None]:
-    """Runs of one customisation follow each other, however they were started; a lock of a dead process is free."""
-    file = workspace() / ".qadapter" / "customize" / f"{customization.model_name}.lock"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(file, poll_interval=0.2)
+def one_at_a_time(customization: Customization, what: str = "customize") -> Iterator[None]:
+    """Runs of one customisation follow each other, however they were started; a lock of a dead process is free.
+
+    Args:
+        customization: whose runs.
+        what: runs of which kind.
+    """
+    lock = _lock(customization, what)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -178,19 +255,24 @@ class _CustomizationLaunch(Launch):
 
     customization: Customization | None = None
 
-    def check(self, *, remote: bool = True) -> Experiment:
-        """The experiment; tasks that do not exist are refused here."""
+    def load(self) -> Experiment:
         assert self.customization is not None
-        experiment = self.customization.experiment()
-        check_tasks(experiment.evaluation.retention.tasks)
-        return experiment
+        return self.customization.experiment()
+
+    def _check_sources(self, experiment: Experiment, folder: Path | None, remote: bool) -> None:
+        fixed = {name: source for name, source in experiment.sources.items() if name != PREFERENCES}
+        super()._check_sources(experiment.model_copy(update={"sources": fixed}), folder, remote)
+
+
+def launch_of(config: str, customization: Customization, flow_name: str) -> Launch:
+    """What a flow of a customisation launches."""
+    return _CustomizationLaunch(flow_name, config, customization.data, {}, customization)
 
 
 @contextmanager
 def prepared(config: str, customization: Customization, flow_name: str) -> Iterator[tuple[PrefectRun, Step]]:
     """A run of stages and the way to take one step: submit a task, wait for it, hand on its result."""
-    launch = _CustomizationLaunch(flow_name, config, customization.data, {}, customization)
-    with launched(launch) as run:
+    with launched(launch_of(config, customization, flow_name)) as run:
 
         def step(task: Any, **inputs: Any) -> Any:
             return run.result(run(task, **inputs))
@@ -249,8 +331,8 @@ def measuring(step: Step, ground: Ground, heldout: StageResult, world: StageResu
 
 def fetch(step: Step, customization: Customization, version: Version) -> StageResult:
     """A version's adapter, from the registered files."""
-    from tasks.served_model import find_served_model
+    from tasks.served_model import find_adapter
 
-    folder = find_served_model(f"{customization.model_name}/{version.number}").adapter
+    folder = find_adapter(f"{customization.model_name}/{version.number}")
     adapter: StageResult = step(take_adapter, label=f"version {version.number}", folder=folder, run_id=None)
     return adapter

@@ -25,6 +25,9 @@ _MESSAGE = "Its process ended without a word. Finished stages are kept: run it a
 def close_dead_runs(url: str, *, no_worker_is_up: bool) -> list[str]:
     """Report runs of deployments as crashed whose process on this machine is gone.
 
+    Only what can be judged from here is judged: runs of process pools, by the id of their process. What a container or
+    another infrastructure calls its own is left to its worker.
+
     Args:
         url: a Prefect API whose workers all run on this machine.
         no_worker_is_up: the server was just started: runs that never got as far as having a process are dead too.
@@ -33,11 +36,13 @@ def close_dead_runs(url: str, *, no_worker_is_up: bool) -> list[str]:
         Names of the runs.
     """
     alive = {"flow_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}}
+    pools = {"work_pools": {"type": {"any_": ["process"]}}}
+    local = {pool["name"] for pool in _post(url, "/work_pools/filter", pools)}
     closed = []
     for run in _post(url, "/flow_runs/filter", alive):
         pid = run["infrastructure_pid"]
-        dead = no_worker_is_up if pid is None else not _runs_prefect(pid)
-        if run["deployment_id"] and dead:
+        dead = no_worker_is_up if pid is None else pid.isdecimal() and not _runs_prefect(pid)
+        if run["deployment_id"] and run["work_pool_name"] in local and dead:
             _post(url, f"/flow_runs/{run['id']}/set_state", {"state": {"type": "CRASHED", "message": _MESSAGE}})
             closed.append(str(run["name"]))
     return closed
@@ -80,7 +85,7 @@ def _runs_prefect(pid: str) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE and any("prefect" in word for word in process.cmdline())
     except psutil.AccessDenied:
         return True
-    except (psutil.NoSuchProcess, ValueError):
+    except psutil.NoSuchProcess:
         return False
 
 

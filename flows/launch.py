@@ -59,6 +59,10 @@ class Launch:
         """The data folder as an absolute path."""
         return Path(self.data).expanduser().resolve() if self.data else None
 
+    def load(self) -> Experiment:
+        """Read the config."""
+        return load_experiment(self.profile, self.overrides)
+
     def check(self, *, remote: bool = True) -> Experiment:
         """Read the config and look at everything that can be looked at without computing.
 
@@ -68,7 +72,7 @@ class Launch:
         Raises:
             QAdapterError: with all that is needed to put it right.
         """
-        experiment = load_experiment(self.profile, self.overrides)
+        experiment = self.load()
         experiment.launch.check(experiment.model.quantization)
         experiment.runner.check()
         RemoteStore.from_environment()
@@ -81,10 +85,17 @@ class Launch:
                 f"`make repro PROFILE={self.profile} DATA=path/to/folder`, or the deployment parameter "
                 "data=path/to/folder"
             )
-        _check_workspace(workspace())
+        check_workspace(workspace())
         if experiment.toy_world is None:
             self._check_sources(experiment, folder, remote)
         check_tasks(experiment.evaluation.retention.tasks)
+        if official := experiment.evaluation.retention.official_data:
+            where = Path(resolve_path(official, folder))
+            if not where.is_dir():
+                raise QAdapterError(
+                    f"evaluation.retention.official_data: {official!r} is no folder; give the folder with the files of "
+                    "lm-eval's own tasks (docs/evaluation.md), or leave it out for those of the hub"
+                )
         _check_benchmarks(experiment)
         plan_judges(experiment)
         return experiment
@@ -119,7 +130,7 @@ class Launch:
             raise QAdapterError("the data cannot be used:\n" + "\n".join(dict.fromkeys(problems)))
 
 
-def _check_workspace(folder: Path) -> None:
+def check_workspace(folder: Path) -> None:
     """Something can be written where results go.
 
     Raises:
@@ -158,6 +169,13 @@ def _check_benchmarks(experiment: Experiment) -> None:
         )
 
 
+def close_abandoned(tracker: Tracker, experiment_name: str) -> None:
+    """End what killed processes of this machine left open: their MLflow runs, and their flow runs in Prefect."""
+    if abandoned := tracker.close_abandoned(experiment_name):
+        logging.getLogger(__name__).warning("%d runs of a killed process were closed as KILLED", len(abandoned))
+        report_crashed([flow for run in abandoned if (flow := tracker.tags(run).get(FLOW_RUN_TAG))])
+
+
 @contextmanager
 def launched(launch: Launch) -> Iterator[PrefectRun]:
     """A checked experiment, ready to run stages; its MLflow run ends FINISHED, FAILED or KILLED whatever happens."""
@@ -168,9 +186,7 @@ def launched(launch: Launch) -> Iterator[PrefectRun]:
     # Read by torch when it is first imported, here and in every worker process.
     os.environ.setdefault("OMP_NUM_THREADS", str(experiment.threads_per_stage))
     tracker = Tracker.for_project(root)
-    if abandoned := tracker.close_abandoned(launch.experiment_name):
-        logging.getLogger(__name__).warning("%d runs of a killed process were closed as KILLED", len(abandoned))
-        report_crashed([flow for run in abandoned if (flow := tracker.tags(run).get(FLOW_RUN_TAG))])
+    close_abandoned(tracker, launch.experiment_name)
     parent = tracker.start_parent(
         launch.experiment_name,
         f"{experiment.name} · {flow_run.get_name() or 'run'}",

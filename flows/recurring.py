@@ -1,6 +1,7 @@
 """The commands of a recurring customisation.
 
 python -m flows.recurring customize --config smoke     look for new preferences now: train, judge, promote or reject
+                                                       (--force: also if nothing is new)
 python -m flows.recurring announce --config smoke      tell a running server that there are some
 python -m flows.recurring check --config smoke         measure the champion again
 python -m flows.recurring history --config smoke       every version, from the registry alone
@@ -39,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = ", ".join(customizations())
     parser.add_argument("--config", default="smoke", help=f"one of {known}, or a YAML file (default: smoke)")
     parser.add_argument("--to", type=int, metavar="VERSION", help="rollback: which version (default: the previous one)")
+    parser.add_argument("--even-rejected", action="store_true", help="rollback: --to may name a rejected version")
+    parser.add_argument("--force", action="store_true", help="customize: train and judge although nothing is new")
     given = parser.parse_args(arguments)
     try:
         return commands[given.command](given)
@@ -50,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _customize(given: argparse.Namespace) -> int:
     from flows.customize import customize_on_new_preferences
 
-    return _run_flow(customize_on_new_preferences, given.config)
+    return _run_flow(customize_on_new_preferences, given.config, force=given.force)
 
 
 def _check(given: argparse.Namespace) -> int:
@@ -59,20 +62,23 @@ def _check(given: argparse.Namespace) -> int:
     return _run_flow(check_champion, given.config)
 
 
-def _run_flow(flow: Any, config: str) -> int:
+def _run_flow(flow: Any, config: str, **parameters: Any) -> int:
     """Call a flow, with the server that answers or one of its own; say how it ended."""
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
+    from flows.launch import check_workspace
     from flows.serve import answers, api_url
     from qadapter.customization import load_customization
-    from tasks.context import PROJECT_ROOT
+    from tasks.context import PROJECT_ROOT, workspace
 
     load_customization(config).experiment()  # refuse what cannot work before Prefect starts anything
+    check_workspace(workspace())
     alone = not ("PREFECT_API_URL" in os.environ or answers(api_url(PROJECT_ROOT)))
     with temporary_settings(restore_defaults={PREFECT_API_URL} if alone else set()):
-        state = flow(config, return_state=True)
-    (sys.stderr if state.is_failed() else sys.stdout).write(f"{state.name}: {state.message}\n")
-    return 1 if state.is_failed() else 0
+        state = flow(config, **parameters, return_state=True)
+    done = state.is_completed()  # not merely "did not fail": it may have crashed or been cancelled
+    (sys.stdout if done else sys.stderr).write(f"{state.name}: {state.message}\n")
+    return 0 if done else 1
 
 
 def _announce(given: argparse.Namespace) -> int:
@@ -105,6 +111,8 @@ def _history(given: argparse.Namespace) -> int:
     for version in versions:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(version.created))
         verdict = "rejected" if version.rejected else "promoted" if "promoted_at" in version.tags else "to be promoted"
+        if "superseded_at" in version.tags and "promoted_at" not in version.tags:
+            verdict = "superseded"
         parent = f"from {version.tags['parent']}" if version.tags.get("parent") else "from the base"
         names = ", ".join(version.aliases)
         shown = {
@@ -130,7 +138,7 @@ def _roll_back(given: argparse.Namespace) -> int:
     from tasks.candidate import registry_of
 
     registry = registry_of(load_customization(given.config))
-    before, now = registry.roll_back(given.to)
+    before, now = registry.roll_back(given.to, even_rejected=given.even_rejected)
     sys.stdout.write(f"{registry.name}: version {now.number} is the champion again, after version {before.number}\n")
     return 0
 

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from tasks.served_model import find_served_model
 
         found = find_served_model(given.model)
-        serve({found.name: found.adapter}, found.base, host=given.host, port=given.port)
+        serve({found.name: found.adapter}, found.base, **found.numerics, host=given.host, port=given.port)
     except QAdapterError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -27,6 +27,12 @@ _STORAGE_ADVICE = {
     errno.EPERM: ("permission was denied", "name a folder that can be written to, or change its permissions"),
 }
 
+_FULL_DISK = (
+    "No space left on device",
+    "PytorchStreamWriter failed writing",
+    "] . unexpected pos ",  # what closing torch's half-written file makes of the same
+)
+
 
 def digest_file(file: Path) -> str:
     """sha256 of a file's bytes, as 64 hex digits."""
@@ -86,7 +92,7 @@ def _storage_failure(error: BaseException) -> int | None:
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in _STORAGE_ADVICE:
             return seen.errno
-        if "No space left on device" in str(seen):
+        if any(sign in str(seen) for sign in _FULL_DISK):
             return errno.ENOSPC
         seen = seen.__cause__ or seen.__context__
     return None

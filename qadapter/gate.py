@@ -1,7 +1,8 @@
 """The gate: whether a candidate takes the champion's place. Rules are settings, decisions come with their reasons.
 
 Both policies were measured on the same held-out pairs and the same items of each retention task, so every comparison is
-paired (`qadapter.evaluation.statistics`): the interval is of the difference, item by item.
+paired (`qadapter.evaluation.statistics`): the interval is of the difference, item by item. Few items give no
+interval to trust (one pair that was won has the interval [1, 1]), so each rule has a least number of them.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 
-from qadapter.artifacts import read_json
+from qadapter.artifacts import Manifest, read_json
 from qadapter.evaluation.statistics import LEVEL, RESAMPLES, Interval, mean_interval, paired_difference
 from qadapter.settings import NonNegative, Settings
 
 Floats = NDArray[np.float64]
+MIN_ITEMS = 30
 OVER_REFUSALS = "retention/over_refusals"
 
 
@@ -39,6 +41,7 @@ class AdaptationRule(_Rules):
             own log-probability, or by that per token.
         min_gain: least difference to the champion.
         beyond_noise: the interval of the difference must also lie above 0.
+        min_items: least number of held-out pairs that were scored.
     """
 
     metric: Literal["implied_reward_accuracy", "preference_accuracy", "preference_accuracy_length_normalised"] = (
@@ -46,6 +49,7 @@ class AdaptationRule(_Rules):
     )
     min_gain: float = 0.0
     beyond_noise: bool = True
+    min_items: Annotated[int, Field(ge=1)] = MIN_ITEMS
 
 
 class RetentionRule(_Rules):
@@ -55,10 +59,12 @@ class RetentionRule(_Rules):
         max_drop: most that a task may be below the champion. A task fails if the whole interval of its drop is above
             this: a drop that noise could explain does not count.
         max_drop_from_base: the same against the base, so that many small steps do not add up unseen; None: no rule.
+        min_items: least number of items of each task.
     """
 
     max_drop: NonNegative = 0.02
     max_drop_from_base: NonNegative | None = None
+    min_items: Annotated[int, Field(ge=1)] = MIN_ITEMS
 
 
 class Gate(_Rules):
@@ -84,7 +90,7 @@ class TaskItems:
     """A policy's items of one retention task.
 
     Attributes:
-        items: which ones, [n].
+        items: which ones, [n]: place, prompt and right answer, so that another benchmark's items are other ones.
         values: [n] scores.
         weights: [n], or None for a plain mean.
         higher_is_better: the score's direction.
@@ -101,12 +107,14 @@ class Measured:
     """What the evaluation wrote about one policy.
 
     Attributes:
-        pairs: [n], which held-out pairs were scored.
+        heldout: digest of the held-out pairs.
+        pairs: [n], which of them were scored, by their places.
         won: metric → [n], 1 where the chosen reply wins, one half for a tie, else 0.
         tasks: retention task → its items.
         metrics: every measured number by its full name.
     """
 
+    heldout: str
     pairs: tuple[int, ...]
     won: dict[str, Floats]
     tasks: dict[str, TaskItems]
@@ -132,11 +140,16 @@ class Measured:
         for item in _rows(retention / "items.jsonl"):
             by_task.setdefault(item["task"], []).append(item)
         return cls(
+            heldout=Manifest.read(adaptation).inputs["data"],
             pairs=tuple(int(row["pair"]) for row in rows),
             won={name: (np.sign(margin) + 1) / 2 for name, margin in margins.items()},
             tasks={task: _task_items(task, items, directions) for task, items in by_task.items()},
             metrics={**read_json(adaptation / "metrics.json"), **read_json(retention / "metrics.json")},
         )
+
+    def on_the_pairs_of(self, other: Measured) -> bool:
+        """Whether both scored the same pairs. Places alone do not tell: any set of this size has the same ones."""
+        return (self.heldout, self.pairs) == (other.heldout, other.pairs)
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
@@ -145,7 +158,7 @@ def _rows(file: Path) -> list[dict[str, Any]]:
 
 def _task_items(task: str, items: Sequence[dict[str, Any]], directions: dict[str, bool]) -> TaskItems:
     metric = next(iter(items[0]["scores"]))
-    places = tuple(item["doc_id"] for item in items)
+    places = tuple((item["doc_id"], item.get("prompt"), item.get("target")) for item in items)
     higher = directions.get(f"retention/{task}/{metric}", True)
     if isinstance(items[0]["score"], list):  # lm-eval's (log-likelihood, bytes): bits per byte, weighted by bytes
         likelihood, size = np.array([item["score"] for item in items], dtype=np.float64).T
@@ -220,8 +233,10 @@ def decide(gate: Gate, candidate: Measured, champion: Measured, base: Measured, 
 
 def _adaptation(gate: Gate, candidate: Measured, champion: Measured, rival: str) -> Finding:
     rule, name = gate.adaptation, "adaptation.min_gain"
-    if candidate.pairs != champion.pairs:
+    if not candidate.on_the_pairs_of(champion):
         return Finding(name, False, f"adaptation: candidate and {rival} were scored on different held-out pairs")
+    if len(candidate.pairs) < rule.min_items:
+        return Finding(name, False, _too_few("held-out pairs", len(candidate.pairs), "adaptation", rule.min_items))
     interval = paired_difference(
         candidate.won[rule.metric], champion.won[rule.metric], level=gate.level, resamples=gate.resamples
     )
@@ -235,11 +250,20 @@ def _adaptation(gate: Gate, candidate: Measured, champion: Measured, rival: str)
 def _retention(
     gate: Gate, candidate: Measured, reference: Measured, key: str, limit: float, rival: str
 ) -> Iterator[Finding]:
+    if not reference.tasks:
+        text = (
+            f"no retention task was measured for the {rival}, so nothing tells what was forgotten; name some in "
+            "evaluation.retention.tasks"
+        )
+        yield Finding(f"retention.{key}", False, text)
     for task, before in reference.tasks.items():
         name = f"retention.{key}.{task}"
         now = candidate.tasks.get(task)
         if now is None or now.items != before.items:
             yield Finding(name, False, f"{task}: candidate and {rival} were not measured on the same items")
+            continue
+        if len(now.items) < gate.retention.min_items:
+            yield Finding(name, False, _too_few(task, len(now.items), "retention", gate.retention.min_items))
             continue
         worse, better = (before, now) if before.higher_is_better else (now, before)
         drop = paired_difference(
@@ -266,17 +290,24 @@ def fallen(then: Measured, now: Measured, gate: Gate) -> list[str]:
     """What a policy does worse now than when it was registered, beyond noise; a sentence each.
 
     Paired where the pairs or items are still the same ones; otherwise (new held-out data) the two intervals must not
-    touch.
+    touch. What is not measured any more, or on too few items, is a reason too: nobody would hear of its fall.
     """
     metric = gate.adaptation.metric
     options: dict[str, Any] = {"level": gate.level, "resamples": gate.resamples}
     found = []
-    same = then.pairs == now.pairs
-    pairs = TaskItems(then.pairs, then.won[metric], None, True), TaskItems(now.pairs, now.won[metric], None, True)
-    compared: dict[str, tuple[TaskItems, TaskItems, bool]] = {metric: (*pairs, same)}
+    compared: dict[str, tuple[TaskItems, TaskItems, bool]] = {}
+    if len(now.pairs) < gate.adaptation.min_items:
+        found.append(_too_few("held-out pairs", len(now.pairs), "adaptation", gate.adaptation.min_items))
+    else:
+        pairs = [TaskItems(policy.pairs, policy.won[metric], None, True) for policy in (then, now)]
+        compared[metric] = (pairs[0], pairs[1], now.on_the_pairs_of(then))
     for task, before in then.tasks.items():
-        if task in now.tasks:
-            after = now.tasks[task]
+        after = now.tasks.get(task)
+        if after is None:
+            found.append(f"{task} was measured at registration and is not measured now; name it again in the profile")
+        elif len(after.items) < gate.retention.min_items:
+            found.append(_too_few(task, len(after.items), "retention", gate.retention.min_items))
+        else:
             compared[task] = (before, after, before.items == after.items)
     for name, (before, after, paired) in compared.items():
         sign = 1 if before.higher_is_better else -1
@@ -290,6 +321,13 @@ def fallen(then: Measured, now: Measured, gate: Gate) -> list[str]:
         if fell:
             found.append(f"{name} fell by {shown}")
     return found
+
+
+def _too_few(what: str, items: int, rule: str, least: int) -> str:
+    return (
+        f"{what}: only {items}, too few to tell anything; at least {least} are wanted "
+        f"(gate.{rule}.min_items). Measure more, or lower that number"
+    )
 
 
 def _shown(interval: Interval) -> str:

@@ -275,6 +275,7 @@ class RetentionSettings(Settings):
         max_new_tokens: longest generated answer; None: each task's own.
         plain_tasks: tasks among `tasks` that are asked without chat template (the paper: MMLU).
         answers: held-out helpful prompts answered greedily, to see which of the base's own answers changed; 0 for none.
+        official_data: folder with the items of lm-eval's own tasks, in place of the hub; `{data}` is the data folder.
     """
 
     tasks: tuple[str, ...]
@@ -283,6 +284,7 @@ class RetentionSettings(Settings):
     batch_size: Count | Literal["auto"] = 64
     max_new_tokens: Count | None = None
     answers: Annotated[int, Field(ge=0)] = 16
+    official_data: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> RetentionSettings:

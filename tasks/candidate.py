@@ -16,7 +16,9 @@ from prefect.logging import get_run_logger
 
 from qadapter.artifacts import digest_tree, read_json
 from qadapter.customization import Customization
+from qadapter.experiment import Experiment
 from qadapter.gate import Decision, Measured, decide
+from qadapter.preferences.ledger import RECORDS
 from qadapter.settings import ModelSettings
 from tasks.context import Customisation, RunContext, workspace
 from tasks.data import log_pairs
@@ -35,7 +37,32 @@ _SHOWN = ("adaptation/", "retention/", "forgetting/")
 
 def registry_of(customization: Customization) -> Registry:
     """The registered model of a customisation, in this project's MLflow store."""
-    return Registry(Tracker.for_project(workspace()), customization.model_name)
+    lock = workspace() / ".qadapter" / "customize" / f"{customization.model_name}.aliases.lock"
+    return Registry(Tracker.for_project(workspace()), customization.model_name, lock)
+
+
+def learnt_by(champion: Version | None) -> Path | None:
+    """Ledger of the preferences that a version and its parents were trained on; None before the first.
+
+    What came in since then and only rejected candidates were trained on is not in it.
+    """
+    if champion is None:
+        return None
+    ledger = Path(champion.tags["ledger"])
+    if not (ledger / RECORDS).exists():
+        get_run_logger().warning(
+            "the ledger of version %d is gone (%s): every preference counts as new", champion.number, ledger
+        )
+        return None
+    return ledger
+
+
+def config_of(customization: Customization, experiment: Experiment) -> dict[str, Any]:
+    """The whole config, JSON values."""
+    return {
+        "customization": customization.model_dump(mode="json"),
+        "experiment": experiment.model_dump(mode="json", by_alias=True),
+    }
 
 
 def champions_base(profile_base: Base, champion: Version | None, model: ModelSettings, name: str) -> Base:
@@ -49,10 +76,10 @@ def champions_base(profile_base: Base, champion: Version | None, model: ModelSet
     """
     if champion is None or champion.tags["base_digest"] == base_digest(profile_base, model.revision):
         return profile_base
-    from tasks.served_model import find_served_model
+    from tasks.served_model import find_base
 
     get_run_logger().warning("the profile has another base now; version %d's own is used", champion.number)
-    return Base(find_served_model(f"{name}/{champion.number}").base, None, profile_base.name)
+    return Base(find_base(f"{name}/{champion.number}"), None, profile_base.name)
 
 
 def base_digest(base: Base, revision: str | None) -> str:
@@ -187,15 +214,25 @@ def register_candidate(
 ) -> Version:
     """Register the candidate with its whole story; the caller moves the alias."""
     summary = read_json(mixture.path / "summary.json")
-    data_digest = _digest({side: summary[f"{side}_sha256"] for side in ("train", "heldout")})
-    config = {"customization": customization.model_dump(mode="json")}
-    config["experiment"] = context.experiment.model_dump(mode="json", by_alias=True)
+    data_digest = digest_of({side: summary[f"{side}_sha256"] for side in ("train", "heldout")})
+    config = config_of(customization, context.experiment)
+    config_digest, base_is = digest_of(config), base_digest(base, context.experiment.model.revision)
     adapter_digest = digest_tree(adapter.path / "adapter")
     # The run of the training, which the evaluation went on with: metrics, curves and files lie there.
     run_id = rows.candidate.adaptation.run_id
     numbers = {**rows.candidate.adaptation.output.metrics(), **rows.candidate.retention.output.metrics()}
     candidate = Candidate(
-        key=_digest({"adapter": adapter_digest, "data": data_digest, "parent": str(parent or "")}),
+        # Judged by other rules, or otherwise, the same files are another candidate: a version's verdict never changes.
+        key=digest_of(
+            {
+                "adapter": adapter_digest,
+                "base": base_is,
+                "data": data_digest,
+                "parent": str(parent or ""),
+                "config": config_digest,
+                "passed": decision.passed,
+            }
+        ),
         run_id=run_id,
         passed=decision.passed,
         reasons=decision.reasons,
@@ -206,10 +243,10 @@ def register_candidate(
             "ledger": str(ledger.path),
             "data_source": customization.source.path,
             "data_pairs": f"{summary['train_pairs']} ({summary['fresh_pairs']} new)",
-            "config_digest": _digest(config),
+            "config_digest": config_digest,
             "adapter_digest": adapter_digest,
             "base": base.location,
-            "base_digest": base_digest(base, context.experiment.model.revision),
+            "base_digest": base_is,
             "customization": customization.name,
         },
         metrics={name: value for name, value in numbers.items() if name.startswith(_SHOWN)},
@@ -220,12 +257,15 @@ def register_candidate(
         from tasks.served_model import log_served_model
 
         known = str(context.tracker.call("get_run", run_id).info.run_id)  # not a ticket of a store that was away
-        return log_served_model(known, base=base.location, adapter=adapter.path / "adapter")
+        return log_served_model(
+            known, base=base.location, adapter=adapter.path / "adapter", model=context.experiment.model
+        )
 
     version = registry_of(customization).register(candidate, log_model)
     get_run_logger().info("registered as version %d of %s", version.number, customization.model_name)
     return version
 
 
-def _digest(value: Mapping[str, Any]) -> str:
+def digest_of(value: Mapping[str, Any]) -> str:
+    """sha256 of JSON values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -9,7 +9,7 @@ from typing import Any
 
 from prefect import task
 
-from tasks.context import PROJECT_ROOT, Customisation, RunContext
+from tasks.context import PROJECT_ROOT, Customisation, RunContext, resolve_path
 from tasks.data import log_pairs
 from tasks.judge import JUDGING, answer_judge, judge_settings
 from tasks.logged import StageResult, logged_stage, task_result
@@ -149,6 +149,10 @@ def _retention(
             inputs[name] = result.output
     if benchmarks is not None:
         inputs["benchmarks"] = benchmarks.output
+    settings = experiment.evaluation.retention
+    official = Path(resolve_path(settings.official_data, context.data)) if settings.official_data else None
+    if official is not None:
+        inputs["official_data"] = official
 
     def compute(out: Path, _: Path) -> None:
         from qadapter.evaluation.measure import measure_retention
@@ -158,11 +162,12 @@ def _retention(
             trained.path / "adapter" if trained else None,
             base_retention.path if base_retention else None,
             model=experiment.model,
-            settings=experiment.evaluation.retention,
+            settings=settings,
             benchmarks=benchmarks.path if benchmarks else None,
             old_texts=old_texts.path / "heldout.jsonl" if old_texts else None,
             max_length=experiment.training.max_length,
             out=out,
+            official_data=official,
         )
 
     return logged_stage(
@@ -172,7 +177,8 @@ def _retention(
         run_name=run_name,
         module="qadapter.evaluation.measure",
         config={
-            "settings": experiment.evaluation.retention.model_dump(),
+            # What is in the folder counts (an input), not where it lies.
+            "settings": settings.model_dump(exclude={"official_data"}),
             "model": experiment.model.numerics(),
             "max_length": experiment.training.max_length,
             **base.config(),

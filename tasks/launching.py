@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,10 +58,15 @@ class Launcher:
             function(*positional, **named)
             return
         _free_accelerator()
-        with tempfile.TemporaryDirectory(prefix="qadapter-job-") as folder:
-            job = Path(folder, "job.json")
+        folder = scratch / "job"  # it can hold training data: nothing of a killed process may stay elsewhere
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        try:
+            job = folder / "job.json"
             write_job(job, function, positional, named)
             self._run(job)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _run(self, job: Path) -> None:
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(self.settings.file)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -10,11 +11,13 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import requests
 from filelock import FileLock
 
@@ -25,6 +28,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE, MAX_METRICS_PER_BATCH, MAX_PARAM_VAL_LENGTH
 
 from qadapter.artifacts import digest_file, list_files, storage_errors, write_json
@@ -39,7 +43,9 @@ __all__ = [
     "SQLITE",
     "AwayError",
     "MlflowStore",
+    "away_errors",
     "first_use",
+    "is_away",
 ]
 
 _LOGGER = logging.getLogger(__name__)
@@ -89,6 +95,37 @@ def first_use(uri: str) -> contextlib.AbstractContextManager[Any]:
     return FileLock(f"{uri.removeprefix(SQLITE)}.lock") if uri.startswith(SQLITE) else contextlib.nullcontext()
 
 
+def is_away(error: Exception) -> bool:
+    """Whether MLflow's client raised this because its server does not answer."""
+    return isinstance(error, requests.RequestException) or bool(_AWAY.search(str(error)))
+
+
+def _away(uri: str, error: Exception) -> AwayError:
+    reason = shown(str(error)).splitlines()[0][:200]
+    return AwayError(
+        f"MLflow at {shown(uri)} does not answer ({reason}). Start its server or correct MLFLOW_TRACKING_URI, then run "
+        "again: finished stages are kept."
+    )
+
+
+@contextlib.contextmanager
+def away_errors(uri: str) -> Iterator[None]:
+    """For MLflow's fluent calls, which `MlflowStore.call` cannot make: say when the server is away.
+
+    Args:
+        uri: of the store that they speak to; its password is in no message.
+
+    Raises:
+        AwayError: in place of what MLflow or its HTTP client raised; other exceptions pass unchanged.
+    """
+    try:
+        yield
+    except (MlflowException, requests.RequestException) as error:
+        if not is_away(error):
+            raise
+        raise _away(uri, error) from None  # the cause has the address as given, password and all
+
+
 @dataclass(frozen=True)
 class MlflowStore:
     """One MLflow store: a server, or a database in a file.
@@ -125,11 +162,8 @@ class MlflowStore:
                 if busy and pause is not None:
                     _LOGGER.warning("MLflow is busy; trying again in %.1f s", pause)
                     time.sleep(pause)
-                elif busy or _AWAY.search(text) or isinstance(error, requests.RequestException):
-                    raise AwayError(
-                        f"MLflow at {shown(self.uri)} does not answer ({text.splitlines()[0][:200]}). Start its server "
-                        "or correct MLFLOW_TRACKING_URI, then run again: finished stages are kept."
-                    ) from None  # the cause names the address as it was given, password and all
+                elif busy or is_away(error):
+                    raise _away(self.uri, error) from None  # the cause has the address as given, password and all
                 else:
                     raise
         raise AssertionError("unreachable")
@@ -189,9 +223,19 @@ class MlflowStore:
             case "text":
                 self._store("log_text", run, entry["text"], entry["artifact_file"])
             case "table":
-                self._store("log_table", run, entry["columns"], entry["artifact_file"])
+                self._write_table(run, entry["columns"], entry["artifact_file"])
             case unknown:
                 raise ValueError(f"{unknown!r} is nothing that could be told to MLflow.")
+
+    def _write_table(self, run: str, columns: Mapping[str, Sequence[Any]], artifact_file: str) -> None:
+        """Store a table as MLflow's `log_table` does, but whole: that one appends, and a repeat doubles the rows."""
+        text = pd.DataFrame(dict(columns)).to_json(orient="split", index=False, date_format="iso")
+        self._store("log_text", run, text, artifact_file)
+        # The UI finds the tables of a run by this tag.
+        tables = json.loads(self.call("get_run", run).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
+        table = {"path": artifact_file, "type": "table"}
+        if table not in tables:
+            self.call("set_tag", run, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*tables, table]))
 
     def _upload(self, run_id: str, path: Path, artifact_path: str | None, max_bytes: int | None) -> None:
         files = list_files(path)

@@ -81,8 +81,8 @@ class Outbox:
                 except AwayError:
                     return False
                 except Exception as error:  # such as a run that was deleted: no later attempt will fare better
-                    _LOGGER.warning("MLflow refused what it had missed (%s): %s", entry.get("what"), error)
-                    spool.refuse(entry, str(error))
+                    _LOGGER.warning("MLflow refused what it had missed (%s): %s", entry.get("what"), shown(str(error)))
+                    spool.refuse(entry, shown(str(error)))
             spool.clear()
         return True
 

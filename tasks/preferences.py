@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from prefect import task
 
-from qadapter.artifacts import read_json, write_json
+from qadapter.artifacts import read_json, storage_errors, write_json
 from qadapter.customization import Customization
 from qadapter.errors import QAdapterError
 from qadapter.preferences import sources
-from qadapter.preferences.ledger import SUMMARY, Changes
+from qadapter.preferences.ledger import RECORDS, SUMMARY, Changes
 from qadapter.settings import Source
 from tasks.code_version import code_digest
 from tasks.context import RunContext, resolve_path, workspace
@@ -25,18 +26,22 @@ from tasks.stage import StageOutput
 
 @dataclass(frozen=True)
 class Seen:
-    """How far a source has been dealt with; kept in `.qadapter/customize/<model>.json`, written when a run is done.
+    """How far a source has been dealt with; kept in `.qadapter/customize/<model>.json`.
 
     Attributes:
-        fingerprint: of the source's files.
-        ledger: folder of the ledger that was made of them.
+        fingerprint: of what the last run that ended dealt with: source, held-out pairs and config.
+        ledger: folder of the ledger that was made of the source; what it has is not validated again.
         outcome: what came of it, for people.
+        version: the newest registered version at that run's end; a newer one is of a run that was killed.
+        started: fingerprint of the last run that began.
         announced: fingerprint that the watcher announced last.
     """
 
     fingerprint: str = ""
     ledger: str = ""
     outcome: str = ""
+    version: int = 0
+    started: str = ""
     announced: str = ""
 
     @classmethod
@@ -45,9 +50,16 @@ class Seen:
         file = _seen_file(customization)
         return cls(**read_json(file)) if file.exists() else cls()
 
-    def write(self, customization: Customization) -> None:
-        """Keep it, atomically."""
-        write_json(_seen_file(customization), self.__dict__)
+    @classmethod
+    def update(cls, customization: Customization, **changes: Any) -> Seen:
+        """Change some of it and keep the rest, whoever else (a run, the watcher) writes at the same time."""
+        file = _seen_file(customization)
+        with storage_errors(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(file.with_suffix(".state.lock")):
+                seen = replace(cls.read(customization), **changes)
+                write_json(file, seen.__dict__)
+        return seen
 
 
 def _seen_file(customization: Customization) -> Path:
@@ -74,6 +86,13 @@ def _files(path: str, source: Source, split: str | None, data: Path | None) -> l
         revision=source.revision,
         config_name=source.config_name,
     )
+
+
+def heldout_files(source: Source, data: Path | None = None) -> list[Path] | None:
+    """The files of the held-out side, fetched if need be; None where it is a share of the source's prompts."""
+    if not (source.heldout_path or source.heldout_split):
+        return None
+    return _files(source.heldout_path or source.path, source, source.heldout_split, data)
 
 
 @task(task_run_name="new-preferences", retries=2, retry_delay_seconds=[5, 30], retry_condition_fn=unreachable)
@@ -124,18 +143,26 @@ def changes_of(ledger: StageResult) -> Changes:
 
 @task(task_run_name="training-mix")
 def mix_preferences(
-    context: RunContext, customization: Customization, ledger: StageResult, world: StageResult | None, first: bool
+    context: RunContext,
+    customization: Customization,
+    ledger: StageResult,
+    learnt: Path | None,
+    world: StageResult | None,
+    everything: bool,
 ) -> Any:
-    """Choose what is trained on and what is held out; the first training reads everything."""
+    """Choose what is trained on and what is held out.
+
+    Args:
+        context, customization, ledger, world: of the run.
+        learnt: ledger of the champion's version; what it has not is new.
+        everything: whatever `mix.rows` says: for the first training, or where nothing is new.
+    """
     source, mix = customization.source, customization.mix
-    heldout_files = None
-    if source.heldout_path or source.heldout_split:
-        data = world.path if world else context.data
-        heldout_files = _files(source.heldout_path or source.path, source, source.heldout_split, data)
+    held = heldout_files(source, world.path if world else context.data)
 
     settings: dict[str, Any] = {
-        "rows": "all" if first else mix.rows,
-        "old_share": 0.0 if first or mix.rows == "all" else mix.old_share,
+        "rows": "all" if everything else mix.rows,
+        "old_share": 0.0 if everything or mix.rows == "all" else mix.old_share,
         "heldout": source.heldout,
         "domain": source.domain,
         "seed": customization.seed,
@@ -147,14 +174,14 @@ def mix_preferences(
     def compute(out: Path, _: Path) -> None:
         from qadapter.preferences.mixture import write_mixture
 
-        write_mixture(ledger.path, out, heldout_files=heldout_files, **settings)
+        write_mixture(ledger.path, out, learnt=learnt, heldout_files=held, **settings)
 
     result = logged_stage(
         context,
         "training-mix",
         module="qadapter.preferences.mixture",
-        config={**settings, "heldout_files": sources.fingerprint(heldout_files) if heldout_files else None},
-        inputs={"ledger": ledger.output},
+        config={**settings, "heldout_files": sources.fingerprint(held) if held else None},
+        inputs={"ledger": ledger.output, **({"learnt": learnt / RECORDS} if learnt else {})},
         compute=compute,
         log=lambda run_id, output: context.tracker.log_metrics(
             run_id,

@@ -11,7 +11,7 @@ from typing import Any
 from qadapter.artifacts import read_json
 from qadapter.errors import QAdapterError
 from qadapter.report.items import SCORE
-from qadapter.report.rows import Row
+from qadapter.report.rows import SETTING, Row
 from tasks.tracking import Tracker
 
 # What the report reads of each stage's artifacts; not the adapters.
@@ -137,8 +137,11 @@ def _is_measured(run: Any) -> bool:
 
 
 def _cell(run: Any) -> tuple[str, str, int | None]:
+    """Domain, method and seed; a sweep's variant is a method of its own: `dpo · β=1`, `q-adapter · residual β=0.1`."""
     tags = run.data.tags
-    return tags["domain"], tags["method"], None if tags["seed"] == "None" else int(tags["seed"])
+    method, variant = tags["method"], tags.get("variant", "").removeprefix(tags["method"]).strip()
+    method = f"{method}{SETTING}{variant}" if variant else method
+    return tags["domain"], method, None if tags["seed"] == "None" else int(tags["seed"])
 
 
 def _label(parent: Any, others: Mapping[str, _FlowRun]) -> str:

@@ -1,23 +1,30 @@
 """The model registry: versions with their whole story, the aliases `champion` and `previous`, and the way back.
 
-Every step leaves a registry that serves: a version is registered with all its tags in one call, `previous` is set
-before `champion`, and what a kill left undone is finished by `finish`. MLflow is reached through `tasks/tracking.py`.
+Every step leaves a registry that serves: a version is registered with all its tags in one call, a promotion sets
+`previous` before `champion`, and what a kill left undone is finished by `finish` or by rolling back again. Whoever
+moves aliases looks first at who is champion, under a lock. MLflow is reached through `tasks/tracking.py`.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
+from qadapter.artifacts import storage_errors
 from qadapter.errors import QAdapterError
 from tasks.tracking import Tracker
 
 CHAMPION, PREVIOUS = "champion", "previous"
+_LOGGED_MODEL = "models:/"
 _PROMOTE, _REJECT = "promote", "reject"
+_UNDER_WAY = "rolling_back_from"  # stands on the target until both aliases have moved
 
 
 @dataclass(frozen=True)
@@ -105,10 +112,13 @@ class Registry:
     Attributes:
         tracker: the way to MLflow.
         name: of the registered model.
+        lock: file that processes of this machine lock while they move aliases. Not the lock of a whole flow run: who
+            rolls back must not wait for a training.
     """
 
     tracker: Tracker
     name: str
+    lock: Path
 
     def versions(self) -> list[Version]:
         """All versions, the oldest first; none where the model does not exist yet."""
@@ -154,15 +164,45 @@ class Registry:
             run_id=candidate.run_id,
             tags=candidate.tags(),
             description=candidate.description(),
+            # A server takes a logged model as source only if it is told that it is one.
+            model_id=source.removeprefix(_LOGGED_MODEL) if source.startswith(_LOGGED_MODEL) else None,
         )
         return next(version for version in self.versions() if version.number == int(created.version))
 
-    def promote(self, version: Version) -> None:
-        """Let the aliases follow a version that passed. Repeating it after a kill changes nothing that is done."""
-        if version.tags["parent"]:
-            self._alias(PREVIOUS, int(version.tags["parent"]))
-        self._alias(CHAMPION, version.number)
-        self._tag(version.number, "promoted_at", _now())
+    def promote(self, version: Version) -> str | None:
+        """Let the aliases follow a version that passed. Repeating it after a kill changes nothing that is done.
+
+        A champion that somebody has moved while the version was made (a rollback) is left where it is.
+
+        Returns:
+            Why the aliases were left alone; None where the version is the champion now.
+        """
+        with self._moving():
+            return self._promote(version.number)
+
+    def _promote(self, number: int) -> str | None:
+        version = next(version for version in self.versions() if version.number == number)
+        if version.rejected:
+            return f"version {number} is not promoted: the gate rejected it"
+        if "superseded_at" in version.tags:
+            return (
+                f"version {number} is not promoted: it was rolled back or overtaken ({version.tags['superseded_at']})"
+            )
+        champion = self.champion()
+        standing, parent = str(champion.number) if champion else "", version.tags["parent"]
+        if standing not in (parent, str(number)):
+            self._tag(number, "superseded_at", _now())
+            return (
+                f"version {number} is not promoted: it was compared with {_called(parent)}, but the champion is "
+                f"{_called(standing)} now; `rollback --to {number}` makes it the champion all the same"
+            )
+        if standing != str(number):
+            if parent:
+                self._alias(PREVIOUS, int(parent))
+            self._alias(CHAMPION, number)
+        if "promoted_at" not in version.tags:
+            self._tag(number, "promoted_at", _now())
+        return None
 
     def finish(self) -> list[int]:
         """Promote what passed the gate in a run that was killed before it could move the alias.
@@ -173,30 +213,51 @@ class Registry:
             Numbers of the versions that were promoted.
         """
         finished = []
-        for version in self.versions():
-            if version.tags.get("decision") != _PROMOTE or {"promoted_at", "superseded_at"} & set(version.tags):
-                continue
-            champion = self.champion()
-            standing = str(champion.number) if champion else ""
-            if standing in (version.tags["parent"], str(version.number)):
-                self.promote(version)
-                finished.append(version.number)
-            else:
-                self._tag(version.number, "superseded_at", _now())
+        with self._moving():
+            self._finish_rollback()
+            for version in self.versions():
+                if version.tags.get("decision") != _PROMOTE or {"promoted_at", "superseded_at"} & set(version.tags):
+                    continue
+                if self._promote(version.number) is None:
+                    finished.append(version.number)
         return finished
 
-    def roll_back(self, to: int | None = None) -> tuple[Version, Version]:
+    def roll_back(self, to: int | None = None, *, even_rejected: bool = False) -> tuple[Version, Version]:
         """Make an earlier version the champion again; the champion becomes `previous`.
+
+        The old champion is marked as `superseded_at`: no run that was killed, or finds the same candidate again, takes
+        the decision back. A rollback that was killed half-way is finished by the next one.
 
         Args:
             to: the version; None: the one with the alias `previous`.
+            even_rejected: also take a version that the gate rejected.
 
         Returns:
             The champion before and the champion now.
 
         Raises:
-            QAdapterError: there is no such version, or nothing to go back to.
+            QAdapterError: there is no such version, it was rejected, or nothing to go back to.
         """
+        with self._moving():
+            if (finished := self._finish_rollback()) and to in (None, finished[1].number):
+                return finished
+            return self._roll_back(to, even_rejected)
+
+    def _finish_rollback(self) -> tuple[Version, Version] | None:
+        """Where one was killed after it had moved the champion: set `previous`, and say so."""
+        now = self.champion()
+        if now is None or _UNDER_WAY not in now.tags:
+            return None
+        (before,) = [version for version in self.versions() if str(version.number) == now.tags[_UNDER_WAY]]
+        self._end_rollback(now.number, before.number)
+        return before, now
+
+    def _end_rollback(self, target: int, before: int) -> None:
+        self._alias(PREVIOUS, before)
+        self._tag(target, "rolled_back_to_at", f"{_now()} from version {before}")
+        self.tracker.call("delete_model_version_tag", self.name, str(target), _UNDER_WAY)
+
+    def _roll_back(self, to: int | None, even_rejected: bool) -> tuple[Version, Version]:
         versions = {version.number: version for version in self.versions()}
         champion = self.champion()
         if champion is None:
@@ -211,14 +272,36 @@ class Registry:
             raise QAdapterError(
                 f"{self.name!r} has no version {target}; its versions are {', '.join(map(str, versions))}"
             )
+        if versions[target].rejected and not even_rejected:
+            raise QAdapterError(
+                f"version {target} of {self.name!r} was rejected by the gate "
+                f"({'; '.join(versions[target].tags['reasons'].splitlines())}). Name another version, or say "
+                "--even-rejected to make it the champion all the same."
+            )
+        # First what a retry needs: until the champion has moved, a kill leaves everything as it was.
+        if "promoted_at" not in champion.tags:
+            self._tag(champion.number, "promoted_at", _now())
+        self._tag(champion.number, "superseded_at", f"{_now()} by a rollback to version {target}")
+        self._tag(target, _UNDER_WAY, str(champion.number))
         self._alias(CHAMPION, target)
-        self._alias(PREVIOUS, champion.number)
-        self._tag(target, "rolled_back_to_at", f"{_now()} from version {champion.number}")
+        self._end_rollback(target, champion.number)
         return champion, versions[target]
 
     def files(self, version: Version, folder: str) -> Path:
         """A folder of the artifacts of a version's run, fetched if they are not on this machine."""
         return Path(self.tracker.call("download_artifacts", version.run_id, folder))
+
+    @contextmanager
+    def _moving(self) -> Iterator[None]:
+        """Between looking at the champion and moving the aliases nobody else moves them."""
+        with storage_errors(self.lock):
+            self.lock.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.lock)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _aliases(self) -> dict[str, int]:
         found = self.tracker.call("search_registered_models", f"name = '{self.name}'")
@@ -229,6 +312,10 @@ class Registry:
 
     def _tag(self, number: int, key: str, value: str) -> None:
         self.tracker.call("set_model_version_tag", self.name, str(number), key, value)
+
+
+def _called(number: str) -> str:
+    return f"version {number}" if number else "the base"
 
 
 def _now() -> str:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from prefect import task
-from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact
+from prefect.artifacts import create_image_artifact, create_markdown_artifact
 
 from qadapter.artifacts import read_json
+from qadapter.report.page import data_uri
 from tasks.context import RunContext
 from tasks.evaluate import Evaluation
 from tasks.logged import StageResult, logged_stage, task_result
@@ -18,6 +19,8 @@ from tasks.prefect_artifacts import show
 from tasks.stage import StageOutput
 
 FIGURES = ("retention_adaptation", "training_curves")
+LARGEST_IMAGE = 1_000_000
+"""Bytes of a figure that is put into Prefect's database; a larger one is in the store and in MLflow only."""
 
 
 @dataclass(frozen=True)
@@ -79,19 +82,23 @@ def write_report(context: RunContext, rows: Sequence[Evaluation], data: Mapping[
         markdown=(folder / "report.md").read_text(encoding="utf-8"),
         description=title,
     )
+    # Not a link: a browser does not follow one from Prefect's page to a file.
     show(
-        create_link_artifact,
+        create_markdown_artifact,
         key=f"report-page-{key}",
-        link=(folder / "report.html").as_uri(),
-        link_text="report.html",
+        markdown=(
+            f"One page with everything: `{folder / 'report.html'}`, and in MLflow `report/report.html` of the run "
+            f"`{context.parent_run_id}`."
+        ),
         description=f"{title}, one page with everything",
     )
     for figure in FIGURES:
-        if (folder / f"{figure}.png").exists():
+        file = folder / f"{figure}.png"
+        if file.exists() and file.stat().st_size <= LARGEST_IMAGE:
             show(
                 create_image_artifact,
                 key=f"{figure}-{key}".replace("_", "-"),
-                image_url=(folder / f"{figure}.png").as_uri(),
+                image_url=data_uri(file),
                 description=figure.replace("_", " "),
             )
     return task_result(Report(folder, context.parent_run_id), result)

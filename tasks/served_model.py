@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,18 @@ import mlflow  # isort: skip
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types.schema import Array, ColSpec, DataType, Object, ParamSchema, ParamSpec, Property, Schema
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 import qadapter
 from qadapter.artifacts import storage_errors
 from qadapter.errors import QAdapterError
+from qadapter.settings import ModelSettings
+from qadapter.url_secrets import shown
 from tasks.context import workspace
+from tasks.mlflow_store import MlflowStore, away_errors, is_away
 
 _GLOBALS = threading.Lock()
+_PREFIX = "qadapter."  # of what the metadata says of the base
 _CODE = Path(__file__).with_name("served_policy.py")
 _PACKAGES = (
     "mlflow",
@@ -67,11 +72,13 @@ class ServedFiles:
         name: of the registered model.
         base: folder or hub id.
         adapter: folder.
+        numerics: how the base is to be loaded, `dtype`, `quantization` and `revision`, as far as it was recorded.
     """
 
     name: str
     base: str
     adapter: Path
+    numerics: Mapping[str, str] = field(default_factory=dict)
 
 
 def log_served_model(
@@ -80,6 +87,7 @@ def log_served_model(
     base: Path | str,
     adapter: Path,
     name: str = "policy",
+    model: ModelSettings | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> str:
     """Log a base and its adapter to a run as a model that can be registered and served without this project.
@@ -89,9 +97,10 @@ def log_served_model(
 
     Args:
         run_id: the run of the store in `workspace()` or `MLFLOW_TRACKING_URI`.
-        base: folder, or hub id, which is then only named.
+        base: folder, or hub id, which is then only named, with the commit that is used here now.
         adapter: what a training wrote.
         name: of the logged model, and of the customised policy in its answers.
+        model: how the base was loaded when the policy was trained and measured; it is then served so.
         metadata: further values of its MLmodel file.
 
     Returns:
@@ -104,9 +113,11 @@ def log_served_model(
         raise QAdapterError(f"There is no adapter folder {adapter}. Give the folder that a training wrote.")
     local = Path(base).is_dir()
     artifacts = {"adapter": str(adapter.resolve())} | ({"base": str(Path(base).resolve())} if local else {})
-    config = {"name": name} if local else {"name": name, "base": str(base)}
+    numerics = _numerics(base, local, model)
+    config = {"name": name, **numerics} if local else {"name": name, "base": str(base), **numerics}
+    packages = (*_PACKAGES, "bitsandbytes") if numerics.get("quantization", "none") != "none" else _PACKAGES
     package = Path(str(qadapter.__file__)).parent
-    with _store(), storage_errors(workspace()):
+    with _store() as uri, storage_errors(workspace()), away_errors(uri):
         logged = Model.log(
             artifact_path=None,
             flavor=mlflow.pyfunc,
@@ -116,12 +127,30 @@ def log_served_model(
             artifacts=artifacts,
             code_paths=[str(package)],
             signature=SIGNATURE,
-            pip_requirements=[f"{one}=={version(one).partition('+')[0]}" for one in _PACKAGES],
+            pip_requirements=[f"{one}=={version(one).partition('+')[0]}" for one in packages],
             model_config=config,
-            metadata={**(metadata or {}), "qadapter.base": "artifact" if local else str(base)},
+            metadata={
+                **(metadata or {}),
+                f"{_PREFIX}base": "artifact" if local else str(base),
+                **{f"{_PREFIX}{key}": value for key, value in numerics.items()},
+            },
         )
         # A client of a database looks `models:/…` up in MLflow's global store, which need not be this one.
-        return str(logged.model_uri if mlflow.get_tracking_uri().startswith("http") else logged.artifact_path)
+        return str(logged.model_uri if uri.startswith("http") else logged.artifact_path)
+
+
+def _numerics(base: Path | str, local: bool, model: ModelSettings | None) -> dict[str, str]:
+    """How to load the base again: precision as it was trained with, and for a hub id the commit behind its revision."""
+    found: dict[str, str] = {} if model is None else {"dtype": model.dtype, "quantization": model.quantization}
+    if local:
+        return found
+    revision = model.revision if model else None
+    try:  # the one in the hub's cache, which the training used, or the hub's own
+        commit = extract_commit_hash(cached_file(str(base), "config.json", revision=revision or "main"), None)
+    except (OSError, ValueError):  # not to be reached from here: what the config says is all that is known
+        commit = None
+    pinned = commit or revision
+    return {**found, "revision": pinned} if pinned else found
 
 
 def find_served_model(model: str) -> ServedFiles:
@@ -131,38 +160,114 @@ def find_served_model(model: str) -> ServedFiles:
         model: `NAME@ALIAS` or `NAME/VERSION`.
 
     Raises:
-        QAdapterError: there is no such version, or it was not logged by `log_served_model`.
+        QAdapterError: there is no such version, it was not logged by `log_served_model`, or MLflow is away.
     """
-    name = model.partition("@")[0].partition("/")[0]
-    if not name or name == model:
-        raise QAdapterError(f"{model!r} names no version. Give NAME@ALIAS or NAME/VERSION, such as policy@champion.")
-    with _store():
-        try:
-            folder = Path(mlflow.artifacts.download_artifacts(f"models:/{model}"))
-        except MlflowException as error:
-            reason = str(error).splitlines()[0]
+    found = _Registered.find(model)
+    return ServedFiles(found.name, found.base(), found.fetch(found.parts["adapter"]["path"]), found.numerics())
+
+
+def find_adapter(model: str) -> Path:
+    """As `find_served_model`, the adapter's folder alone: a base can be large, and is not downloaded."""
+    found = _Registered.find(model)
+    return found.fetch(found.parts["adapter"]["path"])
+
+
+def find_base(model: str) -> str:
+    """As `find_served_model`, the base alone: its folder or hub id."""
+    return _Registered.find(model).base()
+
+
+@dataclass(frozen=True)
+class _Registered:
+    """A registered version, of which only the description was fetched.
+
+    Attributes:
+        name: of the registered model.
+        number: of the version.
+        parts: of the model, by name, each with its `path` in the model's folder.
+        metadata: of the MLmodel file.
+    """
+
+    name: str
+    number: str
+    parts: Mapping[str, Mapping[str, str]]
+    metadata: Mapping[str, Any]
+
+    @classmethod
+    def find(cls, model: str) -> _Registered:
+        """The version behind `NAME@ALIAS` or `NAME/VERSION`."""
+        name, at, alias = model.partition("@")
+        if not at:
+            name, _, number = model.partition("/")
+        if not name or name == model:
             raise QAdapterError(
-                f"MLflow at {mlflow.get_tracking_uri()} has no model {model!r} ({reason}). "
-                "`mlflow ui` lists the registered models; QADAPTER_HOME or MLFLOW_TRACKING_URI say which store is read."
-            ) from error
-    described = Model.load(str(folder))
-    parts = (described.flavors.get("python_function") or {}).get("artifacts", {})
-    base = (described.metadata or {}).get("qadapter.base")
-    if base is None or "adapter" not in parts:
-        raise QAdapterError(f"The model {model!r} is no base with an adapter. Register what log_served_model logged.")
-    if base == "artifact":
-        base = folder / parts["base"]["path"]
-    return ServedFiles(name, str(base), folder / parts["adapter"]["path"])
+                f"{model!r} names no version. Give NAME@ALIAS or NAME/VERSION, such as policy@champion."
+            )
+        tracker = tasks.tracking.Tracker.for_project(workspace())
+        client = MlflowStore(tracker.uri, tracker.artifact_root)
+        try:
+            if at:  # an alias can move between two downloads, a version cannot
+                number = client.call("get_model_version_by_alias", name, alias).version
+            else:
+                client.call("get_model_version", name, number)
+        except MlflowException as error:
+            reason = shown(str(error)).splitlines()[0]
+            unknown = error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+            what = "has no" if unknown else "does not hand out the"
+            raise QAdapterError(
+                f"MLflow at {shown(tracker.uri)} {what} model {model!r} ({reason}). `mlflow ui` lists the registered "
+                "models; QADAPTER_HOME or MLFLOW_TRACKING_URI say which store is read."
+            ) from None  # the cause may have the store's address as given, password and all
+        described = Model.load(str(_fetch(name, str(number), "MLmodel")))
+        parts = (described.flavors.get("python_function") or {}).get("artifacts", {})
+        metadata = described.metadata or {}
+        if _PREFIX + "base" not in metadata or "adapter" not in parts:
+            raise QAdapterError(
+                f"The model {model!r} is no base with an adapter. Register what log_served_model logged."
+            )
+        return cls(name, str(number), parts, metadata)
+
+    def base(self) -> str:
+        """Hub id, or the folder, fetched."""
+        base = str(self.metadata[_PREFIX + "base"])
+        return str(self.fetch(self.parts["base"]["path"])) if base == "artifact" else base
+
+    def numerics(self) -> dict[str, str]:
+        """What was recorded of how the base is to be loaded."""
+        names = ("dtype", "quantization", "revision")
+        return {name: str(self.metadata[_PREFIX + name]) for name in names if _PREFIX + name in self.metadata}
+
+    def fetch(self, path: str) -> Path:
+        """A file or folder of the model."""
+        return _fetch(self.name, self.number, path)
+
+
+def _fetch(name: str, number: str, path: str) -> Path:
+    with _store() as uri, away_errors(uri), storage_errors(workspace()):
+        try:
+            return Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{number}/{path}"))
+        except (MlflowException, FileNotFoundError) as error:
+            if is_away(error):
+                raise
+            raise QAdapterError(
+                f"MLflow at {shown(uri)} knows version {number} of {name!r}, but its {path} cannot be read "
+                f"({shown(str(error)).splitlines()[0]}). Restore the artifacts of that version, or register it again."
+            ) from None  # the cause may have the store's address as given, password and all
 
 
 @contextmanager
-def _store() -> Iterator[None]:
-    """MLflow's fluent calls read the store from globals: the project's within the block, what was there behind it."""
+def _store() -> Iterator[str]:
+    """MLflow's fluent calls read the store from globals: the project's within the block, what was there behind it.
+
+    Yields:
+        The project's tracking URI, which is a secret if it has a password: `shown` makes it fit for a message.
+    """
     with _GLOBALS:
         variable = os.environ.get("MLFLOW_TRACKING_URI")
-        mlflow.set_tracking_uri(tasks.tracking.tracking_uri(workspace()))
+        uri = tasks.tracking.tracking_uri(workspace())
+        mlflow.set_tracking_uri(uri)
         try:
-            yield
+            yield uri
         finally:
             mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # unsets it, and the variable too
             if variable is not None:

@@ -24,7 +24,9 @@ class ServedPolicy(PythonModel):
         config = context.model_config
         base = context.artifacts.get("base") or config["base"]
         self._name = str(config["name"])
-        self._generator = Generator(ServedPolicies.load({self._name: Path(context.artifacts["adapter"])}, base))
+        numerics = {key: config[key] for key in ("dtype", "quantization", "revision") if key in config}
+        adapters = {self._name: Path(context.artifacts["adapter"])}
+        self._generator = Generator(ServedPolicies.load(adapters, base, **numerics))
 
     # MLflow takes type hints here for a schema; the logged model has a signature of its own.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]

@@ -203,7 +203,7 @@ class Tracker:
                 found = self._store.call("get_experiment_by_name", name) or self._store.create_experiment(name)
         if found.lifecycle_stage != "active":
             raise QAdapterError(
-                f"MLflow's experiment {name!r} at {self.uri} was deleted. Bring it back with "
+                f"MLflow's experiment {name!r} at {shown(self.uri)} was deleted. Bring it back with "
                 f"`mlflow experiments restore -x {found.experiment_id}`, or choose another experiment name."
             )
         return str(found.experiment_id)

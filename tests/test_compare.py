@@ -12,9 +12,10 @@ from flows.compare import main
 from qadapter.artifacts import read_json
 from qadapter.report.intervals import Measured
 from qadapter.report.rows import Row
-from qadapter.report.summary import summary_metrics
+from qadapter.report.summary import duels, summary_metrics
 from tasks.context import Customisation
 from tasks.recorded import find_run, read_runs
+from tasks.sweep import SweptCell
 from tasks.tracking import Tracker
 from tests.report_files import rule_row, toy_rows
 
@@ -144,6 +145,31 @@ def test_other_bases_are_told_apart(tracker: Tracker, first: str, rows: list[Row
         "q-adapter (lazy-fox)",
         "sft (lazy-fox)",
         "base (odd-cat)",
+    }
+
+
+def test_settings_of_a_sweep_are_rows_of_their_own(
+    tracker: Tracker, rows: list[Row], home: Path, tmp_path: Path
+) -> None:
+    """Two betas of one method, with the tags that a sweep writes: both are shown, each under its own name."""
+    parent = tracker.start_parent("sweep", "sweep · wise-elk", {}, {"stage": "parent"})
+    cells = [
+        (SweptCell("academy", "dpo", 0, f"dpo β={beta}", ("dpo",)), {"adaptation/score": beta}) for beta in (0.1, 1.0)
+    ]
+    cells.append((SweptCell("academy", "q-adapter", 0, "residual β=1", ("beta",)), {"adaptation/score": 0.75}))
+    for cell, metrics in cells:
+        with tracker.child(parent, cell.name, {"base": "helpful"}, cell.tags()) as run:
+            tracker.log_metrics(run, metrics)
+    tracker.finish(parent)
+    found = read_runs(tracker, [parent], tmp_path)
+    assert {row.method: row.metrics["adaptation/score"] for row in found.rows} == {
+        "dpo · β=0.1": 0.1,
+        "dpo · β=1.0": 1.0,
+        "q-adapter · residual β=1": 0.75,
+    }
+    assert {(d.method, d.baseline) for d in duels(Measured(found.rows))} == {
+        ("q-adapter · residual β=1", "dpo · β=0.1"),
+        ("q-adapter · residual β=1", "dpo · β=1.0"),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +17,11 @@ from typing import Any
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.testing.utilities import prefect_test_harness
-from tiny_deliveries import MODEL, deliver, evasions, flipped, refusals, write_config
+from tiny_deliveries import CONFIG, MODEL, deliver, evasions, flipped, refusals, write_config
 
 from flows.announce import ANNOUNCED, watch_preferences
 from flows.check_champion import FELL, check_champion
-from flows.customize import customize_on_new_preferences
+from flows.customize import NAME, customize_on_new_preferences
 from flows.recurring import main
 from qadapter.artifacts import digest_tree
 from qadapter.customization import load_customization
@@ -59,7 +60,7 @@ class Story:
     steps: dict[str, Step] = field(default_factory=dict)
 
     def versions(self) -> list[Version]:
-        return Registry(Tracker.for_project(self.home), MODEL).versions()
+        return Registry(Tracker.for_project(self.home), MODEL, self.home / "aliases.lock").versions()
 
     def run(self, step: str, flow: Any = customize_on_new_preferences) -> Step:
         state = flow(self.config, return_state=True)
@@ -115,14 +116,21 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
             killing.setattr(Registry, "promote", killed)
             told.run("not killed")
         told.steps["killed"] = Step("", "", 0.0, told.versions())
+        told.run("watch after the kill", watch_preferences)
         told.run("better")
 
         worse = deliver(home, "3-worse.jsonl", flipped(refusals()[:80]))
         told.run("worse")
+        also = deliver(home, "3-also.jsonl", flipped(evasions()[:20]))
+        told.run("worse again")
+        told.config = write_config(home, gate={**CONFIG["gate"], "max_over_refusals": None})
+        told.run("other gate")
+        told.config = write_config(home)
         broken = deliver(home, "4-broken.jsonl", "<html>502 Bad Gateway</html>\n")
         told.run("broken")
         told.run("broken again")
         worse.unlink()
+        also.unlink()
         broken.unlink()
         told.run("removed")
 
@@ -155,9 +163,15 @@ def test_nothing_new_ends_at_once_and_says_so(story: Story) -> None:
 
 def test_the_watcher_announces_a_change_once(story: Story) -> None:
     assert [story.steps[name].name for name in ("watch", "watch again")] == ["Announced", "NothingNew"]
-    (event,) = events(ANNOUNCED)
+    event, _ = events(ANNOUNCED)
     assert event["resource"]["prefect.resource.id"] == "qadapter.preferences.tiny"
     assert event["payload"] == {"config": "tiny"}
+
+
+def test_the_watcher_announces_again_what_a_run_did_not_finish(story: Story) -> None:
+    step = story.steps["watch after the kill"]
+    assert step.name == "Announced"
+    assert "the run of this content did not come to an end" in step.message
 
 
 def test_a_kill_between_registering_and_promoting_leaves_the_champion(story: Story) -> None:
@@ -197,12 +211,27 @@ def test_the_worse_delivery_is_rejected_with_reasons(story: Story) -> None:
     assert rejected.aliases == ()
 
 
+def test_rejected_rows_are_new_until_a_champion_has_learnt_them(story: Story) -> None:
+    step = story.steps["worse again"]
+    assert (step.name, len(step.versions)) == ("Rejected", 4)
+    assert step.versions[3].tags["data_pairs"] == "186 (100 new)", "the 80 rejected ones and 20 more"
+    assert step.versions[3].tags["parent"] == "2"
+
+
+def test_other_rules_judge_again_and_leave_the_old_verdict_as_it_was(story: Story) -> None:
+    step = story.steps["other gate"]
+    assert (step.name, len(step.versions)) == ("Rejected", 5)
+    before, after = step.versions[3:]
+    assert after.tags["adapter_digest"] == before.tags["adapter_digest"]
+    assert after.tags["config_digest"] != before.tags["config_digest"]
+
+
 def test_the_broken_delivery_is_quarantined_and_trains_nothing(story: Story) -> None:
     step = story.steps["broken"]
     assert step.name == "Quarantined"
     assert "nothing was trained and the champion stays" in step.message
     assert "4-broken.jsonl has no JSON object" in step.message.replace(str(story.home / "incoming") + "/", "")
-    assert len(step.versions) == 3
+    assert len(step.versions) == 5
     assert step.aliases == {"champion": 2, "previous": 1}
     quarantine = Path(step.message.split("line by line: ")[1].split("\n")[0])
     assert json.loads(quarantine.read_text())["file"] == "4-broken.jsonl"
@@ -212,7 +241,7 @@ def test_the_broken_delivery_is_quarantined_and_trains_nothing(story: Story) -> 
 def test_removed_rows_train_nothing(story: Story) -> None:
     step = story.steps["removed"]
     assert step.name == "NothingNew"
-    assert "0 new, 0 changed, 81 removed and 86 unchanged records" in step.message
+    assert "0 new, 0 changed, 101 removed and 86 unchanged records" in step.message
 
 
 def test_no_run_is_left_open(story: Story) -> None:
@@ -233,7 +262,7 @@ def test_only_what_was_new_was_validated(story: Story) -> None:
         "search_runs", [experiment.experiment_id], "tags.stage = 'new-preferences'", order_by=["start_time ASC"]
     )
     counts = [(run.data.metrics["data/validated"], run.data.metrics["data/unchanged"]) for run in runs]
-    assert counts == [(40, 0), (46, 40), (80, 86), (0, 166), (0, 86)]
+    assert counts == [(40, 0), (46, 40), (80, 86), (20, 166), (0, 186), (0, 186), (0, 86)]
 
 
 def test_the_history_is_read_from_the_registry_alone(story: Story) -> None:
@@ -241,7 +270,7 @@ def test_the_history_is_read_from_the_registry_alone(story: Story) -> None:
     with redirect_stdout(out):
         assert main(["history", "--config", story.config]) == 0
     text = out.getvalue()
-    assert [line.split()[0] for line in text.splitlines() if line[:4].strip()] == ["1", "2", "3"]
+    assert [line.split()[0] for line in text.splitlines() if line[:4].strip()] == ["1", "2", "3", "4", "5"]
     assert "promoted       from 1         champion" in text
     assert "rejected       from 2" in text
     assert "wanted at least +0.010 and beyond noise" in text
@@ -261,10 +290,46 @@ def test_the_champion_is_checked_and_an_event_raised_when_it_fell(story: Story) 
         heldout.write_text(before)
     assert step.name == "Fell"
     assert "implied_reward_accuracy fell by +" in step.message
+    assert "on other items" in step.message, "as many pairs as before, but not the same ones"
     (event,) = events(FELL)
     assert event["resource"]["prefect.resource.id"] == f"qadapter.model.{MODEL}"
     assert event["payload"]["version"] == 2
     assert step.aliases == {"champion": 2, "previous": 1}, "a check moves nothing"
+
+
+def test_a_run_that_finds_nothing_closes_what_killed_ones_left_open(story: Story) -> None:
+    process = f"{socket.gethostname()} 4194305 1.0"  # no process has a number above 2^22
+    Tracker.for_project(story.home).start_parent(NAME, "killed", tags={"qadapter.process": process})
+    assert "RUNNING" in story.statuses()
+    assert story.run("nothing").name == "NothingNew"
+    assert "RUNNING" not in story.statuses()
+
+
+def test_two_checks_at_once_follow_each_other(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: list[int] = []
+
+    def alone(*_: Any) -> list[str]:
+        assert not inside
+        inside.append(1)
+        time.sleep(1)
+        inside.pop()
+        return []
+
+    monkeypatch.setattr("flows.check_champion._what_fell", alone)
+    with ThreadPoolExecutor(2) as pool:
+        states = list(pool.map(lambda _: check_champion(story.config, return_state=True), range(2)))
+    assert [state.name for state in states] == ["Steady", "Steady"]
+
+
+def test_a_run_can_be_forced(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.customize._customize", looked)
+    state = customize_on_new_preferences(story.config, force=True, return_state=True)
+    assert state.is_failed()
+    assert "looked although nothing is new" in str(state.message)
+
+
+def looked(*_: Any) -> None:
+    raise RuntimeError("looked although nothing is new")
 
 
 def test_two_runs_at_once_train_once_and_rollback_is_one_command(story: Story) -> None:
@@ -274,7 +339,7 @@ def test_two_runs_at_once_train_once_and_rollback_is_one_command(story: Story) -
     names = sorted(str(state.name) for state in states)
     assert names[0] == "NothingNew"
     assert names[1] in ("Promoted", "Rejected")
-    assert len(story.versions()) == 4
+    assert len(story.versions()) == 6
 
     champion = registry_of(load_customization(story.config)).champion()
     assert champion is not None

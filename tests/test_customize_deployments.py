@@ -7,17 +7,22 @@ import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from prefect.states import Cancelled, Completed, Crashed
 from test_deployments import Served, served, wait_until
 
 from flows.announce import ANNOUNCED, watch_preferences
 from flows.check_champion import check_champion
-from flows.customize import customize_on_new_preferences
-from flows.recurring import main
-from qadapter.customization import customizations, load_customization
+from flows.customize import _remember_what_was_killed, customize_on_new_preferences, launch_of
+from flows.recurring import _run_flow, main
+from qadapter.customization import CONFIG_FOLDER, customizations, load_customization
+from qadapter.errors import QAdapterError
+from tasks.preferences import Seen
+from tasks.registry import Version
 
 __all__ = ["served"]  # the fixture: a server and a worker of this module's own
 
@@ -52,13 +57,59 @@ def test_every_deployment_names_a_config_that_its_flow_takes() -> None:
     for function, flow in FLOWS.items():
         assert deployments(function)
         for entry in deployments(function):
-            assert flow.validate_parameters(entry["parameters"]) == entry["parameters"]
+            assert entry["parameters"].items() <= flow.validate_parameters(entry["parameters"]).items()
 
 
 def test_announcing_to_nobody_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     assert main(["announce"]) == 2
     assert "no Prefect server answers at http://127.0.0.1:9/api" in capsys.readouterr().err
+
+
+def test_a_workspace_that_cannot_be_written_to_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = tmp_path / "file"
+    home.write_text("no folder")
+    monkeypatch.setenv("QADAPTER_HOME", str(home))
+    for command in ("customize", "check"):
+        assert main([command]) == 2
+        assert f"nothing can be written to the workspace {home}" in capsys.readouterr().err
+
+
+def test_a_customisation_is_checked_like_every_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The growing source may be empty; everything else is looked at before anything starts."""
+    monkeypatch.setenv("QADAPTER_HOME", str(tmp_path))
+    smoke = load_customization("smoke")
+    assert launch_of("smoke", smoke, "test").check() == smoke.experiment()
+    elsewhere = smoke.model_copy(update={"data": str(tmp_path / "nowhere")})
+    with pytest.raises(QAdapterError, match=r"the data folder .* does not exist"):
+        launch_of("smoke", elsewhere, "test").check()
+
+
+@pytest.mark.parametrize(("state", "code"), [(Completed(), 0), (Crashed(), 1), (Cancelled(), 1)])
+def test_only_a_completed_run_is_a_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: Any, code: int
+) -> None:
+    monkeypatch.setenv("QADAPTER_HOME", str(tmp_path))
+    assert _run_flow(lambda config, return_state: state, "smoke") == code
+
+
+def test_the_template_names_a_command_that_runs_it() -> None:
+    first = (CONFIG_FOLDER / "example.yaml").read_text(encoding="utf-8").splitlines()[0]
+    assert first == "# python -m flows.recurring customize --config example"
+
+
+def test_what_a_killed_run_registered_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if another delivery has come in before the next run: its changes are counted from that ledger on."""
+    monkeypatch.setenv("QADAPTER_HOME", str(tmp_path))
+    smoke = load_customization("smoke")
+    Seen.update(smoke, fingerprint="first", ledger="ledger 1", version=1, announced="second")
+    tags = {"data_fingerprint": "second", "ledger": "ledger 2", "reasons": "a\nb"}
+    registry: Any = SimpleNamespace(versions=lambda: [Version(2, "run", "source", tags, (), 0.0)])
+    assert _remember_what_was_killed(smoke, registry) is not None
+    assert Seen.read(smoke) == Seen("second", "ledger 2", "version 2: a; b", 2, announced="second")
+    assert _remember_what_was_killed(smoke, registry) is None, "once"
 
 
 def runs_of(served: Served, flow: str) -> list[dict[str, Any]]:

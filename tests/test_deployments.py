@@ -27,6 +27,7 @@ from flows.dead_runs import close_dead_runs
 from flows.deployment_names import DEFAULT_DEPLOYMENTS, expand
 from flows.serve import api_url
 from qadapter.errors import QAdapterError
+from tests.real_runs import free_port
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 PREFECT = str(Path(sys.executable).with_name("prefect"))
@@ -233,12 +234,6 @@ def wait_until(condition: Any, seconds: float, what: str, served: Served) -> Non
         time.sleep(0.3)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("serve")
@@ -320,10 +315,14 @@ def test_deployments_start_runs_that_complete(served: Served, deployments: list[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("process", [None, "999999999"], ids=["before it had a process", "its process is gone"])
+@pytest.mark.parametrize(
+    "process",
+    [None, "999999999", "c0ffee0123ab"],
+    ids=["before it had a process", "its process is gone", "a container, which only its worker can judge"],
+)
 def test_a_dead_run_does_not_block_its_deployment(served: Served, process: str | None) -> None:
     """The place that a run takes in the limit is given back when the run is reported as crashed."""
-    mini = next(entry for entry in served.post("/deployments/filter", {}) if entry["name"] == "mini")
+    mini = served.send("GET", "/deployments/name/full-paper-repro/mini")
     limit = f"/v2/concurrency_limits/{mini['global_concurrency_limit']['id']}"
     later = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
     waiting = {"type": "SCHEDULED", "state_details": {"scheduled_time": later}}
@@ -335,6 +334,10 @@ def test_a_dead_run_does_not_block_its_deployment(served: Served, process: str |
             == "ACCEPT"
         )
         served.send("PATCH", f"/flow_runs/{run['id']}", {"infrastructure_pid": process})
+        if not process.isdecimal():
+            assert close_dead_runs(served.url, no_worker_is_up=True) == []
+            assert served.send("GET", f"/flow_runs/{run['id']}")["state_type"] == "RUNNING"
+            served.send("PATCH", f"/flow_runs/{run['id']}", {"infrastructure_pid": "999999999"})  # as a process' again
         assert close_dead_runs(served.url, no_worker_is_up=False) == [run["name"]]
     else:
         assert close_dead_runs(served.url, no_worker_is_up=False) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from qadapter.artifacts import Manifest
 from qadapter.customization import Customization, customizations, load_customization
 from qadapter.errors import QAdapterError
 from qadapter.gate import AdaptationRule, Gate, Measured, RetentionRule, decide, fallen
@@ -42,7 +44,7 @@ def measured(folder: Path, right: int, facts: int, over_refusals: float | None, 
         {"task": "facts", "doc_id": i, "score": float(i < facts), "scores": {"exact_match": float(i < facts)}}
         for i in range(ITEMS)
     ]
-    for i, size in enumerate((10, 30)):
+    for i, size in enumerate((10, 30) * 15):
         score = [-bits * math.log(2) * size, size]
         items.append({"task": "texts", "doc_id": i, "score": score, "scores": {"bits_per_byte": score}})
     (folder / "a" / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -53,6 +55,7 @@ def measured(folder: Path, right: int, facts: int, over_refusals: float | None, 
     (folder / "r" / "directions.json").write_text(
         json.dumps({"retention/facts/exact_match": True, "retention/texts/bits_per_byte": False})
     )
+    Manifest("adaptation", "k", {}, {"data": "digest of the pairs"}, "c", {}, 1.0).write(folder / "a")
     return Measured.read(folder / "a", folder / "r")
 
 
@@ -73,9 +76,9 @@ def test_scores_are_read_as_they_were_measured(make: Any) -> None:
         assert found.won[metric].mean() == 0.7
     assert found.tasks["facts"].values.mean() == 0.75
     texts = found.tasks["texts"]
-    assert texts.values == pytest.approx([2.5, 2.5])
+    assert texts.values == pytest.approx([2.5] * 30)
     assert texts.weights is not None
-    assert texts.weights.tolist() == [10, 30]
+    assert texts.weights.tolist() == [10, 30] * 15
     assert not texts.higher_is_better
 
 
@@ -168,7 +171,7 @@ def test_over_refusals_are_limited_and_must_be_measured(make: Any) -> None:
 
 def test_what_was_not_measured_alike_is_not_compared(make: Any, tmp_path: Path) -> None:
     champion, candidate = make(60, 150), make(90, 150)
-    other = Measured((*candidate.pairs[:-1], 999), candidate.won, {}, {})
+    other = replace(candidate, pairs=(*candidate.pairs[:-1], 999), tasks={}, metrics={})
     decision = decide(Gate(), other, champion, champion)
     assert not decision.passed
     assert "different held-out pairs" in decision.reasons[0]
@@ -194,15 +197,71 @@ def test_other_heldout_pairs_are_compared_as_two_samples(make: Any) -> None:
 
     def on_other_pairs(right: int) -> Measured:
         found = make(right, 150)
-        return Measured(tuple(i + PAIRS for i in found.pairs), found.won, found.tasks, found.metrics)
+        return replace(found, heldout="digest of other pairs")  # as many of them: their places are the same
 
     assert fallen(then, on_other_pairs(72), Gate()) == [], "0.80 ± 0.08 and 0.72 ± 0.09 overlap"
     (reason,) = fallen(then, on_other_pairs(50), Gate())
     assert reason == "implied_reward_accuracy fell by +0.300 on other items"
 
 
+def test_other_items_of_a_task_are_not_taken_for_the_same(make: Any) -> None:
+    """A benchmark that was written anew has the same places and other questions."""
+    then = make(80, 150)
+    facts = then.tasks["facts"]
+    other = replace(facts, items=tuple((place, "another question", "a") for place, *_ in facts.items))
+    now = make(80, 141)
+    assert [r.split()[0] for r in fallen(then, now, Gate())] == ["facts"], "paired, 9 of 200 items are a fall"
+    moved = replace(now, tasks={**now.tasks, "facts": replace(other, values=now.tasks["facts"].values)})
+    assert fallen(then, moved, Gate()) == [], "as two samples, 0.75 and 0.705 of 200 overlap"
+    (reason,) = [f.text for f in decide(Gate(), moved, then, then).findings if f.rule == "retention.max_drop.facts"]
+    assert reason == "facts: candidate and champion were not measured on the same items"
+
+
+def few(found: Measured, pairs: int, items: int) -> Measured:
+    """The first of what was measured."""
+    facts = found.tasks["facts"]
+    return replace(
+        found,
+        pairs=found.pairs[:pairs],
+        won={name: won[:pairs] for name, won in found.won.items()},
+        tasks={"facts": replace(facts, items=facts.items[:items], values=facts.values[:items])},
+    )
+
+
+def test_next_to_nothing_passes_no_rule(make: Any) -> None:
+    """One pair won gives +1.000 [+1.000, +1.000], and one item kept no drop; neither says anything."""
+    champion, candidate = few(make(0, 150), 1, 1), few(make(1, 150), 1, 1)
+    decision = decide(Gate(), candidate, champion, champion)
+    assert [f.passed for f in decision.findings] == [False, False]
+    assert decision.reasons[0].startswith("held-out pairs: only 1, too few to tell anything; at least 30 are wanted")
+    assert decision.reasons[1].startswith("facts: only 1, too few")
+    loose = Gate(adaptation=AdaptationRule(min_items=1), retention=RetentionRule(min_items=1))
+    assert decide(loose, candidate, champion, champion).passed
+    assert [r.split(":")[0] for r in fallen(champion, champion, Gate())] == ["held-out pairs", "facts"]
+
+
+def test_retention_that_was_not_measured_is_no_retention(make: Any) -> None:
+    champion, candidate = (replace(make(right, 150), tasks={}) for right in (60, 90))
+    decision = decide(Gate(retention=RetentionRule(max_drop_from_base=0.1)), candidate, champion, champion)
+    assert [f.rule for f in decision.findings if not f.passed] == ["retention.max_drop", "retention.max_drop_from_base"]
+    assert "no retention task was measured for the champion" in decision.reasons[0]
+
+
+def test_a_task_that_is_measured_no_more_is_told(make: Any) -> None:
+    then, now = make(80, 150), make(80, 150)
+    now = replace(now, tasks={"texts": now.tasks["texts"]})
+    (reason,) = fallen(then, now, Gate())
+    assert reason.startswith("facts was measured at registration and is not measured now")
+
+
 def test_rules_are_strict() -> None:
-    for wrong in ({"max_over_refusals": "0.1"}, {"max_over_refusals": 2}, {"retention": {"max_drop": -0.1}}, {"x": 1}):
+    for wrong in (
+        {"max_over_refusals": "0.1"},
+        {"max_over_refusals": 2},
+        {"retention": {"max_drop": -0.1}},
+        {"adaptation": {"min_items": 0}},
+        {"x": 1},
+    ):
         with pytest.raises(ValidationError):
             Gate.model_validate(wrong)
 

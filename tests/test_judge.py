@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
@@ -10,6 +11,7 @@ from fake_judge import Answer, FakeJudge, longer, serving
 
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.judge import CRITERIA, EndpointJudge, parse_verdict
+from qadapter.evaluation.judge_client import JudgeClient
 from qadapter.evaluation.verdicts import judge_answers
 from qadapter.settings import JudgeSettings
 
@@ -183,7 +185,7 @@ def test_the_estimate_comes_first_and_the_budget_holds(serve, tmp_path) -> None:
     assert expected.price is not None
     assert 12 * (2 * 64) / 1e6 < expected.price < 12 * (2 * 64 + 400) / 1e6
     assert server.requests == []
-    with pytest.raises(QAdapterError, match=r"up to 0\.00 for 12 calls.*budget is 0\.00"):
+    with pytest.raises(QAdapterError, match=r"about 0\.00 for 12 calls.*budget is 0\.00"):
         run(server, budget=expected.price / 2, **prices)
     assert server.requests == []
     paid = run(server, cache=tmp_path / "c", budget=1.0, **prices)
@@ -193,8 +195,32 @@ def test_the_estimate_comes_first_and_the_budget_holds(serve, tmp_path) -> None:
         PROMPTS, LONG, SHORT
     )
     assert (known.calls, known.cached, known.price) == (0, 12, 0)
-    assert known.text() == "0 calls (and 12 known answers), at most 0.0000"
+    assert known.text() == "0 calls (and 12 known answers), about 0.0000, reminders after nonsense not counted"
     assert EndpointJudge(settings(server), "x").estimate(PROMPTS, LONG, SHORT).price is None
+
+
+def test_no_thread_finds_the_money_of_a_call_neither_reserved_nor_spent(serve) -> None:
+    """Each time the lock is free, what is reserved and spent together never falls: here both are the same price."""
+    server = serve(lambda *_: (200, {"choices": [{"message": {"content": "[[A]]"}}]}, 0))  # no usage: the estimate
+    with contextlib.closing(JudgeClient(settings(server, input_price=1.0, output_price=1.0, budget=1.0))) as client:
+        seen: list[float] = []
+
+        class Watched:
+            def __enter__(self) -> None:
+                seen.append(client.usage.cost + client._reserved)
+
+            def __exit__(self, *_: object) -> None:
+                seen.append(client.usage.cost + client._reserved)
+
+        client._lock = Watched()  # type: ignore[assignment]
+        for number in range(2):
+            client.ask([{"role": "system", "content": "s"}, {"role": "user", "content": question(number)}], str, "?")
+    assert seen == sorted(seen)
+    assert seen[-1] > 0
+
+
+def question(number: int) -> str:
+    return f"{number}<reply A>\na\n</reply A>\n<reply B>\nb\n</reply B>"
 
 
 def test_a_budget_that_runs_out_leaves_the_rest_undecided(serve) -> None:
@@ -302,7 +328,7 @@ def test_the_price_is_told_before_the_first_call(serve, caplog) -> None:
         return longer(first, second, number)
 
     evaluated(serve(listen), input_price=1.0, output_price=1.0, parallel=1)
-    assert "judge fake: 12 calls (and 0 known answers), at most 0.00" in told[0]
+    assert "judge fake: 12 calls (and 0 known answers), about 0.00" in told[0]
 
 
 def test_the_key_is_written_nowhere(serve, tmp_path, monkeypatch, caplog) -> None:

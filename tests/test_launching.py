@@ -161,6 +161,7 @@ def test_killed_it_leaves_no_orphan_and_goes_on_where_it_stopped(toy: TinyToy, t
         assert time.monotonic() < deadline
         assert killed.poll() is None, killed.stderr and killed.stderr.read()[-3000:]
         time.sleep(0.01)
+    assert (scratch / "job" / "job.json").exists(), "what a kill leaves lies in the stage's folder"
     children = psutil.Process(killed.pid).children(recursive=True)
     assert len([child for child in children if "qadapter.training.worker" in child.cmdline()]) >= 2
     killed.kill()
@@ -237,6 +238,8 @@ def test_a_killed_process_has_last_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A process that the system kills (out of memory) writes no failure: what was printed last is all there is."""
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "failure-0.json").write_text("of a run that was killed: not of this one")
     script = (
         "import os, sys; print('progress: sft: step 1 of 2, loss 0.5'); print('loading shards'); "
         "print('Killed', file=sys.stderr, flush=True); sys.stdout.flush(); os.kill(os.getpid(), 9)"
@@ -246,6 +249,7 @@ def test_a_killed_process_has_last_words(
     monkeypatch.setattr(subprocess, "Popen", lambda _, **options: original([sys.executable, "-c", script], **options))
     with pytest.raises(TrainingProcessError, match=r"(?s)ended with code -9.*loading shards\nKilled"):
         Launcher(LaunchSettings(engine="accelerate", processes=2))(train_function, out=tmp_path, scratch=tmp_path)
+    assert list(tmp_path.iterdir()) == []
     assert caplog.messages == ["sft: step 1 of 2, loss 0.5"]
 
 

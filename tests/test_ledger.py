@@ -11,7 +11,7 @@ import pytest
 from qadapter.errors import QAdapterError
 from qadapter.preferences import ledger
 from qadapter.preferences.ledger import REFUSED_FILE, Changes
-from qadapter.preferences.mixture import write_mixture
+from qadapter.preferences.mixture import unlearnt, write_mixture
 from qadapter.preferences.prepare import load_pairs
 from qadapter.preferences.records import Reason
 from qadapter.preferences.toy_drops import write_drop
@@ -35,6 +35,7 @@ def update(folder: Path, out: Path, previous: Path | None = None, rules: str = "
 def mixture(of: Path, out: Path, **changes: Any) -> dict[str, Any]:
     out.mkdir()
     settings: dict[str, Any] = {
+        "learnt": None,
         "rows": "all",
         "old_share": 0.0,
         "heldout": 0.25,
@@ -116,17 +117,29 @@ def test_the_mixture_is_everything_or_what_is_new_and_a_sample(tmp_path: Path) -
 
     write(folder / "b.jsonl", [record(n) for n in range(200, 240)])
     update(folder, tmp_path / "2", tmp_path / "1")
-    everything = mixture(tmp_path / "2", tmp_path / "m2")
+    everything = mixture(tmp_path / "2", tmp_path / "m2", learnt=tmp_path / "1")
     assert everything["old_pairs"] == first["train_pairs"], "a prompt never changes sides"
-    new = mixture(tmp_path / "2", tmp_path / "m3", rows="new", old_share=0.2)
+    new = mixture(tmp_path / "2", tmp_path / "m3", learnt=tmp_path / "1", rows="new", old_share=0.2)
     assert new["fresh_pairs"] == everything["fresh_pairs"]
     # a binomial count, p 0.2: within four standard deviations of its mean
     mean = 0.2 * everything["old_pairs"]
     assert abs(new["old_pairs"] - mean) < 4 * (mean * 0.8) ** 0.5
-    assert mixture(tmp_path / "2", tmp_path / "m4", rows="new")["old_pairs"] == 0
+    assert mixture(tmp_path / "2", tmp_path / "m4", learnt=tmp_path / "1", rows="new")["old_pairs"] == 0
     sides = {side: load_pairs(tmp_path / "m3" / f"{side}.jsonl") for side in ("train", "heldout")}
     assert new["heldout_pairs"] == len(sides["heldout"]) == everything["heldout_pairs"]
     assert not {p.prompt_digest for p in sides["train"]} & {p.prompt_digest for p in sides["heldout"]}
+
+
+def test_what_only_a_rejected_candidate_was_trained_on_is_still_new(tmp_path: Path) -> None:
+    """The champion knows the first ledger; a second delivery was rejected, and now there is a third."""
+    folder = tmp_path / "in"
+    for number, rows in enumerate((range(20), range(20, 30), range(30, 35)), start=1):
+        write(folder / f"{number}.jsonl", [record(n) for n in rows])
+        update(folder, tmp_path / str(number), tmp_path / str(number - 1) if number > 1 else None)
+    found = mixture(tmp_path / "3", tmp_path / "m", learnt=tmp_path / "1", rows="new", heldout=0)
+    assert (found["fresh_pairs"], found["old_pairs"]) == (15, 0)
+    assert len(unlearnt(tmp_path / "3", tmp_path / "1")) == 15
+    assert unlearnt(tmp_path / "1", tmp_path / "3") == set()
 
 
 def test_toy_deliveries_are_parts_of_one_whole(tmp_path: Path) -> None:

@@ -9,10 +9,13 @@ import pytest
 from lm_eval.tasks import TaskManager
 from tiny_chat import byte_tokenizer, tiny_llama
 
+from flows.launch import Launch
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.harness import evaluate_tasks
+from qadapter.evaluation.measure import measure_retention
 from qadapter.evaluation.official_files import leaves
 from qadapter.evaluation.task_catalog import expand_suites, find_tasks, official_tasks
+from qadapter.settings import ModelSettings, RetentionSettings
 
 BBH = ["boolean_expressions", "navigate", "object_counting"]
 MMLU_PRO = {"category": "law", "src": "s", "cot_content": "A: Let's think step by step. The answer is (B)."}
@@ -143,3 +146,32 @@ def test_faulty_or_absent_official_files(files, task, message, model, tokenizer,
         write_jsonl(tmp_path / name, rows)
     with pytest.raises(QAdapterError, match=message):
         evaluate_tasks(model, tokenizer, [task], official_data=tmp_path)
+
+
+def test_the_pipeline_reads_the_folder_that_is_named(model, tokenizer, shared_data, tmp_path) -> None:
+    """GSM8K and a task of BBH with the official definitions, through the stage's own function."""
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    tasks = ["gsm8k_cot", "leaderboard_bbh_navigate"]
+    measure_retention(
+        tmp_path / "base",
+        None,
+        None,
+        model=ModelSettings(pretrained=str(tmp_path / "base")),
+        settings=RetentionSettings(tasks=tuple(tasks), limit=2, max_new_tokens=8, batch_size=2),
+        benchmarks=None,
+        old_texts=None,
+        max_length=64,
+        out=tmp_path,
+        official_data=shared_data / "benchmarks",
+    )
+    items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
+    assert [item["task"] for item in items] == [task for task in tasks for _ in range(2)]
+    rows = [json.loads(line) for line in (shared_data / "benchmarks" / "gsm8k.jsonl").read_text().splitlines()[:2]]
+    assert [item["target"] for item in items[:2]] == [row["answer"].split("####")[1].strip() for row in rows]
+    assert "retention/mean" in json.loads((tmp_path / "metrics.json").read_text())
+
+
+def test_a_named_folder_that_is_none_is_refused_before_anything_runs(tmp_path) -> None:
+    with pytest.raises(QAdapterError, match=r"evaluation\.retention\.official_data: .*nowhere.* is no folder"):
+        Launch("x", "smoke", None, {"evaluation.retention.official_data": str(tmp_path / "nowhere")}).check()

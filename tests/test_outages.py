@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from flows.run import main
+from qadapter.artifacts import storage_errors
 from qadapter.errors import QAdapterError
 from tasks.stage import StageStore
 from tasks.tracking import Tracker
@@ -128,6 +130,8 @@ def test_what_a_server_missed_is_delivered_once(
         assert run.data.metrics["adaptation/score"] == 0.75
         assert run.data.tags["cached.train"] == "True"
         assert [entry.dataset.name for entry in run.inputs.dataset_inputs] == ["hh"]
+        table = json.loads(Path(client.download_artifacts(run.info.run_id, "answers.json")).read_text())
+        assert table["data"] == [["a", "b"]], "once, though delivered twice"
         names = {file.path for file in client.list_artifacts(run.info.run_id)}
         assert names == {"train", "single", "gate.md", "answers.json"}
         assert [file.path for file in client.list_artifacts(run.info.run_id, "train")] == ["train/adapter.txt"]
@@ -207,7 +211,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     try:
         yield place
     finally:
-        subprocess.run(["umount", place], check=True)
+        subprocess.run(["umount", "--lazy", place], check=True)  # a traceback can hold a file open
 
 
 def stage(store: StageStore, name: str, size: int, checkpoint: int = 0) -> Path:
@@ -232,6 +236,37 @@ def test_a_full_disk_loses_nothing(small_disk: Path) -> None:
     assert [path.stat().st_size for path in small_disk.glob("store/scratch/second/*/checkpoint")] == [200_000]
     subprocess.run(["mount", "-o", "remount,size=8m", small_disk], check=True)
     assert (stage(store, "second", 2_000_000, checkpoint=200_000) / "result").stat().st_size == 2_000_000
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small file system needs root")
+@pytest.mark.parametrize("opened", [False, True], ids=["by its path", "as a file"])
+def test_a_disk_that_is_full_in_a_checkpoint_is_named(small_disk: Path, opened: bool) -> None:
+    """torch reports it as a position in the file that it did not expect."""
+    store = StageStore(small_disk / "store")
+
+    def compute(_: Path, scratch: Path) -> None:
+        state = {"exp_avg": torch.zeros(500_000)}
+        if opened:
+            with (scratch / "optimizer.pt").open("wb") as stream:
+                torch.save(state, stream)
+        else:
+            torch.save(state, scratch / "optimizer.pt")
+
+    with pytest.raises(QAdapterError, match=r"Cannot write .*train.*: the disk is full.*free some space") as caught:
+        store.run("train", module=MODULE, config={}, inputs={}, compute=compute)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534",
+        "[enforce fail at inline_container.cc:863] . PytorchStreamWriter failed writing file data/0: file write failed",
+    ],
+)
+def test_torchs_words_for_a_full_disk_are_known(tmp_path: Path, text: str) -> None:
+    with pytest.raises(QAdapterError, match="the disk is full"), storage_errors(tmp_path):
+        raise RuntimeError(text)
 
 
 def test_a_full_device_loses_nothing(tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def test_the_price_of_a_judge_is_in_the_plan(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("QADAPTER_TEST_KEY", "sk-secret")
     text = plan_text("smoke", None, ENDPOINT)
     assert "Judge of the answers\n  endpoint: harmless, academy, business, entertainment, literature\n" in text
-    assert "endpoint some-judge: 800 calls at most" in text
+    assert "endpoint some-judge: 800 calls (two orders" in text
     assert "up to 232 tokens each, about 0.88, no budget" in text
     assert "sk-secret" not in text
     assert "about 0.88, budget 0.90" in plan_text(
@@ -267,7 +267,7 @@ def test_a_domain_of_ones_own_brings_its_criterion(monkeypatch: pytest.MonkeyPat
         "evaluation.adaptation.criteria": {"pirate": "which reply a pirate would prefer"},
     }
     assert criterion_of(load_experiment("smoke", ENDPOINT | own), "pirate") == "which reply a pirate would prefer"
-    assert "960 calls at most" in plan_text("smoke", None, ENDPOINT | own)
+    assert "960 calls (two orders" in plan_text("smoke", None, ENDPOINT | own)
 
 
 # ---- the text

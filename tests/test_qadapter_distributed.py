@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,14 +17,9 @@ from test_qadapter_trainer import pairs
 from tiny_models import tiny_model
 
 from qadapter.policy import QAdapterForCausalLM
+from tests.real_runs import free_port
 
 TESTS = Path(__file__).parent
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def run_two(launcher: list[str], *arguments: str) -> None:

@@ -17,7 +17,7 @@ from tasks.tracking import Tracker
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
-    return Registry(Tracker.for_project(tmp_path), "model")
+    return Registry(Tracker.for_project(tmp_path), "model", tmp_path / "model.lock")
 
 
 def candidate(registry: Registry, key: str, parent: int | None = None, passed: bool = True) -> Candidate:
@@ -149,6 +149,72 @@ def test_finishing_does_not_undo_what_a_person_did(registry: Registry) -> None:
     assert registry.finish() == []
     assert aliases(registry) == {"champion": 1, "previous": 2}
     assert "superseded_at" in registry.versions()[2].tags
+
+
+def test_a_rollback_while_a_candidate_is_at_the_gate_is_kept(registry: Registry) -> None:
+    """Version 3 was trained on from 2; before it is promoted, a person goes back to 1."""
+    registry.promote(register(registry, "one"))
+    registry.promote(register(registry, "two", parent=1))
+    third = register(registry, "three", parent=2)
+    registry.roll_back()
+    reason = registry.promote(third)
+    assert reason is not None
+    assert "it was compared with version 2, but the champion is version 1 now" in reason
+    assert aliases(registry) == {"champion": 1, "previous": 2}
+    assert registry.finish() == []
+    assert aliases(registry) == {"champion": 1, "previous": 2}
+
+
+def test_a_rollback_of_a_half_finished_promotion_is_kept(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process died between moving the alias and saying so; then a person goes back."""
+    registry.promote(register(registry, "one"))
+    second = register(registry, "two", parent=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "_tag", dying(Registry._tag, "_tag promoted_at"))
+        with pytest.raises(KeyboardInterrupt):
+            registry.promote(second)
+    registry.roll_back()
+    assert registry.finish() == []
+    assert registry.promote(second) is not None, "the same candidate, found again by a later run"
+    assert aliases(registry) == {"champion": 1, "previous": 2}
+
+
+def test_a_rejected_version_is_promoted_by_nobody_and_rolled_back_to_only_on_demand(registry: Registry) -> None:
+    registry.promote(register(registry, "one"))
+    rejected = register(registry, "two", parent=1, passed=False)
+    assert registry.promote(rejected) == "version 2 is not promoted: the gate rejected it"
+    with pytest.raises(QAdapterError, match=r"was rejected by the gate \(reason of two; another\)"):
+        registry.roll_back(to=2)
+    assert aliases(registry) == {"champion": 1}
+    registry.roll_back(to=2, even_rejected=True)
+    assert aliases(registry) == {"champion": 2, "previous": 1}
+
+
+def test_a_killed_rollback_is_harmless(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process dies before any of the steps; then the person says it again, or a run comes first."""
+    for killed_before, then in (
+        ("_tag superseded_at", "again"),
+        ("_alias champion", "again"),
+        ("_alias previous", "again"),
+        ("_alias previous", "a run"),
+        ("_tag rolled_back_to_at", "again"),
+    ):
+        model = replace(registry, name=f"{killed_before} {then}")  # a database of its own takes a second to make
+        model.promote(register(model, "one"))
+        model.promote(register(model, "two", parent=1))
+        with monkeypatch.context() as patch:
+            for name in ("_alias", "_tag"):
+                patch.setattr(Registry, name, dying(getattr(Registry, name), killed_before))
+            with pytest.raises(KeyboardInterrupt):
+                model.roll_back()
+        moved = killed_before in ("_alias previous", "_tag rolled_back_to_at")
+        assert aliases(model)["champion"] == (1 if moved else 2)
+        if then == "a run":
+            assert model.finish() == []
+        else:
+            before, now = model.roll_back()
+            assert (before.number, now.number) == (2, 1)
+        assert aliases(model) == {"champion": 1, "previous": 2}
 
 
 def test_rollback_goes_back_and_forth_or_to_a_version(registry: Registry) -> None:

@@ -12,6 +12,7 @@ import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.container import ErrorbarContainer
 
 from qadapter.artifacts import read_json
 from qadapter.report.build import build_report
@@ -20,6 +21,7 @@ from qadapter.report.intervals import Measured
 from qadapter.report.rows import Row, Spread, methods_of, ordered, spread
 from qadapter.report.summary import sentences, summary_metrics
 from qadapter.report.tables import COLUMNS, comparison, cost_table, further_table, main_table, task_details
+from tests.report_files import toy_rows
 
 DATA = {
     "harmless": {
@@ -149,7 +151,6 @@ def test_missing_measurements_are_dashes(rows: list[Row]) -> None:
     assert cell(table, "harmless", "base", "train s") == "–"
     assert cell(table, "academy", "sft", "train s") == "–"
     assert cell(table, "MEAN", "sft", "train s") == "–"
-    assert set(table["memory MB"]) == {"–"}
     assert set(table["KL/token"]) == {"–"}
 
 
@@ -185,7 +186,7 @@ def test_details_are_numbers(rows: list[Row]) -> None:
 
 
 def test_summary_for_the_parent_run(rows: list[Row]) -> None:
-    """Retention over both domains: the Q-Adapter .9, SFT .4: .5 of degradation avoided."""
+    """Retention over both domains with the seed both have: the Q-Adapter .9, SFT .3: .6 of degradation avoided."""
     assert summary_metrics(Measured(rows)) == {
         "mean/adaptation/score/base": pytest.approx(0.2),
         "mean/adaptation/score/sft": pytest.approx(0.65),
@@ -197,7 +198,7 @@ def test_summary_for_the_parent_run(rows: list[Row]) -> None:
         "mean/forgetting/mean/q-adapter": pytest.approx(0.0),
         "summary/adherence_gained/q-adapter": pytest.approx(0.3),
         "summary/adherence_gained/sft": pytest.approx(0.45),
-        "summary/degradation_avoided/q-adapter/against_sft": pytest.approx(0.5),
+        "summary/degradation_avoided/q-adapter/against_sft": pytest.approx(0.6),
     }
 
 
@@ -256,7 +257,7 @@ def test_costs_and_further_measures() -> None:
         "training, s": ["–", "8.0"],
         "trainable parameters": ["–", "34,816"],
         "adapter, bytes": ["–", "142,800"],
-        "decoding, tokens/s": ["7,343", "–"],
+        "decoding, tokens/s": ["7,300", "–"],
         "new one": ["–", "1.2"],
     }
     further = {label: [cell.text for cell in cells] for label, cells in further_table(Measured(rows)).rows}
@@ -322,7 +323,12 @@ def test_the_report_shows_the_table_as_it_is(rows: list[Row], tmp_path: Path) ->
     assert table[0] == list(expected.columns)
     assert table[1:] == expected.astype(str).to_numpy().tolist()
     assert forgotten == [["method", "toy_facts", "mean"], ["q-adapter", "–", "0.000"], ["sft", "–", "0.500"]]
-    assert costs == [["measure", "base", "q-adapter", "sft"]]  # known in one domain only: no mean
+    assert costs == [
+        ["measure", "base", "q-adapter", "sft"],
+        ["training, s (harmless only)", "–", "–", "11.0"],
+        ["training, tokens/s (harmless only)", "–", "1,234", "–"],
+    ]
+    assert main[0] == ["method", "harmless", "academy", "learnt: mean", "toy_facts", "kept: mean"]
     head = ["source", "read", "used", "duplicates", "cross_split_prompts", "train_pairs", "heldout_pairs"]
     assert data == [
         [*head, "quarantined", "train sha256", "held-out sha256"],
@@ -356,7 +362,8 @@ def test_the_report_of_real_data_without_tasks(tmp_path: Path) -> None:
 
 def test_the_figure_can_be_looked_at(rows: list[Row], tmp_path: Path) -> None:
     file = tmp_path / "figure.png"
-    retention_against_adaptation(Measured(rows), file, "Test world")
+    figure = retention_against_adaptation(Measured(rows), file, "Test world")
+    assert len(figure.axes) == 3
     assert file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     picture = matplotlib.image.imread(file)
     height, width = picture.shape[:2]
@@ -365,6 +372,16 @@ def test_the_figure_can_be_looked_at(rows: list[Row], tmp_path: Path) -> None:
     for colour in ("#D55E00", "#0072B2"):  # the Q-Adapter's and SFT's
         wanted = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         assert (np.abs(picture[..., :3] - wanted).max(axis=-1) < 0.02).sum() > 50, colour
+
+
+def test_the_figure_has_error_bars_and_a_front(tmp_path: Path) -> None:
+    """The Q-Adapter and SFT have item scores, so a bar in both directions; the front ends at the Q-Adapter."""
+    figure = retention_against_adaptation(Measured(toy_rows(tmp_path)), tmp_path / "figure.png", "T")
+    (panel,) = figure.axes
+    bars = [len(container.lines[2]) for container in panel.containers if isinstance(container, ErrorbarContainer)]
+    assert bars == [0, 2, 2]
+    (front,) = [line for line in panel.lines if line.get_linestyle() == "--"]
+    assert np.asarray(front.get_xydata()).tolist()[-1] == [0.75, 0.75]
 
 
 def test_figures_are_drawn_in_threads(rows: list[Row], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib.image
+import pandas as pd
 import pytest
 
 from qadapter.report import page as page_module
@@ -124,6 +125,14 @@ def test_plain(given: str, shown: str) -> None:
 
 
 # ---- answers side by side
+
+
+def test_all_answers_are_in_a_table(report: Path) -> None:
+    table = pd.read_csv(report / "answers.csv", dtype=str, keep_default_na=False)
+    assert list(table["prompt"]) == [f"user: q{i}" for i in range(4)]
+    verdicts = ("q-adapter: verdict", "sft: verdict", "dpo: verdict")
+    assert [table[name][3] for name in verdicts] == ["tie", "loss", "loss"]
+    assert table["dpo"][0] == ATTACK
 
 
 def test_twenty_prompts_at_even_distances(tmp_path: Path) -> None:

@@ -51,7 +51,10 @@ def judge_of(folder: Path, toy: TinyToy) -> RewardJudge:
 def test_it_learns_what_is_preferred(toy: TinyToy, judge_folder: Path) -> None:
     """Refusals against compliance is easy to tell: the held-out pairs, of other prompts, are decided rightly."""
     found = metrics(judge_folder)
-    assert found["judge/accuracy"] == found["judge/accuracy_low"] == found["judge/accuracy_high"] == 1.0
+    assert found["judge/accuracy"] == found["judge/accuracy_high"] == 1.0
+    # Wilson's, n of n right: n / (n + 1.96²)
+    n = found["judge/accuracy_n"]
+    assert found["judge/accuracy_low"] == pytest.approx(n / (n + 1.96**2), abs=1e-4)
     assert found["judge/train_pairs"] == 10
     losses = [row["train/loss"] for row in rows(judge_folder / "history.jsonl")]
     assert len(losses) == 12
@@ -71,7 +74,13 @@ def test_it_judges_answers_by_their_reward(toy: TinyToy, judge_folder: Path) -> 
     assert judge.verdicts(prompts, chosen, rejected) == ["loss"] * 4
     assert judge.verdicts(prompts, chosen, ["", " ", *chosen[2:]]) == ["loss", "loss", "tie", "tie"]
     assert judge.verdicts(prompts[:2], ["", ""], [rejected[0], ""]) == ["win", "tie"]
-    assert judge.metrics() == {"adaptation/judge_accuracy": 1.0}
+    found = metrics(judge_folder)
+    assert judge.metrics() == {
+        "adaptation/judge_accuracy": 1.0,
+        "adaptation/judge_accuracy_low": found["judge/accuracy_low"],
+        "adaptation/judge_accuracy_high": 1.0,
+        "adaptation/judge_accuracy_n": found["judge/accuracy_n"],
+    }
 
 
 def test_twice_the_same(toy: TinyToy, judge_folder: Path, tmp_path: Path) -> None:

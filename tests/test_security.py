@@ -9,6 +9,7 @@ import inspect
 import json
 import re
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import transformers.trainer
 
 from flows.run import main
 from flows.serve import _server_command
+from flows.serve_model import main as serve_model
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.judge_client import JudgeClient, UnansweredError
 from qadapter.experiment import load_experiment
@@ -28,6 +30,9 @@ from qadapter.policy import QAdapterForCausalLM
 from qadapter.policy_files import read_settings
 from qadapter.settings import JudgeSettings, ModelSettings, Source
 from qadapter.url_secrets import filled_in, refuse_secrets, shown
+from tasks.mlflow_store import AwayError
+from tasks.served_model import find_served_model
+from tasks.tracking import Tracker
 from tests.real_runs import SECRETS, Server, Undisturbed
 from tests.tiny_chat import byte_tokenizer, tiny_llama
 
@@ -139,6 +144,32 @@ def test_a_judge_that_repeats_its_key(echo: str, tmp_path: Path, monkeypatch: py
     assert client.usage.last_error == "status 401: Incorrect API key provided: Bearer …"
     assert "pa55word" not in repr(client.settings) + repr(client.usage)
     assert not any("pa55word" in file.read_text() for file in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["serve-model", "tracker"])
+def test_the_password_of_mlflows_address_is_not_told(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A server that is away, with a password in its address: printed, logged, spooled, in tracebacks."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:pa55word@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("QADAPTER_HOME", str(tmp_path))
+    if command == "serve-model":
+        assert serve_model(["--model", "policy@champion"]) == 2
+        message = capfd.readouterr().err
+        with pytest.raises(AwayError) as caught:
+            find_served_model("policy/1")
+        told = [*traceback.format_exception(caught.value), message]
+        assert "has no model" not in message
+        assert "http://127.0.0.1:9 does not answer" in message
+    else:
+        tracker = Tracker.for_project(tmp_path)
+        tracker.log_metrics("0" * 32, {"train/loss": 0.5})
+        assert not tracker.deliver()
+        told = [capfd.readouterr().err]
+        told += [file.read_text() for file in tmp_path.rglob("*") if file.is_file()]
+        assert any("train/loss" in text for text in told), "it was spooled"
+    assert not any("pa55word" in text for text in told if "setenv" not in text)
 
 
 # ---- servers

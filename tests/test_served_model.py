@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import mlflow
 import openai
 import pytest
 import torch
@@ -23,16 +23,21 @@ import yaml
 from tiny_chat import byte_tokenizer, tiny_llama
 from tiny_models import lora, moved
 
+from flows.serve_model import main
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.prompts import prompt_ids
 from qadapter.objective import Objective
 from qadapter.policy import QAdapterForCausalLM
-from tasks.served_model import find_served_model, log_served_model
+from qadapter.serving.policies import ServedPolicies
+from qadapter.settings import ModelSettings
+from tasks.served_model import find_adapter, find_base, find_served_model, log_served_model
 from tasks.tracking import Tracker
+from tests.real_runs import free_port
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 MESSAGES = [{"role": "user", "content": "Name a colour."}]
 NEW = 16
+MODEL = ModelSettings(pretrained="x", dtype="float32")
 
 
 class Registered:
@@ -74,7 +79,7 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registered]
         made = Registered(tmp_path_factory.mktemp("served"))
         patch.setenv("QADAPTER_HOME", str(made.home))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        made.register(made.log(metadata={"data.digest": "abc"}))
+        made.register(made.log(metadata={"data.digest": "abc"}, model=MODEL))
         assert "MLFLOW_TRACKING_URI" not in os.environ
         # What was logged must stand on its own
         shutil.move(made.base, made.root / "elsewhere")
@@ -97,7 +102,12 @@ def test_the_logged_folder_holds_no_pickle(registered: Registered) -> None:
 def test_its_description_says_what_it_is_and_needs(registered: Registered) -> None:
     folder = registered.logged
     described = yaml.safe_load((folder / "MLmodel").read_text())
-    assert described["metadata"] == {"data.digest": "abc", "qadapter.base": "artifact"}
+    assert described["metadata"] == {
+        "data.digest": "abc",
+        "qadapter.base": "artifact",
+        "qadapter.dtype": "float32",
+        "qadapter.quantization": "none",
+    }
     assert described["run_id"] == registered.run
     assert "python_model" not in described["flavors"]["python_function"]  # it would name a pickle
     lines = (folder / "requirements.txt").read_text().split()
@@ -143,6 +153,57 @@ def test_a_base_of_the_hub_is_named_and_not_copied(registered: Registered, monke
     assert sorted(each.name for each in found.adapter.parent.iterdir()) == [found.adapter.name]
 
 
+def hub_with(folder: Path, base: Path) -> list[str]:
+    """The hub's cache with two commits of `owner/model`, the first of them main; returns both."""
+    commits = ["a" * 40, "b" * 40]
+    model = folder / "models--owner--model"
+    for commit in commits:
+        shutil.copytree(base, model / "snapshots" / commit)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(commits[0])
+    return commits
+
+
+def test_a_base_of_the_hub_is_served_as_it_was_trained_on(
+    registered: Registered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its commit, precision and quantisation stand in the model; that main moves on and breaks changes nothing."""
+    first, second = hub_with(tmp_path, registered.base)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    uri = registered.log(base="owner/model", name="pinned", model=ModelSettings(pretrained="x", dtype="bfloat16"))
+    created = registered.tracker.call("create_model_version", "policy", uri, run_id=registered.run)
+    for file in (tmp_path / "models--owner--model/snapshots" / second).iterdir():
+        file.write_bytes(b"broken")
+    (tmp_path / "models--owner--model/refs/main").write_text(second)
+
+    found = find_served_model(f"policy/{created.version}")
+    assert found.base == "owner/model"
+    assert found.numerics == {"dtype": "bfloat16", "quantization": "none", "revision": first}
+    served: list[Any] = []
+    monkeypatch.setattr("flows.serve_model.serve", lambda adapters, base, **how: served.append((adapters, base, how)))
+    assert main(["--model", f"policy/{created.version}"]) == 0
+    ((adapters, base, how),) = served
+    del how["host"], how["port"]
+    policies = ServedPolicies.load(adapters, base, **how)
+    assert all(torch.isfinite(parameter).all() for parameter in policies.policy.parameters())
+    assert policies.policy.dtype == torch.bfloat16
+
+    logged = mlflow.pyfunc.load_model(uri)  # what MLflow's server loads; it has the same three
+    assert logged.unwrap_python_model()._generator.policies.policy.dtype == torch.bfloat16
+
+
+def test_only_the_adapter_is_fetched_where_only_it_is_needed(
+    registered: Registered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[str] = []
+    real = mlflow.artifacts.download_artifacts
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", lambda uri: fetched.append(uri) or real(uri))
+    folder = find_adapter("policy@champion")
+    assert (folder / "adapter_model.safetensors").is_file()
+    assert fetched == ["models:/policy/1/MLmodel", f"models:/policy/1/{folder.relative_to(registered.logged)}"]
+    assert Path(find_base("policy@champion"), "model.safetensors").is_file()
+
+
 # ---- servers
 
 
@@ -178,11 +239,6 @@ def answers(url: str) -> bool:
         return httpx.get(url).status_code == 200
     except httpx.HTTPError:
         return False
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 @pytest.mark.slow
@@ -245,7 +301,5 @@ def test_one_command_serves_the_champion_to_openais_client(registered: Registere
 
 
 def test_the_command_says_what_is_missing(registered: Registered, capsys: pytest.CaptureFixture[str]) -> None:
-    from flows.serve_model import main
-
     assert main(["--model", "nobody@champion"]) == 2
     assert "has no model 'nobody@champion'" in capsys.readouterr().err

@@ -34,12 +34,14 @@ from qadapter.report.rows import Row
 from qadapter.report.sweep import build_sweep_report
 from qadapter.report.sweep_figure import draw_sweep
 from qadapter.report.sweep_points import (
+    RULE,
     Point,
     Setting,
     best_by_trade,
     best_that_keeps,
     chosen_on_other_seeds,
     front_area,
+    learnt,
     pareto_front,
     points_of,
     trade,
@@ -98,7 +100,7 @@ def write(folder: Path, **changes: Any) -> str:
 def test_the_sweeps_of_the_project() -> None:
     assert sorted(file.name for file in SWEEP_FOLDER.iterdir()) == ["mini.yaml", "smoke.yaml"]
     assert "sweep" not in profiles()
-    for name, settings, seeds, hours in (("smoke", 71, 5, 1.1), ("mini", 28, 2, 2.5)):
+    for name, settings, seeds, hours in (("smoke", 92, 5, 1.26), ("mini", 28, 2, 2.5)):
         loaded = load_sweep(name)
         experiment = load_experiment(name, merged_overrides(loaded, name, {}))
         variants = expand(loaded, experiment)
@@ -107,6 +109,11 @@ def test_the_sweeps_of_the_project() -> None:
         efforts = Counter(variant.method for variant in variants if variant.tuning)
         assert set(efforts) == set(METHODS)
         assert len(set(efforts.values())) == 1
+        rates = {
+            method: {v.experiment.methods.of(method).learning_rate for v in variants if v.tuning and v.method == method}
+            for method in ("dpo", "q-adapter")
+        }
+        assert rates["dpo"] == rates["q-adapter"]
         assert {"residual", "paper", "published-code", "published-code-shifted"} <= {v.family for v in variants}
         assert 0.9 < estimate_hours(loaded, variants, experiment) < hours
 
@@ -114,14 +121,16 @@ def test_the_sweeps_of_the_project() -> None:
 def test_the_toy_worlds_sweep_asks_what_the_issue_asks() -> None:
     loaded = load_sweep("smoke")
     variants = {v.name: v for v in expand(loaded, load_experiment("smoke", merged_overrides(loaded, "smoke", {})))}
-    for family in ("residual", "published-code-shifted"):
+    for family in ("residual", "published-code", "published-code-shifted", "paper"):
         own = [v.experiment.methods.q_adapter for v in variants.values() if v.family == family and v.alpha_0 is None]
-        preset = {"residual": 1.0, "published-code-shifted": 0.01}[family]
+        preset = 1.0 if family == "residual" else 0.01
         assert {preset if s.alpha_0 is None else s.alpha_0 for s in own} == {0, 0.01, 0.1, 1}
         assert {0.1 if s.beta is None else s.beta for s in own} == {0, 0.01, 0.1, 1}
         assert {1.0 if s.preference_scale is None else s.preference_scale for s in own} == {1, 5, 10}
         assert len({s.learning_rate for s in own}) == 3
-    assert {v.experiment.methods.dpo.beta for v in variants.values() if v.method == "dpo"} == {0.1, 0.5, 1, 5}
+        dialled = {v.alpha_0 for v in variants.values() if v.family == family and v.alpha_0 is not None}
+        assert {preset, *dialled} >= {0, 0.01, 0.1, 1}
+    assert {v.experiment.methods.dpo.beta for v in variants.values() if v.method == "dpo"} == {0.1, 1, 5}
     assert variants["residual, then α0=0.5"].trained_as == "residual"
     assert variants["published-code-shifted"].experiment.methods.q_adapter.shift_mask is True
     assert variants["published-code"].experiment.methods.q_adapter.shift_mask is None
@@ -251,10 +260,10 @@ def setting(name: str, method: str = "q-adapter", tuning: bool = True, trained_a
 
 def measured(base: float = 0.8, **values: list[tuple[float, float]]) -> list[Row]:
     """Name → (adaptation, retention) for each seed, in one domain."""
-    rows = [Row("harmless", "base", None, {"adaptation/score": 0.1, "retention/mean": base})]
+    rows = [Row("harmless", "base", None, {"adaptation/score": 0.1, RULE: 0.1, "retention/mean": base})]
     for name, seeds in values.items():
-        for seed, (learnt, kept) in enumerate(seeds):
-            metrics = {"adaptation/score": learnt, "retention/mean": kept, "forgetting/kl_per_token": 0.5}
+        for seed, (score, kept) in enumerate(seeds):
+            metrics = {"adaptation/score": score, RULE: score, "retention/mean": kept, "forgetting/kl_per_token": 0.5}
             rows.append(Row("harmless", name, seed, metrics))
     return rows
 
@@ -269,6 +278,39 @@ def test_trade_is_the_harmonic_mean() -> None:
     assert trade(0.5, 1.0) == pytest.approx(2 / 3)  # 2 · 0.5 · 1 / 1.5
     assert trade(0.5, 1.4) == pytest.approx(2 / 3)  # keeping more than the base had is no credit
     assert trade(0.0, 0.0) == 0.0
+
+
+def test_doing_nothing_is_worth_nothing(tmp_path: Path) -> None:
+    """An implied-reward accuracy of 0.5 is chance: 2 · 0.5 − 1 = 0. The rule's share of 0.5 is half of all."""
+    assert learnt({"adaptation/score": 0.5}) == 0.0
+    assert learnt({"adaptation/score": 0.75, "adaptation/implied_reward_accuracy": 0.75}) == 0.5
+    assert learnt({"adaptation/score": 0.5, RULE: 0.5}) == 0.5
+    idle, worse, busy = ([(score, kept)] for score, kept in ((0.5, 0.8), (0.4, 0.8), (0.75, 0.6)))
+    rows = [
+        Row(row.domain, row.method, row.seed, {k: v for k, v in row.metrics.items() if k != RULE})
+        for row in measured(idle=idle, worse=worse, busy=busy)
+    ]
+    for row in rows:
+        row.metrics["adaptation/win_rate"] = 0.625
+    settings = [setting(name) for name in ("idle", "worse", "busy")]
+    found = {point.setting.name: point for point in points_of(rows, settings, 1)}
+    assert (found["idle"].trade, found["worse"].trade) == (0.0, 0.0)
+    assert found["worse"].learnt == pytest.approx(-0.2)
+    assert found["busy"].trade == pytest.approx(0.6)  # 2 · 0.5 · 0.75 / 1.25
+    assert best_by_trade(list(found.values())).setting.name == "busy"
+    assert front_area(list(found.values())) == pytest.approx(0.5 * 0.75)
+    build_sweep_report(rows, settings, expected=1, title="Sweep", out=tmp_path)
+    lines = (tmp_path / "sweep.md").read_text(encoding="utf-8").splitlines()
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    header = next(row for row in table if row[0] == "setting")
+    cells = {row[0]: dict(zip(header, row, strict=True)) for row in table if len(row) == len(header)}
+    assert [cells["busy"][name] for name in ("adaptation", "learnt", "win rate")] == ["0.750", "0.500", "0.625"]
+    assert [cells["base"][name] for name in ("adaptation", "retention", "kept", "trade")] == [
+        "0.100",
+        "0.800",
+        "1.000",
+        "",
+    ]
 
 
 def test_a_base_that_had_nothing_can_lose_nothing() -> None:

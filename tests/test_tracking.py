@@ -145,7 +145,20 @@ def test_files(tracker: Tracker, client: MlflowClient, parent: str, tmp_path: Pa
     ]
     table = json.loads((place / "table.json").read_text())
     assert table == {"columns": ["method", "retention"], "data": [["dpo", 0.5], ["sft", 0.25]]}
-    assert json.loads(client.get_run(run_id).data.tags["mlflow.loggedArtifacts"])[0]["path"] == "table.json"
+
+
+def test_a_table_that_is_told_twice_is_there_once(tracker: Tracker, client: MlflowClient, parent: str) -> None:
+    """As a delivery does that was killed before it could note its end."""
+    rows = {"prompt": ["a", "b"], "score": [0.5, None]}
+    with tracker.child(parent, "tables") as run_id:
+        for _ in range(2):
+            tracker.log_table(run_id, rows, "answers.json")
+            tracker.log_table(run_id, rows, "more/answers.json")
+    tables = json.loads(client.get_run(run_id).data.tags["mlflow.loggedArtifacts"])
+    assert tables == [{"path": path, "type": "table"} for path in ("answers.json", "more/answers.json")]
+    for table in tables:
+        written = json.loads(Path(client.download_artifacts(run_id, table["path"])).read_text())
+        assert written == {"columns": ["prompt", "score"], "data": [["a", 0.5], ["b", None]]}
 
 
 def test_dataset_input(tracker: Tracker, client: MlflowClient, parent: str) -> None:

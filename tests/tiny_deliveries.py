@@ -38,7 +38,7 @@ CONFIG: dict[str, Any] = {
     "source": {"path": "incoming", "heldout_path": "HELDOUT"},
     "gate": {
         "adaptation": {"metric": "implied_reward_accuracy", "min_gain": 0.01, "beyond_noise": True},
-        "retention": {"max_drop": 0.5},
+        "retention": {"max_drop": 0.5, "min_items": 8},
         "max_over_refusals": 0.5,
     },
 }

@@ -108,7 +108,8 @@ def evaluate_tasks(
     if not plain.issuperset(names) and not getattr(tokenizer, "chat_template", None):
         raise QAdapterError(
             "The model's tokenizer has no chat template, and the evaluation asks with one. Set "
-            "`tokenizer.chat_template` to the template the model was trained with, or switch apply_chat_template off."
+            "`tokenizer.chat_template` to the template the model was trained with, or ask these "
+            "tasks without one: `evaluation.retention.plain_tasks` in a config, `plain_tasks` in Python."
         )
     found = find_tasks(names)
     if data is None and (without := needs_data(found.local)):

@@ -71,16 +71,20 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a judgement will take: `calls` to be made, `cached` answers; `price` at most, None without prices."""
+    """What a judgement will take, where every answer can be used: `calls` to be made, `cached` answers, `price`.
+
+    The price is of estimated tokens and of answers of the full length; None without prices. An answer that is nonsense
+    costs one call more, the reminder, which nobody can count beforehand; the budget holds for it too.
+    """
 
     calls: int
     cached: int
     price: float | None
 
     def text(self) -> str:
-        """For people to read: `24 calls (and 0 known answers), at most 0.01`."""
-        most = "at an unknown price" if self.price is None else f"at most {self.price:.4f}"
-        return f"{self.calls} calls (and {self.cached} known answers), {most}"
+        """For people to read: `24 calls (and 0 known answers), about 0.01, reminders …`."""
+        cost = "at an unknown price" if self.price is None else f"about {self.price:.4f}"
+        return f"{self.calls} calls (and {self.cached} known answers), {cost}, reminders after nonsense not counted"
 
 
 @dataclass
@@ -158,7 +162,7 @@ class EndpointJudge:
     def estimate(
         self, prompts: Sequence[Sequence[Message]], answers_a: Sequence[str], answers_b: Sequence[str]
     ) -> Estimate:
-        """What `judge` with the same arguments will take at most, found without a call (but for repeated questions)."""
+        """What `judge` with the same arguments will take, found without a call; see `Estimate`."""
         with contextlib.closing(JudgeClient(self.settings, self.cache)) as client:
             return _estimate(client, self._questions(prompts, answers_a, answers_b))
 
@@ -184,7 +188,7 @@ class EndpointJudge:
             _LOGGER.info("judge %s: %s", self.settings.model, expected.text())
             if self.settings.budget is not None and (expected.price or 0) > self.settings.budget:
                 raise OverBudgetError(
-                    f"The judge would cost up to {expected.price:.2f} for {expected.calls} calls, and its budget is "
+                    f"The judge would cost about {expected.price:.2f} for {expected.calls} calls, and its budget is "
                     f"{self.settings.budget:.2f}. Raise the budget, judge fewer prompts or take a cheaper model."
                 )
             with ThreadPoolExecutor(max_workers=self.settings.parallel) as pool:

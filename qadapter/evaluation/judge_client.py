@@ -165,14 +165,15 @@ class JudgeClient:
             if budget is not None and self.usage.cost + self._reserved + expected > budget:
                 raise UnansweredError("budget")
             self._reserved += expected
+        body: dict[str, Any] | None = None
         try:
             body = self._attempts(messages)
         finally:
-            with self._lock:
+            with self._lock:  # at once: between the two another thread could take what is spent for free
                 self._reserved -= expected
-        with self._lock:
-            self.usage.calls += 1
-            self.usage.cost += self._cost(body.get("usage"), expected)
+                if body is not None:
+                    self.usage.calls += 1
+                    self.usage.cost += self._cost(body.get("usage"), expected)
         try:
             return str(body["choices"][0]["message"]["content"] or "")
         except (KeyError, IndexError, TypeError):
@@ -226,9 +227,6 @@ class JudgeClient:
         return UnansweredError(reason)
 
     def _note(self, reason: str, detail: str = "") -> str:
-        key = os.environ.get(self.settings.api_key_variable or "")
-        if key:  # some servers repeat it when they refuse it
-            detail = detail.replace(key, "…")
         if self._secret:  # some servers repeat a wrong key in their refusal
             detail = detail.replace(self._secret, "…")
         self.usage.last_error = f"{reason}: {detail.strip()[:200]}" if detail.strip() else reason

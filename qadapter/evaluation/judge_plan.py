@@ -77,6 +77,7 @@ def _endpoint(experiment: Experiment, settings: JudgeSettings) -> str:
         )
     limit = "no budget" if settings.budget is None else f"budget {settings.budget:.2f}"
     return (
-        f"endpoint {settings.model}: {calls:,} calls at most (two orders of {adaptation.generate} answers in "
-        f"{judged_rows(experiment)} rows), up to {asked} tokens each, {cost}, {limit}"
+        f"endpoint {settings.model}: {calls:,} calls (two orders of {adaptation.generate} answers in "
+        f"{judged_rows(experiment)} rows; one more for each answer that is nonsense), up to {asked} tokens each, "
+        f"{cost}, {limit}"
     )

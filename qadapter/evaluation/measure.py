@@ -67,6 +67,8 @@ def measure_adaptation(
     metrics = {f"adaptation/{name}": value for name, value in preference_metrics(scores, base_scores).items()}
     prompts = distinct_prompts(pairs, None if world else settings.generate)
     if prompts:
+        # The first pass pays for what is set up once; the answers are few and short, so it would be much of the time.
+        generate_replies(policy, tokenizer, prompts[:1], max_new_tokens=2, batch_size=1)
         start = time.perf_counter()
         replies = generate_replies(
             policy, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
@@ -132,6 +134,7 @@ def measure_retention(
     old_texts: Path | None,
     max_length: int,
     out: Path,
+    official_data: Path | None = None,
 ) -> None:
     """Score a policy on what its base could do.
 
@@ -147,6 +150,8 @@ def measure_retention(
         out: gets `metrics.json` (`retention/…`, `forgetting/…`), `items.jsonl` (per item: score and answer),
             `old_answers.jsonl` (prompt, the base's reply, reply) and `directions.json` (which metrics are better when
             higher).
+        official_data: folder with the items of lm-eval's own tasks (`qadapter.evaluation.official_files`), None for
+            those in `benchmarks` and else the hub's.
 
     `retention/mean` averages one accuracy a task; measures in other units (bits per byte) are not averaged with them.
     `forgetting/…` is base minus policy, or policy minus base where lower is better: positive is forgotten.
@@ -166,6 +171,7 @@ def measure_retention(
             tokenizer,
             tasks,
             data=benchmarks,
+            official_data=official_data,
             limit=settings.limit,
             batch_size=settings.batch_size,
             apply_chat_template=template,

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from qadapter.artifacts import read_json
 from qadapter.evaluation.preference import encode_usable
 from qadapter.evaluation.scoring import by_length, device_of, evaluating
-from qadapter.evaluation.statistics import Interval, mean_interval
+from qadapter.evaluation.statistics import Interval, proportion_interval
 from qadapter.evaluation.verdicts import Prompts, Verdict, by_score
 from qadapter.loading import load_base
 from qadapter.preferences.pair import Message, PreferencePair
@@ -69,8 +69,13 @@ class RewardJudge:
         return [by_score(worth[mine], worth[its]) for mine, its in pairs]
 
     def metrics(self) -> dict[str, float]:
-        """`adaptation/judge_accuracy`: how often it prefers the chosen reply of a held-out pair; chance is one half."""
-        return {"adaptation/judge_accuracy": float(read_json(self.folder / "metrics.json")["judge/accuracy"])}
+        """`adaptation/judge_accuracy`: how often it prefers the chosen reply of a held-out pair; chance is one half.
+
+        With it `…_low` and `…_high`, its interval, and `…_n`, the number of pairs.
+        """
+        found = read_json(self.folder / "metrics.json")
+        names = ("accuracy", "accuracy_low", "accuracy_high", "accuracy_n")
+        return {f"adaptation/judge_{name}": float(found[f"judge/{name}"]) for name in names}
 
 
 def load_reward_base(base: str | Path, model: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -108,7 +113,7 @@ def pair_accuracy(
     max_length: int,
     batch_size: int,
 ) -> Interval:
-    """Share of pairs whose chosen reply has the higher reward, ties one half, with its interval over the pairs.
+    """Share of pairs whose chosen reply has the higher reward, ties one half, with Wilson's interval.
 
     Args:
         network: with a head of one number.
@@ -120,4 +125,4 @@ def pair_accuracy(
     rows = [pair.prompt_ids + pair.chosen_ids for pair in encoded]
     rows += [pair.prompt_ids + pair.rejected_ids for pair in encoded]
     chosen, rejected = rewards(network, rows, padding_id(tokenizer), batch_size).reshape(2, -1)
-    return mean_interval((np.sign(chosen - rejected) + 1) / 2)
+    return proportion_interval(float(((np.sign(chosen - rejected) + 1) / 2).sum()), len(encoded))

@@ -19,6 +19,7 @@ def write_mixture(
     ledger: Path,
     out: Path,
     *,
+    learnt: Path | None,
     rows: Literal["all", "new"],
     old_share: float,
     heldout: float,
@@ -35,6 +36,8 @@ def write_mixture(
         ledger: folder that `ledger.update` wrote.
         out: gets `train.jsonl`, `heldout.jsonl` (a pair a line) and `summary.json`: pairs, prompts and sha256 of either
             side, and how many of the training pairs are `fresh_pairs` and `old_pairs`.
+        learnt: ledger of what the policy that is trained on has learnt; None: nothing. What is not in it is fresh, also
+            if an earlier training read it whose policy was rejected.
         rows: `all` trains on everything; `new` on the fresh pairs and a sample of the others.
         old_share: share of the other pairs in that sample. A pair's draw depends on its text and the seed alone.
         heldout, heldout_files, seed, max_train_pairs, max_heldout_pairs, domain, max_chars: as in
@@ -43,11 +46,8 @@ def write_mixture(
     Raises:
         QAdapterError: no training pair is left.
     """
-    fresh, pairs = set(), []
-    for entry in read(ledger):
-        pairs += entry.pairs
-        if entry.fresh:
-            fresh |= {_text(pair) for pair in entry.pairs}
+    pairs = _pairs(ledger)
+    fresh = unlearnt(ledger, learnt)
     held = parse_files(heldout_files, domain=domain, max_chars=max_chars).pairs if heldout_files else None
     split = split_pairs(
         pairs,
@@ -67,6 +67,16 @@ def write_mixture(
         summary[f"{side}_prompts"] = len({pair.prompt_digest for pair in chosen})
         summary[f"{side}_sha256"] = hashlib.sha256(text.encode()).hexdigest()
     write_json(out / "summary.json", summary)
+
+
+def unlearnt(ledger: Path, learnt: Path | None) -> set[str]:
+    """The usable pairs of a ledger that another one does not have, as texts."""
+    known = {_text(pair) for pair in _pairs(learnt)} if learnt else set()
+    return {_text(pair) for pair in _pairs(ledger)} - known
+
+
+def _pairs(ledger: Path) -> list[PreferencePair]:
+    return [pair for entry in read(ledger) for pair in entry.pairs]
 
 
 def _text(pair: PreferencePair) -> str:

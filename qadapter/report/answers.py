@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
+
 from qadapter.report.items import read_lines
 from qadapter.report.rows import Row, kind, methods_of, ordered
 
@@ -52,10 +54,7 @@ def side_by_side(rows: Sequence[Row], count: int = SHOWN) -> list[SideBySide]:
     domains = ordered(row.domain for row in rows)
     shown = []
     for place, domain in enumerate(domains):
-        here = [row for row in rows if row.domain == domain]
-        first = {method: next(row for row in here if row.method == method) for method in methods_of(here)}
-        answers = {method: _answers(row) for method, row in first.items()}
-        answers = {method: found for method, found in answers.items() if found}
+        answers = _answers_of(rows, domain)
         if not answers:
             continue
         common = [prompt for prompt in next(iter(answers.values())) if all(prompt in a for a in answers.values())]
@@ -64,6 +63,30 @@ def side_by_side(rows: Sequence[Row], count: int = SHOWN) -> list[SideBySide]:
         for prompt in (common[i * len(common) // taken] for i in range(taken)):
             shown.append(_one(domain, {method: found[prompt] for method, found in answers.items()}))
     return shown
+
+
+def answers_table(rows: Sequence[Row]) -> pd.DataFrame:
+    """Every held-out prompt and each method's answer to it (first seed), its verdict against the base's beside it."""
+    table = []
+    for domain in ordered(row.domain for row in rows):
+        answers = _answers_of(rows, domain)
+        for prompt in dict.fromkeys(prompt for found in answers.values() for prompt in found):
+            entry = _one(domain, {method: found[prompt] for method, found in answers.items() if prompt in found})
+            line = {"domain": domain, "prompt": "\n\n".join(f"{role}: {text}" for role, text in entry.turns)}
+            for reply in entry.replies:
+                line[reply.method] = reply.text
+                if kind(reply.method) != "base":
+                    line[f"{reply.method}: verdict"] = reply.verdict
+            table.append(line)
+    return pd.DataFrame(table)
+
+
+def _answers_of(rows: Sequence[Row], domain: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Method to its answers by prompt, of its first seed in a domain; methods without answers are left out."""
+    here = [row for row in rows if row.domain == domain]
+    first = {method: next(row for row in here if row.method == method) for method in methods_of(here)}
+    found = {method: _answers(row) for method, row in first.items()}
+    return {method: answers for method, answers in found.items() if answers}
 
 
 def _answers(row: Row) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,7 @@ import yaml
 
 from qadapter.artifacts import write_json
 from qadapter.report import markdown
-from qadapter.report.answers import side_by_side
+from qadapter.report.answers import answers_table, side_by_side
 from qadapter.report.curves import training_curves
 from qadapter.report.figures import retention_against_adaptation
 from qadapter.report.intervals import Measured
@@ -49,7 +49,11 @@ FORGETTING_LEGEND = (
     "Base minus policy (reversed where lower is better), mean over domains: positive is forgotten. In brackets the "
     "95 % interval, paired by item; a star: it excludes 0."
 )
-COST_LEGEND = "Mean over domains and seeds, on the machine of the run."
+COST_LEGEND = (
+    "Mean over domains and seeds, on the machine of the run. Peak memory: CUDA's where one was used, otherwise how far "
+    "the process grew, which in a process that has trained before says little. Decoding: two digits, for "
+    "the answers are few."
+)
 
 
 def build_report(
@@ -67,20 +71,24 @@ def build_report(
         title: of the report.
         data: source to its `summary.json`: counts, reasons of the quarantine, digests.
         config: the experiment's settings.
-        out: an empty folder; gets also `comparison.csv`, `details.csv`, `retention_adaptation.png`,
+        out: an empty folder; gets also `comparison.csv`, `details.csv`, `answers.csv` (if there are answers),
+            `retention_adaptation.png`,
             `training_curves.png` (if curves were logged) and `metrics.json`.
     """
     measured = Measured(rows)
     long = comparison(rows)
     long.to_csv(out / "comparison.csv", index=False)
     task_details(rows).to_csv(out / "details.csv", index=False)
+    answers = answers_table(rows)
+    if len(answers):
+        answers.to_csv(out / "answers.csv", index=False)
     retention_against_adaptation(measured, out / FIGURE, title)
     has_curves = training_curves(rows, out / CURVES, title)
     main = main_table(measured)
     (out / "report.tex").write_text(latex(main, f"{title}. {MAIN_LEGEND}"), encoding="utf-8")
     content = {
         "title": title,
-        "sentences": sentences(measured),
+        "sentences": sentences(measured, config),
         "main": main,
         "forgetting": forgetting_table(measured),
         "further": further_table(measured),

@@ -38,10 +38,10 @@ def styles_of(methods: list[str]) -> dict[str, tuple[str, str]]:
     return styles
 
 
-def retention_against_adaptation(measured: Measured, file: Path, title: str) -> None:
+def retention_against_adaptation(measured: Measured, file: Path, title: str) -> Figure:
     """Draw every policy: to the right is more learnt, up is more kept; error bars are 95 % intervals.
 
-    Drawn without pyplot, so that it works in any thread.
+    Drawn without pyplot, so that it works in any thread. Returns the figure as drawn.
     """
     domains = measured.domains
     styles = styles_of(measured.methods)
@@ -73,6 +73,7 @@ def retention_against_adaptation(measured: Measured, file: Path, title: str) -> 
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 7), frameon=False)
     figure.suptitle(title)
     figure.savefig(file, dpi=130)
+    return figure
 
 
 def _hollow(method: str, colour: str) -> dict[str, Any]:

@@ -7,23 +7,26 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+from scipy import stats
 
-from qadapter.evaluation.statistics import Interval, across_seeds, mean_of_tasks_interval, proportion_interval
+from qadapter.evaluation.statistics import LEVEL, Interval, across_seeds, mean_of_tasks_interval, proportion_interval
 from qadapter.report.items import (
     SCORE,
+    WIN_RATE,
     Floats,
     Items,
     adaptation_gain,
     directions_of,
     retention_items,
     retention_measures,
+    wins,
 )
-from qadapter.report.rows import Row, kind, methods_of, ordered, spread
+from qadapter.report.rows import Row, Spread, kind, known_domains, methods_of, ordered, partial_spread, run_of, spread
 
 RESAMPLES = 2000
 """Bootstrap draws: the ends of an interval move by about 2 % of its width from one set of draws to the next."""
-FEW_SEEDS = 5
-"""Below, the bootstrap's share of the seeds is too small and Student's interval over them counts where it is wider."""
+_Z = float(stats.norm.ppf((1 + LEVEL) / 2))
+_EVEN = 0.5  # the base's win rate against itself
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,15 @@ class Sample:
         ids: of each part.
         parts: [S, n_k] for each part k (a domain, a task).
         weights: [n_k] for each.
+        grain: how much one changed answer moves an item: 1, or 1/D where an item is a mean over D domains. 0 where an
+            item is no yes or no (bits per byte).
     """
 
     seeds: tuple[int | None, ...]
     ids: tuple[tuple[object, ...], ...]
     parts: tuple[Floats, ...]
     weights: tuple[Floats, ...]
+    grain: float = 1.0
 
     def minus(self, other: Sample) -> Sample | None:
         """The difference item by item, over the seeds both have (over each one's mean if none); None: other items."""
@@ -49,7 +55,7 @@ class Sample:
         common = [seed for seed in self.seeds if seed in other.seeds]
         sides = [s._of(common) if common else s._averaged() for s in (self, other)]
         differences = tuple(a - b for a, b in zip(*sides, strict=True))
-        return Sample(tuple(common) or (None,), self.ids, differences, self.weights)
+        return Sample(tuple(common) or (None,), self.ids, differences, self.weights, self.grain)
 
     def _of(self, seeds: Sequence[int | None]) -> tuple[Floats, ...]:
         return tuple(part[[self.seeds.index(seed) for seed in seeds]] for part in self.parts)
@@ -61,16 +67,33 @@ class Sample:
     def interval(self) -> Interval:
         """Mean and 95 % interval, over items and, where there are several, over seeds (`docs/evaluation.md`)."""
         found = mean_of_tasks_interval(self.parts, weights=self.weights, resamples=RESAMPLES)
-        if found.low == found.high:  # a constant has no bootstrap: Wilson's bound for 0 of n says what n can show
-            unseen = proportion_interval(0, found.items).high
-            found = replace(found, low=found.low - unseen, high=found.high + unseen)
-        if 1 < len(self.seeds) < FEW_SEEDS:
+        if self.grain:
+            half = np.sqrt(sum(self._least(p, w) ** 2 for p, w in zip(self.parts, self.weights, strict=True)))
+            half = float(half) / len(self.parts)
+            found = replace(
+                found, low=min(found.low, found.estimate - half), high=max(found.high, found.estimate + half)
+            )
+        if len(self.seeds) > 1:
             scores = [
                 np.mean([np.average(part[s], weights=w) for part, w in zip(self.parts, self.weights, strict=True)])
                 for s in range(len(self.seeds))
             ]
             found = _wider(found, across_seeds(scores))
         return found
+
+    def _least(self, part: Floats, weight: Floats) -> float:
+        """Half the width that a part has at least: Wilson's upper end for the share of changed answers, less the share.
+
+        A bootstrap knows only the changes that were seen, so rare ones look surer than none or many. The share counts
+        up to where the distance is largest: from there on the bootstrap's own width is as large.
+        """
+        changes = part.mean(axis=0)
+        size = weight.sum() ** 2 / (weight**2).sum() / self.grain
+        share = np.average(np.abs(changes - np.median(changes)), weights=weight)
+        widest = max(0.0, (1 - _Z / np.sqrt(size)) / 2)
+        share = min(float(share), widest)
+        n = max(1, round(size))
+        return proportion_interval(share * n, n).high - share
 
 
 def _wider(one: Interval, other: Interval) -> Interval:
@@ -96,6 +119,7 @@ class Measured:
         self._by_cell = {(row.domain, row.method, row.seed): row for row in rows}
         self._kept = {cell: retention_items(row, self.measures) for cell, row in self._by_cell.items()}
         self._samples: dict[tuple[object, ...], Sample | None] = {}
+        self._won = {cell: wins(row) for cell, row in self._by_cell.items()}
         self._gained = {
             cell: adaptation_gain(row, self._by_cell.get((row.domain, self.base_of(row.method), None)))
             for cell, row in self._by_cell.items()
@@ -103,7 +127,7 @@ class Measured:
 
     def base_of(self, method: str) -> str:
         """What a method is measured against: `base`, or where compared runs have bases of their own, that run's."""
-        own = f"base{method.removeprefix(kind(method))}"
+        own = f"base{run_of(method)}"
         return own if own in self.methods else "base"
 
     def seeds(self, method: str) -> list[int | None]:
@@ -127,6 +151,26 @@ class Measured:
         seeds = self.seeds(method)
         parts = [self._stack([self._gained.get((domain, method, seed)) for seed in seeds]) for domain in domains]
         return _sample(seeds, parts)
+
+    def wins(self, method: str, domains: Sequence[str]) -> Sample | None:
+        """`adaptation/win_rate` minus the ½ of the base against itself; the domains are the parts."""
+
+        def make() -> Sample | None:
+            seeds = self.seeds(method)
+            return _sample(seeds, [self._stack([self._won.get((d, method, s)) for s in seeds]) for d in domains])
+
+        return self._once(("wins", method, *domains), make)
+
+    def win_rate(self, method: str) -> tuple[Spread, Interval | None]:
+        """Mean over the domains that have verdicts, and its interval over the decided answers."""
+        value = partial_spread(self.rows, WIN_RATE, method)
+        domains = [d for d in known_domains(self.rows, WIN_RATE) if d in self.domains_of(method)]
+        sample = self.wins(method, domains) if domains and kind(method) != "base" else None
+        if sample is None or not value.n:
+            return value, None
+        moved = sample.interval
+        low, high = max(_EVEN + moved.low, 0.0), min(_EVEN + moved.high, 1.0)
+        return value, replace(moved, estimate=_EVEN + moved.estimate, low=low, high=high)
 
     def forgetting(self, method: str, domains: Sequence[str], measure: str | None = None) -> Sample | None:
         """The base's score minus the policy's (reversed where lower is better): one task, or (None) their mean.
@@ -156,7 +200,8 @@ class Measured:
             if not tables or len({table[0] for table in tables}) > 1:
                 return None
             parts.append((tables[0][0], np.mean([table[1] for table in tables], axis=0), tables[0][2]))
-        return _sample(seeds, parts)
+        is_share = all(self.higher.get(name, True) for name in ([measure] if measure else self.accuracies))
+        return _sample(seeds, parts, 1 / len(domains) if is_share else 0.0)
 
     def score(self, method: str, domain: str | None) -> Interval | None:
         """Interval of `adaptation/score`: the base's, taken as it is, plus the interval of what was gained."""
@@ -194,10 +239,12 @@ class Measured:
 
 
 def _sample(
-    seeds: Sequence[int | None], parts: Sequence[tuple[tuple[object, ...], Floats, Floats] | None]
+    seeds: Sequence[int | None],
+    parts: Sequence[tuple[tuple[object, ...], Floats, Floats] | None],
+    grain: float = 1.0,
 ) -> Sample | None:
     whole = [part for part in parts if part is not None]
     if not whole or len(whole) < len(parts):
         return None
     ids, values, weights = zip(*whole, strict=True)
-    return Sample(tuple(seeds), ids, values, weights)
+    return Sample(tuple(seeds), ids, values, weights, grain)

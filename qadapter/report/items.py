@@ -19,6 +19,7 @@ from qadapter.report.rows import Row
 Floats = NDArray[np.float64]
 
 SCORE = "adaptation/score"
+WIN_RATE = "adaptation/win_rate"
 _VERDICTS = {"win": 1.0, "tie": 0.0, "loss": -1.0}
 _CLOSE = 1e-6
 
@@ -135,6 +136,21 @@ def adaptation_gain(row: Row, base: Row | None) -> Items | None:
         return None
     items = Items(tuple(ids), np.array(values), np.ones(len(values)))
     return items if _agrees(items.mean, difference) else None
+
+
+def wins(row: Row) -> Items | None:
+    """Decided verdicts on held-out answers, minus the ½ of the base against itself; None where they do not add up.
+
+    A win is ½, a tie 0, a loss -½.
+    """
+    answers = read_lines(row.adaptation, "answers.jsonl")
+    decided = [a for a in answers if a.get("judge") != "none" and a.get("verdict") in _VERDICTS]
+    if not decided:
+        return None
+    values = np.array([_VERDICTS[answer["verdict"]] / 2 for answer in decided])
+    ids = tuple(json.dumps(answer["prompt"], sort_keys=True) for answer in decided)
+    items = Items(ids, values, np.ones(len(values)))
+    return items if _agrees(items.mean, row.metrics.get(WIN_RATE, math.nan) - 0.5) else None
 
 
 def _agrees(mean: float, reported: float | None) -> bool:

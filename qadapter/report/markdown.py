@@ -23,7 +23,16 @@ def plain(text: str) -> str:
 def table(content: Table) -> str:
     """A table; the best of a column is bold, a difference larger than its noise has a star."""
     rows = [[label, *(_cell(cell) for cell in cells)] for label, cells in content.rows]
-    return frame(pd.DataFrame(rows, columns=[content.corner, *content.columns]))
+    return frame(pd.DataFrame(rows, columns=[content.corner, *headings(content)]))
+
+
+def headings(content: Table) -> list[str]:
+    """The columns' names; those that are not unique with their group, for Markdown has one line of them."""
+    groups = [name.partition(":")[0].lower() for name, span in content.groups for _ in range(span)]
+    return [
+        f"{group}: {name}" if content.columns.count(name) > 1 else name
+        for group, name in zip(groups, content.columns, strict=True)
+    ]
 
 
 def _cell(cell: Cell) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 METHOD_ORDER = ("base", "q-adapter", "sft", "dpo", "replay")
+SETTING = " · "
+"""Between a method and one of its settings, in the labels of a sweep's rows."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,14 @@ def ordered(values: Iterable[str], order: Sequence[str] = ()) -> list[str]:
 
 
 def kind(method: str) -> str:
-    """The method of a label: where runs are compared, `dpo (first run)` is a `dpo`."""
-    return method.partition(" (")[0]
+    """The method of a label: where runs are compared, `dpo (first run)` is a `dpo`, and so is a sweep's `dpo · β=1`."""
+    return method.partition(" (")[0].partition(SETTING)[0]
+
+
+def run_of(method: str) -> str:
+    """What a label says of its run, ` (first run)`; nothing where it says nothing."""
+    found = method.rfind(" (")
+    return method[found:] if found >= 0 and method.endswith(")") else ""
 
 
 def methods_of(rows: Iterable[Row]) -> list[str]:
@@ -81,3 +89,20 @@ def spread(rows: Sequence[Row], metric: str, domain: str | None, method: str) ->
         return Spread.of(row.metrics.get(metric, math.nan) for row in chosen)
     seeds = dict.fromkeys(row.seed for row in chosen)
     return Spread.of(fmean(row.metrics.get(metric, math.nan) for row in chosen if row.seed == seed) for seed in seeds)
+
+
+def known_domains(rows: Sequence[Row], metric: str) -> list[str]:
+    """The domains in which every method that has a metric at all has it; if there is none, those in which any has it.
+
+    A mean over these compares like with like: every method's is over the same domains.
+    """
+    having = {row.method for row in rows if metric in row.metrics}
+    asked = [row for row in rows if row.method in having]
+    some = ordered(row.domain for row in asked if metric in row.metrics)
+    return [d for d in some if all(metric in row.metrics for row in asked if row.domain == d)] or some
+
+
+def partial_spread(rows: Sequence[Row], metric: str, method: str) -> Spread:
+    """A metric of one method over seeds, averaged over the `known_domains` only."""
+    domains = known_domains(rows, metric)
+    return spread([row for row in rows if row.domain in domains and metric in row.metrics], metric, None, method)

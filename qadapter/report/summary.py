@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from qadapter.evaluation.statistics import Interval
+from qadapter.evaluation.statistics import Interval, proportion_interval
 from qadapter.report.intervals import Measured
 from qadapter.report.items import SCORE
 from qadapter.report.rows import Row, kind, methods_of, spread
@@ -14,6 +15,7 @@ from qadapter.report.tables import bracket, number
 
 OURS = "q-adapter"
 CHANCE = 0.5
+_MOST_DUELS = 12  # more, of a whole sweep, would be no summary
 
 
 @dataclass(frozen=True)
@@ -50,27 +52,37 @@ def adherence_gained(measured: Measured, method: str) -> tuple[float, Interval |
     return gained, replace(found, low=max(found.low, -before), high=min(found.high, 1 - before))
 
 
-def duel(measured: Measured, method: str, baseline: str) -> Duel | None:
-    """Compare two methods; None if no domain has both."""
-    domains = measured.domains_of(method, baseline)
+def duel(measured: Measured, method: str, baseline: str, domain: str | None = None) -> Duel | None:
+    """Compare two methods, in one domain or over (None) those that have both; None if there is no such domain."""
+    domains = [d for d in measured.domains_of(method, baseline) if domain in (None, d)]
     if not domains:
         return None
     rows = [row for row in measured.rows if row.domain in domains]
 
-    def difference(metric: str) -> float:
-        return spread(rows, metric, None, method).mean - spread(rows, metric, None, baseline).mean
+    seeds = [seed for seed in measured.seeds(method) if seed in measured.seeds(baseline)]
 
+    def difference(metric: str) -> float:
+        """Of the changes against each one's own base, over the seeds both have: of what the intervals are of."""
+        values = []
+        for name in (method, baseline):
+            own = [r for r in rows if r.method != name or not seeds or r.seed in seeds]
+            base = measured.base_of(name)
+            before = spread(own, metric, None, base).mean if bases_differ else 0.0
+            values.append(spread(own, metric, None, name).mean - before)
+        return values[0] - values[1]
+
+    bases_differ = measured.base_of(method) != measured.base_of(baseline)
     gains = [measured.gain(name, domains) for name in (method, baseline)]
     losses = [measured.forgetting(name, domains) for name in (baseline, method)]
     learnt = gains[0].minus(gains[1]) if gains[0] and gains[1] else None
     avoided = losses[0].minus(losses[1]) if losses[0] and losses[1] else None
     lost = losses[0].interval if losses[0] else None
-    value = difference("retention/mean")
+    value = avoided.interval.estimate if avoided else difference("retention/mean")
     share = value / lost.estimate if lost is not None and lost.low > 0 else math.nan
     return Duel(
         method,
         baseline,
-        difference(SCORE),
+        learnt.interval.estimate if learnt else difference(SCORE),
         value,
         share,
         learnt.interval if learnt else None,
@@ -126,11 +138,28 @@ def _metric_name(name: str) -> str:
     return "".join(c if c.isalnum() or c in "_-. /" else "_" for c in name)
 
 
-def sentences(measured: Measured) -> list[str]:
-    """The plain-language summary."""
+def _settings(config: Mapping[str, Any], labels: Sequence[str]) -> str:
+    """DPO's β where the config, nested or as MLflow's flat parameters, tells it."""
+    shared = config.get("shared", {})
+    beta = config.get("methods", {}).get("dpo", {}).get("beta", shared.get("methods.dpo.beta"))
+    return f" (dpo: β = {beta})" if beta is not None and any(kind(m) == "dpo" for m in labels) else ""
+
+
+def sentences(measured: Measured, config: Mapping[str, Any] | None = None) -> list[str]:
+    """The plain-language summary.
+
+    Args:
+        measured: what it is of.
+        config: the experiment's settings, where they are known.
+    """
+    config = config or {}
     rows = measured.rows
     result = [_portrait(measured, method) for method in measured.methods if kind(method) == OURS]
-    result += [_duel_sentence(found) for found in duels(measured)]
+    fought = duels(measured)
+    for one in fought[:_MOST_DUELS]:
+        result += [line for line in (_duel_sentence(measured, one), _by_domain(measured, one)) if line]
+    if len(fought) > _MOST_DUELS:
+        result.append(f"{len(fought) - _MOST_DUELS} further pairs of settings are compared in metrics.json.")
     found = points(rows, None)
     if len(found) > 1:
         front = [m for m in pareto_front(found) if kind(m) != "base"]
@@ -139,12 +168,21 @@ def sentences(measured: Measured) -> list[str]:
             if front
             else "No method is on the Pareto front: the base itself has at least as much of both."
         )
+        if bare := [method for method in front if not _above_base(measured, method)]:
+            result.append(f"On that front, but not above the base in what was learnt, beyond the noise: {_list(bare)}.")
     for subject, metric in (("Learnt most", SCORE), ("Kept most", "retention/mean")):
         values = {m: spread(rows, metric, None, m).mean for m in measured.methods if kind(m) != "base"}
         ranked = sorted((m for m in values if not math.isnan(values[m])), key=lambda m: -values[m])
         if len(ranked) > 1:
             result.append(f"{subject}, best first: " + ", ".join(f"{m} {number(values[m])}" for m in ranked) + ".")
     result += chance_sentences(measured)
+    result += judge_sentences(measured)
+    labels = [m for m in measured.methods if kind(m) != "base"]
+    if len(labels) > 1 and len({kind(m) for m in labels}) == len(labels):
+        result.append(
+            f"Each method is shown at one setting{_settings(config, labels)}, not at the best of a search: another "
+            "setting may learn or keep more."
+        )
     if single := [m for m in measured.methods if kind(m) != "base" and len(measured.seeds(m)) == 1]:
         result.append(
             f"One seed only ({_list(single)}): such intervals say how the choice of held-out items matters, not how "
@@ -163,19 +201,82 @@ def _portrait(measured: Measured, method: str) -> str:
         parts.append(f"keeps {100 * kept / base:.1f} % of the base's retention ({number(kept)} of {number(base)})")
     if not math.isnan(gained):
         parts.append(f"reaches an adaptation score of {number(score)}, {_signed(gained, interval)} against the base")
-    wins = spread(measured.rows, "adaptation/win_rate", None, method)
+    wins, sure = measured.win_rate(method)
     if wins.n:
-        parts.append(f"wins {100 * wins.mean:.0f} % of its answers against the base's (a tie is half a win)")
+        ends = f" [{100 * sure.low:.0f}, {100 * sure.high:.0f}]" if sure else ""
+        parts.append(f"wins {100 * wins.mean:.0f} %{ends} of its answers against the base's (a tie is half a win)")
     return f"{method} {_list(parts)}." if parts else f"{method} was not measured."
 
 
-def _duel_sentence(found: Duel) -> str:
+def _duel_sentence(measured: Measured, found: Duel) -> str:
     share = "" if math.isnan(found.share) else f", {100 * found.share:.0f} % of what {found.baseline} forgets"
+    one_seed = all(len(measured.seeds(name)) == 1 for name in (found.method, found.baseline))
     return (
-        f"{found.method} against {found.baseline}: learnt {_signed(found.adaptation, found.adaptation_interval)} "
-        f"({_noise(found.adaptation, found.adaptation_interval)}); degradation avoided "
-        f"{_signed(found.avoided, found.avoided_interval)}{share} ({_noise(found.avoided, found.avoided_interval)})."
+        f"{found.method} against {found.baseline}: {_learnt(found)} "
+        f"({_noise(found.adaptation, found.adaptation_interval, one_seed)}); degradation avoided "
+        f"{_signed(found.avoided, found.avoided_interval)}{share} "
+        f"({_noise(found.avoided, found.avoided_interval, one_seed)})."
     )
+
+
+def _learnt(found: Duel) -> str:
+    """Who learnt more: a negative number would read as if something was unlearnt."""
+    value, interval = found.adaptation, found.adaptation_interval
+    if round(value, 3) == 0:
+        return f"learnt the same, {_signed(value, interval)}"
+    if value < 0:
+        turned = replace(interval, low=-interval.high, high=-interval.low) if interval else None
+        return f"{found.baseline} learnt {number(-value)} {bracket(turned)}".strip() + " more"
+    return f"learnt {_signed(value, interval)}"
+
+
+def _by_domain(measured: Measured, found: Duel) -> str:
+    """A duel's differences in each domain, where the baseline is ahead in both, and what hangs on one domain."""
+    domains = measured.domains_of(found.method, found.baseline)
+    values = {}
+    for domain in domains:
+        here = duel(measured, found.method, found.baseline, domain)
+        if here is not None and not math.isnan(here.adaptation) and not math.isnan(here.avoided):
+            values[domain] = (here.adaptation, here.avoided)
+    if len(values) < 2:
+        return ""
+    each = ", ".join(f"{domain} {_signed(x, None)} and {_signed(y, None)}" for domain, (x, y) in values.items())
+    text = f"{found.method} against {found.baseline} by domain, learnt and degradation avoided: {each}."
+    top = max(values, key=lambda domain: values[domain][1] * math.copysign(1, found.avoided))
+    rest = sum(y for domain, (_, y) in values.items() if domain != top) / (len(values) - 1)
+    if abs(found.avoided) > 0 and rest * math.copysign(1, found.avoided) < abs(found.avoided) / 2:
+        text += f" Most of the mean of what was avoided is from {top}: without it {_signed(rest, None)}."
+    ahead = [domain for domain, (x, y) in values.items() if x <= 0 and y <= 0 and (x < 0 or y < 0)]
+    if ahead:
+        text += f" {found.baseline} has at least as much of both, and more of one, in {_list(ahead)}."
+    return text
+
+
+def _above_base(measured: Measured, method: str) -> bool:
+    value, interval = adherence_gained(measured, method)
+    return value > 0 and (interval is None or interval.low > 0)
+
+
+def judge_sentences(measured: Measured) -> list[str]:
+    """Domains whose trained judge may be no better than a coin; Wilson's interval over the held-out pairs."""
+    result = []
+    for domain in measured.domains:
+        for row in measured.rows:
+            accuracy, n = (row.metrics.get(f"adaptation/{name}", math.nan) for name in ("judge_accuracy", "n"))
+            if row.domain != domain or not n >= 1 or not 0 <= accuracy <= 1:
+                continue
+            found = proportion_interval(accuracy * n, int(n))
+            at_chance = found.low <= CHANCE
+            result.append(
+                f"{domain}: the judge of the answers agrees with {number(accuracy)} {bracket(found)} of {n:.0f} "
+                + (
+                    "held-out pairs: it may be at chance, and then its win rates say nothing."
+                    if at_chance
+                    else "held-out pairs."
+                )
+            )
+            break
+    return result
 
 
 def chance_sentences(measured: Measured) -> list[str]:
@@ -203,12 +304,13 @@ def _signed(value: float, interval: Interval | None) -> str:
     return f"{sign}{number(value)} {bracket(interval)}".strip()
 
 
-def _noise(value: float, interval: Interval | None) -> str:
+def _noise(value: float, interval: Interval | None, one_seed: bool) -> str:
     if math.isnan(value):
         return "not measured"
     if interval is None:
         return "noise unknown: no item scores"
-    return "larger than the noise" if interval.excludes_zero else "not larger than the noise"
+    noise = "the item noise, one seed" if one_seed else "the noise"
+    return f"larger than {noise}" if interval.excludes_zero else f"not larger than {noise}"
 
 
 def _list(names: Sequence[str]) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 
 import pandas as pd
 
@@ -16,12 +17,14 @@ from qadapter.report.sweep_figure import draw_sweep
 from qadapter.report.sweep_points import (
     BASE,
     KEPT,
+    MEASURED,
     Point,
     Setting,
     best_by_trade,
     best_that_keeps,
     chosen_on_other_seeds,
     front_area,
+    learnt,
     pareto_front,
     points_of,
 )
@@ -47,14 +50,15 @@ def build_sweep_report(
     _all_rows(rows, settings).to_csv(out / "sweep.csv", index=False)
     write_json(out / "settings.json", [asdict(setting) for setting in settings])
     front = pareto_front(compared)
-    base = (spread(base_rows, "adaptation/score", None, BASE), spread(base_rows, "retention/mean", None, BASE))
-    draw_sweep(points, front, base, out / "sweep.png", title)
+    base = {name: spread(base_rows, name, None, BASE) for name in MEASURED}
+    ends = (base["adaptation/score"], base["retention/mean"])
+    draw_sweep(points, front, ends, out / "sweep.png", title)
     missing = [s.name for s in settings if s.name not in {point.setting.name for point in compared}]
     sections = [
         f"# {title}",
         *([f"Not complete, so listed but not compared: {', '.join(missing)}."] if missing else []),
         f"{len(compared)} settings, each with {expected} trainings (domains × seeds). The base: adaptation "
-        f"{base[0].text()}, retention {base[1].text()}.",
+        f"{ends[0].text()}, retention {ends[1].text()}.",
         "![retention against adaptation](sweep.png)",
     ]
     metrics: dict[str, float] = {"sweep/settings": float(len(compared))}
@@ -62,16 +66,19 @@ def build_sweep_report(
         tuned = {m: [p for p in compared if p.setting.tuning and p.setting.method == m] for m in _methods(compared)}
         tuned = {method: own for method, own in tuned.items() if own}
         sections += _comparison(tuned, metrics) + _choices(compared, metrics)
-        sections += ["## Every setting", _markdown(_table(points, front)), _LEGEND]
+        sections += ["## Every setting", _markdown(_table(points, front, base, base_rows)), _LEGEND]
     (out / "sweep.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     write_json(out / "metrics.json", metrics)
 
 
 _LEGEND = (
-    "Mean ± standard deviation over seeds, of means over domains. *kept*: retention as a share of the base's. "
-    "*trade*: harmonic mean of adaptation and kept. *KL/token*: KL(base ‖ policy) on held-out helpful replies. "
-    "*front*: no other setting has more of one of adaptation and retention without less of the other. A setting called "
-    "`…, then α0=…` is the adapter of the setting before the comma, measured with another α0."
+    "Mean ± standard deviation over seeds, of means over domains. *learnt*: adaptation as a share of what can be "
+    "learnt: an exact rule's share as it is, an implied-reward accuracy, of which a policy that does nothing has "
+    "0.5, as 2 · accuracy − 1. *kept*: retention as a share of the base's. *trade*: harmonic mean of learnt "
+    "(at least 0) and kept (at most 1). *win rate*: against the base's answers, by the judge. *KL/token*: "
+    "KL(base ‖ policy) on held-out helpful replies. *front*: no other setting has more of one of adaptation and "
+    "retention without less of the other. A setting called `…, then α0=…` is the adapter of the setting before the "
+    "comma, measured with another α0."
 )
 
 
@@ -90,6 +97,7 @@ def _comparison(tuned: dict[str, list[Point]], metrics: dict[str, float]) -> lis
                 "settings": str(len(own)),
                 "best trade": by_trade.setting.name,
                 "adaptation": by_trade.adaptation.text(),
+                "win rate": by_trade.win_rate.text(),
                 "retention": by_trade.retention.text(),
                 "trade": f"{by_trade.trade:.3f}",
                 "chosen on other seeds": Spread.of(elsewhere[method].values()).text(),
@@ -118,7 +126,7 @@ def _comparison(tuned: dict[str, list[Point]], metrics: dict[str, float]) -> lis
         f"The best trade, {max(trades.values())}, is reached by {' and '.join(winners)}.",
         _markdown(pd.DataFrame(table)),
         "*chosen on other seeds*: the trade where, seed by seed, the setting was chosen on the others, so that nobody "
-        "profits from chance. *front area*: of all pairs (adaptation, kept) that the method's settings reach or beat.",
+        "profits from chance. *front area*: of all pairs (learnt, kept) that the method's settings reach or beat.",
         *(["Difference of *chosen on other seeds*, paired by seed:\n\n" + "\n".join(sentences)] if sentences else []),
     ]
 
@@ -159,10 +167,25 @@ def _choices(compared: Sequence[Point], metrics: dict[str, float]) -> list[str]:
     ]
 
 
-def _table(points: Sequence[Point], front: Sequence[Point]) -> pd.DataFrame:
+def _table(
+    points: Sequence[Point], front: Sequence[Point], base: Mapping[str, Spread], base_rows: Sequence[Row]
+) -> pd.DataFrame:
+    """A line a setting, the best trade first, and the base's below them."""
     on_front = {point.setting.name for point in front}
     knobs = {label: knob for label, knob in _KNOBS.items() if any(knob in p.setting.settings for p in points)}
-    return pd.DataFrame(
+    adaptation, win_rate, retention, forgetting, kl = (base[name].text() for name in MEASURED)
+    of_base = {
+        "setting": BASE,
+        "adaptation": adaptation,
+        "win rate": win_rate,
+        "learnt": f"{fmean(learnt(row.metrics) for row in base_rows):.3f}",
+        "retention": retention,
+        "forgetting": forgetting,
+        "KL/token": kl,
+        "kept": "1.000",
+        "cells": str(len(base_rows)),
+    }
+    table = pd.DataFrame(
         [
             {
                 "setting": point.setting.name,
@@ -172,6 +195,8 @@ def _table(points: Sequence[Point], front: Sequence[Point]) -> pd.DataFrame:
                     for label, knob in knobs.items()
                 },
                 "adaptation": point.adaptation.text(),
+                "win rate": point.win_rate.text(),
+                "learnt": f"{point.learnt:.3f}",
                 "retention": point.retention.text(),
                 "forgetting": point.forgetting.text(),
                 "KL/token": point.kl.text(),
@@ -183,6 +208,7 @@ def _table(points: Sequence[Point], front: Sequence[Point]) -> pd.DataFrame:
             for point in sorted(points, key=lambda p: (not p.complete, -p.trade))
         ]
     )
+    return pd.concat([table, pd.DataFrame([of_base])], ignore_index=True).fillna("")
 
 
 def _all_rows(rows: Sequence[Row], settings: Sequence[Setting]) -> pd.DataFrame:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from qadapter.report.rows import Row, Spread, spread
 
 BASE = "base"
+RULE = "adaptation/exact_rule"  # the toy world's; where it is measured it is the score
+MEASURED = (
+    "adaptation/score",
+    "adaptation/win_rate",
+    "retention/mean",
+    "forgetting/mean",
+    "forgetting/kl_per_token",
+)
 KEPT = 0.98  # share of the base's retention that the constrained rule asks for
 
 
@@ -47,8 +55,9 @@ class Point:
 
     Attributes:
         setting: which; None for the base.
-        adaptation, retention, forgetting, kl: of `adaptation/score`, `retention/mean`, `forgetting/mean` and
-            `forgetting/kl_per_token`.
+        adaptation, win_rate, retention, forgetting, kl: of `adaptation/score`, `adaptation/win_rate`, `retention/mean`,
+            `forgetting/mean` and `forgetting/kl_per_token`.
+        learnt: the adaptation as a share of what can be learnt (`learnt`); 0 for a policy that does what the base does.
         kept: the retention's mean as a share of the base's; 1 where the base had nothing to lose.
         by_seed: seed → the trade (`trade`).
         cells: how many domains and seeds were measured.
@@ -57,9 +66,11 @@ class Point:
 
     setting: Setting
     adaptation: Spread
+    win_rate: Spread
     retention: Spread
     forgetting: Spread
     kl: Spread
+    learnt: float
     kept: float
     by_seed: dict[int | None, float]
     cells: int
@@ -68,18 +79,28 @@ class Point:
     @property
     def trade(self) -> float:
         """`trade` of the means."""
-        return trade(self.adaptation.mean, self.kept)
+        return trade(self.learnt, self.kept)
 
 
-def trade(adaptation: float, kept: float) -> float:
+def learnt(metrics: Mapping[str, float]) -> float:
+    """A row's `adaptation/score` as a share of what can be learnt.
+
+    An implied-reward accuracy is 0.5 for a policy that does nothing, so it is stretched to 2 · accuracy − 1: 0 at
+    chance, negative below. The toy world's rule is a share already, 0 for a policy that never follows it.
+    """
+    score = metrics["adaptation/score"]
+    return score if RULE in metrics else 2 * score - 1
+
+
+def trade(learnt: float, kept: float) -> float:
     """Harmonic mean of what was learnt and what was kept, both shares: near 1 only where both are.
 
     Args:
-        adaptation: `adaptation/score`.
+        learnt: see `learnt`; less than nothing counts as nothing.
         kept: retention as a share of the base's; more than the base's counts as all.
     """
-    kept = min(kept, 1.0)
-    return 2 * adaptation * kept / (adaptation + kept) if adaptation + kept > 0 else 0.0
+    learnt, kept = max(learnt, 0.0), min(kept, 1.0)
+    return 2 * learnt * kept / (learnt + kept) if learnt + kept > 0 else 0.0
 
 
 def points_of(rows: Sequence[Row], settings: Sequence[Setting], expected: int) -> list[Point]:
@@ -100,16 +121,27 @@ def points_of(rows: Sequence[Row], settings: Sequence[Setting], expected: int) -
         own = [row for row in rows if row.method == setting.name]
         if not own:
             continue
-        by_seed = {}
+        by_seed, learnt_by_seed = {}, {}
         for seed in dict.fromkeys(row.seed for row in own):
             of_seed = [row.metrics for row in own if row.seed == seed]
-            learnt, kept = (fmean(m[name] for m in of_seed) for name in ("adaptation/score", "retention/mean"))
-            by_seed[seed] = trade(learnt, share(kept))
-        names = ("adaptation/score", "retention/mean", "forgetting/mean", "forgetting/kl_per_token")
-        adaptation, retention, forgetting, kl = (spread(own, name, None, setting.name) for name in names)
-        complete = len(own) == expected
+            kept = share(fmean(m["retention/mean"] for m in of_seed))
+            learnt_by_seed[seed] = fmean(learnt(m) for m in of_seed)
+            by_seed[seed] = trade(learnt_by_seed[seed], kept)
+        adaptation, win_rate, retention, forgetting, kl = (spread(own, name, None, setting.name) for name in MEASURED)
         found.append(
-            Point(setting, adaptation, retention, forgetting, kl, share(retention.mean), by_seed, len(own), complete)
+            Point(
+                setting=setting,
+                adaptation=adaptation,
+                win_rate=win_rate,
+                retention=retention,
+                forgetting=forgetting,
+                kl=kl,
+                learnt=fmean(learnt_by_seed.values()),
+                kept=share(retention.mean),
+                by_seed=by_seed,
+                cells=len(own),
+                complete=len(own) == expected,
+            )
         )
     return found
 
@@ -131,12 +163,12 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 
 
 def front_area(points: Sequence[Point]) -> float:
-    """Area of all (adaptation, kept) that some point reaches or beats: the hypervolume from the origin, at most 1."""
+    """Area of all (learnt, kept) that some point reaches or beats: the hypervolume from the origin, at most 1."""
     area, highest = 0.0, 0.0
-    for point in sorted(points, key=lambda p: -p.adaptation.mean):  # strips from the right, each as high as its best
+    for point in sorted(points, key=lambda p: -p.learnt):  # strips from the right, each as high as its best
         kept = min(point.kept, 1.0)
         if kept > highest:
-            area += point.adaptation.mean * (kept - highest)
+            area += max(point.learnt, 0.0) * (kept - highest)
             highest = kept
     return area
 

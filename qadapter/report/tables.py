@@ -10,8 +10,8 @@ import pandas as pd
 
 from qadapter.evaluation.statistics import Interval
 from qadapter.report.intervals import Measured
-from qadapter.report.items import SCORE
-from qadapter.report.rows import Row, Spread, kind, methods_of, ordered, spread
+from qadapter.report.items import SCORE, WIN_RATE
+from qadapter.report.rows import Row, Spread, kind, known_domains, methods_of, ordered, partial_spread, spread
 
 # Column of the long table → metric. Forgetting is base minus policy: positive is forgotten.
 COLUMNS = {
@@ -23,9 +23,8 @@ COLUMNS = {
     "KL/token": "forgetting/kl_per_token",
     "train s": "cost/train_seconds",
     "tokens/s": "cost/train_tokens_per_second",
-    "memory MB": "cost/train_peak_memory_mb",
 }
-_DIGITS = {"train s": 1, "tokens/s": 0, "memory MB": 0}
+_DIGITS = {"train s": 1, "tokens/s": 0}
 
 COSTS = {
     "cost/train_seconds": ("training, s", 1),
@@ -44,7 +43,7 @@ FURTHER = {
     "adaptation/implied_reward_accuracy": "preference accuracy, implied reward ↑",
     "adaptation/preference_accuracy": "preference accuracy, log-probability ↑",
     "adaptation/preference_accuracy_length_normalised": "preference accuracy, log-probability per token ↑",
-    "adaptation/margin": "margin of the implied reward, nats ↑",
+    "adaptation/margin": "margin of the implied reward, nats",
     "adaptation/calibration": "calibration error of the implied reward ↓",
     "adaptation/exact_rule": "answers that follow the exact rule ↑",
     "adaptation/well_formed": "answers with the right attributes, in any style ↑",
@@ -166,8 +165,19 @@ def main_table(measured: Measured) -> Table:
             for name in kept
         ]
         rows.append((method, scores))
+    won = any(WIN_RATE in row.metrics for row in measured.rows)
+    if won:
+        for method, scores in rows:
+            scores.append((*measured.win_rate(method), True))
     columns = [domain or "mean" for domain in learnt] + [_task(measured, name) if name else "mean" for name in kept]
-    groups = (("Learnt: adaptation score", len(learnt)), ("Kept: retention, mean over domains", len(kept)))
+    groups: tuple[tuple[str, int], ...] = (
+        ("Learnt: adaptation score", len(learnt)),
+        ("Kept: retention, mean over domains", len(kept)),
+    )
+    if won:
+        known = known_domains(measured.rows, WIN_RATE)
+        columns.append("win rate" if known == measured.domains else f"win rate ({', '.join(known)})")
+        groups += (("Won", 1),)
     return Table("method", groups, tuple(columns), _marked(rows))
 
 
@@ -252,11 +262,21 @@ def cost_table(measured: Measured) -> Table:
     return _by_measure(measured, names)
 
 
+def _amount(name: str, value: float, digits: int) -> str:
+    """A number; a speed of a short decoding is not known to more than two digits."""
+    if name == "cost/decoding_tokens_per_second" and value > 0:
+        return number(float(f"{value:.2g}"), digits)
+    return number(value, digits)
+
+
 def _by_measure(measured: Measured, names: dict[str, tuple[str, int]]) -> Table:
     rows = []
     for name, (label, digits) in names.items():
-        found = [spread(measured.rows, name, None, method) for method in measured.methods]
+        found = [partial_spread(measured.rows, name, method) for method in measured.methods]
+        known = known_domains(measured.rows, name)
+        if len(known) < len(measured.domains):
+            label = f"{label} ({', '.join(known)} only)"
         if any(s.n for s in found):
             whole = digits == 1 and all(s.mean == int(s.mean) for s in found if s.n)
-            rows.append((label, tuple(Cell(number(s.mean, 0 if whole else digits)) for s in found)))
+            rows.append((label, tuple(Cell(_amount(name, s.mean, 0 if whole else digits)) for s in found)))
     return Table("measure", (("", len(measured.methods)),), tuple(measured.methods), tuple(rows))

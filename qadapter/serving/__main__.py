@@ -40,6 +40,8 @@ def serve(
     base: str | Path | None = None,
     *,
     dtype: str | None = None,
+    quantization: str = "none",
+    revision: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
 ) -> None:
@@ -49,6 +51,8 @@ def serve(
         adapters: model name to folder.
         base: folder or hub id; what the first adapter names without it.
         dtype: of the base; what its config says without it.
+        quantization: of the base: none, int8 or nf4.
+        revision: of a base of the hub; its main branch without it.
         host, port: where to listen; port 0 takes a free one.
 
     Raises:
@@ -68,7 +72,7 @@ def serve(
     except OSError as error:
         raise QAdapterError(f"{host}:{port} cannot be listened on ({error.strerror}). Give another --port.") from error
     with listener:
-        policies = ServedPolicies.load(adapters, base, dtype)
+        policies = ServedPolicies.load(adapters, base, dtype, quantization, revision)
         generator = Generator(policies)
         where = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         if host not in _LOOPBACK and key is None:
@@ -96,13 +100,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--base", help="folder or hub id (default: the one the first adapter names)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the base's own")
+    parser.add_argument("--quantization", choices=["none", "int8", "nf4"], default="none", help="default: %(default)s")
+    parser.add_argument("--revision", help="commit, tag or branch of a base of the hub (default: main)")
     add_address(parser)
     given = parser.parse_args(arguments)
     try:
         adapters = dict(given.adapter)
         if len(adapters) < len(given.adapter):
             raise QAdapterError("Two adapters have the same name. Name them: --adapter NAME=FOLDER.")
-        serve(adapters, given.base, dtype=given.dtype, host=given.host, port=given.port)
+        serve(
+            adapters,
+            given.base,
+            dtype=given.dtype,
+            quantization=given.quantization,
+            revision=given.revision,
+            host=given.host,
+            port=given.port,
+        )
     except QAdapterError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

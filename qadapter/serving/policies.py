@@ -92,7 +92,12 @@ class ServedPolicies:
 
     @classmethod
     def load(
-        cls, adapters: Mapping[str, Path], base: str | Path | None = None, dtype: str | None = None
+        cls,
+        adapters: Mapping[str, Path],
+        base: str | Path | None = None,
+        dtype: str | None = None,
+        quantization: str = "none",
+        revision: str | None = None,
     ) -> ServedPolicies:
         """Load the base from its place, then as the constructor.
 
@@ -100,6 +105,8 @@ class ServedPolicies:
             adapters: model name to folder.
             base: folder or hub id; the one named in the first adapter's config without it.
             dtype: float32, bfloat16 or float16; what the base's config says without it.
+            quantization: none, int8 or nf4; the last two need bitsandbytes.
+            revision: of a base of the hub, best a commit; without it whatever the hub's main branch is by now.
 
         Raises:
             QAdapterError: as the constructor, or a base that cannot be loaded.
@@ -110,7 +117,14 @@ class ServedPolicies:
         base = base or PeftConfig.from_pretrained(str(place)).base_model_name_or_path
         if not base:
             raise QAdapterError(f"The adapter in {folder} does not say which base it belongs to. Name it with --base.")
-        settings = ModelSettings.model_validate({"pretrained": str(base), "dtype": dtype or _dtype(str(base))})
+        settings = ModelSettings.model_validate(
+            {
+                "pretrained": str(base),
+                "dtype": dtype or _dtype(str(base), revision),
+                "quantization": quantization,
+                "revision": revision,
+            }
+        )
         return cls(*load_base(str(base), settings), adapters)
 
     @property
@@ -249,10 +263,10 @@ def _describe(folder: Path, weights: Mapping[str, float]) -> _Served:
     return _Served(Blend(weights, settings.alpha_0 + shift, settings.alpha_tilde), shift)
 
 
-def _dtype(base: str) -> str:
+def _dtype(base: str, revision: str | None) -> str:
     """What the base's own config says its weights are; an unreadable one is for `load_base` to report."""
     try:
-        dtype = AutoConfig.from_pretrained(base).dtype
+        dtype = AutoConfig.from_pretrained(base, revision=revision or "main").dtype
     except (OSError, ValueError):
         return "float32"
     return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else "float32"

@@ -53,7 +53,8 @@ def train_reward_model(
         seed: of the head, the adapter and the order.
         out: gets `reward_model/` (PEFT's files, the head among them), `history.jsonl` and `metrics.json`:
             `judge/accuracy` (share of held-out pairs it decides as people did; chance is one half), its interval
-            `judge/accuracy_low` and `judge/accuracy_high`, `judge/train_pairs`, `train/…`, `cost/…`.
+            `judge/accuracy_low`, `judge/accuracy_high` and pairs `judge/accuracy_n`, `judge/train_pairs`,
+            `train/…`, `cost/…`.
         scratch: checkpoints; training goes on from the newest whole one.
 
     Raises:
@@ -111,6 +112,7 @@ def train_reward_model(
             "judge/accuracy": accuracy.estimate,
             "judge/accuracy_low": accuracy.low,
             "judge/accuracy_high": accuracy.high,
+            "judge/accuracy_n": float(accuracy.items),
             "judge/train_pairs": len(pairs),
         },
     )
