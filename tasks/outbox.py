@@ -69,6 +69,7 @@ class Outbox:
         if not at_once and time.monotonic() - _last_seen_away.get(self._store.uri, -_ASK_AGAIN) < _ASK_AGAIN:
             return False
         if self._store.is_there():
+            _last_seen_away.pop(self._store.uri, None)
             return True
         _last_seen_away[self._store.uri] = time.monotonic()
         return False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,20 @@ def _shared(name: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"real {name} not present: this test reads ../shared/{name}, which only CI and the developers have")
     return folder
+
+
+@contextmanager
+def prefect_harness() -> Iterator[None]:
+    """A Prefect server of its own; what an earlier test could not deliver to another one does not hold it up.
+
+    Prefect's sender of events is one for the whole process, and keeps the address that it first had.
+    """
+    from prefect.events.worker import EventsWorker
+    from prefect.testing.utilities import prefect_test_harness
+
+    EventsWorker.drain_all(timeout=10)
+    with prefect_test_harness(server_startup_timeout=90):
+        yield
 
 
 @pytest.fixture(scope="session")

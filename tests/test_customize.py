@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 from prefect.client.orchestration import get_client
-from prefect.testing.utilities import prefect_test_harness
 from tiny_deliveries import CONFIG, MODEL, deliver, evasions, flipped, refusals, write_config
 
 from flows.announce import ANNOUNCED, watch_preferences
@@ -29,6 +28,7 @@ from tasks.candidate import registry_of
 from tasks.registry import Registry, Version
 from tasks.served_model import find_served_model
 from tasks.tracking import Tracker
+from tests.conftest import prefect_harness
 
 pytestmark = pytest.mark.slow
 
@@ -103,7 +103,7 @@ def workspace_at(home: Path) -> Iterator[pytest.MonkeyPatch]:
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     """Better, worse and broken deliveries, and what happens between them."""
     home = tmp_path_factory.mktemp("home")
-    with prefect_test_harness(server_startup_timeout=90), workspace_at(home) as patch:
+    with prefect_harness(), workspace_at(home) as patch:
         told = Story(home, write_config(home))
         deliver(home, "1-first.jsonl", refusals()[:40])
         told.run("first")

@@ -62,7 +62,7 @@ def test_a_model_is_registered_at_the_server_and_comes_back(
         tracker = Tracker.for_project(tmp_path / "a")
         run = tracker.start_parent("customise", "candidate")
         uri = log_served_model(run, base=base, adapter=adapter, model=ModelSettings(pretrained="x", dtype="bfloat16"))
-        registry = Registry(tracker, "policy")
+        registry = Registry(tracker, "policy", tmp_path / "policy.lock")
         facts = {"base": "base", "data_digest": "0" * 64}
         candidate = Candidate("key", run, True, ["better"], None, facts, {"adaptation/score": 0.5}, {})
         registry.promote(registry.register(candidate, lambda: uri))

@@ -26,7 +26,6 @@ from prefect.artifacts import Artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.settings import PREFECT_API_URL
-from prefect.testing.utilities import prefect_test_harness
 
 from flows.full_paper_repro import experiment_stages, full_paper_repro
 from flows.launch import StagesFailedError
@@ -43,6 +42,7 @@ from tasks.context import RunContext
 from tasks.data import prepare_data
 from tasks.stage import StageStore
 from tasks.tracking import Tracker
+from tests.conftest import prefect_harness
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 DOMAINS = ("harmless", "academy")
@@ -96,7 +96,7 @@ def small(domains: tuple[str, ...] = DOMAINS, methods: tuple[str, ...] = METHODS
 @pytest.fixture(scope="session")
 def harness() -> Iterator[None]:
     """One Prefect server and database for all flow runs of the session."""
-    with prefect_test_harness(server_startup_timeout=90):
+    with prefect_harness():
         yield
 
 

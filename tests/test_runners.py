@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 from prefect.task_runners import ProcessPoolTaskRunner, ThreadPoolTaskRunner
-from prefect.testing.utilities import prefect_test_harness
 from test_deployments import TINY
 
 from flows.full_paper_repro import full_paper_repro
 from flows.runners import task_runner
 from qadapter.experiment import load_experiment
+from tests.conftest import prefect_harness
 
 
 def runner(**overrides: Any) -> Any:
@@ -43,7 +43,7 @@ def test_the_experiment_runs_on_dask(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("QADAPTER_HOME", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     overrides = {**TINY, "methods.run": ["sft", "q-adapter"], "parallel": 2, "runner.engine": "dask"}
-    with prefect_test_harness(server_startup_timeout=90):
+    with prefect_harness():
         first = full_paper_repro("smoke", None, overrides)
         made = stages(tmp_path)
         assert len([name for name in made if name.startswith("train/")]) == 2

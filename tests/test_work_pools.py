@@ -17,9 +17,10 @@ import pytest
 import yaml
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.testing.utilities import prefect_test_harness
 from prefect.utilities.templating import apply_values, find_placeholders
 from prefect.workers.process import ProcessJobConfiguration
+
+from tests.conftest import prefect_harness
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 FOLDER = PROJECT_ROOT / "configs" / "work_pools"
@@ -117,7 +118,7 @@ async def check_server() -> None:
 @pytest.mark.slow
 def test_prefects_server_takes_the_templates() -> None:
     """The server checks defaults against the schema; the process worker, which is installed, reads its own."""
-    with prefect_test_harness(server_startup_timeout=90):
+    with prefect_harness():
         asyncio.run(check_server())
 
 
