@@ -11,13 +11,12 @@ python -m flows.recurring rollback --config smoke      the previous champion ser
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flows.run import prepare_environment
+from flows.run import prefect_server, prepare_environment
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,17 +63,13 @@ def _check(given: argparse.Namespace) -> int:
 
 def _run_flow(flow: Any, config: str, **parameters: Any) -> int:
     """Call a flow, with the server that answers or one of its own; say how it ended."""
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
     from flows.launch import check_workspace
-    from flows.serve import answers, api_url
     from qadapter.customization import load_customization
-    from tasks.context import PROJECT_ROOT, workspace
+    from tasks.context import workspace
 
     load_customization(config).experiment()  # refuse what cannot work before Prefect starts anything
     check_workspace(workspace())
-    alone = not ("PREFECT_API_URL" in os.environ or answers(api_url(PROJECT_ROOT)))
-    with temporary_settings(restore_defaults={PREFECT_API_URL} if alone else set()):
+    with prefect_server():
         state = flow(config, **parameters, return_state=True)
     done = state.is_completed()  # not merely "did not fail": it may have crashed or been cancelled
     (sys.stdout if done else sys.stderr).write(f"{state.name}: {state.message}\n")
