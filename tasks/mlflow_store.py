@@ -158,7 +158,10 @@ class MlflowStore:
                             f"MLflow's database {shown(self.uri)} cannot be written: {advice}, then run again. "
                             "Finished stages are kept."
                         ) from error
-                busy = isinstance(error, MlflowException) and error.error_code == "TEMPORARILY_UNAVAILABLE"
+                busy = isinstance(error, MlflowException) and (
+                    # another run wrote the same data set's row first: the next try finds it there
+                    error.error_code == "TEMPORARILY_UNAVAILABLE" or "unique constraint" in text.lower()
+                )
                 if busy and pause is not None:
                     _LOGGER.warning("MLflow is busy; trying again in %.1f s", pause)
                     time.sleep(pause)

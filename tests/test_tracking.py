@@ -265,6 +265,28 @@ def test_first_use_by_several_processes_from_anywhere(tmp_path: Path) -> None:
     assert len(list((tmp_path / "mlruns" / "1").glob("*/artifacts/x.txt"))) == 4
 
 
+def test_a_row_that_another_run_wrote_first_is_found_on_the_next_try(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs that log the same data set at the same moment: both look for its row, both write it, one is refused."""
+    refusal = (
+        "(sqlite3.IntegrityError) UNIQUE constraint failed: datasets.experiment_id, datasets.name, datasets.digest"
+    )
+    answers = iter([MlflowException(refusal), "logged"])
+
+    class Raced:
+        def log_inputs(self, run_id: str) -> str:
+            answer = next(answers)
+            if isinstance(answer, Exception):
+                raise answer
+            return f"{answer} {run_id}"
+
+    monkeypatch.setattr(mlflow_store, "_client", lambda *_: Raced())
+    monkeypatch.setattr(mlflow_store, "_PAUSES", (0.01,))
+    store = mlflow_store.MlflowStore(tracker.uri, tracker.artifact_root)
+    assert store.call("log_inputs", "a run") == "logged a run"
+
+
 def test_a_locked_database_is_waited_for(
     tracker: Tracker,
     client: MlflowClient,
