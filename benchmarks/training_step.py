@@ -2,6 +2,7 @@
 
 python -m benchmarks.training_step                       # both shapes, 1 and 8 pairs
 python -m benchmarks.training_step --shapes body-heavy --batches 1 --threads 2
+python -m benchmarks.training_step --tried               # and the techniques that were not taken
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from trl import DPOConfig, DPOTrainer
 from benchmarks.measure import Measured, arguments, compare, prepare, table
 from benchmarks.published import published_step
 from benchmarks.shapes import SHAPES, Shape, base_model, batch, lora, policy
-from qadapter.objective import Objective, pairwise_loss, scored_positions
+from benchmarks.tried import compiled_pairwise_loss, one_pass_loss
+from qadapter.objective import Objective, PairwiseLoss, pairwise_loss, scored_positions
 from qadapter.policy import QAdapterForCausalLM
 
 PUBLISHED = "published code's way"
 
 
-def sides(shape: Shape, pairs: int, device: str, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
-    """Every way to make one step's gradients on the same pairs."""
+def sides(shape: Shape, pairs: int, device: str, dtype: torch.dtype, tried: bool) -> dict[str, Callable[[], Tensor]]:
+    """Every way to make one step's gradients on the same pairs; with `tried` also those that were not taken."""
     objective = Objective.preset("published-code", shift_mask=True)
     data = batch(shape, pairs, device)
     ours = policy(shape, device, dtype, objective).train()
@@ -42,8 +44,11 @@ def sides(shape: Shape, pairs: int, device: str, dtype: torch.dtype) -> dict[str
             ours._pair_passes.share_prompts = share
         return backward(ours, ours(**data).loss)
 
+    def compiled() -> Tensor:
+        return backward(ours, response_positions_loss(ours, data, objective, compiled_pairwise_loss()))
+
     fused(True)  # makes the passes and checks them
-    return {
+    made = {
         PUBLISHED: lambda: clear(ours, published_step(ours.peft_model, data, objective)),
         "base without autograd": readable,
         "+ response positions only": response_positions,
@@ -51,6 +56,10 @@ def sides(shape: Shape, pairs: int, device: str, dtype: torch.dtype) -> dict[str
         "+ shared prompt = this project": lambda: fused(True),
         "TRL DPO": trl_dpo(shape, data, device, dtype),
     }
+    if tried:
+        made["tried: positions only, compiled"] = compiled
+        made["tried: fused, base in same pass"] = lambda: backward(ours, one_pass_loss(ours, data, objective))
+    return made
 
 
 def clear(model: QAdapterForCausalLM, loss: Tensor) -> Tensor:
@@ -66,7 +75,12 @@ def backward(model: QAdapterForCausalLM, loss: Tensor | None) -> Tensor:
     return clear(model, loss.detach())
 
 
-def response_positions_loss(ours: QAdapterForCausalLM, data: dict[str, Tensor], objective: Objective) -> Tensor:
+def response_positions_loss(
+    ours: QAdapterForCausalLM,
+    data: dict[str, Tensor],
+    objective: Objective,
+    loss: Callable[..., PairwiseLoss] = pairwise_loss,
+) -> Tensor:
     """Full logits of the scored positions alone, with autograd through the readable objective."""
     scored = scored_positions(data["response_mask"], objective.shift_mask)
     rows, positions = scored.nonzero(as_tuple=True)
@@ -91,7 +105,7 @@ def response_positions_loss(ours: QAdapterForCausalLM, data: dict[str, Tensor], 
     gather = index[..., None].expand(-1, -1, hidden.shape[-1])
     with torch.no_grad():
         base_logits = head(base_hidden.gather(1, gather))
-    return pairwise_loss(head(hidden.gather(1, gather)), base_logits, tokens, mask, objective).loss
+    return loss(head(hidden.gather(1, gather)), base_logits, tokens, mask, objective).loss
 
 
 def trl_dpo(shape: Shape, data: dict[str, Tensor], device: str, dtype: torch.dtype) -> Callable[[], Tensor]:
@@ -132,12 +146,14 @@ def trl_dpo(shape: Shape, data: dict[str, Tensor], device: str, dtype: torch.dty
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print one table for each shape and number of pairs."""
-    options = arguments(__doc__).parse_args(argv)
+    parser = arguments(__doc__)
+    parser.add_argument("--tried", action="store_true", help="also what was tried and not taken")
+    options = parser.parse_args(argv)
     prepare(options)
     for name in options.shapes:
         bytes_a_pair: dict[str, float] = {}
         for pairs in sorted(options.batches):
-            made = sides(SHAPES[name], pairs, options.device, getattr(torch, options.dtype))
+            made = sides(SHAPES[name], pairs, options.device, getattr(torch, options.dtype), options.tried)
             expected = {side: pairs * one for side, one in bytes_a_pair.items()}
             results = compare(made, options.rounds, options.device, expected)
             bytes_a_pair |= {side: r.peak_bytes / pairs for side, r in results.items() if isinstance(r, Measured)}

@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `benchmarks` is no part of the installed package
 
 from benchmarks import decoding, measure, published, scoring, shapes, training_step
+from benchmarks.tried import compiled_pairwise_loss
 from qadapter.objective import Objective, pairwise_loss
 
 COLUMNS = ["seconds", "speed-up", "peak", "MB", "memory"]
@@ -18,7 +19,7 @@ COLUMNS = ["seconds", "speed-up", "peak", "MB", "memory"]
 
 @pytest.mark.parametrize(
     ("script", "extra", "sides"),
-    [(training_step, [], 6), (decoding, ["--new-tokens", "3"], 4), (scoring, [], 4)],
+    [(training_step, ["--tried"], 8), (decoding, ["--new-tokens", "3"], 4), (scoring, [], 4)],
     ids=["training_step", "decoding", "scoring"],
 )
 def test_prints_one_table(script, extra: list[str], sides: int, capsys: pytest.CaptureFixture[str]):
@@ -44,16 +45,19 @@ def test_a_side_without_room_is_not_run() -> None:
 
 def test_the_sides_of_this_project_have_the_same_loss():
     """TRL's is another method, and the published code's mask is not shifted."""
-    sides = training_step.sides(shapes.SHAPES["tiny"], 2, "cpu", torch.float32)
+    sides = training_step.sides(shapes.SHAPES["tiny"], 2, "cpu", torch.float32, tried=True)
     readable = sides["base without autograd"]().item()
-    for name in ("+ vocabulary in blocks (fused)", "+ shared prompt = this project"):
+    fused = ("+ vocabulary in blocks (fused)", "+ shared prompt = this project", "tried: fused, base in same pass")
+    for name in fused:
         assert sides[name]().item() == pytest.approx(readable, rel=1e-5), name
     # That side has a padded length of its own, which only `paper` does not look at
     objective = Objective.preset("paper")
     data = shapes.batch(shapes.SHAPES["tiny"], 2, "cpu")
     ours = shapes.policy(shapes.SHAPES["tiny"], "cpu", torch.float32, objective)
     expected = ours(**data).loss.item()
-    assert training_step.response_positions_loss(ours, data, objective).item() == pytest.approx(expected, rel=1e-5)
+    for loss in (pairwise_loss, compiled_pairwise_loss()):
+        got = training_step.response_positions_loss(ours, data, objective, loss).item()
+        assert got == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_published_way_is_the_preset_of_that_name():

@@ -173,6 +173,29 @@ def test_a_failed_pass_leaves_no_hook_behind():
         assert torch.equal(policy.peft_model(input_ids=ids).logits, policy.q_and_base_logits(ids)[0])
 
 
+def replaced_methods(model: torch.nn.Module) -> set[str]:
+    """Methods that stand on an instance in place of its class's."""
+    return {
+        f"{type(module).__name__}.{name}"
+        for module in model.modules()
+        for name in vars(module)
+        if callable(getattr(type(module), name, None))
+    }
+
+
+def test_no_method_is_replaced_on_an_instance(tmp_path: Path):
+    policy, ids = make_policy(), tokens()
+    before = replaced_methods(tiny_model())
+    policy(input_ids=ids, labels=ids).loss.backward()
+    policy.generate(input_ids=ids, max_new_tokens=2, num_beams=2)
+    policy.save_pretrained(tmp_path)
+    policy.q_and_base_logits(ids)
+    assert replaced_methods(policy) == before == set()
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in policy.modules())
+    policy.forward = policy.forward  # the check sees one
+    assert replaced_methods(policy) == {"QAdapterForCausalLM.forward"}
+
+
 def test_dora_takes_two_passes_to_the_same_end():
     policy = make_policy(use_dora=True)
     assert not policy._passes.rows.supported
