@@ -89,6 +89,12 @@ class Launch:
         if experiment.toy_world is None:
             self._check_sources(experiment, folder, remote)
         check_tasks(experiment.evaluation.retention.tasks)
+        if (pretrained := experiment.model.pretrained) and (remote or Path(pretrained).is_dir()):
+            from qadapter.loading import check_pretrained  # transformers takes seconds to import
+
+            retention = experiment.evaluation.retention
+            names, plain = expand_suites(retention.tasks)
+            check_pretrained(experiment.model, [n for n in names if n not in {*plain, *retention.plain_tasks}])
         if official := experiment.evaluation.retention.official_data:
             where = Path(resolve_path(official, folder))
             if not where.is_dir():

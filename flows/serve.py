@@ -33,6 +33,7 @@ PROJECT_ROOT = Path(__file__).resolve().parents[1]
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 _START_SECONDS = 180  # a first start creates the database; a busy laptop takes its time
 _STOP_SECONDS = 20
+_WORKER_SECONDS = 10  # one that is killed sooner than this would be killed again
 
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -72,7 +73,7 @@ def answers(url: str, path: str = "/health") -> bool:
 def serve(root: Path, *, limit: int = 1) -> None:
     """Bring server, work pool, deployments and worker up; return when stopped, with everything down again.
 
-    A server that was already running is used, and left running.
+    A server that was already running is used, and left running. A worker that is killed is started again.
 
     Args:
         root: the project folder; `prefect.yaml` and `prefect.toml` lie there, Prefect's database below it.
@@ -102,11 +103,18 @@ def serve(root: Path, *, limit: int = 1) -> None:
             _run(root, environment, "work-pool", "create", pool, "--type", "process")
         _run(root, environment, "--no-prompt", "deploy", "--all")
         # The worker's output is the runs' own log: it belongs on the screen.
-        children["worker"] = _prefect(root, environment, "worker", "start", "--pool", pool, "--limit", str(limit))
+        worker = ("worker", "start", "--pool", pool, "--limit", str(limit))
+        children["worker"], started = _prefect(root, environment, *worker), time.monotonic()
         _say(_next_steps(root, url))
-        while all(child.poll() is None for child in children.values()):
-            time.sleep(0.5)
-        name, child = next((name, child) for name, child in children.items() if child.poll() is not None)
+        while True:
+            while all(child.poll() is None for child in children.values()):
+                time.sleep(0.5)
+            name, child = next((name, child) for name, child in children.items() if child.poll() is not None)
+            if name != "worker" or child.returncode >= 0 or time.monotonic() - started < _WORKER_SECONDS:
+                break
+            # Killed (by the system, for memory, or by hand). Its flow runs are processes of their own and go on.
+            _say(f"The Prefect worker was killed (signal {-child.returncode}) and is started again.")
+            children["worker"], started = _prefect(root, environment, *worker), time.monotonic()
         where = home / "server.log" if name == "server" else "Its output above"
         raise QAdapterError(f"The Prefect {name} ended by itself with code {child.returncode}. {where} says why.")
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter.errors import QAdapterError
 from qadapter.policy import QAdapterForCausalLM
@@ -45,13 +46,41 @@ def load_base(
             **head,
         )
     except OSError as error:
-        raise QAdapterError(
-            f"the model {str(model)!r} could not be loaded ({str(error).splitlines()[0]}); give a folder with "
-            "safetensors weights or a hub id, and for a gated model set HF_TOKEN"
-        ) from error
+        raise QAdapterError(_not_loaded(model, error)) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return network.eval(), tokenizer
+
+
+def check_pretrained(settings: ModelSettings, templated_tasks: Sequence[str]) -> None:
+    """Before anything is trained: the named model's config and tokenizer are there, and fit the evaluation.
+
+    Args:
+        settings: of a pretrained model; its weights are not looked at.
+        templated_tasks: evaluation tasks that will be asked with the tokenizer's chat template.
+
+    Raises:
+        QAdapterError: the model cannot be reached, or its tokenizer has no chat template and tasks need one.
+    """
+    options = {"trust_remote_code": settings.trust_remote_code, "revision": settings.revision}
+    try:
+        AutoConfig.from_pretrained(settings.pretrained, **options)
+        tokenizer = AutoTokenizer.from_pretrained(settings.pretrained, **options)
+    except (OSError, ValueError) as error:
+        raise QAdapterError(f"model.pretrained: {_not_loaded(settings.pretrained, error)}") from error
+    if templated_tasks and not getattr(tokenizer, "chat_template", None):
+        raise QAdapterError(
+            f"model.pretrained: the tokenizer of {settings.pretrained!r} has no chat template, and "
+            f"{', '.join(templated_tasks)} would be asked with one. Name a model tuned for conversation, or ask "
+            f"without: evaluation.retention.plain_tasks=[{','.join(templated_tasks)}]"
+        )
+
+
+def _not_loaded(model: object, error: Exception) -> str:
+    return (
+        f"the model {str(model)!r} could not be loaded ({str(error).splitlines()[0]}); give a folder with "
+        "safetensors weights or a hub id, and for a gated model set HF_TOKEN"
+    )
 
 
 def _place() -> dict[str, int] | None:

@@ -17,7 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
-from tests.real_runs import data_server, prefect_server, undisturbed  # noqa: F401 - fixtures of several files
+from tests.real_runs import data_folder, data_server, prefect_server, undisturbed  # noqa: F401 - fixtures of several files
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 SHARED = PROJECT_ROOT.parent / "shared"

@@ -11,12 +11,15 @@ from typing import Any
 
 import transformers
 
-from flows.run import main, prepare_environment
+from flows.run import prepare_environment
 from tasks.stage import StageStore
+from tasks.tracking import Tracker
 
 prepare_environment()
 for _module in (
+    "flows.customize",
     "flows.full_paper_repro",
+    "flows.recurring",
     "flows.serve",
     "mlflow.store.tracking.sqlalchemy_store",
     "qadapter.evaluation.measure",
@@ -27,16 +30,19 @@ for _module in (
     import_module(_module)
 
 
-def run(arguments: list[str], environment: dict[str, str], log: str, doom: tuple[str, str] | None) -> None:
-    """Be `python -m flows.run`, in a process group of its own.
+def run(module: str, arguments: list[str], environment: dict[str, str], log: str, doom: tuple[str, str] | None) -> None:
+    """Be `python -m <module>`, in a process group of its own.
 
     Args:
+        module: `flows.run` or `flows.recurring`.
         arguments: of the command.
         environment: what is added to this process's.
         log: file for what it prints.
         doom: (stage, moment) at which the group is killed with signal 9. Moments: `started`, its folder is there and
             empty; `written`, its files are there and not renamed; `renamed`, it is finished and nobody knows;
-            `step-N`, in the training's N-th step; `saving-N`, while its N-th checkpoint is half written.
+            `step-N`, in the training's N-th step; `saving-N`, while its N-th checkpoint is half written. Or (`mlflow`,
+            `before METHOD` or `after METHOD`): at the first call of that method of MLflow's client;
+            `after METHOD 2`: at the second one.
     """
     os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -45,9 +51,11 @@ def run(arguments: list[str], environment: dict[str, str], log: str, doom: tuple
     os.environ.update(environment)
     for name in set(os.environ) & {"MLFLOW_TRACKING_URI"} - set(environment):
         del os.environ[name]
-    if doom:
+    if doom and doom[0] == "mlflow":
+        _die_at_call(*doom[1].split())
+    elif doom:
         _arrange(*doom)
-    code = main(arguments)
+    code = import_module(module).main(arguments)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -81,6 +89,23 @@ def _arrange(stage: str, moment: str) -> None:
         return finished
 
     StageStore._compute = compute_and_die  # type: ignore[method-assign]
+
+
+def _die_at_call(when: str, method: str, number: str = "1") -> None:
+    real, calls = Tracker.call, 0
+
+    def call(self: Tracker, name: str, *arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += name == method
+        due = name == method and calls == int(number)
+        if due and when == "before":
+            _die()
+        result = real(self, name, *arguments, **options)
+        if due:
+            _die()
+        return result
+
+    Tracker.call = call  # type: ignore[method-assign]
 
 
 def _die_in_training(kind: str, number: str) -> None:

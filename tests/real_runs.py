@@ -170,11 +170,17 @@ class _Data(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="session")
-def data_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a server with the toy world's harmless pairs, behind a token."""
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `data_server` hands out."""
     folder = tmp_path_factory.mktemp("data")
     ToyWorld(0).write(folder, corpus_size=300)
-    handler = partial(_Data, directory=str(folder / "hh-rlhf"))
+    return folder / "hh-rlhf"
+
+
+@pytest.fixture(scope="session")
+def data_server(data_folder: Path) -> Iterator[str]:
+    """Address of a server with the toy world's harmless pairs, behind a token."""
+    handler = partial(_Data, directory=str(data_folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -199,16 +205,20 @@ class RealHome:
     def store(self) -> Path:
         return self.folder / ".qadapter"
 
+    def command(self, **changes: Any) -> tuple[str, list[str]]:
+        """The module that a process runs, and its arguments; `changes` are overrides, `__` for the dot."""
+        overrides = OVERRIDES | {name.replace("__", "."): value for name, value in changes.items()}
+        texts = (f"{key}={json.dumps(value)}" for key, value in overrides.items())
+        return "flows.run", ["--profile", "smoke", *(text.replace("{server}", self.data) for text in texts)]
+
     def start(self, doom: tuple[str, str] | None = None, **changes: Any) -> Any:
-        """Start `python -m flows.run`'s work in a process.
+        """Start the command's work in a process.
 
         Args:
             doom: (stage, moment) at which it kills itself with its whole group; see `tests/forked_run.py`.
-            changes: overrides, `__` for the dot.
+            changes: as `command` takes them.
         """
-        overrides = OVERRIDES | {name.replace("__", "."): value for name, value in changes.items()}
-        texts = (f"{key}={json.dumps(value)}" for key, value in overrides.items())
-        arguments = ["--profile", "smoke", *(text.replace("{server}", self.data) for text in texts)]
+        module, arguments = self.command(**changes)
         environment = {
             "QADAPTER_HOME": str(self.folder),
             "PREFECT_HOME": str(self.folder / ".prefect"),
@@ -220,7 +230,7 @@ class RealHome:
         from tests.forked_run import run
 
         with _environment(environment):  # the forking process reads Prefect's settings when it starts
-            process = context.Process(target=run, args=(arguments, environment, str(self.log), doom))
+            process = context.Process(target=run, args=(module, arguments, environment, str(self.log), doom))
             process.start()
         return process
 

@@ -27,6 +27,7 @@ from flows.dead_runs import close_dead_runs
 from flows.deployment_names import DEFAULT_DEPLOYMENTS, expand
 from flows.serve import api_url
 from qadapter.errors import QAdapterError
+from qadapter.training.checkpoints import SEAL
 from tests.real_runs import free_port
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -345,6 +346,47 @@ def test_a_dead_run_does_not_block_its_deployment(served: Served, process: str |
         assert close_dead_runs(served.url, no_worker_is_up=True) == [run["name"]]
     assert served.send("GET", f"/flow_runs/{run['id']}")["state_type"] == "CRASHED"
     assert served.send("GET", limit)["active_slots"] == 0
+
+
+def worker_of(served: Served) -> psutil.Process:
+    """The worker's process."""
+    children = psutil.Process(served.process.pid).children()
+    return next(child for child in children if {"worker", "start"} <= set(child.cmdline()))
+
+
+def checkpoints(served: Served) -> list[Path]:
+    """Whole checkpoints of the trainings that are under way."""
+    return list((served.folder / "home" / ".qadapter" / "scratch").glob(f"*/*/checkpoint-*/{SEAL}"))
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_started_again_and_a_killed_run_goes_on(served: Served) -> None:
+    """`kill -9` of the worker in a training: the run goes on without it. Of the run: the next one resumes it."""
+    time.sleep(max(0.0, 11 - (time.time() - worker_of(served).create_time())))
+    run = TINY | {"base_seed": 3, "pretraining.max_steps": 300, "pretraining.save_steps": 20}
+    command = ["deployment", "run", "full-paper-repro", "-p"]
+    served.prefect(*command, f"overrides={json.dumps(run)}")
+    wait_until(lambda: checkpoints(served), 120, "a training that writes checkpoints", served)
+    first = newest_run(served)["id"]
+    worker_of(served).kill()
+    wait_until(lambda: "was killed (signal 9) and is started again" in served.log, 30, "another worker", served)
+    wait_until(lambda: newest_run(served)["state_type"] not in {"RUNNING", "PENDING"}, 240, "its end", served)
+    assert newest_run(served)["id"] == first
+    assert newest_run(served)["state_type"] == "COMPLETED", served.log[-6000:]
+
+    run |= {"base_seed": 4}
+    served.prefect(*command, f"overrides={json.dumps(run)}")
+    wait_until(lambda: checkpoints(served), 180, "a training that writes checkpoints", served)
+    killed = newest_run(served)
+    assert killed["id"] != first
+    os.kill(int(killed["infrastructure_pid"]), signal.SIGKILL)
+    wait_until(lambda: newest_run(served)["state_type"] == "CRASHED", 60, "the worker's report", served)
+    step = max(int(file.parent.name.split("-")[1]) for file in checkpoints(served))
+    served.prefect(*command, f"overrides={json.dumps(run)}", "--watch", timeout=300)
+    last = newest_run(served)
+    assert last["state_type"] == "COMPLETED", served.log[-6000:]
+    assert f"pre-training: goes on after step {step}, where it was stopped" in served.log
+    assert checkpoints(served) == []
 
 
 @pytest.mark.slow

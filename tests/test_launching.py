@@ -32,6 +32,7 @@ from qadapter.training.adapt import train_adapter as train_function
 from qadapter.training.arguments import trainer_arguments
 from qadapter.training.checkpoints import SEAL
 from qadapter.training.worker import read_job, write_job
+from tasks.candidate import train_candidate
 from tasks.code_version import code_digest
 from tasks.context import Customisation, RunContext
 from tasks.launching import Launcher, TrainingProcessError
@@ -69,8 +70,10 @@ def settings(**changes: Any) -> dict[str, Any]:
     }
 
 
-def run_stage(toy: TinyToy, home: Path, method: Method, **changes: Any) -> StageOutput:
-    """The pipeline's own training task, in a workspace of its own."""
+def run_stage(
+    toy: TinyToy, home: Path, method: Method, champion: StageOutput | None = None, **changes: Any
+) -> StageOutput:
+    """The pipeline's own training task, or with a champion the candidate's, in a workspace of its own."""
     experiment = load_experiment("smoke", settings(**changes))
     tracker = Tracker.for_project(home)
     parent = tracker.start_parent("launching", "test")
@@ -78,8 +81,12 @@ def run_stage(toy: TinyToy, home: Path, method: Method, **changes: Any) -> Stage
     folder = toy.pairs.parent
     data = StageOutput("prepare", "0" * 64, folder, digest_tree(folder), cached=True, seconds=0.0)
     cell = Customisation("harmless", method, 0)
+    base, pairs = Base(str(toy.base), None, "helpful"), StageResult(data, parent)
     with disable_run_logger():
-        done = train_adapter.fn(context, cell, Base(str(toy.base), None, "helpful"), StageResult(data, parent), None)
+        if champion:
+            done = train_candidate.fn(context, cell, base, pairs, StageResult(champion, parent))
+        else:
+            done = train_adapter.fn(context, cell, base, pairs, None)
     result = done.data if hasattr(done, "data") else done
     assert isinstance(result, StageResult)
     return result.output
@@ -96,6 +103,20 @@ def test_two_processes_are_one_with_the_same_batch(toy: TinyToy, tmp_path: Path,
     """Batch 4 = 1 process × 4 = 2 processes × 1 pair × 2 accumulated: the same curve and the same adapter."""
     one = run_stage(toy, tmp_path, method)
     two = run_stage(toy, tmp_path, method, training={"micro_batch_size": 1}, **TWO)
+    assert_same(one, two)
+
+
+@pytest.mark.slow
+def test_a_candidate_is_trained_on_by_two_processes_as_by_one(toy: TinyToy, tmp_path: Path) -> None:
+    champion = run_stage(toy, tmp_path, "q-adapter")
+    one = run_stage(toy, tmp_path, "q-adapter", champion)
+    two = run_stage(toy, tmp_path, "q-adapter", champion, training={"micro_batch_size": 1}, **TWO)
+    assert_same(one, two)
+    assert one.history()[0]["train/loss"] < champion.history()[0]["train/loss"], "it goes on"
+
+
+def assert_same(one: StageOutput, two: StageOutput) -> None:
+    """The same training, by one process and by two: curve, adapter, counts, files."""
     assert one.key != two.key
     curves = [[row["train/loss"] for row in output.history()] for output in (one, two)]
     assert len(curves[0]) == 4

@@ -208,9 +208,10 @@ def test_only_the_adapter_is_fetched_where_only_it_is_needed(
 
 
 @contextlib.contextmanager
-def running(command: list[str], registered: Registered, log: Path, **environment: str) -> Iterator[Any]:
+def running(command: list[str], log: Path, **environment: str) -> Iterator[Any]:
+    """A server as a process, in a folder of its own; killed when the block is left."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # MLflow looks for uvicorn there
-    variables = {**os.environ, "QADAPTER_HOME": str(registered.home), "PATH": path, **environment}
+    variables = {**os.environ, "PATH": path, **environment}
     elsewhere = log.parent / "elsewhere"
     elsewhere.mkdir(exist_ok=True)
     with log.open("wb") as stream:
@@ -250,7 +251,7 @@ def test_mlflow_serves_it_without_this_project(registered: Registered, tmp_path:
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/policy@champion"]
     command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
     environment = {"MLFLOW_TRACKING_URI": registered.tracker.uri, "PYTHONPATH": str(broken.parent)}
-    with running(command, registered, log, **environment) as process:
+    with running(command, log, QADAPTER_HOME=str(registered.home), **environment) as process:
         wait_for(lambda: answers(f"http://127.0.0.1:{port}/ping"), process, log)
 
         def post(**body: Any) -> httpx.Response:
@@ -279,7 +280,7 @@ def test_one_command_serves_the_champion_to_openais_client(registered: Registere
     log = tmp_path / "log"
     command = [sys.executable, "-m", "flows.serve_model", "--model", "policy@champion", "--port", "0"]
     environment = {"PYTHONPATH": str(PROJECT_ROOT), "QADAPTER_API_KEY": "not-a-secret"}
-    with running(command, registered, log, **environment) as process:
+    with running(command, log, QADAPTER_HOME=str(registered.home), **environment) as process:
         found = wait_for(
             lambda: re.search(r"Serving policy, base at (http://127\.0\.0\.1:\d+/v1)", log.read_text()), process, log
         )

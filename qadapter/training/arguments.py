@@ -159,7 +159,10 @@ def train_to_end(trainer: AnyTrainer, name: str) -> AnyTrainer:
     """
     ProgressLog.on(trainer, name)
     trainer.add_callback(SealCheckpoints())
-    trainer.train(resume_from_checkpoint=last_checkpoint(str(trainer.args.output_dir)))
+    checkpoint = last_checkpoint(str(trainer.args.output_dir))
+    if checkpoint:
+        log.info("%s: goes on after step %s, where it was stopped", name, checkpoint.rpartition("-")[2])
+    trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
 
 
