@@ -9,6 +9,7 @@ CONFIG ?= smoke
 KIND ?= good
 PART ?= 1
 MODEL ?= qadapter-smoke@champion
+DEPLOYMENT ?= full-paper-repro/smoke
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +17,7 @@ STAMP := $(VENV)/.installed
 
 DATA_FLAG := $(if $(DATA),--data "$(DATA)")
 
-.PHONY: help repro plan sweep compare test lint ui serve serve-model clean customize announce check history rollback drop
+.PHONY: help repro plan sweep spread compare test lint ui serve serve-model clean customize announce check history rollback drop
 
 repro: $(STAMP) ## run the whole experiment: make repro [PROFILE=mini DATA=folder] [SET="training.max_steps=50 seeds=[0,1]"]
 	@$(BIN)/python -m flows.run --profile "$(PROFILE)" $(DATA_FLAG) $(SET)
@@ -26,6 +27,9 @@ plan: $(STAMP) ## check and estimate an experiment without running it: make plan
 
 sweep: $(STAMP) ## many settings, tables and front: make sweep [SWEEP=mini DATA=folder] [PLAN=1]
 	@$(BIN)/python -m flows.sweep --sweep "$(SWEEP)" $(DATA_FLAG) $(if $(PLAN),--plan) $(SET)
+
+spread: $(STAMP) ## an experiment over a work pool, a run for each method: make spread DEPLOYMENT=full-paper-repro/docker [PROFILE=mini DATA=folder]
+	@$(BIN)/python -m flows.spread "$(DEPLOYMENT)" --profile "$(PROFILE)" $(DATA_FLAG) $(SET)
 
 compare: $(STAMP) ## the report of any recorded runs: make compare RUNS="run-id run-id" [OUTPUT=folder]
 	@$(BIN)/python -m flows.compare $(RUNS) --output "$(OUTPUT)"

@@ -297,6 +297,22 @@ def test_the_champion_is_checked_and_an_event_raised_when_it_fell(story: Story) 
     assert step.aliases == {"champion": 2, "previous": 1}, "a check moves nothing"
 
 
+def test_a_check_measures_again(story: Story) -> None:
+    """The champion's own measurements are not looked up; on the same files they come out the same."""
+    tracker = Tracker.for_project(story.home)
+    (experiment,) = [e for e in tracker.call("search_experiments") if e.name == "check-champion"]
+    runs = tracker.call(
+        "search_runs", [experiment.experiment_id], "tags.method = 'q-adapter'", order_by=["start_time ASC"]
+    )
+    tags, metrics = runs[0].data.tags, runs[0].data.metrics
+    assert {tags["cached.adaptation"], tags["cached.retention"]} == {"False"}
+    registered = story.versions()[1].metrics
+    assert {name: metrics[name] for name in registered if not name.startswith("cost/")} == {
+        name: value for name, value in registered.items() if not name.startswith("cost/")
+    }
+    assert not (story.home / ".qadapter" / "checks" / MODEL).exists()
+
+
 def test_a_run_that_finds_nothing_closes_what_killed_ones_left_open(story: Story) -> None:
     process = f"{socket.gethostname()} 4194305 1.0"  # no process has a number above 2^22
     Tracker.for_project(story.home).start_parent(NAME, "killed", tags={"qadapter.process": process})
@@ -348,3 +364,18 @@ def test_two_runs_at_once_train_once_and_rollback_is_one_command(story: Story) -
         assert main(["rollback", "--config", story.config, "--to", "1"]) == 0
     assert out.getvalue() == f"{MODEL}: version 1 is the champion again, after version {champion.number}\n"
     assert digest_tree(find_served_model(f"{MODEL}@champion").adapter) == story.versions()[0].tags["adapter_digest"]
+
+
+def test_a_champion_keeps_its_base_when_the_profile_has_another(story: Story) -> None:
+    champion = registry_of(load_customization(story.config)).champion()
+    assert champion is not None
+    known = set((story.home / ".qadapter/stages/pretrain").iterdir())
+    deliver(story.home, "6-more.jsonl", refusals()[110:124])
+    config = write_config(story.home, overrides=CONFIG["overrides"] | {"base_seed": 5})
+    state = customize_on_new_preferences(config, return_state=True)
+    assert state.name in {"Promoted", "Rejected"}, state.message
+    candidate = story.versions()[-1]
+    assert len(set((story.home / ".qadapter/stages/pretrain").iterdir()) - known) == 1, "the profile has another base"
+    assert candidate.tags["parent"] == str(champion.number)
+    assert candidate.number > champion.number
+    assert candidate.tags["base_digest"] == champion.tags["base_digest"]

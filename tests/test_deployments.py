@@ -26,9 +26,11 @@ import yaml
 from flows.dead_runs import close_dead_runs
 from flows.deployment_names import DEFAULT_DEPLOYMENTS, expand
 from flows.serve import api_url
+from flows.spread import main as spread
 from qadapter.errors import QAdapterError
 from qadapter.training.checkpoints import SEAL
-from tests.real_runs import free_port
+from tests.real_runs import SECRETS, free_port
+from tests.test_security import files_with_secrets
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 PREFECT = str(Path(sys.executable).with_name("prefect"))
@@ -387,6 +389,56 @@ def test_a_killed_worker_is_started_again_and_a_killed_run_goes_on(served: Serve
     assert last["state_type"] == "COMPLETED", served.log[-6000:]
     assert f"pre-training: goes on after step {step}, where it was stopped" in served.log
     assert checkpoints(served) == []
+
+
+@pytest.mark.slow
+def test_an_experiment_is_spread_over_a_work_pool(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two methods as runs of their own, then the whole, which trains nothing."""
+    overrides = TINY | {"base_seed": 11, "methods.run": ["sft", "dpo"]}
+    given = ["full-paper-repro/smoke", *(f"{key}={json.dumps(value)}" for key, value in overrides.items())]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_API_URL", served.url)
+        patch.setenv("QADAPTER_HOME", str(served.folder / "home"))
+        assert spread(["full-paper-repro/nowhere", *given[1:]]) == 2
+        assert "has no deployment 'full-paper-repro/nowhere'; it has check-champion/smoke" in capsys.readouterr().err
+        before = len(asked_for(served))
+        assert spread(given) == 0, served.log[-6000:]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines if "ended as Completed" in line] == ["sft", "dpo", "comparison"]
+    assert len(asked_for(served)) == before + 3
+    with sqlite3.connect(served.folder / "home" / "mlflow.db") as database:
+        (parent,) = database.execute(
+            "SELECT run_uuid FROM tags WHERE key = 'prefect.flow_run_id' AND value = ?", (newest_run(served)["id"],)
+        ).fetchone()
+        found = database.execute(
+            "SELECT t.key, t.value FROM tags t JOIN tags p ON p.run_uuid = t.run_uuid WHERE p.key = "
+            "'mlflow.parentRunId' AND p.value = ? AND t.key LIKE 'cached.%'",
+            (parent,),
+        ).fetchall()
+    assert len(found) > 8
+    assert {name for name, cached in found if cached != "True"} <= {"cached.report"}
+
+
+@pytest.mark.slow
+def test_a_secret_comes_out_of_a_prefect_block(served: Served, data_server: str) -> None:
+    """docs/security.md's way: saved as a block, put into the run's environment by the worker, written down nowhere."""
+    token = SECRETS["DATA_TOKEN"]
+    save = "import sys; from prefect.blocks.system import Secret; Secret(value=sys.argv[1]).save('data-token')"
+    environment = os.environ | {"PREFECT_API_URL": served.url, "PREFECT_HOME": str(served.folder / "prefect")}
+    subprocess.run([sys.executable, "-c", save, token], env=environment, check=True, timeout=120)
+    source = {**TINY["sources"]["harmless"], "path": f"{data_server}/harmless.jsonl?token=${{DATA_TOKEN}}"}  # type: ignore[index]
+    overrides = TINY | {"sources": {"harmless": source}}
+    variables = 'env={"DATA_TOKEN": "{{ prefect.blocks.secret.data-token }}"}'
+    command = ["deployment", "run", "full-paper-repro", "-p", f"overrides={json.dumps(overrides)}"]
+    served.prefect(*command, "--job-variable", variables, "--watch", timeout=300)
+    assert newest_run(served)["state_type"] == "COMPLETED", served.log[-6000:]
+    _, found = files_with_secrets([served.folder])
+    assert found == {}
+    without = ["-p", f"overrides={json.dumps(overrides | {'base_seed': 9})}", "--watch"]
+    refused = command_line(*command[:3], *without, home=served.folder / "prefect", url=served.url, timeout=300)
+    assert refused.returncode != 0
+    assert newest_run(served)["state_type"] == "FAILED"
+    assert "DATA_TOKEN" in served.log[-6000:]
 
 
 @pytest.mark.slow
