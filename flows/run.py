@@ -8,6 +8,7 @@ python -m flows.run --profile paper --plan
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -33,13 +34,28 @@ def prepare_environment() -> None:
     """What every command of the project sets before it imports Prefect or transformers; the user's own settings win."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # TRL 1.16 and PEFT 0.21 use names that transformers 5.23 deprecates; nothing a user could change.
+    quiet_libraries()
+
+
+def quiet_libraries() -> None:
+    """Leave out warnings of libraries about what nobody here can change; for every process that trains."""
+    # TRL 1.16 and PEFT 0.21 use names that transformers 5.23 deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    # Without a GPU, it warns at its import (by PEFT) that a kernel of the hub is not there, and has one of its own.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @contextmanager
 def prefect_server() -> Iterator[None]:
-    """The server that the user names or that is up; where none is, Prefect's own for the length of the block."""
+    """The server that the user names or that is up; where none is, Prefect's own for the length of the block.
+
+    That one is started here and named in the environment, for worker processes (`parallel: 2`): each would start one
+    of its own, after a minute of looking for the one of `make serve`.
+    """
+    from prefect.context import refresh_global_settings_context
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+    from prefect.server.api.server import SubprocessASGIServer
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     from flows.serve import answers, api_url
@@ -49,7 +65,26 @@ def prefect_server() -> Iterator[None]:
         yield
         return
     with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        server = SubprocessASGIServer()
+        server.start()
+    os.environ["PREFECT_API_URL"] = server.api_url
+    refresh_global_settings_context()  # for the threads that send logs and events
+    logs = logging.getLogger("prefect.flow_runs")
+    logs.addFilter(_no_link)
+    try:
         yield
+        APILogWorker.drain_all(timeout=10)
+        EventsWorker.drain_all(timeout=10)
+    finally:
+        logs.removeFilter(_no_link)
+        del os.environ["PREFECT_API_URL"]
+        refresh_global_settings_context()
+        server.stop()
+
+
+def _no_link(record: logging.LogRecord) -> bool:
+    """Prefect's "View at": its own server for the length of a run has no pages."""
+    return not record.getMessage().startswith("View at ")
 
 
 def main(arguments: list[str] | None = None) -> int:

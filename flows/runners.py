@@ -7,6 +7,7 @@ from typing import Any
 from prefect.task_runners import ProcessPoolTaskRunner, ThreadPoolTaskRunner
 
 from flows.dead_runs import end_with_parent
+from flows.run import quiet_libraries
 from qadapter.experiment import Experiment
 
 
@@ -33,5 +34,11 @@ def task_runner(experiment: Experiment) -> Any:
             return RayTaskRunner(address=settings.address)
         return RayTaskRunner(init_kwargs={"num_cpus": workers, "include_dashboard": False})
     if workers > 1:
-        return ProcessPoolTaskRunner(max_workers=workers, initializer=end_with_parent)
+        return ProcessPoolTaskRunner(max_workers=workers, initializer=begin_worker)
     return ThreadPoolTaskRunner(max_workers=1)
+
+
+def begin_worker() -> None:
+    """What a worker process does first."""
+    quiet_libraries()
+    end_with_parent()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -53,8 +52,7 @@ async def spread(deployment: str, profile: str, data: str | None, overrides: Map
     Raises:
         QAdapterError: the config cannot work, no server answers, or it has no such deployment.
     """
-    from prefect.client.orchestration import get_client
-    from prefect.exceptions import ObjectNotFound
+    from prefect.settings import PREFECT_API_URL, temporary_settings
 
     from flows.serve import answers, api_url
     from qadapter.errors import QAdapterError
@@ -65,21 +63,31 @@ async def spread(deployment: str, profile: str, data: str | None, overrides: Map
     url = api_url(PROJECT_ROOT)
     if not answers(url):
         raise QAdapterError(f"no Prefect server answers at {url}; start one (`make serve`) or set PREFECT_API_URL")
-    os.environ["PREFECT_API_URL"] = url
+    with temporary_settings({PREFECT_API_URL: url}):
+        await _refuse_unknown(deployment, url)
+        return await _spread(deployment, methods, {"profile": profile, "data": data, "overrides": dict(overrides)})
+
+
+async def _refuse_unknown(deployment: str, url: str) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+
+    from qadapter.errors import QAdapterError
+
     async with get_client() as client:
         try:
             await client.read_deployment_by_name(deployment)
         except (ObjectNotFound, ValueError) as error:
-            known = sorted(
-                f"{(await client.read_flow(d.flow_id)).name}/{d.name}" for d in await client.read_deployments()
-            )
+            deployments = await client.read_deployments()
+            known = sorted([f"{(await client.read_flow(d.flow_id)).name}/{d.name}" for d in deployments])
             raise QAdapterError(
                 f"the server at {url} has no deployment {deployment!r}; it has {', '.join(known) or 'none'}"
             ) from error
 
+
+async def _spread(deployment: str, methods: Sequence[str], parameters: Mapping[str, Any]) -> int:
     async def run(name: str, **changes: Any) -> bool:
-        parameters = {"profile": profile, "overrides": {**overrides, **changes}} | ({"data": data} if data else {})
-        return await _completed(deployment, name, parameters)
+        return await _completed(deployment, name, {**parameters, "overrides": {**parameters["overrides"], **changes}})
 
     first, *others = methods
     if others and not await run(first, **{"methods.run": [first]}):
@@ -90,12 +98,13 @@ async def spread(deployment: str, profile: str, data: str | None, overrides: Map
 
 async def _completed(deployment: str, name: str, parameters: Mapping[str, Any]) -> bool:
     """Ask for a run, wait for its end, and say how it ended."""
+    from prefect.client.schemas.objects import FlowRun
     from prefect.deployments.flow_runs import arun_deployment
     from prefect.flow_runs import wait_for_flow_run
 
     asked = await arun_deployment(deployment, parameters=dict(parameters), timeout=0, as_subflow=False)
     _say(f"{name}: flow run {asked.name} is asked for")
-    ended = await wait_for_flow_run(asked.id, timeout=None, poll_interval=2)
+    ended: FlowRun = await wait_for_flow_run(asked.id, timeout=None, poll_interval=2)
     state = ended.state
     assert state is not None
     seconds = ended.total_run_time.total_seconds()

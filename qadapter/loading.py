@@ -62,15 +62,16 @@ def check_pretrained(settings: ModelSettings, templated_tasks: Sequence[str]) ->
     Raises:
         QAdapterError: the model cannot be reached, or its tokenizer has no chat template and tasks need one.
     """
+    name = str(settings.pretrained)
     options = {"trust_remote_code": settings.trust_remote_code, "revision": settings.revision}
     try:
-        AutoConfig.from_pretrained(settings.pretrained, **options)
-        tokenizer = AutoTokenizer.from_pretrained(settings.pretrained, **options)
+        AutoConfig.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
-        raise QAdapterError(f"model.pretrained: {_not_loaded(settings.pretrained, error)}") from error
+        raise QAdapterError(f"model.pretrained: {_not_loaded(name, error)}") from error
     if templated_tasks and not getattr(tokenizer, "chat_template", None):
         raise QAdapterError(
-            f"model.pretrained: the tokenizer of {settings.pretrained!r} has no chat template, and "
+            f"model.pretrained: the tokenizer of {name!r} has no chat template, and "
             f"{', '.join(templated_tasks)} would be asked with one. Name a model tuned for conversation, or ask "
             f"without: evaluation.retention.plain_tasks=[{','.join(templated_tasks)}]"
         )

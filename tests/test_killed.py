@@ -16,8 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.dead_runs import end_with_parent
-from flows.runners import task_runner
+from flows.runners import begin_worker, task_runner
 from qadapter.experiment import load_experiment
 from qadapter.training.checkpoints import SEAL, last_checkpoint, seal
 from tests.real_runs import PROJECT_ROOT, RealHome, Server, Undisturbed, wait_for
@@ -63,15 +62,15 @@ def test_a_damaged_checkpoint_is_passed_over(
 
 def test_worker_processes_end_with_their_flow_run(tmp_path: Path) -> None:
     """`parallel: 2` works in processes; `kill -9` of the flow run alone must not leave them behind."""
-    assert task_runner(load_experiment("smoke", {"parallel": 2}))._initializer is end_with_parent
+    assert task_runner(load_experiment("smoke", {"parallel": 2}))._initializer is begin_worker
     program = tmp_path / "program.py"
     program.write_text(
         f"import sys; sys.path.insert(0, {str(PROJECT_ROOT)!r})\n"
         "import multiprocessing, os, time\n"
         "from concurrent.futures import ProcessPoolExecutor\n"
-        "from flows.dead_runs import end_with_parent\n"
+        "from flows.runners import begin_worker\n"
         "if __name__ == '__main__':\n"
-        "    pool = ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), initializer=end_with_parent)\n"
+        "    pool = ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), initializer=begin_worker)\n"
         "    print(pool.submit(os.getpid).result(), flush=True)\n"
         "    time.sleep(600)\n"
     )
