@@ -19,6 +19,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from flows.dead_runs import report_crashed
+from flows.orphans import outlive_worker
 from flows.runners import task_runner
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.benchmarks import read_items
@@ -185,6 +186,7 @@ def close_abandoned(tracker: Tracker, experiment_name: str) -> None:
 @contextmanager
 def launched(launch: Launch) -> Iterator[PrefectRun]:
     """A checked experiment, ready to run stages; its MLflow run ends FINISHED, FAILED or KILLED whatever happens."""
+    outlive_worker()
     experiment = launch.check()
     root = workspace()
     for name in ("qadapter", "tasks"):

@@ -7,6 +7,7 @@ from typing import Any
 from prefect.task_runners import ProcessPoolTaskRunner, ThreadPoolTaskRunner
 
 from flows.dead_runs import end_with_parent
+from flows.orphans import outlive_worker
 from flows.run import quiet_libraries
 from qadapter.experiment import Experiment
 
@@ -41,4 +42,5 @@ def task_runner(experiment: Experiment) -> Any:
 def begin_worker() -> None:
     """What a worker process does first."""
     quiet_libraries()
+    outlive_worker()
     end_with_parent()

@@ -93,7 +93,7 @@ def test_the_profile_runs_on_a_tiny_model(harness: None, llama: Path, data: Path
         if domain == "academy":
             assert "adaptation/win_rate" in metrics, method
         if method != "base":
-            assert "adapter/adapter_model.safetensors" in home.artifacts(run)
+            assert "train/adapter/adapter_model.safetensors" in home.artifacts(run)
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused_first(llama: Path, data: Path, tmp_path: Path) -> None:
