@@ -30,7 +30,10 @@ from tests.tiny_deliveries import CONFIG, MODEL, deliver, evasions, refusals, wr
 pytestmark = pytest.mark.slow
 
 CHECKPOINTS = {"overrides": CONFIG["overrides"] | {"training.save_steps": 4, "lora.dropout": 0.1}}
-ELSEWHERE = {"candidate", "config", "config_digest", "data_fingerprint", "ledger", "base", "promoted_at"}
+ELSEWHERE = {
+    *("candidate", "config", "config_digest", "data_fingerprint", "ledger", "base", "promoted_at"),
+    "adapter_digest",  # PEFT's two files name the base's folder
+}
 """Tags that hold a path, a time, or a digest of them."""
 
 
