@@ -35,7 +35,7 @@ compare: $(STAMP) ## the report of any recorded runs: make compare RUNS="run-id 
 	@$(BIN)/python -m flows.compare $(RUNS) --output "$(OUTPUT)"
 
 test: $(STAMP) ## run all tests, two files at a time
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP) ## lint, format check, type check
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -10,7 +10,7 @@ from qadapter.errors import QAdapterError
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _TELLING = re.compile(r"token|key|secret|sig|password|passwd|pwd|auth|credential", re.IGNORECASE)
-_USER = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s\"'@]*@", re.IGNORECASE)
+_USER = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s\"']*@", re.IGNORECASE)
 _QUERY = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s\"'?]*\?)[^\s\"']*", re.IGNORECASE)
 
 
@@ -60,3 +60,13 @@ def filled_in(url: str) -> str:
 def shown(text: str) -> str:
     """A text with the user, password and query of every URL in it left out: what may be printed, logged or stored."""
     return _QUERY.sub(r"\1…", _USER.sub(r"\1", text))
+
+
+def address(url: str) -> str:
+    """One URL without user, password, query and fragment, whatever characters these have."""
+    try:
+        parts = urlsplit(url)
+        host = parts.netloc.rpartition("@")[2]
+    except ValueError:
+        return "the URL"
+    return f"{parts.scheme}://{host}{parts.path}"

@@ -44,6 +44,16 @@ def prefect_harness() -> Iterator[None]:
         yield
 
 
+_LONGEST = [
+    f"test_{name}" for name in ("deployments", "recurring_processes", "outages", "killed", "pipeline", "customize")
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes go first: with two at a time (`make test`) none of them is left alone at the end."""
+    items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder with real HH-RLHF, DSP, GSM8K and BBH rows; skips where it is absent."""

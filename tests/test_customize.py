@@ -302,8 +302,9 @@ def test_a_check_measures_again(story: Story) -> None:
     tracker = Tracker.for_project(story.home)
     (experiment,) = [e for e in tracker.call("search_experiments") if e.name == "check-champion"]
     runs = tracker.call(
-        "search_runs", [experiment.experiment_id], "tags.method = 'q-adapter'", order_by=["start_time ASC"]
+        "search_runs", [experiment.experiment_id], "tags.stage = 'adapter'", order_by=["start_time ASC"]
     )
+    assert runs[0].info.run_name == "version 2"
     tags, metrics = runs[0].data.tags, runs[0].data.metrics
     assert {tags["cached.adaptation"], tags["cached.retention"]} == {"False"}
     registered = story.versions()[1].metrics

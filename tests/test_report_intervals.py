@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qadapter.report.front import pareto_front
 from qadapter.report.intervals import Measured, Sample
 from qadapter.report.items import adaptation_gain, retention_items, retention_measures
 from qadapter.report.rows import Row
-from qadapter.report.summary import adherence_gained, duel, duels, pareto_front, points, sentences, summary_metrics
+from qadapter.report.summary import adherence_gained, duel, duels, points, sentences, summary_metrics
 from qadapter.report.tables import main_table
 from tests.report_files import kept_files, pair_row, rule_row, toy_rows, write_lines
 

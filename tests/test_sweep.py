@@ -41,8 +41,8 @@ from qadapter.report.sweep_points import (
     best_that_keeps,
     chosen_on_other_seeds,
     front_area,
+    front_of,
     learnt,
-    pareto_front,
     points_of,
     trade,
 )
@@ -337,7 +337,7 @@ def test_points_front_and_area() -> None:
     assert found["a"].adaptation.deviation == pytest.approx(stdev([0.5, 0.7]))
     assert found["b"].kept == pytest.approx(0.75)
     assert found["b"].trade == pytest.approx(0.6)  # 2 · 0.5 · 0.75 / 1.25
-    assert [p.setting.name for p in pareto_front(list(found.values()))] == ["c", "a", "d"]
+    assert [p.setting.name for p in front_of(list(found.values()))] == ["c", "a", "d"]
     # strips: 0.9 wide up to 0.5 kept, then 0.6 wide from 0.5 to 1
     assert front_area([found["a"], found["b"], found["c"]]) == pytest.approx(0.9 * 0.5 + 0.6 * 0.5)
 
@@ -386,7 +386,7 @@ def test_names_in_the_figure_do_not_overlap(tmp_path: Path) -> None:
     """Twelve points on the front, so close that names at the points would lie on top of each other."""
     names = {f"residual w={i} lr=0.0003": [(0.9 + 0.001 * i, 0.8 - 0.0005 * i)] for i in range(12)}
     found = list(points(**names).values())
-    front = pareto_front(found)
+    front = front_of(found)
     assert len(front) == 12
     base = (found[0].adaptation, found[0].retention)
     figure = draw_sweep(found, front, base, tmp_path / "sweep.png", "Sweep")

@@ -189,7 +189,10 @@ def test_the_containers_deployments_find_their_code_in_the_image() -> None:
     found = yaml.safe_load((FOLDER / "deployments.yaml").read_text(encoding="utf-8"))
     (step,) = found["pull"]
     assert step == {"prefect.deployments.steps.set_working_directory": {"directory": dict(instructions())["WORKDIR"]}}
-    assert [d["work_pool"]["name"] for d in found["deployments"]] == ["qadapter-docker", "qadapter-kubernetes"]
+    pools = ("qadapter-docker", "qadapter-kubernetes")
+    flows = ("flows/full_paper_repro.py:full_paper_repro", "flows/customize.py:customize_on_new_preferences")
+    expected = [(entrypoint, pool) for entrypoint in flows for pool in pools]
+    assert [(d["entrypoint"], d["work_pool"]["name"]) for d in found["deployments"]] == expected
     for deployment in found["deployments"]:
         path, _, name = deployment["entrypoint"].partition(":")
         flow = getattr(import_module(path.removesuffix(".py").replace("/", ".")), name)

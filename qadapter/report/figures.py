@@ -10,9 +10,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from qadapter.report.front import pareto_front
 from qadapter.report.intervals import Measured
 from qadapter.report.rows import kind
-from qadapter.report.summary import pareto_front, points
+from qadapter.report.summary import points
 
 # Okabe and Ito's palette: colour-blind readers can tell its colours apart; the markers differ too.
 STYLES = {

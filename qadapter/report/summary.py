@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qadapter.evaluation.statistics import Interval, proportion_interval
+from qadapter.report.front import pareto_front
 from qadapter.report.intervals import Measured
 from qadapter.report.items import SCORE
 from qadapter.report.rows import Row, kind, methods_of, spread
@@ -99,15 +100,6 @@ def duels(measured: Measured) -> list[Duel]:
         for other in [*ours[i + 1 :], *(m for m in measured.methods if kind(m) not in (OURS, "base"))]
     ]
     return [found for pair in pairs if (found := duel(measured, *pair)) is not None]
-
-
-def pareto_front(points: dict[str, tuple[float, float]]) -> list[str]:
-    """The names that no other beats: none is at least as good in both coordinates and better in one."""
-    return [
-        name
-        for name, (x, y) in points.items()
-        if not any(a >= x and b >= y and (a > x or b > y) for a, b in points.values())
-    ]
 
 
 def points(rows: Sequence[Row], domain: str | None) -> dict[str, tuple[float, float]]:

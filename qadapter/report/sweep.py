@@ -24,8 +24,8 @@ from qadapter.report.sweep_points import (
     best_that_keeps,
     chosen_on_other_seeds,
     front_area,
+    front_of,
     learnt,
-    pareto_front,
     points_of,
 )
 
@@ -49,7 +49,7 @@ def build_sweep_report(
     base_rows = [row for row in rows if row.method == BASE]
     _all_rows(rows, settings).to_csv(out / "sweep.csv", index=False)
     write_json(out / "settings.json", [asdict(setting) for setting in settings])
-    front = pareto_front(compared)
+    front = front_of(compared)
     base = {name: spread(base_rows, name, None, BASE) for name in MEASURED}
     ends = (base["adaptation/score"], base["retention/mean"])
     draw_sweep(points, front, ends, out / "sweep.png", title)

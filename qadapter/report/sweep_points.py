@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from qadapter.report.front import pareto_front
 from qadapter.report.rows import Row, Spread, spread
 
 BASE = "base"
@@ -146,19 +147,10 @@ def points_of(rows: Sequence[Row], settings: Sequence[Setting], expected: int) -
     return found
 
 
-def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """Those that no other beats in adaptation or retention without losing in the other; most adaptation first."""
-
-    def beaten(point: Point) -> bool:
-        here = (point.adaptation.mean, point.retention.mean)
-        return any(
-            other.adaptation.mean >= here[0]
-            and other.retention.mean >= here[1]
-            and (other.adaptation.mean, other.retention.mean) != here
-            for other in points
-        )
-
-    front = [point for point in points if not beaten(point)]
+def front_of(points: Sequence[Point]) -> list[Point]:
+    """The points on the front of adaptation and retention; most adaptation first."""
+    places = {index: (point.adaptation.mean, point.retention.mean) for index, point in enumerate(points)}
+    front = [points[index] for index in pareto_front(places)]
     return sorted(front, key=lambda point: (-point.adaptation.mean, -point.retention.mean))
 
 
