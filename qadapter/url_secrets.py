@@ -62,7 +62,7 @@ def shown(text: str) -> str:
     return _QUERY.sub(r"\1…", _USER.sub(r"\1", text))
 
 
-def address(url: str) -> str:
+def public_address(url: str) -> str:
     """One URL without user, password, query and fragment, whatever characters these have."""
     try:
         parts = urlsplit(url)

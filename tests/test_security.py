@@ -29,7 +29,7 @@ from qadapter.loading import load_base, load_policy
 from qadapter.policy import QAdapterForCausalLM
 from qadapter.policy_files import read_settings
 from qadapter.settings import JudgeSettings, ModelSettings, Source
-from qadapter.url_secrets import address, filled_in, refuse_secrets, shown
+from qadapter.url_secrets import filled_in, public_address, refuse_secrets, shown
 from tasks.mlflow_store import AwayError
 from tasks.served_model import find_served_model
 from tasks.tracking import Tracker
@@ -119,7 +119,7 @@ def test_what_is_shown_of_a_url() -> None:
     assert shown('["http://x.org/d?a=1","http://y.org/d"]') == '["http://x.org/d?…","http://y.org/d"]'
     assert shown("me@example.org, 3:4, a?b") == "me@example.org, 3:4, a?b"
     assert shown("https://me:p@55@x.org/d") == "https://x.org/d"
-    assert address("https://me:p@55@x.org/a b?token=p w#p") == "https://x.org/a b"
+    assert public_address("https://me:p@55@x.org/a b?token=p w#p") == "https://x.org/a b"
 
 
 class _Echo(http.server.BaseHTTPRequestHandler):

@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 import fsspec
 
 from qadapter.errors import QAdapterError
-from qadapter.url_secrets import address, filled_in, shown
+from qadapter.url_secrets import filled_in, public_address, shown
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def fetch(url: str, folder: Path) -> Path:
         return target
     except OSError as error:
         raise QAdapterError(
-            f"{address(url)} cannot be stored in {folder}: {error.strerror or error}. "
+            f"{public_address(url)} cannot be stored in {folder}: {error.strerror or error}. "
             "Free some space there or choose another cache folder."
         ) from error
     if note != known:
@@ -144,7 +144,7 @@ def _fetch_http(url: str, target: Path, known: Mapping[str, Any]) -> dict[str, A
                 shutil.copyfileobj(response, stream)
                 if expected is not None and stream.tell() != int(expected):
                     raise UnreachableError(
-                        f"{address(url)} broke off after {stream.tell()} of {expected} bytes. Try again."
+                        f"{public_address(url)} broke off after {stream.tell()} of {expected} bytes. Try again."
                     )
 
             written = _store(target, write)
@@ -161,7 +161,7 @@ def _fetch_http(url: str, target: Path, known: Mapping[str, Any]) -> dict[str, A
 
 
 def _http_error(url: str, error: urllib.error.HTTPError) -> QAdapterError:
-    message = f"{address(url)} was answered with {error.code} {error.reason}."
+    message = f"{public_address(url)} was answered with {error.code} {error.reason}."
     if error.code >= 500 or error.code in (408, 429):
         return UnreachableError(f"{message} The server has a problem; try again later.")
     return QAdapterError(f"{message} A file was expected there; check the URL and whether it needs a login.")
@@ -170,32 +170,34 @@ def _http_error(url: str, error: urllib.error.HTTPError) -> QAdapterError:
 def _unreachable(url: str, error: Exception) -> UnreachableError:
     reason = getattr(error, "reason", None) or str(error) or type(error).__name__
     return UnreachableError(
-        f"{address(url)} cannot be reached: {shown(str(reason))}. Check the network and the URL, then try again."
+        f"{public_address(url)} cannot be reached: {shown(str(reason))}. Check the network and the URL, then try again."
     )
 
 
 def _bad_url(url: str) -> QAdapterError:
-    return QAdapterError(f"{address(url)} is not a usable URL; http(s):// or a protocol of fsspec's was expected.")
+    return QAdapterError(
+        f"{public_address(url)} is not a usable URL; http(s):// or a protocol of fsspec's was expected."
+    )
 
 
 def _ask_other(url: str) -> tuple[Any, str, int | None, str]:
     """(file system, path in it, size, a value that changes with the file) of a URL that is not http."""
     if "::" in url:
         raise QAdapterError(
-            f"{address(url)} is a chain of file systems; give the URL of one file, not of an archive's part."
+            f"{public_address(url)} is a chain of file systems; give the URL of one file, not of an archive's part."
         )
     try:
         system, path = fsspec.core.url_to_fs(filled_in(url))
         info = system.info(path)
         if info["type"] != "file":
-            raise QAdapterError(f"{address(url)} is not a file; give the URL of one file.")
+            raise QAdapterError(f"{public_address(url)} is not a file; give the URL of one file.")
         return system, path, info.get("size"), str(system.ukey(path))
     except QAdapterError:
         raise
     except FileNotFoundError as error:
-        raise QAdapterError(f"{address(url)} does not exist; check the URL.") from error
+        raise QAdapterError(f"{public_address(url)} does not exist; check the URL.") from error
     except (ImportError, ValueError) as error:
-        raise QAdapterError(f"{address(url)} cannot be opened: {shown(str(error))}.") from error
+        raise QAdapterError(f"{public_address(url)} cannot be opened: {shown(str(error))}.") from error
     except Exception as error:  # every store has errors of its own
         raise _unreachable(url, error) from error
 
@@ -212,6 +214,8 @@ def _fetch_other(url: str, target: Path, known: Mapping[str, Any]) -> dict[str, 
         except Exception as error:  # every store has errors of its own
             raise _unreachable(url, error) from error
         if expected is not None and stream.tell() != expected:
-            raise UnreachableError(f"{address(url)} broke off after {stream.tell()} of {expected} bytes. Try again.")
+            raise UnreachableError(
+                f"{public_address(url)} broke off after {stream.tell()} of {expected} bytes. Try again."
+            )
 
     return {"etag": key, "size": _store(target, write)}
