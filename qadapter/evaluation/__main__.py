@@ -23,12 +23,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lm_eval.__main__ import cli_evaluate
-from lm_eval.tasks import TaskManager
 
 from qadapter.errors import QAdapterError
 from qadapter.evaluation import lm_eval_model  # noqa: F401  # registers the model `qadapter`
-from qadapter.evaluation.official_files import redirect
-from qadapter.evaluation.task_catalog import expand_suites, find_tasks, needs_data, render_templates
+from qadapter.evaluation.official_files import write_definitions
+from qadapter.evaluation.task_catalog import expand_suites, find_tasks, needs_data
 
 _TEMPLATE_FLAGS = ("--apply_chat_template", "--fewshot_as_multiturn")
 
@@ -50,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="qadapter-tasks-") as rendered:
             names, plain = expand_suites(_names(ours.tasks))
             _check_data_flags(ours, rest)
-            if names and not any(one.partition("=")[0] == "--include_path" for one in rest):
+            if names and not _given("--include_path", rest):
                 _render(names, ours.data, ours.official_data, Path(rendered))
                 rest += ["--include_path", rendered]
             for command in _commands(rest, names, {*plain, *_names(ours.plain_tasks)}):
@@ -65,12 +64,16 @@ def _names(given: Sequence[str]) -> list[str]:
     return [name for some in given for name in some.split(",") if name]
 
 
+def _given(flag: str, arguments: Sequence[str]) -> bool:
+    return any(one.partition("=")[0] == flag for one in arguments)
+
+
 def _check_data_flags(ours: argparse.Namespace, rest: Sequence[str]) -> None:
     folders = {"--data": ours.data, "--official_data": ours.official_data}
     for flag, folder in folders.items():
         if folder is not None and not folder.is_dir():
             raise QAdapterError(f"{flag}: there is no folder {folder}.")
-        if folder is not None and any(one.partition("=")[0] == "--include_path" for one in rest):
+        if folder is not None and _given("--include_path", rest):
             raise QAdapterError(
                 f"{flag} and --include_path were both given, and lm-eval searches one folder of tasks besides its own. "
                 f"Leave one of them out."
@@ -89,18 +92,14 @@ def _render(names: Sequence[str], data: Path | None, official_data: Path | None,
     found = find_tasks(listed)
     if data is None and (without := needs_data(found.local)):
         raise QAdapterError(f"Task {without[0]} reads its items from a data folder, and none was given. Give --data.")
-    render_templates(into, found.local, data)
-    official = official_data or (data / "benchmarks" if data else None)
-    if found.official and official is not None and official.is_dir():
-        index = TaskManager(include_path=list(found.official), include_defaults=False).task_index
-        redirect(index, listed, official, into)
+    write_definitions(found, listed, data, official_data, into)
 
 
 def _commands(rest: Sequence[str], names: Sequence[str], plain: set[str]) -> list[list[str]]:
     """lm-eval's arguments: one command, or two where some tasks are asked without the chat template."""
     if not names:
         return [list(rest)]
-    if not any(one.partition("=")[0] == _TEMPLATE_FLAGS[0] for one in rest):
+    if not _given(_TEMPLATE_FLAGS[0], rest):
         return [[*rest, "--tasks", ",".join(names)]]
     without = _without_template(rest)
     parts = [

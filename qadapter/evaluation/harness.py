@@ -19,14 +19,13 @@ from transformers import PreTrainedTokenizerBase
 
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.lm_eval_model import PolicyLM
-from qadapter.evaluation.official_files import redirect
+from qadapter.evaluation.official_files import write_definitions
 from qadapter.evaluation.task_catalog import (
     TaskFolders,
     check_tasks,
     expand_suites,
     find_tasks,
     needs_data,
-    render_templates,
 )
 
 __all__ = ["TaskScores", "check_tasks", "evaluate_tasks"]
@@ -114,8 +113,6 @@ def evaluate_tasks(
     found = find_tasks(names)
     if data is None and (without := needs_data(found.local)):
         raise QAdapterError(f"Task {without[0]} reads its items from a data folder, and none was given. Give `data`.")
-    if official_data is None and data is not None:
-        official_data = data / "benchmarks"
     if device is not None:
         model.to(device)
     scores = TaskScores()
@@ -153,10 +150,7 @@ def _task_manager(
     names: Sequence[str], found: TaskFolders, data: Path | None, official_data: Path | None, rendered: Path
 ) -> TaskManager:
     """lm-eval's view of the tasks: its own folders as far as they are needed, then ours, which win."""
-    render_templates(rendered, found.local, data)
-    if found.official and official_data is not None and official_data.is_dir():
-        own = TaskManager(include_path=list(found.official), include_defaults=False)
-        redirect(own.task_index, names, official_data, rendered)
+    write_definitions(found, names, data, official_data, rendered)
     return TaskManager(include_path=[*found.official, rendered], include_defaults=False)
 
 

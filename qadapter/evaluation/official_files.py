@@ -21,6 +21,7 @@ import yaml
 
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.benchmarks import read_items
+from qadapter.evaluation.task_catalog import TaskFolders, render_templates
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,6 +44,30 @@ _SOURCES = {
     "TIGER-Lab/MMLU-Pro": _Source("mmlu_pro", ("question", "options", "answer", "answer_index")),
     "wis-k/instruction-following-eval": _Source("ifeval", ("key", "prompt", "instruction_id_list", "kwargs")),
 }
+
+
+def write_definitions(
+    found: TaskFolders, names: Sequence[str], data: Path | None, official_data: Path | None, into: Path
+) -> None:
+    """Write the task definitions that lm-eval does not have, or that read their items from local files.
+
+    Args:
+        found: where the tasks are defined (`find_tasks`).
+        names: the tasks.
+        data: folder whose `benchmarks/` holds the items of the project's own tasks.
+        official_data: folder with items of lm-eval's own tasks, by default `<data>/benchmarks`.
+        into: an existing folder; lm-eval must search it after its own.
+
+    Raises:
+        QAdapterError: see `redirect`.
+    """
+    from lm_eval.tasks import TaskManager
+
+    render_templates(into, found.local, data)
+    folder = official_data or (data / "benchmarks" if data else None)
+    if found.official and folder is not None and folder.is_dir():
+        own = TaskManager(include_path=list(found.official), include_defaults=False)
+        redirect(own.task_index, names, folder, into)
 
 
 def redirect(index: Mapping[str, Any], names: Sequence[str], folder: Path, into: Path) -> list[str]:
