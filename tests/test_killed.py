@@ -96,6 +96,10 @@ class Row:
     outcome: str = ""
     finished_before: int = 0
 
+    def ended(self, code: int) -> None:
+        """Write down how the run ended."""
+        self.outcome = f"signal {-code}" if code < 0 else f"exit code {code}"
+
     def __str__(self) -> str:
         where = f"{self.stage}, {self.moment}" + (f", then {self.damage}" if self.damage else "")
         return f"{where} → {self.outcome}"
@@ -157,7 +161,7 @@ def killed(
         code = home.run((row.stage, row.moment))
         after = home.finished()
         statuses = [status for _, status in home.runs()]
-        row.outcome = f"signal {-code}" if code < 0 else f"exit code {code}"
+        row.ended(code)
         row.outcome += f"; {sum(after.values())} stages finished, {sum(after.values()) - before} of them now"
         row.outcome += f"; {statuses.count('RUNNING')} MLflow runs open, {statuses.count('KILLED')} closed as killed"
         row.finished_before = before

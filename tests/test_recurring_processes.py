@@ -114,7 +114,7 @@ def killed(prefect_server: Server, tmp_path_factory: pytest.TempPathFactory) -> 
     for row in MATRIX:
         code = home.run((row.stage, row.moment))
         assert code == -9, f"{row}: exit code {code}\n{home.printed()[-4000:]}"
-        row.outcome = f"signal {-code}" if code < 0 else f"exit code {code}"
+        row.ended(code)
         row.finished_before = sum(home.finished().values())
         aliases.append(home.aliases())
         if row.damage:
