@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed, State
 
 from flows.launch import Launch, PrefectRun, check_workspace, close_abandoned, launched
+from flows.waiting_runs import join_waiting_runs
 from qadapter.artifacts import read_json
 from qadapter.customization import PREFERENCES, Customization, load_customization
 from qadapter.experiment import Experiment
@@ -77,23 +79,32 @@ def customize_on_new_preferences(config: str = "smoke", force: bool = False) -> 
     if force or fingerprint != seen.fingerprint:
         launch_of(config, customization, NAME).check()  # what cannot work need not wait for another run's end
     with one_at_a_time(customization):
-        registry = registry_of(customization)
-        finished = registry.finish()
-        left = _remember_what_was_killed(customization, registry)
-        seen = Seen.read(customization)
-        fingerprint = fingerprint_of(customization)  # it may have waited for a long time
-        if fingerprint == seen.fingerprint and not force:
-            if left is not None:
-                name = "Promoted" if left.number in finished else "NothingNew"
-                return _ended(name, f"what a killed run had left was finished; {seen.outcome}")
-            return _ended("NothingNew", f"nothing new in {customization.source.path}; the last time: {seen.outcome}")
-        with prepared(config, customization, NAME) as (run, step):
-            name, outcome, ledger = _customize(run.experiment, step, customization, seen.ledger, fingerprint, force)
-        # Last: a run that is killed before this is done again, out of finished stages.
-        versions = registry.versions()
-        version = versions[-1].number if versions else 0
-        Seen.update(customization, fingerprint=fingerprint, ledger=ledger, outcome=outcome, version=version)
-        return _ended(name, outcome)
+        asked_until = datetime.now(UTC)  # it may have waited for a long time
+        state = _look(config, customization, force)
+        for name in join_waiting_runs({"config": config, "force": False}, asked_until, str(state.name)):
+            get_run_logger().info("%s was asked for before this run read the data, and has nothing left to do", name)
+        return state
+
+
+def _look(config: str, customization: Customization, force: bool) -> State[Any]:
+    """One run's work, while no other run of this customisation is at work."""
+    registry = registry_of(customization)
+    finished = registry.finish()
+    left = _remember_what_was_killed(customization, registry)
+    seen = Seen.read(customization)
+    fingerprint = fingerprint_of(customization)
+    if fingerprint == seen.fingerprint and not force:
+        if left is not None:
+            name = "Promoted" if left.number in finished else "NothingNew"
+            return _ended(name, f"what a killed run had left was finished; {seen.outcome}")
+        return _ended("NothingNew", f"nothing new in {customization.source.path}; the last time: {seen.outcome}")
+    with prepared(config, customization, NAME) as (run, step):
+        name, outcome, ledger = _customize(run.experiment, step, customization, seen.ledger, fingerprint, force)
+    # Last: a run that is killed before this is done again, out of finished stages.
+    versions = registry.versions()
+    version = versions[-1].number if versions else 0
+    Seen.update(customization, fingerprint=fingerprint, ledger=ledger, outcome=outcome, version=version)
+    return _ended(name, outcome)
 
 
 def _remember_what_was_killed(customization: Customization, registry: Registry) -> Version | None:

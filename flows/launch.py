@@ -94,8 +94,8 @@ class Launch:
             from qadapter.loading import check_pretrained  # transformers takes seconds to import
 
             retention = experiment.evaluation.retention
-            names, plain = expand_suites(retention.tasks)
-            check_pretrained(experiment.model, [n for n in names if n not in {*plain, *retention.plain_tasks}])
+            names, plain = expand_suites(retention.tasks, retention.plain_tasks)
+            check_pretrained(experiment.model, [name for name in names if name not in plain])
         if official := experiment.evaluation.retention.official_data:
             where = Path(resolve_path(official, folder))
             if not where.is_dir():

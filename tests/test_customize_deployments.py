@@ -17,8 +17,9 @@ from test_deployments import Served, served, wait_until
 
 from flows.announce import ANNOUNCED, watch_preferences
 from flows.check_champion import check_champion
-from flows.customize import _remember_what_was_killed, customize_on_new_preferences, launch_of
+from flows.customize import NAME, _remember_what_was_killed, customize_on_new_preferences, launch_of
 from flows.recurring import _run_flow, main
+from flows.waiting_runs import JOINED
 from qadapter.customization import CONFIG_FOLDER, customizations, load_customization
 from qadapter.errors import QAdapterError
 from tasks.preferences import Seen
@@ -119,37 +120,60 @@ def runs_of(served: Served, flow: str) -> list[dict[str, Any]]:
     return [run for run in found if not run["auto_scheduled"]]
 
 
-@pytest.mark.slow
-def test_an_announcement_starts_a_run_and_a_second_one_is_not_lost(served: Served) -> None:
-    """What arrived is broken on purpose: the runs are whole but train nothing. Two announcements, two runs in a row."""
-    incoming = served.folder / "home" / "preferences" / "incoming"
-    incoming.mkdir(parents=True)
-    (incoming / "broken.jsonl").write_text("<html>502 Bad Gateway</html>\n")
-    for _ in range(2):
-        done = subprocess.run(
+def announce_at_once(served: Served, times: int) -> None:
+    """Run the command that announces, several times side by side."""
+    started = [
+        subprocess.Popen(
             [sys.executable, "-m", "flows.recurring", "announce", "--config", "smoke"],
             cwd=PROJECT_ROOT,
             env=os.environ | {"PREFECT_API_URL": served.url, "PREFECT_HOME": str(served.folder / "prefect")},
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=120,
         )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout == f"{ANNOUNCED} for smoke sent to {served.url}\n"
+        for _ in range(times)
+    ]
+    for process in started:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert out == f"{ANNOUNCED} for smoke sent to {served.url}\n"
 
-    def both_ended() -> bool:
-        found = runs_of(served, "customize-on-new-preferences")
-        return len(found) == 2 and all(run["state_type"] in ("COMPLETED", "FAILED", "CRASHED") for run in found)
 
-    wait_until(both_ended, 240, "two ended runs", served)
-    first, second = sorted(runs_of(served, "customize-on-new-preferences"), key=lambda run: str(run["start_time"]))
-    assert (first["state_name"], second["state_name"]) == ("Quarantined", "NothingNew"), served.log[-6000:]
-    assert first["parameters"] == second["parameters"] == {"config": "smoke"}
-    assert str(second["start_time"]) >= str(first["end_time"]), "one after the other"
-    seconds = timedelta(seconds=float(second["total_run_time"]))
+def ended_runs(served: Served, count: int) -> list[dict[str, Any]]:
+    """So many runs of the customisation, once all of them have ended; the first asked for first."""
+
+    def ended() -> bool:
+        found = runs_of(served, NAME)
+        return len(found) == count and all(
+            run["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") for run in found
+        )
+
+    wait_until(ended, 240, f"{count} ended runs", served)
+    return sorted(runs_of(served, NAME), key=lambda run: str(run["created"]))
+
+
+@pytest.mark.slow
+def test_two_announcements_at_once_make_one_run_and_a_later_one_another(served: Served) -> None:
+    """What arrived is broken on purpose: the runs are whole but train nothing."""
+    incoming = served.folder / "home" / "preferences" / "incoming"
+    incoming.mkdir(parents=True)
+    (incoming / "broken.jsonl").write_text("<html>502 Bad Gateway</html>\n")
+    announce_at_once(served, 2)
+    found = ended_runs(served, 2)
+    assert sorted(run["state_name"] for run in found) == [JOINED, "Quarantined"], served.log[-6000:]
+    joined, ran = sorted(found, key=lambda run: str(run["state_name"]) == "Quarantined")
+    assert joined["run_count"] == 0, "it never ran"
+    assert joined["state"]["message"] == f"{ran['name']} read the same data and came to: Quarantined"
+    assert f"{joined['name']} was asked for before this run read the data" in served.log
+
+    announce_at_once(served, 1)
+    last = ended_runs(served, 3)[-1]
+    assert last["state_name"] == "NothingNew", served.log[-6000:]
+    assert {str(run["parameters"]) for run in (ran, joined, last)} == {"{'config': 'smoke'}"}
+    seconds = timedelta(seconds=float(last["total_run_time"]))
     assert seconds <= timedelta(seconds=5), f"nothing new took {seconds}"
     # the schedule is there too: Mondays, in the future
-    body = {"flows": {"name": {"any_": ["customize-on-new-preferences"]}}, "sort": "EXPECTED_START_TIME_ASC"}
+    body = {"flows": {"name": {"any_": [NAME]}}, "sort": "EXPECTED_START_TIME_ASC"}
     planned = [run for run in served.post("/flow_runs/filter", body) if run["auto_scheduled"]]
     assert planned
     times = [datetime.fromisoformat(str(run["expected_start_time"])) for run in planned]

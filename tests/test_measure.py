@@ -389,21 +389,12 @@ def test_the_sign_of_forgetting(measured: Measured, tmp_path: Path, monkeypatch:
     assert json.loads((base / "directions.json").read_text())["retention/c/bits_per_byte"] is False
 
 
-def test_plain_tasks_are_asked_without_the_chat_template(
-    measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[tuple[tuple[str, ...], bool]] = []
-
-    def fake(_policy: Any, _tokenizer: Any, tasks: Any, *, apply_chat_template: bool, **_: Any) -> TaskScores:
-        asked.append((tuple(tasks), apply_chat_template))
-        return fake_scores({f"{task}/acc": (0.5, True) for task in tasks})
-
-    monkeypatch.setattr(measure, "evaluate_tasks", fake)
-    settings = RetentionSettings(tasks=("a", "b", "c"), plain_tasks=("b",))
+def test_plain_tasks_are_asked_without_the_chat_template(measured: Measured, tmp_path: Path) -> None:
+    settings = RETENTION.model_copy(update={"plain_tasks": ("toy_sums",), "limit": 3})
     out = retention(measured.toy, None, None, tmp_path / "o", settings=settings, old_texts=None)
-    assert sorted(asked) == [(("a", "c"), True), (("b",), False)]
-    assert metrics(out)["retention/mean"] == 0.5
-    assert {item["task"] for item in rows(out / "items.jsonl")} == {"a", "b", "c"}
+    template = "<|assistant|>"
+    asked = [(item["task"], template in item["prompt"]) for item in rows(out / "items.jsonl")]
+    assert sorted(asked) == [("toy_facts", True)] * 3 + [("toy_sums", False)] * 3
 
 
 def test_a_suites_members_have_their_headlines(

@@ -115,6 +115,9 @@ def test_the_suite_is_known_to_the_preflight() -> None:
     suite = ["mmlu", "gsm8k_cot", "leaderboard_mmlu_pro", "leaderboard_bbh", "leaderboard_ifeval"]
     assert names == ["toy_facts", *suite]
     assert plain == ["mmlu"]
+    assert expand_suites(["toy_facts", "paper_suite"], ["toy_facts"])[1] == ["toy_facts", "mmlu"]
+    assert expand_suites(["paper_suite"], ["leaderboard_bbh"])[1] == ["mmlu", "leaderboard_bbh"]
+    assert expand_suites(["toy_facts", "paper_suite"], ["paper_suite"]) == (["toy_facts", *suite], suite)
 
 
 def test_official_tasks_are_found_without_indexing_everything() -> None:

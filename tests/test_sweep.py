@@ -100,7 +100,7 @@ def write(folder: Path, **changes: Any) -> str:
 def test_the_sweeps_of_the_project() -> None:
     assert sorted(file.name for file in SWEEP_FOLDER.iterdir()) == ["mini.yaml", "smoke.yaml"]
     assert "sweep" not in profiles()
-    for name, settings, seeds, hours in (("smoke", 92, 5, 1.26), ("mini", 28, 2, 2.5)):
+    for name, settings, seeds, hours in (("smoke", 92, 5, 1.26), ("mini", 52, 2, 1.6)):
         loaded = load_sweep(name)
         experiment = load_experiment(name, merged_overrides(loaded, name, {}))
         variants = expand(loaded, experiment)

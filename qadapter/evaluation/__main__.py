@@ -47,12 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ours, rest = parser.parse_known_args(given)
     try:
         with tempfile.TemporaryDirectory(prefix="qadapter-tasks-") as rendered:
-            names, plain = expand_suites(_names(ours.tasks))
+            names, plain = expand_suites(_names(ours.tasks), _names(ours.plain_tasks))
             _check_data_flags(ours, rest)
             if names and not _given("--include_path", rest):
                 _render(names, ours.data, ours.official_data, Path(rendered))
                 rest += ["--include_path", rendered]
-            for command in _commands(rest, names, {*plain, *_names(ours.plain_tasks)}):
+            for command in _commands(rest, names, plain):
                 _lm_eval(command)
     except QAdapterError as error:
         print(error, file=sys.stderr)  # noqa: T201
@@ -95,7 +95,7 @@ def _render(names: Sequence[str], data: Path | None, official_data: Path | None,
     write_definitions(found, listed, data, official_data, into)
 
 
-def _commands(rest: Sequence[str], names: Sequence[str], plain: set[str]) -> list[list[str]]:
+def _commands(rest: Sequence[str], names: Sequence[str], plain: Sequence[str]) -> list[list[str]]:
     """lm-eval's arguments: one command, or two where some tasks are asked without the chat template."""
     if not names:
         return [list(rest)]

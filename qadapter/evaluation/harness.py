@@ -102,8 +102,8 @@ def evaluate_tasks(
         QAdapterError: an unknown task, a benchmark file that is missing or faulty, a tokenizer without a chat template,
             an answer that cannot fit into the model's context.
     """
-    names, without_template = expand_suites(tasks)
-    plain = {*without_template, *plain_tasks} if apply_chat_template else set(names)
+    names, without_template = expand_suites(tasks, plain_tasks)
+    plain = set(without_template if apply_chat_template else names)
     if not plain.issuperset(names) and not getattr(tokenizer, "chat_template", None):
         raise QAdapterError(
             "The model's tokenizer has no chat template, and the evaluation asks with one. Set "

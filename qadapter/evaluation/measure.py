@@ -158,28 +158,20 @@ def measure_retention(
     """
     network, tokenizer = load_base(base, model)
     policy = load_policy(network, adapter)
-    metrics: dict[str, float] = {}
-    directions: dict[str, bool] = {}
-    items: list[dict[str, Any]] = []
-    plain = [task for task in settings.tasks if task in settings.plain_tasks]
-    asked = [task for task in settings.tasks if task not in settings.plain_tasks]
-    for tasks, template in ((asked, True), (plain, False)):
-        if not tasks:
-            continue
-        scores = evaluate_tasks(
-            policy,
-            tokenizer,
-            tasks,
-            data=benchmarks,
-            official_data=official_data,
-            limit=settings.limit,
-            batch_size=settings.batch_size,
-            apply_chat_template=template,
-            max_gen_toks=settings.max_new_tokens,
-        )
-        metrics |= {f"retention/{name}": value for name, value in scores.metrics.items()}
-        directions |= {f"retention/{name}": higher for name, higher in scores.higher_is_better.items()}
-        items += [{"task": task, **item} for task, rows in scores.samples.items() for item in rows]
+    scores = evaluate_tasks(
+        policy,
+        tokenizer,
+        settings.tasks,
+        data=benchmarks,
+        official_data=official_data,
+        limit=settings.limit,
+        batch_size=settings.batch_size,
+        plain_tasks=settings.plain_tasks,
+        max_gen_toks=settings.max_new_tokens,
+    )
+    metrics = {f"retention/{name}": value for name, value in scores.metrics.items()}
+    directions = {f"retention/{name}": higher for name, higher in scores.higher_is_better.items()}
+    items = [{"task": task, **item} for task, rows in scores.samples.items() for item in rows]
     headline = {task: headline_metric(task, metrics) for task in expand_suites(settings.tasks)[0]}
     accuracies = [metrics[name] for name in headline.values() if name and directions.get(name, True)]
     if accuracies:

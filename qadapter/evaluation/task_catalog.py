@@ -82,22 +82,31 @@ def find_tasks(names: Sequence[str]) -> TaskFolders:
     return TaskFolders(local, _outermost(folders))
 
 
-def expand_suites(names: Sequence[str]) -> tuple[list[str], list[str]]:
+def expand_suites(names: Sequence[str], plain_tasks: Sequence[str] = ()) -> tuple[list[str], list[str]]:
     """A suite's name (a group of `configs/lm_eval`) replaced by its tasks.
 
+    Args:
+        names: of tasks, groups and suites.
+        plain_tasks: those that the user wants asked without chat template.
+
     Returns:
-        All tasks in order, each once, and those among them that the suite asks without chat template.
+        All tasks in order, each once, and those that are asked without chat template: the user's and the suites' own.
     """
     tasks: dict[str, None] = {}
     plain: dict[str, None] = {}
     for name in names:
-        found = _template(name)
-        settings = _settings(found[0]) if found else {}
-        for task in settings["task"] if "group" in settings else [name]:
-            tasks.setdefault(task)
-        for task in settings.get("metadata", {}).get("without_chat_template", []):
-            plain.setdefault(task)
-    return list(tasks), list(plain)
+        members, without = _members_of(name)
+        tasks |= dict.fromkeys(members)
+        plain |= dict.fromkeys(members if name in plain_tasks else without)
+    return list(tasks), [task for task in tasks if task in plain or task in plain_tasks]
+
+
+def _members_of(name: str) -> tuple[list[str], list[str]]:
+    """The tasks of a suite, and those of them that it asks without chat template; any other name is its own member."""
+    found = _template(name)
+    settings = _settings(found[0]) if found else {}
+    members = list(settings["task"]) if "group" in settings else [name]
+    return members, list(settings.get("metadata", {}).get("without_chat_template", []))
 
 
 def check_tasks(names: Sequence[str], data: Path | None = None) -> None:
