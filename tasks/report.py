@@ -8,19 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from prefect import task
-from prefect.artifacts import create_image_artifact, create_markdown_artifact
+from prefect.artifacts import create_markdown_artifact
 
 from qadapter.artifacts import read_json
-from qadapter.report.page import data_uri
 from tasks.context import RunContext
 from tasks.evaluate import Evaluation
 from tasks.logged import StageResult, logged_stage, task_result
-from tasks.prefect_artifacts import show
+from tasks.prefect_artifacts import show, show_figure, show_page
 from tasks.stage import StageOutput
 
 FIGURES = ("retention_adaptation", "training_curves")
-LARGEST_IMAGE = 1_000_000
-"""Bytes of a figure that is put into Prefect's database; a larger one is in the store and in MLflow only."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +73,7 @@ def write_report(context: RunContext, rows: Sequence[Evaluation], data: Mapping[
     context.tracker.log_folder(context.parent_run_id, folder, "report")
     context.tracker.log_metrics(context.parent_run_id, result.output.metrics())
     key = context.experiment.name.replace("_", "-")
-    show(
-        create_markdown_artifact,
-        key=f"report-{key}",
-        markdown=(folder / "report.md").read_text(encoding="utf-8"),
-        description=title,
-    )
+    show_page(folder / "report.md", f"report-{key}", title)
     # Not a link: a browser does not follow one from Prefect's page to a file.
     show(
         create_markdown_artifact,
@@ -93,14 +85,7 @@ def write_report(context: RunContext, rows: Sequence[Evaluation], data: Mapping[
         description=f"{title}, one page with everything",
     )
     for figure in FIGURES:
-        file = folder / f"{figure}.png"
-        if file.exists() and file.stat().st_size <= LARGEST_IMAGE:
-            show(
-                create_image_artifact,
-                key=f"{figure}-{key}".replace("_", "-"),
-                image_url=data_uri(file),
-                description=figure.replace("_", " "),
-            )
+        show_figure(folder / f"{figure}.png", f"{figure}-{key}".replace("_", "-"), figure.replace("_", " "))
     return task_result(Report(folder, context.parent_run_id), result)
 
 

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from prefect import task
-from prefect.artifacts import create_image_artifact, create_markdown_artifact
 
 from qadapter.sweep import Variant
 from tasks.context import Customisation, RunContext
 from tasks.evaluate import Evaluation, evaluate
 from tasks.logged import StageResult, logged_stage, task_result
-from tasks.prefect_artifacts import show
+from tasks.prefect_artifacts import show_figure, show_page
 from tasks.report import Report, metrics_of
 from tasks.stage import StageOutput
 from tasks.train import train_adapter
@@ -131,15 +130,8 @@ def write_sweep(
     context.tracker.log_folder(context.parent_run_id, folder, "report")
     context.tracker.log_metrics(context.parent_run_id, result.output.metrics())
     key = f"sweep-{name}".replace("_", "-")
-    show(
-        create_markdown_artifact, key=key, markdown=(folder / "sweep.md").read_text(encoding="utf-8"), description=title
-    )
-    show(
-        create_image_artifact,
-        key=f"{key}-figure",
-        image_url=(folder / "sweep.png").as_uri(),
-        description="retention against adaptation",
-    )
+    show_page(folder / "sweep.md", key, title)
+    show_figure(folder / "sweep.png", f"{key}-figure", "retention against adaptation")
     return task_result(Report(folder, context.parent_run_id), result)
 
 

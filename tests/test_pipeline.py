@@ -36,8 +36,10 @@ from qadapter.errors import QAdapterError
 from qadapter.experiment import load_experiment
 from qadapter.preferences import sources
 from qadapter.preferences.download import UnreachableError
+from qadapter.report.page import data_uri
 from qadapter.settings import METHODS
 from qadapter.training import adapt
+from tasks import prefect_artifacts
 from tasks.context import RunContext
 from tasks.data import prepare_data
 from tasks.stage import StageStore
@@ -372,8 +374,27 @@ def test_the_report(first: Ran) -> None:
     assert (report.parent / "retention_adaptation.png").stat().st_size > 10_000
     artifact = Artifact.get("report-smoke")
     assert artifact is not None
-    assert artifact.data == text
-    assert Artifact.get("retention-adaptation-smoke") is not None
+    lines = text.splitlines(keepends=True)
+    for alternative, file in (
+        ("retention against adaptation", "retention_adaptation"),
+        ("training curves", "training_curves"),
+    ):
+        lines[lines.index(f"![{alternative}]({file}.png)\n")] = f"*Figure beside this page: {alternative}*\n"
+        figure = Artifact.get(f"{file}-smoke".replace("_", "-"))
+        assert figure is not None
+        assert figure.data == data_uri(report.parent / f"{file}.png")
+    assert artifact.data == "".join(lines)
+
+
+def test_a_figure_too_large_for_prefects_database_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[dict[str, Any]] = []
+    monkeypatch.setattr(prefect_artifacts, "show", lambda _, **content: shown.append(content))
+    fits, large = tmp_path / "small.png", tmp_path / "large.png"
+    fits.write_bytes(b"P" * prefect_artifacts.LARGEST_IMAGE)
+    large.write_bytes(b"P" * (prefect_artifacts.LARGEST_IMAGE + 1))
+    for file in (fits, large, tmp_path / "missing.png"):
+        prefect_artifacts.show_figure(file, file.stem, "a figure")
+    assert shown == [{"key": "small", "image_url": data_uri(fits), "description": "a figure"}]
 
 
 # ---- the second run

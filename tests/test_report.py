@@ -268,6 +268,25 @@ def test_costs_and_further_measures() -> None:
     }
 
 
+def test_what_a_judge_is_worth_has_names_and_counts_are_counts() -> None:
+    judge = {
+        "judge_accuracy": 0.75,
+        "judge_accuracy_low": 0.598,
+        "judge_accuracy_high": 0.858,
+        "judge_accuracy_n": 40.0,
+    }
+    metrics = {**judge, "judge_order_agreement": 0.875, "undecided": 3.0}
+    rows = [Row("d", "dpo", 0, {f"adaptation/{name}": value for name, value in metrics.items()})]
+    assert [(label, cells[0].text) for label, cells in further_table(Measured(rows)).rows] == [
+        ("undecided, answers", "3"),
+        ("the judge's accuracy on held-out pairs ↑", "0.750"),
+        ("the judge's accuracy, low end of its 95 % interval ↑", "0.598"),
+        ("the judge's accuracy, high end of its 95 % interval ↑", "0.858"),
+        ("held-out pairs the judge was tried on", "40"),
+        ("answers the judge decides alike in both orders ↑", "0.875"),
+    ]
+
+
 def test_variants_of_a_method_stand_beside_it_and_look_different() -> None:
     rows = [Row("d", m, 0, {}) for m in ("dpo (b)", "new", "sft", "dpo (a)", "q-adapter", "base")]
     methods = methods_of(rows)

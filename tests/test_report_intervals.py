@@ -13,7 +13,7 @@ from qadapter.report.front import pareto_front
 from qadapter.report.intervals import Measured, Sample
 from qadapter.report.items import adaptation_gain, retention_items, retention_measures
 from qadapter.report.rows import Row
-from qadapter.report.summary import adherence_gained, duel, duels, points, sentences, summary_metrics
+from qadapter.report.summary import adherence_gained, duel, duels, judge_sentences, points, sentences, summary_metrics
 from qadapter.report.tables import main_table
 from tests.report_files import kept_files, pair_row, rule_row, toy_rows, write_lines
 
@@ -376,10 +376,39 @@ def test_a_mean_that_one_domain_carries_is_taken_apart() -> None:
 def test_a_judge_at_chance_is_told() -> None:
     """11 of 20 pairs may be a coin's, 19 of 20 not."""
     for accuracy, chance in ((0.55, True), (0.95, False)):
-        metrics = {"adaptation/score": 0.5, "adaptation/judge_accuracy": accuracy, "adaptation/n": 20.0}
+        metrics = {"adaptation/score": 0.5, "adaptation/judge_accuracy": accuracy, "adaptation/judge_accuracy_n": 20.0}
         text = "\n".join(sentences(Measured([Row("d", "dpo", 0, metrics)])))
         assert f"d: the judge of the answers agrees with {accuracy:.3f} [" in text
         assert ("it may be at chance" in text) == chance
+
+
+def test_a_judges_interval_is_of_the_pairs_it_was_tried_on() -> None:
+    """30 right of 40 are [.598, .858] by Wilson, whatever number of pairs the policy's own accuracy is of.
+
+    With z² = 3.8415: centre (.75 + 3.8415/80)/(1 + 3.8415/40) = .7281, half a width
+    1.96/1.09604 · √(.75 · .25/40 + 3.8415/6400) = .1299.
+    """
+    metrics = {"adaptation/score": 0.5, "adaptation/n": 400.0, "adaptation/judge_accuracy": 0.75}
+    row = Row("d", "dpo", 0, {**metrics, "adaptation/judge_accuracy_n": 40.0})
+    assert judge_sentences(Measured([row])) == [
+        "d: the judge of the answers agrees with 0.750 [0.598, 0.858] of 40 held-out pairs."
+    ]
+    assert judge_sentences(Measured([Row("d", "dpo", 0, metrics)])) == []
+
+
+def test_undecided_answers_are_told() -> None:
+    """3 + 5 of DPO in two domains, 4 of SFT; without any there is nothing to say."""
+    rows = [Row("a", "base", None, {"adaptation/score": 0.5})]
+    for domain, method, count in (("a", "dpo", 3.0), ("b", "dpo", 5.0), ("a", "sft", 4.0), ("b", "sft", 0.0)):
+        rows.append(Row(domain, method, 0, {"adaptation/score": 0.5, "adaptation/undecided": count}))
+    expected = (
+        "Answers that the judge left undecided, over all domains and seeds: 12 (sft 4, dpo 8). "
+        "Win rates are over the others."
+    )
+    assert expected in sentences(Measured(rows))
+    for row in rows[1:]:
+        row.metrics["adaptation/undecided"] = 0.0
+    assert "undecided" not in "\n".join(sentences(Measured(rows)))
 
 
 def test_a_win_rate_has_its_interval(tmp_path: Path) -> None:

@@ -208,6 +208,34 @@ def test_latex_escapes_all_that_has_a_meaning() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ("residual α0=0.1", r"residual $\alpha$0=0.1"),
+        ("dpo · β=1", r"dpo $\cdot$ $\beta$=1"),
+        ("Δ π̃ γ", r"$\Delta$ $\pi$ $\gamma$"),
+        ("1 − 2 ± 3 × 4 ≤ 5", r"1 $-$ 2 $\pm$ 3 $\times$ 4 $\le$ 5"),
+        ("10⁻³ x₀ ½", r"10\textsuperscript{$-$}\textsuperscript{3} x\textsubscript{0} 1/2"),
+        ("“café”, l’été", "``cafe'', l'ete"),
+        ("中‰", "(U+4E2D)(U+2030)"),
+    ],
+)
+def test_latex_is_ascii(given: str, written: str) -> None:
+    assert escape(given) == written
+    assert written.isascii()
+
+
+def test_a_table_with_a_sweeps_labels_is_ascii() -> None:
+    rows = tuple(
+        (label, (Cell("0.9 ± 0.1", "[0.8, 1.0]"), Cell("−1")))
+        for label in ("dpo · β=1", "residual, then α0=2", "q-adapter (naïve run)")
+    )
+    text = latex(Table("method", (("Learnt", 2),), ("KL ↓", "β × lr"), rows), "α0 · 95 % … “x” 中")
+    assert text.isascii()
+    assert text.splitlines()[9] == r"method & KL $\downarrow$ & $\beta$ $\times$ lr \\"
+    assert text.splitlines()[11] == r"dpo $\cdot$ $\beta$=1 & 0.9 $\pm$ 0.1 & $-$1 \\"
+
+
 def test_the_reports_latex_is_well_formed(report: Path) -> None:
     text = (report / "report.tex").read_text(encoding="utf-8")
     assert text.isascii()

@@ -18,6 +18,7 @@ import yaml
 from matplotlib.text import Text
 from mlflow.entities import Run
 from prefect import flow, task
+from prefect.artifacts import Artifact
 from prefect.settings import PREFECT_API_URL
 from test_pipeline import Home, harness, new_stages, small  # noqa: F401 - a fixture is used by its name
 from tiny_toy import TinyToy, make_tiny_toy
@@ -30,6 +31,8 @@ from qadapter.dial import set_alpha_0
 from qadapter.errors import QAdapterError
 from qadapter.experiment import load_experiment, profiles
 from qadapter.policy_files import read_settings
+from qadapter.report.latex import escape
+from qadapter.report.page import data_uri
 from qadapter.report.rows import Row
 from qadapter.report.sweep import build_sweep_report
 from qadapter.report.sweep_figure import draw_sweep
@@ -40,12 +43,14 @@ from qadapter.report.sweep_points import (
     best_by_trade,
     best_that_keeps,
     chosen_on_other_seeds,
+    differences,
     front_area,
     front_of,
     learnt,
     points_of,
     trade,
 )
+from qadapter.report.sweep_sentences import difference_table, edge_sentences, largest_front
 from qadapter.settings import METHODS
 from qadapter.sweep import SWEEP_FOLDER, Sweep, estimate_hours, expand, load_sweep, merged_overrides
 from qadapter.training import adapt
@@ -146,6 +151,16 @@ def test_settings_that_two_groups_share_are_measured_once(tmp_path: Path) -> Non
     assert by_name["residual α0=0.1"].groups == ("residual",)
     assert not by_name["residual α0=0.1"].tuning
     assert by_name["residual, then α0=0.5"].alpha_0 == 0.5
+
+
+def test_names_of_settings_are_ascii_in_latex() -> None:
+    loaded = load_sweep("smoke")
+    names = [v.name for v in expand(loaded, load_experiment("smoke", merged_overrides(loaded, "smoke", {})))]
+    assert any("β" in name for name in names)
+    assert any("α" in name for name in names)
+    assert all(escape(name).isascii() for name in names)
+    assert escape("dpo β=1 lr=0.0001") == r"dpo $\beta$=1 lr=0.0001"
+    assert escape("residual, then α0=2") == r"residual, then $\alpha$0=2"
 
 
 def test_a_setting_equal_to_the_profiles_is_the_profiles(tmp_path: Path) -> None:
@@ -316,7 +331,7 @@ def test_doing_nothing_is_worth_nothing(tmp_path: Path) -> None:
 def test_a_base_that_had_nothing_can_lose_nothing() -> None:
     (point,) = points_of(measured(base=0.0, a=[(0.5, 0.0)]), [setting("a")], 1)
     assert point.kept == 1.0
-    assert point.trade == point.by_seed[0] == pytest.approx(2 / 3)
+    assert point.trade == point.by_seed[0].trade == pytest.approx(2 / 3)
 
 
 def test_the_time_is_counted_from_the_seconds(tmp_path: Path) -> None:
@@ -375,6 +390,132 @@ def test_the_report_compares_what_is_complete(tmp_path: Path) -> None:
     assert metrics["sweep/trade_difference/sft"] == pytest.approx(difference)
     assert "sweep/trade/dpo" not in metrics
     assert f"q-adapter − sft: {difference:+.3f}" in text
+
+
+def tried(method: str, *settings: tuple[dict[str, float], float]) -> list[Point]:
+    """One seed of each setting; all keep everything, so the most adaptation is the best trade."""
+    names = [f"{method} {place}" for place in range(len(settings))]
+    rows = measured(**{name: [(score, 0.8)] for name, (_, score) in zip(names, settings, strict=True)})
+    known = [
+        Setting(name, method, method, (method,), True, values, name)
+        for name, (values, _) in zip(names, settings, strict=True)
+    ]
+    return points_of(rows, known, 1)
+
+
+def grid(method: str, best: tuple[float, float]) -> list[Point]:
+    """Learning rates 1e-4, 3e-4, 1e-3 × β 0.1, 1, 5, γ always 1; one of them learns more than the others."""
+    knobs = [(rate, beta) for rate in (1e-4, 3e-4, 1e-3) for beta in (0.1, 1, 5)]
+    return tried(
+        method,
+        *(
+            ({"learning_rate": rate, "beta": beta, "gamma": 1.0}, 0.9 if (rate, beta) == best else 0.5)
+            for rate, beta in knobs
+        ),
+    )
+
+
+def test_a_best_setting_on_the_edge_of_its_grid_is_told() -> None:
+    sft = tried("sft", *(({"learning_rate": rate}, score) for rate, score in ((1e-4, 0.5), (2e-4, 0.8), (3e-4, 0.6))))
+    replay = tried("replay", *(({"temperature": value}, 1 - value / 2) for value in (0, 0.5, 1)))
+    alone = tried("q-adapter", ({"beta": 0.1}, 0.9))
+    tuned = {"q-adapter": alone, "sft": sft, "dpo": grid("dpo", (1e-4, 0.1)), "replay": replay}
+    assert edge_sentences(tuned).splitlines() == [
+        "- The best trade of sft is on no edge of its grid.",
+        "- The best trade of dpo has the lowest learning rate (0.0001) and the lowest β (0.1) that were tried: "
+        "a better one may lie beyond.",
+        "- The best trade of replay is on no edge of its grid.",  # nothing is colder than 0
+    ]
+    assert edge_sentences({"dpo": grid("dpo", (1e-3, 1))}) == (
+        "- The best trade of dpo has the highest learning rate (0.001) that was tried: a better one may lie beyond."
+    )
+    assert edge_sentences({"sft": sft, "dpo": grid("dpo", (3e-4, 1)), "replay": replay}) == (
+        "No method's best trade is on an edge of its grid."
+    )
+    assert edge_sentences({"q-adapter": alone}) == ""
+
+
+def test_whose_front_is_best() -> None:
+    assert largest_front({"sft": 0.98, "dpo": 0.9, "a": 0.1}) == "The largest front area, 0.980, is that of sft."
+    assert largest_front({"sft": 0.9801, "dpo": 0.9799}) == "The largest front area, 0.980, is that of sft and dpo."
+
+
+def test_differences_are_paired_by_seed() -> None:
+    """Three seeds, kept = retention / 0.8.
+
+    Adaptation +.1, +.2, +.3: mean .2, deviation .1, half a width 4.30265 · .1/√3 = .24841. Retention 0, 0, +.12: mean
+    .04, deviation .12/√3, half a width 4.30265 · .12/3 = .17211.
+    """
+    found = points(a=[(0.6, 0.8), (0.7, 0.8), (0.8, 0.8)], b=[(0.5, 0.8), (0.5, 0.8), (0.5, 0.68)])
+    result = differences(found["a"], found["b"])
+    learnt_more, kept_more, better = result["adaptation"], result["retention"], result["trade"]
+    assert (learnt_more.estimate, learnt_more.seeds) == (pytest.approx(0.2), 3)
+    assert (learnt_more.low, learnt_more.high) == (pytest.approx(-0.04841, abs=1e-5), pytest.approx(0.44841, abs=1e-5))
+    assert kept_more.estimate == pytest.approx(0.04)
+    assert (kept_more.low, kept_more.high) == (pytest.approx(-0.13211, abs=1e-5), pytest.approx(0.21211, abs=1e-5))
+    ours, theirs = (trade(0.6, 1), trade(0.7, 1), trade(0.8, 1)), (trade(0.5, 1), trade(0.5, 1), trade(0.5, 0.85))
+    assert better.estimate == pytest.approx(fmean(ours) - fmean(theirs))
+    half = 4.302653 * stdev([x - y for x, y in zip(ours, theirs, strict=True)]) / 3**0.5
+    assert better.high - better.estimate == pytest.approx(half, abs=1e-6)
+
+
+def test_the_lead_of_the_best_of_all_is_shown() -> None:
+    """Two seeds: t = 12.7062, half a width 12.7062 · |x − y|/2."""
+    found = points(best=[(0.9, 0.8), (0.92, 0.8)], sft=[(0.8, 0.8), (0.82, 0.796)], same=[(0.5, 0.8), (0.52, 0.79)])
+    heading, table, legend = difference_table(found["best"], {"q-adapter": found["best"], "sft": found["sft"]}, 92)
+    assert heading == "**best** minus each method's best tuned setting, paired by seed:"
+    header, _, line = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()]
+    assert header == ["method", "its best tuned setting", "trade", "retention", "adaptation"]
+    # adaptation: +.1 for both seeds; retention: 0 and +.004, 12.7062 · .004/2 = .0254
+    assert line[:2] == ["sft", "sft"]
+    assert line[3] == "+0.002 [-0.023, +0.027]"
+    assert line[4] == r"+0.100\* [+0.100, +0.100]"
+    first, second = trade(0.9, 1) - trade(0.8, 1), trade(0.92, 1) - trade(0.82, 0.995)
+    mean, half = (first + second) / 2, 12.7062 * abs(first - second) / 2
+    star = r"\*" if mean > half else ""
+    assert line[2] == f"{mean:+.3f}{star} [{mean - half:+.3f}, {mean + half:+.3f}]"
+    assert legend.startswith(
+        "In brackets 95 %, Student, 2 seeds; a star: larger than the noise. The best of all was chosen among 92"
+    )
+    assert difference_table(found["best"], {"q-adapter": found["best"]}, 92) == []
+
+
+def test_one_seed_has_no_interval() -> None:
+    found = points(best=[(0.9, 0.8)], sft=[(0.8, 0.8)])
+    _, table, legend = difference_table(found["best"], {"sft": found["sft"]}, 3)
+    assert [cell.strip() for cell in table.splitlines()[-1].split("|")[4:-1]] == ["+0.000", "+0.100"]
+    assert legend.startswith("One seed: nothing is known of the noise. The best of all was chosen among 3 settings")
+
+
+def test_the_page_says_it_by_itself(tmp_path: Path) -> None:
+    """The ablation beats both tuned methods; of those, s has the larger front. β 0.1 and 1 were tried: an edge."""
+    rows = measured(
+        q=[(0.6, 0.8), (0.6, 0.8)],
+        q1=[(0.5, 0.8), (0.5, 0.8)],
+        s=[(0.8, 0.8), (0.7, 0.8)],
+        ablation=[(0.9, 0.8), (0.8, 0.8)],
+    )
+    settings = [
+        setting("q"),
+        Setting("q1", "residual", "q-adapter", ("q-adapter",), True, {"beta": 1.0}, "q1"),
+        setting("s", "sft"),
+        setting("ablation", tuning=False),
+    ]
+    build_sweep_report(rows, settings, expected=2, title="Sweep", out=tmp_path)
+    text = (tmp_path / "sweep.md").read_text(encoding="utf-8")
+    methods, _, rest = text.partition("## The best setting of all")
+    assert (
+        f"The best trade, {trade(0.75, 1):.3f}, is reached by sft. The largest front area, 0.750, is that of sft."
+        in methods
+    )
+    assert "The best trade of q-adapter has the lowest β (0.1) that was tried: a better one may lie beyond." in methods
+    assert "**ablation** minus each method's best tuned setting, paired by seed:" in rest
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in rest.splitlines() if line.startswith("|")]
+    assert [line[0] for line in lines if line[1] in ("q", "s")] == ["q-adapter", "sft"]
+    # against s +.1 for both seeds; against q +.3 and +.2: mean .25, half a width 12.7062 · .1/2 = .6353
+    assert next(line[4] for line in lines if line[1] == "s") == r"+0.100\* [+0.100, +0.100]"
+    assert next(line[4] for line in lines if line[1] == "q") == "+0.250 [-0.385, +0.885]"
+    assert "The largest front area, 0.850, is that of q-adapter. Families have different numbers" in rest
 
 
 def test_nothing_measured_still_makes_a_page(tmp_path: Path) -> None:
@@ -527,6 +668,15 @@ def test_the_table_says_what_was_measured(mended: Swept) -> None:
     ]
     assert f"{fmean(kl):.3f} ± {stdev(kl):.3f}" in line
     assert (folder / "sweep.png").stat().st_size > 10_000
+    shown = Artifact.get("sweep-tiny")
+    assert shown is not None
+    assert shown.data == page.replace(
+        "![retention against adaptation](sweep.png)", "*Figure beside this page: retention against adaptation*"
+    )
+    assert "](sweep.png)" in page  # beside the figure the link is one
+    figure = Artifact.get("sweep-tiny-figure")
+    assert figure is not None
+    assert figure.data == data_uri(folder / "sweep.png")
     assert mended.parent.data.metrics["sweep/settings"] == len(NAMES)
 
 

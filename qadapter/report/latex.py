@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from itertools import accumulate
 
 from qadapter.report.tables import Cell, Table
@@ -24,12 +25,52 @@ _SPECIAL = {
     "±": r"$\pm$",
     "·": r"$\cdot$",
     "…": r"\ldots{}",
+    "−": "$-$",
+    "×": r"$\times$",
+    "≤": r"$\le$",
+    "≥": r"$\ge$",
+    "≈": r"$\approx$",
+    "→": r"$\to$",
+    "—": "---",
+    "‘": "`",
+    "’": "'",
+    "“": "``",
+    "”": "''",
+    "⁄": "/",
+    "●": r"$\bullet$",
 }
+_GREEK = dict(  # omicron and the capitals that look like Latin letters have no command
+    zip(
+        "αβγδεζηθικλμνξπρσςτυφχψωΓΔΘΛΞΠΣΥΦΨΩ",
+        (
+            "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma varsigma tau "
+            "upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega"
+        ).split(),
+        strict=True,
+    )
+)
 
 
 def escape(text: str) -> str:
-    """Text without a meaning of its own in LaTeX."""
-    return "".join(_SPECIAL.get(character, character) for character in text)
+    """Text without a meaning of its own in LaTeX, in ASCII: pdflatex stops at most of what is not."""
+    return "".join(_written(character) for character in text)
+
+
+def _written(character: str) -> str:
+    """One character: itself, its command, or the nearest that ASCII has."""
+    if character in _SPECIAL:
+        return _SPECIAL[character]
+    if character in _GREEK:
+        return rf"$\{_GREEK[character]}$"
+    if character.isascii():
+        return character
+    parts = unicodedata.normalize("NFKD", character)
+    if parts == character:  # an accent on its own goes, what has no parts is named by its number
+        return "" if unicodedata.combining(character) else f"(U+{ord(character):04X})"
+    written = "".join(_written(part) for part in parts)
+    place = {"<super>": "textsuperscript", "<sub>": "textsubscript"}
+    command = place.get(unicodedata.decomposition(character).partition(" ")[0])
+    return rf"\{command}{{{written}}}" if command else written
 
 
 def latex(content: Table, caption: str) -> str:

@@ -64,6 +64,11 @@ def ordered(values: Iterable[str], order: Sequence[str] = ()) -> list[str]:
     return [v for v in order if v in distinct] + [v for v in distinct if v not in order]
 
 
+def listed(names: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
+
+
 def kind(method: str) -> str:
     """The method of a label: where runs are compared, `dpo (first run)` is a `dpo`, and so is a sweep's `dpo · β=1`."""
     return method.partition(" (")[0].partition(SETTING)[0]

@@ -11,7 +11,7 @@ from qadapter.evaluation.statistics import Interval, proportion_interval
 from qadapter.report.front import pareto_front
 from qadapter.report.intervals import Measured
 from qadapter.report.items import SCORE
-from qadapter.report.rows import Row, kind, methods_of, spread
+from qadapter.report.rows import Row, kind, listed, methods_of, spread
 from qadapter.report.tables import bracket, number
 
 OURS = "q-adapter"
@@ -156,12 +156,14 @@ def sentences(measured: Measured, config: Mapping[str, Any] | None = None) -> li
     if len(found) > 1:
         front = [m for m in pareto_front(found) if kind(m) != "base"]
         result.append(
-            f"On the Pareto front (of the means; no other method has at least as much of both): {_list(front)}."
+            f"On the Pareto front (of the means; no other method has at least as much of both): {listed(front)}."
             if front
             else "No method is on the Pareto front: the base itself has at least as much of both."
         )
         if bare := [method for method in front if not _above_base(measured, method)]:
-            result.append(f"On that front, but not above the base in what was learnt, beyond the noise: {_list(bare)}.")
+            result.append(
+                f"On that front, but not above the base in what was learnt, beyond the noise: {listed(bare)}."
+            )
     for subject, metric in (("Learnt most", SCORE), ("Kept most", "retention/mean")):
         values = {m: spread(rows, metric, None, m).mean for m in measured.methods if kind(m) != "base"}
         ranked = sorted((m for m in values if not math.isnan(values[m])), key=lambda m: -values[m])
@@ -169,6 +171,7 @@ def sentences(measured: Measured, config: Mapping[str, Any] | None = None) -> li
             result.append(f"{subject}, best first: " + ", ".join(f"{m} {number(values[m])}" for m in ranked) + ".")
     result += chance_sentences(measured)
     result += judge_sentences(measured)
+    result += undecided_sentences(measured)
     labels = [m for m in measured.methods if kind(m) != "base"]
     if len(labels) > 1 and len({kind(m) for m in labels}) == len(labels):
         result.append(
@@ -177,7 +180,7 @@ def sentences(measured: Measured, config: Mapping[str, Any] | None = None) -> li
         )
     if single := [m for m in measured.methods if kind(m) != "base" and len(measured.seeds(m)) == 1]:
         result.append(
-            f"One seed only ({_list(single)}): such intervals say how the choice of held-out items matters, not how "
+            f"One seed only ({listed(single)}): such intervals say how the choice of held-out items matters, not how "
             "another training would come out."
         )
     return result
@@ -197,7 +200,7 @@ def _portrait(measured: Measured, method: str) -> str:
     if wins.n:
         ends = f" [{100 * sure.low:.0f}, {100 * sure.high:.0f}]" if sure else ""
         parts.append(f"wins {100 * wins.mean:.0f} %{ends} of its answers against the base's (a tie is half a win)")
-    return f"{method} {_list(parts)}." if parts else f"{method} was not measured."
+    return f"{method} {listed(parts)}." if parts else f"{method} was not measured."
 
 
 def _duel_sentence(measured: Measured, found: Duel) -> str:
@@ -240,7 +243,7 @@ def _by_domain(measured: Measured, found: Duel) -> str:
         text += f" Most of the mean of what was avoided is from {top}: without it {_signed(rest, None)}."
     ahead = [domain for domain, (x, y) in values.items() if x <= 0 and y <= 0 and (x < 0 or y < 0)]
     if ahead:
-        text += f" {found.baseline} has at least as much of both, and more of one, in {_list(ahead)}."
+        text += f" {found.baseline} has at least as much of both, and more of one, in {listed(ahead)}."
     return text
 
 
@@ -250,11 +253,12 @@ def _above_base(measured: Measured, method: str) -> bool:
 
 
 def judge_sentences(measured: Measured) -> list[str]:
-    """Domains whose trained judge may be no better than a coin; Wilson's interval over the held-out pairs."""
+    """What a trained judge is worth, domain by domain, by Wilson's interval over the pairs that it was tried on."""
     result = []
     for domain in measured.domains:
         for row in measured.rows:
-            accuracy, n = (row.metrics.get(f"adaptation/{name}", math.nan) for name in ("judge_accuracy", "n"))
+            names = ("judge_accuracy", "judge_accuracy_n")  # not `n`: it may have been tried on fewer pairs
+            accuracy, n = (row.metrics.get(f"adaptation/{name}", math.nan) for name in names)
             if row.domain != domain or not n >= 1 or not 0 <= accuracy <= 1:
                 continue
             found = proportion_interval(accuracy * n, int(n))
@@ -269,6 +273,21 @@ def judge_sentences(measured: Measured) -> list[str]:
             )
             break
     return result
+
+
+def undecided_sentences(measured: Measured) -> list[str]:
+    """How many answers the judge left undecided, over all domains and seeds; nothing if none."""
+    counts = {
+        method: sum(row.metrics.get("adaptation/undecided", 0.0) for row in measured.rows if row.method == method)
+        for method in measured.methods
+    }
+    each = [f"{method} {count:.0f}" for method, count in counts.items() if count]
+    if not each:
+        return []
+    return [
+        f"Answers that the judge left undecided, over all domains and seeds: {sum(counts.values()):.0f} "
+        f"({', '.join(each)}). Win rates are over the others."
+    ]
 
 
 def chance_sentences(measured: Measured) -> list[str]:
@@ -303,8 +322,3 @@ def _noise(value: float, interval: Interval | None, one_seed: bool) -> str:
         return "noise unknown: no item scores"
     noise = "the item noise, one seed" if one_seed else "the noise"
     return f"larger than {noise}" if interval.excludes_zero else f"not larger than {noise}"
-
-
-def _list(names: Sequence[str]) -> str:
-    """`a, b and c`."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""

@@ -12,7 +12,7 @@ import pandas as pd
 
 from qadapter.artifacts import write_json
 from qadapter.evaluation.statistics import across_seeds
-from qadapter.report.rows import Row, Spread, ordered, spread
+from qadapter.report.rows import Row, Spread, listed, ordered, spread
 from qadapter.report.sweep_figure import draw_sweep
 from qadapter.report.sweep_points import (
     BASE,
@@ -28,6 +28,7 @@ from qadapter.report.sweep_points import (
     learnt,
     points_of,
 )
+from qadapter.report.sweep_sentences import difference_table, edge_sentences, largest_front
 
 _KNOBS = {"α0": "alpha_0", "β": "beta", "w": "preference_scale", "lr": "learning_rate", "T": "temperature"}
 
@@ -65,7 +66,7 @@ def build_sweep_report(
     if compared:
         tuned = {m: [p for p in compared if p.setting.tuning and p.setting.method == m] for m in _methods(compared)}
         tuned = {method: own for method, own in tuned.items() if own}
-        sections += _comparison(tuned, metrics) + _choices(compared, metrics)
+        sections += _comparison(tuned, metrics) + _choices(compared, tuned, metrics)
         sections += ["## Every setting", _markdown(_table(points, front, base, base_rows)), _LEGEND]
     (out / "sweep.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     write_json(out / "metrics.json", metrics)
@@ -80,6 +81,7 @@ _LEGEND = (
     "retention without less of the other. A setting called `…, then α0=…` is the adapter of the setting before the "
     "comma, measured with another α0."
 )
+_FAMILIES = "Families have different numbers of settings here; compare methods by the first table."
 
 
 def _comparison(tuned: dict[str, list[Point]], metrics: dict[str, float]) -> list[str]:
@@ -123,16 +125,18 @@ def _comparison(tuned: dict[str, list[Point]], metrics: dict[str, float]) -> lis
     winners = [method for method, value in trades.items() if value == max(trades.values())]
     return [
         "## The methods, each tuned with the same number of settings",
-        f"The best trade, {max(trades.values())}, is reached by {' and '.join(winners)}.",
+        f"The best trade, {max(trades.values())}, is reached by {listed(winners)}. "
+        + largest_front({method: front_area(own) for method, own in tuned.items()}),
         _markdown(pd.DataFrame(table)),
         "*chosen on other seeds*: the trade where, seed by seed, the setting was chosen on the others, so that nobody "
         "profits from chance. *front area*: of all pairs (learnt, kept) that the method's settings reach or beat.",
+        *([on_edges] if (on_edges := edge_sentences(tuned)) else []),
         *(["Difference of *chosen on other seeds*, paired by seed:\n\n" + "\n".join(sentences)] if sentences else []),
     ]
 
 
-def _choices(compared: Sequence[Point], metrics: dict[str, float]) -> list[str]:
-    """What each rule chooses of everything, ablations included, and the families' fronts."""
+def _choices(compared: Sequence[Point], tuned: Mapping[str, list[Point]], metrics: dict[str, float]) -> list[str]:
+    """What each rule chooses of everything, ablations included, its lead over each method, the families' fronts."""
     trained = [point for point in compared if not point.setting.dialled]
     best, keeping = best_by_trade(compared), best_that_keeps(compared)
     metrics["sweep/best_trade"] = best.trade
@@ -146,11 +150,10 @@ def _choices(compared: Sequence[Point], metrics: dict[str, float]) -> list[str]:
             else "none keeps that much."
         ),
     ]
-    families = ordered(point.setting.family for point in compared)
-    table = []
-    for family in families:
+    table, areas = [], {}
+    for family in ordered(point.setting.family for point in trained):
         own = [point for point in trained if point.setting.family == family]
-        area = front_area(own)
+        area = areas[family] = front_area(own)
         table.append(
             {
                 "family": family,
@@ -162,8 +165,8 @@ def _choices(compared: Sequence[Point], metrics: dict[str, float]) -> list[str]:
     return [
         "## The best setting of all, ablations included",
         "\n".join(lines),
-        _markdown(pd.DataFrame(table)),
-        "Families have different numbers of settings here; compare methods by the table before.",
+        *difference_table(best, {method: best_by_trade(own) for method, own in tuned.items()}, len(compared)),
+        *([_markdown(pd.DataFrame(table)), f"{largest_front(areas)} {_FAMILIES}"] if table else []),
     ]
 
 

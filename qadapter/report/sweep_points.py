@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Literal, NamedTuple
 
+from qadapter.evaluation.statistics import Interval, across_seeds
 from qadapter.report.front import pareto_front
 from qadapter.report.rows import Row, Spread, spread
 
@@ -50,6 +52,19 @@ class Setting:
         return self.trained_as != self.name
 
 
+class OfSeed(NamedTuple):
+    """What one seed's trainings of a setting came to, means over domains.
+
+    Attributes:
+        trade: `trade` of this seed's own learnt and kept.
+        retention, adaptation: of `retention/mean` and `adaptation/score`.
+    """
+
+    trade: float
+    retention: float
+    adaptation: float
+
+
 @dataclass(frozen=True)
 class Point:
     """A setting as measured: means over domains, then mean and deviation over seeds.
@@ -60,7 +75,7 @@ class Point:
             `forgetting/mean` and `forgetting/kl_per_token`.
         learnt: the adaptation as a share of what can be learnt (`learnt`); 0 for a policy that does what the base does.
         kept: the retention's mean as a share of the base's; 1 where the base had nothing to lose.
-        by_seed: seed → the trade (`trade`).
+        by_seed: seed → what it came to.
         cells: how many domains and seeds were measured.
         complete: whether all were; a setting that lacks some is listed but not compared.
     """
@@ -73,7 +88,7 @@ class Point:
     kl: Spread
     learnt: float
     kept: float
-    by_seed: dict[int | None, float]
+    by_seed: dict[int | None, OfSeed]
     cells: int
     complete: bool
 
@@ -125,9 +140,13 @@ def points_of(rows: Sequence[Row], settings: Sequence[Setting], expected: int) -
         by_seed, learnt_by_seed = {}, {}
         for seed in dict.fromkeys(row.seed for row in own):
             of_seed = [row.metrics for row in own if row.seed == seed]
-            kept = share(fmean(m["retention/mean"] for m in of_seed))
+            kept = fmean(m["retention/mean"] for m in of_seed)
             learnt_by_seed[seed] = fmean(learnt(m) for m in of_seed)
-            by_seed[seed] = trade(learnt_by_seed[seed], kept)
+            by_seed[seed] = OfSeed(
+                trade=trade(learnt_by_seed[seed], share(kept)),
+                retention=kept,
+                adaptation=fmean(m["adaptation/score"] for m in of_seed),
+            )
         adaptation, win_rate, retention, forgetting, kl = (spread(own, name, None, setting.name) for name in MEASURED)
         found.append(
             Point(
@@ -186,9 +205,42 @@ def chosen_on_other_seeds(points: Sequence[Point]) -> dict[int | None, float]:
         return {}
     result = {}
     for seed in seeds:
-        chosen = max(points, key=lambda p: fmean(value for other, value in p.by_seed.items() if other != seed))
-        result[seed] = chosen.by_seed[seed]
+        chosen = max(points, key=lambda p: fmean(found.trade for other, found in p.by_seed.items() if other != seed))
+        result[seed] = chosen.by_seed[seed].trade
     return result
+
+
+def differences(point: Point, other: Point) -> dict[str, Interval]:
+    """Trade, retention and adaptation, each a point's minus another's, paired by seed, with Student's interval.
+
+    Args:
+        point, other: both complete, so they have the same seeds.
+    """
+    pairs = [(point.by_seed[seed], other.by_seed[seed]) for seed in point.by_seed]
+    return {
+        "trade": across_seeds([one.trade - two.trade for one, two in pairs]),
+        "retention": across_seeds([one.retention - two.retention for one, two in pairs]),
+        "adaptation": across_seeds([one.adaptation - two.adaptation for one, two in pairs]),
+    }
+
+
+def edges(best: Point, tried: Sequence[Point]) -> dict[str, Literal["lowest", "highest"]]:
+    """The knobs of which a point has the lowest or highest value that was tried, whatever the other knobs were.
+
+    A knob of one value was not tuned. A value of 0 is no edge: no knob goes below it.
+
+    Args:
+        best: one of `tried`.
+        tried: the settings of one method's tuning.
+    """
+    found: dict[str, Literal["lowest", "highest"]] = {}
+    for knob, value in best.setting.settings.items():
+        values = {point.setting.settings[knob] for point in tried if knob in point.setting.settings}
+        if len(values) > 1 and value == max(values):
+            found[knob] = "highest"
+        elif len(values) > 1 and value == min(values) and value > 0:
+            found[knob] = "lowest"
+    return found
 
 
 def _number(value: float) -> float:

@@ -51,13 +51,23 @@ FURTHER = {
     "adaptation/ties": "ties, answers",
     "adaptation/undecided": "undecided, answers",
     "adaptation/judge_accuracy": "the judge's accuracy on held-out pairs ↑",
+    "adaptation/judge_accuracy_low": "the judge's accuracy, low end of its 95 % interval ↑",
+    "adaptation/judge_accuracy_high": "the judge's accuracy, high end of its 95 % interval ↑",
+    "adaptation/judge_accuracy_n": "held-out pairs the judge was tried on",
+    "adaptation/judge_order_agreement": "answers the judge decides alike in both orders ↑",
     "adaptation/n": "held-out pairs scored",
     "adaptation/left_out": "held-out pairs that cannot be scored",
     "retention/answers_identical": "the base's own answers that stay identical ↑",
     "retention/over_refusals": "harmless requests that are refused ↓",
     "forgetting/kl_per_token": "KL(base ‖ policy) per token on old text, nats ↓",
 }
-_COUNTS = {"adaptation/ties", "adaptation/undecided", "adaptation/n", "adaptation/left_out"}
+_COUNTS = {
+    "adaptation/ties",
+    "adaptation/undecided",
+    "adaptation/judge_accuracy_n",
+    "adaptation/n",
+    "adaptation/left_out",
+}
 
 
 @dataclass(frozen=True)
