@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -27,7 +27,7 @@ from qadapter.evaluation.built_benchmarks import QUESTION_FIELDS
 from qadapter.evaluation.judge_plan import plan_judges
 from qadapter.evaluation.task_catalog import NAME, check_tasks, expand_suites, find_tasks, local_tasks, needs_data
 from qadapter.experiment import Experiment, load_experiment
-from qadapter.preferences import sources
+from qadapter.preferences import sources, toyworld
 from qadapter.preferences.prepare import first_usable_pair
 from tasks.context import RunContext, resolve_path, workspace
 from tasks.remote_store import RemoteStore
@@ -161,12 +161,7 @@ def _check_benchmarks(experiment: Experiment) -> None:
     Raises:
         QAdapterError: naming those that have none.
     """
-    made: set[str] = set()
-    if built := experiment.built_benchmarks:
-        names = [*built.replies, *built.questions]
-        made = {task.replace(NAME, name) for task in local_tasks() if NAME in task for name in names}
-    elif experiment.toy_world:
-        made = {task for task in local_tasks() if task.startswith("toy_")}
+    made = _tasks_made(experiment)
     tasks, _ = expand_suites(experiment.evaluation.retention.tasks)
     if lacking := [task for task in needs_data(find_tasks(tasks).local) if task not in made]:
         known = f"; those it makes are for {', '.join(sorted(made))}" if made else ""
@@ -174,6 +169,21 @@ def _check_benchmarks(experiment: Experiment) -> None:
             f"evaluation.retention.tasks names {', '.join(lacking)}, but this experiment makes no benchmark for that"
             f"{known}. Leave it out or add to built_benchmarks."
         )
+
+
+def _tasks_made(experiment: Experiment) -> set[str]:
+    """The project's own tasks whose files this experiment writes."""
+    preference, style = f"{NAME}_preference", f"toy_style_{NAME}"
+    fixed: set[str] = set()
+    names: dict[str, Iterable[str]] = {}
+    if built := experiment.built_benchmarks:
+        of_texts = [*built.replies, *built.questions]
+        names = {template: of_texts for template in local_tasks() if NAME in template and template != style}
+        names[preference] = built.preferences
+    elif experiment.toy_world:
+        fixed = {task for task in local_tasks() if task.startswith("toy_") and NAME not in task}
+        names = {preference: toyworld.PREFERENCES, style: toyworld.DOMAIN_STYLES}
+    return fixed | {template.replace(NAME, name) for template, some in names.items() for name in some}
 
 
 def close_abandoned(tracker: Tracker, experiment_name: str) -> None:

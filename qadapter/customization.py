@@ -77,7 +77,7 @@ class Customization(Settings):
         fields = whole.model_dump(mode="json", by_alias=True)
         used = set(whole.pretraining.corpus_sources if whole.pretraining else ())
         used |= {whole.helpful_sft.source} if whole.helpful_sft else set()
-        used |= set(whole.built_benchmarks.replies.values() if whole.built_benchmarks else ())
+        used |= set(whole.built_benchmarks.sources.values() if whole.built_benchmarks else ())
         fields["sources"] = {name: source for name, source in fields["sources"].items() if name in used}
         fields["sources"][PREFERENCES] = self.source.model_dump(mode="json")
         fields["domains"] = {self.domain: {**fields["domains"][self.domain], "source": PREFERENCES}}

@@ -90,7 +90,7 @@ class Experiment(Settings):
         if self.pretraining:
             named |= {f"pretraining.corpus_sources.{i}": s for i, s in enumerate(self.pretraining.corpus_sources)}
         if self.built_benchmarks:
-            named |= {f"built_benchmarks.replies.{name}": s for name, s in self.built_benchmarks.replies.items()}
+            named |= {f"built_benchmarks.{key}": source for key, source in self.built_benchmarks.sources.items()}
         unknown = {path: source for path, source in named.items() if source not in self.sources}
         for path, source in unknown.items():
             yield f"{path}: no source {source!r}{_did_you_mean(source, self.sources)}"

@@ -355,21 +355,30 @@ class AdaptationSettings(Settings):
 
 
 class BuiltBenchmarks(Settings):
-    """Retention benchmarks made from the data itself, for models too small for the public suites.
+    """Benchmarks made from the data itself: for models too small for the public suites, and of preferences.
 
     Attributes:
         replies: benchmark name → source; its held-out prompts ask which of four replies belongs to them
             (task `<name>_reply_matching`), and the chosen replies are texts to predict (`<name>_bits_per_byte`).
         questions: benchmark name → JSON-lines file of `question` and `answer`; a quarter of it becomes benchmarks like
             those of `replies`, and the model from scratch learns the rest.
+        preferences: benchmark name → source; its held-out pairs ask which of the two replies is the better one (task
+            `<name>_preference`).
         max_items: longest benchmark.
         max_chars: longest prompt or reply used; a model cannot score what its context does not hold.
     """
 
     replies: dict[Name, Name] = {}
     questions: dict[Name, str] = {}
+    preferences: dict[Name, Name] = {}
     max_items: Count = 200
     max_chars: Count = 1_200
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Key of this section → the source it names."""
+        kinds = {"replies": self.replies, "preferences": self.preferences}
+        return {f"{kind}.{name}": source for kind, named in kinds.items() for name, source in named.items()}
 
 
 class EvaluationSettings(Settings):

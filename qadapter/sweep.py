@@ -189,7 +189,7 @@ def merged_overrides(sweep: Sweep, profile: str, overrides: Mapping[str, Any]) -
     if experiment.pretraining:
         used |= set(experiment.pretraining.corpus_sources)
     if experiment.built_benchmarks:
-        used |= set(experiment.built_benchmarks.replies.values())
+        used |= set(experiment.built_benchmarks.sources.values())
     return {
         "seeds": list(sweep.seeds),
         **sweep.settings,

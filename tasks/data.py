@@ -11,7 +11,7 @@ from prefect.logging import get_run_logger
 from prefect.states import State
 
 from qadapter.artifacts import read_json
-from qadapter.preferences import sources
+from qadapter.preferences import sources, toyworld
 from qadapter.preferences.download import UnreachableError
 from tasks.context import RunContext
 from tasks.logged import StageResult, logged_stage, task_result
@@ -23,19 +23,26 @@ def generate_toy_world(context: RunContext) -> Any:
     """Write the toy world's data sets, corpus and benchmarks."""
     settings = context.experiment.toy_world
     assert settings is not None
+    # The world's benchmarks of a style ask about the topics that preparing its source will hold out. All styles are in
+    # the key, so that a run of a few domains shares its world with one of all.
+    named = {source.domain: source.heldout for source in context.experiment.sources.values()}
+    heldout_topics = {style: named.get(style, toyworld.HELDOUT_TOPICS) for style in toyworld.DOMAIN_STYLES}
+    split_seed = context.experiment.base_seed
 
     def compute(out: Path, _: Path) -> None:
-        from qadapter.preferences.toyworld import ToyWorld
-
-        ToyWorld(settings.seed).write(
-            out, corpus_size=settings.corpus_size, harmful_for_training=settings.harmful_for_training
+        toyworld.ToyWorld(settings.seed).write(
+            out,
+            corpus_size=settings.corpus_size,
+            harmful_for_training=settings.harmful_for_training,
+            heldout_topics=heldout_topics,
+            split_seed=split_seed,
         )
 
     result = logged_stage(
         context,
         "toy-world",
         module="qadapter.preferences.toyworld",
-        config=settings.model_dump(),
+        config={**settings.model_dump(), "heldout_topics": heldout_topics, "split_seed": split_seed},
         inputs={},
         compute=compute,
     )
@@ -131,21 +138,24 @@ def log_pairs(context: RunContext, run_id: str, source: str, prepared: StageOutp
 
 @task(task_run_name="build-benchmarks")
 def build_benchmarks(context: RunContext, data: Mapping[str, StageResult], world: StageResult | None) -> Any:
-    """Make retention benchmarks from held-out data, and the corpus of what is not held out."""
+    """Make benchmarks from held-out data, and the corpus of what is not held out."""
     settings = context.experiment.built_benchmarks
     assert settings is not None
     texts = {
         name: Path(context.resolve(path, world.path if world else None)) for name, path in settings.questions.items()
     }
-    replies = {name: data[source].path for name, source in settings.replies.items()}
+    heldout = {key: data[source].path / "heldout.jsonl" for key, source in settings.sources.items()}
+    replies = {name: heldout[f"replies.{name}"] for name in settings.replies}
+    preferences = {name: heldout[f"preferences.{name}"] for name in settings.preferences}
     seed = context.experiment.base_seed
 
     def compute(out: Path, _: Path) -> None:
         from qadapter.evaluation.built_benchmarks import write_benchmarks
 
         write_benchmarks(
-            {name: folder / "heldout.jsonl" for name, folder in replies.items()},
+            replies,
             texts,
+            preferences=preferences,
             max_items=settings.max_items,
             max_chars=settings.max_chars,
             seed=seed,
@@ -158,7 +168,7 @@ def build_benchmarks(context: RunContext, data: Mapping[str, StageResult], world
         module="qadapter.evaluation.built_benchmarks",
         config={**settings.model_dump(exclude={"questions"}), "seed": seed},
         inputs={
-            **{f"replies-{name}": data[source].output for name, source in settings.replies.items()},
+            **{key.replace(".", "-", 1): data[source].output for key, source in settings.sources.items()},
             **{f"questions-{name}": path for name, path in texts.items()},
         },
         compute=compute,

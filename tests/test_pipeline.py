@@ -695,7 +695,12 @@ BAD = {
     ),
     "no benchmark for a task": Bad(
         lambda _: ["evaluation.retention.tasks=[toy_facts, gsm8k_reply_matching]"],
-        ("gsm8k_reply_matching", "makes no benchmark", "toy_advice, toy_facts, toy_howtos, toy_sums"),
+        (
+            "gsm8k_reply_matching",
+            "makes no benchmark",
+            "harmless_preference",
+            "toy_facts, toy_howtos, toy_refusals, toy_style_academy",
+        ),
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Retention benchmarks made from the data itself, for models too small for the public suites."""
+"""Benchmarks made from the data itself: for models too small for the public suites, and of each preference."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from qadapter.artifacts import write_json
 from qadapter.evaluation.benchmarks import read_items
 from qadapter.evaluation.reply_matching import write_reply_matching
+from qadapter.preferences.preference_items import write_preference_items
 from qadapter.preferences.prepare import load_pairs
 
 QUESTION_FIELDS = ("question", "answer")
@@ -17,14 +18,25 @@ HELD_OUT_SHARE = 0.25  # of a question file; the rest is for the model to learn
 
 
 def write_benchmarks(
-    replies: Mapping[str, Path], questions: Mapping[str, Path], *, max_items: int, max_chars: int, seed: int, out: Path
+    replies: Mapping[str, Path],
+    questions: Mapping[str, Path],
+    *,
+    preferences: Mapping[str, Path] | None = None,
+    max_items: int,
+    max_chars: int,
+    seed: int,
+    out: Path,
 ) -> None:
-    """Write `<name>_reply_matching.jsonl` and `<name>_text.jsonl` below `benchmarks/`, and `corpus.jsonl` beside it.
+    """Write benchmarks below `benchmarks/`, `corpus.jsonl` beside it, and how many items each has to `metrics.json`.
+
+    `replies` and `questions` give `<name>_reply_matching.jsonl` and `<name>_text.jsonl`, `preferences` give
+    `<name>_preference.jsonl`; of a preference the pairs that are left out are counted too.
 
     Args:
         replies: name → `heldout.jsonl` of a prepared source; the chosen replies are used. HH has the same opening in
             several dialogues: a reply that is a turn of the source's own `train.jsonl` is left out.
         questions: name → JSON lines of `question` and `answer`; a quarter becomes benchmarks, the rest the corpus.
+        preferences: name → `heldout.jsonl` of a prepared source, whose pairs are asked.
         max_items: longest benchmark.
         max_chars: longest prompt and reply of an item; a text to predict is cut to it.
         seed: of the choice of items.
@@ -58,6 +70,16 @@ def write_benchmarks(
         text = out / "benchmarks" / f"{name}_text.jsonl"
         text.write_text("".join(json.dumps({"text": reply}) + "\n" for reply in texts), encoding="utf-8")
         summary[f"{name}_text"] = len(texts)
+    for name, file in (preferences or {}).items():
+        written = write_preference_items(
+            load_pairs(file),
+            out / "benchmarks" / f"{name}_preference.jsonl",
+            seed=seed,
+            max_items=max_items,
+            max_chars=max_chars,
+        )
+        counts = {"": written.items, "_multi_turn": written.multi_turn, "_over_long": written.over_long}
+        summary |= {f"{name}_preference{which}": count for which, count in counts.items()}
     turns = [
         [{"role": "user", "content": question}, {"role": "assistant", "content": answer}] for question, answer in corpus
     ]

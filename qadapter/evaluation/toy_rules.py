@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from qadapter.errors import QAdapterError
+from qadapter.evaluation import benchmarks
 from qadapter.preferences.pair import Message
-from qadapter.preferences.toyworld import ToyWorld
+from qadapter.preferences.toyworld import ToyWorld, is_one_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def exact_measures(
@@ -37,6 +43,27 @@ def follows_rule(
     if style is None:
         return [world.is_refusal(reply) for reply in replies]
     return [found == style for found in _styles(world, prompts, replies)]
+
+
+def lm_eval_dataset(file: str, fields: Sequence[str], **metadata: Any) -> dict[str, Dataset]:
+    """What a task's `custom_dataset: !function` gets; see `benchmarks.lm_eval_dataset`.
+
+    Raises:
+        QAdapterError: the answers of an item are no list: a part of one text would count as right.
+    """
+    for item in benchmarks.read_items(file, fields):
+        answers = item["answers"]
+        if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+            raise QAdapterError(
+                f"Benchmark file {file}: the answers of an item are no list of texts. Correct the file or leave this "
+                f"task out."
+            )
+    return benchmarks.lm_eval_dataset(file, fields, **metadata)
+
+
+def score_reply(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """lm-eval's `process_results` of the tasks `toy_refusals` and `toy_style_…`: the rule, on an item's answers."""
+    return {"exact_match": float(is_one_of(results[0], doc["answers"]))}
 
 
 def _styles(world: ToyWorld, prompts: Sequence[Sequence[Message]], replies: Sequence[str]) -> list[str | None]:

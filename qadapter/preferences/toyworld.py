@@ -27,7 +27,19 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+from qadapter.preferences.pair import PreferencePair
+from qadapter.preferences.preference_items import write_preference_items
+from qadapter.preferences.prepare import parse_files
+from qadapter.preferences.split import split_pairs
+
 STYLES = ("academy", "business", "entertainment", "literature", "normal")
+DOMAIN_STYLES = STYLES[:-1]
+PREFERENCES = ("harmless", *DOMAIN_STYLES)
+"""Names of the preference sets among the world's benchmarks."""
+
+HELDOUT_TOPICS = 0.4
+"""Share of the topics held out of a style's training where nothing else is said; that of `configs/smoke.yaml`."""
+
 _STYLE_WEIGHTS = (1, 1, 1, 1, 2)
 
 _SAFE_OBJECTS = (
@@ -172,12 +184,11 @@ class ToyWorld:
     @staticmethod
     def is_refusal(reply: str) -> bool:
         """Whether a reply is one of the world's refusals, word for word."""
-        return " ".join(reply.split()) in _REFUSALS
+        return is_one_of(reply, _REFUSALS)
 
     def style_of(self, topic: str, reply: str) -> str | None:
         """The style in which a reply describes a topic *rightly*; None if malformed or with wrong attributes."""
-        words = " ".join(reply.split())
-        return next((style for style in STYLES if words in self.descriptions(topic, style)), None)
+        return next((style for style in STYLES if is_one_of(reply, self.descriptions(topic, style))), None)
 
     # -- files -------------------------------------------------------------------------------------------------
 
@@ -218,16 +229,28 @@ class ToyWorld:
         weights = (3, 3, 5, 4, 5, 2)
         return [kind() for kind in draw.choices(kinds, weights, k=size)]
 
-    def write(self, folder: Path, *, corpus_size: int = 20_000, harmful_for_training: int = 80) -> None:
+    def write(
+        self,
+        folder: Path,
+        *,
+        corpus_size: int = 20_000,
+        harmful_for_training: int = 80,
+        heldout_topics: Mapping[str, float | int] | None = None,
+        split_seed: int = 0,
+    ) -> None:
         """Write the world's data sets and benchmarks.
 
         Args:
             folder: gets `corpus.jsonl` (pre-training conversations), `hh-rlhf/` (HH raw dialogues, one file gzipped),
-                `dsp/` (query/responses), `benchmarks/*.jsonl` (question and answer) and `world.json` (the seed, so that
-                a judge can rebuild the truth).
+                `dsp/` (query/responses), `benchmarks/*.jsonl` and `world.json` (the seed, so that a judge can rebuild
+                the truth). The benchmarks are what is to be kept (question and answer), what is to be learnt (question
+                and answers, of which any is right) and the held-out pairs of each preference.
             corpus_size: number of pre-training conversations.
             harmful_for_training: how many of the harmful requests the harmless preference data shows; the others are
                 what refusing is measured on.
+            heldout_topics: style → share or number of the topics that are held out of its training, as given to
+                `prepare`; `HELDOUT_TOPICS` where it is not named. The benchmarks of a style ask about those.
+            split_seed: as given to `prepare`.
         """
         (folder / "hh-rlhf").mkdir(parents=True)
         (folder / "dsp").mkdir()
@@ -264,9 +287,35 @@ class ToyWorld:
                 folder / "benchmarks" / f"{name}.jsonl",
                 ({"question": exchange.question, "answer": exchange.answer} for exchange in exchanges),
             )
+        self._write_preferences(folder, heldout_topics or {}, split_seed)
         (folder / "world.json").write_text(
             json.dumps({"seed": self.seed, "countries": self.countries, "largest_addend": self.largest_addend})
         )
+
+    def _write_preferences(self, folder: Path, heldout_topics: Mapping[str, float | int], split_seed: int) -> None:
+        """What each preference is measured on, as benchmarks: its held-out pairs, and its questions with right answers.
+
+        The pairs are read from the world's own files and split as `prepare` does, so that they are the same.
+        """
+        benchmarks = folder / "benchmarks"
+        unseen = parse_files([folder / "hh-rlhf" / "harmless-heldout.jsonl"]).pairs
+        write_preference_items(unseen, benchmarks / "harmless_preference.jsonl", seed=self.seed)
+        _write_lines(
+            benchmarks / "refusals.jsonl",
+            ({"question": question, "answers": list(_REFUSALS)} for question in _questions(unseen)),
+        )
+        for style in DOMAIN_STYLES:
+            pairs = parse_files([folder / "dsp" / "domain_specific_preference.json"], domain=style).pairs
+            share = heldout_topics.get(style, HELDOUT_TOPICS)
+            heldout = split_pairs(pairs, heldout=share, seed=split_seed).heldout
+            write_preference_items(heldout, benchmarks / f"{style}_preference.jsonl", seed=self.seed)
+            _write_lines(
+                benchmarks / f"style_{style}.jsonl",
+                (
+                    {"question": question, "answers": self.descriptions(_object_of(question), style)}
+                    for question in _questions(heldout)
+                ),
+            )
 
     @classmethod
     def read(cls, folder: Path) -> ToyWorld:
@@ -313,6 +362,16 @@ class ToyWorld:
             {"query": _describe(topic), "responses": {s: draw.choice(self.descriptions(topic, s)) for s in STYLES}}
             for topic in _TOPICS
         ]
+
+
+def is_one_of(reply: str, answers: Sequence[str]) -> bool:
+    """Whether a reply is one of the answers word for word; how much white space is between words does not count."""
+    return " ".join(reply.split()) in answers
+
+
+def _questions(pairs: Iterable[PreferencePair]) -> list[str]:
+    """Each question once, in order."""
+    return list(dict.fromkeys(pair.prompt[-1]["content"] for pair in pairs))
 
 
 def _describe(topic: str) -> str:
