@@ -6,22 +6,39 @@ python -m flows.recurring announce --config smoke
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
+import httpx
 from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterExpectedStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
 from prefect.events import Event, Resource
 from prefect.events.clients import get_events_client
+from prefect.exceptions import PrefectHTTPStatusError
 from prefect.logging import get_run_logger
 from prefect.states import Completed, State
 
-from flows.customize import at_work, fingerprint_of
+from flows.customize import NAME, at_work, fingerprint_of
 from flows.launch import check_workspace
 from qadapter.customization import Customization, load_customization
 from tasks.context import workspace
 from tasks.preferences import Seen
 
 ANNOUNCED = "qadapter.preferences.announced"
+# Seconds. An automation asks for a run within moments, and what waits for its turn is seen in Prefect: after an hour
+# with neither, the event was lost, for example by a server that was killed or because nobody listened.
+_REPEAT_AFTER = 3600.0
 
 
 def announce(customization: Customization) -> None:
@@ -46,7 +63,7 @@ def watch_preferences(config: str = "smoke") -> State[Any]:
     """Look at the source (folder, file, URL or hub revision) and announce it if its content changed.
 
     The held-out pairs and the config count too. A change is announced once, and again if the run that it started did
-    not come to an end. Ends as `NothingNew` or `Announced`.
+    not come to an end, or if after an hour none has begun or is about to. Ends as `NothingNew` or `Announced`.
 
     Args:
         config: a name in `configs/customize/`, or a YAML file.
@@ -54,17 +71,53 @@ def watch_preferences(config: str = "smoke") -> State[Any]:
     customization = load_customization(config)
     check_workspace(workspace())
     fingerprint = fingerprint_of(customization)
-    busy = at_work(customization)  # asked first: a run that ends now has written down what it did
-    seen = Seen.read(customization)
-    failed = fingerprint == seen.started and not busy
-    if fingerprint == seen.fingerprint or (fingerprint == seen.announced and not failed):
-        name, message = "NothingNew", f"nothing new in {customization.source.path}"
-    else:
-        again = fingerprint == seen.announced
-        announce(customization)
-        # Until the run has begun that this announcement starts, no run of this content has failed.
-        Seen.update(customization, announced=fingerprint, started="")
-        why = "announced again: the run of this content did not come to an end" if again else "has changed"
+    if why := _why_announce(config, customization, fingerprint):
+        # Before the event: the run that it starts may begin at once, and is then one that began after it.
+        Seen.update(customization, announced=fingerprint, announced_at=time.time())
+        try:
+            announce(customization)
+        except Exception:
+            Seen.update(customization, announced_at=0.0)
+            raise
         name, message = "Announced", f"{customization.source.path} {why}"
+    else:
+        name, message = "NothingNew", f"nothing new in {customization.source.path}"
     get_run_logger().info("%s: %s", name, message)
     return Completed(name=name, message=message, data={"outcome": name, "message": message})
+
+
+def _why_announce(config: str, customization: Customization, fingerprint: str) -> str | None:
+    """What is said of the source when it is announced; None if it need not be."""
+    # A run begins and ends behind its lock. One that had begun before the lock was found free and has not written down
+    # an end after that, has come to none.
+    begun = Seen.read(customization)
+    busy = at_work(customization)
+    seen = Seen.read(customization)
+    if fingerprint == seen.fingerprint:
+        return None
+    if fingerprint != seen.announced:
+        return "has changed"
+    if busy:
+        return None
+    if fingerprint == begun.started and begun.started_at > seen.announced_at:
+        return "announced again: the run of this content did not come to an end"
+    lately = 0 <= time.time() - seen.announced_at < _REPEAT_AFTER  # a clock that was set back is no reason to wait
+    return None if lately or _is_about_to_run(config) else "announced again: no run of this content has begun since"
+
+
+def _is_about_to_run(config: str) -> bool:
+    """Whether a run waits for its turn, as Prefect knows; a server that does not answer knows of none.
+
+    Runs that Prefect takes for running are not asked for: they have the lock, or are dead.
+    """
+    waiting = FlowRunFilterStateType(any_=[StateType.SCHEDULED, StateType.PENDING])
+    due = FlowRunFilterExpectedStartTime.model_validate({"before_": datetime.now(UTC)})  # not next Monday's
+    try:
+        with get_client(sync_client=True) as client:
+            runs = client.read_flow_runs(
+                flow_filter=FlowFilter(name=FlowFilterName(any_=[NAME])),
+                flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=waiting), expected_start_time=due),
+            )
+    except (httpx.TransportError, PrefectHTTPStatusError):
+        return False
+    return any(run.parameters.get("config", config) == config for run in runs)

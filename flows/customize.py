@@ -6,6 +6,7 @@ prefect deployment run customize-on-new-preferences/smoke
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,9 +75,7 @@ def customize_on_new_preferences(config: str = "smoke", force: bool = False) -> 
     customization = load_customization(config)
     check_workspace(workspace())
     close_abandoned(Tracker.for_project(workspace()), NAME)
-    fingerprint = fingerprint_of(customization)
-    seen = Seen.update(customization, started=fingerprint)
-    if force or fingerprint != seen.fingerprint:
+    if force or fingerprint_of(customization) != Seen.read(customization).fingerprint:
         launch_of(config, customization, NAME).check()  # what cannot work need not wait for another run's end
     with one_at_a_time(customization):
         asked_until = datetime.now(UTC)  # it may have waited for a long time
@@ -91,8 +90,9 @@ def _look(config: str, customization: Customization, force: bool) -> State[Any]:
     registry = registry_of(customization)
     finished = registry.finish()
     left = _remember_what_was_killed(customization, registry)
-    seen = Seen.read(customization)
     fingerprint = fingerprint_of(customization)
+    # Behind the lock: what the watcher finds begun, ended or at work is then of this very run.
+    seen = Seen.update(customization, started=fingerprint, started_at=time.time())
     if fingerprint == seen.fingerprint and not force:
         if left is not None:
             name = "Promoted" if left.number in finished else "NothingNew"

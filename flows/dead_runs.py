@@ -78,6 +78,36 @@ def report_crashed(flow_run_ids: Iterable[str]) -> None:
                     client.set_flow_run_state(run.id, Crashed(message=_MESSAGE))
 
 
+def ended_flow_runs(flow_run_ids: Iterable[str]) -> set[str]:
+    """Those of some flow runs that have ended in whatever way; none where the server does not answer.
+
+    Args:
+        flow_run_ids: as Prefect names them; those that this server does not know are passed over, and what is more than
+            it tells of at a time.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import (
+        FlowRunFilter,
+        FlowRunFilterId,
+        FlowRunFilterState,
+        FlowRunFilterStateType,
+    )
+    from prefect.client.schemas.objects import TERMINAL_STATES
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    asked = []
+    for name in flow_run_ids:
+        with contextlib.suppress(ValueError):
+            asked.append(UUID(name))
+    state = FlowRunFilterState(type=FlowRunFilterStateType(any_=list(TERMINAL_STATES)))
+    of_these = FlowRunFilter(id=FlowRunFilterId(any_=asked), state=state)
+    try:
+        with get_client(sync_client=True) as client:
+            return {str(run.id) for run in client.read_flow_runs(flow_run_filter=of_these)}
+    except (PrefectHTTPStatusError, httpx.TransportError):
+        return set()
+
+
 def _runs_prefect(pid: str) -> bool:
     """Whether this is the id of a living Prefect process, and not of another one that was given the number since."""
     try:

@@ -18,7 +18,7 @@ from prefect.exceptions import UpstreamTaskError
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from flows.dead_runs import report_crashed
+from flows.dead_runs import ended_flow_runs, report_crashed
 from flows.orphans import outlive_worker
 from flows.runners import task_runner
 from qadapter.errors import QAdapterError
@@ -32,9 +32,8 @@ from qadapter.preferences.prepare import first_usable_pair
 from tasks.context import RunContext, resolve_path, workspace
 from tasks.remote_store import RemoteStore
 from tasks.stage import StageStore
-from tasks.tracking import Tracker
+from tasks.tracking import FLOW_RUN_TAG, Tracker
 
-FLOW_RUN_TAG = "prefect.flow_run_id"
 _SECONDS_BETWEEN_PROGRESS = 60.0
 _SECONDS_FOR_MLFLOW = 60.0  # to come back at a run's end; what is left then is delivered at the next start
 
@@ -187,10 +186,15 @@ def _tasks_made(experiment: Experiment) -> set[str]:
 
 
 def close_abandoned(tracker: Tracker, experiment_name: str) -> None:
-    """End what killed processes of this machine left open: their MLflow runs, and their flow runs in Prefect."""
-    if abandoned := tracker.close_abandoned(experiment_name):
-        logging.getLogger(__name__).warning("%d runs of a killed process were closed as KILLED", len(abandoned))
-        report_crashed([flow for run in abandoned if (flow := tracker.tags(run).get(FLOW_RUN_TAG))])
+    """End what nobody else will end.
+
+    Killed processes of this machine leave MLflow runs and flow runs open; and from wherever an MLflow run is, it is
+    over once Prefect says that its flow run is.
+    """
+    if abandoned := tracker.close_abandoned(experiment_name, ended_flow_runs):
+        logging.getLogger(__name__).warning("%d runs that were left open were closed as KILLED", len(abandoned))
+        flows = {flow for run in abandoned if (flow := tracker.tags(run).get(FLOW_RUN_TAG))}
+        report_crashed(flows - {flow_run.get_id()})  # it may be this one, tried again: then only its first try is dead
 
 
 @contextmanager

@@ -33,8 +33,8 @@ class Seen:
         ledger: folder of the ledger that was made of the source; what it has is not validated again.
         outcome: what came of it, for people.
         version: the newest registered version at that run's end; a newer one is of a run that was killed.
-        started: fingerprint of the last run that began.
-        announced: fingerprint that the watcher announced last.
+        started: fingerprint of what the last run dealt with that began; `started_at` is when (seconds since 1970).
+        announced: fingerprint that the watcher announced last; `announced_at` is when, 0 if nobody heard of it.
     """
 
     fingerprint: str = ""
@@ -43,6 +43,8 @@ class Seen:
     version: int = 0
     started: str = ""
     announced: str = ""
+    started_at: float = 0.0
+    announced_at: float = 0.0
 
     @classmethod
     def read(cls, customization: Customization) -> Seen:

@@ -11,15 +11,12 @@ import json
 import logging
 import os
 import re
-import socket
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from qadapter.errors import QAdapterError
 from qadapter.url_secrets import shown
@@ -32,11 +29,15 @@ from tasks.mlflow_store import (
     first_use,
 )
 from tasks.outbox import TICKET, TICKET_TAG, Outbox
+from tasks.process_tags import ProcessTag
 
 _LOGGER = logging.getLogger(__name__)
 _PARAMS_PER_BATCH = 100
 _PATIENCE = 60.0  # seconds
 _PROCESS_TAG = "qadapter.process"
+_PARENT_TAG = "mlflow.parentRunId"
+FLOW_RUN_TAG = "prefect.flow_run_id"
+"""On a run that stands for a flow run: that one's id in Prefect."""
 
 Row = Mapping[str, float]
 
@@ -64,18 +65,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         text = shown(text)
         flat[label] = text if len(text) <= MAX_PARAM_VAL_LENGTH else text[: MAX_PARAM_VAL_LENGTH - 1] + "…"
     return flat
-
-
-def _is_dead(process: str) -> bool:
-    """Whether a process tag names a process of this machine that runs no more."""
-    host, _, rest = process.partition(" ")
-    pid, _, started = rest.partition(" ")
-    if host != socket.gethostname():
-        return False
-    try:
-        return abs(psutil.Process(int(pid)).create_time() - float(started)) > 1.0
-    except (psutil.NoSuchProcess, ValueError):
-        return True
 
 
 @dataclass(frozen=True)
@@ -170,8 +159,15 @@ class Tracker:
             raise
         self.finish(run_id)
 
-    def close_abandoned(self, experiment: str) -> list[str]:
-        """Mark runs as KILLED that a process of this machine left open when it was killed.
+    def close_abandoned(self, experiment: str, ended: Callable[[set[str]], set[str]] = lambda _: set()) -> list[str]:
+        """Mark runs as KILLED that were left open: their process was killed, or their flow run has ended.
+
+        If the end of such a run is told later, out of another machine's spool, that is what counts.
+
+        Args:
+            experiment: its name.
+            ended: given ids of flow runs, those that have ended. It is asked about runs whose process cannot be judged
+                from here: another machine's, another container's, an earlier version's.
 
         Returns:
             The ids of those runs.
@@ -180,12 +176,35 @@ class Tracker:
         found = self._store.call("get_experiment_by_name", experiment)
         if found is None:
             return []
-        closed = []
+        closed, unknown = [], []
         for run in self._store.call("search_runs", [found.experiment_id], "attributes.status = 'RUNNING'"):
-            if _is_dead(run.data.tags.get(_PROCESS_TAG, "")):
-                self.finish(run.info.run_id, "KILLED")
+            process = ProcessTag.read(run.data.tags.get(_PROCESS_TAG, ""))
+            dead = process.is_dead() if process else None
+            if dead is None:
+                unknown.append(run)
+            elif dead:
                 closed.append(run.info.run_id)
+        if flows := self._flow_runs_of(unknown, found.experiment_id):
+            over = ended(set(flows.values()))
+            closed += [run for run, flow in flows.items() if flow in over]
+        for run_id in closed:
+            self.finish(run_id, "KILLED")
         return closed
+
+    def _flow_runs_of(self, runs: Sequence[Any], experiment_id: str) -> dict[str, str]:
+        """Run id → id of the flow run that it, or its parent, stands for; without those that have none."""
+        tags = {run.info.run_id: run.data.tags for run in runs}
+        parents = {found[_PARENT_TAG] for found in tags.values() if _PARENT_TAG in found} - tags.keys()
+        known = dict(tags)
+        if parents:
+            names = ", ".join(f"'{parent}'" for parent in sorted(parents))
+            found = self._store.call("search_runs", [experiment_id], f"attributes.run_id IN ({names})")
+            known |= {run.info.run_id: run.data.tags for run in found}
+        flows = {
+            run: found.get(FLOW_RUN_TAG) or known.get(found.get(_PARENT_TAG), {}).get(FLOW_RUN_TAG)
+            for run, found in tags.items()
+        }
+        return {run: flow for run, flow in flows.items() if flow}
 
     def tags(self, run_id: str) -> dict[str, str]:
         """A run's tags."""
@@ -209,10 +228,9 @@ class Tracker:
         return str(found.experiment_id)
 
     def _tags(self, tags: Mapping[str, Any] | None) -> dict[str, str]:
-        process = psutil.Process()
         return {
             "mlflow.user": _user(),
-            _PROCESS_TAG: f"{socket.gethostname()} {process.pid} {process.create_time():.2f}",
+            _PROCESS_TAG: ProcessTag.own().text(),
             **{name: str(value) for name, value in (tags or {}).items()},
         }
 

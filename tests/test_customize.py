@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from flows.recurring import main
 from qadapter.artifacts import digest_tree
 from qadapter.customization import load_customization
 from tasks.candidate import registry_of
+from tasks.process_tags import ProcessTag
 from tasks.registry import Registry, Version
 from tasks.served_model import find_served_model
 from tasks.tracking import Tracker
@@ -315,7 +315,7 @@ def test_a_check_measures_again(story: Story) -> None:
 
 
 def test_a_run_that_finds_nothing_closes_what_killed_ones_left_open(story: Story) -> None:
-    process = f"{socket.gethostname()} 4194305 1.0"  # no process has a number above 2^22
+    process = replace(ProcessTag.own(), pid=4_194_305).text()  # no process has a number above 2^22
     Tracker.for_project(story.home).start_parent(NAME, "killed", tags={"qadapter.process": process})
     assert "RUNNING" in story.statuses()
     assert story.run("nothing").name == "NothingNew"

@@ -18,10 +18,13 @@ import psutil
 import pytest
 import torch
 import transformers.trainer
+import yaml
 
+from flows.recurring import main as recurring
 from flows.run import main
 from flows.serve import _server_command
 from flows.serve_model import main as serve_model
+from qadapter.customization import load_customization
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.judge_client import JudgeClient, UnansweredError
 from qadapter.experiment import load_experiment
@@ -35,6 +38,7 @@ from tasks.served_model import find_served_model
 from tasks.tracking import Tracker
 from tests.real_runs import SECRETS, Server, Undisturbed
 from tests.tiny_chat import byte_tokenizer, tiny_llama
+from tests.tiny_deliveries import CONFIG
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 CODE = sorted(path for floor in ("qadapter", "tasks", "flows") for path in (PROJECT_ROOT / floor).rglob("*.py"))
@@ -90,6 +94,36 @@ def test_a_config_with_a_secret_in_a_url_is_refused(
     assert "environment variable" in message
     assert "pa55word" not in message
     assert not list(tmp_path.rglob("*.db"))
+
+
+URL = "https://me:pa55word@example.org/data.json"
+
+
+@pytest.mark.parametrize(
+    ("place", "changes"),
+    [
+        ("source", {"source": {"path": URL}}),
+        ("source", {"source": {"path": "https://example.org/data.json?token=pa55word"}}),
+        ("source", {"source": {"path": "incoming", "heldout_path": URL}}),
+        ("sources.academy", {"overrides": {"sources.academy.path": URL}}),
+        ("sources.academy", {"overrides": {"sources": {"academy": {"path": "d.json", "heldout_path": URL}}}}),
+        ("sources.mine", {"overrides": {"sources.mine": {"path": URL}}}),
+    ],
+)
+def test_a_customisation_with_a_secret_in_a_url_is_refused(
+    place: str, changes: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Like a config: before Prefect or MLflow hear of it, and the message does not repeat it."""
+    monkeypatch.setenv("QADAPTER_HOME", str(tmp_path))
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(CONFIG | changes))
+    for command in ("customize", "check"):
+        assert recurring(["--config", str(file), command]) == 2
+        message = capsys.readouterr().err
+        assert place in message
+        assert "environment variable" in message
+        assert "pa55word" not in message
+    assert [found.name for found in tmp_path.iterdir()] == ["mine.yaml"]
 
 
 def test_urls_without_secrets_pass() -> None:
@@ -216,6 +250,16 @@ def test_names_of_folders_are_names(place: str, name: str) -> None:
     value: Any = name if place == "name" else {name: {"source": "helpful", "base": "helpful"}}
     with pytest.raises(QAdapterError, match=place):
         load_experiment("smoke", {place: value})
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "/etc", "..", ".", "a\\b", "", "a\nb", "A b", "x" * 65])
+@pytest.mark.parametrize("place", ["name", "model_name", "domain"])
+def test_names_of_a_customisation_are_names(place: str, name: str, tmp_path: Path) -> None:
+    """They become files and folders of the workspace, and a model in MLflow."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(CONFIG | {place: name}))
+    with pytest.raises(QAdapterError, match=rf"1 problems in mine\.yaml:\n  {place}: String should"):
+        load_customization(str(file))
 
 
 @pytest.fixture(scope="module")

@@ -134,6 +134,42 @@ def test_a_card_cannot_lead_out_of_its_folder(tmp_path: Path, outside: str) -> N
         locate(str(folder), cache_dir=tmp_path, split="train")
 
 
+def test_links_out_of_a_folder_are_refused(tmp_path: Path) -> None:
+    """Whoever delivers into a folder does not choose what else the pipeline reads."""
+    secret = write(tmp_path / "elsewhere" / "secret.jsonl")
+    folder = hub_folder(tmp_path / "set")
+    (folder / "data" / "more.jsonl").symlink_to(folder / "data" / "train.jsonl")
+    (folder / "again").symlink_to(folder / "data")
+    (folder / "old.jsonl").symlink_to(folder / "gone.jsonl")
+    inside = [folder / "data" / f"{name}.jsonl" for name in ("more", "test", "train")]
+    assert locate(str(folder), cache_dir=tmp_path) == inside, "links inside it, and to nothing, do no harm"
+    (tmp_path / "link").symlink_to(folder)
+    assert len(locate(str(tmp_path / "link"), cache_dir=tmp_path)) == 3, "where the user says so is where it is"
+    assert locate(str(tmp_path / "link"), cache_dir=tmp_path, split="test") == [folder / "data" / "test.jsonl"]
+    (tmp_path / "one.jsonl").symlink_to(secret)
+    assert locate(str(tmp_path / "one.jsonl"), cache_dir=tmp_path) == [tmp_path / "one.jsonl"]
+
+    for target in (secret, Path("../../elsewhere/secret.jsonl")):
+        link = folder / "data" / "dev.jsonl"
+        link.symlink_to(target)
+        for options in ({}, {"split": "validation"}):
+            for look in (check, lambda path, **given: locate(path, cache_dir=tmp_path, **given)):
+                with pytest.raises(QAdapterError, match=r"dev\.jsonl is, or lies behind, a link that leads out of"):
+                    look(str(folder), **options)
+        link.unlink()
+
+
+def test_a_linked_folder_does_not_lead_out(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere" / "test.jsonl")
+    folder = tmp_path / "set"
+    write(folder / "train.jsonl")
+    (folder / "data").symlink_to(tmp_path / "elsewhere")
+    assert locate(str(folder), cache_dir=tmp_path) == [folder / "train.jsonl"]
+    assert locate(str(folder), cache_dir=tmp_path, split="train") == [folder / "train.jsonl"]
+    with pytest.raises(QAdapterError, match="has no split 'test'"):
+        locate(str(folder), cache_dir=tmp_path, split="test")
+
+
 @pytest.mark.parametrize("name", ["../x", "a/../b", "/etc", "..", "a b", "a\n", ""])
 def test_names_are_names(tmp_path: Path, name: str) -> None:
     folder = hub_folder(tmp_path / "set")

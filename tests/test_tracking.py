@@ -13,6 +13,7 @@ import sys
 import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from qadapter.artifacts import digest_file
 from qadapter.errors import QAdapterError
 from tasks import mlflow_store
 from tasks.mlflow_store import AwayError
-from tasks.tracking import Tracker, flatten, tracking_uri
+from tasks.process_tags import ProcessTag
+from tasks.tracking import FLOW_RUN_TAG, Tracker, flatten, tracking_uri
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
@@ -220,6 +222,49 @@ def test_a_killed_process_leaves_a_run_that_can_be_closed(tracker: Tracker, clie
     assert client.get_run(lost).info.status == "KILLED"
     assert client.get_run(mine).info.status == "RUNNING"
     assert tracker.close_abandoned("no such experiment") == []
+
+
+def open_runs(tracker: Tracker, experiment: str, process: str, flow: str) -> list[str]:
+    """The runs of a flow run that a process has at work: the flow's own and one stage."""
+    parent = tracker.start_parent(experiment, "flow", tags={FLOW_RUN_TAG: flow, "qadapter.process": process})
+    return [parent, tracker.start_child(parent, "stage", tags={"qadapter.process": process})]
+
+
+def test_a_run_of_elsewhere_is_closed_when_its_flow_run_has_ended(tracker: Tracker, client: MlflowClient) -> None:
+    """Nobody here can see its process; a tag of an earlier version says too little of it."""
+    elsewhere = replace(ProcessTag.own(), host="elsewhere").text()
+    ended = open_runs(tracker, "elsewhere", elsewhere, "ended")
+    old = open_runs(tracker, "elsewhere", "elsewhere 1234 1719858862.12", "ended")
+    open_runs(tracker, "elsewhere", elsewhere, "alive")
+    open_runs(tracker, "elsewhere", elsewhere, "")
+    here = open_runs(tracker, "elsewhere", ProcessTag.own().text(), "ended")
+    lone = tracker.start_child(here[0], "a stage alone", tags={"qadapter.process": elsewhere})
+    tracker.finish(here[0])
+    asked = []
+
+    def those_that_have(flows: set[str]) -> set[str]:
+        asked.append(flows)
+        return flows & {"ended", "of no run"}
+
+    assert tracker.close_abandoned("elsewhere") == [], "nobody was asked"
+    assert set(tracker.close_abandoned("elsewhere", those_that_have)) == {*ended, *old, lone}
+    assert asked == [{"ended", "alive"}]
+    assert {client.get_run(run).info.status for run in [*ended, *old, lone]} == {"KILLED"}
+    assert client.get_run(here[1]).info.status == "RUNNING", "its process is seen to be alive"
+    assert tracker.close_abandoned("elsewhere", those_that_have) == []
+    tracker.finish(ended[0])
+    assert client.get_run(ended[0]).info.status == "FINISHED", "what is told later counts"
+
+
+def test_nobody_is_asked_about_runs_that_can_be_judged(tracker: Tracker) -> None:
+    own = ProcessTag.own()
+    dead = open_runs(tracker, "here", replace(own, start=own.start - 86_400).text(), "dead")
+    open_runs(tracker, "here", own.text(), "alive")
+
+    def fail(flows: set[str]) -> set[str]:
+        raise AssertionError(flows)
+
+    assert set(tracker.close_abandoned("here", fail)) == set(dead)
 
 
 def test_threads_do_not_mix(tracker: Tracker, client: MlflowClient, parent: str) -> None:

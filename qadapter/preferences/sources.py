@@ -1,7 +1,7 @@
 """From what a config names (file, folder, URL, hub id) to local files.
 
 Nothing is executed on the way: data sets come as data files (no loading scripts, no pickle, no archives), and no name
-in a config, a URL or a data set's card can lead outside the folder it belongs to.
+in a URL or a data set's card, and no link in a folder, can lead outside the folder it belongs to.
 """
 
 from __future__ import annotations
@@ -174,7 +174,24 @@ def _local_files(path: str, kind: Kind, split: str | None, config_name: str | No
     local = _local(path)
     if kind == "file":
         return [local]
-    return _select(path, local, split, config_name) if split or config_name else _data_files(path, local)
+    files = _select(path, local, split, config_name) if split or config_name else _data_files(path, local)
+    _refuse_links_out(path, local, files)
+    return files
+
+
+def _refuse_links_out(path: str, folder: Path, files: Iterable[Path]) -> None:
+    """Who may put files into a folder need not be allowed to read all that the pipeline may read.
+
+    Raises:
+        QAdapterError: naming the first file that lies somewhere else.
+    """
+    inside = folder.resolve()
+    for file in files:
+        if not file.resolve().is_relative_to(inside):
+            raise QAdapterError(
+                f"{file} is, or lies behind, a link that leads out of the folder {path}. Put a copy of the file in its "
+                "place, or name what it leads to as a source."
+            )
 
 
 def _data_files(path: str, folder: Path) -> list[Path]:

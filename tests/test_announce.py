@@ -1,0 +1,158 @@
+"""When the watcher announces, on a real Prefect server: once, and again where the announcement came to nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prefect import flow
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.states import Completed, Pending, Running, Scheduled, State
+
+import flows.announce
+from flows.announce import watch_preferences
+from flows.customize import NAME, at_work, customize_on_new_preferences, fingerprint_of, one_at_a_time
+from qadapter.customization import Customization, load_customization
+from tasks.preferences import Seen
+from tests.conftest import prefect_harness
+from tests.tiny_deliveries import deliver, refusals, write_config
+
+pytestmark = pytest.mark.slow
+
+HOUR = 3600.0
+
+
+@flow(name=NAME)
+def customize(config: str = "smoke", force: bool = False) -> None:
+    """Nobody runs it."""
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[SyncPrefectClient]:
+    with prefect_harness(), get_client(sync_client=True) as client:
+        yield client
+
+
+@pytest.fixture
+def config(client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of a customisation with one delivery."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("QADAPTER_HOME", str(tmp_path))
+    deliver(tmp_path, "1-first.jsonl", refusals()[:4])
+    return write_config(tmp_path)
+
+
+@pytest.fixture
+def tiny(config: str) -> Customization:
+    return load_customization(config)
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch, tiny: Customization) -> list[Seen]:
+    """What was known of the source at each announcement."""
+    found: list[Seen] = []
+    monkeypatch.setattr(flows.announce, "announce", lambda _: found.append(Seen.read(tiny)))
+    return found
+
+
+def look(config: str) -> tuple[str, str]:
+    state = watch_preferences(config, return_state=True)
+    return str(state.name), str(state.message)
+
+
+def ask_for(client: SyncPrefectClient, state: State, **parameters: Any) -> None:
+    client.create_flow_run(customize, parameters=parameters, state=state)
+
+
+def test_a_change_is_written_down_and_then_announced(config: str, tiny: Customization, heard: list[Seen]) -> None:
+    before = time.time()
+    assert look(config) == ("Announced", "incoming has changed")
+    assert look(config)[0] == "NothingNew"
+    (seen,) = heard
+    assert seen.announced == fingerprint_of(tiny)
+    assert before <= seen.announced_at <= time.time()
+
+
+def test_an_announcement_that_came_to_nothing_is_repeated(
+    config: str, tiny: Customization, heard: list[Seen], client: SyncPrefectClient
+) -> None:
+    """Once an hour, unless a run of this config waits for its turn."""
+    look(config)
+    Seen.update(tiny, announced_at=time.time() - HOUR + 60)
+    assert look(config)[0] == "NothingNew"
+    Seen.update(tiny, announced_at=time.time() - HOUR)
+    ask_for(client, Scheduled(scheduled_time=datetime.now(UTC) + timedelta(days=3)), config=config)
+    ask_for(client, Pending(), config="another")
+    ask_for(client, Running(), config=config)
+    ask_for(client, Completed(), config=config)
+    assert look(config) == ("Announced", "incoming announced again: no run of this content has begun since")
+    assert look(config)[0] == "NothingNew", "and then waited for again"
+    for state in (Scheduled(), Pending()):
+        run = client.create_flow_run(customize, parameters={"config": config}, state=state)
+        Seen.update(tiny, announced_at=time.time() - HOUR)
+        assert look(config)[0] == "NothingNew"
+        client.delete_flow_run(run.id)
+    Seen.update(tiny, announced_at=time.time() + 10 * HOUR)
+    assert look(config)[0] == "Announced", "the clock was set back"
+    assert len(heard) == 3
+
+
+def test_a_server_that_cannot_be_asked_leaves_the_time(config: str, client: SyncPrefectClient) -> None:
+    ask_for(client, Pending(), config=config)
+    assert flows.announce._is_about_to_run(config)
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}):
+        assert not flows.announce._is_about_to_run(config)
+
+
+def test_only_a_run_that_began_after_it_and_has_no_end_is_a_reason_at_once(
+    config: str, tiny: Customization, heard: list[Seen]
+) -> None:
+    fingerprint = fingerprint_of(tiny)
+    Seen.update(tiny, started=fingerprint, started_at=time.time() - 60)
+    assert look(config) == ("Announced", "incoming has changed")
+    assert heard[0].started == fingerprint, "nothing is wiped that a run has written"
+    assert look(config)[0] == "NothingNew", "that run was killed before the announcement"
+    Seen.update(tiny, started=fingerprint, started_at=time.time())
+    with one_at_a_time(tiny):
+        assert look(config)[0] == "NothingNew", "it is at work"
+    assert look(config) == ("Announced", "incoming announced again: the run of this content did not come to an end")
+    Seen.update(tiny, started=fingerprint, started_at=time.time(), fingerprint=fingerprint)
+    assert look(config)[0] == "NothingNew", "it came to its end"
+
+
+def test_an_announcement_that_failed_is_tried_again_at_once(
+    config: str, heard: list[Seen], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Customization) -> None:
+        raise ConnectionError("the server is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flows.announce, "announce", refuse)
+        assert watch_preferences(config, return_state=True).is_failed()
+    assert look(config) == ("Announced", "incoming announced again: no run of this content has begun since")
+
+
+def test_a_run_begins_behind_its_lock(config: str, tiny: Customization, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it is never taken for one that was killed, while it is checked or waits."""
+    begun: list[tuple[bool, str]] = []
+
+    def note(*_: Any) -> Any:
+        begun.append((at_work(tiny), Seen.read(tiny).started))
+        return SimpleNamespace(check=lambda: None)
+
+    def stop(*_: Any) -> None:
+        note()
+        raise InterruptedError("as far as this test goes")
+
+    monkeypatch.setattr("flows.customize.launch_of", note)
+    monkeypatch.setattr("flows.customize.prepared", stop)
+    with pytest.raises(InterruptedError):
+        customize_on_new_preferences(config)
+    assert begun == [(False, ""), (True, fingerprint_of(tiny))]
+    assert 0 < Seen.read(tiny).started_at <= time.time()
