@@ -17,6 +17,7 @@ from flows.customize import fetch, launch_of, lay_ground, measuring, one_at_a_ti
 from flows.launch import check_workspace, close_abandoned
 from qadapter.customization import Customization, load_customization
 from qadapter.gate import Measured, fallen
+from qadapter.serving.registered import DamagedError
 from tasks.candidate import METHOD, learnt_by, measured, registry_of
 from tasks.context import Customisation, workspace
 from tasks.data import generate_toy_world
@@ -34,8 +35,8 @@ def check_champion(config: str = "smoke") -> State[Any]:
     """Measure the champion on today's held-out preferences and the retention tasks; nothing is trained or promoted.
 
     Compared with what was measured when it was registered: new held-out rows show that the preferences moved on, the
-    same rows that files, libraries or the machine changed. Ends as `NoChampion`, `Steady` or `Fell`; with `Fell` goes
-    the event `qadapter.champion.fell`.
+    same rows that files, libraries or the machine changed. A champion whose registered files are damaged fell, and is
+    not measured. Ends as `NoChampion`, `Steady` or `Fell`; with `Fell` goes the event `qadapter.champion.fell`.
 
     Args:
         config: a name in `configs/customize/`, or a YAML file.
@@ -50,12 +51,23 @@ def check_champion(config: str = "smoke") -> State[Any]:
     with one_at_a_time(customization, "checks"):  # each removes what the one before measured
         champion = registry.champion()
         assert champion is not None  # an alias may move, but it is never taken away
-        reasons = _what_fell(config, customization, registry, champion)
+        reasons = _damage(customization, champion) or _what_fell(config, customization, registry, champion)
     if not reasons:
         return _ended("Steady", f"version {champion.number} of {customization.model_name} is as good as it was")
     message = f"version {champion.number} of {customization.model_name}: " + "; ".join(reasons)
     emit(FELL, f"qadapter.model.{customization.model_name}", {"version": champion.number, "reasons": reasons})
     return _ended("Fell", message)
+
+
+def _damage(customization: Customization, champion: Version) -> list[str]:
+    """What is wrong with the registered files; a stage that still has them, as training uses it, is not served."""
+    from tasks.served_model import check_files
+
+    try:
+        check_files(f"{customization.model_name}/{champion.number}")
+    except DamagedError as error:
+        return [str(error)]
+    return []
 
 
 def _what_fell(config: str, customization: Customization, registry: Registry, champion: Version) -> list[str]:
@@ -70,7 +82,7 @@ def _what_fell(config: str, customization: Customization, registry: Registry, ch
             mix_preferences,
             customization=customization,
             ledger=ledger,
-            learnt=learnt_by(champion),
+            learnt=learnt_by(champion, registry),
             world=world,
             everything=True,  # of no matter here: only the held-out side is used
         )

@@ -29,6 +29,7 @@ from qadapter.preferences.mixture import unlearnt
 from tasks.candidate import (
     METHOD,
     Rows,
+    champions_adapter,
     champions_base,
     config_of,
     digest_of,
@@ -140,7 +141,7 @@ def _customize(
     changes = changes_of(ledger)
     place = str(ledger.path)
     champion = registry.champion()
-    learnt = learnt_by(champion)
+    learnt = learnt_by(champion, registry)
     # Not what is new since the last run: what a rejected candidate was trained on, the champion has not learnt.
     waiting = len(unlearnt(ledger.path, learnt))
     broken = bool(changes.fresh_quarantined) and not changes.fresh_pairs
@@ -342,8 +343,6 @@ def measuring(step: Step, ground: Ground, heldout: StageResult, world: StageResu
 
 def fetch(step: Step, customization: Customization, version: Version) -> StageResult:
     """A version's adapter, from the registered files."""
-    from tasks.served_model import find_adapter
-
-    folder = find_adapter(f"{customization.model_name}/{version.number}")
+    folder = champions_adapter(version, customization.model_name)
     adapter: StageResult = step(take_adapter, label=f"version {version.number}", folder=folder, run_id=None)
     return adapter

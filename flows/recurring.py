@@ -107,7 +107,7 @@ def _history(given: argparse.Namespace) -> int:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(version.created))
         verdict = "rejected" if version.rejected else "promoted" if "promoted_at" in version.tags else "to be promoted"
         if "superseded_at" in version.tags and "promoted_at" not in version.tags:
-            verdict = "superseded"
+            verdict = "rolled back to" if "rolled_back_to_at" in version.tags else "superseded"
         parent = f"from {version.tags['parent']}" if version.tags.get("parent") else "from the base"
         names = ", ".join(version.aliases)
         shown = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.logging import get_run_logger
 
-from qadapter.artifacts import digest_tree, read_json
+from qadapter.artifacts import digest_file, digest_tree, read_json
 from qadapter.customization import Customization
 from qadapter.experiment import Experiment
 from qadapter.gate import Decision, Measured, decide
 from qadapter.preferences.ledger import RECORDS
+from qadapter.serving.registered import DamagedError
 from qadapter.settings import ModelSettings
 from tasks.context import Customisation, RunContext, workspace
 from tasks.data import log_pairs
@@ -27,11 +28,12 @@ from tasks.launching import Launcher
 from tasks.logged import StageResult, logged_stage, task_result
 from tasks.prefect_artifacts import show
 from tasks.registry import Candidate, Registry, Version
-from tasks.stage import StageOutput
+from tasks.stage import StageOutput, StageStore
 from tasks.tracking import Tracker
 from tasks.train import Base, keyed
 
 METHOD = "q-adapter"
+LEDGER = "ledger"  # folder among the artifacts of a version's run
 _SHOWN = ("adaptation/", "retention/", "forgetting/")
 
 
@@ -41,20 +43,30 @@ def registry_of(customization: Customization) -> Registry:
     return Registry(Tracker.for_project(workspace()), customization.model_name, lock)
 
 
-def learnt_by(champion: Version | None) -> Path | None:
+def learnt_by(champion: Version | None, registry: Registry) -> Path | None:
     """Ledger of the preferences that a version and its parents were trained on; None before the first.
 
-    What came in since then and only rejected candidates were trained on is not in it.
+    What came in since then and only rejected candidates were trained on is not in it. MLflow has it, whatever became of
+    the stage that wrote it; while that is there, nothing needs to be fetched.
     """
     if champion is None:
         return None
-    ledger = Path(champion.tags["ledger"])
-    if not (ledger / RECORDS).exists():
-        get_run_logger().warning(
-            "the ledger of version %d is gone (%s): every preference counts as new", champion.number, ledger
-        )
-        return None
-    return ledger
+    stage, digest = Path(champion.tags["ledger"]), champion.tags.get("ledger_digest")
+    if _holds_ledger(stage, digest):
+        return stage
+    if registry.has(champion, LEDGER) and _holds_ledger(kept := registry.files(champion, LEDGER), digest):
+        return kept
+    get_run_logger().warning(
+        "the ledger of version %d is gone or damaged, in MLflow and in %s: every preference counts as new",
+        champion.number,
+        stage,
+    )
+    return None
+
+
+def _holds_ledger(folder: Path, digest: str | None) -> bool:
+    records = folder / RECORDS
+    return records.is_file() and digest in (None, digest_file(records))
 
 
 def config_of(customization: Customization, experiment: Experiment) -> dict[str, Any]:
@@ -68,24 +80,63 @@ def config_of(customization: Customization, experiment: Experiment) -> dict[str,
 def champions_base(profile_base: Base, champion: Version | None, model: ModelSettings, name: str) -> Base:
     """The base that the champion's adapter belongs to: the profile's if that is the same one, else the registered one.
 
+    Either is loaded as the version says (commit of a hub id, precision, quantisation), whatever the profile says now.
+
     Args:
         profile_base: what the profile makes or names now.
         champion: the version to go on from; None for the first candidate.
         model: the profile's model section.
         name: of the registered model.
     """
-    if champion is None or champion.tags["base_digest"] == base_digest(profile_base, model.revision):
+    if champion is None:
         return profile_base
-    from tasks.served_model import find_base
+    from tasks.served_model import find_base, find_numerics
 
-    get_run_logger().warning("the profile has another base now; version %d's own is used", champion.number)
-    return Base(find_base(f"{name}/{champion.number}"), None, profile_base.name)
+    registered = f"{name}/{champion.number}"
+    recorded, digest = find_numerics(registered), champion.tags["base_digest"]
+    if digest != base_digest(profile_base, model):
+        get_run_logger().warning("the profile has another base now; version %d's own is used", champion.number)
+        location = _or_finished(lambda: find_base(registered), digest, "model")
+        # The profile's revision belongs to the profile's base.
+        return Base(location, None, profile_base.name, {"revision": None, **recorded})
+    base = replace(profile_base, numerics={**profile_base.numerics, **recorded})
+    if base.settings(model).numerics() == profile_base.settings(model).numerics():
+        return profile_base
+    get_run_logger().warning("the profile holds the base otherwise now; it stays as version %d's", champion.number)
+    return base
 
 
-def base_digest(base: Base, revision: str | None) -> str:
-    """What identifies a base: sha256 of its files, or hub id and revision."""
+def champions_adapter(champion: Version, name: str) -> Path:
+    """The adapter that is trained on from, and measured, as it was registered.
+
+    Args:
+        champion: the version.
+        name: of the registered model.
+    """
+    from tasks.served_model import find_adapter
+
+    registered = f"{name}/{champion.number}"
+    return Path(_or_finished(lambda: str(find_adapter(registered)), champion.tags["adapter_digest"], "adapter"))
+
+
+def _or_finished(find: Callable[[], str], digest: str, folder: str) -> str:
+    """What the registry has; where that is damaged, the folder of a finished stage that it was copied from."""
+    try:
+        return find()
+    except DamagedError as error:
+        for stage in StageStore(workspace() / ".qadapter").entries():
+            if (stage / folder).is_dir() and digest_tree(stage / folder) == digest:
+                get_run_logger().warning("%s The same files are still in %s, and are used.", error, stage)
+                return str(stage / folder)
+        raise
+
+
+def base_digest(base: Base, model: ModelSettings) -> str:
+    """What identifies a base: sha256 of its files, or hub id and commit (where that is not to be had, the revision)."""
     folder = Path(base.location)
-    return digest_tree(folder) if folder.is_dir() else f"{base.location}@{revision or 'main'}"
+    if folder.is_dir():
+        return digest_tree(folder)
+    return f"{base.location}@{base.settings(model).revision or 'main'}"
 
 
 @task(task_run_name="train-candidate", tags=["accelerator"])
@@ -93,6 +144,7 @@ def train_candidate(
     context: RunContext, cell: Customisation, base: Base, data: StageResult, champion: StageResult
 ) -> Any:
     """Train the champion's adapter further."""
+    context = base.within(context)
     experiment = context.experiment
     choice, seed = experiment.methods.q_adapter, experiment.seeds[0]
     launch = Launcher(experiment.launch)
@@ -216,7 +268,7 @@ def register_candidate(
     summary = read_json(mixture.path / "summary.json")
     data_digest = digest_of({side: summary[f"{side}_sha256"] for side in ("train", "heldout")})
     config = config_of(customization, context.experiment)
-    config_digest, base_is = digest_of(config), base_digest(base, context.experiment.model.revision)
+    config_digest, base_is = digest_of(config), base_digest(base, context.experiment.model)
     adapter_digest = digest_tree(adapter.path / "adapter")
     # The run of the training, which the evaluation went on with: metrics, curves and files lie there.
     run_id = rows.candidate.adaptation.run_id
@@ -241,6 +293,7 @@ def register_candidate(
             "data_digest": data_digest,
             "data_fingerprint": fingerprint,
             "ledger": str(ledger.path),
+            "ledger_digest": digest_file(ledger.path / RECORDS),
             "data_source": customization.source.path,
             "data_pairs": f"{summary['train_pairs']} ({summary['fresh_pairs']} new)",
             "config_digest": config_digest,
@@ -256,9 +309,13 @@ def register_candidate(
     def log_model() -> str:
         from tasks.served_model import log_served_model
 
+        context.tracker.log_file(run_id, ledger.path / RECORDS, LEDGER)
         known = str(context.tracker.call("get_run", run_id).info.run_id)  # not a ticket of a store that was away
         return log_served_model(
-            known, base=base.location, adapter=adapter.path / "adapter", model=context.experiment.model
+            known,
+            base=base.location,
+            adapter=adapter.path / "adapter",
+            model=base.settings(context.experiment.model),
         )
 
     version = registry_of(customization).register(candidate, log_model)

@@ -57,6 +57,7 @@ def evaluate(
     judge: StageResult | None,
 ) -> Any:
     """Measure both halves for one row; the base's own retention is measured once and shown in its rows."""
+    context = base.within(context)
     experiment = context.experiment
     source = experiment.domains[cell.domain].source
     style = experiment.sources[source].domain
@@ -141,6 +142,7 @@ def _retention(
     run_id: str | None = None,
     run_name: str | None = None,
 ) -> StageResult:
+    context = base.within(context)
     experiment = context.experiment
     # The definitions of the project's own tasks decide a score as much as the policy does.
     inputs: dict[str, StageOutput | Path] = {**base.inputs(), "tasks": PROJECT_ROOT / "configs" / "lm_eval"}

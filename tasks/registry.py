@@ -287,6 +287,10 @@ class Registry:
         self._end_rollback(target, champion.number)
         return champion, versions[target]
 
+    def has(self, version: Version, folder: str) -> bool:
+        """Whether there is such a folder among the artifacts of a version's run."""
+        return bool(self.tracker.call("list_artifacts", version.run_id, folder))
+
     def files(self, version: Version, folder: str) -> Path:
         """A folder of the artifacts of a version's run, fetched if they are not on this machine."""
         return Path(self.tracker.call("download_artifacts", version.run_id, folder))

@@ -14,21 +14,23 @@ from typing import Any
 import tasks.tracking  # first: it switches MLflow's telemetry off before MLflow is imported
 
 import mlflow  # isort: skip
+import yaml
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types.schema import Array, ColSpec, DataType, Object, ParamSchema, ParamSpec, Property, Schema
-from transformers.utils.hub import cached_file, extract_commit_hash
 
 import qadapter
-from qadapter.artifacts import storage_errors
+from qadapter.artifacts import digest_tree, storage_errors
 from qadapter.errors import QAdapterError
+from qadapter.serving.registered import DamagedError, refuse_damage
 from qadapter.settings import ModelSettings
 from qadapter.url_secrets import shown
 from tasks.context import workspace
+from tasks.hub import commit_of
 from tasks.mlflow_store import MlflowStore, away_errors, is_away
 
 _GLOBALS = threading.Lock()
-_PREFIX = "qadapter."  # of what the metadata says of the base
+_PREFIX = "qadapter."  # of what the metadata says of base and adapter
 _CODE = Path(__file__).with_name("served_policy.py")
 _PACKAGES = (
     "mlflow",
@@ -93,7 +95,8 @@ def log_served_model(
     """Log a base and its adapter to a run as a model that can be registered and served without this project.
 
     The model's folder holds copies of the adapter, of the base if that is a folder, and of `qadapter`'s source, and
-    names the versions of the packages it needs. It holds no pickle.
+    names the versions of the packages it needs. It holds no pickle. The digests of both stand in it, and where the
+    store is on this machine, it has reached the disk when this returns.
 
     Args:
         run_id: the run of the store in `workspace()` or `MLFLOW_TRACKING_URI`.
@@ -114,7 +117,9 @@ def log_served_model(
     local = Path(base).is_dir()
     artifacts = {"adapter": str(adapter.resolve())} | ({"base": str(Path(base).resolve())} if local else {})
     numerics = _numerics(base, local, model)
-    config = {"name": name, **numerics} if local else {"name": name, "base": str(base), **numerics}
+    digests = {f"{part}_digest": digest_tree(Path(folder)) for part, folder in artifacts.items()}
+    described = {**numerics, **digests}
+    config = {"name": name, **described} if local else {"name": name, "base": str(base), **described}
     packages = (*_PACKAGES, "bitsandbytes") if numerics.get("quantization", "none") != "none" else _PACKAGES
     package = Path(str(qadapter.__file__)).parent
     with _store() as uri, storage_errors(workspace()), away_errors(uri):
@@ -132,9 +137,10 @@ def log_served_model(
             metadata={
                 **(metadata or {}),
                 f"{_PREFIX}base": "artifact" if local else str(base),
-                **{f"{_PREFIX}{key}": value for key, value in numerics.items()},
+                **{f"{_PREFIX}{key}": value for key, value in described.items()},
             },
         )
+        _push_to_disk(Path(logged.artifact_path))
         # A client of a database looks `models:/…` up in MLflow's global store, which need not be this one.
         return str(logged.model_uri if uri.startswith("http") else logged.artifact_path)
 
@@ -144,37 +150,70 @@ def _numerics(base: Path | str, local: bool, model: ModelSettings | None) -> dic
     found: dict[str, str] = {} if model is None else {"dtype": model.dtype, "quantization": model.quantization}
     if local:
         return found
-    revision = model.revision if model else None
-    try:  # the one in the hub's cache, which the training used, or the hub's own
-        commit = extract_commit_hash(cached_file(str(base), "config.json", revision=revision or "main"), None)
-    except (OSError, ValueError):  # not to be reached from here: what the config says is all that is known
-        commit = None
-    pinned = commit or revision
+    pinned = commit_of(str(base), model.revision if model else None)
     return {**found, "revision": pinned} if pinned else found
+
+
+def _push_to_disk(folder: Path) -> None:
+    """Before anything names it: a power cut must not leave a registered version whose files were never written."""
+    if not folder.is_dir():  # a server has it
+        return
+    for parent, _, files in os.walk(folder):
+        for each in (*(Path(parent, name) for name in files), Path(parent)):
+            _sync(each)
+    for above in folder.parents[:4]:  # the model's folder, `models`, the experiment's, `mlruns`: they may be new
+        _sync(above)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def find_served_model(model: str) -> ServedFiles:
     """The files behind a registered version, downloaded if the store is not on this machine.
+
+    Every byte is read once: what is not what was registered is refused.
 
     Args:
         model: `NAME@ALIAS` or `NAME/VERSION`.
 
     Raises:
         QAdapterError: there is no such version, it was not logged by `log_served_model`, or MLflow is away.
+        DamagedError: its files are gone, or others than when it was registered.
     """
     found = _Registered.find(model)
-    return ServedFiles(found.name, found.base(), found.fetch(found.parts["adapter"]["path"]), found.numerics())
+    return ServedFiles(found.name, found.base(), found.part("adapter"), found.numerics())
 
 
 def find_adapter(model: str) -> Path:
     """As `find_served_model`, the adapter's folder alone: a base can be large, and is not downloaded."""
-    found = _Registered.find(model)
-    return found.fetch(found.parts["adapter"]["path"])
+    return _Registered.find(model).part("adapter")
 
 
 def find_base(model: str) -> str:
     """As `find_served_model`, the base alone: its folder or hub id."""
     return _Registered.find(model).base()
+
+
+def find_numerics(model: str) -> Mapping[str, str]:
+    """As `find_served_model`, `ServedFiles.numerics` alone: no file of the policy is fetched."""
+    return _Registered.find(model).numerics()
+
+
+def check_files(model: str) -> None:
+    """Hold what is registered against its digests; a base only where it lies on this machine, it is not downloaded.
+
+    Raises:
+        QAdapterError: as `find_served_model`.
+    """
+    found = _Registered.find(model)
+    found.part("adapter")
+    if Path(found.source).is_dir():
+        found.base()
 
 
 @dataclass(frozen=True)
@@ -184,12 +223,16 @@ class _Registered:
     Attributes:
         name: of the registered model.
         number: of the version.
+        source: where the store keeps it; a folder if that is on this machine.
+        tags: of the version.
         parts: of the model, by name, each with its `path` in the model's folder.
         metadata: of the MLmodel file.
     """
 
     name: str
     number: str
+    source: str
+    tags: Mapping[str, str]
     parts: Mapping[str, Mapping[str, str]]
     metadata: Mapping[str, Any]
 
@@ -207,9 +250,9 @@ class _Registered:
         client = MlflowStore(tracker.uri, tracker.artifact_root)
         try:
             if at:  # an alias can move between two downloads, a version cannot
-                number = client.call("get_model_version_by_alias", name, alias).version
+                version = client.call("get_model_version_by_alias", name, alias)
             else:
-                client.call("get_model_version", name, number)
+                version = client.call("get_model_version", name, number)
         except MlflowException as error:
             reason = shown(str(error)).splitlines()[0]
             unknown = error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
@@ -218,28 +261,42 @@ class _Registered:
                 f"MLflow at {shown(tracker.uri)} {what} model {model!r} ({reason}). `mlflow ui` lists the registered "
                 "models; QADAPTER_HOME or MLFLOW_TRACKING_URI say which store is read."
             ) from None  # the cause may have the store's address as given, password and all
-        described = Model.load(str(_fetch(name, str(number), "MLmodel")))
+        number = str(version.version)
+        file = _fetch(name, number, "MLmodel")
+        try:
+            described = Model.load(str(file))
+        except (yaml.YAMLError, TypeError, ValueError, MlflowException):
+            raise DamagedError(
+                f"Version {number} of {name!r} in MLflow at {shown(tracker.uri)} is damaged: {file} is no description "
+                "of a model. Restore it from a backup, or roll back to another version (`make rollback`)."
+            ) from None
         parts = (described.flavors.get("python_function") or {}).get("artifacts", {})
         metadata = described.metadata or {}
         if _PREFIX + "base" not in metadata or "adapter" not in parts:
             raise QAdapterError(
                 f"The model {model!r} is no base with an adapter. Register what log_served_model logged."
             )
-        return cls(name, str(number), parts, metadata)
+        return cls(name, number, str(version.source), dict(version.tags), parts, metadata)
 
     def base(self) -> str:
-        """Hub id, or the folder, fetched."""
+        """Hub id, or the folder, fetched and whole."""
         base = str(self.metadata[_PREFIX + "base"])
-        return str(self.fetch(self.parts["base"]["path"])) if base == "artifact" else base
+        return str(self.part("base")) if base == "artifact" else base
 
     def numerics(self) -> dict[str, str]:
         """What was recorded of how the base is to be loaded."""
         names = ("dtype", "quantization", "revision")
         return {name: str(self.metadata[_PREFIX + name]) for name in names if _PREFIX + name in self.metadata}
 
-    def fetch(self, path: str) -> Path:
-        """A file or folder of the model."""
-        return _fetch(self.name, self.number, path)
+    def part(self, name: str) -> Path:
+        """The folder of `adapter` or `base`, fetched and whole."""
+        folder = _fetch(self.name, self.number, self.parts[name]["path"])
+        key = f"{name}_digest"
+        # The version's tag, which says what was judged; a model that was registered by hand has only its own word.
+        expected = self.tags.get(key) or self.metadata.get(_PREFIX + key)
+        uri = shown(tasks.tracking.tracking_uri(workspace()))
+        refuse_damage(folder, expected, f"{name} of version {self.number} of {self.name!r} in MLflow at {uri}")
+        return folder
 
 
 def _fetch(name: str, number: str, path: str) -> Path:
@@ -249,7 +306,7 @@ def _fetch(name: str, number: str, path: str) -> Path:
         except (MlflowException, FileNotFoundError) as error:
             if is_away(error):
                 raise
-            raise QAdapterError(
+            raise DamagedError(
                 f"MLflow at {shown(uri)} knows version {number} of {name!r}, but its {path} cannot be read "
                 f"({shown(str(error)).splitlines()[0]}). Restore the artifacts of that version, or register it again."
             ) from None  # the cause may have the store's address as given, password and all

@@ -17,11 +17,18 @@ class ServedPolicy(PythonModel):
     """A base and an adapter that answer chat messages with an OpenAI chat completion."""
 
     def load_context(self, context: Any) -> None:
-        """Load base and adapter from the model's own folder (a base of the hub from there)."""
+        """Load base and adapter from the model's own folder (a base of the hub from there).
+
+        Raises:
+            DamagedError: their files are not those that were logged.
+        """
         from qadapter.serving.generator import Generator
         from qadapter.serving.policies import ServedPolicies
+        from qadapter.serving.registered import refuse_damage
 
         config = context.model_config
+        for part, folder in context.artifacts.items():
+            refuse_damage(Path(folder), config.get(f"{part}_digest"), f"{part} of {config['name']!r}")
         base = context.artifacts.get("base") or config["base"]
         self._name = str(config["name"])
         numerics = {key: config[key] for key in ("dtype", "quantization", "revision") if key in config}

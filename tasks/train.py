@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 from prefect import task
 
-from qadapter.settings import Method
+from qadapter.settings import Method, ModelSettings
 from tasks.context import Customisation, RunContext
 from tasks.data import log_pairs
 from tasks.launching import Launcher
@@ -27,11 +27,14 @@ class Base:
         location: folder, or hub id.
         output: the stage that made it; None for a model from outside.
         name: `pretrained` or `helpful`.
+        numerics: how its weights are held (`dtype`, `quantization`, `revision`), where that is its own and not what
+            the experiment says: the commit of a hub id, whose branch can move on, and all of a champion's base.
     """
 
     location: str
     output: StageOutput | None
     name: str
+    numerics: Mapping[str, str | None] = field(default_factory=dict)
 
     def inputs(self) -> dict[str, StageOutput | Path]:
         """The base as a stage's input, where it is made of files."""
@@ -44,6 +47,19 @@ class Base:
         """The base as part of a stage's config, where it is a name on a hub."""
         return {} if self.inputs() else {"base": self.location}
 
+    def settings(self, model: ModelSettings) -> ModelSettings:
+        """How this base is loaded, where an experiment says `model`."""
+        if not self.numerics:
+            return model
+        return model.model_copy(update={"from_scratch": None, "pretrained": self.location, **self.numerics})
+
+    def within(self, context: RunContext) -> RunContext:
+        """The context for a stage that loads this base: its experiment says how, and so do the stage's keys."""
+        if not self.numerics:
+            return context
+        model = self.settings(context.experiment.model)
+        return replace(context, experiment=context.experiment.model_copy(update={"model": model}))
+
 
 @task(task_run_name="pretrain")
 def pretrain_base(
@@ -53,7 +69,7 @@ def pretrain_base(
     experiment = context.experiment
     size, settings = experiment.model.from_scratch, experiment.pretraining
     if size is None or settings is None:
-        return Base(str(experiment.model.pretrained), None, "pretrained")
+        return _named_base(experiment.model)
     corpora: dict[str, StageOutput | Path] = {f"source-{name}": data[name].output for name in settings.corpus_sources}
     if world is not None:
         corpora["world"] = world.output
@@ -80,9 +96,21 @@ def pretrain_base(
     return task_result(Base(str(result.path / "model"), result.output, "pretrained"), result)
 
 
+def _named_base(model: ModelSettings) -> Base:
+    """A model from outside; of a hub id the commit is looked up once, and stays that for the whole run."""
+    name = str(model.pretrained)
+    if Path(name).is_dir():
+        return Base(name, None, "pretrained")
+    from tasks.hub import commit_of  # transformers takes seconds to import
+
+    commit = commit_of(name, model.revision)
+    return Base(name, None, "pretrained", {"revision": commit} if commit else {})
+
+
 @task(task_run_name="helpful-sft")
 def fine_tune_base(context: RunContext, base: Base, data: StageResult) -> Any:
     """Fine-tune the base on the chosen helpful replies."""
+    context = base.within(context)
     experiment = context.experiment
     settings = experiment.helpful_sft
     assert settings is not None
@@ -124,6 +152,7 @@ def fine_tune_base(context: RunContext, base: Base, data: StageResult) -> Any:
 @task(task_run_name="answers-{domain}")
 def answer_prompts(context: RunContext, domain: str, base: Base, data: StageResult) -> Any:
     """Let the base answer the training prompts: what replay mixes in, so that the old answers are not forgotten."""
+    context = base.within(context)
     experiment = context.experiment
     settings = experiment.methods.replay
     rows = (data.path / "train.jsonl").read_text(encoding="utf-8").splitlines()
@@ -172,6 +201,7 @@ def train_adapter(
     answers: StageResult | None,
 ) -> Any:
     """Train one adapter with one method; its MLflow run goes on to hold the evaluation."""
+    context = base.within(context)
     experiment = context.experiment
     method, seed = cast(Method, cell.method), cast(int, cell.seed)
     choice, training = experiment.methods.of(method), experiment.training_of(cell.domain)

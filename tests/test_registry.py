@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from flows.recurring import main
 from qadapter.errors import QAdapterError
 from tasks.registry import Candidate, Registry, Version
 from tasks.tracking import Tracker
@@ -233,3 +234,34 @@ def test_rollback_goes_back_and_forth_or_to_a_version(registry: Registry) -> Non
     assert registry.versions()[0].tags["rolled_back_to_at"].endswith("from version 3")
     with pytest.raises(QAdapterError, match="has no version 9; its versions are 1, 2, 3"):
         registry.roll_back(to=9)
+
+
+def test_the_history_says_what_became_of_each_version(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Version 2 passed while somebody moved the champion, and was made the champion by hand later."""
+    registry.promote(register(registry, "one"))
+    overtaken = [register(registry, key) for key in ("two", "three")]
+    assert all(registry.promote(version) for version in overtaken)
+    register(registry, "four", parent=1, passed=False)
+    registry.roll_back(to=2)
+    monkeypatch.setattr("tasks.candidate.registry_of", lambda _: registry)
+    assert main(["history"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    verdicts = [line[24:].rstrip() for line in lines if line[:4].strip()]
+    assert verdicts == [
+        "promoted       from the base  previous",
+        "rolled back to from the base  champion",
+        "superseded     from the base",
+        "rejected       from 1",
+    ]
+    assert sum("rolled back to, " in line and "from version 1" in line for line in lines) == 1
+
+
+def test_a_folder_among_the_runs_artifacts(registry: Registry, tmp_path: Path) -> None:
+    version = register(registry, "one")
+    assert not registry.has(version, "ledger")
+    (tmp_path / "records.jsonl").write_text("{}")
+    registry.tracker.log_file(version.run_id, tmp_path / "records.jsonl", "ledger")
+    assert registry.has(version, "ledger")
+    assert (registry.files(version, "ledger") / "records.jsonl").read_text() == "{}"

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +24,24 @@ from tiny_chat import byte_tokenizer, tiny_llama
 from tiny_models import lora, moved
 
 from flows.serve_model import main
+from qadapter.artifacts import digest_tree, list_files
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.prompts import prompt_ids
 from qadapter.objective import Objective
 from qadapter.policy import QAdapterForCausalLM
 from qadapter.serving.policies import ServedPolicies
+from qadapter.serving.registered import DamagedError
 from qadapter.settings import ModelSettings
-from tasks.served_model import find_adapter, find_base, find_served_model, log_served_model
+from tasks.served_model import check_files, find_adapter, find_base, find_served_model, log_served_model
 from tasks.tracking import Tracker
+from tests.damage import cut, damaged, zero
 from tests.real_runs import free_port
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 MESSAGES = [{"role": "user", "content": "Name a colour."}]
 NEW = 16
 MODEL = ModelSettings(pretrained="x", dtype="float32")
+WEIGHTS = {"adapter": "adapter_model.safetensors", "base": "model.safetensors"}
 
 
 class Registered:
@@ -107,6 +111,8 @@ def test_its_description_says_what_it_is_and_needs(registered: Registered) -> No
         "qadapter.base": "artifact",
         "qadapter.dtype": "float32",
         "qadapter.quantization": "none",
+        "qadapter.adapter_digest": digest_tree(registered.adapter),
+        "qadapter.base_digest": digest_tree(registered.base),
     }
     assert described["run_id"] == registered.run
     assert "python_model" not in described["flavors"]["python_function"]  # it would name a pickle
@@ -151,6 +157,51 @@ def test_a_base_of_the_hub_is_named_and_not_copied(registered: Registered, monke
     found = find_served_model("policy/2")
     assert found.base == "owner/model"
     assert sorted(each.name for each in found.adapter.parent.iterdir()) == [found.adapter.name]
+
+
+@pytest.mark.parametrize("harm", [cut, zero])
+@pytest.mark.parametrize("part", ["adapter", "base"])
+def test_damaged_files_are_not_served(
+    registered: Registered, part: str, harm: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By neither server: one sentence says what is damaged, where, and what to do."""
+    files = list_files(registered.logged)
+    (weights,) = [file for file in files.values() if file.name == WEIGHTS[part]]
+    with damaged(weights, harm):
+        assert main(["--model", "policy@champion"]) == 2
+        said = capsys.readouterr().err
+        assert f"The {part} of version 1 of 'policy' in MLflow at {registered.tracker.uri} is damaged" in said
+        assert f"the files in {weights.parent} are not those that were registered" in said
+        assert "Restore them from a backup, or roll back to another version" in said
+        with pytest.raises(DamagedError, match=f"The {part} of version 1"):
+            check_files("policy/1")
+        with pytest.raises(Exception, match=f"The {part} of 'policy' is damaged: the files in .* are not those that"):
+            mlflow.pyfunc.load_model(str(registered.logged))  # what MLflow's server loads
+    check_files("policy/1")
+
+
+def test_a_damaged_description_is_said_to_be_one(registered: Registered) -> None:
+    with damaged(registered.logged / "MLmodel", zero), pytest.raises(DamagedError, match="Version 1 of 'policy'"):
+        find_adapter("policy@champion")
+
+
+def test_a_versions_tag_says_what_its_files_must_be(registered: Registered) -> None:
+    """What was judged counts, not what was logged."""
+    created = registered.tracker.call(
+        "create_model_version", "policy", str(registered.logged), tags={"adapter_digest": "0" * 64}
+    )
+    with pytest.raises(DamagedError, match=r"\(sha256 \w{12}…, not 000000000000…\)"):
+        find_adapter(f"policy/{created.version}")
+    assert Path(find_base(f"policy/{created.version}")).is_dir()
+
+
+def test_the_files_reach_the_disk_before_they_have_a_name(
+    registered: Registered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed: list[Path] = []
+    monkeypatch.setattr("tasks.served_model._sync", pushed.append)
+    logged = Path(registered.log(name="pushed"))
+    assert {logged, logged.parent, logged.parent.parent, *list_files(logged).values()} <= {*pushed}
 
 
 def hub_with(folder: Path, base: Path) -> list[str]:

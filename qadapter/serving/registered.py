@@ -1,0 +1,36 @@
+"""Whether the files that are about to be served, or trained on from, are still those that were registered.
+
+A module of its own, with nothing but digests: `tasks/served_policy.py` runs it where this project is not installed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qadapter.artifacts import digest_tree
+from qadapter.errors import QAdapterError
+
+
+class DamagedError(QAdapterError):
+    """Registered files are not what they were, or cannot be read any more."""
+
+
+def refuse_damage(folder: Path, expected: str | None, what: str) -> None:
+    """Read every byte of a folder: seconds for a large base, once at the start.
+
+    Args:
+        folder: the files as they are now.
+        expected: their `digest_tree` when they were registered; None where nobody wrote it down.
+        what: whose files they are, for the message.
+
+    Raises:
+        DamagedError: they are others now.
+    """
+    if expected is None:
+        return
+    found = digest_tree(folder)
+    if found != expected:
+        raise DamagedError(
+            f"The {what} is damaged: the files in {folder} are not those that were registered (sha256 {found[:12]}…, "
+            f"not {expected[:12]}…). Restore them from a backup, or roll back to another version (`make rollback`)."
+        )
