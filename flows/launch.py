@@ -95,13 +95,7 @@ class Launch:
             retention = experiment.evaluation.retention
             names, plain = expand_suites(retention.tasks, retention.plain_tasks)
             check_pretrained(experiment.model, [name for name in names if name not in plain])
-        if official := experiment.evaluation.retention.official_data:
-            where = Path(resolve_path(official, folder))
-            if not where.is_dir():
-                raise QAdapterError(
-                    f"evaluation.retention.official_data: {official!r} is no folder; give the folder with the files of "
-                    "lm-eval's own tasks (docs/evaluation.md), or leave it out for those of the hub"
-                )
+        _check_official_data(experiment, folder)
         _check_benchmarks(experiment)
         plan_judges(experiment)
         return experiment
@@ -152,6 +146,26 @@ def check_workspace(folder: Path) -> None:
             f"nothing can be written to the workspace {folder}: {error.strerror}. Free some space there, or name "
             "another folder with the environment variable QADAPTER_HOME."
         ) from error
+
+
+def _check_official_data(experiment: Experiment, data: Path | None) -> None:
+    """The files for lm-eval's own tasks, where the user names a folder of them.
+
+    Raises:
+        QAdapterError: there is no such folder, or a file in it is not what its task needs.
+    """
+    retention = experiment.evaluation.retention
+    if retention.official_data is None:
+        return
+    folder = Path(resolve_path(retention.official_data, data))
+    if not folder.is_dir():
+        raise QAdapterError(
+            f"evaluation.retention.official_data: {retention.official_data!r} is no folder; give the folder with the "
+            "files of lm-eval's own tasks (docs/evaluation.md), or leave it out for those of the hub"
+        )
+    from qadapter.evaluation.official_files import check_files  # lm-eval takes seconds to import
+
+    check_files(retention.tasks, folder)
 
 
 def _check_benchmarks(experiment: Experiment) -> None:

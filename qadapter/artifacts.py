@@ -171,6 +171,31 @@ def read_json(path: Path) -> Any:
         raise QAdapterError(f"{path} is not JSON ({error}). Restore it, or delete it to have it made again.") from error
 
 
+def read_json_lines(path: Path) -> list[Any]:
+    """Read the values of a JSON lines file; blank lines are none.
+
+    Never by `str.splitlines`: it also cuts at U+2028, U+2029 and U+0085, which a text in JSON may hold as they are.
+
+    Raises:
+        QAdapterError: the file is missing, or a line is not JSON.
+    """
+    values: list[Any] = []
+    number = 1
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                if line.strip():
+                    values.append(json.loads(line))
+                number += 1
+        return values
+    except FileNotFoundError as error:
+        raise QAdapterError(f"{path} is missing; a JSON lines file was expected there. Check the path.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise QAdapterError(
+            f"{path} is not JSON lines (line {number}: {error}). Restore it, or delete it to have it made again."
+        ) from error
+
+
 @contextlib.contextmanager
 def atomic_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
     """A folder that appears under its name only when it is whole.

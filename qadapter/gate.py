@@ -7,7 +7,6 @@ interval to trust (one pair that was won has the interval [1, 1]), so each rule 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 
-from qadapter.artifacts import Manifest, read_json
+from qadapter.artifacts import Manifest, read_json, read_json_lines
 from qadapter.evaluation.statistics import LEVEL, RESAMPLES, Interval, mean_interval, paired_difference
 from qadapter.settings import NonNegative, Settings
 
@@ -123,7 +122,7 @@ class Measured:
     @classmethod
     def read(cls, adaptation: Path, retention: Path) -> Measured:
         """The two folders that `measure_adaptation` and `measure_retention` wrote."""
-        rows = _rows(adaptation / "pairs.jsonl")
+        rows = read_json_lines(adaptation / "pairs.jsonl")
         column = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in rows[0]}
         chosen, rejected = column["chosen_log_prob"], column["rejected_log_prob"]
         before = column["base_chosen_log_prob"] - column["base_rejected_log_prob"]
@@ -137,7 +136,7 @@ class Measured:
         }
         directions = read_json(retention / "directions.json")
         by_task: dict[str, list[dict[str, Any]]] = {}
-        for item in _rows(retention / "items.jsonl"):
+        for item in read_json_lines(retention / "items.jsonl"):
             by_task.setdefault(item["task"], []).append(item)
         return cls(
             heldout=Manifest.read(adaptation).inputs["data"],
@@ -150,10 +149,6 @@ class Measured:
     def on_the_pairs_of(self, other: Measured) -> bool:
         """Whether both scored the same pairs. Places alone do not tell: any set of this size has the same ones."""
         return (self.heldout, self.pairs) == (other.heldout, other.pairs)
-
-
-def _rows(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def _task_items(task: str, items: Sequence[dict[str, Any]], directions: dict[str, bool]) -> TaskItems:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefect import task
 
+from qadapter.artifacts import read_json_lines
 from tasks.context import PROJECT_ROOT, Customisation, RunContext, resolve_path
 from tasks.data import log_pairs
 from tasks.judge import JUDGING, answer_judge, judge_settings
@@ -126,7 +126,7 @@ def log_answers(context: RunContext, run_id: str, file: Path) -> None:
     """Show judged answers as a table in MLflow, which its UI compares between runs."""
     if not file.exists():
         return
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = read_json_lines(file)
     columns = {name: [row[name] for row in rows] for name in ("base", "reply", "verdict", "judge")}
     prompts = ["\n\n".join(f"{turn['role']}: {turn['content']}" for turn in row["prompt"]) for row in rows]
     context.tracker.log_table(run_id, {"prompt": prompts, **columns}, "answers.json")

@@ -90,7 +90,7 @@ def _read(file: Path) -> list[Entry]:
     if not file.exists():
         return []
     found = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
     return [entry for entry in found if isinstance(entry, dict)]

@@ -27,6 +27,7 @@ from qadapter.artifacts import (
     digest_tree,
     list_files,
     read_json,
+    read_json_lines,
     storage_errors,
     sweep,
 )
@@ -86,9 +87,7 @@ class StageOutput:
     def history(self) -> list[dict[str, float]]:
         """The rows of the stage's `history.jsonl`, each {"step": n, name: value, ...}; empty if it wrote none."""
         file = self.path / "history.jsonl"
-        if not file.exists():
-            return []
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return read_json_lines(file) if file.exists() else []
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from prefect import task
 
+from qadapter.artifacts import read_json_lines
 from qadapter.settings import Method, ModelSettings
 from tasks.context import Customisation, RunContext
 from tasks.data import log_pairs
@@ -155,8 +156,7 @@ def answer_prompts(context: RunContext, domain: str, base: Base, data: StageResu
     context = base.within(context)
     experiment = context.experiment
     settings = experiment.methods.replay
-    rows = (data.path / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    prompts = sorted({json.dumps(json.loads(row)["prompt"]) for row in rows})
+    prompts = sorted({json.dumps(row["prompt"]) for row in read_json_lines(data.path / "train.jsonl")})
 
     def compute(out: Path, _: Path) -> None:
         from qadapter.training.adapt import answer_prompts as answer

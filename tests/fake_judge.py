@@ -8,10 +8,27 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 # One answer of the server: a status, a body, and seconds to wait before it.
 Answer = tuple[int, object, float]
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A body with more said about how it is sent.
+
+    Attributes:
+        content: the body.
+        headers: further headers.
+        trickled: the last so many bytes of the whole response are sent one by one, `pause` seconds between them.
+    """
+
+    content: object
+    headers: dict[str, str] = field(default_factory=dict)
+    trickled: int = 0
+    pause: float = 0.05
 
 
 class FakeJudge(ThreadingHTTPServer):
@@ -48,14 +65,20 @@ class FakeJudgeHandler(BaseHTTPRequestHandler):
             answer = (200, {**message, "usage": {"prompt_tokens": 100, "completion_tokens": 10}}, 0.0)
         status, content, delay = answer
         time.sleep(delay)
-        data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+        sent = content if isinstance(content, Sent) else Sent(content)
+        data = sent.content.encode() if isinstance(sent.content, str) else json.dumps(sent.content).encode()
+        headers = {"Content-Length": str(len(data)), **sent.headers}
+        if self.server.retry_after:
+            headers["Retry-After"] = self.server.retry_after
+        status = status if self.path == "/v1/chat/completions" else 418
+        lines = [f"HTTP/1.1 {status} ?", *(f"{name}: {value}" for name, value in headers.items())]
+        response = "\r\n".join(lines).encode() + b"\r\n\r\n" + data
+        at_once = len(response) - sent.trickled
         try:
-            self.send_response(status if self.path == "/v1/chat/completions" else 418)
-            self.send_header("Content-Length", str(len(data)))
-            if self.server.retry_after:
-                self.send_header("Retry-After", self.server.retry_after)
-            self.end_headers()
-            self.wfile.write(data)
+            self.wfile.write(response[:at_once])
+            for byte in response[at_once:]:
+                time.sleep(sent.pause)
+                self.wfile.write(bytes([byte]))
         except (BrokenPipeError, ConnectionResetError):
             pass  # the client gave up waiting
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from qadapter.artifacts import (
     digest_file,
     digest_tree,
     read_json,
+    read_json_lines,
     storage_errors,
     sweep,
     write_json,
@@ -102,6 +104,34 @@ def test_read_json_explains(tmp_path: Path, content: str | None, message: str) -
         (tmp_path / "a.json").write_text(content)
     with pytest.raises(QAdapterError, match=message):
         read_json(tmp_path / "a.json")
+
+
+def test_json_lines_end_at_newlines_only(tmp_path: Path) -> None:
+    """Three characters that `str.splitlines` also takes for the end of a line, as they are."""
+    (tmp_path / "a.jsonl").write_bytes('{"text": "a\u2028b\u2029c\x85d"}\r\n\n[1]\n2'.encode())
+    assert read_json_lines(tmp_path / "a.jsonl") == [{"text": "a\u2028b\u2029c\x85d"}, [1], 2]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is missing"),
+        (b'{}\n\n{"a": \n', r"is not JSON lines \(line 3: Expecting value.*Restore it"),
+        ('"où"'.encode("latin-1"), r"is not JSON lines \(line 1: 'utf-8' codec.*Restore it"),
+    ],
+)
+def test_read_json_lines_explains(tmp_path: Path, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(QAdapterError, match=message):
+        read_json_lines(tmp_path / "a.jsonl")
+
+
+def test_nobody_cuts_a_files_text_where_a_reply_may_break_it() -> None:
+    """`splitlines` on a file's text is how JSON lines were cut into pieces; `read_json_lines` is there for them."""
+    files = [file for floor in ("qadapter", "tasks", "flows") for file in (PROJECT_ROOT / floor).rglob("*.py")]
+    cutting = re.compile(r"read_text\([^()]*\)\.splitlines\(")
+    assert [file.name for file in files if cutting.search(file.read_text(encoding="utf-8"))] == []
 
 
 def test_atomic_folder_appears_whole(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from tiny_models import lora
 from tiny_toy import rows
 
 from qadapter.command import chat as chat_module
+from qadapter.command.generate import read_prompts
 from qadapter.command.options import TrainOptions
 from qadapter.command.parser import COMMANDS, main
 from qadapter.evaluation.preference import preference_metrics, score_pairs
@@ -421,6 +422,13 @@ def test_refusals_about_adapters_and_prompts(place: Path, tmp_path: Path, refuse
     (tmp_path / "prompts.jsonl").write_text('"fine"\n{"question": "no"}\n')
     assert "line 2: no prompt" in refused("generate", "--adapter", out, "--prompts", str(tmp_path / "prompts.jsonl"))
     assert "do not fit" in refused("generate", "--adapter", out, "--prompt", "Hi", "--max-new-tokens", "512")
+
+
+def test_a_prompt_is_a_line_of_a_text_file(tmp_path: Path) -> None:
+    """Not less: U+2028 and U+0085 are characters of a prompt. A byte-order mark is none."""
+    (tmp_path / "prompts.txt").write_bytes("\ufeffone\u2028still one\r\n \r\ntwo\x85still two\nthree".encode())
+    prompts = [turn["content"] for turns in read_prompts(tmp_path / "prompts.txt") for turn in turns]
+    assert prompts == ["one\u2028still one", "two\x85still two", "three"]
 
 
 # ---- score ------------------------------------------------------------------------------------------------------

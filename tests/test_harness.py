@@ -215,15 +215,44 @@ def test_missing_data_is_refused(tokenizer, data, tmp_path) -> None:
         ('{"question": "q", "ans', "line 1 is not JSON"),
         ("[1]\n", "line 1 holds list"),
         ("\n\n", "has no items"),
+        (
+            '{"question": "q", "answer": "a"}\n{"question": "où", "answer": "a"}\n'.encode("latin-1"),
+            r"line 2 is not UTF-8 \(.* at byte 16\)\. Every item must be",
+        ),
+        ("[" * 100_000, "line 1 is not JSON"),
     ],
 )
 def test_faulty_benchmark_files_are_refused(content, message, tokenizer, tmp_path) -> None:
     (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "facts.jsonl").write_text(content)
+    (tmp_path / "benchmarks" / "facts.jsonl").write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(QAdapterError, match=message):
         check_tasks(["toy_facts"], tmp_path)
     with pytest.raises(QAdapterError, match=message):
         evaluate_tasks(tiny_llama(), tokenizer, ["toy_facts"], data=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("b.json", '[{"question": "où"}]'.encode("latin-1"), r"the file is not UTF-8 \(.*\)\. Every item must be"),
+        ("b.parquet", b"PAR1 and then nothing", r"the file is not Parquet \(.*\)\. Every item must be"),
+        ("b.parquet", b"", r"the file is not Parquet \(.*\)\. Every item must be"),
+    ],
+)
+def test_files_that_are_not_what_their_names_say_are_refused(name, content, message, tmp_path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(QAdapterError, match=message):
+        read_items(tmp_path / name, ["question"])
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "with a byte-order mark"])
+def test_characters_that_only_look_like_the_end_of_a_line_are_text(mark, tmp_path) -> None:
+    items = [{"question": f"a{end}b", "answer": "c"} for end in ("\u2028", "\u2029", "\x85", "\n")]
+    lines = "\r\n".join(json.dumps(item, ensure_ascii=False) for item in items)
+    (tmp_path / "b.jsonl").write_bytes(f"{mark}{lines}\r\n \r\n".encode())
+    (tmp_path / "b.json").write_bytes(f"{mark}{json.dumps(items, ensure_ascii=False)}".encode())
+    for name in ("b.jsonl", "b.json"):
+        assert read_items(tmp_path / name, ["question", "answer"]) == items
 
 
 def test_every_file_in_configs_is_loaded_or_included() -> None:
@@ -246,8 +275,10 @@ def test_a_template_for_many_benchmarks_serves_any_name(knowing, tokenizer, tmp_
         check_tasks(["_bits_per_byte"])
 
 
-def test_automatic_batch_size_gives_the_same_scores(tokenizer, data) -> None:
-    model = tiny_llama(context=72)
+@pytest.mark.parametrize("kind", KINDS)
+def test_automatic_batch_size_gives_the_same_scores(kind, tokenizer, data) -> None:
+    model = tiny_policy(kind, seed=3)
+    model.config.max_position_embeddings = 72  # what is tried is as long as the context
     settings = {"tasks": ["toy_facts", "helpful_reply_matching", "helpful_bits_per_byte"], "max_gen_toks": 8}
     automatic = evaluate_tasks(model, tokenizer, data=data, batch_size="auto", **settings)
     assert automatic.metrics == pytest.approx(evaluate_tasks(model, tokenizer, data=data, **settings).metrics)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
-from fake_judge import Answer, FakeJudge, longer, serving
+from fake_judge import Answer, FakeJudge, Sent, longer, serving
 
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.judge import CRITERIA, EndpointJudge, parse_verdict
-from qadapter.evaluation.judge_client import JudgeClient
+from qadapter.evaluation.judge_client import JudgeClient, UnansweredError
 from qadapter.evaluation.verdicts import judge_answers
 from qadapter.settings import JudgeSettings
 
@@ -153,6 +154,9 @@ def test_nonsense_leaves_items_undecided_and_the_evaluation_goes_on(serve) -> No
         ((401, {"error": {"message": "wrong key"}}, 0), "refused", "wrong key", 2),
         ((400, {"error": {"message": "no such field"}}, 0), "refused", "no such field", 12),
         ((200, {"choices": []}, 0), "nonsense", "nonsense: ''", 24),
+        ((200, "[" * 100_000, 0), "server error", "not JSON", 12),
+        ((200, Sent({"choices": []}, {"Content-Encoding": "gzip"}), 0), "server error", "incorrect header check", 12),
+        ("\ud83d, I cannot tell", "nonsense", r"\ud83d, I cannot tell", 24),
         ((429, "slow down", 0), "rate limit", "slow down", 12),
         ((200, longer("x", "", 0), 1.0), "timeout", "no answer within 0.2 s", 12),
     ],
@@ -167,6 +171,19 @@ def test_a_judge_that_fails_for_good_is_given_up_and_nothing_raised(
     assert result.win_rate is None
     assert "win_rate" not in result.metrics()
     assert len(server.requests) <= most_requests
+
+
+@pytest.mark.parametrize("of_headers", [0, 50], ids=["body", "headers too"])
+def test_a_judge_that_sends_a_byte_now_and_then_is_not_waited_for(serve, of_headers) -> None:
+    """Every read is answered at once and the whole would take ten seconds; the timeout is the attempt's."""
+    text = '{"choices": [{"message": {"content": "[[A]]"}}]}'.rjust(100)
+    server = serve(lambda *_: (200, Sent(text, {"X-Long": "x" * 50}, len(text) + of_headers, 0.1), 0))
+    with contextlib.closing(JudgeClient(settings(server, timeout=0.5, retries=0))) as client:
+        start = time.monotonic()
+        with pytest.raises(UnansweredError, match="timeout"):
+            client.ask([{"role": "system", "content": "s"}, {"role": "user", "content": question(0)}], str, "?")
+        assert time.monotonic() - start < 5
+    assert client.usage.last_error == "timeout: no answer within 0.5 s"
 
 
 def test_an_unreachable_judge_is_given_up(serve) -> None:
@@ -197,6 +214,31 @@ def test_the_estimate_comes_first_and_the_budget_holds(serve, tmp_path) -> None:
     assert (known.calls, known.cached, known.price) == (0, 12, 0)
     assert known.text() == "0 calls (and 12 known answers), about 0.0000, reminders after nonsense not counted"
     assert EndpointJudge(settings(server), "x").estimate(PROMPTS, LONG, SHORT).price is None
+
+
+@pytest.mark.parametrize(
+    "count", [None, "100", -1, True, float("nan"), float("inf"), 10**400, [100]], ids=lambda count: str(count)[:9]
+)
+def test_a_count_of_tokens_that_is_none_costs_what_was_estimated(serve, count) -> None:
+    """Nobody is charged by it: nothing is not free, and no number of any size ends the evaluation."""
+    message = {"choices": [{"message": {"content": "[[C]]"}}]}
+    server = serve(lambda *_: (200, {**message, "usage": {"prompt_tokens": count, "completion_tokens": 10}}, 0))
+    result = run(server, input_price=1.0, output_price=2.0, budget=1.0)
+    assert result.count("tie") == 6
+    assert result.estimate.price is not None
+    assert result.usage.cost == pytest.approx(result.estimate.price)
+
+
+def test_an_answer_with_characters_that_break_lines_or_encodings_is_kept(serve, tmp_path) -> None:
+    """Half a surrogate pair has no bytes in UTF-8; U+2028, U+2029 and U+0085 end a line for `str.splitlines`."""
+    server, cache = serve(lambda *_: "\u2028\u2029\x85 [[A]] \ud83d"), tmp_path / "answers.jsonl"
+    assert run(server, cache=cache).count("tie") == 6
+    old = '{"key": "of an older version", "text": "[[A]] \u2028"}\n'.encode()
+    cache.write_bytes(old + cache.read_bytes() + '{"key": "ü'.encode()[:-1])  # a crash cut a character in two
+    again = run(server, cache=cache)
+    assert (again.usage.calls, again.usage.cached) == (0, 12)
+    with contextlib.closing(JudgeClient(settings(server), cache)) as client:
+        assert client._answers["of an older version"] == "[[A]] \u2028"
 
 
 def test_no_thread_finds_the_money_of_a_call_neither_reserved_nor_spent(serve) -> None:

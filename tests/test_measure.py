@@ -13,7 +13,7 @@ import pytest
 from tiny_toy import MODEL, TRAINING, TinyToy, make_tiny_toy, pair, rows, write_pairs
 
 from qadapter.errors import QAdapterError
-from qadapter.evaluation import measure
+from qadapter.evaluation import measure, old_answers
 from qadapter.evaluation.built_benchmarks import write_benchmarks
 from qadapter.evaluation.divergence import kl_per_token
 from qadapter.evaluation.generate import generate_replies
@@ -207,6 +207,32 @@ def test_real_data_has_no_exact_rule(measured: Measured, tmp_path: Path, generat
     assert (out / "answers.jsonl").exists() == bool(answered)
     if answered:
         assert len(rows(out / "answers.jsonl")) == answered
+
+
+BREAKING = "one\u2028two\u2029three\x85four"
+"""A reply with three characters that `str.splitlines` takes for the end of a line."""
+
+
+def test_a_reply_that_looks_like_several_lines(
+    measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base says it; its policy's measurement reads it back whole, and so does whoever reads the items."""
+
+    def fake(policy: Any, tokenizer: Any, prompts: list[Any], **_: Any) -> list[str]:
+        return [f"{BREAKING} {i}" for i in range(len(prompts))]
+
+    monkeypatch.setattr(measure, "generate_replies", fake)
+    monkeypatch.setattr(old_answers, "generate_replies", fake)
+    base = adaptation(measured.toy, None, None, tmp_path / "base", world=None)
+    out = adaptation(measured.toy, measured.adapters["sft"], base, tmp_path / "out", world=None)
+    assert [(row["base"], row["reply"]) for row in rows(out / "answers.jsonl")] == [
+        (f"{BREAKING} {i}", f"{BREAKING} {i}") for i in range(3)
+    ]
+    settings = RETENTION.model_copy(update={"tasks": ("toy_facts",), "limit": 2, "answers": 2})
+    base = retention(measured.toy, None, None, tmp_path / "kept", settings=settings)
+    assert BREAKING in (base / "old_answers.jsonl").read_text(encoding="utf-8")
+    out = retention(measured.toy, None, base, tmp_path / "still", settings=settings)
+    assert metrics(out)["retention/answers_identical"] == 1
 
 
 def test_a_domain_is_judged_by_its_style(measured: Measured, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation.harness import evaluate_tasks
 from qadapter.evaluation.measure import measure_retention
 from qadapter.evaluation.official_files import leaves
-from qadapter.evaluation.task_catalog import expand_suites, find_tasks, official_tasks
+from qadapter.evaluation.task_catalog import check_tasks, expand_suites, find_tasks, official_tasks
 from qadapter.settings import ModelSettings, RetentionSettings
 
 BBH = ["boolean_expressions", "navigate", "object_counting"]
@@ -132,6 +133,12 @@ def test_official_tasks_are_found_without_indexing_everything() -> None:
     assert "chain_of_thought" in official_tasks().tags
 
 
+def check(tasks: list[str], official_data: Path) -> None:
+    """The preflight of an experiment with these tasks."""
+    changes = {"evaluation.retention.tasks": tasks, "evaluation.retention.official_data": str(official_data)}
+    Launch("x", "smoke", None, changes).check()
+
+
 @pytest.mark.parametrize(
     ("files", "task", "message"),
     [
@@ -141,14 +148,81 @@ def test_official_tasks_are_found_without_indexing_everything() -> None:
             "leaderboard_mmlu_pro",
             "shows 5 worked examples from the split 'validation'.*mmlu_pro/validation.jsonl",
         ),
-        ({}, "leaderboard_bbh_navigate", "leaderboard_bbh_navigate could not be loaded: .*`official_data`"),
+        (
+            {"gsm8k/test.jsonl": [{"question": "1?", "answer": "#### 1"}], "gsm8k/train.jsonl": [{"question": "1?"}]},
+            "gsm8k",
+            "gsm8k/train.jsonl: line 1 has no 'answer'",
+        ),
     ],
 )
-def test_faulty_or_absent_official_files(files, task, message, model, tokenizer, tmp_path) -> None:
+def test_faulty_official_files_are_refused_before_anything_runs(
+    files, task, message, model, tokenizer, tmp_path
+) -> None:
     for name, rows in files.items():
         write_jsonl(tmp_path / name, rows)
     with pytest.raises(QAdapterError, match=message):
+        check(["toy_facts", task], tmp_path)
+    with pytest.raises(QAdapterError, match=message):
         evaluate_tasks(model, tokenizer, [task], official_data=tmp_path)
+
+
+def test_absent_official_files_may_be_the_hubs(model, tokenizer, tmp_path) -> None:
+    check(["leaderboard_bbh_navigate"], tmp_path)
+    with pytest.raises(QAdapterError, match=r"leaderboard_bbh_navigate could not be loaded: .*`official_data`"):
+        evaluate_tasks(model, tokenizer, ["leaderboard_bbh_navigate"], official_data=tmp_path)
+
+
+def test_a_suites_files_are_looked_at_before_anything_runs(made_up, tmp_path, caplog) -> None:
+    """Each of the 57 subjects of MMLU, too: one of them is faulty in a copy."""
+    check(["paper_suite"], made_up)
+    assert [record for record in caplog.records if record.name.startswith("lm_eval")] == []
+    shutil.copytree(made_up, tmp_path / "copy")
+    write_jsonl(tmp_path / "copy/cais/mmlu/virology/test.jsonl", [{"question": "?", "choices": ["a", "b"]}])
+    with pytest.raises(QAdapterError, match=r"virology/test\.jsonl: line 1 has no 'answer'"):
+        check(["paper_suite"], tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("name", "members"),
+    [
+        ("chain_of_thought", "gsm8k_cot, .*gsm8k_platinum_cot"),
+        ("cieacova", r"cieacova_choice, cieacova_word\.$"),
+        ("libra_simple_information_retrieval", "passkey, passkey_with_librusec"),
+        ("score_robustness", "score_prompt_robustness_agieval, .*score_non_greedy_robustness_math"),  # of groups
+    ],
+)
+def test_names_without_a_score_of_their_own_are_refused_before_anything_runs(name, members, tmp_path) -> None:
+    """A tag or a group that is not averaged: nothing would be told to be forgotten, and it would be in no mean."""
+    message = f"'{name}' stands for several .*Name those tasks in its place: .*{members}"
+    with pytest.raises(QAdapterError, match=message):
+        check_tasks(["toy_facts", name])
+    with pytest.raises(QAdapterError, match=message):
+        measure_retention(
+            tmp_path / "there is no base",
+            None,
+            None,
+            model=ModelSettings(pretrained="x"),
+            settings=RetentionSettings(tasks=("toy_facts", name)),
+            benchmarks=None,
+            old_texts=None,
+            max_length=64,
+            out=tmp_path,
+        )
+
+
+def test_groups_that_are_averaged_have_a_score() -> None:
+    check_tasks(["paper_suite", "mmlu_stem", "leaderboard", "bbh"])
+
+
+def test_the_members_of_a_tag_are_lm_evals() -> None:
+    tag = "bigbench_generate_until"
+    folders = find_tasks([tag]).official
+    expected = TaskManager(include_path=list(folders), include_defaults=False).task_index[tag].tags
+    with pytest.raises(QAdapterError) as caught:
+        check_tasks([tag])
+    named = str(caught.value).partition("in its place: ")[2].removesuffix(".").split(", ")
+    assert named == sorted(expected)
+    assert len(named) > 100
 
 
 def test_the_pipeline_reads_the_folder_that_is_named(model, tokenizer, shared_data, tmp_path) -> None:

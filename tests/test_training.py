@@ -285,6 +285,12 @@ def test_a_corpus_of_conversations_keeps_its_frequencies(tmp_path: Path) -> None
     assert read_corpus([tmp_path]) == [said["messages"]] * 3
 
 
+def test_a_corpus_may_hold_what_looks_like_the_end_of_a_line(tmp_path: Path) -> None:
+    said = {"messages": [{"role": "user", "content": "a\u2028b"}, {"role": "assistant", "content": "c\x85d"}]}
+    (tmp_path / "corpus.jsonl").write_text(f"{json.dumps(said, ensure_ascii=False)}\n", encoding="utf-8")
+    assert read_corpus([tmp_path]) == [said["messages"]]
+
+
 def test_a_corpus_of_pairs_has_both_replies_once_and_nothing_held_out(tmp_path: Path) -> None:
     folder = tmp_path / "prepared"
     folder.mkdir()

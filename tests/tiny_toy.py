@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qadapter.artifacts import read_json_lines
 from qadapter.preferences.pair import Message, PreferencePair
 from qadapter.preferences.prepare import prepare
 from qadapter.preferences.toyworld import ToyWorld
@@ -125,4 +126,4 @@ def write_pairs(file: Path, pairs: list[PreferencePair]) -> Path:
 
 def rows(file: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return read_json_lines(file)

@@ -70,7 +70,7 @@ def read_prompts(file: Path) -> list[list[Message]]:
     """
     if file.suffix == ".txt":
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").split("\n")  # `splitlines` would cut at U+2028 too
         except (OSError, UnicodeDecodeError) as error:
             raise QAdapterError(f"{file} cannot be read ({error}); a UTF-8 text file was expected") from error
         return [[_user(line.strip())] for line in lines if line.strip()]

@@ -17,7 +17,7 @@ def read_items(file: str | Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     """The items of a benchmark file, each with at least the named fields.
 
     Args:
-        file: JSON lines (UTF-8, empty lines are skipped), a JSON list (or an object that holds one as `examples`,
+        file: JSON lines (UTF-8, blank lines are skipped), a JSON list (or an object that holds one as `examples`,
             as BIG-Bench Hard does), or Parquet.
         fields: keys every item needs, with a value that is neither null nor an empty string.
 
@@ -35,7 +35,7 @@ def read_items(file: str | Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     faults: list[str] = []
     for place, item in _records(path):
         if isinstance(item, Exception):
-            faults.append(f"{place} is not JSON ({item})")
+            faults.append(f"{place} {item}")
         elif not isinstance(item, dict):
             faults.append(f"{place} holds {type(item).__name__}, not an object")
         elif absent := [field for field in fields if item.get(field) in (None, "")]:
@@ -66,26 +66,36 @@ def lm_eval_dataset(file: str, fields: Sequence[str], **_metadata: Any) -> dict[
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Where each item stands, and the item; an exception in its place if it cannot be read."""
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        yield from ((f"row {i}", row) for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1))
-    elif path.suffix == ".json":
-        try:
-            whole = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            yield "the file", error
-            return
-        items = whole.get("examples") if isinstance(whole, dict) else whole
-        if isinstance(items, list):
-            yield from ((f"item {i}", item) for i, item in enumerate(items, start=1))
-        else:
-            yield "the file", items
+    """Where each item stands, and the item; in its place what it is not, as an exception, if it cannot be read."""
+    if path.suffix not in (".json", ".parquet"):
+        with path.open("rb") as lines:  # cut at b"\n" only: a text may hold U+2028
+            yield from ((f"line {i}", _parsed(line)) for i, line in enumerate(lines, start=1) if line.strip())
+        return
+    whole = _parquet_rows(path) if path.suffix == ".parquet" else _parsed(path.read_bytes())
+    items = whole.get("examples") if isinstance(whole, dict) else whole
+    if isinstance(items, list):
+        place = "row" if path.suffix == ".parquet" else "item"
+        yield from ((f"{place} {i}", item) for i, item in enumerate(items, start=1))
     else:
-        for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            if line.strip():
-                try:
-                    yield f"line {i}", json.loads(line)
-                except json.JSONDecodeError as error:
-                    yield f"line {i}", error
+        yield "the file", items
+
+
+def _parsed(data: bytes) -> Any:
+    """A JSON value, or a `ValueError`; a byte-order mark in front is none of it."""
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return ValueError(f"is not UTF-8 ({error.reason} at byte {error.start + 1})")
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"is not JSON ({error})")
+
+
+def _parquet_rows(path: Path) -> Any:
+    """The rows of a Parquet file, or a `ValueError`."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, ValueError, OSError) as error:
+        return ValueError(f"is not Parquet ({str(error).partition(chr(10))[0]})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
@@ -30,6 +31,9 @@ LONGEST_WAIT = 60.0
 
 GIVE_UP_AFTER = 3
 """Calls in a row that no retry could save, after which the judge is taken to be gone."""
+
+MOST_TOKENS = 1e9
+"""No call uses more; a server that counts more does not count."""
 
 
 def check_endpoint(settings: JudgeSettings) -> None:
@@ -107,11 +111,22 @@ class JudgeClient:
         self._stopped: str | None = None
         key = os.environ.get(settings.api_key_variable, "") if settings.api_key_variable else ""
         self._secret = key
-        self._http = httpx.Client(timeout=settings.timeout, headers={"Authorization": f"Bearer {key}"} if key else {})
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        # httpx's timeout is for each read, so that a server could send a byte now and then for ever. A coroutine can be
+        # ended at any point; the loop runs in a thread of its own, so that `ask` can be called from any.
+        self._http = httpx.AsyncClient(timeout=None, headers=headers)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="judge", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
-        """Close the connections."""
-        self._http.close()
+        """Close the connections; the client is of no use any more."""
+        if self._loop.is_closed():
+            return
+        asyncio.run_coroutine_threadsafe(self._http.aclose(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     def ask(self, messages: Messages, parse: Callable[[str], Parsed | None], reminder: str) -> Parsed:
         """The judge's answer to one question.
@@ -191,20 +206,21 @@ class JudgeClient:
                 raise UnansweredError(self._stopped)
             wait = min(self.settings.backoff * 2**attempt, LONGEST_WAIT)
             try:
-                response = self._http.post(
-                    f"{self.settings.url.rstrip('/')}/chat/completions", json=self._body(messages)
-                )
+                response = asyncio.run_coroutine_threadsafe(self._post(messages), self._loop).result()
                 if response.is_success:
                     body = response.json()
                     self._lost_in_a_row = 0
                     return body if isinstance(body, dict) else {}
-            except httpx.TimeoutException:
+            except (TimeoutError, httpx.TimeoutException):
                 reason = self._note("timeout", f"no answer within {self.settings.timeout} s")
                 continue
             except httpx.TransportError as error:
                 reason = self._note("unreachable", str(error))
                 continue
-            except ValueError:
+            except httpx.RequestError as error:  # such as a body that is not compressed as its header says
+                reason = self._note("server error", str(error))
+                continue
+            except (ValueError, RecursionError):
                 reason = self._note("server error", "the response is not JSON")
                 continue
             self._note(f"status {response.status_code}", response.text)
@@ -222,6 +238,17 @@ class JudgeClient:
                 self._stopped = reason
         raise UnansweredError(reason)
 
+    async def _post(self, messages: Messages) -> httpx.Response:
+        """One attempt, its last byte read in time.
+
+        Raises:
+            TimeoutError: it took longer than the settings allow.
+            httpx.RequestError: no whole response came.
+        """
+        question = json.dumps(self._body(messages)).encode()  # not httpx's own, which fails at half a surrogate pair
+        async with asyncio.timeout(self.settings.timeout):
+            return await self._http.post(f"{self.settings.url.rstrip('/')}/chat/completions", content=question)
+
     def _stop(self, reason: str) -> UnansweredError:
         self._stopped = reason
         return UnansweredError(reason)
@@ -234,9 +261,12 @@ class JudgeClient:
 
     def _cost(self, used: Any, expected: float) -> float:
         """What a call cost by the server's own count of tokens; the estimate where it does not tell."""
-        if not isinstance(used, dict) or not {"prompt_tokens", "completion_tokens"} <= used.keys():
+        if not isinstance(used, dict):
             return expected
-        return price(self.settings, used["prompt_tokens"], used["completion_tokens"]) or 0.0
+        read, written = (_count(used.get(name)) for name in ("prompt_tokens", "completion_tokens"))
+        if read is None or written is None:
+            return expected
+        return price(self.settings, read, written) or 0.0
 
     def _body(self, messages: Messages) -> dict[str, Any]:
         body = {
@@ -257,20 +287,28 @@ class JudgeClient:
             if self._cache_file is not None:
                 self._cache_file.parent.mkdir(parents=True, exist_ok=True)
                 with self._cache_file.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": key, "text": text}, ensure_ascii=False) + "\n")
+                    # ASCII: a judge may send half a surrogate pair, which no encoding has bytes for.
+                    file.write(json.dumps({"key": key, "text": text}) + "\n")
 
 
 def _read_cache(file: Path | None) -> dict[str, str]:
     answers: dict[str, str] = {}
     if file is None or not file.is_file():
         return answers
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-            answers[row["key"]] = row["text"]
-        except (ValueError, KeyError, TypeError):
-            continue
+    with file.open(encoding="utf-8", errors="replace") as lines:  # a crash can cut a character in two
+        for line in lines:
+            try:
+                row = json.loads(line)
+                answers[row["key"]] = row["text"]
+            except (ValueError, KeyError, TypeError):
+                continue
     return answers
+
+
+def _count(value: Any) -> float | None:
+    """A server's count of tokens; None for what is none."""
+    known = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MOST_TOKENS
+    return float(value) if known else None
 
 
 def _asked_wait(response: httpx.Response, otherwise: float) -> float:

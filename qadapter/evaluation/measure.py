@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from qadapter.artifacts import read_json, write_json
+from qadapter.artifacts import read_json, read_json_lines, write_json
 from qadapter.evaluation.divergence import kl_per_token
 from qadapter.evaluation.generate import generate_replies
 from qadapter.evaluation.harness import evaluate_tasks
 from qadapter.evaluation.old_answers import answer_metrics, answer_old_prompts
 from qadapter.evaluation.preference import PairScores, distinct_prompts, preference_metrics, score_pairs
-from qadapter.evaluation.task_catalog import expand_suites
+from qadapter.evaluation.task_catalog import expand_suites, require_scores
 from qadapter.evaluation.toy_rules import exact_measures
 from qadapter.evaluation.verdicts import AnswerJudge, judge_answers
 from qadapter.loading import load_base, load_policy
@@ -79,7 +79,7 @@ def measure_adaptation(
         if world is not None:
             metrics |= exact_measures(ToyWorld.read(world), style, prompts, replies)
         before = (
-            [row["reply"] for row in _read_lines(base_adaptation / "answers.jsonl")] if base_adaptation else replies
+            [row["reply"] for row in read_json_lines(base_adaptation / "answers.jsonl")] if base_adaptation else replies
         )
         # The toy world's rule is free; who else judges is asked about as many answers as on real data.
         limit = None if judge is None or judge.name == "rule" else settings.generate
@@ -109,7 +109,7 @@ def _pair_rows(scores: PairScores, base_scores: PairScores) -> list[dict[str, fl
 
 def _read_scores(file: Path) -> PairScores:
     """The scores that `_pair_rows` wrote."""
-    rows = _read_lines(file)
+    rows = read_json_lines(file)
 
     def column(name: str) -> Any:
         return np.array([row[name] for row in rows])
@@ -153,9 +153,14 @@ def measure_retention(
         official_data: folder with the items of lm-eval's own tasks (`qadapter.evaluation.official_files`), None for
             those in `benchmarks` and else the hub's.
 
+    Raises:
+        QAdapterError: see `evaluate_tasks` and `require_scores`.
+
     `retention/mean` averages one accuracy a task; measures in other units (bits per byte) are not averaged with them.
     `forgetting/…` is base minus policy, or policy minus base where lower is better: positive is forgotten.
     """
+    tasks, _ = expand_suites(settings.tasks)
+    require_scores(tasks)
     network, tokenizer = load_base(base, model)
     policy = load_policy(network, adapter)
     scores = evaluate_tasks(
@@ -172,14 +177,14 @@ def measure_retention(
     metrics = {f"retention/{name}": value for name, value in scores.metrics.items()}
     directions = {f"retention/{name}": higher for name, higher in scores.higher_is_better.items()}
     items = [{"task": task, **item} for task, rows in scores.samples.items() for item in rows]
-    headline = {task: headline_metric(task, metrics) for task in expand_suites(settings.tasks)[0]}
+    headline = {task: headline_metric(task, metrics) for task in tasks}
     accuracies = [metrics[name] for name in headline.values() if name and directions.get(name, True)]
     if accuracies:
         metrics["retention/mean"] = sum(accuracies) / len(accuracies)
     answers: list[dict[str, Any]] = []
     if old_texts is not None and settings.answers:
         known = base_retention / "old_answers.jsonl" if base_retention else None
-        base_answers = [row["reply"] for row in _read_lines(known)] if known else None
+        base_answers = [row["reply"] for row in read_json_lines(known)] if known else None
         answers = answer_old_prompts(policy, tokenizer, old_texts, base_answers, settings)
         _write_lines(out / "old_answers.jsonl", answers)
     metrics |= answer_metrics(answers, items)
@@ -224,10 +229,6 @@ def _divergence(
     batch_size = 8 if settings.batch_size == "auto" else settings.batch_size
     divergence = kl_per_token(untouched, policy, tokenizer, conversations, max_length=max_length, batch_size=batch_size)
     return divergence.per_token
-
-
-def _read_lines(file: Path) -> list[Any]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def _write_lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -21,7 +21,7 @@ import yaml
 
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.benchmarks import read_items
-from qadapter.evaluation.task_catalog import TaskFolders, render_templates
+from qadapter.evaluation.task_catalog import TaskFolders, expand_suites, find_tasks, render_templates
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,6 +68,32 @@ def write_definitions(
     if found.official and folder is not None and folder.is_dir():
         own = TaskManager(include_path=list(found.official), include_defaults=False)
         redirect(own.task_index, names, folder, into)
+
+
+def check_files(names: Sequence[str], folder: Path) -> None:
+    """Preflight: what lies in the folder for lm-eval's own tasks is all they need (lm-eval takes seconds to import).
+
+    Args:
+        names: of tasks, groups and suites.
+        folder: see `write_definitions`.
+
+    Raises:
+        QAdapterError: see `redirect` and `qadapter.evaluation.benchmarks.read_items`.
+    """
+    from lm_eval.tasks import TaskManager
+
+    tasks, _ = expand_suites(names)
+    found = find_tasks(tasks)
+    if not found.official:
+        return
+    index = TaskManager(include_path=list(found.official), include_defaults=False).task_index
+    needed: dict[Path, tuple[str, ...]] = {}  # several tasks can read one file
+    for name in dict.fromkeys(leaf for task in tasks for leaf in leaves(task, index)):
+        settings = index[name].cfg or {}
+        for file in (file for files in local_files(settings, folder).values() for file in files):
+            needed[file] = _source(settings["dataset_path"]).fields
+    for file, fields in needed.items():
+        read_items(file, fields)
 
 
 def redirect(index: Mapping[str, Any], names: Sequence[str], folder: Path, into: Path) -> list[str]:

@@ -10,7 +10,7 @@ import difflib
 import functools
 import importlib.util
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,18 +110,64 @@ def _members_of(name: str) -> tuple[list[str], list[str]]:
 
 
 def check_tasks(names: Sequence[str], data: Path | None = None) -> None:
-    """Preflight: every task exists and, if `data` is given, the benchmark files of the project's own tasks are sound.
+    """Preflight: every task exists and has a score and, if `data` is given, the project's own tasks have sound files.
 
     Raises:
-        QAdapterError: see `find_tasks` and `qadapter.evaluation.benchmarks.read_items`.
+        QAdapterError: see `find_tasks`, `require_scores` and `qadapter.evaluation.benchmarks.read_items`.
     """
-    found = find_tasks(expand_suites(names)[0])
+    tasks, _ = expand_suites(names)
+    found = find_tasks(tasks)
+    require_scores(tasks)
     if data is None:
         return
     for name in found.local:
         source = _source(name)
         if "file" in source:
             read_items(_fill(source["file"], name, data), source["fields"])
+
+
+def require_scores(names: Sequence[str]) -> None:
+    """Every name stands for one score: what is forgotten of it can be told, and it has its share of the mean.
+
+    Raises:
+        QAdapterError: a name is a tag of lm-eval, or a group that is not averaged; the message has its members.
+    """
+    for name in names:
+        if _template(name) is None and (members := _loose_members(name, official_tasks())) is not None:
+            advice = f"Name those tasks in its place: {', '.join(members)}." if members else "Leave it out."
+            raise QAdapterError(
+                f"{name!r} stands for several evaluation tasks, and lm-eval gives no score for them together, so it "
+                f"could not be told how much of it is forgotten. {advice}"
+            )
+
+
+def _loose_members(name: str, known: _Official) -> list[str] | None:
+    """What a tag, or a group without a score of its own, stands for; None for anything else."""
+    if name in known.tags and name not in known.files:
+        return _tagged(name, known)
+    settings = _settings(known.files[name]) if name in known.files else {}
+    if settings.get("group") != name or settings.get("aggregate_metric_list"):
+        return None
+    return list(dict.fromkeys(_listed(settings.get("task"), known)))
+
+
+def _tagged(tag: str, known: _Official) -> list[str]:
+    """The tasks that have a tag of their own or from a file that they include; lm-eval knows no tags of groups."""
+    near = {name: _settings(file) for name, file in known.files.items() if known.tags[tag] & set(file.parents)}
+    tags = {name: settings.get("tag") for name, settings in near.items() if "group" not in settings}
+    return sorted(name for name, own in tags.items() if tag in ([own] if isinstance(own, str) else own or []))
+
+
+def _listed(members: Any, known: _Official) -> Iterator[str]:
+    """The members of a group that can be named, those that have no score themselves replaced by their own."""
+    for member in members if isinstance(members, list) else []:
+        child = member if isinstance(member, str) else member.get("task") or member.get("group")
+        if not isinstance(child, str):
+            yield from _listed(child, known)
+        elif (loose := _loose_members(child, known)) is not None:
+            yield from loose
+        elif child in known.files:  # a group can define tasks in its own file, which nobody else knows by name
+            yield child
 
 
 def render_templates(into: Path, names: Sequence[str], data: Path | None) -> None:

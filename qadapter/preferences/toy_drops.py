@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
+from qadapter.artifacts import read_json_lines
 from qadapter.errors import QAdapterError
 from qadapter.preferences.toyworld import ToyWorld
 
@@ -46,8 +47,8 @@ def write_drop(folder: Path, kind: Kind, part: int = 1, *, parts: int = PARTS, s
     else:
         with tempfile.TemporaryDirectory() as scratch:
             ToyWorld(seed).write(Path(scratch, "world"), corpus_size=1)
-            lines = Path(scratch, "world", "hh-rlhf", "harmless.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines[(part - 1) * len(lines) // parts : part * len(lines) // parts]]
+            every = read_json_lines(Path(scratch, "world", "hh-rlhf", "harmless.jsonl"))
+        rows = every[(part - 1) * len(every) // parts : part * len(every) // parts]
         if kind == "flipped":
             rows = [{"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
         text = "".join(json.dumps(row) + "\n" for row in rows)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qadapter.artifacts import read_json
+from qadapter.artifacts import read_json, read_json_lines
 from qadapter.report.rows import Row
 
 Floats = NDArray[np.float64]
@@ -48,8 +48,7 @@ def read_lines(folder: Path | None, name: str) -> list[dict[str, Any]]:
     """Rows of a JSON lines file; none where there is no such folder or file."""
     if folder is None or not (folder / name).is_file():
         return []
-    with (folder / name).open(encoding="utf-8") as stream:  # not `splitlines`: replies may hold U+2028
-        return [json.loads(line) for line in stream if line.strip()]
+    return read_json_lines(folder / name)
 
 
 def directions_of(rows: Sequence[Row]) -> dict[str, bool]:

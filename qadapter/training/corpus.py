@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from qadapter.artifacts import read_json_lines
 from qadapter.errors import QAdapterError
 from qadapter.preferences.pair import Message
 from qadapter.preferences.prepare import load_pairs
@@ -23,9 +24,9 @@ def read_corpus(folders: Sequence[Path]) -> list[list[Message]]:
     conversations: dict[str, list[Message]] = {}
     for folder in folders:
         if (folder / "corpus.jsonl").is_file():
-            lines = (folder / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
+            rows = read_json_lines(folder / "corpus.jsonl")
             # A toy world's corpus repeats itself on purpose: its frequencies are what the base is unsure about.
-            conversations |= {f"{folder.name}-{i}": json.loads(line)["messages"] for i, line in enumerate(lines)}
+            conversations |= {f"{folder.name}-{i}": row["messages"] for i, row in enumerate(rows)}
         elif (folder / "train.jsonl").is_file():
             for pair in load_pairs(folder / "train.jsonl"):
                 for reply in (pair.chosen, pair.rejected):
