@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
+import sqlite3
 import subprocess
 import sys
+import time
+import urllib.error
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +17,12 @@ from typing import Any
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 from prefect.states import Cancelled, Completed, Crashed
-from test_deployments import Served, served, wait_until
+from test_deployments import Served, checkpoints, served, wait_until
 
 from flows.announce import ANNOUNCED, watch_preferences
+from flows.check_champion import NAME as CHECK
 from flows.check_champion import check_champion
 from flows.customize import NAME, _remember_what_was_killed, customize_on_new_preferences, launch_of
 from flows.recurring import _run_flow, main
@@ -24,6 +31,7 @@ from qadapter.customization import CONFIG_FOLDER, customizations, load_customiza
 from qadapter.errors import QAdapterError
 from tasks.preferences import Seen
 from tasks.registry import Version
+from tests.tiny_deliveries import CONFIG, MODEL, deliver, evasions, refusals, write_config
 
 __all__ = ["served"]  # the fixture: a server and a worker of this module's own
 
@@ -172,9 +180,140 @@ def test_two_announcements_at_once_make_one_run_and_a_later_one_another(served: 
     assert {str(run["parameters"]) for run in (ran, joined, last)} == {"{'config': 'smoke'}"}
     seconds = timedelta(seconds=float(last["total_run_time"]))
     assert seconds <= timedelta(seconds=5), f"nothing new took {seconds}"
-    # the schedule is there too: Mondays, in the future
-    body = {"flows": {"name": {"any_": [NAME]}}, "sort": "EXPECTED_START_TIME_ASC"}
-    planned = [run for run in served.post("/flow_runs/filter", body) if run["auto_scheduled"]]
-    assert planned
-    times = [datetime.fromisoformat(str(run["expected_start_time"])) for run in planned]
-    assert {(time.astimezone(UTC).weekday(), time.astimezone(UTC).hour) for time in times} == {(0, 3)}
+    assert planned_for(served, NAME) == {(0, 3, 0)}, "the schedule is there too: Mondays"
+
+
+def planned_for(served: Served, flow: str) -> set[tuple[int, int, int]]:
+    """Weekday, hour and minute (UTC) of the runs that a flow's schedule has planned."""
+    body = {"flows": {"name": {"any_": [flow]}}, "sort": "EXPECTED_START_TIME_ASC"}
+    planned = [run for run in send(served, "POST", "/flow_runs/filter", body) if run["auto_scheduled"]]
+    times = [datetime.fromisoformat(str(run["expected_start_time"])).astimezone(UTC) for run in planned]
+    return {(time.weekday(), time.hour, time.minute) for time in times}
+
+
+# ---- a run that waits behind another one
+
+HELD = {"training.max_steps": 200, "training.save_steps": 10, "training.learning_rate": 1e-3}
+"""A training that lasts long enough to be stopped in it."""
+ANY = {"adaptation": {"min_gain": -1.0, "beyond_noise": False}, "retention": {"max_drop": 1.0, "min_items": 8}}
+"""A gate that lets everything pass: what is looked at here is who does the work."""
+ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+
+
+def send(served: Served, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    """As Prefect's client does: a server whose SQLite file is locked says 503, and is asked again."""
+    for _ in range(20):
+        try:
+            return served.send(method, path, body)
+        except urllib.error.HTTPError as error:
+            if error.code != 503:
+                raise
+        time.sleep(0.5)
+    raise AssertionError(f"{path} was answered with 503 for ten seconds\n{served.log[-6000:]}")
+
+
+def ask(served: Served, flow: str, config: str) -> str:
+    """Ask for a run of a flow's deployment with another config; returns its id."""
+    deployment = send(served, "GET", f"/deployments/name/{flow}/smoke")["id"]
+    run = send(served, "POST", f"/deployments/{deployment}/create_flow_run", {"parameters": {"config": config}})
+    return str(run["id"])
+
+
+def run_of(served: Served, run: str) -> dict[str, Any]:
+    return dict(send(served, "GET", f"/flow_runs/{run}"))
+
+
+def wait_for_end(served: Served, run: str) -> str:
+    """Wait until a run has ended; returns the name of its state."""
+    wait_until(lambda: run_of(served, run)["state_type"] in ENDED, 400, "the end of a run", served)
+    return str(run_of(served, run)["state_name"])
+
+
+def hold(served: Served, run: str) -> int:
+    """Stop a run's process where it is; returns its id."""
+    process = int(run_of(served, run)["infrastructure_pid"])
+    os.kill(process, signal.SIGSTOP)
+    return process
+
+
+@dataclass
+class Waited:
+    """Three runs: two asked for at once, of which the first was killed, and one asked for while the second worked."""
+
+    config: str
+    home: Path
+    runs: list[str]
+    names: list[str]
+    while_killed: list[str]
+    while_asked: list[str]
+    step: int
+
+
+@pytest.fixture(scope="module")
+def waited(served: Served) -> Waited:
+    home = served.folder / "home"
+    config = write_config(home, overrides=CONFIG["overrides"] | HELD, gate=ANY)
+    deliver(home, "1-first.jsonl", refusals()[:40])
+    runs = [ask(served, NAME, config), ask(served, NAME, config)]
+    wait_until(lambda: checkpoints(served), 400, "a training that writes checkpoints", served)
+    runs.sort(key=lambda run: str(run_of(served, run)["state_type"]))  # RUNNING before SCHEDULED
+    first = hold(served, runs[0])
+    while_killed = [run_of(served, run)["state_type"] for run in runs]
+    os.kill(first, signal.SIGKILL)
+    names = [wait_for_end(served, runs[0])]
+    step = max(int(file.parent.name.split("-")[1]) for file in checkpoints(served))
+
+    wait_until(lambda: "goes on after step" in served.log, 400, "a training that goes on", served)
+    second = hold(served, runs[1])
+    deliver(home, "2-better.jsonl", evasions()[:46])
+    runs.append(ask(served, NAME, config))
+    while_asked = [run_of(served, run)["state_type"] for run in runs]
+    os.kill(second, signal.SIGCONT)
+    names += [wait_for_end(served, run) for run in runs[1:]]
+    return Waited(config, home, runs, names, while_killed, while_asked, step)
+
+
+@pytest.mark.slow
+def test_a_killed_runs_work_is_done_by_the_one_that_waits_behind_it(served: Served, waited: Waited) -> None:
+    """Both were asked for at once: had the first come to its end, it would have ended the other one as joined."""
+    assert waited.while_killed == ["RUNNING", "SCHEDULED"]
+    assert waited.names[:2] == ["Crashed", "Promoted"], served.log[-6000:]
+    assert f"goes on after step {waited.step}, where it was stopped" in served.log
+    with sqlite3.connect(waited.home / "mlflow.db") as database:
+        ended = dict(
+            database.execute(
+                "SELECT t.value, r.status FROM runs r JOIN tags t ON t.run_uuid = r.run_uuid "
+                "WHERE t.key = 'prefect.flow_run_id'"
+            )
+        )
+    assert [ended[run] for run in waited.runs] == ["KILLED", "FINISHED", "FINISHED"]
+
+
+@pytest.mark.slow
+def test_a_trigger_during_a_run_is_a_run_after_it_with_the_new_rows(served: Served, waited: Waited) -> None:
+    assert waited.while_asked == ["CRASHED", "RUNNING", "SCHEDULED"], "the rows came while the second was at work"
+    assert waited.names[2] == "Promoted", served.log[-6000:]
+    second, third = (run_of(served, run) for run in waited.runs[1:])
+    assert third["start_time"] >= second["end_time"]
+    client = MlflowClient(f"sqlite:///{waited.home}/mlflow.db")
+    versions = sorted(client.search_model_versions(f"name = '{MODEL}'"), key=lambda version: int(version.version))
+    assert [version.tags["data_pairs"] for version in versions] == ["40 (40 new)", "86 (46 new)"]
+    assert [version.tags["parent"] for version in versions] == ["", "1"]
+    assert int(client.get_model_version_by_alias(MODEL, "champion").version) == 2
+
+
+# ---- monitoring
+
+
+def test_the_champion_is_checked_on_thursdays() -> None:
+    (entry,) = deployments("check_champion")
+    assert entry["schedules"] == [{"cron": "0 5 * * 4", "timezone": "UTC", "active": True}]
+
+
+@pytest.mark.slow
+def test_the_deployment_checks_the_champion(served: Served, waited: Waited) -> None:
+    """Scheduled on the server, and run by its worker."""
+    assert planned_for(served, CHECK) == {(3, 5, 0)}
+    run = ask(served, CHECK, waited.config)
+    assert wait_for_end(served, run) == "Steady", served.log[-6000:]
+    assert f"version 2 of {MODEL} is as good as it was" in run_of(served, run)["state"]["message"]
