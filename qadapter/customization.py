@@ -18,6 +18,7 @@ from qadapter.errors import QAdapterError
 from qadapter.experiment import PROFILE_FOLDER, Experiment, load_experiment
 from qadapter.gate import Gate
 from qadapter.settings import Name, Settings, Source
+from qadapter.url_secrets import shown
 
 CONFIG_FOLDER = PROFILE_FOLDER / "customize"
 PREFERENCES = "preferences"
@@ -107,10 +108,10 @@ def load_customization(config: str) -> Customization:
     try:
         return Customization.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise QAdapterError(f"{file} is not YAML: {error}") from error
+        raise QAdapterError(shown(f"{file} is not YAML: {error}")) from error
     except ValidationError as error:
         problems = "\n".join(f"  {_place(e['loc'])}: {_message(e)}" for e in error.errors())
-        raise QAdapterError(f"{error.error_count()} problems in {file.name}:\n{problems}") from error
+        raise QAdapterError(shown(f"{error.error_count()} problems in {file.name}:\n{problems}")) from error
 
 
 def _place(location: Sequence[int | str]) -> str:

@@ -36,6 +36,7 @@ from qadapter.settings import (
     Source,
     ToyWorldSettings,
 )
+from qadapter.url_secrets import shown
 
 PROFILE_FOLDER = Path(__file__).resolve().parents[1] / "configs"
 
@@ -191,7 +192,7 @@ def load_experiment(profile: str, overrides: Mapping[str, Any] | Sequence[str] =
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise QAdapterError(f"{file} is not YAML: {error}") from error
+        raise QAdapterError(shown(f"{file} is not YAML: {error}")) from error
     if not isinstance(settings, dict):
         raise QAdapterError(f"{file} holds {type(settings).__name__}, expected a mapping of settings")
     for path, value in parse_overrides(overrides).items():
@@ -220,7 +221,7 @@ def parse_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, A
         try:
             parsed[path.strip()] = yaml.safe_load(_yaml_float(text))
         except yaml.YAMLError as error:
-            raise QAdapterError(f"the value of override {item!r} is not YAML: {error}") from error
+            raise QAdapterError(shown(f"the value of override {item!r} is not YAML: {error}")) from error
     return parsed
 
 
@@ -242,7 +243,7 @@ def _set(settings: dict[str, Any], path: str, value: Any) -> None:
 
 
 def explain_problems(error: ValidationError, file: Path, schema: type[Settings] = Experiment) -> str:
-    """What is wrong with a config, a line a problem: the key's path and what was expected.
+    """What is wrong with a config, a line a problem: the key's path and what was expected. URLs lose their secrets.
 
     Args:
         error: pydantic's.
@@ -262,7 +263,7 @@ def explain_problems(error: ValidationError, file: Path, schema: type[Settings] 
                 message += f" (given: {problem['input']!r})"
         problems += [f"  {path}: {line}" if path else f"  {line}" for line in message.splitlines()]
     plural = "problem" if len(problems) == 1 else "problems"
-    return f"{len(problems)} {plural} in {file.name} and its overrides:\n" + "\n".join(problems)
+    return shown(f"{len(problems)} {plural} in {file.name} and its overrides:\n" + "\n".join(problems))
 
 
 def _keys_at(location: Sequence[int | str], settings: type[Settings]) -> list[str]:

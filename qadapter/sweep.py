@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from qadapter.errors import QAdapterError
 from qadapter.experiment import PROFILE_FOLDER, Experiment, explain_problems, load_experiment
 from qadapter.settings import METHODS, Method, Name, NonNegative, Positive, Settings, refuse_repeats
+from qadapter.url_secrets import shown
 
 SWEEP_FOLDER = PROFILE_FOLDER / "sweep"
 PARALLEL_EFFICIENCY = 0.85  # of stages side by side on two cores: they share caches, the database and Prefect's server
@@ -160,7 +161,7 @@ def load_sweep(sweep: str) -> Sweep:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise QAdapterError(f"{file} is not YAML: {error}") from error
+        raise QAdapterError(shown(f"{file} is not YAML: {error}")) from error
     try:
         return Sweep.model_validate(content)
     except ValidationError as error:

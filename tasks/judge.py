@@ -25,6 +25,7 @@ JUDGING = {"judge", "reward_model", "endpoint", "criteria"}
 @task(task_run_name="judge-{domain}", tags=["accelerator"])
 def train_judge(context: RunContext, domain: str, base: Base, data: StageResult) -> Any:
     """Train a reward model on the domain's pairs that no policy sees, and measure how far it can be trusted."""
+    context = base.within(context)
     experiment = context.experiment
     settings = experiment.evaluation.adaptation.reward_model or experiment.training
     source = experiment.domains[domain].source

@@ -32,6 +32,7 @@ from qadapter.loading import load_base, load_policy
 from qadapter.policy import QAdapterForCausalLM
 from qadapter.policy_files import read_settings
 from qadapter.settings import JudgeSettings, ModelSettings, Source
+from qadapter.sweep import load_sweep
 from qadapter.url_secrets import filled_in, public_address, refuse_secrets, shown
 from tasks.mlflow_store import AwayError
 from tasks.served_model import find_served_model
@@ -124,6 +125,22 @@ def test_a_customisation_with_a_secret_in_a_url_is_refused(
         assert "environment variable" in message
         assert "pa55word" not in message
     assert [found.name for found in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+@pytest.mark.parametrize(
+    "text", ["source: https://me:pa55word@example.org/d", "{source: [https://me:pa55word@example.org"]
+)
+def test_a_url_in_a_file_of_the_wrong_form_is_not_repeated_with_its_password(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    for load in (load_customization, load_experiment, load_sweep):
+        with pytest.raises(QAdapterError) as refused:
+            load(str(file))
+        assert "pa55word" not in str(refused.value)
+    with pytest.raises(QAdapterError) as refused:
+        load_experiment("smoke", {"sources.academy": "https://me:pa55word@example.org/d"})
+    assert "sources.academy" in str(refused.value)
+    assert "pa55word" not in str(refused.value)
 
 
 def test_urls_without_secrets_pass() -> None:
