@@ -121,7 +121,7 @@ def storage_errors(target: Path) -> Iterator[None]:
         raise QAdapterError(f"Cannot write {target}: {what}. Nothing half-written was left there; {advice}.") from error
 
 
-def _sync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
     """Push a file's or folder's entry to the disk itself, so that a power cut after a rename cannot empty it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -152,7 +152,7 @@ def write_json(path: Path, value: Any) -> None:
                 stream.flush()
                 os.fsync(stream.fileno())
             temporary.replace(path)
-            _sync(path.parent)
+            sync_to_disk(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -223,8 +223,8 @@ def atomic_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
             yield temporary
             for parent, _, files in os.walk(temporary):
                 for name in files:
-                    _sync(Path(parent, name))
-                _sync(Path(parent))
+                    sync_to_disk(Path(parent, name))
+                sync_to_disk(Path(parent))
             if replace and final.exists():
                 # A folder cannot be renamed onto a full one: for an instant neither is there, never half of one.
                 outgoing = _temporary_sibling(final)
@@ -233,7 +233,7 @@ def atomic_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
                 shutil.rmtree(outgoing, ignore_errors=True)
             else:
                 temporary.rename(final)
-            _sync(final.parent)
+            sync_to_disk(final.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

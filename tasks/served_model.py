@@ -20,7 +20,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types.schema import Array, ColSpec, DataType, Object, ParamSchema, ParamSpec, Property, Schema
 
 import qadapter
-from qadapter.artifacts import digest_tree, storage_errors
+from qadapter.artifacts import digest_tree, storage_errors, sync_to_disk
 from qadapter.errors import QAdapterError
 from qadapter.serving.registered import DamagedError, refuse_damage
 from qadapter.settings import ModelSettings
@@ -160,17 +160,9 @@ def _push_to_disk(folder: Path) -> None:
         return
     for parent, _, files in os.walk(folder):
         for each in (*(Path(parent, name) for name in files), Path(parent)):
-            _sync(each)
+            sync_to_disk(each)
     for above in folder.parents[:4]:  # the model's folder, `models`, the experiment's, `mlruns`: they may be new
-        _sync(above)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_to_disk(above)
 
 
 def find_served_model(model: str) -> ServedFiles:

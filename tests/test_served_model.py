@@ -199,7 +199,7 @@ def test_the_files_reach_the_disk_before_they_have_a_name(
     registered: Registered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pushed: list[Path] = []
-    monkeypatch.setattr("tasks.served_model._sync", pushed.append)
+    monkeypatch.setattr("tasks.served_model.sync_to_disk", pushed.append)
     logged = Path(registered.log(name="pushed"))
     assert {logged, logged.parent, logged.parent.parent, *list_files(logged).values()} <= {*pushed}
 
