@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ for _module in (
     "flows.full_paper_repro",
     "flows.recurring",
     "flows.serve",
+    "flows.sweep.__main__",
     "mlflow.store.tracking.sqlalchemy_store",
     "qadapter.evaluation.measure",
     "qadapter.report.build",
@@ -42,7 +44,8 @@ def run(module: str, arguments: list[str], environment: dict[str, str], log: str
             empty; `written`, its files are there and not renamed; `renamed`, it is finished and nobody knows;
             `step-N`, in the training's N-th step; `saving-N`, while its N-th checkpoint is half written. Or (`mlflow`,
             `before METHOD` or `after METHOD`): at the first call of that method of MLflow's client;
-            `after METHOD 2`: at the second one.
+            `after METHOD 2`: at the second one. (`mlflow is away`, the same): it is MLflow's server that is killed
+            then, the process group of the environment's `SERVER_GROUP`.
     """
     os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -52,7 +55,9 @@ def run(module: str, arguments: list[str], environment: dict[str, str], log: str
     for name in set(os.environ) & {"MLFLOW_TRACKING_URI"} - set(environment):
         del os.environ[name]
     if doom and doom[0] == "mlflow":
-        _die_at_call(*doom[1].split())
+        _at_call(_die, *doom[1].split())
+    elif doom and doom[0] == "mlflow is away":
+        _at_call(lambda: os.killpg(int(environment["SERVER_GROUP"]), signal.SIGKILL), *doom[1].split())
     elif doom:
         _arrange(*doom)
     code = import_module(module).main(arguments)
@@ -91,7 +96,7 @@ def _arrange(stage: str, moment: str) -> None:
     StageStore._compute = compute_and_die  # type: ignore[method-assign]
 
 
-def _die_at_call(when: str, method: str, number: str = "1") -> None:
+def _at_call(happen: Callable[[], None], when: str, method: str, number: str = "1") -> None:
     real, calls = Tracker.call, 0
 
     def call(self: Tracker, name: str, *arguments: Any, **options: Any) -> Any:
@@ -99,10 +104,10 @@ def _die_at_call(when: str, method: str, number: str = "1") -> None:
         calls += name == method
         due = name == method and calls == int(number)
         if due and when == "before":
-            _die()
+            happen()
         result = real(self, name, *arguments, **options)
-        if due:
-            _die()
+        if due and when == "after":
+            happen()
         return result
 
     Tracker.call = call  # type: ignore[method-assign]

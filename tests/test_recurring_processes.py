@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from transformers import AutoTokenizer
 from qadapter.artifacts import digest_tree, read_json
 from qadapter.evaluation.prompts import prompt_ids
 from qadapter.policy import QAdapterForCausalLM
-from tests.real_runs import RealHome, Server, free_port
+from tests.real_runs import RealHome, Server, free_port, mlflow_server, wait_for
 from tests.test_killed import Row, cut, newest_checkpoint
 from tests.test_security import files_with_secrets
 from tests.test_served_model import answers, running
@@ -47,7 +48,7 @@ class RecurringHome(RealHome):
 
     @property
     def client(self) -> MlflowClient:
-        return MlflowClient(f"sqlite:///{self.folder}/mlflow.db")
+        return MlflowClient(self.environment.get("MLFLOW_TRACKING_URI", f"sqlite:///{self.folder}/mlflow.db"))
 
     def versions(self) -> list[ModelVersion]:
         """The oldest first."""
@@ -55,7 +56,13 @@ class RecurringHome(RealHome):
         return sorted(found, key=lambda version: int(version.version))
 
     def aliases(self) -> dict[str, int]:
-        return {alias: int(number) for alias, number in self.client.get_registered_model(MODEL).aliases.items()}
+        """None before there is a version."""
+        found = self.client.search_registered_models(f"name = '{MODEL}'")
+        return {alias: int(number) for model in found for alias, number in model.aliases.items()}
+
+    def finished_in_all(self) -> int:
+        """How many finished stages there are."""
+        return sum(self.finished().values())
 
     def seen(self) -> dict[str, Any]:
         """What the next run knows of the source."""
@@ -63,6 +70,7 @@ class RecurringHome(RealHome):
 
 
 MATRIX = [
+    Row("heldout", "renamed"),  # of the first delivery: the second one has the same held-out pairs
     Row("new-preferences", "written"),
     Row("training-mix", "renamed"),
     Row("train", "saving-2"),
@@ -91,7 +99,7 @@ def quiet(prefect_server: Server, tmp_path_factory: pytest.TempPathFactory) -> R
 
 @dataclass
 class Killed:
-    """A workspace in which every run that dealt with the second delivery was killed, but the last."""
+    """A workspace in which every run but the last was killed that had something to do with a row of the matrix."""
 
     home: RecurringHome
     rows: list[Row]
@@ -102,49 +110,56 @@ class Killed:
 DELIVERIES = {"1-first.jsonl": refusals()[:40], "2-better.jsonl": evasions()[:46]}
 
 
+def kill(home: RecurringHome, row: Row) -> dict[str, int]:
+    """Run until the row's moment; returns the aliases after it."""
+    before = home.finished_in_all()
+    code = home.run((row.stage, row.moment))
+    assert code == -9, f"{row}: exit code {code}\n{home.printed()[-4000:]}"
+    row.ended(code)
+    row.outcome += f"; {home.finished_in_all()} ({home.finished_in_all() - before}) stages finished"
+    if row.damage:
+        cut(newest_checkpoint(home, "train") / "adapter_model.safetensors")
+    return home.aliases()
+
+
 @pytest.fixture(scope="module")
 def killed(prefect_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Killed:
     home = RecurringHome(tmp_path_factory.mktemp("killed"), prefect_server, "")
     write_config(home.folder, **CHECKPOINTS)
-    first, second = DELIVERIES
-    deliver(home.folder, first, DELIVERIES[first])
+    (first, rows), (second, more) = DELIVERIES.items()
+    deliver(home.folder, first, rows)
+    aliases = [kill(home, MATRIX[0])]
     assert home.run() == 0, home.printed()[-4000:]
-    deliver(home.folder, second, DELIVERIES[second])
-    aliases = []
-    for row in MATRIX:
-        code = home.run((row.stage, row.moment))
-        assert code == -9, f"{row}: exit code {code}\n{home.printed()[-4000:]}"
-        row.ended(code)
-        row.finished_before = sum(home.finished().values())
-        aliases.append(home.aliases())
-        if row.damage:
-            cut(newest_checkpoint(home, "train") / "adapter_model.safetensors")
+    deliver(home.folder, second, more)
+    aliases += [kill(home, row) for row in MATRIX[1:]]
     return Killed(home, MATRIX, aliases, home.run())
 
 
 def test_every_kill_hit(killed: Killed, record_property: Callable[[str, object], None]) -> None:
     """The table that docs/operations.md shows."""
     for row, aliases in zip(killed.rows, killed.aliases, strict=True):
-        said = (
-            f"| {row.stage} | {row.moment} | {row.damage or '–'} | {row.outcome} | {row.finished_before} | {aliases} |"
-        )
+        said = f"| {row.stage} | {row.moment} | {row.damage or '–'} | {row.outcome} | {aliases} |"
         record_property(f"{row.stage} {row.moment}", said)
         print(said)
-    assert [row.outcome for row in killed.rows] == ["signal 9"] * len(killed.rows), killed.home.printed()[-4000:]
+    assert [row.outcome.split(";")[0] for row in killed.rows] == ["signal 9"] * len(killed.rows)
     assert killed.last_code == 0, killed.home.printed()[-4000:]
 
 
 def test_there_is_a_whole_champion_after_each_kill(killed: Killed) -> None:
     """The first one until the alias moves; `previous` is set before it does."""
-    before = {"champion": 1}
-    assert killed.aliases[:-2] == [before] * (len(MATRIX) - 2)
+    assert killed.aliases[0] == {}
+    assert killed.aliases[1:-2] == [{"champion": 1}] * (len(MATRIX) - 3)
     assert killed.aliases[-2:] == [{"champion": 1, "previous": 1}, {"champion": 2, "previous": 1}]
 
 
 def test_the_registry_is_that_of_an_undisturbed_pipeline(killed: Killed, quiet: RecurringHome) -> None:
     """Two versions, not three; verdict, reasons, parents, metrics, digests of data and adapters to the last digit."""
-    assert killed.home.aliases() == quiet.aliases() == {"champion": 2, "previous": 1}
-    ours, theirs = killed.home.versions(), quiet.versions()
+    assert_same_registry(killed.home, quiet)
+
+
+def assert_same_registry(home: RecurringHome, quiet: RecurringHome) -> None:
+    assert home.aliases() == quiet.aliases() == {"champion": 2, "previous": 1}
+    ours, theirs = home.versions(), quiet.versions()
     assert len(ours) == len(theirs) == 2
     for mine, other in zip(ours, theirs, strict=True):
         assert set(mine.tags) == set(other.tags)
@@ -181,7 +196,10 @@ def test_nothing_is_left_open_and_nothing_is_new(killed: Killed) -> None:
 def test_a_source_behind_a_url_is_watched_and_its_token_told_to_nobody(
     prefect_server: Server, data_server: str, tmp_path: Path, data_folder: Path
 ) -> None:
-    """A delivery by URL: announced once, trained on, announced again when the server has another content."""
+    """A delivery by URL: announced once, trained on, announced again when the server has another content.
+
+    The second training reads what is new and a sample of the rest (`mix.rows: new`): 46 pairs and 10 of 40.
+    """
     file = data_folder / "weekly.jsonl"
 
     def publish(rows: list[dict[str, str]], seconds: int) -> None:
@@ -190,7 +208,8 @@ def test_a_source_behind_a_url_is_watched_and_its_token_told_to_nobody(
 
     publish(refusals()[:40], 1_700_000_000)
     home = RecurringHome(tmp_path, prefect_server, data_server)
-    write_config(tmp_path, source={"path": f"{data_server}/weekly.jsonl?token=${{DATA_TOKEN}}"})
+    source = {"path": f"{data_server}/weekly.jsonl?token=${{DATA_TOKEN}}"}
+    write_config(tmp_path, source=source, mix={"rows": "new", "old_share": 0.25})
     watched = [home.run(watch=True), home.run(watch=True)]
     assert home.run() == 0, home.printed()[-4000:]
     watched.append(home.run(watch=True))
@@ -198,10 +217,43 @@ def test_a_source_behind_a_url_is_watched_and_its_token_told_to_nobody(
     watched.append(home.run(watch=True))
     assert watched == [3, 0, 0, 3]
     assert home.run() == 0, home.printed()[-4000:]
-    assert [version.tags["data_pairs"] for version in home.versions()] == ["40 (40 new)", "86 (46 new)"]
+    assert [version.tags["data_pairs"] for version in home.versions()] == ["40 (40 new)", "56 (46 new)"]
     looked_at, found = files_with_secrets([tmp_path, prefect_server.log.parent])
     assert found == {}
     assert {"mlflow.db", "prefect.db", "runs.log", "manifest.json", f"{MODEL}.json"} <= {one.name for one in looked_at}
+
+
+def test_mlflow_goes_away_while_a_version_is_made(quiet: RecurringHome, prefect_server: Server, tmp_path: Path) -> None:
+    """Right before it is created, then between its aliases: each time a sentence, then the registry is as any other."""
+    server = mlflow_server(tmp_path).start()
+    assert server.process is not None
+    impatient = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0"}
+    home = RecurringHome(tmp_path / "home", prefect_server, "", {"MLFLOW_TRACKING_URI": server.url, **impatient})
+    home.folder.mkdir()
+    write_config(home.folder, **CHECKPOINTS)
+    (first, rows), (second, more) = DELIVERIES.items()
+    deliver(home.folder, first, rows)
+    found: list[tuple[int, dict[str, int]]] = []
+    try:
+        assert home.run() == 0, home.printed()[-4000:]
+        deliver(home.folder, second, more)
+        for moment in ("before create_model_version", "after set_registered_model_alias"):
+            home.environment["SERVER_GROUP"] = str(server.process.pid)
+            before = len(home.printed())
+            process = home.start(("mlflow is away", moment))
+            wait_for(lambda: server.process.poll() is not None, 500, "the server's end", home.printed)
+            server.start()  # it takes seconds, a refused connection none: the run has failed by then
+            process.join(timeout=500)
+            assert process.exitcode == 1, home.printed()[-4000:]
+            assert f"MLflow at {server.url} does not answer" in home.printed()[before:]
+            assert "Start its server or correct MLFLOW_TRACKING_URI, then run again" in home.printed()[before:]
+            found.append((len(home.versions()), home.aliases()))
+        assert found == [(1, {"champion": 1}), (2, {"champion": 1, "previous": 1})]
+        assert home.run() == 0, home.printed()[-4000:]
+        assert_same_registry(home, quiet)
+        assert home.results() == quiet.results()
+    finally:
+        server.send(signal.SIGKILL)
 
 
 def test_what_the_pipeline_promoted_is_what_mlflow_serves(killed: Killed, tmp_path: Path) -> None:
