@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,41 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield place
     finally:
         subprocess.run(["umount", "--lazy", place], check=True)  # a traceback can hold a file open
+
+
+@dataclass
+class ReadableHome(RealHome):
+    """A workspace whose runs print to somewhere else, as its own disk may be read-only."""
+
+    @property
+    def log(self) -> Path:
+        return self.folder.parent / "runs.log"
+
+
+@pytest.mark.slow
+def test_a_disk_that_became_read_only_loses_nothing(
+    small_disk: Path, undisturbed: Undisturbed, prefect_server: Server, data_server: str
+) -> None:
+    """Between two runs, as a kernel mounts a disk again that had an error; then it is repaired."""
+    subprocess.run(["mount", "-o", "remount,size=512m", small_disk], check=True)
+    home = ReadableHome(small_disk, prefect_server, data_server)
+    assert home.run(("pretrain", "renamed")) == -9
+    finished = home.finished()
+    assert finished == {"toy-world": 1, "prepare": 2, "pretrain": 1}
+    before = {file: file.stat().st_mtime_ns for file in small_disk.rglob("*") if file.is_file()}
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    said = len(home.printed())
+    assert home.run() == 2
+    sentence = f"error: nothing can be written to the workspace {small_disk}: Read-only file system. "
+    assert sentence in home.printed()[said:]
+    assert "Traceback" not in home.printed()[said:]
+    assert {file: file.stat().st_mtime_ns for file in small_disk.rglob("*") if file.is_file()} == before
+    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    assert home.run() == 0, home.printed()[-4000:]
+    assert home.results() == undisturbed.home.results()
+    assert home.measured() == undisturbed.home.measured()
+    computed = home.printed()[said:].count(": done in ")
+    assert computed == sum(home.finished().values()) - sum(finished.values()), "what was finished is not done again"
 
 
 def stage(store: StageStore, name: str, size: int, checkpoint: int = 0) -> Path:
