@@ -25,7 +25,8 @@ from prefect import flow
 from prefect.artifacts import Artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
-from prefect.settings import PREFECT_API_URL
+from prefect.logging.handlers import APILogHandler
+from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_DATABASE_CONNECTION_URL
 
 from flows.full_paper_repro import experiment_stages, full_paper_repro
 from flows.launch import StagesFailedError
@@ -548,14 +549,19 @@ def test_a_reward_model_is_trained_and_judges(second: Ran) -> None:
         assert {row[3] for row in table["data"][:5]} <= {"win", "tie", "loss"}
 
 
-def test_an_endpoint_judges_and_is_never_asked_twice(second: Ran) -> None:
-    """Its key stands in no file of the workspace: neither in MLflow nor among the stages nor in the cache."""
+def test_an_endpoint_judges_and_is_never_asked_twice(second: Ran, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its key stands in no file of the workspace, nor in Prefect's database with its logs, nor in what is printed."""
     home = second.home
     with serving(longer) as server:
         endpoint_judges(home, server)
+    APILogHandler().flush()
+    database = Path(PREFECT_SERVER_DATABASE_CONNECTION_URL.value().partition(":///")[2])
+    prefect = [database, *database.parent.glob(f"{database.name}-*")]  # the latest is in SQLite's log beside it
+    assert any(b"evaluate-harmless-sft-0" in file.read_bytes() for file in prefect), "it has written there"
     files = [file for file in home.folder.rglob("*") if file.is_file()]
     assert len(files) > 100
-    assert not [file for file in files if b"sk-not-to-be-found" in file.read_bytes()]
+    assert not [file for file in [*files, *prefect] if b"sk-not-to-be-found" in file.read_bytes()]
+    assert "sk-not-to-be-found" not in "".join(capfd.readouterr())
 
 
 def endpoint_judges(home: Home, server: FakeJudge) -> None:
