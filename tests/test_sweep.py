@@ -741,6 +741,19 @@ def test_a_bad_sweep_leaves_nothing_behind(harness: None, tmp_path: Path) -> Non
         check_sweep("smoke", None, None, {"training.max_step": 1})
 
 
+def test_a_sweep_without_an_accuracy_is_refused_before_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept is a share of an accuracy; bits per byte or a perplexity alone would fail in the report."""
+    monkeypatch.setenv("QADAPTER_HOME", str(tmp_path))
+    built = {"built_benchmarks": {"replies": {"helpful": "helpful"}}}
+    only = {"evaluation.retention.tasks": ["helpful_bits_per_byte", "wikitext"]}
+    with pytest.raises(QAdapterError, match="has no accuracy, only helpful_bits_per_byte, wikitext: a sweep weighs"):
+        check_sweep(write(tmp_path), None, None, overrides() | built | only)
+    both = {"evaluation.retention.tasks": ["helpful_bits_per_byte", "helpful_word_order"]}
+    assert check_sweep(write(tmp_path), None, None, overrides() | built | both).variants
+
+
 # ---- a failure among processes
 
 

@@ -15,6 +15,8 @@ from prefect import flow
 
 from flows.full_paper_repro import Run, common_stages, evaluation_inputs
 from flows.launch import Launch, PrefectRun, StagesFailedError, launched
+from qadapter.errors import QAdapterError
+from qadapter.evaluation.task_catalog import better_when_lower, expand_suites
 from qadapter.experiment import Experiment
 from qadapter.sweep import Sweep, Variant, expand, load_sweep, merged_overrides
 from tasks.context import Customisation
@@ -59,6 +61,12 @@ def check_sweep(
     used = profile or loaded.profile
     launch = Launch("sweep", used, data, merged_overrides(loaded, used, overrides))
     experiment = launch.check(remote=remote)
+    tasks, _ = expand_suites(experiment.evaluation.retention.tasks)
+    if better_when_lower(tasks) == tasks:
+        raise QAdapterError(
+            f"evaluation.retention.tasks has no accuracy, only {', '.join(tasks)}: a sweep weighs what was learnt "
+            "against the share of an accuracy that is kept. Add a task that has one, for example <name>_word_order."
+        )
     return CheckedSweep(loaded, launch, experiment, expand(loaded, experiment))
 
 

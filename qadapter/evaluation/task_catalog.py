@@ -32,6 +32,8 @@ NAME = "{name}"
 _DEFINES = re.compile(r"""^["']?(?:task|group)["']?\s*:\s*["']?([^\s"'#\[\]]+)["']?\s*(?:#.*)?$""", re.MULTILINE)
 _TAGGED = re.compile(r"""^["']?tag["']?\s*:(.*(?:\n\s*-.*)*)$""", re.MULTILINE)
 _WORD = re.compile(r"[\w.-]*\w[\w.-]*")
+# lm-eval's measures of which the lower is the better one where a task does not say (its `lm_eval.api.metrics`).
+_LOWER = ("bits_per_byte", "brier_score", "byte_perplexity", "perplexity", "ter", "word_perplexity")
 
 
 class _TolerantLoader(yaml.SafeLoader):
@@ -192,6 +194,18 @@ def render_templates(into: Path, names: Sequence[str], data: Path | None) -> Non
 def needs_data(names: Iterable[str]) -> list[str]:
     """Those of the project's own tasks that read a file of the data folder."""
     return [name for name in names if DATA in str(_source(name))]
+
+
+def better_when_lower(names: Iterable[str]) -> list[str]:
+    """Those whose measures are all better when lower (bits per byte, perplexity): they have no accuracy."""
+    found = []
+    for name in names:
+        template = _template(name)
+        file = template[0] if template else official_tasks().files.get(name)
+        measures = (_settings(file).get("metric_list") or []) if file else []
+        if measures and not any(each.get("higher_is_better", each["metric"] not in _LOWER) for each in measures):
+            found.append(name)
+    return found
 
 
 @functools.cache
