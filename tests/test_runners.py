@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ from test_deployments import TINY
 
 from flows.full_paper_repro import full_paper_repro
 from flows.runners import task_runner
+from qadapter.errors import QAdapterError
 from qadapter.experiment import load_experiment
 from tests.conftest import prefect_harness
 
@@ -34,6 +38,37 @@ def test_dask_is_a_cluster_of_this_machine_or_the_one_that_is_named() -> None:
     assert here.cluster_kwargs["threads_per_worker"] == 1
     there = runner(runner__engine="dask", runner__address="tcp://scheduler:8786")
     assert there.address == "tcp://scheduler:8786"
+
+
+class StandIn:
+    """Takes what `prefect_ray.RayTaskRunner` takes, and nothing else, and keeps it as that does."""
+
+    def __init__(self, address: str | None = None, init_kwargs: dict[str, Any] | None = None) -> None:
+        self.address, self.init_kwargs = address, init_kwargs or {}
+
+
+def test_ray_is_a_cluster_of_this_machine_or_the_one_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray itself is hundreds of megabytes: where it is not installed, a stand-in shows what it would be told."""
+    if find_spec("prefect_ray") is None:
+        ray: Any = ModuleType("prefect_ray")
+        ray.RayTaskRunner = StandIn
+        monkeypatch.setitem(sys.modules, "prefect_ray", ray)
+    here = runner(parallel=2, runner__engine="ray")
+    assert type(here).__name__ in ("RayTaskRunner", "StandIn")
+    assert here.address is None
+    assert here.init_kwargs.items() >= {"num_cpus": 2, "include_dashboard": False}.items()
+    there = runner(parallel=2, runner__engine="ray", runner__address="ray://head:10001")
+    assert there.address == "ray://head:10001"
+    assert "num_cpus" not in there.init_kwargs, "a cluster that is there has its own"
+
+
+@pytest.mark.parametrize("engine", ["dask", "ray"])
+def test_an_engine_that_is_not_installed_is_refused_with_the_way_out(engine: str) -> None:
+    settings = load_experiment("smoke", {"runner.engine": engine}).runner
+    if find_spec(f"prefect_{engine}") is not None:
+        pytest.skip(f"prefect-{engine} is installed here, so there is nothing to refuse")
+    with pytest.raises(QAdapterError, match=rf"needs prefect-{engine}; install it .*\.\[{engine}\]"):
+        settings.check()
 
 
 @pytest.mark.slow
