@@ -45,7 +45,11 @@ def prefect_harness() -> Iterator[None]:
 
 
 _LONGEST = [
-    f"test_{name}" for name in ("deployments", "recurring_processes", "outages", "killed", "pipeline", "customize")
+    f"test_{name}"
+    for name in (
+        *("deployments", "recurring_processes", "outages", "killed", "pipeline", "customize", "customize_deployments"),
+        "kill_matrices",
+    )
 ]
 
 

@@ -73,7 +73,8 @@ SECRETS = {
 """In the environment of every run; `tests/test_security.py` looks for them in all that the undisturbed ones wrote."""
 
 
-_PLACES = {"metrics.json", "adapter_config.json", "README.md"}  # costs; PEFT's two files name the base's folder
+_PLACES = {"metrics.json", "sweep.csv", "adapter_config.json", "README.md"}
+"""Files with costs; and PEFT's two, which name the base's folder."""
 
 
 def free_port() -> int:
