@@ -14,14 +14,7 @@ from typing import Any
 import httpx
 from prefect import flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import (
-    FlowFilter,
-    FlowFilterName,
-    FlowRunFilter,
-    FlowRunFilterExpectedStartTime,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-)
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 from prefect.client.schemas.objects import StateType
 from prefect.events import Event, Resource
 from prefect.events.clients import get_events_client
@@ -31,6 +24,7 @@ from prefect.states import Completed, State
 
 from flows.customize import NAME, at_work, fingerprint_of
 from flows.launch import check_workspace
+from flows.waiting_runs import due_runs
 from qadapter.customization import Customization, load_customization
 from tasks.context import workspace
 from tasks.preferences import Seen
@@ -110,14 +104,10 @@ def _is_about_to_run(config: str) -> bool:
 
     Runs that Prefect takes for running are not asked for: they have the lock, or are dead.
     """
-    waiting = FlowRunFilterStateType(any_=[StateType.SCHEDULED, StateType.PENDING])
-    due = FlowRunFilterExpectedStartTime.model_validate({"before_": datetime.now(UTC)})  # not next Monday's
+    of_this_flow = FlowFilter(name=FlowFilterName(any_=[NAME]))
     try:
         with get_client(sync_client=True) as client:
-            runs = client.read_flow_runs(
-                flow_filter=FlowFilter(name=FlowFilterName(any_=[NAME])),
-                flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=waiting), expected_start_time=due),
-            )
+            runs = due_runs(client, datetime.now(UTC), StateType.SCHEDULED, StateType.PENDING, flow_filter=of_this_flow)
     except (httpx.TransportError, PrefectHTTPStatusError):
         return False
     return any(run.parameters.get("config", config) == config for run in runs)

@@ -13,7 +13,7 @@ from typing import Any
 from uuid import UUID
 
 import httpx
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterId,
@@ -22,12 +22,28 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.runtime import deployment, flow_run
 from prefect.states import State
 
 JOINED = "Joined"
+
+
+def due_runs(client: SyncPrefectClient, until: datetime, *states: StateType, **filters: Any) -> list[FlowRun]:
+    """Runs in one of some states that were to start by then: not those that a schedule has planned for later.
+
+    Args:
+        client: of the server to ask.
+        until: with time zone.
+        states: types of state.
+        filters: further ones, as `read_flow_runs` takes them.
+    """
+    wanted = FlowRunFilter(
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states))),
+        expected_start_time=FlowRunFilterExpectedStartTime.model_validate({"before_": until}),
+    )
+    return client.read_flow_runs(flow_run_filter=wanted, **filters)
 
 
 def join_waiting_runs(same: Mapping[str, Any], asked_until: datetime, outcome: str) -> list[str]:
@@ -50,14 +66,8 @@ def join_waiting_runs(same: Mapping[str, Any], asked_until: datetime, outcome: s
     joined = []
     try:
         with get_client(sync_client=True) as client:
-            waiting = client.read_flow_runs(
-                deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[UUID(deployment.id)])),
-                flow_run_filter=FlowRunFilter(
-                    state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
-                    expected_start_time=FlowRunFilterExpectedStartTime.model_validate({"before_": asked_until}),
-                ),
-            )
-            for run in waiting:
+            own = DeploymentFilter(id=DeploymentFilterId(any_=[UUID(deployment.id)]))
+            for run in due_runs(client, asked_until, StateType.SCHEDULED, deployment_filter=own):
                 if not run.parameters.items() <= same.items():
                     continue
                 message = f"{flow_run.name} read the same data and came to: {outcome}"
