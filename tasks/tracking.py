@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qadapter.errors import QAdapterError
+from qadapter.process_tags import ProcessTag
 from qadapter.url_secrets import shown
 from tasks.mlflow_store import (
     MAX_DATASET_DIGEST_SIZE,
@@ -29,7 +30,6 @@ from tasks.mlflow_store import (
     first_use,
 )
 from tasks.outbox import TICKET, TICKET_TAG, Outbox
-from tasks.process_tags import ProcessTag
 
 _LOGGER = logging.getLogger(__name__)
 _PARAMS_PER_BATCH = 100

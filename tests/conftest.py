@@ -6,8 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
 
 # No test may reach for the network, and two torch threads on two busy cores crawl.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -41,6 +45,24 @@ def prefect_harness() -> Iterator[None]:
 
     EventsWorker.drain_all(timeout=10)
     with prefect_test_harness(server_startup_timeout=90):
+        yield
+
+
+@pytest.fixture(scope="module")
+def prefect_client() -> Iterator[SyncPrefectClient]:
+    """Of a server for the tests of one file."""
+    from prefect.client.orchestration import get_client
+
+    with prefect_harness(), get_client(sync_client=True) as client:
+        yield client
+
+
+@contextmanager
+def prefect_away() -> Iterator[None]:
+    """As if the server could not be reached, and no second try is made."""
+    from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}):
         yield
 
 

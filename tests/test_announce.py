@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +10,7 @@ from typing import Any
 
 import pytest
 from prefect import flow
-from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.states import Completed, Pending, Running, Scheduled, State
 
 import flows.announce
@@ -20,7 +18,7 @@ from flows.announce import watch_preferences
 from flows.customize import NAME, at_work, customize_on_new_preferences, fingerprint_of, one_at_a_time
 from qadapter.customization import Customization, load_customization
 from tasks.preferences import Seen
-from tests.conftest import prefect_harness
+from tests.conftest import prefect_away
 from tests.tiny_deliveries import deliver, refusals, write_config
 
 pytestmark = pytest.mark.slow
@@ -33,14 +31,8 @@ def customize(config: str = "smoke", force: bool = False) -> None:
     """Nobody runs it."""
 
 
-@pytest.fixture(scope="module")
-def client() -> Iterator[SyncPrefectClient]:
-    with prefect_harness(), get_client(sync_client=True) as client:
-        yield client
-
-
 @pytest.fixture
-def config(client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def config(prefect_client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Of a customisation with one delivery."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("QADAPTER_HOME", str(tmp_path))
@@ -66,8 +58,8 @@ def look(config: str) -> tuple[str, str]:
     return str(state.name), str(state.message)
 
 
-def ask_for(client: SyncPrefectClient, state: State, **parameters: Any) -> None:
-    client.create_flow_run(customize, parameters=parameters, state=state)
+def ask_for(prefect_client: SyncPrefectClient, state: State, **parameters: Any) -> None:
+    prefect_client.create_flow_run(customize, parameters=parameters, state=state)
 
 
 def test_a_change_is_written_down_and_then_announced(config: str, tiny: Customization, heard: list[Seen]) -> None:
@@ -80,33 +72,33 @@ def test_a_change_is_written_down_and_then_announced(config: str, tiny: Customiz
 
 
 def test_an_announcement_that_came_to_nothing_is_repeated(
-    config: str, tiny: Customization, heard: list[Seen], client: SyncPrefectClient
+    config: str, tiny: Customization, heard: list[Seen], prefect_client: SyncPrefectClient
 ) -> None:
     """Once an hour, unless a run of this config waits for its turn."""
     look(config)
     Seen.update(tiny, announced_at=time.time() - HOUR + 60)
     assert look(config)[0] == "NothingNew"
     Seen.update(tiny, announced_at=time.time() - HOUR)
-    ask_for(client, Scheduled(scheduled_time=datetime.now(UTC) + timedelta(days=3)), config=config)
-    ask_for(client, Pending(), config="another")
-    ask_for(client, Running(), config=config)
-    ask_for(client, Completed(), config=config)
+    ask_for(prefect_client, Scheduled(scheduled_time=datetime.now(UTC) + timedelta(days=3)), config=config)
+    ask_for(prefect_client, Pending(), config="another")
+    ask_for(prefect_client, Running(), config=config)
+    ask_for(prefect_client, Completed(), config=config)
     assert look(config) == ("Announced", "incoming announced again: no run of this content has begun since")
     assert look(config)[0] == "NothingNew", "and then waited for again"
     for state in (Scheduled(), Pending()):
-        run = client.create_flow_run(customize, parameters={"config": config}, state=state)
+        run = prefect_client.create_flow_run(customize, parameters={"config": config}, state=state)
         Seen.update(tiny, announced_at=time.time() - HOUR)
         assert look(config)[0] == "NothingNew"
-        client.delete_flow_run(run.id)
+        prefect_client.delete_flow_run(run.id)
     Seen.update(tiny, announced_at=time.time() + 10 * HOUR)
     assert look(config)[0] == "Announced", "the clock was set back"
     assert len(heard) == 3
 
 
-def test_a_server_that_cannot_be_asked_leaves_the_time(config: str, client: SyncPrefectClient) -> None:
-    ask_for(client, Pending(), config=config)
+def test_a_server_that_cannot_be_asked_leaves_the_time(config: str, prefect_client: SyncPrefectClient) -> None:
+    ask_for(prefect_client, Pending(), config=config)
     assert flows.announce._is_about_to_run(config)
-    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}):
+    with prefect_away():
         assert not flows.announce._is_about_to_run(config)
 
 

@@ -23,8 +23,8 @@ from flows.customize import NAME, customize_on_new_preferences
 from flows.recurring import main
 from qadapter.artifacts import digest_tree
 from qadapter.customization import load_customization
+from qadapter.process_tags import ProcessTag
 from tasks.candidate import registry_of
-from tasks.process_tags import ProcessTag
 from tasks.registry import Registry, Version
 from tasks.served_model import find_served_model
 from tasks.tracking import Tracker

@@ -14,7 +14,7 @@ from prefect.states import Cancelled, Completed, Crashed, Failed, Paused, Pendin
 
 from flows.dead_runs import ended_flow_runs
 from flows.launch import close_abandoned
-from tasks.process_tags import ProcessTag
+from qadapter.process_tags import ProcessTag
 from tasks.tracking import FLOW_RUN_TAG, Tracker
 from tests.conftest import prefect_harness
 

@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tasks import process_tags
-from tasks.process_tags import ProcessTag
+from qadapter import process_tags
+from qadapter.process_tags import ProcessTag
 
 ABOVE_ALL = 4_194_305
 """No process of Linux has a number above 2^22."""
@@ -37,7 +37,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def other() -> Iterator[tuple[subprocess.Popen[str], ProcessTag]]:
     """Another process and its tag, as it wrote it."""
     program = (
-        "import sys, time; from pathlib import Path; from tasks import process_tags\n"
+        "import sys, time; from pathlib import Path; from qadapter import process_tags\n"
         "process_tags._MACHINE_ID, process_tags._PROC = map(Path, sys.argv[1:])\n"
         "print(process_tags.ProcessTag.own().text(), flush=True); time.sleep(60)"
     )

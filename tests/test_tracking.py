@@ -24,9 +24,9 @@ from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 
 from qadapter.artifacts import digest_file
 from qadapter.errors import QAdapterError
+from qadapter.process_tags import ProcessTag
 from tasks import mlflow_store
 from tasks.mlflow_store import AwayError
-from tasks.process_tags import ProcessTag
 from tasks.tracking import FLOW_RUN_TAG, Tracker, flatten, tracking_uri
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]

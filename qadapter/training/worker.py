@@ -19,11 +19,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from qadapter import settings
 from qadapter.artifacts import write_json
 from qadapter.errors import QAdapterError
+from qadapter.process_tags import ProcessTag
 
 PROGRESS = "progress: "  # a line of rank 0's log; anything else a child prints is a library's
 _PACKAGE = "qadapter.training."
@@ -40,10 +39,8 @@ def write_job(file: Path, function: Callable[..., Any], positional: Sequence[Any
     Raises:
         TypeError: an argument is something else.
     """
-    process = psutil.Process()
     call = {"function": f"{function.__module__}:{function.__qualname__}", "positional": positional, "named": named}
-    owner = {"pid": process.pid, "started": process.create_time()}
-    text = json.dumps({**call, "owner": owner}, default=_tagged, allow_nan=False)
+    text = json.dumps({**call, "owner": ProcessTag.own().text()}, default=_tagged, allow_nan=False)
     file.write_text(text, encoding="utf-8")
 
 
@@ -82,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Do this process's part of a job; a failure is written beside the job file, for whoever launched it."""
     (file,) = map(Path, sys.argv[1:] if arguments is None else arguments)
     rank = int(os.environ.get("RANK", "0"))
-    _die_with(**json.loads(file.read_text(encoding="utf-8"))["owner"])
+    _die_with(json.loads(file.read_text(encoding="utf-8"))["owner"])
     # TRL 1.16 and PEFT 0.21 use names that transformers 5.23 deprecates; nothing a user could change.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     logging.basicConfig(
@@ -116,19 +113,16 @@ def _leave_together() -> None:
         dist.destroy_process_group()
 
 
-def _die_with(pid: int, started: float) -> None:
-    """End this process within a second of that one's end, or its launcher's: no orphan goes on writing checkpoints."""
-    launcher = os.getppid()
+def _die_with(owner: str) -> None:
+    """End this process within a second of that one's end, or its launcher's: no orphan goes on writing checkpoints.
+
+    Args:
+        owner: its tag.
+    """
+    launcher, tag = os.getppid(), ProcessTag.read(owner)
 
     def watch() -> None:
-        while os.getppid() == launcher:
-            try:
-                alive = abs(psutil.Process(pid).create_time() - started) < 1.0
-                alive = alive and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-            except psutil.NoSuchProcess:
-                alive = False
-            if not alive:
-                break
+        while os.getppid() == launcher and not (tag and tag.is_dead()):
             time.sleep(0.5)
         os._exit(1)
 
