@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
+import httpx
 import pytest
 from fake_judge import Answer, FakeJudge, Sent, longer, serving
 
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.judge import CRITERIA, EndpointJudge, parse_verdict
-from qadapter.evaluation.judge_client import JudgeClient, UnansweredError
+from qadapter.evaluation.judge_client import JudgeClient, UnansweredError, check_endpoint
 from qadapter.evaluation.verdicts import judge_answers
 from qadapter.settings import JudgeSettings
 
@@ -29,7 +31,7 @@ def serve() -> Iterator[Callable[..., FakeJudge]]:
 
 def settings(server: FakeJudge | str, **changes) -> JudgeSettings:
     url = server if isinstance(server, str) else server.url
-    defaults = {"api_key_variable": None, "timeout": 5, "retries": 2, "backoff": 0.01, "parallel": 2}
+    defaults = {"api_key_variable": None, "timeout": 30, "retries": 2, "backoff": 0.01, "parallel": 2}
     return JudgeSettings(url=url, model="fake", **{**defaults, **changes})
 
 
@@ -58,6 +60,18 @@ def test_a_fair_judge_decides_and_every_row_can_be_read(serve) -> None:
         "order_agreement": 1,
     }
     assert metrics["win_rate_low"] < metrics["win_rate"] <= metrics["win_rate_high"]
+
+
+def test_six_wins_in_six_are_not_sure_of_a_seventh(serve) -> None:
+    """Wilson's lower end where all n are won is n / (n + z²): 6 / (6 + 1.96²) = 0.6097; of six ties 0.5 ± 0.3124."""
+    metrics = run(serve(longer)).metrics()
+    assert [metrics[name] for name in ("win_rate", "win_rate_low", "win_rate_high")] == pytest.approx(
+        [1, 0.6097, 1], abs=1e-4
+    )
+    metrics = run(serve(lambda *_: "[[C]]")).metrics()
+    assert [metrics[name] for name in ("win_rate", "win_rate_low", "win_rate_high")] == pytest.approx(
+        [0.5, 0.1876, 0.8124], abs=1e-4
+    )
 
 
 def test_a_judge_that_always_takes_the_first_place_decides_nothing(serve) -> None:
@@ -114,7 +128,15 @@ def test_what_may_pass_is_tried_again(serve) -> None:
     assert (result.usage.retries, result.usage.calls, len(server.requests)) == (3, 12, 15)
 
 
-@pytest.mark.parametrize(("retry_after", "bounds"), [(None, [8, 16, 32, 60, 60]), ("20", [20] * 5), ("soon", [8, 16])])
+@pytest.mark.parametrize(
+    ("retry_after", "bounds"),
+    [
+        (None, [8, 16, 32, 60, 60]),
+        ("20", [20] * 5),
+        ("90", [60] * 2),
+        *((asked, [8, 16]) for asked in ("soon", "-1", "nan", "inf", "-inf", "1e999")),
+    ],
+)
 def test_waits_grow_and_follow_the_server(retry_after, bounds, serve, monkeypatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr("qadapter.evaluation.judge_client.time.sleep", waits.append)
@@ -165,7 +187,7 @@ def test_a_judge_that_fails_for_good_is_given_up_and_nothing_raised(
     answer, reason, error, most_requests, serve
 ) -> None:
     server = serve(lambda *_: answer)
-    result = run(server, timeout=0.2 if reason == "timeout" else 5)
+    result = run(server, timeout=0.2 if reason == "timeout" else 30)
     assert result.undecided_reasons == {reason: 6}
     assert error in result.usage.last_error
     assert result.win_rate is None
@@ -186,11 +208,53 @@ def test_a_judge_that_sends_a_byte_now_and_then_is_not_waited_for(serve, of_head
     assert client.usage.last_error == "timeout: no answer within 0.5 s"
 
 
+@pytest.mark.parametrize("charset", ["hex", "rot13", "undefined", "utf-16", "no-such"])
+def test_an_encoding_that_no_text_has_ends_nothing(charset, serve) -> None:
+    """Python knows codecs that make no text of bytes, and the server names the one to use."""
+    server = serve(lambda *_: (500, Sent("busy", {"Content-Type": f"text/plain; charset={charset}"}), 0))
+    result = run(server, retries=0)
+    assert result.undecided_reasons == {"server error": 6}
+    assert result.usage.last_error == "status 500: busy"
+
+
 def test_an_unreachable_judge_is_given_up(serve) -> None:
     server = serve(longer)
     server.shutdown()
     server.server_close()
     assert run(server).undecided_reasons == {"unreachable": 6}
+
+
+@pytest.mark.parametrize(
+    ("url", "error"),
+    [
+        ("http://localhost:99999/v1", "unreachable: .*port must be 0-65535"),  # in a group, of one for each address
+        ("http://host:abc/v1", "unreachable: Invalid port: 'abc'"),
+    ],
+)
+def test_an_address_that_the_network_refuses_ends_nothing(url, error, monkeypatch) -> None:
+    """They are refused before any call, but no list of such addresses is whole."""
+    monkeypatch.setattr("qadapter.evaluation.judge_client.check_endpoint", lambda _: None)
+    result = run(url)
+    assert result.undecided_reasons == {"unreachable": 6}
+    assert re.match(error, result.usage.last_error)
+
+
+def test_only_a_mistake_of_this_program_ends_an_evaluation(monkeypatch) -> None:
+    """What TLS or the system says of an address is none; in a group of both kinds, the mistake counts."""
+    failing: list[Exception] = []
+
+    async def fail(*_: object, **__: object) -> None:
+        raise failing[-1]
+
+    monkeypatch.setattr(httpx.AsyncClient, "post", fail)
+    for error in (OSError("no"), UnicodeError("no"), ExceptionGroup("g", [ExceptionGroup("g", [OverflowError("no")])])):
+        failing.append(error)
+        result = run("http://localhost:9/v1")
+        assert (result.undecided_reasons, result.usage.last_error) == ({"unreachable": 6}, "unreachable: no")
+    for mistake in (TypeError("x"), ExceptionGroup("x", [OSError("y"), TypeError("x")])):
+        failing.append(mistake)
+        with pytest.raises(type(mistake), match="x"):
+            run("http://localhost:9/v1")
 
 
 def test_the_estimate_comes_first_and_the_budget_holds(serve, tmp_path) -> None:
@@ -284,6 +348,10 @@ def test_a_budget_that_runs_out_leaves_the_rest_undecided(serve) -> None:
     [
         ({"url": "localhost:8000"}, "Give the endpoint's base"),
         ({"url": "http://me:secret@host/v1"}, "without a name or password"),
+        *(
+            ({"url": f"http://{place}/v1"}, "The judge's url")
+            for place in ("host:abc", "host:0", "host:-1", "localhost:65536", "localhost:99999", ":80")
+        ),
         ({"api_key_variable": "QADAPTER_NO_SUCH_KEY"}, "QADAPTER_NO_SUCH_KEY, which is not set"),
         ({"budget": 1.0}, "a budget but no prices"),
     ],
@@ -292,6 +360,22 @@ def test_settings_that_cannot_work_are_refused_before_any_call(changes, message)
     defaults = {"url": "http://127.0.0.1:9/v1", "model": "m", "api_key_variable": None}
     with pytest.raises(QAdapterError, match=message):
         EndpointJudge(JudgeSettings(**{**defaults, **changes}), "x").judge(PROMPTS, LONG, SHORT)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://localhost:65535/v1", "https://judge.example", "http://[::1]:1/", "http://ü.de/v1"]
+)
+def test_addresses_that_can_be_used(url) -> None:
+    check_endpoint(JudgeSettings(url=url, model="m", api_key_variable=None))
+
+
+@pytest.mark.parametrize("key", ["sk-\nsecret", "sk-secr\u00e9t", "sk-\x07secret", "\ufeffsk-secret", " \n"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(key, monkeypatch) -> None:
+    monkeypatch.setenv("SOME_KEY", key)
+    with pytest.raises(QAdapterError, match="environment variable SOME_KEY") as refused:
+        run("http://127.0.0.1:9/v1", api_key_variable="SOME_KEY")
+    assert "sk-" not in str(refused.value)
+    assert ("set or empty" if key.isspace() else "no header can carry") in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +429,7 @@ def test_verdicts_are_of_the_policy_not_of_the_base(serve) -> None:
     ],
 )
 def test_an_evaluation_goes_on_without_its_judge(answer, reason, serve, caplog) -> None:
-    rows, metrics = evaluated(serve(lambda *_: answer), timeout=0.2 if reason == "timeout" else 5)
+    rows, metrics = evaluated(serve(lambda *_: answer), timeout=0.2 if reason == "timeout" else 30)
     assert [row["verdict"] for row in rows] == ["undecided"] * 6
     assert (metrics["adaptation/undecided"], metrics["adaptation/ties"]) == (6, 0)
     assert "adaptation/win_rate" not in metrics
@@ -386,3 +470,23 @@ def test_the_key_is_written_nowhere(serve, tmp_path, monkeypatch, caplog) -> Non
     assert "wrong key …" in caplog.text
     assert "sk-very-secret" not in caplog.text
     assert "sk-very-secret" not in str(settings(good, api_key_variable="SOME_KEY").model_dump())
+
+
+def test_a_key_from_a_file_has_a_line_end_that_is_not_sent(serve, monkeypatch) -> None:
+    """Docker and Kubernetes hand a secret on as it lies in its file, the line end included."""
+    monkeypatch.setenv("SOME_KEY", "sk-very-secret\n")
+    server = serve(longer)
+    assert run(server, api_key_variable="SOME_KEY").count("a") == 6
+    assert set(server.keys) == {"Bearer sk-very-secret"}
+
+
+def test_a_key_is_masked_however_the_server_repeats_it(serve, monkeypatch) -> None:
+    """As Python and as JSON quote it, in a refusal or an answer, and across the place where a note is cut."""
+    monkeypatch.setenv("SOME_KEY", "sk-'\\\"-secret\n")
+    key = "sk-'\\\"-secret"
+    bodies = [{"error": f"wrong {key}"}, f"wrong {key!r} {key}", "x" * 190 + key]
+    for answer in [(401, body, 0) for body in bodies] + [f"nonsense {key!r}", "x" * 190 + key]:
+        last = run(serve(lambda *_, answer=answer: answer), api_key_variable="SOME_KEY").usage.last_error
+        assert "…" in last
+        assert "sk-" not in last
+        assert "secret" not in last

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.judge_client import JudgeClient, Messages, UnansweredError, Usage, price
-from qadapter.evaluation.statistics import Interval, mean_interval
+from qadapter.evaluation.statistics import Interval, proportion_interval
 from qadapter.evaluation.verdicts import Verdict as Outcome
 from qadapter.preferences.pair import Message
 from qadapter.settings import Judge, JudgeSettings
@@ -112,10 +112,13 @@ class Judgement:
 
     @property
     def win_rate(self) -> Interval | None:
-        """Share of the decided comparisons that policy A wins, ties counted one half; None if nothing was decided."""
+        """Share of the decided comparisons that policy A wins, ties counted one half; None if nothing was decided.
+
+        With Wilson's interval: a bootstrap of six wins in six would be sure of a seventh.
+        """
         worth = {"a": 1.0, "tie": 0.5, "b": 0.0}
         values = [worth[row.verdict] for row in self.rows if row.verdict in worth]
-        return mean_interval(values) if values else None
+        return proportion_interval(sum(values), len(values)) if values else None
 
     def metrics(self) -> dict[str, float]:
         """Figures to log: win_rate (with its interval, absent if nothing was decided), counts, and what was used.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -35,25 +36,58 @@ GIVE_UP_AFTER = 3
 MOST_TOKENS = 1e9
 """No call uses more; a server that counts more does not count."""
 
+_NO_RESPONSE = (httpx.HTTPError, httpx.InvalidURL, OSError, OverflowError, ValueError)
+"""What an attempt fails with where an address, a network or a server is to blame, not this program; a ValueError is
+what TLS and codecs raise at a name."""
+
 
 def check_endpoint(settings: JudgeSettings) -> None:
     """Refuse what can be seen to be wrong before any call.
 
     Raises:
-        QAdapterError: no http(s) address, no key in the environment, a budget without prices.
+        QAdapterError: no http(s) address, no key in the environment or one that no header can carry, a budget without
+            prices.
     """
-    if not re.match(r"https?://[^/\s@]+(/|$)", settings.url):
+    if not _is_base(settings.url):
         raise QAdapterError(
             "The judge's url is not one that can be used. Give the endpoint's base, http(s)://…/v1, without a name or "
             "password in it."
         )
-    if settings.api_key_variable is not None and not os.environ.get(settings.api_key_variable):
-        raise QAdapterError(
-            f"The judge's key is expected in the environment variable {settings.api_key_variable}, which is not set. "
-            f"Set it, or set api_key_variable to null for a server that wants no key."
-        )
+    _key_of(settings)
     if settings.budget is not None and (settings.input_price is None or settings.output_price is None):
         raise QAdapterError("The judge has a budget but no prices. Give input_price and output_price.")
+
+
+def _is_base(url: str) -> bool:
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:  # such as a port that is no number
+        return False
+    port = 80 if parsed.port is None else parsed.port
+    return bool(re.match(r"https?://[^/\s@]+(/|$)", url) and parsed.host and 1 <= port <= 65_535)
+
+
+def _key_of(settings: JudgeSettings) -> str:
+    """The key without the line end that a mounted secret often has; empty for a server that wants none.
+
+    Raises:
+        QAdapterError: there is none, or it cannot stand in a header; the key is not shown.
+    """
+    variable = settings.api_key_variable
+    if variable is None:
+        return ""
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise QAdapterError(
+            f"The judge's key is expected in the environment variable {variable}, which is not set or empty. Set it, "
+            "or set api_key_variable to null for a server that wants no key."
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise QAdapterError(
+            f"The judge's key in the environment variable {variable} has a character that no header can carry: a line "
+            "end or another control character inside it, or one that is not ASCII. Copy the key again."
+        )
+    return key
 
 
 def price(settings: JudgeSettings, input_tokens: float, output_tokens: float) -> float | None:
@@ -101,6 +135,7 @@ class JudgeClient:
             cache: JSON lines of earlier answers, added to; a line that was cut off by a crash is ignored.
         """
         check_endpoint(settings)
+        key = _key_of(settings)
         self.settings = settings
         self.usage = Usage()
         self._cache_file = cache
@@ -109,8 +144,8 @@ class JudgeClient:
         self._reserved = 0.0
         self._lost_in_a_row = 0
         self._stopped: str | None = None
-        key = os.environ.get(settings.api_key_variable, "") if settings.api_key_variable else ""
-        self._secret = key
+        # As it is and as it is quoted, in Python or JSON; the longest first, so that no part of one is left.
+        self._secrets = sorted({key, repr(key)[1:-1], json.dumps(key)[1:-1]} - {""}, key=len, reverse=True)
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         # httpx's timeout is for each read, so that a server could send a byte now and then for ever. A coroutine can be
         # ended at any point; the loop runs in a thread of its own, so that `ask` can be called from any.
@@ -148,7 +183,7 @@ class JudgeClient:
         if (answer := parse(text)) is not None:
             self._remember(self._key(messages), text)
             return answer
-        self._note(f"nonsense: {text[:200]!r}")
+        self._note(f"nonsense: {self._masked(text)[:200]!r}")
         raise UnansweredError("nonsense")
 
     def is_cached(self, messages: Messages) -> bool:
@@ -207,24 +242,27 @@ class JudgeClient:
             wait = min(self.settings.backoff * 2**attempt, LONGEST_WAIT)
             try:
                 response = asyncio.run_coroutine_threadsafe(self._post(messages), self._loop).result()
-                if response.is_success:
-                    body = response.json()
-                    self._lost_in_a_row = 0
-                    return body if isinstance(body, dict) else {}
             except (TimeoutError, httpx.TimeoutException):
                 reason = self._note("timeout", f"no answer within {self.settings.timeout} s")
                 continue
-            except httpx.TransportError as error:
-                reason = self._note("unreachable", str(error))
-                continue
-            except httpx.RequestError as error:  # such as a body that is not compressed as its header says
+            except httpx.DecodingError as error:  # a body not compressed as its header says
                 reason = self._note("server error", str(error))
                 continue
-            except (ValueError, RecursionError):
-                reason = self._note("server error", "the response is not JSON")
+            except (*_NO_RESPONSE, ExceptionGroup) as error:
+                reason = self._note("unreachable", str(_cause(error)))
                 continue
-            self._note(f"status {response.status_code}", response.text)
-            if response.status_code == 402 or "insufficient_quota" in response.text:
+            if response.is_success:
+                try:
+                    body = response.json()
+                except (ValueError, RecursionError):
+                    reason = self._note("server error", "the response is not JSON")
+                    continue
+                self._lost_in_a_row = 0
+                return body if isinstance(body, dict) else {}
+            # Not `response.text`: the server names the encoding, and Python knows some that no text has.
+            text = response.content.decode(errors="replace")
+            self._note(f"status {response.status_code}", text)
+            if response.status_code == 402 or "insufficient_quota" in text:
                 raise self._stop("quota")
             if response.status_code in (401, 403, 404):  # the key or the name is wrong: no question will fare better
                 raise self._stop("refused")
@@ -243,7 +281,7 @@ class JudgeClient:
 
         Raises:
             TimeoutError: it took longer than the settings allow.
-            httpx.RequestError: no whole response came.
+            Exception: one of `_NO_RESPONSE`, alone or in a group: no whole response came.
         """
         question = json.dumps(self._body(messages)).encode()  # not httpx's own, which fails at half a surrogate pair
         async with asyncio.timeout(self.settings.timeout):
@@ -254,10 +292,15 @@ class JudgeClient:
         return UnansweredError(reason)
 
     def _note(self, reason: str, detail: str = "") -> str:
-        if self._secret:  # some servers repeat a wrong key in their refusal
-            detail = detail.replace(self._secret, "…")
-        self.usage.last_error = f"{reason}: {detail.strip()[:200]}" if detail.strip() else reason
+        detail = self._masked(detail).strip()[:200]
+        self.usage.last_error = f"{reason}: {detail}" if detail else reason
         return reason
+
+    def _masked(self, text: str) -> str:
+        """Without the key: some servers repeat a wrong one in their refusal."""
+        for secret in self._secrets:
+            text = text.replace(secret, "…")
+        return text
 
     def _cost(self, used: Any, expected: float) -> float:
         """What a call cost by the server's own count of tokens; the estimate where it does not tell."""
@@ -312,8 +355,22 @@ def _count(value: Any) -> float | None:
 
 
 def _asked_wait(response: httpx.Response, otherwise: float) -> float:
-    """Seconds that the server asks to wait for, if it names them."""
+    """Seconds that the server asks to wait for, if it names a length of time that there is."""
     try:
-        return min(float(response.headers["retry-after"]), LONGEST_WAIT)
+        asked = float(response.headers["retry-after"])
     except (KeyError, ValueError):
         return otherwise
+    return min(asked, LONGEST_WAIT) if math.isfinite(asked) and asked >= 0 else otherwise
+
+
+def _cause(error: Exception) -> Exception:
+    """What is behind a group of exceptions, as the connection attempts to several addresses end with.
+
+    Raises:
+        ExceptionGroup: something in it is a mistake of this program.
+    """
+    if not isinstance(error, ExceptionGroup):
+        return error
+    if (others := error.split(_NO_RESPONSE)[1]) is not None:
+        raise others
+    return _cause(error.exceptions[0])
