@@ -271,6 +271,10 @@ class _CustomizationLaunch(Launch):
         assert self.customization is not None
         return self.customization.experiment()
 
+    def rows_to_judge(self, experiment: Experiment) -> int:
+        """Candidate and champion; a check asks about the champion alone, with the part it had when registered."""
+        return 2 * super().rows_to_judge(experiment)
+
     def _check_sources(self, experiment: Experiment, folder: Path | None, remote: bool) -> None:
         fixed = {name: source for name, source in experiment.sources.items() if name != PREFERENCES}
         super()._check_sources(experiment.model_copy(update={"sources": fixed}), folder, remote)

@@ -24,7 +24,7 @@ from flows.runners import task_runner
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.benchmarks import read_items
 from qadapter.evaluation.built_benchmarks import QUESTION_FIELDS
-from qadapter.evaluation.judge_plan import plan_judges
+from qadapter.evaluation.judge_plan import judged_rows, plan_judges
 from qadapter.evaluation.task_catalog import NAME, check_tasks, expand_suites, find_tasks, local_tasks, needs_data
 from qadapter.experiment import Experiment, load_experiment
 from qadapter.preferences import sources, toyworld
@@ -63,6 +63,10 @@ class Launch:
         """Read the config."""
         return load_experiment(self.profile, self.overrides)
 
+    def rows_to_judge(self, experiment: Experiment) -> int:
+        """Policies whose answers are judged; the judge's price is of them, and they share its budget."""
+        return judged_rows(experiment)
+
     def check(self, *, remote: bool = True) -> Experiment:
         """Read the config and look at everything that can be looked at without computing.
 
@@ -97,7 +101,7 @@ class Launch:
             check_pretrained(experiment.model, [name for name in names if name not in plain])
         _check_official_data(experiment, folder)
         _check_benchmarks(experiment)
-        plan_judges(experiment)
+        plan_judges(experiment, self.rows_to_judge(experiment))
         return experiment
 
     def _check_sources(self, experiment: Experiment, folder: Path | None, remote: bool) -> None:
@@ -231,7 +235,7 @@ def launched(launch: Launch) -> Iterator[PrefectRun]:
     )
     # Whatever is used again is read as a whole: a power cut or a failing disk can change a file and not its size.
     store = StageStore(root / ".qadapter", verify_hashes=True)
-    context = RunContext(experiment, store, tracker, parent, launch.data_folder)
+    context = RunContext(experiment, store, tracker, parent, launch.data_folder, launch.rows_to_judge(experiment))
     try:
         with tracker.ending(parent), PrefectRun(context) as run:
             yield run

@@ -84,6 +84,7 @@ def plan_text(profile: str, data: str | None, overrides: Sequence[str] | Mapping
     size = planning.model_size(experiment.model)
     model = experiment.model
     held = model.quantization if model.quantization != "none" else model.dtype
+    judges = plan_judges(experiment, launch.rows_to_judge(experiment))
     sections = [
         f"Plan of {experiment.name}: the config is valid, {len(recorder.stages)} stages.",
         "Data\n" + "\n".join(f"  {name:<14}{plan.note}" for name, plan in plans.items()),
@@ -91,7 +92,7 @@ def plan_text(profile: str, data: str | None, overrides: Sequence[str] | Mapping
         f"held as {held}; "
         f"adapter of {planning.adapter_parameters(size, experiment.lora) / 1e6:,.2f} M",
         _costs(experiment, recorder.stages, plans, size),
-        "Judge of the answers\n" + "\n".join(f"  {line}" for line in plan_judges(experiment)),
+        "Judge of the answers\n" + "\n".join(f"  {line}" for line in judges),
         _assumptions(experiment),
         "Stages (each after those it feeds on)\n" + "\n".join(_dag(recorder.stages)),
     ]

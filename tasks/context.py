@@ -30,6 +30,7 @@ class RunContext:
         tracker: the way to MLflow.
         parent_run_id: the MLflow run of this flow run.
         data: the user's data folder, if one was given.
+        rows_to_judge: policies whose answers the whole flow run judges; None: those that the experiment names.
     """
 
     experiment: Experiment
@@ -37,6 +38,7 @@ class RunContext:
     tracker: Tracker
     parent_run_id: str
     data: Path | None = None
+    rows_to_judge: int | None = None
 
     def resolve(self, path: str, world: Path | None) -> str:
         """Fill in `{data}`: the toy world's folder, or the folder the user named."""

@@ -108,9 +108,10 @@ def answer_judge(
         return RewardJudge(trained.path, base.location, experiment.model, settings.max_length, adaptation.batch_size)
     if kind == "endpoint":
         from qadapter.evaluation.judge import EndpointJudge
-        from qadapter.evaluation.judge_plan import criterion_of, endpoint_share
+        from qadapter.evaluation.judge_plan import criterion_of, endpoint_share, judged_rows
 
         # One file for all rows and runs: a question that was answered once is never paid for again.
         cache = context.store.root / "judge_answers.jsonl"
-        return EndpointJudge(endpoint_share(experiment), criterion_of(experiment, domain), cache)
+        row = endpoint_share(experiment, context.rows_to_judge or judged_rows(experiment))
+        return EndpointJudge(row, criterion_of(experiment, domain), cache)
     return None

@@ -91,6 +91,7 @@ def test_a_customisation_is_checked_like_every_launch(tmp_path: Path, monkeypatc
     monkeypatch.setenv("QADAPTER_HOME", str(tmp_path))
     smoke = load_customization("smoke")
     assert launch_of("smoke", smoke, "test").check() == smoke.experiment()
+    assert launch_of("smoke", smoke, "test").rows_to_judge(smoke.experiment()) == 2  # candidate and champion
     elsewhere = smoke.model_copy(update={"data": str(tmp_path / "nowhere")})
     with pytest.raises(QAdapterError, match=r"the data folder .* does not exist"):
         launch_of("smoke", elsewhere, "test").check()

@@ -17,7 +17,7 @@ from flows.full_paper_repro import experiment_stages
 from flows.plan import PlannedStage, Recorder, plan_text
 from qadapter import planning
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.judge_plan import criterion_of, endpoint_share
+from qadapter.evaluation.judge_plan import criterion_of, endpoint_share, judged_rows
 from qadapter.experiment import Experiment, load_experiment, profiles
 from qadapter.preferences import sources
 from qadapter.settings import FromScratch, LoraSettings, ModelSettings, OptimizerSettings
@@ -232,8 +232,9 @@ def test_the_price_of_a_judge_is_in_the_plan(monkeypatch: pytest.MonkeyPatch) ->
     assert "about 0.88, budget 0.90" in plan_text(
         "smoke", None, ENDPOINT | {"evaluation.adaptation.endpoint.budget": 0.9}
     )
-    share = endpoint_share(load_experiment("smoke", ENDPOINT | {"evaluation.adaptation.endpoint.budget": 0.9}))
-    assert share.budget == pytest.approx(0.9 / 20)
+    experiment = load_experiment("smoke", ENDPOINT | {"evaluation.adaptation.endpoint.budget": 0.9})
+    assert judged_rows(experiment) == 20
+    assert endpoint_share(experiment, 20).budget == pytest.approx(0.9 / 20)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -24,11 +25,13 @@ from test_pipeline import Home, harness, new_stages, small  # noqa: F401 - a fix
 from tiny_toy import TinyToy, make_tiny_toy
 
 from flows.full_paper_repro import full_paper_repro
-from flows.launch import PrefectRun, StagesFailedError
+from flows.launch import PrefectRun, StagesFailedError, launched
 from flows.sweep.__main__ import main
-from flows.sweep.flow import check_sweep, sweep
+from flows.sweep.flow import check_sweep, sweep, sweep_stages
+from flows.sweep.plan import SweepRecorder, plan_text
 from qadapter.dial import set_alpha_0
 from qadapter.errors import QAdapterError
+from qadapter.evaluation.judge import EndpointJudge
 from qadapter.experiment import load_experiment, profiles
 from qadapter.policy_files import read_settings
 from qadapter.report.latex import escape
@@ -55,6 +58,7 @@ from qadapter.settings import METHODS
 from qadapter.sweep import SWEEP_FOLDER, Sweep, estimate_hours, expand, load_sweep, merged_overrides
 from qadapter.training import adapt
 from tasks.context import RunContext
+from tasks.judge import answer_judge
 from tasks.stage import StageStore
 from tasks.tracking import Tracker
 
@@ -752,6 +756,76 @@ def test_a_sweep_without_an_accuracy_is_refused_before_it_trains(
         check_sweep(write(tmp_path), None, None, overrides() | built | only)
     both = {"evaluation.retention.tasks": ["helpful_bits_per_byte", "helpful_word_order"]}
     assert check_sweep(write(tmp_path), None, None, overrides() | built | both).variants
+
+
+# ---- an endpoint as judge
+
+ENDPOINT = {
+    "evaluation.adaptation.judge": "endpoint",
+    "evaluation.adaptation.endpoint": {
+        "url": "http://127.0.0.1:9/v1",
+        "model": "some-judge",
+        "api_key_variable": None,
+        "input_price": 2.0,
+        "output_price": 10.0,
+        "budget": 50.0,
+    },
+}
+
+
+def test_a_judge_is_paid_for_every_setting_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 domains × 92 settings × 5 seeds are 920 rows of twenty answers in two orders: 36,800 calls.
+
+    Each is of 120 + 64 + 2 · 24 = 232 tokens and 64 in answer: 36,800 · (232 · 2 + 64 · 10) / 10⁶ = 40.6272.
+    """
+    monkeypatch.setenv("QADAPTER_HOME", str(tmp_path))
+    checked = check_sweep("smoke", None, None, ENDPOINT)
+    text = plan_text(checked)
+    assert "\nJudge of the answers\n  endpoint: harmless, academy\n" in text
+    assert "36,800 calls (two orders of 20 answers in 920 rows; " in text
+    assert "up to 232 tokens each, about 40.63, budget 50.00" in text
+    recorder = SweepRecorder()
+    sweep_stages(checked.experiment, checked.variants, recorder)
+    rows = [stage for stage in recorder.stages if stage.task == "evaluate" and stage.inputs["trained"] is not None]
+    assert checked.launch.rows_to_judge(checked.experiment) == len(rows) == 920
+    with pytest.raises(
+        QAdapterError, match=r"endpoint\.budget: 40\.00, but judging would cost about 40\.63 \(36800 ca"
+    ):
+        check_sweep("smoke", None, None, ENDPOINT | {"evaluation.adaptation.endpoint.budget": 40.0})
+    assert "\nJudge of the answers\n  rule: harmless, academy\n" in plan_text(check_sweep("smoke", None, None, {}))
+
+
+def test_all_rows_of_a_sweep_together_keep_within_the_budget(tmp_path: Path) -> None:
+    """Eight settings with two seeds in one domain: sixteen rows, each with a sixteenth of 10."""
+    home = Home(tmp_path / "home")
+    of_endpoint = overrides() | ENDPOINT | {"evaluation.adaptation.endpoint.budget": 10.0}
+    with home.entered(), launched((checked := check_sweep(write(tmp_path), None, None, of_endpoint)).launch) as run:
+        budgets = []
+        for variant in checked.variants:
+            for _ in checked.experiment.seeds:
+                context: Any = run.of(variant.experiment)._context
+                judge = answer_judge(context, "endpoint", "harmless", Any, None, None)
+                assert isinstance(judge, EndpointJudge)
+                budgets.append(judge.settings.budget)
+    assert budgets == [10 / 16] * 16
+
+
+def test_the_log_of_a_sweep_begins_with_the_price(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Eight settings with two seeds in one domain, judged on twenty answers in two orders: 640 calls."""
+
+    def stop(*_: Any) -> None:
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr("flows.sweep.flow.launched", stop)
+    monkeypatch.setattr("flows.sweep.flow.get_run_logger", lambda: logging.getLogger("flow run"))
+    monkeypatch.setenv("QADAPTER_HOME", str(tmp_path))
+    caplog.set_level("INFO", "flow run")
+    with pytest.raises(RuntimeError, match="far enough"):
+        sweep.fn(write(tmp_path), None, None, overrides() | ENDPOINT)
+    assert "judge of the answers: endpoint: harmless; endpoint some-judge: 640 calls (two orders" in caplog.text
+    assert "in 16 rows" in caplog.text
 
 
 # ---- a failure among processes

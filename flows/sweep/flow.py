@@ -12,10 +12,12 @@ from itertools import product
 from typing import Any, Protocol
 
 from prefect import flow
+from prefect.logging import get_run_logger
 
 from flows.full_paper_repro import Run, common_stages, evaluation_inputs
 from flows.launch import Launch, PrefectRun, StagesFailedError, launched
 from qadapter.errors import QAdapterError
+from qadapter.evaluation.judge_plan import plan_judges
 from qadapter.evaluation.task_catalog import better_when_lower, expand_suites
 from qadapter.experiment import Experiment
 from qadapter.sweep import Sweep, Variant, expand, load_sweep, merged_overrides
@@ -33,6 +35,17 @@ class RunOfMany(Run, Protocol):
 
 
 @dataclass(frozen=True)
+class _SweepLaunch(Launch):
+    """A launch of a sweep's experiment: every setting's answers are judged, not every method's."""
+
+    sweep: Sweep | None = None
+
+    def rows_to_judge(self, experiment: Experiment) -> int:
+        assert self.sweep is not None
+        return len(experiment.domains) * len(expand(self.sweep, experiment)) * len(experiment.seeds)
+
+
+@dataclass(frozen=True)
 class CheckedSweep:
     """A sweep that can start."""
 
@@ -40,6 +53,10 @@ class CheckedSweep:
     launch: Launch
     experiment: Experiment
     variants: list[Variant]
+
+    def judges(self) -> list[str]:
+        """Lines on who judges the answers of all settings, and what that costs."""
+        return plan_judges(self.experiment, self.launch.rows_to_judge(self.experiment))
 
 
 def check_sweep(
@@ -59,7 +76,7 @@ def check_sweep(
     """
     loaded = load_sweep(sweep)
     used = profile or loaded.profile
-    launch = Launch("sweep", used, data, merged_overrides(loaded, used, overrides))
+    launch = _SweepLaunch("sweep", used, data, merged_overrides(loaded, used, overrides), loaded)
     experiment = launch.check(remote=remote)
     tasks, _ = expand_suites(experiment.evaluation.retention.tasks)
     if better_when_lower(tasks) == tasks:
@@ -116,6 +133,7 @@ def sweep(
         overrides: settings to change for all, for example {"seeds": [0]}.
     """
     checked = check_sweep(sweep, profile, data, overrides or {})
+    get_run_logger().info("judge of the answers: %s", "; ".join(checked.judges()))
     with launched(checked.launch) as run:
         rows = sweep_stages(checked.experiment, checked.variants, run)
         return _report(checked, rows, run)

@@ -45,6 +45,9 @@ def plan_text(checked: CheckedSweep) -> str:
         "Stages",
         *(f"  {kind:<26}{count:>5}" for kind, count in kinds.items()),
         f"  {'write_sweep':<26}{1:>5}",
+        "",
+        "Judge of the answers",
+        *(f"  {line}" for line in checked.judges()),
     ]
     seconds = ", ".join(f"{name} {value:g} s" for name, value in sweep.seconds.items())
     lines += [

@@ -27,21 +27,30 @@ def criterion_of(experiment: Experiment, domain: str) -> str:
 
 
 def judged_rows(experiment: Experiment) -> int:
-    """Policies whose answers are judged; a base against itself needs no judge."""
+    """Policies whose answers an experiment judges; a base against itself needs no judge."""
     return len(experiment.domains) * len(experiment.methods.run) * len(experiment.seeds)
 
 
-def endpoint_share(experiment: Experiment) -> JudgeSettings:
-    """The endpoint judge of one row: with its part of the experiment's budget."""
+def endpoint_share(experiment: Experiment, rows: int) -> JudgeSettings:
+    """The endpoint judge of one row: with its part of the budget, so that all rows together cannot exceed it.
+
+    Args:
+        experiment: the config.
+        rows: policies whose answers the whole run judges.
+    """
     settings = experiment.evaluation.adaptation.endpoint
     assert settings is not None
     if settings.budget is None:
         return settings
-    return settings.model_copy(update={"budget": settings.budget / judged_rows(experiment)})
+    return settings.model_copy(update={"budget": settings.budget / rows})
 
 
-def plan_judges(experiment: Experiment) -> list[str]:
+def plan_judges(experiment: Experiment, rows: int) -> list[str]:
     """Lines on who judges and what that costs.
+
+    Args:
+        experiment: the config.
+        rows: policies whose answers the whole run judges.
 
     Raises:
         QAdapterError: an endpoint judge that cannot work: no address, no key in the environment, no criterion for a
@@ -51,11 +60,11 @@ def plan_judges(experiment: Experiment) -> list[str]:
     lines = [f"{kind}: {', '.join(d for d in kinds if kinds[d] == kind)}" for kind in dict.fromkeys(kinds.values())]
     settings = experiment.evaluation.adaptation.endpoint
     if "endpoint" in kinds.values() and settings is not None:
-        lines.append(_endpoint(experiment, settings))
+        lines.append(_endpoint(experiment, settings, rows))
     return lines
 
 
-def _endpoint(experiment: Experiment, settings: JudgeSettings) -> str:
+def _endpoint(experiment: Experiment, settings: JudgeSettings, rows: int) -> str:
     from qadapter.evaluation.judge_client import check_endpoint, price
 
     try:
@@ -65,7 +74,7 @@ def _endpoint(experiment: Experiment, settings: JudgeSettings) -> str:
     for domain in experiment.domains:
         criterion_of(experiment, domain)
     adaptation = experiment.evaluation.adaptation
-    calls = 2 * adaptation.generate * judged_rows(experiment)
+    calls = 2 * adaptation.generate * rows
     asked = _INSTRUCTION_TOKENS + experiment.training.max_length + 2 * adaptation.max_new_tokens
     estimated = price(settings, calls * asked, calls * settings.max_output_tokens)
     cost = "price unknown (set input_price and output_price)" if estimated is None else f"about {estimated:.2f}"
@@ -78,6 +87,5 @@ def _endpoint(experiment: Experiment, settings: JudgeSettings) -> str:
     limit = "no budget" if settings.budget is None else f"budget {settings.budget:.2f}"
     return (
         f"endpoint {settings.model}: {calls:,} calls (two orders of {adaptation.generate} answers in "
-        f"{judged_rows(experiment)} rows; one more for each answer that is nonsense), up to {asked} tokens each, "
-        f"{cost}, {limit}"
+        f"{rows:,} rows; one more for each answer that is nonsense), up to {asked} tokens each, {cost}, {limit}"
     )
