@@ -8,18 +8,17 @@ from pathlib import Path
 
 import pytest
 from lm_eval.tasks import TaskManager
+from made_up_benchmarks import write_jsonl, write_papers_suite
 from tiny_chat import byte_tokenizer, tiny_llama
 
 from flows.launch import Launch
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.harness import evaluate_tasks
 from qadapter.evaluation.measure import measure_retention
-from qadapter.evaluation.official_files import leaves
 from qadapter.evaluation.task_catalog import check_tasks, expand_suites, find_tasks, official_tasks
 from qadapter.settings import ModelSettings, RetentionSettings
 
 BBH = ["boolean_expressions", "navigate", "object_counting"]
-MMLU_PRO = {"category": "law", "src": "s", "cot_content": "A: Let's think step by step. The answer is (B)."}
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +30,6 @@ def tokenizer():
 def model():
     """A random model whose context holds eight worked examples of GSM8K in bytes."""
     return tiny_llama(context=6000, layers=1)
-
-
-def write_jsonl(file: Path, rows: list[dict]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_bbh_on_real_rows(model, tokenizer, shared_data) -> None:
@@ -70,24 +64,8 @@ def test_gsm8k_on_real_rows(model, tokenizer, shared_data) -> None:
 
 @pytest.fixture(scope="module")
 def made_up(tmp_path_factory) -> Path:
-    """Two items of each subject of MMLU, of BBH, MMLU-Pro, IFEval and GSM8K."""
     folder = tmp_path_factory.mktemp("official")
-    index = TaskManager(include_path=list(find_tasks(["mmlu", "leaderboard_bbh"]).official), include_defaults=False)
-    for task in leaves("mmlu", index.task_index):
-        rows = [{"question": f"{task}?", "choices": ["a", "b", "c", "d"], "answer": i, "subject": task} for i in (1, 3)]
-        write_jsonl(folder / "cais" / "mmlu" / index.task_index[task].cfg["dataset_name"] / "test.jsonl", rows)
-    for task in leaves("leaderboard_bbh", index.task_index):
-        settings = index.task_index[task].cfg
-        choices = settings["doc_to_choice"]
-        target = choices[0] if isinstance(choices, list) else "(A)"
-        rows = [{"input": "Which? Options: (A) a (B) b", "target": target}] * 2
-        write_jsonl(folder / "bbh" / f"{settings['dataset_name']}.jsonl", rows)
-    question = {**MMLU_PRO, "question": "Why?", "options": ["a", "b", "c"], "answer": "B", "answer_index": 1}
-    write_jsonl(folder / "mmlu_pro" / "test.jsonl", [question] * 2)
-    write_jsonl(folder / "mmlu_pro" / "validation.jsonl", [question] * 5)
-    rule = {"key": 1, "prompt": "No commas.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{"n": None}]}
-    write_jsonl(folder / "ifeval.jsonl", [rule] * 2)
-    write_jsonl(folder / "gsm8k.jsonl", [{"question": "1 + 1?", "answer": "One and one. #### 2"}] * 2)
+    write_papers_suite(folder)
     return folder
 
 

@@ -9,6 +9,9 @@ All arguments are lm-eval's, plus
     --official_data FOLDER   has the items of lm-eval's own tasks (see qadapter.evaluation.official_files)
     --plain_tasks TASK …     those of the tasks that --apply_chat_template does not apply to
 
+`--model_args` of the model `qadapter` are those of `PolicyLM`: load_in_8bit=True or revision=COMMIT is of the adapter's
+base, and what would make no difference is refused.
+
 Tasks with and without chat template are two runs of lm-eval, one after the other: it knows one setting for all of its
 tasks. `--tasks paper_suite` needs that: MMLU is asked without. The command `lm_eval` itself knows only the models that
 are part of it (0.4.13).
@@ -101,10 +104,10 @@ def _commands(rest: Sequence[str], names: Sequence[str], plain: Sequence[str]) -
         return [list(rest)]
     if not _given(_TEMPLATE_FLAGS[0], rest):
         return [[*rest, "--tasks", ",".join(names)]]
-    without = _without_template(rest)
+    # First those with template: where the tokenizer has none, that is said before anything long has run.
     parts = [
-        (without, [name for name in names if name in plain]),
-        (rest, [name for name in names if name not in plain]),
+        (list(rest), [name for name in names if name not in plain]),
+        (_without_template(rest), [name for name in names if name in plain]),
     ]
     return [[*some, "--tasks", ",".join(tasks)] for some, tasks in parts if tasks]
 

@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.lm_eval_model import PolicyLM
+from qadapter.evaluation.lm_eval_model import PolicyLM, require_chat_template
 from qadapter.evaluation.official_files import write_definitions
 from qadapter.evaluation.task_catalog import (
     TaskFolders,
@@ -104,12 +104,8 @@ def evaluate_tasks(
     """
     names, without_template = expand_suites(tasks, plain_tasks)
     plain = set(without_template if apply_chat_template else names)
-    if not plain.issuperset(names) and not getattr(tokenizer, "chat_template", None):
-        raise QAdapterError(
-            "The model's tokenizer has no chat template, and the evaluation asks with one. Set "
-            "`tokenizer.chat_template` to the template the model was trained with, or ask these "
-            "tasks without one: `evaluation.retention.plain_tasks` in a config, `plain_tasks` in Python."
-        )
+    if not plain.issuperset(names):
+        require_chat_template(tokenizer)
     found = find_tasks(names)
     if data is None and (without := needs_data(found.local)):
         raise QAdapterError(f"Task {without[0]} reads its items from a data folder, and none was given. Give `data`.")
@@ -127,9 +123,7 @@ def evaluate_tasks(
                 loaded = _load(manager, some)
                 for task in loaded["tasks"].values():
                     _configure(task, num_fewshot=num_fewshot, max_gen_toks=max_gen_toks, seed=seed)
-                lm = PolicyLM(
-                    model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, apply_chat_template=chat
-                )
+                lm = PolicyLM(model, tokenizer=tokenizer, batch_size=batch_size, apply_chat_template=chat)
                 with _seeded(seed, lm.device):
                     raw = evaluate(
                         lm,
