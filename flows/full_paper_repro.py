@@ -50,7 +50,7 @@ def common_stages(x: Experiment, run: Run) -> Common:
     benchmarks = built or world
 
     bases: dict[str, Any] = {"pretrained": run(pretrain_base, data=data, world=world, built=built)}
-    if x.helpful_sft:
+    if x.helpful_sft and any(domain.base == "helpful" for domain in x.domains.values()):
         bases["helpful"] = run(fine_tune_base, base=bases["pretrained"], data=data[x.helpful_sft.source])
     old_texts = data[x.helpful_sft.source] if x.helpful_sft else None
     kept: dict[str, Any] = {

@@ -15,6 +15,7 @@ from flows.launch import Launch
 from qadapter import planning
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.judge_plan import plan_judges
+from qadapter.evaluation.old_text import unmeasured_on_old_text
 from qadapter.experiment import Experiment
 from qadapter.preferences import sources
 from qadapter.preferences.prepare import parse_files
@@ -88,6 +89,7 @@ def plan_text(profile: str, data: str | None, overrides: Sequence[str] | Mapping
     sections = [
         f"Plan of {experiment.name}: the config is valid, {len(recorder.stages)} stages.",
         "Data\n" + "\n".join(f"  {name:<14}{plan.note}" for name, plan in plans.items()),
+        *(f"Old text\n  {sentence}" for sentence in unmeasured_on_old_text(experiment.model_dump())),
         f"Model\n  {size.parameters / 1e6:,.1f} M parameters ({size.assumption}), "
         f"held as {held}; "
         f"adapter of {planning.adapter_parameters(size, experiment.lora) / 1e6:,.2f} M",

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qadapter.evaluation.old_text import unmeasured_on_old_text
 from qadapter.evaluation.statistics import Interval, proportion_interval
 from qadapter.report.front import pareto_front
 from qadapter.report.intervals import Measured
@@ -172,6 +173,7 @@ def sentences(measured: Measured, config: Mapping[str, Any] | None = None) -> li
     result += chance_sentences(measured)
     result += judge_sentences(measured)
     result += undecided_sentences(measured)
+    result += unmeasured_on_old_text(config)
     labels = [m for m in measured.methods if kind(m) != "base"]
     if len(labels) > 1 and len({kind(m) for m in labels}) == len(labels):
         result.append(
