@@ -130,6 +130,14 @@ def sync_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(folder: Path) -> None:
+    """`sync_to_disk` for all that lies in a folder, and the folder itself."""
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            sync_to_disk(Path(parent, name))
+        sync_to_disk(Path(parent))
+
+
 def _temporary_sibling(final: Path) -> Path:
     """A fresh hidden name beside `final`: on the same file system, so that the rename is atomic."""
     return final.with_name(f".{final.name}.{uuid.uuid4().hex[:12]}.tmp")
@@ -221,10 +229,7 @@ def atomic_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
         try:
             temporary.mkdir(parents=True)
             yield temporary
-            for parent, _, files in os.walk(temporary):
-                for name in files:
-                    sync_to_disk(Path(parent, name))
-                sync_to_disk(Path(parent))
+            sync_tree(temporary)
             if replace and final.exists():
                 # A folder cannot be renamed onto a full one: for an instant neither is there, never half of one.
                 outgoing = _temporary_sibling(final)
