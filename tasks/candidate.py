@@ -16,6 +16,7 @@ from prefect.logging import get_run_logger
 
 from qadapter.artifacts import digest_file, digest_tree, read_json
 from qadapter.customization import Customization
+from qadapter.errors import QAdapterError
 from qadapter.experiment import Experiment
 from qadapter.gate import Decision, Measured, decide
 from qadapter.preferences.ledger import RECORDS
@@ -51,10 +52,14 @@ def learnt_by(champion: Version | None, registry: Registry) -> Path | None:
     """
     if champion is None:
         return None
-    stage, digest = Path(champion.tags["ledger"]), champion.tags.get("ledger_digest")
-    if _holds_ledger(stage, digest):
+    stage, digest = Path(_tags(champion, registry.name)["ledger"]), champion.tags.get("ledger_digest")
+
+    def holds(folder: Path) -> bool:
+        return _holds_ledger(folder, digest)
+
+    if holds(stage):
         return stage
-    if registry.has(champion, LEDGER) and _holds_ledger(kept := registry.files(champion, LEDGER), digest):
+    if registry.has(champion, LEDGER) and holds(kept := registry.files(champion, LEDGER, holds)):
         return kept
     get_run_logger().warning(
         "the ledger of version %d is gone or damaged, in MLflow and in %s: every preference counts as new",
@@ -62,6 +67,22 @@ def learnt_by(champion: Version | None, registry: Registry) -> Path | None:
         stage,
     )
     return None
+
+
+def _tags(champion: Version, name: str) -> Mapping[str, str]:
+    """The tags of a version that is to be trained on from.
+
+    Raises:
+        QAdapterError: it has none of this pipeline's: somebody registered it by hand.
+    """
+    if lacking := [tag for tag in ("ledger", "base_digest", "adapter_digest") if tag not in champion.tags]:
+        raise QAdapterError(
+            f"Version {champion.number} of {name!r}, the champion, was not registered by this pipeline: it lacks the "
+            f"tags {', '.join(lacking)}, which say what it has learnt and which files it is made of. Make a version "
+            "the champion that has them (`make rollback TO=number`; `make history` lists all), or give the config "
+            "another model_name."
+        )
+    return champion.tags
 
 
 def _holds_ledger(folder: Path, digest: str | None) -> bool:
@@ -93,7 +114,8 @@ def champions_base(profile_base: Base, champion: Version | None, model: ModelSet
     from tasks.served_model import find_base, find_numerics
 
     registered = f"{name}/{champion.number}"
-    recorded, digest = find_numerics(registered), champion.tags["base_digest"]
+    digest = _tags(champion, name)["base_digest"]
+    recorded = find_numerics(registered)
     if digest != base_digest(profile_base, model):
         get_run_logger().warning("the profile has another base now; version %d's own is used", champion.number)
         location = _or_finished(lambda: find_base(registered), digest, "model")
@@ -116,7 +138,8 @@ def champions_adapter(champion: Version, name: str) -> Path:
     from tasks.served_model import find_adapter
 
     registered = f"{name}/{champion.number}"
-    return Path(_or_finished(lambda: str(find_adapter(registered)), champion.tags["adapter_digest"], "adapter"))
+    digest = _tags(champion, name)["adapter_digest"]
+    return Path(_or_finished(lambda: str(find_adapter(registered)), digest, "adapter"))
 
 
 def _or_finished(find: Callable[[], str], digest: str, folder: str) -> str:

@@ -11,11 +11,12 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 import pandas as pd
 import requests
@@ -26,12 +27,13 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import InvalidUrlException, MlflowException, RestException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE, MAX_METRICS_PER_BATCH, MAX_PARAM_VAL_LENGTH
 
-from qadapter.artifacts import digest_file, list_files, storage_errors, write_json
+from qadapter.artifacts import atomic_folder, digest_file, list_files, storage_errors, sweep, write_json
 from qadapter.errors import QAdapterError
 from qadapter.url_secrets import shown
 from tasks.spool import Entry
@@ -40,12 +42,17 @@ __all__ = [
     "MAX_DATASET_DIGEST_SIZE",
     "MAX_METRICS_PER_BATCH",
     "MAX_PARAM_VAL_LENGTH",
+    "NOT_FOUND",
     "SQLITE",
     "AwayError",
     "MlflowStore",
+    "RefusedError",
     "away_errors",
+    "downloaded",
     "first_use",
     "is_away",
+    "local_path",
+    "status_of",
 ]
 
 _LOGGER = logging.getLogger(__name__)
@@ -57,8 +64,18 @@ _CLIENT_SETTINGS = {
     # A line with the address of each run that ends: a flow run has dozens.
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-# A server's own error (500) would meet the same request again: that is not being away.
-_AWAY = re.compile(r"failed with (timeout )?exception(?!.*too many 500)|error code 50[234]", re.DOTALL)
+NOT_FOUND = "RESOURCE_DOES_NOT_EXIST"
+"""MLflow's code of an error about something that it does not know."""
+# The client asks again after 408, 429, 500, 502, 503 and 504, and tells the last of them in the first of these ways.
+_STATUS = re.compile(r"too many (\d{3}) error responses|failed with error code (\d{3})")
+# The last is a page of somebody in between, such as a login.
+_NO_ANSWER = re.compile(r"failed with (timeout )?exception|not in a valid JSON format")
+_WANTS_LOGIN, _LATER = 401, (401, 408, 429)
+_LOGIN = "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+_ADVICE = {
+    403: f" {_LOGIN} to those of somebody who may do that.",
+    413: " A proxy before it limits the size of what is sent: raise the limit (nginx: client_max_body_size).",
+}
 _UNWRITABLE = {
     "disk is full": "the disk is full; free some space",
     "readonly database": "it is read-only; change its permissions or name another folder",
@@ -68,7 +85,20 @@ _PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between attempts; SQLite its
 
 
 class AwayError(QAdapterError):
-    """MLflow did not answer for longer than is waited for."""
+    """MLflow did not answer for longer than is waited for, or only that it cannot now (5xx, 408, 429, 401)."""
+
+
+class RefusedError(QAdapterError):
+    """MLflow, or somebody between here and there, will not take or give what was asked, however often.
+
+    Attributes:
+        code: MLflow's name for the error, such as `NOT_FOUND`; empty where only a status of HTTP was answered.
+        reason: what was answered, without the advice around it.
+    """
+
+    def __init__(self, message: str, code: str = "", reason: str = "") -> None:
+        super().__init__(message)
+        self.code, self.reason = code, reason
 
 
 @lru_cache(maxsize=8)
@@ -95,35 +125,106 @@ def first_use(uri: str) -> contextlib.AbstractContextManager[Any]:
     return FileLock(f"{uri.removeprefix(SQLITE)}.lock") if uri.startswith(SQLITE) else contextlib.nullcontext()
 
 
+def status_of(error: Exception) -> int | None:
+    """The HTTP status behind what MLflow's client raised; None where there was none, or none is told."""
+    if isinstance(error, requests.RequestException):
+        return None if error.response is None else error.response.status_code
+    found = None if isinstance(error, RestException) else _STATUS.search(str(error))
+    return int(found[1] or found[2]) if found else None
+
+
 def is_away(error: Exception) -> bool:
-    """Whether MLflow's client raised this because its server does not answer."""
-    return isinstance(error, requests.RequestException) or bool(_AWAY.search(str(error)))
+    """Whether MLflow's client raised this because its server does not answer, or cannot answer now.
+
+    A status below 500 is a refusal, but for those that say "later" or "who are you?"; MLflow's own errors of 5xx never
+    come as a `RestException`, because its client asks again.
+    """
+    if (status := status_of(error)) is not None:
+        return status >= 500 or status in _LATER
+    if isinstance(error, RestException):
+        return False
+    return isinstance(error, requests.RequestException) or bool(_NO_ANSWER.search(str(error)))
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, on one line and without what is secret in an address."""
+    return " ".join(shown(str(error)).split())[:300] or type(error).__name__
 
 
 def _away(uri: str, error: Exception) -> AwayError:
-    reason = shown(str(error)).splitlines()[0][:200]
+    status, where = status_of(error), f"MLflow at {shown(uri)}"
+    if status == _WANTS_LOGIN:
+        return AwayError(f"{where} asks who is there (status 401). {_LOGIN}, then run again: finished stages are kept.")
+    if status is not None:
+        return AwayError(
+            f"{where} answers with an error of its own (status {status}), again and again. Look into its server's log, "
+            "then run again: finished stages are kept."
+        )
     return AwayError(
-        f"MLflow at {shown(uri)} does not answer ({reason}). Start its server or correct MLFLOW_TRACKING_URI, then run "
-        "again: finished stages are kept."
+        f"{where} does not answer ({_reason(error)}). Start its server or correct MLFLOW_TRACKING_URI, then run again: "
+        "finished stages are kept."
     )
+
+
+def _refused(uri: str, what: str, error: MlflowException | requests.RequestException) -> RefusedError:
+    status = status_of(error)
+    advice = _ADVICE.get(status or 0, "")
+    if isinstance(error, InvalidUrlException):
+        advice = " Correct MLFLOW_TRACKING_URI."
+    code = error.error_code if isinstance(error, MlflowException) and status is None else ""
+    if isinstance(error, RestException) and code == "INTERNAL_ERROR":  # JSON of somebody else: MLflow's own is a 500
+        code = ""
+    reason = _reason(error)
+    return RefusedError(f"MLflow at {shown(uri)} refused {what} ({reason}).{advice}", code, reason)
 
 
 @contextlib.contextmanager
 def away_errors(uri: str) -> Iterator[None]:
-    """For MLflow's fluent calls, which `MlflowStore.call` cannot make: say when the server is away.
+    """For MLflow's fluent calls, which `MlflowStore.call` cannot make: say when the server is away or refuses.
 
     Args:
         uri: of the store that they speak to; its password is in no message.
 
     Raises:
-        AwayError: in place of what MLflow or its HTTP client raised; other exceptions pass unchanged.
+        AwayError: in place of what MLflow or its HTTP client raised.
+        RefusedError: the same, where the server answered; exceptions of others pass unchanged.
     """
     try:
         yield
     except (MlflowException, requests.RequestException) as error:
-        if not is_away(error):
-            raise
-        raise _away(uri, error) from None  # the cause has the address as given, password and all
+        # The cause has the address as given, password and all.
+        raise (_away(uri, error) if is_away(error) else _refused(uri, "this", error)) from None
+
+
+def local_path(artifact_uri: str) -> Path | None:
+    """Where artifacts lie on this machine, to be read there and not copied; None if they must be fetched."""
+    return Path(local_file_uri_to_path(artifact_uri)) if urlsplit(artifact_uri).scheme in ("", "file") else None
+
+
+def downloaded(place: Path, path: str, fetch: Callable[[Path], Any], holds: Callable[[Path], bool]) -> Path:
+    """Artifacts of another machine: fetched once, kept, and only ever there whole.
+
+    Args:
+        place: folder that keeps them, named after what they are.
+        path: of the artifacts, as MLflow knows it.
+        fetch: has them copied below the folder that it is given, where MLflow puts them: under `path`.
+        holds: whether what is kept is still good; if not, it is fetched again.
+
+    Returns:
+        Where they lie now.
+
+    Raises:
+        QAdapterError: the disk is full or cannot be written to; or what `fetch` raises.
+    """
+    with storage_errors(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(place.with_name(f"{place.name}.lock"))
+    with lock:
+        if not (place / path).exists() or not holds(place / path):
+            sweep(place)
+            with atomic_folder(place, replace=True) as folder:
+                fetch(folder)
+    return place / path
 
 
 @dataclass(frozen=True)
@@ -141,10 +242,12 @@ class MlflowStore:
     def call(self, method: str, *arguments: Any, **options: Any) -> Any:
         """Call the client; wait and try again while the store is busy.
 
-        A server that does not answer is waited for by MLflow's own client, a locked SQLite file here.
+        A server that does not answer, or with an error of its own, is waited for by MLflow's own client, a locked
+        SQLite file here.
 
         Raises:
             AwayError: the store stayed away for longer than that.
+            RefusedError: it answered that it will not.
             QAdapterError: the database cannot be written to.
         """
         for pause in (*_PAUSES, None):
@@ -168,7 +271,7 @@ class MlflowStore:
                 elif busy or is_away(error):
                     raise _away(self.uri, error) from None  # the cause has the address as given, password and all
                 else:
-                    raise
+                    raise _refused(self.uri, method, error) from None
         raise AssertionError("unreachable")
 
     def is_there(self) -> bool:
@@ -190,8 +293,8 @@ class MlflowStore:
         else:
             try:
                 self.call("create_experiment", name)
-            except MlflowException as error:  # another machine's process was faster
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            except RefusedError as error:  # another machine's process was faster
+                if error.code != "RESOURCE_ALREADY_EXISTS":
                     raise
         return self.call("get_experiment_by_name", name)
 
@@ -201,6 +304,12 @@ class MlflowStore:
         Args:
             entry: what to write.
             run: id of the run.
+
+        Raises:
+            AwayError: the store is away.
+            RefusedError: it will not take that; of a folder, all files were sent that it takes.
+            FileNotFoundError: the file or folder to send is gone.
+            QAdapterError: a disk of this machine is full or cannot be written to.
         """
         match entry["what"]:
             case "batch":
@@ -241,14 +350,16 @@ class MlflowStore:
             self.call("set_tag", run, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*tables, table]))
 
     def _upload(self, run_id: str, path: Path, artifact_path: str | None, max_bytes: int | None) -> None:
+        if not path.is_dir():
+            raise FileNotFoundError(f"the folder {path} is gone")
         files = list_files(path)
         large = {
             name: file for name, file in files.items() if max_bytes is not None and file.stat().st_size > max_bytes
         }
         if not large:
-            self._store("log_artifacts", run_id, str(path), artifact_path)
+            self._send(run_id, path, artifact_path)
             return
-        with tempfile.TemporaryDirectory(prefix="qadapter-") as staging:
+        with storage_errors(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory(prefix="qadapter-") as staging:
             for name, file in files.items():
                 if name not in large:
                     link = Path(staging, name)
@@ -264,7 +375,25 @@ class MlflowStore:
                 for name, file in large.items()
             ]
             write_json(Path(staging, "references.json"), references)
-            self._store("log_artifacts", run_id, staging, artifact_path)
+            self._send(run_id, Path(staging), artifact_path)
+
+    def _send(self, run_id: str, folder: Path, artifact_path: str | None) -> None:
+        """Send a folder; where one of its files is refused, the others all the same."""
+        try:
+            self._store("log_artifacts", run_id, str(folder), artifact_path)
+            return
+        except RefusedError as error:
+            if error.code:  # what MLflow itself says is about the run, not about a file
+                raise
+        refused = {}
+        for name, file in list_files(folder).items():
+            among = PurePosixPath(artifact_path or "", name).parent
+            try:
+                self._store("log_artifact", run_id, str(file), None if among.name == "" else str(among))
+            except RefusedError as error:
+                refused[name] = str(error)
+        if refused:
+            raise RefusedError(f"{', '.join(refused)}: {next(iter(refused.values()))}")
 
     def _store(self, method: str, *arguments: Any) -> None:
         with storage_errors(Path(self.artifact_root)):

@@ -2,7 +2,8 @@
 
 What could not be written is kept in a spool, in order, and written when MLflow is back: before the next write, before
 the run ends, or when the next run starts. Each write can be repeated without harm, so a delivery that was itself
-killed is simply begun again.
+killed is simply begun again. What MLflow refuses, or fails at again and again while it answers everything else, is put
+aside in a file of its own with the reason, and does not hold up the rest.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from qadapter.errors import QAdapterError
 from qadapter.url_secrets import shown
-from tasks.mlflow_store import AwayError, MlflowStore
+from tasks.mlflow_store import AwayError, MlflowStore, RefusedError
 from tasks.spool import Entry, Spool
 
 TICKET_TAG = "qadapter.ticket"
@@ -26,7 +27,8 @@ TICKET = "spooled-"
 _LOGGER = logging.getLogger(__name__)
 _LONGEST_PAUSE = 30.0
 _ASK_AGAIN = 10.0
-_last_seen_away: dict[str, float] = {}  # tracking URI → when its server was last found away
+_TRIES = 5  # of one entry, each of a minute; counted in the spool, so across processes
+_not_before: dict[str, float] = {}  # tracking URI → when its server, last found away, is asked again
 
 
 @dataclass(frozen=True)
@@ -66,29 +68,75 @@ class Outbox:
 
     def _is_there(self, at_once: bool) -> bool:
         """Whether MLflow is there; unless it must be known at once, one found away is not asked for some seconds."""
-        if not at_once and time.monotonic() - _last_seen_away.get(self._store.uri, -_ASK_AGAIN) < _ASK_AGAIN:
+        if not at_once and time.monotonic() < _not_before.get(self._store.uri, 0.0):
             return False
         if self._store.is_there():
-            _last_seen_away.pop(self._store.uri, None)
             return True
-        _last_seen_away[self._store.uri] = time.monotonic()
+        self._pause(_ASK_AGAIN)
         return False
 
+    def _pause(self, seconds: float) -> None:
+        _not_before[self._store.uri] = time.monotonic() + seconds
+
     def _deliver_all(self, spool: Spool) -> bool:
-        with spool.locked():
-            for entry in spool.entries():
-                try:
-                    self._write(entry)
-                except AwayError:
-                    return False
-                except Exception as error:  # such as a run that was deleted: no later attempt will fare better
-                    _LOGGER.warning("MLflow refused what it had missed (%s): %s", entry.get("what"), shown(str(error)))
-                    spool.refuse(entry, shown(str(error)))
-            spool.clear()
+        """Deliver in order, until something must be tried again later; False: something is left."""
+        start = time.monotonic()
+        try:
+            with spool.locked():
+                rest = spool.entries()
+                while rest:
+                    entry = rest.pop(0)
+                    start = time.monotonic()
+                    again = self._deliver_one(spool, entry)
+                    if again is not None:
+                        spool.keep([again, *rest])
+                        break
+                else:
+                    spool.keep([])
+                    _not_before.pop(self._store.uri, None)
+                    return True
+        except QAdapterError as error:  # the spool itself cannot be written, and is as it was
+            _LOGGER.warning("%s What MLflow missed is told later.", error)
+        # Not before each write of a run: half of its time is enough to wait for a server that fails.
+        self._pause(max(_ASK_AGAIN, time.monotonic() - start))
+        return False
+
+    def _deliver_one(self, spool: Spool, entry: Entry) -> Entry | None:
+        """Deliver an entry, or put it aside for good; what must be tried again otherwise."""
+        try:
+            self._write(entry)
+            return None
+        except (FileNotFoundError, NotADirectoryError, RefusedError) as error:  # no later attempt will fare better
+            failed: Exception = error
+        except (AwayError, OSError) as error:
+            tries = entry.get("tries", 0) + 1
+            if tries < _TRIES or not self._answers():
+                _LOGGER.warning("%s It is told later.", shown(str(error)))
+                return {**entry, "tries": tries}
+            failed = error
+        except QAdapterError as error:  # a full disk, or one that cannot be written to: not this entry's fault
+            _LOGGER.warning("%s What MLflow missed is told later.", error)
+            return entry
+        except Exception as error:  # such as an entry of another version
+            failed = error
+        reason = shown(str(failed))
+        _LOGGER.warning("MLflow refused what it had missed (%s), see %s: %s", entry.get("what"), spool.refused, reason)
+        spool.refuse(entry, reason)
+        return None
+
+    def _answers(self) -> bool:
+        """Whether MLflow answers a question that needs its database."""
+        try:
+            self._store.call("search_experiments", max_results=1)
+        except QAdapterError:
+            return False
         return True
 
     def record(self, what: str, run_id: str, **content: Any) -> str | None:
         """Write now; if MLflow is away, or has not been told of earlier writes, leave it in the spool.
+
+        What somebody between here and MLflow refuses, such as a proxy with a limit of size, is put aside: no stage
+        fails for it.
 
         Args:
             what: `start`, or one of `MlflowStore.write`'s kinds.
@@ -97,6 +145,10 @@ class Outbox:
 
         Returns:
             The new run's id after a `start`; None otherwise, and if the write is still to come.
+
+        Raises:
+            RefusedError: MLflow itself says that it is wrong, or a run could not be started.
+            QAdapterError: a disk is full or cannot be written to.
         """
         entry = {"what": what, "run": run_id, **content}
         spool = self.spool
@@ -105,16 +157,27 @@ class Outbox:
                 return self._write(entry)
             except AwayError as error:
                 _LOGGER.warning("%s It will be told later: %s", error, spool.file)
+            except RefusedError as error:
+                if error.code or what == "start":
+                    raise
+                _LOGGER.warning("%s It is put aside: %s", error, spool.refused)
+                with spool.locked():
+                    spool.refuse(entry, str(error))
+                return None
         spool.append(entry)
         return None
 
     def run_of(self, run_id: str) -> str:
-        """The id behind a ticket; any other id is itself."""
+        """The id behind a ticket; any other id is itself.
+
+        Raises:
+            RefusedError: MLflow did not start that run.
+        """
         if not run_id.startswith(TICKET):
             return run_id
         if found := self.spool.identity_of(run_id):
             return found
-        raise QAdapterError(f"MLflow refused to start the run {run_id}; the log says why.")
+        raise RefusedError(f"MLflow refused to start the run {run_id}; {self.spool.refused} says why.")
 
     def _write(self, entry: Entry) -> str | None:
         """Do one write; doing it again changes nothing."""

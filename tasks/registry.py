@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,17 @@ from filelock import FileLock
 
 from qadapter.artifacts import storage_errors
 from qadapter.errors import QAdapterError
+from qadapter.url_secrets import shown
+from tasks.mlflow_store import NOT_FOUND, RefusedError, downloaded, local_path
 from tasks.tracking import Tracker
 
 CHAMPION, PREVIOUS = "champion", "previous"
 _LOGGED_MODEL = "models:/"
 _PROMOTE, _REJECT = "promote", "reject"
 _UNDER_WAY = "rolling_back_from"  # stands on the target until both aliases have moved
+# Bytes that every database of MLflow's takes: a VARCHAR(5000) of PostgreSQL and MySQL, and a TEXT of MySQL (65,535),
+# which is less than the 100,000 characters that MLflow itself allows. SQLite would take anything.
+_DESCRIPTION, _TAG = 5_000, 60_000
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Version:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What was measured before it was registered."""
+        """What was measured before it was registered, or as many of a very long list as fit into a tag."""
         return dict(json.loads(self.tags.get("metrics", "{}")))
 
 
@@ -70,7 +75,7 @@ class Candidate:
         passed: what the gate said.
         reasons: why.
         parent: number of the version it was trained on; None for the first.
-        facts: tags: digests of data and config, the base, …
+        facts: tags: digests of data and config, the base, …; like the config's, their URLs lose password and query.
         metrics: what was measured.
         config: the whole config, JSON values.
     """
@@ -89,20 +94,22 @@ class Candidate:
         tags = {
             "candidate": self.key,
             "decision": _PROMOTE if self.passed else _REJECT,
-            "reasons": "\n".join(self.reasons),
+            "reasons": _fitting(self.reasons, _TAG, "… and {} more: gate.json among the run's artifacts has all"),
             "parent": str(self.parent or ""),
-            "metrics": json.dumps(dict(self.metrics), sort_keys=True),
-            "config": json.dumps(dict(self.config), sort_keys=True),
-            **self.facts,
+            "metrics": _fitting_metrics(self.metrics),
+            "config": _fitting([shown(json.dumps(dict(self.config), sort_keys=True))], _TAG, "too long for a tag"),
+            **{name: shown(value) for name, value in self.facts.items()},
         }
         return tags if self.passed else {**tags, "rejected": "true"}
 
     def description(self) -> str:
-        """The version's story for people."""
+        """The version's story for people, cut to what every database takes; the run's `gate.json` has all of it."""
         origin = f"Trained on from version {self.parent}." if self.parent else "The first candidate, from the base."
         verdict = "Promoted" if self.passed else "Rejected"
-        reasons = "\n".join(f"- {reason}" for reason in self.reasons)
-        return f"{verdict} by the gate. {origin}\n\n{reasons}\n"
+        head = f"{verdict} by the gate. {origin}\n\n"
+        rest = "- … and {} more: the tag `reasons` has them, and gate.json among the run's artifacts"
+        reasons = [f"- {reason}" for reason in self.reasons]
+        return head + _fitting(reasons, _DESCRIPTION - len(head.encode()) - 1, rest) + "\n"
 
 
 @dataclass(frozen=True)
@@ -288,12 +295,41 @@ class Registry:
         return champion, versions[target]
 
     def has(self, version: Version, folder: str) -> bool:
-        """Whether there is such a folder among the artifacts of a version's run."""
-        return bool(self.tracker.call("list_artifacts", version.run_id, folder))
+        """Whether there is such a folder among the artifacts of a version's run; not where the run is gone."""
+        try:
+            return bool(self.tracker.call("list_artifacts", version.run_id, folder))
+        except RefusedError as error:
+            if error.code != NOT_FOUND:
+                raise
+            return False
 
-    def files(self, version: Version, folder: str) -> Path:
-        """A folder of the artifacts of a version's run, fetched if they are not on this machine."""
-        return Path(self.tracker.call("download_artifacts", version.run_id, folder))
+    def files(self, version: Version, folder: str, holds: Callable[[Path], bool] = Path.is_dir) -> Path:
+        """A folder of the artifacts of a version's run, where it lies; fetched once if that is another machine.
+
+        Args:
+            version: whose run.
+            folder: its name among the artifacts.
+            holds: whether a copy that was fetched before is still good.
+
+        Raises:
+            QAdapterError: the run is gone.
+        """
+        try:
+            run = self.tracker.call("get_run", version.run_id)
+        except RefusedError as error:
+            if error.code != NOT_FOUND:
+                raise
+            raise QAdapterError(
+                f"The run {version.run_id} of version {version.number} of {self.name!r} is gone from MLflow at "
+                f"{shown(self.tracker.uri)} (`mlflow gc` removes deleted runs), and its folder {folder!r} with it. "
+                "Restore the run from a backup, or make a version the champion whose run is there (`make rollback`)."
+            ) from None
+        if (artifacts := local_path(run.info.artifact_uri)) is not None:
+            return artifacts / folder
+        place = self.tracker.downloads / "runs" / version.run_id / folder
+        return downloaded(
+            place, folder, lambda at: self.tracker.call("download_artifacts", version.run_id, folder, str(at)), holds
+        )
 
     @contextmanager
     def _moving(self) -> Iterator[None]:
@@ -316,6 +352,27 @@ class Registry:
 
     def _tag(self, number: int, key: str, value: str) -> None:
         self.tracker.call("set_model_version_tag", self.name, str(number), key, value)
+
+
+def _fitting(lines: Sequence[str], room: int, rest: str) -> str:
+    """As many lines as fit into so many bytes, and behind them how many do not."""
+    kept, text = len(lines), "\n".join(lines)
+    while len(text.encode()) > room:
+        kept -= 1
+        text = "\n".join([*lines[:kept], rest.format(len(lines) - kept)])
+    return text
+
+
+def _fitting_metrics(metrics: Mapping[str, float]) -> str:
+    """JSON of as many metrics as a tag takes, those of the shortest paths first: means before single tasks."""
+    kept: dict[str, float] = {}
+    room = _TAG
+    for name in sorted(metrics, key=lambda name: (name.count("/"), name)):
+        room -= len(json.dumps({name: metrics[name]}))
+        if room < 0:
+            break
+        kept[name] = metrics[name]
+    return json.dumps(kept, sort_keys=True)
 
 
 def _called(number: str) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,20 +16,30 @@ from typing import Any
 import tasks.tracking  # first: it switches MLflow's telemetry off before MLflow is imported
 
 import mlflow  # isort: skip
+import requests
 import yaml
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types.schema import Array, ColSpec, DataType, Object, ParamSchema, ParamSpec, Property, Schema
 
 import qadapter
-from qadapter.artifacts import digest_tree, storage_errors, sync_to_disk
+from qadapter.artifacts import digest_tree, storage_errors, sync_to_disk, sync_tree
 from qadapter.errors import QAdapterError
 from qadapter.serving.registered import DamagedError, refuse_damage
 from qadapter.settings import ModelSettings
 from qadapter.url_secrets import shown
 from tasks.context import workspace
 from tasks.hub import commit_of
-from tasks.mlflow_store import MlflowStore, away_errors, is_away
+from tasks.mlflow_store import (
+    NOT_FOUND,
+    MlflowStore,
+    RefusedError,
+    away_errors,
+    downloaded,
+    is_away,
+    local_path,
+    status_of,
+)
 
 _GLOBALS = threading.Lock()
 _PREFIX = "qadapter."  # of what the metadata says of base and adapter
@@ -75,12 +87,16 @@ class ServedFiles:
         base: folder or hub id.
         adapter: folder.
         numerics: how the base is to be loaded, `dtype`, `quantization` and `revision`, as far as it was recorded.
+        version: its number.
+        base_digest: the same for versions on the same base, wherever it lies; empty where nobody wrote it down.
     """
 
     name: str
     base: str
     adapter: Path
     numerics: Mapping[str, str] = field(default_factory=dict)
+    version: int = 0
+    base_digest: str = ""
 
 
 def log_served_model(
@@ -110,7 +126,7 @@ def log_served_model(
         What to register: `create_model_version(…, source=…)`.
 
     Raises:
-        QAdapterError: the adapter folder is missing, or the store is full, read-only or away.
+        QAdapterError: the adapter folder is missing, or the store is full, read-only or away, or refuses a file.
     """
     if not adapter.is_dir():
         raise QAdapterError(f"There is no adapter folder {adapter}. Give the folder that a training wrote.")
@@ -122,7 +138,7 @@ def log_served_model(
     config = {"name": name, **described} if local else {"name": name, "base": str(base), **described}
     packages = (*_PACKAGES, "bitsandbytes") if numerics.get("quantization", "none") != "none" else _PACKAGES
     package = Path(str(qadapter.__file__)).parent
-    with _store() as uri, storage_errors(workspace()), away_errors(uri):
+    with _store() as uri, away_errors(uri), storage_errors(workspace()):
         logged = Model.log(
             artifact_path=None,
             flavor=mlflow.pyfunc,
@@ -158,15 +174,13 @@ def _push_to_disk(folder: Path) -> None:
     """Before anything names it: a power cut must not leave a registered version whose files were never written."""
     if not folder.is_dir():  # a server has it
         return
-    for parent, _, files in os.walk(folder):
-        for each in (*(Path(parent, name) for name in files), Path(parent)):
-            sync_to_disk(each)
+    sync_tree(folder)
     for above in folder.parents[:4]:  # the model's folder, `models`, the experiment's, `mlruns`: they may be new
         sync_to_disk(above)
 
 
 def find_served_model(model: str) -> ServedFiles:
-    """The files behind a registered version, downloaded if the store is not on this machine.
+    """The files behind a registered version, downloaded once if the store is not on this machine.
 
     Every byte is read once: what is not what was registered is refused.
 
@@ -178,7 +192,23 @@ def find_served_model(model: str) -> ServedFiles:
         DamagedError: its files are gone, or others than when it was registered.
     """
     found = _Registered.find(model)
-    return ServedFiles(found.name, found.base(), found.part("adapter"), found.numerics())
+    return ServedFiles(
+        found.name,
+        found.base(),
+        found.part("adapter"),
+        found.numerics(),
+        int(found.number),
+        found.digest("base") or "",
+    )
+
+
+def version_of(model: str) -> int:
+    """The number of the version that a name stands for now, as `find_served_model` would find it.
+
+    Raises:
+        QAdapterError: there is none, or MLflow is away.
+    """
+    return int(_version_of(model)[1].version)
 
 
 def find_adapter(model: str) -> Path:
@@ -199,13 +229,18 @@ def find_numerics(model: str) -> Mapping[str, str]:
 def check_files(model: str) -> None:
     """Hold what is registered against its digests; a base only where it lies on this machine, it is not downloaded.
 
+    Copies that were downloaded before say nothing about what the store has now, and are left out.
+
     Raises:
         QAdapterError: as `find_served_model`.
     """
     found = _Registered.find(model)
-    found.part("adapter")
-    if Path(found.source).is_dir():
+    if found.here:
+        found.part("adapter")
         found.base()
+    else:
+        with tempfile.TemporaryDirectory(prefix="qadapter-") as folder:
+            found.refuse_damage("adapter", found.fetch(found.parts["adapter"]["path"], Path(folder)))
 
 
 @dataclass(frozen=True)
@@ -215,7 +250,7 @@ class _Registered:
     Attributes:
         name: of the registered model.
         number: of the version.
-        source: where the store keeps it; a folder if that is on this machine.
+        place: address of its files.
         tags: of the version.
         parts: of the model, by name, each with its `path` in the model's folder.
         metadata: of the MLmodel file.
@@ -223,52 +258,40 @@ class _Registered:
 
     name: str
     number: str
-    source: str
+    place: str
     tags: Mapping[str, str]
-    parts: Mapping[str, Mapping[str, str]]
-    metadata: Mapping[str, Any]
+    parts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def find(cls, model: str) -> _Registered:
         """The version behind `NAME@ALIAS` or `NAME/VERSION`."""
-        name, at, alias = model.partition("@")
-        if not at:
-            name, _, number = model.partition("/")
-        if not name or name == model:
-            raise QAdapterError(
-                f"{model!r} names no version. Give NAME@ALIAS or NAME/VERSION, such as policy@champion."
-            )
-        tracker = tasks.tracking.Tracker.for_project(workspace())
-        client = MlflowStore(tracker.uri, tracker.artifact_root)
-        try:
-            if at:  # an alias can move between two downloads, a version cannot
-                version = client.call("get_model_version_by_alias", name, alias)
-            else:
-                version = client.call("get_model_version", name, number)
-        except MlflowException as error:
-            reason = shown(str(error)).splitlines()[0]
-            unknown = error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-            what = "has no" if unknown else "does not hand out the"
-            raise QAdapterError(
-                f"MLflow at {shown(tracker.uri)} {what} model {model!r} ({reason}). `mlflow ui` lists the registered "
-                "models; QADAPTER_HOME or MLFLOW_TRACKING_URI say which store is read."
-            ) from None  # the cause may have the store's address as given, password and all
-        number = str(version.version)
-        file = _fetch(name, number, "MLmodel")
-        try:
-            described = Model.load(str(file))
-        except (yaml.YAMLError, TypeError, ValueError, MlflowException):
-            raise DamagedError(
-                f"Version {number} of {name!r} in MLflow at {shown(tracker.uri)} is damaged: {file} is no description "
-                "of a model. Restore it from a backup, or roll back to another version (`make rollback`)."
-            ) from None
+        store, version = _version_of(model)
+        name, number = str(version.name), str(version.version)
+        place = store.call("get_model_version_download_uri", name, number)
+        found = cls(name, number, str(place), dict(version.tags))
+        with tempfile.TemporaryDirectory(prefix="qadapter-") as folder:
+            file = found.fetch("MLmodel", Path(folder))
+            try:
+                described = Model.load(str(file))
+            except (yaml.YAMLError, TypeError, ValueError, MlflowException):
+                raise DamagedError(
+                    f"Version {number} of {name!r} in MLflow at {shown(store.uri)} is damaged: {file} is no "
+                    "description of a model. Restore it from a backup, or roll back to another version "
+                    "(`make rollback`)."
+                ) from None
         parts = (described.flavors.get("python_function") or {}).get("artifacts", {})
         metadata = described.metadata or {}
         if _PREFIX + "base" not in metadata or "adapter" not in parts:
             raise QAdapterError(
                 f"The model {model!r} is no base with an adapter. Register what log_served_model logged."
             )
-        return cls(name, number, str(version.source), dict(version.tags), parts, metadata)
+        return replace(found, parts=parts, metadata=metadata)
+
+    @property
+    def here(self) -> bool:
+        """Whether its files lie on this machine; then they are used where they are."""
+        return local_path(self.place) is not None
 
     def base(self) -> str:
         """Hub id, or the folder, fetched and whole."""
@@ -280,28 +303,83 @@ class _Registered:
         names = ("dtype", "quantization", "revision")
         return {name: str(self.metadata[_PREFIX + name]) for name in names if _PREFIX + name in self.metadata}
 
+    def digest(self, part: str) -> str | None:
+        """What `adapter` or `base` must be: the version's tag, which says what was judged.
+
+        A model that was registered by hand has only its own word.
+        """
+        key = f"{part}_digest"
+        return self.tags.get(key) or self.metadata.get(_PREFIX + key)
+
     def part(self, name: str) -> Path:
         """The folder of `adapter` or `base`, fetched and whole."""
-        folder = _fetch(self.name, self.number, self.parts[name]["path"])
-        key = f"{name}_digest"
-        # The version's tag, which says what was judged; a model that was registered by hand has only its own word.
-        expected = self.tags.get(key) or self.metadata.get(_PREFIX + key)
-        uri = shown(tasks.tracking.tracking_uri(workspace()))
-        refuse_damage(folder, expected, f"{name} of version {self.number} of {self.name!r} in MLflow at {uri}")
+        path, expected, whole = self.parts[name]["path"], self.digest(name), False
+        if self.here:
+            folder = self.fetch(path, None)
+        else:
+            # Versions that share a base share the copy of it.
+            key = expected or hashlib.sha256(f"{self.place}/{path}".encode()).hexdigest()
+            place = workspace() / ".qadapter" / "downloads" / "models" / key
+
+            def holds(folder: Path) -> bool:
+                nonlocal whole
+                whole = expected is None or digest_tree(folder) == expected
+                return whole
+
+            folder = downloaded(place, path, lambda at: self.fetch(path, at), holds)
+        if not whole:  # a large base is read once, not twice
+            self.refuse_damage(name, folder)
         return folder
 
+    def refuse_damage(self, part: str, folder: Path) -> None:
+        """Hold a folder against what it must be."""
+        uri = shown(tasks.tracking.tracking_uri(workspace()))
+        what = f"{part} of version {self.number} of {self.name!r} in MLflow at {uri}"
+        refuse_damage(folder, self.digest(part), what)
 
-def _fetch(name: str, number: str, path: str) -> Path:
-    with _store() as uri, away_errors(uri), storage_errors(workspace()):
-        try:
-            return Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{number}/{path}"))
-        except (MlflowException, FileNotFoundError) as error:
-            if is_away(error):
-                raise
-            raise DamagedError(
-                f"MLflow at {shown(uri)} knows version {number} of {name!r}, but its {path} cannot be read "
-                f"({shown(str(error)).splitlines()[0]}). Restore the artifacts of that version, or register it again."
-            ) from None  # the cause may have the store's address as given, password and all
+    def fetch(self, path: str, to: Path | None) -> Path:
+        """One of its files or folders: where it lies, or where it lies below `to` if it must be fetched."""
+        at = None if self.here or to is None else str(to)
+        with _store() as uri, away_errors(uri):
+            try:
+                with storage_errors(to or workspace()):
+                    return Path(
+                        mlflow.artifacts.download_artifacts(f"models:/{self.name}/{self.number}/{path}", dst_path=at)
+                    )
+            except QAdapterError as error:
+                raise QAdapterError(str(error)) from None  # the cause may have the store's address as given
+            except (MlflowException, FileNotFoundError, requests.HTTPError) as error:
+                status = status_of(error)
+                # A server says 500 where a file is gone, and what it is asked before and after is answered.
+                if (is_away(error) and status != 500) or status in (401, 403):
+                    raise
+                raise DamagedError(
+                    f"MLflow at {shown(uri)} knows version {self.number} of {self.name!r}, but its {path} cannot be "
+                    f"read ({shown(str(error)).splitlines()[0]}). Restore the artifacts of that version, or register "
+                    "it again."
+                ) from None
+
+
+def _version_of(model: str) -> tuple[MlflowStore, Any]:
+    """The store, and MLflow's own description of the version behind `NAME@ALIAS` or `NAME/VERSION`."""
+    name, at, alias = model.partition("@")
+    if not at:
+        name, _, number = model.partition("/")
+    if not name or name == model:
+        raise QAdapterError(f"{model!r} names no version. Give NAME@ALIAS or NAME/VERSION, such as policy@champion.")
+    tracker = tasks.tracking.Tracker.for_project(workspace())
+    store = MlflowStore(tracker.uri, tracker.artifact_root)
+    try:
+        if at:  # an alias can move between two downloads, a version cannot
+            return store, store.call("get_model_version_by_alias", name, alias)
+        return store, store.call("get_model_version", name, number)
+    except RefusedError as error:
+        unknown = error.code in (NOT_FOUND, "INVALID_PARAMETER_VALUE")
+        what = "has no" if unknown else "does not hand out the"
+        raise QAdapterError(
+            f"MLflow at {shown(tracker.uri)} {what} model {model!r} ({error.reason}). `mlflow ui` lists the registered "
+            "models; QADAPTER_HOME or MLFLOW_TRACKING_URI say which store is read."
+        ) from None
 
 
 @contextmanager

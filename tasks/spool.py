@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from qadapter.artifacts import storage_errors
+from qadapter.artifacts import storage_errors, sync_to_disk
 
 Entry = dict[str, Any]
 
@@ -19,16 +19,18 @@ Entry = dict[str, Any]
 class Spool:
     """JSON lines that threads, processes and later runs share.
 
-    An entry stays until all of them were delivered: delivering one twice must do no harm.
+    Whoever delivers says what is left when it is done: a killed delivery is begun again, so delivering an entry twice
+    must do no harm.
 
     Attributes:
         file: the entries; absent while nothing waits.
+        refused: those that no later attempt can deliver, each with its reason.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self._names = file.with_suffix(".names.jsonl")
-        self._refused = file.with_suffix(".refused.jsonl")
+        self.refused = file.with_suffix(".refused.jsonl")
 
     @property
     def waiting(self) -> bool:
@@ -55,11 +57,25 @@ class Spool:
 
     def refuse(self, entry: Entry, reason: str) -> None:
         """Put an entry aside that no later attempt can deliver either."""
-        _append(self._refused, {"reason": reason, **entry})
+        _append(self.refused, {"reason": reason, **entry})
 
-    def clear(self) -> None:
-        """Everything was delivered."""
-        self.file.unlink(missing_ok=True)
+    def keep(self, entries: Sequence[Entry]) -> None:
+        """Everything was delivered but these; only under `locked`.
+
+        Raises:
+            QAdapterError: the disk is full or cannot be written to; then all that was there still is.
+        """
+        if not entries:
+            self.file.unlink(missing_ok=True)
+            return
+        rest = self.file.with_suffix(".rest")
+        with storage_errors(self.file):
+            with rest.open("wb") as stream:
+                stream.writelines(_line(entry) for entry in entries)
+                stream.flush()
+                os.fsync(stream.fileno())
+            rest.replace(self.file)
+            sync_to_disk(self.file.parent)
 
     def name(self, ticket: str, identity: str) -> None:
         """Remember what something is called since it was delivered that had only a ticket before."""
@@ -76,9 +92,13 @@ def _append(file: Path, entry: Entry) -> None:
         with file.open("ab+") as stream:
             if stream.tell() and not _ends_in_newline(stream):
                 stream.write(b"\n")
-            stream.write(json.dumps(entry, default=str).encode() + b"\n")
+            stream.write(_line(entry))
             stream.flush()
             os.fsync(stream.fileno())
+
+
+def _line(entry: Entry) -> bytes:
+    return json.dumps(entry, default=str).encode() + b"\n"
 
 
 def _ends_in_newline(stream: Any) -> bool:

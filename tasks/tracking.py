@@ -337,6 +337,11 @@ class Tracker:
     # ---- the way there
 
     @property
+    def downloads(self) -> Path:
+        """Folder that keeps what was fetched from a store of another machine."""
+        return Path(self.artifact_root).parent / ".qadapter" / "downloads"
+
+    @property
     def _store(self) -> MlflowStore:
         return MlflowStore(self.uri, self.artifact_root)
 
@@ -355,6 +360,7 @@ class Tracker:
 
         Raises:
             AwayError: MLflow does not answer.
+            RefusedError: it will not, or a ticket stands for a run that it refused to start.
         """
         self.deliver(_PATIENCE)
         run_of = self._outbox.run_of

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sqlite3
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from prefect.logging import disable_run_logger
 
 from flows.recurring import main
 from qadapter.errors import QAdapterError
+from qadapter.settings import ModelSettings
+from tasks.candidate import champions_adapter, champions_base, learnt_by
 from tasks.registry import Candidate, Registry, Version
 from tasks.tracking import Tracker
+from tasks.train import Base
 
 
 @pytest.fixture
@@ -88,6 +96,59 @@ def test_the_story_stands_on_the_version(registry: Registry) -> None:
     assert (version.tags["parent"], version.tags["data_digest"]) == ("", "data-one")
     assert "Promoted by the gate. The first candidate" in version.description
     assert "- reason of one\n- another" in version.description
+
+
+def as_strict_as_a_server(registry: Registry) -> None:
+    """What PostgreSQL and MySQL refuse, SQLite takes: a description of more than 5,000 characters, a tag of 64 kB."""
+    assert registry.versions() == []  # so that the tables are there
+    with sqlite3.connect(registry.tracker.uri.removeprefix("sqlite:///")) as database:
+        for table, column, limit in (("model_versions", "description", 5000), ("model_version_tags", "value", 65_535)):
+            for event in ("INSERT", "UPDATE"):
+                database.execute(
+                    f"CREATE TRIGGER {table}_{event} BEFORE {event} ON {table} "
+                    f"WHEN length(CAST(NEW.{column} AS BLOB)) > {limit} "
+                    f"BEGIN SELECT RAISE(ABORT, 'value too long for type character varying({limit})'); END"
+                )
+
+
+def test_a_long_story_is_cut_to_what_every_database_takes(registry: Registry) -> None:
+    """200 tasks with a sentence each, and the metrics of 2,000."""
+    as_strict_as_a_server(registry)
+    reasons = [
+        f"mmlu_{n} down from the champion by +0.001 [-0.010, +0.012], allowed 0.020 beyond noise" for n in range(200)
+    ]
+    metrics = {f"retention/mmlu_{n}/exact_match": n / 7 for n in range(2000)} | {"retention/mean": 0.5}
+    new = replace(candidate(registry, "long"), reasons=reasons, metrics=metrics)
+    version = registry.register(new, logged(registry, new.run_id))
+    assert len(version.description) <= 5000
+    lines = version.description.splitlines()
+    listed = [line.removeprefix("- ") for line in lines if line.startswith("- mmlu_")]
+    assert listed == reasons[: len(listed)]
+    assert lines[2 + len(listed) :] == [
+        f"- … and {200 - len(listed)} more: the tag `reasons` has them, and gate.json among the run's artifacts"
+    ]
+    assert len(version.description) + len(reasons[0]) > 5000 - 10, "no more would have fitted"
+    assert version.tags["reasons"].splitlines() == reasons
+    assert version.metrics["retention/mean"] == 0.5
+    assert version.metrics.items() <= metrics.items()
+    assert 1000 < len(version.metrics) < 2000
+
+    many = replace(new, key="longer", reasons=10 * reasons)
+    version = registry.register(many, logged(registry, many.run_id))
+    lines = version.tags["reasons"].splitlines()
+    assert lines[-1] == f"… and {2000 - (len(lines) - 1)} more: gate.json among the run's artifacts has all"
+    assert lines[:-1] == (10 * reasons)[: len(lines) - 1]
+
+
+def test_no_secret_of_a_url_is_in_a_tag(registry: Registry) -> None:
+    """In a query that does not look like one, so that the config is not refused."""
+    url = "https://example.org/d.json?code=pa55word"
+    new = candidate(registry, "one")
+    new = replace(new, facts={**new.facts, "data_source": url}, config={"customization": {"source": {"path": url}}})
+    version = registry.register(new, logged(registry, new.run_id))
+    assert version.tags["data_source"] == "https://example.org/d.json?…"
+    assert json.loads(version.tags["config"]) == {"customization": {"source": {"path": "https://example.org/d.json?…"}}}
+    assert "pa55word" not in "".join(version.tags.values())
 
 
 def test_a_rejected_version_has_no_alias(registry: Registry) -> None:
@@ -265,3 +326,53 @@ def test_a_folder_among_the_runs_artifacts(registry: Registry, tmp_path: Path) -
     registry.tracker.log_file(version.run_id, tmp_path / "records.jsonl", "ledger")
     assert registry.has(version, "ledger")
     assert (registry.files(version, "ledger") / "records.jsonl").read_text() == "{}"
+
+
+def test_a_champion_that_was_registered_by_hand_is_told_what_it_lacks(registry: Registry) -> None:
+    run_id = registry.tracker.start_parent("experiment", "by hand")
+    place = logged(registry, run_id)()
+    registry.tracker.call("create_registered_model", "model")
+    for tags in ({}, {"ledger": "/there", "adapter_digest": "a" * 64}):
+        made = registry.tracker.call("create_model_version", "model", place, run_id=run_id, tags=tags)
+        registry.tracker.call("set_registered_model_alias", "model", "champion", made.version)
+        champion = registry.champion()
+        assert champion is not None
+        lacking = "base_digest" if tags else "ledger, base_digest, adapter_digest"
+        base, model = Base("owner/model", None, "x"), ModelSettings(pretrained="x")
+        for use in (
+            partial(learnt_by, champion, registry),
+            partial(champions_adapter, champion, "model"),
+            partial(champions_base, base, champion, model, "model"),
+        ):
+            with pytest.raises(QAdapterError) as caught:
+                use()
+            said = str(caught.value)
+            assert said.startswith(
+                f"Version {made.version} of 'model', the champion, was not registered by this pipeline"
+            )
+            assert f"it lacks the tags {lacking}, which" in said
+            assert "make rollback TO=number" in said
+
+
+def test_a_run_that_was_removed_for_good_takes_its_folders_along(registry: Registry, tmp_path: Path) -> None:
+    """`mlflow gc` does so with deleted runs; the ledger's stage is gone too."""
+    new = candidate(registry, "one")
+    facts = {**new.facts, "ledger": str(tmp_path / "gone"), "adapter_digest": "a" * 64}
+    version = registry.register(replace(new, facts=facts), logged(registry, new.run_id))
+    registry.promote(version)
+    (tmp_path / "records.jsonl").write_text("{}")
+    registry.tracker.log_file(version.run_id, tmp_path / "records.jsonl", "ledger")
+    with disable_run_logger():
+        assert learnt_by(version, registry) == registry.files(version, "ledger")
+        registry.tracker.call("delete_run", version.run_id)
+        SqlAlchemyStore(registry.tracker.uri, registry.tracker.artifact_root)._hard_delete_run(version.run_id)
+        shutil.rmtree(next((tmp_path / "mlruns").glob(f"*/{version.run_id}")))
+        assert learnt_by(version, registry) is None, "every preference counts as new, as where the ledger is damaged"
+    with pytest.raises(QAdapterError) as caught:
+        registry.files(version, "retention")
+    said = str(caught.value)
+    assert said.startswith(
+        f"The run {version.run_id} of version 1 of 'model' is gone from MLflow at {registry.tracker.uri}"
+    )
+    assert "`mlflow gc`" in said
+    assert "Restore the run from a backup, or make a version the champion whose run is there (`make rollback`)." in said

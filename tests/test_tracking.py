@@ -26,7 +26,7 @@ from qadapter.artifacts import digest_file
 from qadapter.errors import QAdapterError
 from qadapter.process_tags import ProcessTag
 from tasks import mlflow_store
-from tasks.mlflow_store import AwayError
+from tasks.mlflow_store import AwayError, RefusedError
 from tasks.tracking import FLOW_RUN_TAG, Tracker, flatten, tracking_uri
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -384,9 +384,11 @@ def test_an_absent_server_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         Tracker("http://127.0.0.1:9", "/nowhere").start_parent("x", "y")
 
 
-def test_other_refusals_pass_unchanged(tracker: Tracker, parent: str) -> None:
-    with pytest.raises(MlflowException, match="Invalid"):
+def test_a_mistake_of_ours_is_raised(tracker: Tracker, parent: str) -> None:
+    with pytest.raises(RefusedError, match=r"refused log_batch .*Invalid") as caught:
         tracker.log_metrics(parent, {"bad\nname": 1.0})
+    assert caught.value.code == "INVALID_PARAMETER_VALUE"
+    assert not tracker._outbox.spool.refused.exists()
 
 
 def test_passwords_stay_out_of_what_is_recorded(tracker: Tracker, client: MlflowClient, parent: str) -> None:
