@@ -12,6 +12,7 @@ from qadapter.artifacts import read_json
 from qadapter.errors import QAdapterError
 from qadapter.report.items import SCORE
 from qadapter.report.rows import SETTING, Row
+from qadapter.url_secrets import shown
 from tasks.tracking import Tracker
 
 # What the report reads of each stage's artifacts; not the adapters.
@@ -117,7 +118,7 @@ def find_run(tracker: Tracker, name: str) -> Any:
             return found[0]
     newest = tracker.call("search_runs", experiments, "tags.stage = 'parent'", max_results=5)
     known = "; the newest flow runs are " + ", ".join(f"{r.info.run_name!r} ({r.info.run_id})" for r in newest)
-    raise QAdapterError(f"no run has the id or name {name!r} at {tracker.uri}{known if newest else ''}")
+    raise QAdapterError(f"no run has the id or name {name!r} at {shown(tracker.uri)}{known if newest else ''}")
 
 
 def _children(tracker: Tracker, parent: Any) -> list[Any]:

@@ -20,6 +20,7 @@ import torch
 import transformers.trainer
 import yaml
 
+from flows.compare import main as compare
 from flows.recurring import main as recurring
 from flows.run import main
 from flows.serve import _server_command
@@ -204,6 +205,33 @@ def test_a_judge_that_repeats_its_key(echo: str, tmp_path: Path, monkeypatch: py
     assert client.usage.last_error == "status 401: Incorrect API key provided: Bearer …"
     assert "pa55word" not in repr(client.settings) + repr(client.usage)
     assert not any("pa55word" in file.read_text() for file in tmp_path.iterdir())
+
+
+class _Empty(_Echo):
+    """Stands for MLflow with nothing in it."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    do_GET = do_POST  # noqa: N815 - the server's own name
+
+
+def test_a_comparison_of_unknown_runs_does_not_tell_mlflows_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Empty) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:pa55word@127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("QADAPTER_HOME", str(tmp_path))
+        assert compare(["wrong", "--output", str(tmp_path / "out")]) == 2
+        server.shutdown()
+    message = capfd.readouterr().err
+    assert f"no run has the id or name 'wrong' at http://127.0.0.1:{server.server_port}" in message
+    assert "pa55word" not in message
 
 
 @pytest.mark.parametrize("command", ["serve-model", "tracker"])
