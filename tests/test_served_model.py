@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ import yaml
 from tiny_chat import byte_tokenizer, tiny_llama
 from tiny_models import lora, moved
 
-from flows.serve_model import main
+from flows.serve_model import main, watch
 from qadapter.artifacts import digest_tree, list_files
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.prompts import prompt_ids
@@ -199,7 +200,8 @@ def test_the_files_reach_the_disk_before_they_have_a_name(
     registered: Registered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pushed: list[Path] = []
-    monkeypatch.setattr("tasks.served_model.sync_to_disk", pushed.append)
+    for module in ("qadapter.artifacts", "tasks.served_model"):
+        monkeypatch.setattr(f"{module}.sync_to_disk", pushed.append)
     logged = Path(registered.log(name="pushed"))
     assert {logged, logged.parent, logged.parent.parent, *list_files(logged).values()} <= {*pushed}
 
@@ -248,11 +250,78 @@ def test_only_the_adapter_is_fetched_where_only_it_is_needed(
 ) -> None:
     fetched: list[str] = []
     real = mlflow.artifacts.download_artifacts
-    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", lambda uri: fetched.append(uri) or real(uri))
+
+    def fetch(uri: str, **to: Any) -> str:
+        fetched.append(uri)
+        return str(real(uri, **to))
+
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", fetch)
     folder = find_adapter("policy@champion")
     assert (folder / "adapter_model.safetensors").is_file()
     assert fetched == ["models:/policy/1/MLmodel", f"models:/policy/1/{folder.relative_to(registered.logged)}"]
     assert Path(find_base("policy@champion"), "model.safetensors").is_file()
+
+
+def test_versions_on_one_base_are_served_side_by_side(
+    registered: Registered, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each under the name that was given for it; one that is loaded otherwise needs a server of its own."""
+    policy = QAdapterForCausalLM.from_base(tiny_llama(), lora(), Objective.preset("residual"))
+    moved(policy, scale=0.4).save_pretrained(registered.root / "other")
+    create = registered.tracker.call
+    create("create_registered_model", "two")
+    for adapter, model in ((registered.adapter, MODEL), (registered.root / "other", MODEL), (registered.adapter, None)):
+        create("create_model_version", "two", registered.log(adapter=adapter, model=model), run_id=registered.run)
+    create("set_registered_model_alias", "two", "champion", "2")
+    served: list[Any] = []
+    monkeypatch.setattr("flows.serve_model.serve", lambda adapters, base, **how: served.append((adapters, base, how)))
+    assert main(["--model", "two@champion", "--model", "two/1"]) == 0
+    ((adapters, base, how),) = served
+    assert list(adapters) == ["two@champion", "two/1"]
+    assert digest_tree(adapters["two/1"]) == digest_tree(registered.adapter)
+    assert digest_tree(adapters["two@champion"]) == digest_tree(registered.root / "other")
+    policies = ServedPolicies.load(adapters, base, how["dtype"], how["quantization"])
+    assert policies.names == ["two@champion", "two/1", "base"]
+
+    assert main(["--model", "two/1", "--model", "two/3"]) == 2
+    assert "two/1 and two/3 stand on different bases, or hold them in different precision" in capsys.readouterr().err
+    assert len(served) == 1
+
+
+def test_a_server_says_that_its_alias_has_moved(registered: Registered, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once for each move, and again when it is back; a store that is away for a moment is asked again."""
+    move, over = registered.tracker.call, threading.Event()
+    move("create_registered_model", "watched")
+    for _ in range(2):
+        move("create_model_version", "watched", str(registered.logged), run_id=registered.run)
+    move("set_registered_model_alias", "watched", "champion", "2")
+    watcher = threading.Thread(target=watch, args=({"watched@champion": 2}, over, 0.02))
+    watcher.start()
+    said = ""
+
+    def heard(line: str) -> bool:
+        nonlocal said
+        said += capsys.readouterr().err
+        return line in said
+
+    try:
+        time.sleep(0.2)
+        move("delete_registered_model_alias", "watched", "champion")
+        for number, line in (
+            ("1", "watched@champion is now version 1; this server serves version 2: restart it\n"),
+            ("2", "watched@champion is version 2 again, which this server serves\n"),
+        ):
+            move("set_registered_model_alias", "watched", "champion", number)
+            deadline = time.monotonic() + 60
+            while not heard(line):
+                assert time.monotonic() < deadline, said
+                time.sleep(0.02)
+    finally:
+        over.set()
+        watcher.join(60)
+    said += capsys.readouterr().err
+    assert said.count("restart it") == 1
+    assert len(said.splitlines()) == 2
 
 
 # ---- servers
@@ -347,6 +416,8 @@ def test_one_command_serves_the_champion_to_openais_client(registered: Registere
         streamed = ask(stream=True, extra_body={"alpha_0": 0.2})
         text = "".join(chunk.choices[0].delta.content or "" for chunk in streamed)
         assert text == registered.expected(alpha_0=0.2)
+        health = found[1].replace("/v1", "/health")
+        assert httpx.get(health, headers={"Host": "evil.example"}).status_code == 403, "DNS rebinding"
         os.kill(process.pid, signal.SIGINT)
         assert process.wait(120) == 0, log.read_text()[-4000:]
     assert "not-a-secret" not in log.read_text()
