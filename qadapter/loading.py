@@ -32,7 +32,7 @@ def load_base(
     """
     quantization = None
     if settings.quantization != "none":
-        quantization = _quantization(settings)
+        quantization = quantization_config(settings)
     options = {"trust_remote_code": settings.trust_remote_code, "revision": settings.revision}
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", **options)
@@ -92,7 +92,12 @@ def _place() -> dict[str, int] | None:
     return {"": int(os.environ.get("LOCAL_RANK", "0"))}
 
 
-def _quantization(settings: ModelSettings) -> object:
+def quantization_config(settings: ModelSettings) -> object:
+    """How transformers is told to hold a base in fewer bits: int8, or nf4 computed in the model's dtype.
+
+    Raises:
+        QAdapterError: bitsandbytes is not installed.
+    """
     try:
         import bitsandbytes  # noqa: F401  # only asked whether it is there: transformers uses it
     except ImportError as error:

@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qadapter.errors import QAdapterError
-from qadapter.loading import _quantization
+from qadapter.loading import quantization_config
 from qadapter.policy import QAdapterForCausalLM
 from qadapter.settings import ModelSettings
 
@@ -214,5 +214,7 @@ def _base_options(
     }
     if held != "none":
         numerics = {"quantization": held} | ({} if dtype == "auto" else {"dtype": dtype})
-        options["quantization_config"] = _quantization(ModelSettings.model_validate({"pretrained": "base", **numerics}))
+        options["quantization_config"] = quantization_config(
+            ModelSettings.model_validate({"pretrained": "base", **numerics})
+        )
     return options
