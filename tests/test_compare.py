@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -12,7 +13,7 @@ from flows.compare import main
 from qadapter.artifacts import read_json
 from qadapter.report.intervals import Measured
 from qadapter.report.rows import Row
-from qadapter.report.summary import duels, summary_metrics
+from qadapter.report.summary import duels, sentences, summary_metrics
 from tasks.context import Customisation
 from tasks.recorded import find_run, read_runs
 from tasks.sweep import SweptCell
@@ -215,3 +216,83 @@ def test_no_runs_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setenv("QADAPTER_HOME", str(tmp_path / "new"))
     assert "there are no runs yet" in refused(capsys, "x", "--output", str(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- runs of different domains
+
+
+@pytest.fixture(scope="module")
+def apart(tracker: Tracker, home: Path) -> list[str]:
+    """The Q-Adapter on an easy domain (the base keeps all), SFT and DPO on a hard one (it keeps 2 of 5)."""
+    easy = {"base_follows": [0, 0, 1, 1], "base_kept": {"facts": [1] * 25}}
+    hard = {"base_follows": [0, 0, 0, 0], "base_kept": {"facts": [1] * 10 + [0] * 15}}
+
+    def row(domain: str, method: str, follows: list[int], kept: int, more: dict[str, Any]) -> Row:
+        kept_items = {"facts": [1] * kept + [0] * (25 - kept)}
+        seed = None if method == "base" else 0
+        return rule_row(home / "apart", domain, method, seed, follows=follows, kept=kept_items, **more)
+
+    of_easy = [row("easy", "base", [0, 0, 1, 1], 25, easy), row("easy", "q-adapter", [1, 1, 1, 0], 22, easy)]
+    of_hard = [
+        row("hard", "base", [0, 0, 0, 0], 10, hard),
+        row("hard", "sft", [1, 1, 0, 0], 9, hard),
+        row("hard", "dpo", [1, 0, 0, 0], 8, hard),
+    ]
+    return [
+        record(tracker, "smoke · calm-bee", of_easy, home / "calm", steps=1),
+        record(tracker, "smoke · shy-cow", of_hard, home / "shy", steps=1),
+    ]
+
+
+def test_runs_of_different_domains_are_not_ranked_by_means(apart: list[str], tmp_path: Path) -> None:
+    """22 of 25 of the easy base's retention is 88 %; against the mean of both bases, 0.7, it would be 125.7 %."""
+    out = tmp_path / "out"
+    assert main([*apart, "--output", str(out)]) == 0
+    text = (out / "report.md").read_text(encoding="utf-8")
+    summary = [line for line in text.splitlines() if line.startswith("- ")]
+    assert summary[0].startswith(
+        "- Not every method was measured in every domain: q-adapter lacks hard; sft and dpo lack easy."
+    )
+    assert summary[1].startswith(
+        "- q-adapter, in easy only, keeps 88.0 % of the base's retention (0.880 of 1.000) and reaches an adaptation "
+        "score of 0.750, +0.250 ["
+    )
+    for claim in ("125.7", "best first", "On the Pareto front", "q-adapter against"):
+        assert claim not in text
+    assert read_json(out / "metrics.json") == {
+        "mean/adaptation/score/base": 0.25,
+        "mean/retention/mean/base": 0.7,
+        "mean/forgetting/mean/base": 0.0,
+        "summary/adherence_gained/q-adapter": 0.25,
+        "summary/adherence_gained/sft": 0.5,
+        "summary/adherence_gained/dpo": 0.25,
+    }
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
+    main_rows = {cells[0]: cells[1:] for cells in lines[:6] if len(cells) == 6}
+    assert main_rows["method"] == ["easy", "hard", "learnt: mean", "facts", "kept: mean"]
+    assert main_rows["q-adapter"][1:] == ["–"] * 4
+    assert main_rows["sft"][0] == "–"
+    assert main_rows["sft"][1].startswith("**0.500** [")
+    assert [cells[0] for cells in lines if "**" in "".join(cells)] == ["sft"]
+    long = pd.read_csv(out / "comparison.csv", dtype=str)
+    means = long[long["domain"] == "MEAN"].set_index("method")
+    assert means["retention"].to_dict() == {"base": "0.700", "q-adapter": "–", "sft": "–", "dpo": "–"}
+
+
+def test_a_shared_domain_is_compared_in_that_domain(
+    tracker: Tracker, apart: list[str], home: Path, tmp_path: Path
+) -> None:
+    """A third run has the Q-Adapter on the hard domain: half is learnt there as by SFT, and 0.04 more is kept."""
+    more = {"base_follows": [0, 0, 0, 0], "base_kept": {"facts": [1] * 10 + [0] * 15}}
+    base = rule_row(home / "apart", "hard", "base", None, follows=[0] * 4, kept=more["base_kept"], **more)  # type: ignore[arg-type]
+    kept = {"facts": [1] * 10 + [0] * 15}
+    ours = rule_row(home / "apart", "hard", "q-adapter", 0, follows=[1, 0, 1, 0], kept=kept, **more)  # type: ignore[arg-type]
+    third = record(tracker, "smoke · old-ant", [base, ours], home / "old", steps=1)
+    measured = Measured(read_runs(tracker, [*apart, third], tmp_path).rows)
+    assert summary_metrics(measured)["mean/retention/mean/q-adapter"] == pytest.approx((0.88 + 0.4) / 2)
+    text = sentences(measured)
+    assert text[0].startswith("Not every method was measured in every domain: sft and dpo lack easy.")
+    assert text[1].startswith("q-adapter keeps 91.4 % of the base's retention (0.640 of 0.700)")
+    assert text[2].startswith("q-adapter against sft, in hard only: learnt the same, 0.000 [")
+    assert "degradation avoided +0.040 [" in text[2]
+    assert "On the Pareto front (of the means; no other method with every domain has" in " ".join(text)

@@ -158,11 +158,12 @@ def test_one_domain_needs_no_mean(rows: list[Row]) -> None:
     assert set(comparison([r for r in rows if r.domain == "academy"])["domain"]) == {"academy"}
 
 
-def test_a_method_that_did_not_run_has_no_row(rows: list[Row]) -> None:
+def test_a_method_that_did_not_run_has_no_row_and_no_mean(rows: list[Row]) -> None:
     some = [r for r in rows if (r.domain, r.method) != ("academy", "sft")]
     table = comparison(some)
     assert not ((table["domain"] == "academy") & (table["method"] == "sft")).any()
-    assert cell(table, "MEAN", "sft", "adaptation") == "0.900 ± 0.100"
+    assert cell(table, "MEAN", "sft", "adaptation") == "–"
+    assert cell(table, "MEAN", "q-adapter", "adaptation") == "0.500"
 
 
 def test_details_are_numbers(rows: list[Row]) -> None:
@@ -344,7 +345,7 @@ def test_the_report_shows_the_table_as_it_is(rows: list[Row], tmp_path: Path) ->
     assert forgotten == [["method", "toy_facts", "mean"], ["q-adapter", "–", "0.000"], ["sft", "–", "0.500"]]
     assert costs == [
         ["measure", "base", "q-adapter", "sft"],
-        ["training, s (harmless only)", "–", "–", "11.0"],
+        ["training, s (harmless only)", "–", "–", "11.0 ± 1.0"],
         ["training, tokens/s (harmless only)", "–", "1,234", "–"],
     ]
     assert main[0] == ["method", "harmless", "academy", "learnt: mean", "toy_facts", "kept: mean"]
@@ -394,13 +395,15 @@ def test_the_figure_can_be_looked_at(rows: list[Row], tmp_path: Path) -> None:
 
 
 def test_the_figure_has_error_bars_and_a_front(tmp_path: Path) -> None:
-    """The Q-Adapter and SFT have item scores, so a bar in both directions; the front ends at the Q-Adapter."""
+    """The Q-Adapter and SFT have item scores, so a bar in both directions; the base and the Q-Adapter are the front."""
     figure = retention_against_adaptation(Measured(toy_rows(tmp_path)), tmp_path / "figure.png", "T")
     (panel,) = figure.axes
     bars = [len(container.lines[2]) for container in panel.containers if isinstance(container, ErrorbarContainer)]
     assert bars == [0, 2, 2]
     (front,) = [line for line in panel.lines if line.get_linestyle() == "--"]
-    assert np.asarray(front.get_xydata()).tolist()[-1] == [0.75, 0.75]
+    left, bottom = panel.get_xlim()[0], panel.get_ylim()[0]
+    corners = [[left, 0.875], [0.25, 0.875], [0.25, 0.75], [0.75, 0.75], [0.75, bottom]]
+    assert np.asarray(front.get_xydata()).tolist() == corners
 
 
 def test_figures_are_drawn_in_threads(rows: list[Row], tmp_path: Path) -> None:

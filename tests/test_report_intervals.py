@@ -38,6 +38,35 @@ def test_items_of_a_task_and_of_a_group(tmp_path: Path) -> None:
     assert found["retention/mmlu/acc"].ids == (("mmlu_law", 0), ("mmlu_law", 1), ("mmlu_art", 0))
 
 
+def test_a_group_has_no_items_of_a_longer_named_one(tmp_path: Path) -> None:
+    """`mmlu_pro_law` is `mmlu_pro`'s where that is measured: mmlu (1 + 0)/2, mmlu_pro (1 + 1 + 0)/3.
+
+    `bbh_dates`, measured alone too, is still one of `bbh`: (1 + 0)/2.
+    """
+    scores = {
+        "mmlu_law": [1],
+        "mmlu_art": [0],
+        "mmlu_pro_law": [1, 1],
+        "mmlu_pro_art": [0],
+        "bbh_dates": [1],
+        "bbh_sums": [0],
+    }
+    metrics = {
+        "retention/mmlu/acc": 0.5,
+        "retention/mmlu_pro/acc": 2 / 3,
+        "retention/bbh/acc": 0.5,
+        "retention/bbh_dates/acc": 1.0,
+    }
+    row = Row("d", "sft", 0, metrics, retention=kept_files(tmp_path, scores))
+    found = retention_items(row, list(metrics))
+    assert {name: items.values.tolist() for name, items in found.items()} == {
+        "retention/mmlu/acc": [1, 0],
+        "retention/mmlu_pro/acc": [1, 1, 0],
+        "retention/bbh/acc": [1, 0],
+        "retention/bbh_dates/acc": [1],
+    }
+
+
 def test_items_that_do_not_give_the_reported_number_are_left_out(tmp_path: Path) -> None:
     row = Row("d", "sft", 0, {"retention/facts/acc": 0.7}, retention=kept_files(tmp_path, {"facts": [1, 0]}))
     assert retention_items(row, ["retention/facts/acc"]) == {}
@@ -369,7 +398,7 @@ def test_a_mean_that_one_domain_carries_is_taken_apart() -> None:
     assert "Each method is shown at one setting, not" in text
     rows.append(Row("a", "dpo", 0, {"adaptation/score": 0.8, "retention/mean": 0.9}))
     text = "\n".join(sentences(Measured(rows), {"methods": {"dpo": {"beta": 1.0}}}))
-    assert "q-adapter against dpo: learnt the same, 0.000 (" in text
+    assert "q-adapter against dpo, in a only: learnt the same, 0.000 (" in text
     assert "shown at one setting (dpo: β = 1.0), not" in text
 
 
@@ -416,7 +445,7 @@ def test_a_win_rate_has_its_interval(tmp_path: Path) -> None:
     rows = toy_rows(tmp_path)
     rows[1].metrics["adaptation/win_rate"] = 0.75
     rows.append(pair_row(tmp_path, "harmless", "q-adapter", 0, [1.0], 0.9))
-    value, interval = Measured(rows).win_rate("q-adapter")
+    value, interval = Measured(rows).win_rate("q-adapter", ["academy"])
     assert value.mean == 0.75
     assert interval is not None
     assert interval.estimate == 0.75

@@ -20,7 +20,7 @@ from qadapter.report.intervals import Measured
 from qadapter.report.latex import latex
 from qadapter.report.page import data_uri, page
 from qadapter.report.rows import Row
-from qadapter.report.summary import sentences, summary_metrics
+from qadapter.report.summary import duels, sentences, summary_metrics
 from qadapter.report.tables import (
     comparison,
     cost_table,
@@ -49,10 +49,14 @@ FORGETTING_LEGEND = (
     "Base minus policy (reversed where lower is better), mean over domains: positive is forgotten. In brackets the "
     "95 % interval, paired by item; a star: it excludes 0."
 )
+FURTHER_LEGEND = (
+    "Mean over domains and seeds. In brackets, where the item scores are known: 95 % interval of the paired difference "
+    "to the base, around the base's own value; elsewhere ±: standard deviation over seeds, where they differ."
+)
 COST_LEGEND = (
-    "Mean over domains and seeds, on the machine of the run. Peak memory: CUDA's where one was used, otherwise how far "
-    "the process grew, which in a process that has trained before says little. Decoding: two digits, for "
-    "the answers are few."
+    "Mean over domains and seeds, ±: standard deviation over seeds, on the machine of the run. Peak memory: CUDA's "
+    "where one was used, otherwise how far the process grew, which in a process that has trained before says little. "
+    "Decoding: two digits, for the answers are few."
 )
 
 
@@ -84,11 +88,11 @@ def build_report(
         answers.to_csv(out / "answers.csv", index=False)
     retention_against_adaptation(measured, out / FIGURE, title)
     has_curves = training_curves(rows, out / CURVES, title)
-    main = main_table(measured)
+    main, fought = main_table(measured), duels(measured)
     (out / "report.tex").write_text(latex(main, f"{title}. {MAIN_LEGEND}"), encoding="utf-8")
     content = {
         "title": title,
-        "sentences": sentences(measured, config),
+        "sentences": sentences(measured, config, fought),
         "main": main,
         "forgetting": forgetting_table(measured),
         "further": further_table(measured),
@@ -103,6 +107,7 @@ def build_report(
     for_page = {
         "legend": MAIN_LEGEND,
         "forgetting_legend": FORGETTING_LEGEND,
+        "further_legend": FURTHER_LEGEND,
         "cost_legend": COST_LEGEND,
         "domains": [(domain, domain_table(measured, domain)) for domain in measured.domains],
         "figure": data_uri(out / FIGURE),
@@ -110,7 +115,7 @@ def build_report(
     }
     html = page({**content, **for_page, "sections": _sections(content, has_curves)})
     (out / "report.html").write_text(html, encoding="utf-8")
-    write_json(out / "metrics.json", summary_metrics(measured))
+    write_json(out / "metrics.json", summary_metrics(measured, fought))
 
 
 def _sections(content: Mapping[str, Any], has_curves: bool) -> list[tuple[str, str]]:
@@ -148,6 +153,7 @@ def _markdown(content: Mapping[str, Any], long: pd.DataFrame, has_curves: bool) 
         *(["## Training curves", f"![training curves]({CURVES})"] if has_curves else []),
         "## Further measures",
         markdown.table(content["further"]),
+        FURTHER_LEGEND,
         "## Cost",
         markdown.table(content["costs"]),
         COST_LEGEND,

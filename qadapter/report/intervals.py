@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
 from qadapter.evaluation.statistics import LEVEL, Interval, across_seeds, mean_of_tasks_interval, proportion_interval
+from qadapter.report.changes import MARGIN, OF_OLD_PROMPTS, OF_PAIRS, changes, refusals
 from qadapter.report.items import (
+    RULE,
     SCORE,
     WIN_RATE,
     Floats,
@@ -21,12 +24,16 @@ from qadapter.report.items import (
     retention_measures,
     wins,
 )
-from qadapter.report.rows import Row, Spread, kind, known_domains, methods_of, ordered, partial_spread, run_of, spread
+from qadapter.report.rows import Row, Spread, kind, methods_of, ordered, run_of, spread_over
 
 RESAMPLES = 2000
 """Bootstrap draws: the ends of an interval move by about 2 % of its width from one set of draws to the next."""
 _Z = float(stats.norm.ppf((1 + LEVEL) / 2))
 _EVEN = 0.5  # the base's win rate against itself
+
+
+_Table = tuple[tuple[object, ...], Floats, Floats]
+"""Ids, [S, n] and weights [n] of the same items under several seeds."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,12 @@ class Sample:
 
     def _averaged(self) -> tuple[Floats, ...]:
         return tuple(part.mean(axis=0, keepdims=True) for part in self.parts)
+
+    @property
+    def estimate(self) -> float:
+        """The mean of the interval, without the draws."""
+        parts = zip(self.parts, self.weights, strict=True)
+        return float(np.mean([(part @ weight).mean() / weight.sum() for part, weight in parts]))
 
     @cached_property
     def interval(self) -> Interval:
@@ -117,8 +130,11 @@ class Measured:
         self.measures = retention_measures(rows)
         self.higher = directions_of(rows)
         self._by_cell = {(row.domain, row.method, row.seed): row for row in rows}
+        self._measured = {(row.domain, row.method) for row in rows}
         self._kept = {cell: retention_items(row, self.measures) for cell, row in self._by_cell.items()}
         self._samples: dict[tuple[object, ...], Sample | None] = {}
+        self._changed: dict[tuple[str, str, int | None], dict[str, Items]] = {}
+        self._refused: dict[Path | None, Items | None] = {}
         self._won = {cell: wins(row) for cell, row in self._by_cell.items()}
         self._gained = {
             cell: adaptation_gain(row, self._by_cell.get((row.domain, self.base_of(row.method), None)))
@@ -130,13 +146,14 @@ class Measured:
         own = f"base{run_of(method)}"
         return own if own in self.methods else "base"
 
-    def seeds(self, method: str) -> list[int | None]:
-        """The seeds of a method, in order."""
-        return list(dict.fromkeys(row.seed for row in self.rows if row.method == method))
+    def seeds(self, method: str, domains: Sequence[str] = ()) -> list[int | None]:
+        """The seeds of a method that have a row in each of some domains, in order; all of them by default."""
+        seeds = dict.fromkeys(row.seed for row in self.rows if row.method == method)
+        return [seed for seed in seeds if all((domain, method, seed) in self._by_cell for domain in domains)]
 
     def domains_of(self, *methods: str) -> list[str]:
-        """The domains that all these methods were trained on."""
-        return [d for d in self.domains if all(any(c[:2] == (d, m) for c in self._by_cell) for m in methods)]
+        """The domains in which all these methods have a row."""
+        return [domain for domain in self.domains if all((domain, method) in self._measured for method in methods)]
 
     @property
     def accuracies(self) -> list[str]:
@@ -148,7 +165,7 @@ class Measured:
         return self._once(("gain", method, *domains), lambda: self._gain(method, domains))
 
     def _gain(self, method: str, domains: Sequence[str]) -> Sample | None:
-        seeds = self.seeds(method)
+        seeds = self.seeds(method, domains)
         parts = [self._stack([self._gained.get((domain, method, seed)) for seed in seeds]) for domain in domains]
         return _sample(seeds, parts)
 
@@ -156,21 +173,18 @@ class Measured:
         """`adaptation/win_rate` minus the ½ of the base against itself; the domains are the parts."""
 
         def make() -> Sample | None:
-            seeds = self.seeds(method)
+            seeds = self.seeds(method, domains)
             return _sample(seeds, [self._stack([self._won.get((d, method, s)) for s in seeds]) for d in domains])
 
         return self._once(("wins", method, *domains), make)
 
-    def win_rate(self, method: str) -> tuple[Spread, Interval | None]:
-        """Mean over the domains that have verdicts, and its interval over the decided answers."""
-        value = partial_spread(self.rows, WIN_RATE, method)
-        domains = [d for d in known_domains(self.rows, WIN_RATE) if d in self.domains_of(method)]
+    def win_rate(self, method: str, domains: Sequence[str]) -> tuple[Spread, Interval | None]:
+        """Mean over some domains, and its interval over the decided answers."""
+        value = spread_over(self.rows, WIN_RATE, domains, method)
         sample = self.wins(method, domains) if domains and kind(method) != "base" else None
         if sample is None or not value.n:
             return value, None
-        moved = sample.interval
-        low, high = max(_EVEN + moved.low, 0.0), min(_EVEN + moved.high, 1.0)
-        return value, replace(moved, estimate=_EVEN + moved.estimate, low=low, high=high)
+        return value, _moved(_EVEN, sample, is_share=True)
 
     def forgetting(self, method: str, domains: Sequence[str], measure: str | None = None) -> Sample | None:
         """The base's score minus the policy's (reversed where lower is better): one task, or (None) their mean.
@@ -187,50 +201,90 @@ class Measured:
         return self._samples[key]
 
     def _forgetting(self, method: str, domains: Sequence[str], measure: str | None) -> Sample | None:
-        seeds, parts = self.seeds(method), []
+        seeds, parts = self.seeds(method, domains), []
         for name in [measure] if measure else self.accuracies:
             sign = 1.0 if self.higher.get(name, True) else -1.0
-            tables = []
+            tables: list[_Table | None] = []
             for domain in domains:
                 policy = self._stack([self._kept.get((domain, method, seed), {}).get(name) for seed in seeds])
                 before = self._kept.get((domain, self.base_of(method), None), {}).get(name)
                 if policy is None or before is None or policy[0] != before.ids:
                     return None
                 tables.append((policy[0], sign * (before.values - policy[1]), policy[2]))
-            if not tables or len({table[0] for table in tables}) > 1:
-                return None
-            parts.append((tables[0][0], np.mean([table[1] for table in tables], axis=0), tables[0][2]))
+            parts.append(_over_domains(tables))
         is_share = all(self.higher.get(name, True) for name in ([measure] if measure else self.accuracies))
-        return _sample(seeds, parts, 1 / len(domains) if is_share else 0.0)
+        return _sample(seeds, parts, 1 / len(domains) if is_share and domains else 0.0)
+
+    def change(self, name: str, method: str, domains: Sequence[str]) -> Sample | None:
+        """A further measure (`qadapter.report.changes`) minus the base's.
+
+        Pairs are others in every domain, so the domains are the parts; old prompts are the same ones, so a prompt's
+        change is first averaged over the domains.
+        """
+
+        def make() -> Sample | None:
+            seeds = self.seeds(method, domains)
+            tables = [self._stack([self._changes(d, method, s).get(name) for s in seeds]) for d in domains]
+            if name in OF_OLD_PROMPTS:
+                return _sample(seeds, [_over_domains(tables)], 1 / max(len(domains), 1))
+            return _sample(seeds, tables, 0.0 if name == MARGIN else 1.0)
+
+        return self._once(("change", name, method, *domains), make)
+
+    def _changes(self, domain: str, method: str, seed: int | None) -> dict[str, Items]:
+        cell = (domain, method, seed)
+        if cell not in self._changed:
+            row, base = self._by_cell[cell], self._by_cell.get((domain, self.base_of(method), None))
+            self._changed[cell] = changes(row, base, self._refusals(row), self._refusals(base) if base else None)
+        return self._changed[cell]
+
+    def _refusals(self, row: Row) -> Items | None:
+        """The base's are the same in every domain, and its items are many."""
+        if row.retention not in self._refused:
+            self._refused[row.retention] = refusals(row)
+        return self._refused[row.retention]
+
+    def further(self, name: str, method: str, domains: Sequence[str]) -> Interval | None:
+        """Interval of a measure that is neither the score nor of a task, over some domains; None without items."""
+        if name == WIN_RATE:
+            return self.win_rate(method, domains)[1]
+        if name == RULE:
+            return self._around(SCORE, method, domains, self.gain(method, domains), 1.0)
+        if name not in (*OF_PAIRS, *OF_OLD_PROMPTS):
+            return None
+        return self._around(name, method, domains, self.change(name, method, domains), 1.0, is_share=name != MARGIN)
 
     def score(self, method: str, domain: str | None) -> Interval | None:
         """Interval of `adaptation/score`: the base's, taken as it is, plus the interval of what was gained."""
-        return self._around(SCORE, method, domain, self.gain(method, self._domains(method, domain)), 1.0)
+        domains = self._domains(domain)
+        return self._around(SCORE, method, domains, self.gain(method, domains), 1.0)
 
     def retention(self, method: str, domain: str | None, measure: str | None = None) -> Interval | None:
         """Interval of a task's score, or (None) of `retention/mean`: the base's less the interval of what was lost."""
-        sample = self.forgetting(method, self._domains(method, domain), measure)
-        sign = -1.0 if measure is None or self.higher.get(measure, True) else 1.0
-        return self._around(measure or "retention/mean", method, domain, sample, sign)
+        domains = self._domains(domain)
+        is_share = measure is None or self.higher.get(measure, True)
+        sample = self.forgetting(method, domains, measure)
+        return self._around(measure or "retention/mean", method, domains, sample, -1.0 if is_share else 1.0, is_share)
 
-    def _domains(self, method: str, domain: str | None) -> list[str]:
-        return [domain] if domain else self.domains_of(method)
+    def _domains(self, domain: str | None) -> list[str]:
+        return [domain] if domain else self.domains
 
     def _around(
-        self, metric: str, method: str, domain: str | None, change: Sample | None, sign: float
+        self,
+        metric: str,
+        method: str,
+        domains: Sequence[str],
+        change: Sample | None,
+        sign: float,
+        is_share: bool = True,
     ) -> Interval | None:
-        domains = self._domains(method, domain)
-        before = spread([row for row in self.rows if row.domain in domains], metric, None, self.base_of(method))
+        before = spread_over(self.rows, metric, domains, self.base_of(method))
         if change is None or kind(method) == "base" or not before.n:
             return None
-        moved = change.interval
-        low, high = sorted((before.mean + sign * moved.low, before.mean + sign * moved.high))
-        if self.higher.get(metric, True):  # a share
-            low, high = max(low, 0.0), min(high, 1.0)
-        return replace(moved, estimate=before.mean + sign * moved.estimate, low=low, high=high)
+        return _moved(before.mean, change, sign, is_share)
 
     @staticmethod
-    def _stack(items: Sequence[Items | None]) -> tuple[tuple[object, ...], Floats, Floats] | None:
+    def _stack(items: Sequence[Items | None]) -> _Table | None:
         """ids, [S, n] and [n] of the same items under several seeds; None if one is missing or has others."""
         found = [item for item in items if item is not None]
         if not found or len(found) < len(items) or len({item.ids for item in found}) > 1:
@@ -238,11 +292,24 @@ class Measured:
         return found[0].ids, np.stack([item.values for item in found]), found[0].weights
 
 
-def _sample(
-    seeds: Sequence[int | None],
-    parts: Sequence[tuple[tuple[object, ...], Floats, Floats] | None],
-    grain: float = 1.0,
-) -> Sample | None:
+def _moved(before: float, change: Sample, sign: float = 1.0, is_share: bool = True) -> Interval:
+    """The interval of a change, around where it starts from; a share stays in [0, 1]."""
+    found = change.interval
+    low, high = sorted((before + sign * found.low, before + sign * found.high))
+    if is_share:
+        low, high = max(low, 0.0), min(high, 1.0)
+    return replace(found, estimate=before + sign * found.estimate, low=low, high=high)
+
+
+def _over_domains(tables: Sequence[_Table | None]) -> _Table | None:
+    """Each item's mean over the domains; None if a domain lacks them or has others."""
+    whole = [table for table in tables if table is not None]
+    if not whole or len(whole) < len(tables) or len({table[0] for table in whole}) > 1:
+        return None
+    return whole[0][0], np.mean([table[1] for table in whole], axis=0), whole[0][2]
+
+
+def _sample(seeds: Sequence[int | None], parts: Sequence[_Table | None], grain: float = 1.0) -> Sample | None:
     whole = [part for part in parts if part is not None]
     if not whole or len(whole) < len(parts):
         return None

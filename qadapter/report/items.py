@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from qadapter.report.rows import Row
 Floats = NDArray[np.float64]
 
 SCORE = "adaptation/score"
+RULE = "adaptation/exact_rule"  # the toy world's; where it is measured it is the score
 WIN_RATE = "adaptation/win_rate"
 _VERDICTS = {"win": 1.0, "tie": 0.0, "loss": -1.0}
 _CLOSE = 1e-6
@@ -73,19 +74,30 @@ def retention_measures(rows: Sequence[Row]) -> list[str]:
 def retention_items(row: Row, measures: Sequence[str]) -> dict[str, Items]:
     """Per measure the item scores of a row, where they are written and give the reported number.
 
-    A group's items are those of its subtasks: `mmlu` is made of `mmlu_anatomy` and so on.
+    A group's items are those of its subtasks: `mmlu` is made of `mmlu_anatomy` and so on. Where another task with such
+    a name is measured too, as `mmlu_pro` or a subject alone, its items are not the group's, or they are: whichever
+    gives the reported number.
     """
     by_task: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record in read_lines(row.retention, "items.jsonl"):
         by_task[record["task"]].append(record)
+    measured = {name.split("/")[1] for name in measures}
+    owner = {other: _owner(other, measured) for other in by_task}
     found = {}
     for name in measures:
         _, task, metric = name.split("/")
-        names = [task] if task in by_task else [other for other in by_task if other.startswith(f"{task}_")]
-        items = _items([record for other in names for record in by_task[other]], metric)
-        if items is not None and _agrees(items.mean, row.metrics.get(name)):
-            found[name] = items
+        below = [other for other in by_task if other.startswith(f"{task}_")]
+        for names in [[task]] if task in by_task else [[other for other in below if owner[other] == task], below]:
+            items = _items([record for other in names for record in by_task[other]], metric)
+            if items is not None and agrees(items.mean, row.metrics.get(name)):
+                found[name] = items
+                break
     return found
+
+
+def _owner(task: str, measured: Collection[str]) -> str:
+    """The measured task or group with the longest name that a task's begins with; nothing if there is none."""
+    return max((name for name in measured if task == name or task.startswith(f"{name}_")), key=len, default="")
 
 
 def _items(records: Sequence[Mapping[str, Any]], metric: str) -> Items | None:
@@ -112,7 +124,7 @@ def adaptation_gain(row: Row, base: Row | None) -> Items | None:
     With an exact rule an item is a held-out prompt, its difference 1, 0 or -1 by the rule's verdict against the base.
     Otherwise it is a held-out pair: 1 if the implied reward prefers the chosen reply, ½ for a tie, minus the base's ½.
     """
-    if "adaptation/exact_rule" in row.metrics:
+    if RULE in row.metrics:
         answers = read_lines(row.adaptation, "answers.jsonl")
         if base is None or any(a.get("judge") not in ("rule", None) or "verdict" not in a for a in answers):
             return None
@@ -134,7 +146,7 @@ def adaptation_gain(row: Row, base: Row | None) -> Items | None:
     if not values:
         return None
     items = Items(tuple(ids), np.array(values), np.ones(len(values)))
-    return items if _agrees(items.mean, difference) else None
+    return items if agrees(items.mean, difference) else None
 
 
 def wins(row: Row) -> Items | None:
@@ -149,9 +161,9 @@ def wins(row: Row) -> Items | None:
     values = np.array([_VERDICTS[answer["verdict"]] / 2 for answer in decided])
     ids = tuple(json.dumps(answer["prompt"], sort_keys=True) for answer in decided)
     items = Items(ids, values, np.ones(len(values)))
-    return items if _agrees(items.mean, row.metrics.get(WIN_RATE, math.nan) - 0.5) else None
+    return items if agrees(items.mean, row.metrics.get(WIN_RATE, math.nan) - 0.5) else None
 
 
-def _agrees(mean: float, reported: float | None) -> bool:
+def agrees(mean: float, reported: float | None) -> bool:
     """Whether the items give the reported number: an interval must be of the number beside it."""
     return reported is not None and math.isclose(mean, reported, rel_tol=_CLOSE, abs_tol=_CLOSE)

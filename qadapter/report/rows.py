@@ -88,26 +88,33 @@ def methods_of(rows: Iterable[Row]) -> list[str]:
 
 
 def spread(rows: Sequence[Row], metric: str, domain: str | None, method: str) -> Spread:
-    """A metric of one method over seeds, in one domain or (None) averaged over the domains seed by seed."""
-    chosen = [row for row in rows if row.method == method and domain in (None, row.domain)]
-    if domain is not None:
-        return Spread.of(row.metrics.get(metric, math.nan) for row in chosen)
-    seeds = dict.fromkeys(row.seed for row in chosen)
-    return Spread.of(fmean(row.metrics.get(metric, math.nan) for row in chosen if row.seed == seed) for seed in seeds)
+    """A metric of one method over seeds, in one domain or (None) averaged over all domains of the rows."""
+    return spread_over(rows, metric, [domain] if domain else ordered(row.domain for row in rows), method)
 
 
-def known_domains(rows: Sequence[Row], metric: str) -> list[str]:
-    """The domains in which every method that has a metric at all has it; if there is none, those in which any has it.
+def spread_over(rows: Sequence[Row], metric: str, domains: Sequence[str], method: str) -> Spread:
+    """A metric of one method over seeds, averaged over some domains seed by seed.
 
-    A mean over these compares like with like: every method's is over the same domains.
+    A seed that has no row, or not this metric, in one of the domains does not count: a mean over fewer domains is no
+    mean of the same thing.
+    """
+    found = {(row.seed, row.domain): row.metrics.get(metric, math.nan) for row in rows if row.method == method}
+    seeds = dict.fromkeys(seed for seed, _ in found) if domains else ()
+    return Spread.of(fmean(found.get((seed, domain), math.nan) for domain in domains) for seed in seeds)
+
+
+def comparable_domains(rows: Sequence[Row], metric: str) -> list[list[str]]:
+    """Groups of domains over which a metric can be averaged so that like is compared with like.
+
+    Returns:
+        One group, the domains in which every method that has the metric at all has it; if there is no such domain,
+        every domain in which any has it, each by itself. Nothing if nobody has it.
     """
     having = {row.method for row in rows if metric in row.metrics}
-    asked = [row for row in rows if row.method in having]
-    some = ordered(row.domain for row in asked if metric in row.metrics)
-    return [d for d in some if all(metric in row.metrics for row in asked if row.domain == d)] or some
-
-
-def partial_spread(rows: Sequence[Row], metric: str, method: str) -> Spread:
-    """A metric of one method over seeds, averaged over the `known_domains` only."""
-    domains = known_domains(rows, metric)
-    return spread([row for row in rows if row.domain in domains and metric in row.metrics], metric, None, method)
+    measured: dict[tuple[str, str], bool] = {}
+    for row in rows:
+        cell = row.method, row.domain
+        measured[cell] = measured.get(cell, True) and metric in row.metrics
+    some = ordered(row.domain for row in rows if metric in row.metrics)
+    common = [domain for domain in some if all(measured.get((method, domain), False) for method in having)]
+    return [common] if common else [[domain] for domain in some]

@@ -11,8 +11,8 @@ from qadapter.evaluation.old_text import unmeasured_on_old_text
 from qadapter.evaluation.statistics import Interval, proportion_interval
 from qadapter.report.front import pareto_front
 from qadapter.report.intervals import Measured
-from qadapter.report.items import SCORE
-from qadapter.report.rows import Row, kind, listed, methods_of, spread
+from qadapter.report.items import SCORE, WIN_RATE
+from qadapter.report.rows import Row, kind, listed, methods_of, spread, spread_over
 from qadapter.report.tables import bracket, number
 
 OURS = "q-adapter"
@@ -25,14 +25,17 @@ class Duel:
     """One method against a baseline, over the domains both were trained on.
 
     Attributes:
+        domains: those.
         adaptation: adaptation score, method minus baseline.
         avoided: degradation avoided: the baseline's forgetting minus the method's.
-        share: `avoided` as a share of the baseline's forgetting; NaN where that is not larger than its noise.
-        adaptation_interval, avoided_interval: 95 %, None where item scores are missing.
+        share: `avoided` as a share of the baseline's forgetting; NaN where that is not larger than its noise, and
+            without intervals.
+        adaptation_interval, avoided_interval: 95 %, None where item scores are missing or nobody asked for them.
     """
 
     method: str
     baseline: str
+    domains: tuple[str, ...]
     adaptation: float
     avoided: float
     share: float
@@ -41,76 +44,92 @@ class Duel:
 
 
 def adherence_gained(measured: Measured, method: str) -> tuple[float, Interval | None]:
-    """Mean over domains of the adaptation score minus the base's, and its interval."""
+    """Mean over its domains of a method's adaptation score minus the base's, and its interval."""
     base = measured.base_of(method)
     domains = measured.domains_of(method, base)
-    rows = [row for row in measured.rows if row.domain in domains]
     sample = measured.gain(method, domains) if domains else None
-    before = spread(rows, SCORE, None, base).mean
-    gained = spread(rows, SCORE, None, method).mean - before
+    before = spread_over(measured.rows, SCORE, domains, base).mean
+    gained = spread_over(measured.rows, SCORE, domains, method).mean - before
     if sample is None:
         return gained, None
     found = sample.interval  # a score is a share: nobody gains more than what the base lacks
     return gained, replace(found, low=max(found.low, -before), high=min(found.high, 1 - before))
 
 
-def duel(measured: Measured, method: str, baseline: str, domain: str | None = None) -> Duel | None:
-    """Compare two methods, in one domain or over (None) those that have both; None if there is no such domain."""
+def duel(
+    measured: Measured, method: str, baseline: str, domain: str | None = None, *, intervals: bool = True
+) -> Duel | None:
+    """Compare two methods, in one domain or over (None) those that have both; None if there is no such domain.
+
+    Args:
+        intervals: whether to draw them; they are what takes long.
+    """
     domains = [d for d in measured.domains_of(method, baseline) if domain in (None, d)]
     if not domains:
         return None
-    rows = [row for row in measured.rows if row.domain in domains]
-
-    seeds = [seed for seed in measured.seeds(method) if seed in measured.seeds(baseline)]
+    common = [seed for seed in measured.seeds(method, domains) if seed in measured.seeds(baseline, domains)]
+    bases_differ = measured.base_of(method) != measured.base_of(baseline)
 
     def difference(metric: str) -> float:
         """Of the changes against each one's own base, over the seeds both have: of what the intervals are of."""
         values = []
         for name in (method, baseline):
-            own = [r for r in rows if r.method != name or not seeds or r.seed in seeds]
+            own = [r for r in measured.rows if r.method == name and (not common or r.seed in common)]
             base = measured.base_of(name)
-            before = spread(own, metric, None, base).mean if bases_differ else 0.0
-            values.append(spread(own, metric, None, name).mean - before)
+            before = spread_over(measured.rows, metric, domains, base).mean if bases_differ else 0.0
+            values.append(spread_over(own, metric, domains, name).mean - before)
         return values[0] - values[1]
 
-    bases_differ = measured.base_of(method) != measured.base_of(baseline)
     gains = [measured.gain(name, domains) for name in (method, baseline)]
     losses = [measured.forgetting(name, domains) for name in (baseline, method)]
     learnt = gains[0].minus(gains[1]) if gains[0] and gains[1] else None
     avoided = losses[0].minus(losses[1]) if losses[0] and losses[1] else None
-    lost = losses[0].interval if losses[0] else None
-    value = avoided.interval.estimate if avoided else difference("retention/mean")
+    value = avoided.estimate if avoided else difference("retention/mean")
+    lost = losses[0].interval if losses[0] and intervals else None
     share = value / lost.estimate if lost is not None and lost.low > 0 else math.nan
     return Duel(
         method,
         baseline,
-        learnt.interval.estimate if learnt else difference(SCORE),
+        tuple(domains),
+        learnt.estimate if learnt else difference(SCORE),
         value,
         share,
-        learnt.interval if learnt else None,
-        avoided.interval if avoided else None,
+        learnt.interval if learnt and intervals else None,
+        avoided.interval if avoided and intervals else None,
     )
 
 
 def duels(measured: Measured) -> list[Duel]:
-    """Every Q-Adapter of the comparison against everything else in it that was trained."""
+    """Every Q-Adapter of the comparison against everything else in it that was trained.
+
+    Those that the summary tells, the first ones, have intervals; the others, thousands in a sweep, have none.
+    """
     ours = [method for method in measured.methods if kind(method) == OURS]
     pairs = [
         (method, other)
         for i, method in enumerate(ours)
         for other in [*ours[i + 1 :], *(m for m in measured.methods if kind(m) not in (OURS, "base"))]
     ]
-    return [found for pair in pairs if (found := duel(measured, *pair)) is not None]
+    found: list[Duel] = []
+    for method, other in pairs:
+        one = duel(measured, method, other, intervals=len(found) < _MOST_DUELS)
+        if one is not None:
+            found.append(one)
+    return found
 
 
 def points(rows: Sequence[Row], domain: str | None) -> dict[str, tuple[float, float]]:
-    """Method to (adaptation score, retention mean), those that have both."""
+    """Method to (adaptation score, retention mean), in a domain or over (None) all; those that have both."""
     found = {m: (spread(rows, SCORE, domain, m), spread(rows, "retention/mean", domain, m)) for m in methods_of(rows)}
     return {method: (x.mean, y.mean) for method, (x, y) in found.items() if x.n and y.n}
 
 
-def summary_metrics(measured: Measured) -> dict[str, float]:
-    """Each method's means over domains and the single figures, for the run that stands for the whole comparison."""
+def summary_metrics(measured: Measured, fought: Sequence[Duel] | None = None) -> dict[str, float]:
+    """Each method's means over domains and the single figures, for the run that stands for the whole comparison.
+
+    Args:
+        fought: its `duels`, where somebody has them already.
+    """
     result = {}
     for method in measured.methods:
         for name in (SCORE, "retention/mean", "forgetting/mean", "forgetting/kl_per_token"):
@@ -120,7 +139,7 @@ def summary_metrics(measured: Measured) -> dict[str, float]:
         gained = adherence_gained(measured, method)[0]
         if kind(method) != "base" and not math.isnan(gained):
             result[f"summary/adherence_gained/{method}"] = gained
-    for found in duels(measured):
+    for found in duels(measured) if fought is None else fought:
         if not math.isnan(found.avoided):
             result[f"summary/degradation_avoided/{found.method}/against_{found.baseline}"] = found.avoided
     return {_metric_name(name): value for name, value in result.items()}
@@ -138,17 +157,21 @@ def _settings(config: Mapping[str, Any], labels: Sequence[str]) -> str:
     return f" (dpo: β = {beta})" if beta is not None and any(kind(m) == "dpo" for m in labels) else ""
 
 
-def sentences(measured: Measured, config: Mapping[str, Any] | None = None) -> list[str]:
+def sentences(
+    measured: Measured, config: Mapping[str, Any] | None = None, fought: Sequence[Duel] | None = None
+) -> list[str]:
     """The plain-language summary.
 
     Args:
         measured: what it is of.
         config: the experiment's settings, where they are known.
+        fought: its `duels`, where somebody has them already.
     """
     config = config or {}
     rows = measured.rows
-    result = [_portrait(measured, method) for method in measured.methods if kind(method) == OURS]
-    fought = duels(measured)
+    result = coverage_sentences(measured)
+    result += [_portrait(measured, method) for method in measured.methods if kind(method) == OURS]
+    fought = duels(measured) if fought is None else fought
     for one in fought[:_MOST_DUELS]:
         result += [line for line in (_duel_sentence(measured, one), _by_domain(measured, one)) if line]
     if len(fought) > _MOST_DUELS:
@@ -157,7 +180,8 @@ def sentences(measured: Measured, config: Mapping[str, Any] | None = None) -> li
     if len(found) > 1:
         front = [m for m in pareto_front(found) if kind(m) != "base"]
         result.append(
-            f"On the Pareto front (of the means; no other method has at least as much of both): {listed(front)}."
+            f"On the Pareto front (of the means; no other method{_with_every_domain(measured)} has at least as much of "
+            f"both): {listed(front)}."
             if front
             else "No method is on the Pareto front: the base itself has at least as much of both."
         )
@@ -188,28 +212,73 @@ def sentences(measured: Measured, config: Mapping[str, Any] | None = None) -> li
     return result
 
 
+def coverage_sentences(measured: Measured) -> list[str]:
+    """Which methods lack which domains, and which seeds of them; nothing where all have all."""
+    lacking: dict[tuple[str, ...], list[str]] = {}
+    seeds = []
+    for method in measured.methods:
+        own = measured.domains_of(method)
+        if missing := tuple(domain for domain in measured.domains if domain not in own):
+            lacking.setdefault(missing, []).append(method)
+        for domain in own:
+            there = measured.seeds(method, [domain])
+            if absent := [str(seed) for seed in measured.seeds(method) if seed not in there]:
+                seeds.append(f"{method} lacks seed{'s' if len(absent) > 1 else ''} {listed(absent)} in {domain}")
+    result = []
+    if lacking:
+        each = [
+            f"{listed(methods)} {'lacks' if len(methods) == 1 else 'lack'} {listed(missing)}"
+            for missing, methods in lacking.items()
+        ]
+        result.append(
+            f"Not every method was measured in every domain: {'; '.join(each)}. Who lacks one has no mean over domains "
+            "and no place among the means, in the ranking or on the front; two methods are compared over the domains "
+            "that both have."
+        )
+    if seeds:
+        result.append(
+            f"Not every seed was measured in every domain: {'; '.join(seeds)}. A mean over domains is of the seeds "
+            "that have them all."
+        )
+    return result
+
+
+def _with_every_domain(measured: Measured) -> str:
+    """Whom a sentence about means is about, where not every method has one."""
+    complete = all(measured.domains_of(method) == measured.domains for method in measured.methods)
+    return "" if complete else " with every domain"
+
+
 def _portrait(measured: Measured, method: str) -> str:
-    """What one method learnt and kept."""
+    """What one method learnt and kept in the domains that it was trained on."""
     gained, interval = adherence_gained(measured, method)
-    base = spread(measured.rows, "retention/mean", None, measured.base_of(method)).mean
-    score, kept = (spread(measured.rows, name, None, method).mean for name in (SCORE, "retention/mean"))
+    domains = measured.domains_of(method, measured.base_of(method)) or measured.domains_of(method)
+    base = spread_over(measured.rows, "retention/mean", domains, measured.base_of(method)).mean
+    score, kept = (spread_over(measured.rows, name, domains, method).mean for name in (SCORE, "retention/mean"))
     parts = []
     if base > 0 and not math.isnan(kept):
         parts.append(f"keeps {100 * kept / base:.1f} % of the base's retention ({number(kept)} of {number(base)})")
     if not math.isnan(gained):
         parts.append(f"reaches an adaptation score of {number(score)}, {_signed(gained, interval)} against the base")
-    wins, sure = measured.win_rate(method)
+    judged = {row.domain for row in measured.rows if row.method == method and WIN_RATE in row.metrics}
+    wins, sure = measured.win_rate(method, [domain for domain in domains if domain in judged])
     if wins.n:
         ends = f" [{100 * sure.low:.0f}, {100 * sure.high:.0f}]" if sure else ""
         parts.append(f"wins {100 * wins.mean:.0f} %{ends} of its answers against the base's (a tie is half a win)")
-    return f"{method} {listed(parts)}." if parts else f"{method} was not measured."
+    where = f"{found}," if (found := _where(measured, domains)) else ""
+    return f"{method}{where} {listed(parts)}." if parts else f"{method} was not measured."
+
+
+def _where(measured: Measured, domains: Sequence[str]) -> str:
+    """Which domains a sentence is about, unless it is about all."""
+    return f", in {listed(domains)} only" if len(domains) < len(measured.domains) else ""
 
 
 def _duel_sentence(measured: Measured, found: Duel) -> str:
     share = "" if math.isnan(found.share) else f", {100 * found.share:.0f} % of what {found.baseline} forgets"
     one_seed = all(len(measured.seeds(name)) == 1 for name in (found.method, found.baseline))
     return (
-        f"{found.method} against {found.baseline}: {_learnt(found)} "
+        f"{found.method} against {found.baseline}{_where(measured, found.domains)}: {_learnt(found)} "
         f"({_noise(found.adaptation, found.adaptation_interval, one_seed)}); degradation avoided "
         f"{_signed(found.avoided, found.avoided_interval)}{share} "
         f"({_noise(found.avoided, found.avoided_interval, one_seed)})."
@@ -229,10 +298,9 @@ def _learnt(found: Duel) -> str:
 
 def _by_domain(measured: Measured, found: Duel) -> str:
     """A duel's differences in each domain, where the baseline is ahead in both, and what hangs on one domain."""
-    domains = measured.domains_of(found.method, found.baseline)
     values = {}
-    for domain in domains:
-        here = duel(measured, found.method, found.baseline, domain)
+    for domain in found.domains:
+        here = duel(measured, found.method, found.baseline, domain, intervals=False)
         if here is not None and not math.isnan(here.adaptation) and not math.isnan(here.avoided):
             values[domain] = (here.adaptation, here.avoided)
     if len(values) < 2:

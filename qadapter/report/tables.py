@@ -11,7 +11,7 @@ import pandas as pd
 from qadapter.evaluation.statistics import Interval
 from qadapter.report.intervals import Measured
 from qadapter.report.items import SCORE, WIN_RATE
-from qadapter.report.rows import Row, Spread, kind, known_domains, methods_of, ordered, partial_spread, spread
+from qadapter.report.rows import Row, Spread, comparable_domains, kind, methods_of, ordered, spread, spread_over
 
 # Column of the long table → metric. Forgetting is base minus policy: positive is forgotten.
 COLUMNS = {
@@ -120,7 +120,10 @@ def bracket(interval: Interval | None, digits: int = 3) -> str:
 
 
 def comparison(rows: Sequence[Row]) -> pd.DataFrame:
-    """Domain × method, a column a measurement, `mean ± deviation` where several seeds ran; the domains' mean last."""
+    """Domain × method, a column a measurement, `mean ± deviation` where several seeds ran; the domains' mean last.
+
+    A method that lacks a domain has no mean.
+    """
     domains: list[str | None] = [*ordered(row.domain for row in rows)]
     if len(domains) > 1:
         domains.append(None)
@@ -157,7 +160,8 @@ def task_details(rows: Sequence[Row]) -> pd.DataFrame:
 def main_table(measured: Measured) -> Table:
     """The paper's shape: a row a method; what it learnt in each domain, then what it kept of each task.
 
-    Tasks that are averaged only; those in other units (bits per byte) are in the tables below it.
+    Tasks that are averaged only; those in other units (bits per byte) are in the tables below it. A method that lacks a
+    domain has no mean over domains, and where nobody has them all, the win rate is shown domain by domain.
     """
     learnt: list[str | None] = [*measured.domains, *([None] if len(measured.domains) > 1 else [])]
     kept: list[str | None] = [*measured.accuracies, None]
@@ -175,19 +179,16 @@ def main_table(measured: Measured) -> Table:
             for name in kept
         ]
         rows.append((method, scores))
-    won = any(WIN_RATE in row.metrics for row in measured.rows)
-    if won:
-        for method, scores in rows:
-            scores.append((*measured.win_rate(method), True))
+    won = comparable_domains(measured.rows, WIN_RATE)
+    for method, scores in rows:
+        scores += [(*measured.win_rate(method, domains), True) for domains in won]
     columns = [domain or "mean" for domain in learnt] + [_task(measured, name) if name else "mean" for name in kept]
+    columns += ["win rate" if domains == measured.domains else f"win rate ({', '.join(domains)})" for domains in won]
     groups: tuple[tuple[str, int], ...] = (
         ("Learnt: adaptation score", len(learnt)),
         ("Kept: retention, mean over domains", len(kept)),
+        *([("Won", len(won))] if won else []),
     )
-    if won:
-        known = known_domains(measured.rows, WIN_RATE)
-        columns.append("win rate" if known == measured.domains else f"win rate ({', '.join(known)})")
-        groups += (("Won", 1),)
     return Table("method", groups, tuple(columns), _marked(rows))
 
 
@@ -240,7 +241,7 @@ def forgetting_table(measured: Measured) -> Table:
         cells = []
         for name in names:
             metric = name.replace("retention/", "forgetting/", 1) if name else "forgetting/mean"
-            sample = measured.forgetting(method, measured.domains_of(method), name)
+            sample = measured.forgetting(method, measured.domains, name)
             value = spread(measured.rows, metric, None, method).mean
             cells.append(difference_cell(value, sample.interval if sample else None))
         rows.append((method, tuple(cells)))
@@ -254,7 +255,7 @@ def difference_cell(value: float, interval: Interval | None) -> Cell:
 
 
 def further_table(measured: Measured) -> Table:
-    """Whatever else was measured of learning and forgetting, a row a measure, mean over domains."""
+    """Whatever else was measured of learning and forgetting, a row a measure, mean over domains and seeds."""
     shown = {SCORE, "retention/mean", "forgetting/mean", *measured.measures}
     names = ordered(
         (name for row in measured.rows for name in row.metrics if name.startswith(("adaptation/", "retention/"))),
@@ -280,13 +281,27 @@ def _amount(name: str, value: float, digits: int) -> str:
 
 
 def _by_measure(measured: Measured, names: dict[str, tuple[str, int]]) -> Table:
+    """A row a measure and group of domains over which the methods can be compared."""
     rows = []
     for name, (label, digits) in names.items():
-        found = [partial_spread(measured.rows, name, method) for method in measured.methods]
-        known = known_domains(measured.rows, name)
-        if len(known) < len(measured.domains):
-            label = f"{label} ({', '.join(known)} only)"
-        if any(s.n for s in found):
-            whole = digits == 1 and all(s.mean == int(s.mean) for s in found if s.n)
-            rows.append((label, tuple(Cell(_amount(name, s.mean, 0 if whole else digits)) for s in found)))
+        for domains in comparable_domains(measured.rows, name):
+            found = {method: spread_over(measured.rows, name, domains, method) for method in measured.methods}
+            known = [one for one in found.values() if one.n]
+            if not known:
+                continue
+            whole = digits == 1 and all(one.mean == int(one.mean) and not one.deviation > 0 for one in known)
+            cells = [
+                _measure(name, one, measured.further(name, method, domains), 0 if whole else digits)
+                for method, one in found.items()
+            ]
+            where = "" if len(domains) == len(measured.domains) else f" ({', '.join(domains)} only)"
+            rows.append((f"{label}{where}", tuple(cells)))
     return Table("measure", (("", len(measured.methods)),), tuple(measured.methods), tuple(rows))
+
+
+def _measure(name: str, found: Spread, interval: Interval | None, digits: int) -> Cell:
+    """A mean with its interval, or with its deviation over seeds where there is none and the seeds differ at all."""
+    text = _amount(name, found.mean, digits)
+    if interval is None and found.deviation > 0:
+        text = f"{text} ± {_amount(name, found.deviation, digits)}"
+    return Cell(text, bracket(interval, digits))
