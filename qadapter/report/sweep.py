@@ -27,6 +27,7 @@ from qadapter.report.sweep_points import (
     front_of,
     learnt,
     points_of,
+    rank,
 )
 from qadapter.report.sweep_sentences import difference_table, edge_sentences, largest_front
 
@@ -53,7 +54,7 @@ def build_sweep_report(
     front = front_of(compared)
     base = {name: spread(base_rows, name, None, BASE) for name in MEASURED}
     ends = (base["adaptation/score"], base["retention/mean"])
-    draw_sweep(points, front, ends, out / "sweep.png", title)
+    draw_sweep(compared, front, ends, out / "sweep.png", title)
     missing = [s.name for s in settings if s.name not in {point.setting.name for point in compared}]
     sections = [
         f"# {title}",
@@ -208,7 +209,7 @@ def _table(
                 "front": "●" if point.setting.name in on_front else "",
                 "cells": str(point.cells),
             }
-            for point in sorted(points, key=lambda p: (not p.complete, -p.trade))
+            for point in sorted(points, key=lambda p: (not p.complete, *(-n for n in rank(p.trade, p.kl.mean))))
         ]
     )
     return pd.concat([table, pd.DataFrame([of_base])], ignore_index=True).fillna("")

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
+from qadapter.report.front import stairs
 from qadapter.report.rows import Spread, ordered
 from qadapter.report.sweep_points import Point
 
@@ -52,8 +53,6 @@ def draw_sweep(
     whole, close = figure.subplots(1, 2, width_ratios=[1, 1.25])
     for panel in (whole, close):
         _draw_points(panel, points, base)
-        steps_x, steps_y = _staircase(front)
-        panel.plot(steps_x, steps_y, color="#000000", linewidth=1.6, zorder=2.5)
         panel.set_xlabel("adaptation (share of held-out items)")
         panel.grid(alpha=0.25)
     whole.set_ylabel("retention (mean over tasks)")
@@ -65,12 +64,17 @@ def draw_sweep(
         close.set_xticks([tick for tick in close.get_xticks() if left <= tick <= right])  # names stand further right
         whole.add_patch(Rectangle((left, low), right - left, high - low, fill=False, linestyle=":", linewidth=1))
         _name_points(close, front, right + 0.08 * (right - left), low, high)
+    places = [(point.adaptation.mean, point.retention.mean) for point in front]
+    for panel in (whole, close) if front else ():
+        xs, ys = stairs(places, panel.get_xlim()[0], panel.get_ylim()[0])
+        panel.plot(xs, ys, color="#000000", linewidth=1.6, zorder=2.5, scalex=False, scaley=False)
     families = ordered((point.setting.family for point in points), list(STYLES))
     handles = [_handle(family, filled=True, label=family) for family in families]
     if any(point.setting.dialled for point in points):
         handles.append(_handle("residual", filled=False, label="α0 changed at inference"))
     handles.append(Line2D([], [], marker="*", color="#000000", linestyle="", markersize=13, label="base"))
-    handles.append(Line2D([], [], color="#000000", linewidth=1.6, label="Pareto front"))
+    if front:
+        handles.append(Line2D([], [], color="#000000", linewidth=1.6, label="Pareto front"))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False)
     figure.suptitle(title)
     figure.savefig(file, dpi=120)
@@ -100,18 +104,6 @@ def _draw_points(panel: Any, points: Sequence[Point], base: tuple[Spread, Spread
         for bar in bars:  # the spread behind, the means in front
             bar.set(alpha=0.35, zorder=2)
     panel.plot(base[0].mean, base[1].mean, marker="*", color="#000000", markersize=14, linestyle="", zorder=4)
-
-
-def _staircase(front: Sequence[Point]) -> tuple[list[float], list[float]]:
-    """The edge of what is reached: to the left of a point as high as it, below it as far right."""
-    xs, ys = [], []
-    for place, point in enumerate(front):
-        if place:
-            xs.append(point.adaptation.mean)
-            ys.append(front[place - 1].retention.mean)
-        xs.append(point.adaptation.mean)
-        ys.append(point.retention.mean)
-    return xs, ys
 
 
 def _corner(front: Sequence[Point], base: tuple[Spread, Spread]) -> tuple[float, float, float, float]:

@@ -10,10 +10,10 @@ from typing import Literal, NamedTuple
 
 from qadapter.evaluation.statistics import Interval, across_seeds
 from qadapter.report.front import pareto_front
+from qadapter.report.items import RULE as RULE
 from qadapter.report.rows import Row, Spread, spread
 
 BASE = "base"
-RULE = "adaptation/exact_rule"  # the toy world's; where it is measured it is the score
 MEASURED = (
     "adaptation/score",
     "adaptation/win_rate",
@@ -57,12 +57,14 @@ class OfSeed(NamedTuple):
 
     Attributes:
         trade: `trade` of this seed's own learnt and kept.
-        retention, adaptation: of `retention/mean` and `adaptation/score`.
+        retention, adaptation, kl: of `retention/mean`, `adaptation/score` and `forgetting/kl_per_token` (NaN where it
+            was not measured).
     """
 
     trade: float
     retention: float
     adaptation: float
+    kl: float
 
 
 @dataclass(frozen=True)
@@ -138,16 +140,20 @@ def points_of(rows: Sequence[Row], settings: Sequence[Setting], expected: int) -
         if not own:
             continue
         by_seed, learnt_by_seed = {}, {}
-        for seed in dict.fromkeys(row.seed for row in own):
-            of_seed = [row.metrics for row in own if row.seed == seed]
+        metrics = {seed: [r.metrics for r in own if r.seed == seed] for seed in dict.fromkeys(r.seed for r in own)}
+        for seed, of_seed in metrics.items():
             kept = fmean(m["retention/mean"] for m in of_seed)
             learnt_by_seed[seed] = fmean(learnt(m) for m in of_seed)
             by_seed[seed] = OfSeed(
                 trade=trade(learnt_by_seed[seed], share(kept)),
                 retention=kept,
                 adaptation=fmean(m["adaptation/score"] for m in of_seed),
+                kl=fmean(m.get("forgetting/kl_per_token", math.nan) for m in of_seed),
             )
-        adaptation, win_rate, retention, forgetting, kl = (spread(own, name, None, setting.name) for name in MEASURED)
+        adaptation, win_rate, retention, forgetting, kl = (
+            Spread.of(fmean(m.get(name, math.nan) for m in of_seed) for of_seed in metrics.values())
+            for name in MEASURED
+        )
         found.append(
             Point(
                 setting=setting,
@@ -186,26 +192,27 @@ def front_area(points: Sequence[Point]) -> float:
 
 def best_by_trade(points: Sequence[Point]) -> Point:
     """The highest harmonic mean; of equals the one with the smaller divergence from the base."""
-    return max(points, key=lambda p: (p.trade, -_number(p.kl.mean)))
+    return max(points, key=lambda p: rank(p.trade, p.kl.mean))
 
 
 def best_that_keeps(points: Sequence[Point], share: float = KEPT) -> Point | None:
     """The most adaptation among those that keep so much of the base's retention; None if none does."""
     keeping = [point for point in points if point.kept >= share]
-    return max(keeping, key=lambda p: (p.adaptation.mean, p.kept, -_number(p.kl.mean)), default=None)
+    return max(keeping, key=lambda p: (p.adaptation.mean, *rank(p.kept, p.kl.mean)), default=None)
 
 
 def chosen_on_other_seeds(points: Sequence[Point]) -> dict[int | None, float]:
     """Seed → the trade there of the setting whose mean trade over the *other* seeds is the best.
 
-    Unlike the best mean itself, this does not profit from how many settings were tried.
+    Of equals it is the one with the smaller divergence there, as in `best_by_trade`. Unlike the best mean itself, this
+    does not profit from how many settings were tried.
     """
     seeds = list(points[0].by_seed)
     if len(seeds) < 2:
         return {}
     result = {}
     for seed in seeds:
-        chosen = max(points, key=lambda p: fmean(found.trade for other, found in p.by_seed.items() if other != seed))
+        chosen = max(points, key=lambda p: _rank_without(p, seed))
         result[seed] = chosen.by_seed[seed].trade
     return result
 
@@ -243,5 +250,12 @@ def edges(best: Point, tried: Sequence[Point]) -> dict[str, Literal["lowest", "h
     return found
 
 
-def _number(value: float) -> float:
-    return 0.0 if math.isnan(value) else value
+def rank(value: float, kl: float) -> tuple[float, float]:
+    """To sort by: the larger value, of equals the smaller divergence from the base; an unknown one comes last."""
+    return value, -math.inf if math.isnan(kl) else -kl
+
+
+def _rank_without(point: Point, seed: int | None) -> tuple[float, float]:
+    """`rank` by trade over all seeds but one."""
+    others = [found for other, found in point.by_seed.items() if other != seed]
+    return rank(fmean(found.trade for found in others), fmean(found.kl for found in others))
