@@ -135,10 +135,11 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str, more: Call
         time.sleep(0.05)
 
 
-def mlflow_server(folder: Path) -> Server:
-    """MLflow's own server, not started yet, with its files in a folder."""
+def mlflow_server(folder: Path, files: str | None = None) -> Server:
+    """MLflow's own server, not started yet, with its database in a folder, its files there too or at the URL `files`."""
     port = free_port()
-    store = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "files")]
+    destination = files or str(folder / "files")
+    store = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", destination]
     where = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command = [sys.executable, "-m", "mlflow", "server", *store, *where]
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
