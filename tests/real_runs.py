@@ -136,7 +136,7 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str, more: Call
 
 
 def mlflow_server(folder: Path, files: str | None = None) -> Server:
-    """MLflow's own server, not started yet, with its database in a folder, its files there too or at the URL `files`."""
+    """MLflow's own server, not started yet, with its database in a folder, its files there or at the URL `files`."""
     port = free_port()
     destination = files or str(folder / "files")
     store = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", destination]
