@@ -10,6 +10,7 @@ from prefect.logging import get_run_logger
 from qadapter.settings import Judge
 from tasks.context import RunContext
 from tasks.data import log_pairs
+from tasks.launching import Launcher
 from tasks.logged import StageResult, logged_stage, task_result
 from tasks.train import Base, keyed
 
@@ -29,11 +30,13 @@ def train_judge(context: RunContext, domain: str, base: Base, data: StageResult)
     experiment = context.experiment
     settings = experiment.evaluation.adaptation.reward_model or experiment.training
     source = experiment.domains[domain].source
+    launch = Launcher(experiment.launch)
 
     def compute(out: Path, scratch: Path) -> None:
         from qadapter.training.reward_model import train_reward_model
 
-        train_reward_model(
+        launch(
+            train_reward_model,
             base.location,
             data.path / "judge.jsonl",
             data.path / "heldout.jsonl",
@@ -57,6 +60,7 @@ def train_judge(context: RunContext, domain: str, base: Base, data: StageResult)
             "model": experiment.model.numerics(),
             "seed": experiment.base_seed,
             **base.config(),
+            **launch.keyed(),
         },
         params={"base": base.name},
         inputs={**base.inputs(), "data": data.output},
