@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 import fsspec
 
+from qadapter.artifacts import digest_file, sync_to_disk
 from qadapter.errors import QAdapterError
 from qadapter.url_secrets import filled_in, public_address, shown
 
@@ -38,7 +39,8 @@ def fetch(url: str, folder: Path) -> Path:
     """A local copy of a URL's file.
 
     An earlier copy is used again if the server says that it is unchanged (ETag or Last-Modified; other stores: fsspec's
-    `ukey`), and, with a warning, if the server cannot be reached.
+    `ukey`), and, with a warning, if the server cannot be reached; in either case only if it still has the sha256 that
+    was noted. A copy and its note are on the disk itself before they have their names: a power cut leaves no empty one.
 
     Args:
         url: `http://`, `https://` or any other protocol that fsspec has a file system for.
@@ -112,20 +114,23 @@ def _read_note(target: Path) -> dict[str, Any]:
     """What is known of an earlier copy; empty if there is none or it is not the file that was noted."""
     try:
         note = json.loads(_note_file(target).read_text(encoding="utf-8"))
-        return note if target.stat().st_size == note["size"] else {}
+        same = target.stat().st_size == note["size"] and digest_file(target) == note["sha256"]
+        return note if same else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def _store(target: Path, write: Callable[[IO[bytes]], Any]) -> int:
-    """Writes beside the target and renames, so that no reader ever sees a part. Returns the size."""
+def _store(target: Path, write: Callable[[IO[bytes]], Any]) -> dict[str, Any]:
+    """Writes beside the target and renames, so that no reader ever sees a part. Returns `size` and `sha256`."""
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name + ".", suffix=".part")
     part = Path(name)
     try:
         with os.fdopen(handle, "wb") as stream:
             write(stream)
-        written = part.stat().st_size
+        written = {"size": part.stat().st_size, "sha256": digest_file(part)}
+        sync_to_disk(part)
         part.replace(target)
+        sync_to_disk(target.parent)
     finally:
         part.unlink(missing_ok=True)
     return written
@@ -149,7 +154,7 @@ def _fetch_http(url: str, target: Path, known: Mapping[str, Any]) -> dict[str, A
 
             written = _store(target, write)
             modified = response.headers.get("Last-Modified")
-            return {"etag": response.headers.get("ETag"), "modified": modified, "size": written}
+            return {"etag": response.headers.get("ETag"), "modified": modified, **written}
     except urllib.error.HTTPError as error:
         if error.code == 304:
             return dict(known)
@@ -218,4 +223,4 @@ def _fetch_other(url: str, target: Path, known: Mapping[str, Any]) -> dict[str, 
                 f"{public_address(url)} broke off after {stream.tell()} of {expected} bytes. Try again."
             )
 
-    return {"etag": key, "size": _store(target, write)}
+    return {"etag": key, **_store(target, write)}
