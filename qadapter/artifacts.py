@@ -83,17 +83,18 @@ def digest_tree(folder: Path, *, exclude: Collection[str] = ()) -> str:
     return _combine({name: digest_file(path) for name, path in list_files(folder, exclude=exclude).items()})
 
 
-def _storage_failure(error: BaseException) -> int | None:
-    """The errno of a full, read-only or forbidden disk anywhere in an exception's chain, else None.
+def _storage_failure(error: BaseException) -> tuple[int, str | None] | None:
+    """A full, read-only or forbidden disk anywhere in an exception's chain: its errno and the file, where that is told.
 
     Libraries written in Rust or C++ (safetensors, torch) report a full disk as text, not as an errno.
     """
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in _STORAGE_ADVICE:
-            return seen.errno
+            named = seen.filename if seen.filename2 is None else seen.filename2  # of a copy, what is written
+            return seen.errno, os.fsdecode(named) if isinstance(named, str | bytes | os.PathLike) else None
         if any(sign in str(seen) for sign in _FULL_DISK):
-            return errno.ENOSPC
+            return errno.ENOSPC, None
         seen = seen.__cause__ or seen.__context__
     return None
 
@@ -103,7 +104,8 @@ def storage_errors(target: Path) -> Iterator[None]:
     """Turn a full disk, a read-only file system or a forbidden folder into a message that says what to do.
 
     Args:
-        target: what was being written, for the message.
+        target: what was being written, for the message. An error that names a file somewhere else (a temporary
+            folder, a cache) is about that file.
 
     Raises:
         QAdapterError: in place of the `OSError` (which stays its cause). Any other exception passes unchanged, a
@@ -114,11 +116,21 @@ def storage_errors(target: Path) -> Iterator[None]:
     except QAdapterError:
         raise
     except Exception as error:
-        code = _storage_failure(error)
-        if code is None:
+        found = _storage_failure(error)
+        if found is None:
             raise
+        code, named = found
         what, advice = _STORAGE_ADVICE[code]
-        raise QAdapterError(f"Cannot write {target}: {what}. Nothing half-written was left there; {advice}.") from error
+        failed = f"Cannot write {target}"
+        if named is not None and _lies_elsewhere(Path(named), target):
+            failed = f"{named} cannot be used, so {target} was not written"
+        raise QAdapterError(f"{failed}: {what}. Nothing half-written was left there; {advice}.") from error
+
+
+def _lies_elsewhere(file: Path, target: Path) -> bool:
+    """Neither beside the target or below that (it is written under another name first), nor a folder that holds it."""
+    file, folder = file.absolute(), target.absolute().parent
+    return not (file.is_relative_to(folder) or folder.is_relative_to(file))
 
 
 def sync_to_disk(path: Path) -> None:

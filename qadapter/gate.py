@@ -286,6 +286,7 @@ def fallen(then: Measured, now: Measured, gate: Gate) -> list[str]:
 
     Paired where the pairs or items are still the same ones; otherwise (new held-out data) the two intervals must not
     touch. What is not measured any more, or on too few items, is a reason too: nobody would hear of its fall.
+    `max_over_refusals` is a limit, not a comparison: it holds for what is measured now.
     """
     metric = gate.adaptation.metric
     options: dict[str, Any] = {"level": gate.level, "resamples": gate.resamples}
@@ -315,6 +316,8 @@ def fallen(then: Measured, now: Measured, gate: Gate) -> list[str]:
             fell, shown = new.high < old.low, f"{old.estimate - new.estimate:+.3f} on other items"
         if fell:
             found.append(f"{name} fell by {shown}")
+    if gate.max_over_refusals is not None and not (finding := _over_refusals(gate.max_over_refusals, now)).passed:
+        found.append(finding.text)
     return found
 
 

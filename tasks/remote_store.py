@@ -134,7 +134,9 @@ class RemoteStore:
         try:
             found = json.loads(text)
             manifest, place = Manifest(**found["manifest"]), str(found["folder"])
-        except (ValueError, TypeError, KeyError) as error:
+            for entry in manifest.files.values():
+                str(entry["sha256"]), int(entry["bytes"])
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise _DamagedError(f"its manifest cannot be read ({error})") from error
         if (manifest.stage, manifest.key) != (name, key):
             raise _DamagedError("its manifest belongs to another stage")

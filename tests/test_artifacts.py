@@ -209,6 +209,25 @@ def test_disk_trouble_says_what_and_what_to_do(tmp_path: Path, error: Exception,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_trouble_elsewhere_is_not_the_targets(tmp_path: Path) -> None:
+    """A full temporary folder or a cache without permission: the error names the file, and so does the message."""
+    final, other = tmp_path / "store" / "train" / "key", tmp_path / "tmp" / "part.bin"
+
+    def message(error: OSError) -> str:
+        with pytest.raises(QAdapterError) as caught, storage_errors(final):
+            raise error
+        return str(caught.value)
+
+    for code in (errno.ENOSPC, errno.EACCES):
+        elsewhere = message(OSError(code, os.strerror(code), str(other)))
+        assert elsewhere.startswith(f"{other} cannot be used, so {final} was not written: "), elsewhere
+    copied = OSError(errno.ENOSPC, "full", str(final.parent / "source"), None, str(other))
+    assert message(copied).startswith(f"{other} cannot be used"), "of a copy, what could not be written"
+    for own in (final, final / "weights", final.parent / ".key.abc.tmp" / "weights", tmp_path / "store", 7, None):
+        error = OSError(errno.ENOSPC, "full", own if own is None or isinstance(own, int) else str(own))
+        assert message(error).startswith(f"Cannot write {final}: the disk is full"), own
+
+
 def test_a_wrapped_disk_error_is_found(tmp_path: Path) -> None:
     error = ValueError("could not save")
     error.__cause__ = OSError(errno.ENOSPC, "full")

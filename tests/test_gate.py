@@ -254,6 +254,16 @@ def test_a_task_that_is_measured_no_more_is_told(make: Any) -> None:
     assert reason.startswith("facts was measured at registration and is not measured now")
 
 
+def test_over_refusals_above_the_limit_are_a_fall(make: Any) -> None:
+    then, limited = make(80, 150, over_refusals=0.05), Gate(max_over_refusals=0.05)
+    assert fallen(then, make(80, 150, over_refusals=0.05), limited) == []
+    (reason,) = fallen(then, make(80, 150, over_refusals=0.3), limited)
+    assert reason == "over-refusals 0.300, allowed 0.050"
+    (reason,) = fallen(then, make(80, 150, over_refusals=None), limited)
+    assert reason.startswith("over-refusal was not measured")
+    assert fallen(then, make(80, 150, over_refusals=0.3), Gate()) == [], "where there is no rule"
+
+
 def test_rules_are_strict() -> None:
     for wrong in (
         {"max_over_refusals": "0.1"},

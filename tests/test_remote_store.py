@@ -118,7 +118,9 @@ def test_a_half_uploaded_stage_is_not_seen(
     assert work.calls == 2
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut", "missing", "pointer", "foreign"])
+@pytest.mark.parametrize(
+    "damage", ["flipped", "cut", "missing", "pointer", "foreign", "null files", "listed files", "files without sha256"]
+)
 def test_a_damaged_stage_is_computed_again_and_mended(
     tmp_path: Path, url: str, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -137,7 +139,12 @@ def test_a_damaged_stage_is_computed_again_and_mended(
         fs.pipe_file(pointer, fs.cat_file(pointer)[:100])
     else:
         content = json.loads(fs.cat_file(pointer))
-        content["manifest"]["key"] = "0" * 64
+        content["manifest"] |= {
+            "foreign": {"key": "0" * 64},
+            "null files": {"files": None},
+            "listed files": {"files": ["metrics.json"]},
+            "files without sha256": {"files": {"metrics.json": {"bytes": 1}}},
+        }[damage]
         fs.pipe_file(pointer, json.dumps(content).encode())
     with caplog.at_level(logging.WARNING):
         assert run(machine(tmp_path, "b", url), work).cached is False
