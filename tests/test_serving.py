@@ -28,7 +28,7 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation.prompts import prompt_ids
 from qadapter.objective import Objective
 from qadapter.policy import QAdapterForCausalLM
-from qadapter.serving.__main__ import main
+from qadapter.serving.__main__ import allowed_hosts, main
 from qadapter.serving.app import create_app
 from qadapter.serving.generator import Generator, Reply, ReplyReader, Sampling, Turn
 from qadapter.serving.policies import Blend, ServedPolicies
@@ -100,7 +100,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     save_adapters(made.root)
     policies = ServedPolicies.load({name: made.folder(name) for name in ADAPTERS}, made.folder("base"))
     made.generator = RecordingGenerator(policies)
-    server = uvicorn.Server(uvicorn.Config(create_app(made.generator, KEY), port=0, log_level="warning"))
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(made.generator, KEY, allowed_hosts("127.0.0.1")), port=0, log_level="warning")
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     deadline = time.monotonic() + 30
@@ -360,6 +362,29 @@ def test_the_token_is_asked_for_and_health_is_open(world: World) -> None:
     assert httpx.get(f"{world.url}/elsewhere").json()["error"]["type"] == "invalid_request_error"
 
 
+def test_only_the_names_of_this_machine_are_answered_to(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page whose name has been given the address 127.0.0.1 must not read what is served here (DNS rebinding)."""
+    port = world.url.rpartition(":")[2]
+
+    def asked_as(host: str, path: str = "/health", **headers: str) -> httpx.Response:
+        return httpx.get(world.url + path, headers={"Host": host, **headers})
+
+    for own in (f"127.0.0.1:{port}", f"LocalHost:{port}", "localhost", "localhost.", f"[::1]:{port}"):
+        assert asked_as(own).status_code == 200, own
+    for foreign in (f"evil.example:{port}", "localhost.evil.example", "127.0.0.1.evil.example", "192.168.0.1", ""):
+        for path in ("/health", "/v1/models", "/elsewhere"):
+            answer = asked_as(foreign, path, Authorization=f"Bearer {KEY}")
+            assert answer.status_code == 403, foreign
+            assert answer.json()["error"]["code"] == "host_not_allowed"
+    assert "QADAPTER_ALLOWED_HOSTS" in answer.json()["error"]["message"]
+
+    assert allowed_hosts("127.0.0.2") == {"127.0.0.1", "127.0.0.2", "localhost", "::1"}
+    assert allowed_hosts("0.0.0.0") is None, "others reach it by names that are not known here"
+    monkeypatch.setenv("QADAPTER_ALLOWED_HOSTS", "Models.example, ,proxy")
+    for host in ("127.0.0.1", "0.0.0.0"):
+        assert allowed_hosts(host) == {"models.example", "proxy", "127.0.0.1", "localhost", "::1", host}
+
+
 def test_an_error_of_the_model_is_a_500_and_the_server_goes_on(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     before = world.reply("residual")
     with monkeypatch.context() as patch:
@@ -437,7 +462,9 @@ def test_a_reply_is_read_character_by_character(text: str, stop: tuple[str, ...]
     assert reader.stopped == any(one in text for one in stop)
 
 
-def test_the_command_refuses_before_it_loads(tmp_path: Path, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_refuses_before_it_loads(
+    tmp_path: Path, world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert main(["--adapter", str(tmp_path), "--port", "0"]) == 2
     assert "holds no adapter" in capsys.readouterr().err
     twice = ["--adapter", str(world.folder("plain"))] * 2
@@ -446,6 +473,10 @@ def test_the_command_refuses_before_it_loads(tmp_path: Path, world: World, capsy
     port = world.url.rpartition(":")[2]
     assert main(["--adapter", str(world.folder("plain")), "--port", port]) == 2
     assert "cannot be listened on" in capsys.readouterr().err
+    for empty in ("", "  "):
+        monkeypatch.setenv("QADAPTER_API_KEY", empty)
+        assert main(["--adapter", str(world.folder("plain")), "--port", "0"]) == 2
+        assert "QADAPTER_API_KEY is set but empty" in capsys.readouterr().err
 
 
 def test_the_benchmark_prints_a_row_for_each_model_and_number_of_clients(

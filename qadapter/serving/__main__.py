@@ -3,13 +3,16 @@
     python -m qadapter.serving --adapter FOLDER
     python -m qadapter.serving --adapter harmless=FOLDER --adapter academy=FOLDER --base FOLDER --port 8000
 
-With QADAPTER_API_KEY set in the environment, every request must carry it as bearer token. What requests can say:
-docs/serving.md.
+With QADAPTER_API_KEY set in the environment, every request must carry it as bearer token. On a loopback address the
+server answers to the names localhost, 127.0.0.1 and ::1 only, so that no web page can reach it under a name of its own;
+QADAPTER_ALLOWED_HOSTS=name,other.name allows more (behind a proxy that keeps the name, in a container), and on any
+other address limits the server to those. What requests can say: docs/serving.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +21,7 @@ from pathlib import Path
 from qadapter.errors import QAdapterError
 
 API_KEY_VARIABLE = "QADAPTER_API_KEY"
+HOSTS_VARIABLE = "QADAPTER_ALLOWED_HOSTS"
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
@@ -56,7 +60,7 @@ def serve(
         host, port: where to listen; port 0 takes a free one.
 
     Raises:
-        QAdapterError: something cannot be loaded, or the address is taken.
+        QAdapterError: something cannot be loaded, the address is taken, or the key in the environment is empty.
     """
     import socket
 
@@ -66,7 +70,12 @@ def serve(
     from qadapter.serving.generator import Generator
     from qadapter.serving.policies import ServedPolicies
 
-    key = os.environ.get(API_KEY_VARIABLE) or None
+    key = os.environ.get(API_KEY_VARIABLE)
+    if key is not None and not key.strip():
+        raise QAdapterError(
+            f"{API_KEY_VARIABLE} is set but empty, so no token could be asked for. Give it a value, or unset it to "
+            "serve without one."
+        )
     try:  # before the model is loaded
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
@@ -75,14 +84,32 @@ def serve(
         policies = ServedPolicies.load(adapters, base, dtype, quantization, revision)
         generator = Generator(policies)
         where = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-        if host not in _LOOPBACK and key is None:
+        if not _is_loopback(host) and key is None:
             _say(f"warning: everyone who reaches {host} can use this server; set {API_KEY_VARIABLE} to ask for a token")
         _say(f"Serving {', '.join(policies.names)} at {where}/v1   Stop: Ctrl-C")
-        config = uvicorn.Config(create_app(generator, key), log_level="warning", access_log=False)
+        app = create_app(generator, key, allowed_hosts(host))
+        config = uvicorn.Config(app, log_level="warning", access_log=False)
         try:
             uvicorn.Server(config).run(sockets=[listener])
         finally:
             generator.close()
+
+
+def allowed_hosts(host: str) -> set[str] | None:
+    """The names under which a server that listens on `host` may be asked; None: any.
+
+    They are those of `QADAPTER_ALLOWED_HOSTS`, and of this machine itself. Without the variable only a server on
+    loopback is limited: what others reach is reached by names that nobody here knows.
+    """
+    given = {name.strip().lower() for name in os.environ.get(HOSTS_VARIABLE, "").split(",")} - {""}
+    return given | _LOOPBACK | {host.lower()} if given or _is_loopback(host) else None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -127,7 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def add_address(parser: argparse.ArgumentParser) -> None:
     """`--host` and `--port`."""
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    names = f"; on loopback only this machine's own names are answered to, and those in {HOSTS_VARIABLE}=name,other"
+    parser.add_argument("--host", default="127.0.0.1", help=f"address to listen on (default: %(default)s){names}")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
 
 

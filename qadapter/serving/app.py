@@ -8,13 +8,15 @@ import hmac
 import json
 import logging
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Any, Literal
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qadapter.serving.generator import Generator, Reply
 from qadapter.serving.protocol import ChatRequest, Prepared, RequestError, error_body, prepare
@@ -27,14 +29,46 @@ class ClientGoneError(Exception):
     """Nobody waits for the answer any more."""
 
 
-def create_app(generator: Generator, api_key: str | None = None) -> FastAPI:
+class _OnlyHosts:
+    """Refuses requests whose `Host` is not one of some names, whatever they ask for.
+
+    A web page may give its own name the address 127.0.0.1 (DNS rebinding), and then the user's browser takes this
+    server for the page's own; the requests still carry the page's name. Starlette's `TrustedHostMiddleware` does the
+    same without saying, in OpenAI's form, what to do.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Collection[str]) -> None:
+        self._app, self._hosts = app, {host.lower() for host in hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or (name := host_name(Headers(scope=scope).get("host", ""))) in self._hosts:
+            await self._app(scope, receive, send)
+            return
+        message = (
+            f"This server does not answer to the name {name[:200]!r}. Start it with QADAPTER_ALLOWED_HOSTS set to the "
+            "names, separated by commas, under which it may be asked."
+        )
+        await JSONResponse(error_body(message, 403, "host_not_allowed"), 403)(scope, receive, send)
+
+
+def host_name(header: str) -> str:
+    """The name or address in a `Host` header, lower case, without port, brackets and a final dot."""
+    text = header.strip().lower()
+    name = text[1:].partition("]")[0] if text.startswith("[") else text.partition(":")[0]
+    return name.removesuffix(".")
+
+
+def create_app(generator: Generator, api_key: str | None = None, hosts: Collection[str] | None = None) -> FastAPI:
     """The server's application.
 
     Args:
         generator: what answers.
         api_key: bearer token that every request below `/v1` must carry; None: none is asked for.
+        hosts: names and addresses under which it may be asked (the `Host` of a request, without port); None: any.
     """
     app = FastAPI(title="Q-Adapter", docs_url=None, redoc_url=None, openapi_url=None)
+    if hosts is not None:
+        app.add_middleware(_OnlyHosts, hosts=hosts)
 
     async def authorise(request: Request) -> None:
         given = request.headers.get("authorization", "").encode()
