@@ -13,7 +13,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed, State
 
 from flows.announce import emit
-from flows.customize import fetch, launch_of, lay_ground, measuring, one_at_a_time, prepared
+from flows.customize import Step, fetch, launch_of, lay_ground, measuring, one_at_a_time, prepared
 from flows.launch import check_workspace, close_abandoned
 from qadapter.customization import Customization, load_customization
 from qadapter.gate import Measured, fallen
@@ -21,7 +21,8 @@ from qadapter.serving.registered import DamagedError
 from tasks.candidate import METHOD, learnt_by, measured, registry_of
 from tasks.context import Customisation, workspace
 from tasks.data import generate_toy_world
-from tasks.preferences import Seen, collect_preferences, hold_out, mix_preferences
+from tasks.logged import StageResult
+from tasks.preferences import Seen, collect_preferences, hold_out, mix_preferences, read_heldout
 from tasks.registry import Registry, Version
 from tasks.stage import StageStore
 from tasks.tracking import Tracker
@@ -76,17 +77,7 @@ def _what_fell(config: str, customization: Customization, registry: Registry, ch
     with prepared(config, customization, NAME) as (run, step):
         x = run.experiment
         world = step(generate_toy_world) if x.toy_world else None
-        seen = Seen.read(customization)
-        ledger = step(collect_preferences, customization=customization, previous=seen.ledger, world=world)
-        mixture = step(
-            mix_preferences,
-            customization=customization,
-            ledger=ledger,
-            learnt=learnt_by(champion, registry),
-            world=world,
-            everything=True,  # of no matter here: only the held-out side is used
-        )
-        heldout = step(hold_out, mixture=mixture)
+        heldout = _heldout(step, customization, registry, champion, world)
         ground = lay_ground(x, step, world, champion, customization.model_name)
         adapter = fetch(step, customization, champion)
         base_row = measuring(step, ground, heldout, world)(Customisation(customization.domain, "base"), None, None)
@@ -103,6 +94,29 @@ def _what_fell(config: str, customization: Customization, registry: Registry, ch
         reasons = fallen(then, now, customization.gate)
     shutil.rmtree(checks, ignore_errors=True)
     return reasons
+
+
+def _heldout(
+    step: Step, customization: Customization, registry: Registry, champion: Version, world: StageResult | None
+) -> StageResult:
+    """Today's held-out pairs; files of their own are all that is read then: the source may be empty or away."""
+    source = customization.source
+    heldout: StageResult
+    if source.heldout_path or source.heldout_split:
+        heldout = step(read_heldout, customization=customization, world=world)
+        return heldout
+    previous = Seen.read(customization).ledger
+    ledger = step(collect_preferences, customization=customization, previous=previous, world=world)
+    mixture = step(
+        mix_preferences,
+        customization=customization,
+        ledger=ledger,
+        learnt=learnt_by(champion, registry),
+        world=world,
+        everything=True,  # of no matter here: only the held-out side is used
+    )
+    heldout = step(hold_out, mixture=mixture)
+    return heldout
 
 
 def _ended(name: str, message: str) -> State[Any]:

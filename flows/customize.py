@@ -26,6 +26,7 @@ from qadapter.customization import PREFERENCES, Customization, load_customizatio
 from qadapter.experiment import Experiment
 from qadapter.preferences import sources
 from qadapter.preferences.mixture import unlearnt
+from qadapter.url_secrets import shown
 from tasks.candidate import (
     METHOD,
     Rows,
@@ -48,10 +49,10 @@ from tasks.preferences import (
     Seen,
     changes_of,
     collect_preferences,
+    delivered,
     heldout_files,
     hold_out,
     mix_preferences,
-    source_files,
 )
 from tasks.registry import Registry, Version
 from tasks.tracking import Tracker
@@ -65,9 +66,9 @@ NAME = "customize-on-new-preferences"
 def customize_on_new_preferences(config: str = "smoke", force: bool = False) -> State[Any]:
     """Look for new preferences; if there are any, train, compare with the champion, promote or reject.
 
-    Other held-out pairs or another config are looked at like new preferences. Ends as `NothingNew`, `Promoted`,
-    `Rejected`, `Superseded` (passed, but somebody moved the champion meanwhile), or, where a delivery holds nothing
-    usable, fails as `Quarantined`.
+    Other held-out pairs or another config are looked at like new preferences. A source in which no data file lies has
+    nothing new, whatever was there before. Ends as `NothingNew`, `Promoted`, `Rejected`, `Superseded` (passed, but
+    somebody moved the champion meanwhile), or, where a delivery holds nothing usable, fails as `Quarantined`.
 
     Args:
         config: a name in `configs/customize/`, or a YAML file.
@@ -91,14 +92,17 @@ def _look(config: str, customization: Customization, force: bool) -> State[Any]:
     registry = registry_of(customization)
     finished = registry.finish()
     left = _remember_what_was_killed(customization, registry)
-    fingerprint = fingerprint_of(customization)
+    try:
+        fingerprint = _fingerprint(customization)
+    except sources.NoDataError as error:
+        if force:
+            raise
+        return _nothing(customization, left, finished, f"no data file in {_shown_source(customization)} now: {error}")
     # Behind the lock: what the watcher finds begun, ended or at work is then of this very run.
     seen = Seen.update(customization, started=fingerprint, started_at=time.time())
     if fingerprint == seen.fingerprint and not force:
-        if left is not None:
-            name = "Promoted" if left.number in finished else "NothingNew"
-            return _ended(name, f"what a killed run had left was finished; {seen.outcome}")
-        return _ended("NothingNew", f"nothing new in {customization.source.path}; the last time: {seen.outcome}")
+        what = f"nothing new in {_shown_source(customization)}; the last time: {seen.outcome}"
+        return _nothing(customization, left, finished, what)
     with prepared(config, customization, NAME) as (run, step):
         name, outcome, ledger = _customize(run.experiment, step, customization, seen.ledger, fingerprint, force)
     # Last: a run that is killed before this is done again, out of finished stages.
@@ -108,9 +112,20 @@ def _look(config: str, customization: Customization, force: bool) -> State[Any]:
     return _ended(name, outcome)
 
 
+def _nothing(customization: Customization, left: Version | None, finished: list[int], what: str) -> State[Any]:
+    """Nothing is to be trained; but a run that was killed may have left something, which was finished before."""
+    if left is None:
+        return _ended("NothingNew", what)
+    name = "Promoted" if left.number in finished else "NothingNew"
+    return _ended(name, f"what a killed run had left was finished; {Seen.read(customization).outcome}")
+
+
 def _remember_what_was_killed(customization: Customization, registry: Registry) -> Version | None:
-    """A run was killed between registering its version and remembering that: the version says what it dealt with."""
-    last = next(reversed(registry.versions()), None)
+    """A run was killed between registering its version and remembering that: the version says what it dealt with.
+
+    Versions that somebody registered by hand are not of a run of ours, and say nothing.
+    """
+    last = next((version for version in reversed(registry.versions()) if "candidate" in version.tags), None)
     if last is None or last.number <= Seen.read(customization).version:
         return None
     Seen.update(
@@ -202,7 +217,7 @@ def _complaint(customization: Customization, ledger: StageResult) -> str:
     reasons = "; ".join(f"{reason}: {count}" for reason, count in changes.fresh_quarantined.items())
     files = "".join(f"\n  {name}: {reason}" for name, reason in changes.refused_files.items())
     return (
-        f"nothing of what is new in {customization.source.path} can be used ({reasons}), so nothing was trained and "
+        f"nothing of what is new in {_shown_source(customization)} can be used ({reasons}), so nothing was trained and "
         f"the champion stays. Correct or remove it; line by line: {ledger.path / 'quarantine.jsonl'}{files}"
     )
 
@@ -211,19 +226,45 @@ def _complaint(customization: Customization, ledger: StageResult) -> str:
 
 
 def fingerprint_of(customization: Customization) -> str:
-    """sha256 over what decides a verdict: the source's files and the held-out ones as they are now, and the config."""
+    """sha256 over what decides a verdict: the source's files and the held-out ones as they are now, and the config.
+
+    Where no data file lies in the source, nothing is new: the fingerprint is that of what was dealt with last.
+    """
+    try:
+        return _fingerprint(customization)
+    except sources.NoDataError as error:
+        get_run_logger().warning("no data file in %s now: %s", _shown_source(customization), error)
+        return Seen.read(customization).fingerprint
+
+
+def _fingerprint(customization: Customization) -> str:
+    """As `fingerprint_of`.
+
+    Raises:
+        NoDataError: no data file lies in the source.
+        QAdapterError: the source, the held-out files or the profile cannot be read.
+    """
     data = Path(customization.data).expanduser().resolve() if customization.data else None
     source, experiment = customization.source, customization.experiment()
-    # What the toy world writes follows from the config, and need not be there yet.
-    made = experiment.toy_world is not None and "{data}" in (source.heldout_path or "")
-    held = None if made else heldout_files(source, data)
+
+    def made(path: str | None) -> bool:
+        """What the toy world writes follows from the config, and need not be there yet."""
+        return experiment.toy_world is not None and "{data}" in (path or "")
+
+    now = {"files": "the toy world"} if made(source.path) else delivered(source, data).digests()
+    held = None if made(source.heldout_path or source.path) else heldout_files(source, data)
     return digest_of(
         {
-            "source": sources.fingerprint(source_files(source, data)),
+            "source": now.pop("files"),
+            **now,
             "heldout": sources.fingerprint(held) if held else None,
             "config": config_of(customization, experiment),
         }
     )
+
+
+def _shown_source(customization: Customization) -> str:
+    return shown(customization.source.path)
 
 
 def _lock(customization: Customization, what: str) -> FileLock:

@@ -48,7 +48,7 @@ class Customization(Settings):
         data: folder for `{data}` in the profile's paths, where it has no toy world.
         domain: the profile's domain whose base and style are meant.
         source: where preferences arrive: a folder that fills, a file that grows, a URL, a hub data set. A relative path
-            starts at the workspace; `{data}` is the toy world, or `data`.
+            starts at the workspace; `{data}` is the toy world (whose preferences never change), or `data`.
         seed: of the trainings.
         mix, gate: see there.
     """

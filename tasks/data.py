@@ -74,6 +74,8 @@ def prepare_data(context: RunContext, source: str, world: StageResult | None) ->
     if settings.heldout_path or settings.heldout_split:
         heldout_files = local(settings.heldout_path or settings.path, settings.heldout_split)
     seed = context.experiment.base_seed
+    before = sources.fingerprint(files)
+    heldout_before = sources.fingerprint(heldout_files) if heldout_files else None
 
     def compute(out: Path, _: Path) -> None:
         from qadapter.preferences.prepare import prepare
@@ -90,6 +92,9 @@ def prepare_data(context: RunContext, source: str, world: StageResult | None) ->
             max_chars=settings.max_chars,
             judge_pairs=settings.judge_pairs,
         )
+        sources.refuse_changed(files, before, settings.path)
+        if heldout_files and heldout_before:
+            sources.refuse_changed(heldout_files, heldout_before, settings.heldout_path or settings.path)
 
     def log(run_id: str, output: StageOutput) -> None:
         summary = read_json(output.path / "summary.json")
@@ -110,8 +115,8 @@ def prepare_data(context: RunContext, source: str, world: StageResult | None) ->
         config={
             **settings.model_dump(exclude={"path", "heldout_path", "revision", "expected_pairs"}),
             "seed": seed,
-            "files": sources.fingerprint(files),
-            "heldout_files": sources.fingerprint(heldout_files) if heldout_files else None,
+            "files": before,
+            "heldout_files": heldout_before,
         },
         inputs={},
         compute=compute,
@@ -148,6 +153,7 @@ def build_benchmarks(context: RunContext, data: Mapping[str, StageResult], world
     replies = {name: heldout[f"replies.{name}"] for name in settings.replies}
     preferences = {name: heldout[f"preferences.{name}"] for name in settings.preferences}
     seed = context.experiment.base_seed
+    before = {name: sources.fingerprint([file]) for name, file in texts.items()}
 
     def compute(out: Path, _: Path) -> None:
         from qadapter.evaluation.built_benchmarks import write_benchmarks
@@ -161,6 +167,8 @@ def build_benchmarks(context: RunContext, data: Mapping[str, StageResult], world
             seed=seed,
             out=out,
         )
+        for name, file in texts.items():
+            sources.refuse_changed([file], before[name], str(file))
 
     result = logged_stage(
         context,

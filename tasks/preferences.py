@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from filelock import FileLock
 from prefect import task
+from prefect.logging import get_run_logger
 
 from qadapter.artifacts import read_json, storage_errors, write_json
 from qadapter.customization import Customization
@@ -17,6 +19,7 @@ from qadapter.errors import QAdapterError
 from qadapter.preferences import sources
 from qadapter.preferences.ledger import RECORDS, SUMMARY, Changes
 from qadapter.settings import Source
+from qadapter.url_secrets import shown
 from tasks.code_version import code_digest
 from tasks.context import RunContext, resolve_path, workspace
 from tasks.data import unreachable
@@ -34,7 +37,8 @@ class Seen:
         outcome: what came of it, for people.
         version: the newest registered version at that run's end; a newer one is of a run that was killed.
         started: fingerprint of what the last run dealt with that began; `started_at` is when (seconds since 1970).
-        announced: fingerprint that the watcher announced last; `announced_at` is when, 0 if nobody heard of it.
+        announced: fingerprint that the watcher announced last; `announced_at` is when, 0 if nobody heard of it;
+            `announcements` is how often.
     """
 
     fingerprint: str = ""
@@ -45,6 +49,7 @@ class Seen:
     announced: str = ""
     started_at: float = 0.0
     announced_at: float = 0.0
+    announcements: int = 0
 
     @classmethod
     def read(cls, customization: Customization) -> Seen:
@@ -68,21 +73,64 @@ def _seen_file(customization: Customization) -> Path:
     return workspace() / ".qadapter" / "customize" / f"{customization.model_name}.json"
 
 
-def source_files(source: Source, data: Path | None = None) -> list[Path]:
-    """The source's files as they are now, fetched if need be; a relative path starts at the workspace.
+@dataclass(frozen=True)
+class Delivered:
+    """What lies in a source now.
+
+    Attributes:
+        files: its data files, fetched if need be.
+        unread: files in its folder that are no data by their names, with their sizes.
+    """
+
+    files: list[Path]
+    unread: dict[str, int]
+
+    def digests(self) -> dict[str, str]:
+        """sha256 of the contents as `files` and, where something is not read, of its names and sizes as `unread`."""
+        digests = {"files": sources.fingerprint(self.files)}
+        if self.unread:
+            digests["unread"] = hashlib.sha256(json.dumps(self.unread).encode()).hexdigest()
+        return digests
+
+
+def delivered(source: Source, data: Path | None = None) -> Delivered:
+    """A source as it is now; a relative path starts at the workspace.
+
+    Args:
+        source: where to look.
+        data: what `{data}` in its path stands for.
 
     Raises:
-        QAdapterError: the source does not exist or has no files.
+        NoDataError: nothing lies there, and it is no mistake to expect something: the folder is empty, or it does not
+            exist in a folder that does, or in the workspace.
+        QAdapterError: the source cannot be read, or its path is a mistake.
     """
-    return _files(source.path, source, source.split, data)
+    where = _where(source.path, data)
+    # Of a data set with a card or splits, these say which of its files are meant.
+    whole = source.split is None and source.config_name is None
+    try:
+        files = _files(source.path, source, source.split, data)
+    except sources.NoDataError:
+        if not (whole and (unread := sources.unread_files(where))):
+            raise
+        return Delivered([], unread)
+    except sources.MissingPathError as error:
+        if not Path(where).is_relative_to(workspace()):
+            raise
+        raise sources.NoDataError(str(error)) from error  # below the workspace, a first delivery makes its folders
+    return Delivered(files, sources.unread_files(where) if whole else {})
 
 
-def _files(path: str, source: Source, split: str | None, data: Path | None) -> list[Path]:
+def _where(path: str, data: Path | None) -> str:
     where = resolve_path(path, data)
     if "://" not in where and not where.startswith("hub:"):
         where = str(workspace() / Path(where).expanduser())
+    return where
+
+
+def _files(path: str, source: Source, split: str | None, data: Path | None) -> list[Path]:
     return sources.locate(
-        where,
+        _where(path, data),
         cache_dir=workspace() / ".qadapter" / "downloads",
         split=split,
         revision=source.revision,
@@ -91,10 +139,17 @@ def _files(path: str, source: Source, split: str | None, data: Path | None) -> l
 
 
 def heldout_files(source: Source, data: Path | None = None) -> list[Path] | None:
-    """The files of the held-out side, fetched if need be; None where it is a share of the source's prompts."""
+    """The files of the held-out side, fetched if need be; None where it is a share of the source's prompts.
+
+    Raises:
+        QAdapterError: there are none. Unlike deliveries, held-out pairs are not waited for.
+    """
     if not (source.heldout_path or source.heldout_split):
         return None
-    return _files(source.heldout_path or source.path, source, source.heldout_split, data)
+    try:
+        return _files(source.heldout_path or source.path, source, source.heldout_split, data)
+    except sources.NoDataError as error:
+        raise QAdapterError(f"the held-out pairs are missing: {error}") from error
 
 
 @task(task_run_name="new-preferences", retries=2, retry_delay_seconds=[5, 30], retry_condition_fn=unreachable)
@@ -103,8 +158,8 @@ def collect_preferences(
 ) -> Any:
     """Validate what is new or changed in the source; what is known keeps its outcome."""
     source = customization.source
-    files = source_files(source, world.path if world else context.data)
-    fingerprint = sources.fingerprint(files)
+    found = delivered(source, world.path if world else context.data)
+    digests = found.digests()
     rules = hashlib.sha256(
         f"{code_digest('qadapter.preferences.formats')} {source.domain} {source.max_chars}".encode()
     ).hexdigest()
@@ -113,12 +168,9 @@ def collect_preferences(
     def compute(out: Path, _: Path) -> None:
         from qadapter.preferences.ledger import update
 
-        update(files, before, out, domain=source.domain, max_chars=source.max_chars, rules=rules)
-        if sources.fingerprint(files) != fingerprint:
-            raise QAdapterError(
-                f"files of {source.path} changed while they were read; write new files under a hidden name "
-                "(.name) and rename them when they are whole"
-            )
+        options: dict[str, Any] = {"domain": source.domain, "max_chars": source.max_chars, "rules": rules}
+        update(found.files, before, out, unread=found.unread, **options)
+        sources.refuse_changed(found.files, digests["files"], source.path)
 
     def log(run_id: str, output: StageOutput) -> None:
         changes = read_json(output.path / SUMMARY)
@@ -130,11 +182,14 @@ def collect_preferences(
         context,
         "new-preferences",
         module="qadapter.preferences.ledger",
-        config={"files": fingerprint, "domain": source.domain, "max_chars": source.max_chars, "rules": rules},
+        config={**digests, "domain": source.domain, "max_chars": source.max_chars, "rules": rules},
         inputs={"previous": before} if before else {},
         compute=compute,
         log=log,
     )
+    if refused := changes_of(result).refused_files:
+        told = "".join(f"\n  {name}: {reason}" for name, reason in refused.items())
+        get_run_logger().warning("%d files of %s are not used:%s", len(refused), shown(source.path), shown(told))
     return task_result(result, result)
 
 
@@ -161,6 +216,7 @@ def mix_preferences(
     """
     source, mix = customization.source, customization.mix
     held = heldout_files(source, world.path if world else context.data)
+    held_before = sources.fingerprint(held) if held else None
 
     settings: dict[str, Any] = {
         "rows": "all" if everything else mix.rows,
@@ -177,18 +233,56 @@ def mix_preferences(
         from qadapter.preferences.mixture import write_mixture
 
         write_mixture(ledger.path, out, learnt=learnt, heldout_files=held, **settings)
+        if held and held_before:
+            sources.refuse_changed(held, held_before, source.heldout_path or source.path)
 
     result = logged_stage(
         context,
         "training-mix",
         module="qadapter.preferences.mixture",
-        config={**settings, "heldout_files": sources.fingerprint(held) if held else None},
+        config={**settings, "heldout_files": held_before},
         inputs={"ledger": ledger.output, **({"learnt": learnt / RECORDS} if learnt else {})},
         compute=compute,
         log=lambda run_id, output: context.tracker.log_metrics(
             run_id,
             {f"data/{name}": n for name, n in read_json(output.path / "summary.json").items() if isinstance(n, int)},
         ),
+    )
+    return task_result(result, result)
+
+
+@task(task_run_name="heldout-files")
+def read_heldout(context: RunContext, customization: Customization, world: StageResult | None) -> Any:
+    """What `hold_out` gives where the held-out side has files of its own, without a look at the source.
+
+    Raises:
+        QAdapterError: the held-out side is a share of the source.
+    """
+    source = customization.source
+    files = heldout_files(source, world.path if world else context.data)
+    if files is None:
+        raise QAdapterError(f"{customization.name} has no held-out files of its own (source.heldout_path)")
+    before = sources.fingerprint(files)
+    settings: dict[str, Any] = {
+        "domain": source.domain,
+        "seed": customization.seed,
+        "max_heldout_pairs": source.max_heldout_pairs,
+        "max_chars": source.max_chars,
+    }
+
+    def compute(out: Path, _: Path) -> None:
+        from qadapter.preferences.mixture import write_heldout
+
+        write_heldout(files, out, **settings)
+        sources.refuse_changed(files, before, source.heldout_path or source.path)
+
+    result = logged_stage(
+        context,
+        "heldout",
+        module="qadapter.preferences.mixture",
+        config={**settings, "heldout_files": before},
+        inputs={},
+        compute=compute,
     )
     return task_result(result, result)
 

@@ -105,6 +105,8 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     home = tmp_path_factory.mktemp("home")
     with prefect_harness(), workspace_at(home) as patch:
         told = Story(home, write_config(home))
+        told.run("nothing yet")
+        told.run("watch nothing", watch_preferences)
         deliver(home, "1-first.jsonl", refusals()[:40])
         told.run("first")
         told.run("again")
@@ -134,7 +136,13 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         broken.unlink()
         told.run("removed")
 
+        deliver(home, "5-week.csv", "chosen,rejected\n")
+        told.run("unread")
+        (home / "incoming").rename(home / "archive")
+        told.run("archived")
+        told.run("watch archived", watch_preferences)
         told.run("check", check_champion)
+        (home / "archive").rename(home / "incoming")
         yield told
 
 
@@ -151,6 +159,23 @@ def test_the_first_candidate_is_compared_with_the_base(story: Story) -> None:
     assert "of the base" in version.tags["reasons"]
     assert version.metrics["adaptation/implied_reward_accuracy"] > 0.5
     assert version.tags["data_pairs"] == "40 (40 new)"
+
+
+def test_a_source_that_is_empty_or_not_there_has_nothing_new(story: Story) -> None:
+    """Before the first delivery, and after all of them were archived."""
+    for step in ("nothing yet", "archived"):
+        assert story.steps[step].name == "NothingNew", story.steps[step].message
+        assert story.steps[step].message.startswith(f"no data file in incoming now: {story.home}/incoming does not")
+    assert story.steps["nothing yet"].versions == []
+    assert {story.steps[name].name for name in ("watch nothing", "watch archived")} == {"NothingNew"}
+    assert story.steps["archived"].aliases == story.steps["removed"].aliases
+
+
+def test_a_delivery_that_is_not_read_is_quarantined(story: Story) -> None:
+    step = story.steps["unread"]
+    assert step.name == "Quarantined"
+    assert "\n  5-week.csv: its name ends in none of .json, .jsonl" in step.message
+    assert len(step.versions) == 5
 
 
 def test_nothing_new_ends_at_once_and_says_so(story: Story) -> None:
@@ -262,7 +287,7 @@ def test_only_what_was_new_was_validated(story: Story) -> None:
         "search_runs", [experiment.experiment_id], "tags.stage = 'new-preferences'", order_by=["start_time ASC"]
     )
     counts = [(run.data.metrics["data/validated"], run.data.metrics["data/unchanged"]) for run in runs]
-    assert counts == [(40, 0), (46, 40), (80, 86), (20, 166), (0, 186), (0, 186), (0, 86)]
+    assert counts == [(40, 0), (46, 40), (80, 86), (20, 166), (0, 186), (0, 186), (0, 86), (0, 86)]
 
 
 def test_the_history_is_read_from_the_registry_alone(story: Story) -> None:
@@ -277,7 +302,7 @@ def test_the_history_is_read_from_the_registry_alone(story: Story) -> None:
 
 
 def test_the_champion_is_checked_and_an_event_raised_when_it_fell(story: Story) -> None:
-    """First with the held-out pairs it was judged by; then these are turned round, as if tastes had."""
+    """First with the source away and the held-out pairs it was judged by; then these are turned, as if tastes had."""
     step = story.steps["check"]
     assert step.name == "Steady", step.message
     heldout = story.home / "heldout.jsonl"
@@ -380,3 +405,36 @@ def test_a_champion_keeps_its_base_when_the_profile_has_another(story: Story) ->
     assert candidate.tags["parent"] == str(champion.number)
     assert candidate.number > champion.number
     assert candidate.tags["base_digest"] == champion.tags["base_digest"]
+
+
+def test_a_version_registered_by_hand_stops_no_run(story: Story) -> None:
+    """It has none of a candidate's tags, and says nothing about what was dealt with."""
+    newest = story.versions()[-1]
+    registry = registry_of(load_customization(story.config))
+    registry.tracker.call("create_model_version", MODEL, newest.source)
+    by_hand = story.versions()[-1]
+    assert (by_hand.number, "candidate" in by_hand.tags) == (newest.number + 1, False)
+    step = story.run("after it")
+    assert (step.name, step.message.split(";")[0]) == ("NothingNew", "nothing new in incoming")
+
+
+@pytest.mark.usefixtures("story")
+def test_a_message_about_a_source_has_no_query(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`code` is no name that a config is refused for, and may be a key all the same."""
+    url = "https://example.org/d.json?code=canary"
+    broken = deliver(tmp_path, "copy", "<html>502 Bad Gateway</html>\n")
+    config = write_config(tmp_path, model_name="qadapter-away", source={"path": url})
+    heldout = str(tmp_path / "heldout.jsonl")
+    monkeypatch.setattr(
+        "qadapter.preferences.sources.locate",
+        lambda where, **_: [Path(heldout) if where == heldout else broken],
+    )
+    states = [customize_on_new_preferences(config, return_state=True) for _ in range(2)]
+    assert [state.name for state in states] == ["Quarantined", "NothingNew"]
+    for state in states:
+        assert "https://example.org/d.json?…" in str(state.message)
+        assert "canary" not in str(state.message)
+    assert "https://example.org/d.json?…" in caplog.text
+    assert "canary" not in caplog.text

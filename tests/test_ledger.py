@@ -10,7 +10,7 @@ import pytest
 
 from qadapter.errors import QAdapterError
 from qadapter.preferences import ledger
-from qadapter.preferences.ledger import REFUSED_FILE, Changes
+from qadapter.preferences.ledger import REFUSED_FILE, UNREAD_FILE, Changes
 from qadapter.preferences.mixture import unlearnt, write_mixture
 from qadapter.preferences.prepare import load_pairs
 from qadapter.preferences.records import Reason
@@ -105,6 +105,24 @@ def test_a_file_of_no_known_format_does_not_stop_the_others(tmp_path: Path) -> N
         "line": 1,
         "reason": REFUSED_FILE,
     }
+
+
+def test_a_file_that_is_not_read_is_quarantined_by_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    files = [write(folder / "a.jsonl", [record(n) for n in range(5)])]
+    options: dict[str, Any] = {"domain": None, "max_chars": 1000, "rules": "r"}
+    for out in ("1", "2", "3", "4"):
+        (tmp_path / out).mkdir()
+    first = ledger.update(files, None, tmp_path / "1", unread={"b/week3.csv": 12}, **options)
+    assert (first.new, first.fresh_pairs, first.fresh_quarantined) == (6, 5, {UNREAD_FILE: 1})
+    assert first.refused_files["b/week3.csv"].startswith("its name ends in none of .json, .jsonl, ")
+    assert json.loads((tmp_path / "1" / "quarantine.jsonl").read_text())["file"] == "b/week3.csv"
+    same = ledger.update(files, tmp_path / "1", tmp_path / "2", unread={"b/week3.csv": 12}, **options)
+    assert (same.new, same.unchanged, same.quarantined, same.fresh_quarantined) == (0, 6, {UNREAD_FILE: 1}, {})
+    grown = ledger.update(files, tmp_path / "2", tmp_path / "3", unread={"b/week3.csv": 13}, **options)
+    assert (grown.changed, grown.unchanged, grown.fresh_quarantined) == (1, 5, {UNREAD_FILE: 1})
+    alone = ledger.update([], tmp_path / "3", tmp_path / "4", unread={"b/week3.csv": 13}, **options)
+    assert (alone.removed, alone.unchanged, alone.fresh_pairs) == (5, 1, 0)
 
 
 def test_the_mixture_is_everything_or_what_is_new_and_a_sample(tmp_path: Path) -> None:

@@ -19,7 +19,15 @@ import pytest
 from qadapter.errors import QAdapterError
 from qadapter.preferences import download
 from qadapter.preferences.download import UnreachableError
-from qadapter.preferences.sources import SourceStatus, check, fingerprint, locate
+from qadapter.preferences.sources import (
+    MissingPathError,
+    NoDataError,
+    SourceStatus,
+    check,
+    fingerprint,
+    locate,
+    unread_files,
+)
 
 ROW = b'{"chosen": "a b", "rejected": "a c"}\n'
 
@@ -56,6 +64,35 @@ def test_a_folder_is_its_data_files(tmp_path: Path) -> None:
         write(tmp_path / name)
     assert locate(str(tmp_path), cache_dir=tmp_path / "cache") == [tmp_path / name for name in kept]
     assert check(str(tmp_path)) == SourceStatus(str(tmp_path), "folder", 6, 6 * len(ROW))
+
+
+def test_what_a_folder_has_beside_its_data_is_told(tmp_path: Path) -> None:
+    unread = ["Week4.JSONL", "b/week3.csv", "week3.jsonl.zst"]
+    data = ["a.jsonl", "b/c.parquet"]
+    silent = [
+        *("README.md", "README", "readme.txt", "b/LICENSE", "notes.MD", "dataset_info.json", "cache-1.arrow"),
+        *(".hidden.csv", ".cache/y.csv", "a.jsonl.sha256", "_SUCCESS", "Thumbs.db"),
+        *("b/week5.csv.part", "week5.csv~", "week5.tmp", "week5.jsonl.crdownload"),
+    ]
+    for name in unread + data + silent:
+        write(tmp_path / name)
+    (tmp_path / "link.csv").symlink_to("/nowhere/secret.csv")
+    link = {"link.csv": len("/nowhere/secret.csv")}
+    assert unread_files(str(tmp_path)) == {**{name: len(ROW) for name in unread}, **link}
+    assert list(unread_files(f"file://{tmp_path}")) == ["Week4.JSONL", "b/week3.csv", "link.csv", "week3.jsonl.zst"]
+    assert locate(str(tmp_path), cache_dir=tmp_path) == [tmp_path / name for name in data]
+    for no_folder in (str(tmp_path / "a.jsonl"), str(tmp_path / "nothing"), "hub:owner/name", "https://localhost/a"):
+        assert unread_files(no_folder) == {}
+
+
+def test_what_is_not_there_yet_is_told_from_a_wrong_path(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for path in ("empty", "missing", "missing.jsonl"):
+        for options in ({}, {"split": "train"}) if path == "empty" else ({},):
+            with pytest.raises(NoDataError):
+                locate(str(tmp_path / path), cache_dir=tmp_path, **options)
+    with pytest.raises(MissingPathError):
+        locate(str(tmp_path / "missing" / "incoming"), cache_dir=tmp_path)
 
 
 def test_a_hidden_parent_folder_hides_nothing(tmp_path: Path) -> None:
@@ -296,6 +333,35 @@ def test_url_is_fetched_once_until_it_changes(tmp_path: Path, server: FileServer
     assert server.statuses == [200, 304, 200, 200]
     assert sorted(path.name for path in file.parent.iterdir()) == [file.name, file.name + ".meta"]
     assert "token" not in (file.parent / (file.name + ".meta")).read_text()
+
+
+def test_a_copy_that_a_power_cut_emptied_is_none(tmp_path: Path, server: FileServer) -> None:
+    """Zeros of the right length, as a file system leaves them whose journal was ahead of its data."""
+    url = f"{server.url}/a.jsonl"
+    (file,) = locate(url, cache_dir=tmp_path)
+    file.write_bytes(bytes(len(ROW)))
+    assert locate(url, cache_dir=tmp_path)[0].read_bytes() == ROW
+    assert server.statuses == [200, 200], "the server was not asked whether that copy is still good"
+    file.write_bytes(bytes(len(ROW)))
+    server.stop()
+    with pytest.raises(UnreachableError, match="cannot be reached"):
+        locate(url, cache_dir=tmp_path)
+
+
+def test_a_copy_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[str, list[str]]] = []
+
+    def sync(path: Path) -> None:
+        whole = [file.suffix for file in sorted((tmp_path / "urls").iterdir()) if file.suffix != ".part"]
+        synced.append((path.suffix, whole))
+
+    monkeypatch.setattr(download, "sync_to_disk", sync)
+    (file,) = locate(f"{server.url}/a.jsonl", cache_dir=tmp_path)
+    assert synced == [(".part", []), ("", [".jsonl"]), (".part", [".jsonl"]), ("", [".jsonl", ".meta"])]
+    note = json.loads((file.parent / f"{file.name}.meta").read_text())
+    assert (note["size"], note["sha256"]) == (len(ROW), hashlib.sha256(ROW).hexdigest())
 
 
 def test_url_check_asks_for_one_byte(tmp_path: Path, server: FileServer) -> None:

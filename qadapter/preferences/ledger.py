@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,13 @@ from qadapter.errors import QAdapterError
 from qadapter.preferences.formats import Format, detect_format, parse_record
 from qadapter.preferences.pair import PreferencePair
 from qadapter.preferences.records import RawRecord, Reason, iter_records
+from qadapter.preferences.sources import DATA_SUFFIXES
 
 RECORDS, SUMMARY, QUARANTINE = "records.jsonl", "summary.json", "quarantine.jsonl"
 REFUSED_FILE = "the whole file: no known format"
 """Reason of the one entry that stands for a file of which nothing can be read."""
+UNREAD_FILE = "the whole file: its name has no ending of a data file"
+"""Reason of the one entry that stands for a file that is not opened (`sources.unread_files`)."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Changes:
         validated: records that were parsed; the others' outcomes are known.
         fresh_pairs: usable pairs of new and changed records.
         quarantined: candidate pairs that cannot be used, by reason; `fresh_quarantined` of new and changed records.
-        refused_files: files of which nothing can be read, with the reason for people.
+        refused_files: files of which nothing can be read, or that are not read, with the reason for people.
         rules: the validation rules that all outcomes follow (`update`).
     """
 
@@ -89,7 +92,14 @@ class Changes:
 
 
 def update(
-    files: Sequence[Path], previous: Path | None, out: Path, *, domain: str | None, max_chars: int, rules: str
+    files: Sequence[Path],
+    previous: Path | None,
+    out: Path,
+    *,
+    domain: str | None,
+    max_chars: int,
+    rules: str,
+    unread: Mapping[str, int] | None = None,
 ) -> Changes:
     """Write a ledger of some files.
 
@@ -102,6 +112,7 @@ def update(
         out: an empty folder; gets `records.jsonl`, `quarantine.jsonl` (file, line, reason) and `summary.json`.
         domain, max_chars: as in `qadapter.preferences.prepare.prepare`.
         rules: whatever names the way records are validated (code, domain, limit). A ledger of other rules is not used.
+        unread: files beside them that are no data by their names, with their sizes: refused without being opened.
     """
     if previous is not None and read_json(previous / SUMMARY)["rules"] != rules:
         previous = None
@@ -127,6 +138,10 @@ def update(
                 validated += 1
                 outcome = _validate(record, file_format, domain, max_chars)
             entries.append(Entry(name, record.line, digest, outcome, digest not in known))
+    for name, size in (unread or {}).items():
+        refused[name] = f"its name ends in none of {', '.join(DATA_SUFFIXES)}; rename it, or convert it to one of these"
+        digest = hashlib.sha256(f"{UNREAD_FILE}\n{name}\n{size}".encode(errors="surrogateescape")).hexdigest()
+        entries.append(Entry(name, 1, digest, [UNREAD_FILE], digest not in known))
     now = {entry.digest for entry in entries}
     fresh = [entry for entry in entries if entry.fresh]
     # A record that took the place of one that is gone is that one, changed; the rest of what is gone was removed.
@@ -184,6 +199,8 @@ def _digest(name: str, record: RawRecord, file_format: Format) -> str:
 
 def _names(files: Sequence[Path]) -> dict[str, Path]:
     """Files by their names relative to the folder that holds them all."""
+    if not files:
+        return {}
     common = os.path.commonpath([file.absolute().parent for file in files])
     return {os.path.relpath(file.absolute(), common): file for file in files}
 

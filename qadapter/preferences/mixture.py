@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 from qadapter.artifacts import write_json
+from qadapter.errors import QAdapterError
 from qadapter.preferences.ledger import read
 from qadapter.preferences.pair import PreferencePair
 from qadapter.preferences.prepare import parse_files
-from qadapter.preferences.split import split_pairs
+from qadapter.preferences.split import heldout_side, split_pairs
 
 
 def write_mixture(
@@ -61,12 +62,44 @@ def write_mixture(
     fresh_pairs = sum(_text(pair) in fresh for pair in train)
     summary: dict[str, int | str] = {"fresh_pairs": fresh_pairs, "old_pairs": len(train) - fresh_pairs}
     for side, chosen in {"train": train, "heldout": split.heldout}.items():
-        text = "".join(_text(pair) + "\n" for pair in chosen)
-        (out / f"{side}.jsonl").write_text(text, encoding="utf-8")
-        summary[f"{side}_pairs"] = len(chosen)
-        summary[f"{side}_prompts"] = len({pair.prompt_digest for pair in chosen})
-        summary[f"{side}_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+        summary |= _write_side(out, side, chosen)
     write_json(out / "summary.json", summary)
+
+
+def write_heldout(
+    files: Sequence[Path],
+    out: Path,
+    *,
+    domain: str | None,
+    seed: int,
+    max_heldout_pairs: int | None,
+    max_chars: int,
+) -> None:
+    """The held-out side of `write_mixture` alone, where it has files of its own: nothing else need be there.
+
+    Args:
+        files: the held-out files.
+        out: gets the same `heldout.jsonl`, and of `summary.json` what is about it.
+        domain, seed, max_heldout_pairs, max_chars: as there.
+
+    Raises:
+        QAdapterError: the files have no usable pair.
+    """
+    held = heldout_side(parse_files(files, domain=domain, max_chars=max_chars).pairs, seed, max_heldout_pairs)
+    if not held:
+        raise QAdapterError(f"No held-out pair of {', '.join(map(str, files))} can be used. Give others.")
+    write_json(out / "summary.json", _write_side(out, "heldout", held))
+
+
+def _write_side(out: Path, side: str, pairs: Sequence[PreferencePair]) -> dict[str, int | str]:
+    """Write a side's file; its part of the summary."""
+    text = "".join(_text(pair) + "\n" for pair in pairs)
+    (out / f"{side}.jsonl").write_text(text, encoding="utf-8")
+    return {
+        f"{side}_pairs": len(pairs),
+        f"{side}_prompts": len({pair.prompt_digest for pair in pairs}),
+        f"{side}_sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
 
 
 def unlearnt(ledger: Path, learnt: Path | None) -> set[str]:

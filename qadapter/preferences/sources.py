@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -22,13 +22,28 @@ from huggingface_hub import HfApi, errors, is_offline_mode, snapshot_download
 
 from qadapter.errors import QAdapterError
 from qadapter.preferences import download
+from qadapter.url_secrets import shown
 
 DATA_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet", ".arrow")
 # What `datasets` writes beside the rows.
 NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+# What lies beside data and is no delivery: notes, licences, checksums, markers of other tools, files half-written.
+_BESIDE_DATA = re.compile(
+    r"(readme|licen[cs]e).*|_(success|started|committed|temporary).*|thumbs\.db|desktop\.ini|.*~"
+    r"|.*\.(md|rst|sha\d*|md5|crc|asc|sig|tmp|temp|part|partial|filepart|crdownload|swp|bak|lock)",
+    re.IGNORECASE,
+)
 HUB_TIMEOUT_SECONDS = 20.0
 
 Kind = Literal["file", "folder", "url", "hub"]
+
+
+class NoDataError(QAdapterError):
+    """No data file lies where a source may have some: nothing was delivered yet, or it was all taken away."""
+
+
+class MissingPathError(QAdapterError):
+    """A local path does not exist, and neither does the folder that it should lie in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +81,9 @@ def locate(
         Existing files in sorted order, at least one.
 
     Raises:
-        QAdapterError: the source does not exist, has no data, or the arguments do not fit its kind.
+        NoDataError: a folder without a data file, or a path that does not exist in a folder that does.
+        MissingPathError: a path that does not exist, nor its folder.
+        QAdapterError: the source cannot be read, or the arguments do not fit its kind.
         download.UnreachableError: a server could not be reached; trying again may help.
     """
     kind = _check_arguments(path, split=split, revision=revision, config_name=config_name)
@@ -89,6 +106,48 @@ def check(
         return _check_hub(path, revision)
     files = _local_files(path, kind, split, config_name)
     return SourceStatus(path, kind, len(files), sum(file.stat().st_size for file in files))
+
+
+def unread_files(path: str) -> dict[str, int]:
+    """What lies in a folder and is not read, because its name has no ending of a data file.
+
+    `week3.csv`, `week3.JSONL` and `week3.jsonl.zst` are such files. Hidden files, notes (README, licences, .md),
+    checksums and names of files that are not whole yet are not told. Nothing is opened.
+
+    Returns:
+        The files' names relative to the folder, sorted, with their sizes in bytes; empty where `path` is no folder.
+    """
+    if path.startswith("hub:") or ("://" in path and not path.startswith("file://")):
+        return {}
+    folder = _plain(path)
+    found = {}
+    for file in _files_below(folder) if folder.is_dir() else ():
+        name = file.relative_to(folder)
+        known = name.name.endswith(DATA_SUFFIXES) or name.name in NOT_DATA or _BESIDE_DATA.fullmatch(name.name)
+        if not known and not _is_hidden(name):
+            try:
+                found[name.as_posix()] = file.lstat().st_size
+            except OSError:  # taken away meanwhile
+                continue
+    return dict(sorted(found.items()))
+
+
+def refuse_changed(files: Iterable[Path], before: str, path: str) -> None:
+    """After files were read: what was read is what had been fingerprinted, so that no result gets a wrong name.
+
+    Args:
+        files: the ones read.
+        before: their fingerprint before that.
+        path: the source, for the message.
+
+    Raises:
+        QAdapterError: their content is another one now.
+    """
+    if fingerprint(files) != before:
+        raise QAdapterError(
+            f"files of {shown(path)} changed while they were read, so nothing was made of them; run again. Write new "
+            "files under a hidden name (.name) and rename them when they are whole"
+        )
 
 
 def fingerprint(files: Iterable[Path]) -> str:
@@ -139,9 +198,8 @@ def _local(path: str) -> Path:
     """A local path that exists; else an error that names its nearest neighbours."""
     if not path.strip():
         raise QAdapterError("The path of a source is empty; a file, a folder, a URL or hub:owner/name was expected.")
-    plain = unquote(urlsplit(path).path) if path.startswith("file://") else path
     try:
-        local = Path(plain).expanduser().absolute()
+        local = _plain(path)
         if local.is_file() or local.is_dir():
             return local
         missing, parent = local, local.parent
@@ -158,23 +216,38 @@ def _local(path: str) -> Path:
         names = {}
     close = difflib.get_close_matches(missing.name.lower(), names, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(str(parent / names[name]) for name in close)}?" if close else "Check the path."
-    raise QAdapterError(f"{path} does not exist: there is no '{missing.name}' in {parent}. {hint}")
+    kind = NoDataError if missing == local else MissingPathError
+    raise kind(f"{path} does not exist: there is no '{missing.name}' in {parent}. {hint}")
+
+
+def _plain(path: str) -> Path:
+    plain = unquote(urlsplit(path).path) if path.startswith("file://") else path
+    return Path(plain).expanduser().absolute()
 
 
 # ------------------------------------------------------------------------------------------- folders
 
 
 def _is_data(name: PurePosixPath | Path) -> bool:
-    hidden = any(part.startswith(".") for part in name.parts)
     cached = name.name.startswith("cache-") and name.suffix == ".arrow"  # results of `datasets.map`, not data
-    return name.name.endswith(DATA_SUFFIXES) and name.name not in NOT_DATA and not hidden and not cached
+    return name.name.endswith(DATA_SUFFIXES) and name.name not in NOT_DATA and not _is_hidden(name) and not cached
+
+
+def _is_hidden(name: PurePosixPath | Path) -> bool:
+    return any(part.startswith(".") for part in name.parts)
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    return (Path(place, name) for place, _, names in os.walk(folder) for name in names)
 
 
 def _local_files(path: str, kind: Kind, split: str | None, config_name: str | None) -> list[Path]:
     local = _local(path)
     if kind == "file":
         return [local]
-    files = _select(path, local, split, config_name) if split or config_name else _data_files(path, local)
+    files = _data_files(path, local)
+    if split or config_name:
+        files = _select(path, local, split, config_name)
     _refuse_links_out(path, local, files)
     return files
 
@@ -195,10 +268,9 @@ def _refuse_links_out(path: str, folder: Path, files: Iterable[Path]) -> None:
 
 
 def _data_files(path: str, folder: Path) -> list[Path]:
-    found = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
-    files = sorted(file for file in found if _is_data(file.relative_to(folder)) and file.is_file())
+    files = sorted(file for file in _files_below(folder) if _is_data(file.relative_to(folder)) and file.is_file())
     if not files:
-        raise QAdapterError(
+        raise NoDataError(
             f"The folder {path} has no data files. Files ending in {', '.join(DATA_SUFFIXES)} were expected in it or "
             "below; name the folder that holds them."
         )

@@ -62,9 +62,7 @@ def split_pairs(
     Raises:
         QAdapterError: `heldout`, a limit or `judge_pairs` is out of range, or a side is left empty.
     """
-    for name, limit in {"max_train_pairs": max_train_pairs, "max_heldout_pairs": max_heldout_pairs}.items():
-        if limit is not None and limit < 1:
-            raise QAdapterError(f"{name} is {limit}; a number from 1 on, or none for no limit, was expected.")
+    _check_limits(max_train_pairs=max_train_pairs, max_heldout_pairs=max_heldout_pairs)
     every = _distinct(pairs, seed)
     duplicates = len(pairs) - len(every)
     crossing: list[PreferencePair] = []
@@ -96,6 +94,26 @@ def split_pairs(
         cut_heldout=len(held) - len(kept_held),
         judge=judge,
     )
+
+
+def heldout_side(pairs: Sequence[PreferencePair], seed: int, limit: int | None = None) -> list[PreferencePair]:
+    """The side that `split_pairs` makes of `heldout_pairs`, which does not depend on the training pairs.
+
+    Args:
+        pairs: the held-out pairs, in any order.
+        seed, limit: `seed` and `max_heldout_pairs` of the split.
+
+    Raises:
+        QAdapterError: the limit is out of range.
+    """
+    _check_limits(max_heldout_pairs=limit)
+    return _distinct(pairs, seed)[:limit]
+
+
+def _check_limits(**limits: int | None) -> None:
+    for name, limit in limits.items():
+        if limit is not None and limit < 1:
+            raise QAdapterError(f"{name} is {limit}; a number from 1 on, or none for no limit, was expected.")
 
 
 def _draw_prompts(prompts: set[str], heldout: float | int, seed: int) -> set[str]:
