@@ -19,7 +19,7 @@ from tasks.tracking import Tracker
 _FILES = {
     "train": ("history.jsonl",),
     "adaptation": ("pairs.jsonl", "answers.jsonl"),
-    "retention": ("items.jsonl", "directions.json"),
+    "retention": ("items.jsonl", "directions.json", "old_answers.jsonl"),
     "prepare": ("summary.json",),
 }
 _DIGESTS = ("digest.train", "digest.adaptation", "digest.retention")

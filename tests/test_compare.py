@@ -18,7 +18,7 @@ from tasks.context import Customisation
 from tasks.recorded import find_run, read_runs
 from tasks.sweep import SweptCell
 from tasks.tracking import Tracker
-from tests.report_files import rule_row, toy_rows
+from tests.report_files import prompt, rule_row, toy_rows, write_lines
 
 SUMMARY = '{"read": 9, "used": 8, "quarantined": {"empty reply": 1}, "train_sha256": "ab", "heldout_sha256": "cd"}'
 
@@ -98,6 +98,27 @@ def test_a_flow_run_gives_the_report_it_had(first: str, rows: list[Row], tmp_pat
     assert first in text
     assert (out / "report.html").is_file()
     assert (out / "training_curves.png").is_file()
+
+
+def test_answers_to_old_prompts_come_along(tracker: Tracker, home: Path, tmp_path: Path) -> None:
+    """With them the share that stays identical has an interval: one of four changed is -0.25."""
+    rows = []
+    for row, replies in zip(toy_rows(home / "old"), ("abcd", "abcx", "wxyz"), strict=True):
+        answers = [
+            {"prompt": prompt(f"old {base}"), "base": base, "reply": reply}
+            for base, reply in zip("abcd", replies, strict=True)
+        ]
+        write_lines(row.retention / "old_answers.jsonl", answers)
+        same = sum(answer["base"] == answer["reply"] for answer in answers) / 4
+        rows.append(replace(row, metrics={**row.metrics, "retention/answers_identical": same}))
+    record(tracker, "smoke · old answers", rows, home / "old-summary", steps=3)
+    assert main(["smoke · old answers", "--output", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out/report.md").read_text(encoding="utf-8")
+    (line,) = (line for line in text.splitlines() if "that stay identical" in line)
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[:2] == ["the base's own answers that stay identical ↑", "1.000"]
+    assert [cell.split(" [")[0] for cell in cells[2:]] == ["0.750", "0.000"]
+    assert all("[" in cell for cell in cells[2:])
 
 
 def test_single_runs_bring_their_base(tracker: Tracker, first: str, tmp_path: Path) -> None:
