@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import http.client
+import json
 import os
 import signal
 import subprocess
@@ -17,23 +18,24 @@ import time
 import tomllib
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 import psutil
 import yaml
 
 from flows.dead_runs import close_dead_runs
+from qadapter.artifacts import read_json, write_json
 from qadapter.errors import QAdapterError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 _START_SECONDS = 180  # a first start creates the database; a busy laptop takes its time
 _STOP_SECONDS = 20
-_WORKER_SECONDS = 10  # one that is killed sooner than this would be killed again
+_QUICK_DEATH_SECONDS = 10  # what is killed sooner than this would be killed again
 
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -73,7 +75,8 @@ def answers(url: str, path: str = "/health") -> bool:
 def serve(root: Path, *, limit: int = 1) -> None:
     """Bring server, work pool, deployments and worker up; return when stopped, with everything down again.
 
-    A server that was already running is used, and left running. A worker that is killed is started again.
+    A server that was already running is used, and left running. A worker or server of its own that is killed is started
+    again.
 
     Args:
         root: the project folder; `prefect.yaml` and `prefect.toml` lie there, Prefect's database below it.
@@ -87,41 +90,123 @@ def serve(root: Path, *, limit: int = 1) -> None:
     home = Path(environment["PREFECT_HOME"]).expanduser().absolute()
     home.mkdir(parents=True, exist_ok=True)
     pool = _pool_name(root)
+    log = home / "server.log"
     children: dict[str, subprocess.Popen[bytes]] = {}
+    started: dict[str, float] = {}
+
+    def start_server() -> None:
+        with log.open("ab") as stream:
+            children["server"] = _prefect(root, environment, *_server_command(url), output=stream)
+        started["server"] = time.monotonic()
+        _wait_for_server(url, children["server"], log)
+
+    def start_worker() -> None:
+        # The worker's output is the runs' own log: it belongs on the screen.
+        children["worker"] = _prefect(root, environment, "worker", "start", "--pool", pool, "--limit", str(limit))
+        started["worker"] = time.monotonic()
+
+    start = {"server": start_server, "worker": start_worker}
     with _stopping_on_signals(), _stopping(children):
         if answers(url):
             _say(f"Prefect server: using the one that answers at {url}")
         else:
-            log = home / "server.log"
             _say(f"Prefect server: starting at {url} (log: {log})")
-            with log.open("ab") as stream:
-                children["server"] = _prefect(root, environment, *_server_command(url), output=stream)
-            _wait_for_server(url, children["server"], log)
-        if urlsplit(url).hostname in _LOOPBACK and (dead := close_dead_runs(url, no_worker_is_up="server" in children)):
-            _say(f"Reported as crashed, because their process is gone: {', '.join(dead)}")
+            start_server()
+        _close_dead_runs(url, no_worker_is_up="server" in children)
         if not answers(url, f"/work_pools/{pool}"):
             _run(root, environment, "work-pool", "create", pool, "--type", "process")
-        _run(root, environment, "--no-prompt", "deploy", "--all")
-        # The worker's output is the runs' own log: it belongs on the screen.
-        worker = ("worker", "start", "--pool", pool, "--limit", str(limit))
-        children["worker"], started = _prefect(root, environment, *worker), time.monotonic()
+        _deploy(root, environment, url, home)
+        start_worker()
         _say(_next_steps(root, url))
         while True:
             while all(child.poll() is None for child in children.values()):
                 time.sleep(0.5)
             name, child = next((name, child) for name, child in children.items() if child.poll() is not None)
-            if name != "worker" or child.returncode >= 0 or time.monotonic() - started < _WORKER_SECONDS:
+            if child.returncode >= 0 or time.monotonic() - started[name] < _QUICK_DEATH_SECONDS:
                 break
-            # Killed (by the system, for memory, or by hand). Its flow runs are processes of their own and go on.
-            _say(f"The Prefect worker was killed (signal {-child.returncode}) and is started again.")
-            children["worker"], started = _prefect(root, environment, *worker), time.monotonic()
-        where = home / "server.log" if name == "server" else "Its output above"
+            # Killed (by the system, for memory, or by hand). Flow runs are processes of their own and go on, without
+            # their worker; without a server they wait for another one.
+            _say(f"The Prefect {name} was killed (signal {-child.returncode}) and is started again.")
+            start[name]()
+        where = log if name == "server" else "Its output above"
         raise QAdapterError(f"The Prefect {name} ended by itself with code {child.returncode}. {where} says why.")
 
 
+def _close_dead_runs(url: str, *, no_worker_is_up: bool) -> None:
+    """Report runs whose process is gone as crashed; on this machine only."""
+    if urlsplit(url).hostname in _LOOPBACK and (dead := close_dead_runs(url, no_worker_is_up=no_worker_is_up)):
+        _say(f"Reported as crashed, because their process is gone: {', '.join(dead)}")
+
+
+def _deploy(root: Path, environment: dict[str, str], url: str, home: Path) -> None:
+    """Deploy all that `prefect.yaml` names; schedules stay paused or awake as somebody left them on the server."""
+    plan = _plan(root)
+    note = home / "deployed-schedules.json"
+    written = {_name(entry, schedule): _is_active(schedule) for entry, schedule in _schedules(plan)}
+    deployed = read_json(note) if note.exists() else written
+    on_server = {
+        _name(entry, schedule["schedule"] | {"slug": schedule["slug"]}): _is_active(schedule)
+        for entry, schedule in _schedules({"deployments": _deployed(url)})
+    }
+    for name in keep_schedules(plan, on_server, deployed):
+        _say(f"Schedule of {name}: {'awake' if on_server[name] else 'paused'} as it was, unlike in prefect.yaml")
+    # A file, and not changes after the deployment: a command that is killed in between would forget them.
+    merged = home / "deployed.yaml"
+    merged.write_text(yaml.safe_dump(plan, allow_unicode=True, sort_keys=False), encoding="utf-8")
+    _run(root, environment, "--no-prompt", "deploy", "--all", "--prefect-file", str(merged))
+    write_json(note, written)
+
+
+def keep_schedules(plan: dict[str, Any], on_server: Mapping[str, bool], deployed: Mapping[str, bool]) -> list[str]:
+    """Let the schedules of a plan be active where the server's are.
+
+    Args:
+        plan: what `prefect.yaml` says; changed in place.
+        on_server: schedule → whether it is active on the server; those that it does not have begin as the file says.
+        deployed: schedule → what the file said when it was deployed last. Where it says something else now, somebody
+            has changed it since, and the file holds.
+
+    Returns:
+        The schedules that are now unlike in the file.
+    """
+    kept = []
+    for entry, schedule in _schedules(plan):
+        name, written = _name(entry, schedule), _is_active(schedule)
+        if deployed.get(name, written) == written and on_server.get(name, written) != written:
+            schedule["active"] = on_server[name]
+            kept.append(name)
+    return kept
+
+
+def _deployed(url: str) -> Any:
+    """The deployments that a server has."""
+    request = urllib.request.Request(f"{url}/deployments/filter", b"{}", {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return json.load(response)
+
+
+def _schedules(plan: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """(deployment, schedule) of all of them, in the file's and the server's form."""
+    return [(entry, schedule) for entry in plan["deployments"] for schedule in entry.get("schedules") or []]
+
+
+def _name(deployment: Mapping[str, Any], schedule: Mapping[str, Any]) -> str:
+    """What a schedule is known by, in the file and on the server: whose it is, and when it starts runs."""
+    when = next((schedule[key] for key in ("slug", "cron", "rrule", "interval") if schedule.get(key)), "")
+    flow = str(deployment["entrypoint"]).rpartition(":")[2].replace("_", "-")
+    return f"{flow}/{deployment['name']} ({f'{when:g}' if isinstance(when, float | int) else when})"
+
+
+def _is_active(schedule: Mapping[str, Any]) -> bool:
+    return schedule.get("active") is not False  # as Prefect takes one that says nothing
+
+
+def _plan(root: Path) -> dict[str, Any]:
+    return dict(yaml.safe_load((root / "prefect.yaml").read_text(encoding="utf-8")))
+
+
 def _pool_name(root: Path) -> str:
-    deployments = yaml.safe_load((root / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]
-    return str(deployments[0]["work_pool"]["name"])
+    return str(_plan(root)["deployments"][0]["work_pool"]["name"])
 
 
 def _server_command(url: str) -> list[str]:
@@ -173,7 +258,7 @@ def _wait_for_server(url: str, server: subprocess.Popen[bytes], log: Path) -> No
 
 
 def _next_steps(root: Path, url: str) -> str:
-    deployments = yaml.safe_load((root / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]
+    deployments = _plan(root)["deployments"]
     flows = [str(deployment["entrypoint"]).rpartition(":")[2].replace("_", "-") for deployment in deployments]
     commands = "\n".join(
         f"  prefect deployment run {flow}/{deployment['name']}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import os
@@ -25,7 +26,7 @@ import yaml
 
 from flows.dead_runs import close_dead_runs
 from flows.deployment_names import DEFAULT_DEPLOYMENTS, expand
-from flows.serve import api_url
+from flows.serve import answers, api_url, keep_schedules
 from flows.spread import main as spread
 from qadapter.errors import QAdapterError
 from qadapter.training.checkpoints import SEAL
@@ -117,6 +118,7 @@ def test_prefect_toml_keeps_to_this_machine() -> None:
     assert settings["api"]["url"] == "http://127.0.0.1:4200/api"
     assert settings["server"]["analytics_enabled"] is False
     assert settings["plugins"] == {"enabled": True, "allow": "qadapter-deployments"}
+    assert settings["server"]["concurrency"] == {"lease_storage": "flows.leases"}
 
 
 def test_the_api_url_is_the_users_or_the_projects(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -128,6 +130,39 @@ def test_the_api_url_is_the_users_or_the_projects(monkeypatch: pytest.MonkeyPatc
     (tmp_path / "prefect.toml").write_text("[api]\n")
     with pytest.raises(QAdapterError, match="No Prefect API is configured"):
         api_url(tmp_path)
+
+
+# ---- schedules, which people pause and resume on the server
+
+WATCH, CHECK = "watch-preferences/smoke (*/15 * * * *)", "check-champion/smoke (0 5 * * 4)"
+
+
+@pytest.mark.parametrize(
+    ("on_server", "deployed", "kept"),
+    [
+        ({}, {}, {}),
+        ({WATCH: False, CHECK: True}, {}, {}),
+        ({WATCH: True, CHECK: False}, {}, {WATCH: True, CHECK: False}),
+        ({WATCH: True, CHECK: False}, {WATCH: False, CHECK: True}, {WATCH: True, CHECK: False}),
+        ({WATCH: True, CHECK: False}, {WATCH: False, CHECK: False}, {WATCH: True}),
+        ({"watch-preferences/smoke (0 * * * *)": True}, {}, {}),
+    ],
+    ids=["a new server", "as the file", "an old note is missing", "both", "the file was changed since", "other times"],
+)
+def test_schedules_stay_as_they_are_on_the_server(
+    on_server: dict[str, bool], deployed: dict[str, bool], kept: dict[str, bool]
+) -> None:
+    plan = yaml.safe_load((PROJECT_ROOT / "prefect.yaml").read_text(encoding="utf-8"))
+    before = copy.deepcopy(plan)
+    assert sorted(keep_schedules(plan, on_server, deployed)) == sorted(kept)
+    changed = set()
+    for entry, old in zip(plan["deployments"], before["deployments"], strict=True):
+        for schedule, was in zip(entry.get("schedules", []), old.get("schedules", []), strict=True):
+            assert schedule | {"active": None} == was | {"active": None}
+            if schedule != was:
+                changed.add((entry["entrypoint"].split(":")[1], schedule["active"]))
+    flows = {WATCH: "watch_preferences", CHECK: "check_champion"}
+    assert changed == {(flows[name], active) for name, active in kept.items()}
 
 
 # ---- the plugin
@@ -350,10 +385,15 @@ def test_a_dead_run_does_not_block_its_deployment(served: Served, process: str |
     assert served.send("GET", limit)["active_slots"] == 0
 
 
-def worker_of(served: Served) -> psutil.Process:
-    """The worker's process."""
+def child_of(served: Served, kind: str) -> psutil.Process:
+    """The process of the worker, or of the server."""
     children = psutil.Process(served.process.pid).children()
-    return next(child for child in children if {"worker", "start"} <= set(child.cmdline()))
+    return next(child for child in children if {kind, "start"} <= set(child.cmdline()))
+
+
+def wait_until_old_enough(process: psutil.Process) -> None:
+    """One that is killed in its first ten seconds is not started again."""
+    time.sleep(max(0.0, 11 - (time.time() - process.create_time())))
 
 
 def checkpoints(served: Served) -> list[Path]:
@@ -364,14 +404,15 @@ def checkpoints(served: Served) -> list[Path]:
 @pytest.mark.slow
 def test_a_killed_worker_is_started_again_and_a_killed_run_goes_on(served: Served) -> None:
     """`kill -9` of the worker in a training: the run goes on without it. Of the run: the next one resumes it."""
-    time.sleep(max(0.0, 11 - (time.time() - worker_of(served).create_time())))
+    wait_until_old_enough(child_of(served, "worker"))
     run = TINY | {"base_seed": 3, "pretraining.max_steps": 300, "pretraining.save_steps": 20}
     command = ["deployment", "run", "full-paper-repro", "-p"]
     served.prefect(*command, f"overrides={json.dumps(run)}")
     wait_until(lambda: checkpoints(served), 120, "a training that writes checkpoints", served)
     first = newest_run(served)["id"]
-    worker_of(served).kill()
-    wait_until(lambda: "was killed (signal 9) and is started again" in served.log, 30, "another worker", served)
+    child_of(served, "worker").kill()
+    again = "The Prefect worker was killed (signal 9) and is started again"
+    wait_until(lambda: again in served.log, 30, "another worker", served)
     wait_until(lambda: newest_run(served)["state_type"] not in {"RUNNING", "PENDING"}, 240, "its end", served)
     assert newest_run(served)["id"] == first
     assert newest_run(served)["state_type"] == "COMPLETED", served.log[-6000:]
@@ -389,6 +430,82 @@ def test_a_killed_worker_is_started_again_and_a_killed_run_goes_on(served: Serve
     assert last["state_type"] == "COMPLETED", served.log[-6000:]
     assert f"pre-training: goes on after step {step}, where it was stopped" in served.log
     assert checkpoints(served) == []
+
+
+@pytest.mark.slow
+def test_a_killed_server_is_started_again_and_its_runs_go_on(served: Served) -> None:
+    """`kill -9` of the server in a training of a deployment, which holds a lease; it stays away for longer than that.
+
+    The run's process stands still meanwhile, so that the server, once it is back, finds the lease overdue first; then
+    the run renews it, and comes to its end with the same worker.
+    """
+    smoke = served.send("GET", "/deployments/name/full-paper-repro/smoke")
+    kept = ("flow_id", "path", "pull_steps", "work_pool_name", "job_variables", "concurrency_options")
+    body = {key: smoke[key] for key in kept} | {"name": "renewing", "entrypoint": "tests/renewing.py:full_paper_repro"}
+    deployment = served.post("/deployments/", body | {"concurrency_limit": 1})
+    overrides = TINY | {"base_seed": 5, "pretraining.max_steps": 200, "pretraining.save_steps": 20}
+    parameters = {"profile": "smoke", "overrides": overrides}
+    run = served.post(f"/deployments/{deployment['id']}/create_flow_run", {"parameters": parameters})
+    wait_until(lambda: checkpoints(served), 180, "a training that writes checkpoints", served)
+    worker, server = child_of(served, "worker"), child_of(served, "server")
+    wait_until_old_enough(server)
+    process = int(served.send("GET", f"/flow_runs/{run['id']}")["infrastructure_pid"])
+
+    os.kill(process, signal.SIGSTOP)
+    server.kill()
+    folder = served.folder / "prefect" / "concurrency_leases"
+    (lease,) = (file for file in folder.glob("*.json") if file.stem != "expirations")
+    long_ago = (datetime.now(UTC) - timedelta(hours=1)).isoformat()
+    lease.write_text(json.dumps(json.loads(lease.read_text()) | {"expiration": long_ago}))
+    (folder / "expirations.json").write_text(json.dumps({lease.stem: long_ago}))
+    again = "The Prefect server was killed (signal 9) and is started again"
+    wait_until(lambda: again in served.log, 30, "another server", served)
+    wait_until(lambda: answers(served.url), 120, "a server that answers", served)
+    assert served.send("GET", f"/flow_runs/{run['id']}")["state_type"] == "RUNNING"
+    os.kill(process, signal.SIGCONT)
+    wait_until(lambda: json.loads(lease.read_text())["expiration"] != long_ago, 60, "a renewal", served)
+    ends = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+    wait_until(lambda: served.send("GET", f"/flow_runs/{run['id']}")["state_type"] in ends, 240, "its end", served)
+    last = served.send("GET", f"/flow_runs/{run['id']}")
+    assert (last["state_type"], last["run_count"]) == ("COMPLETED", 1), served.log[-6000:]
+    assert "Concurrency lease renewal failed" not in served.log, "which ends a run"
+    assert child_of(served, "worker") == worker
+    assert not lease.exists(), "given back"
+    limit = served.send("GET", f"/deployments/{deployment['id']}")["global_concurrency_limit"]
+    assert limit["active_slots"] == 0
+
+
+@pytest.mark.slow
+def test_schedules_that_were_paused_and_resumed_outlive_a_new_start(served: Served) -> None:
+    """Another `make serve` on the same server deploys everything once more."""
+
+    def schedule(flow: str) -> tuple[str, dict[str, Any]]:
+        deployment = served.send("GET", f"/deployments/name/{flow}/smoke")
+        (found,) = deployment["schedules"]
+        return f"/deployments/{deployment['id']}/schedules/{found['id']}", found
+
+    for flow, active in (("watch-preferences", True), ("check-champion", False)):
+        path, before = schedule(flow)
+        assert before["active"] is not active, "the file's own"
+        served.send("PATCH", path, {"active": active})  # what `prefect deployment schedule resume` and `pause` send
+    log = served.folder / "again.log"
+    environment = os.environ | {"PREFECT_API_URL": served.url, "PREFECT_HOME": str(served.folder / "prefect")}
+    with log.open("wb") as stream:
+        command = [sys.executable, "-m", "flows.serve"]
+        process = subprocess.Popen(command, cwd=PROJECT_ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+    again = Served(process, served.url, log.parent)
+    try:
+        wait_until(lambda: "Ready." in log.read_text(errors="replace"), 120, "a second `make serve`", again)
+    finally:
+        process.terminate()
+        assert process.wait(timeout=60) == 0, log.read_text(errors="replace")
+    said = log.read_text(errors="replace")
+    assert "using the one that answers" in said
+    assert f"Schedule of {WATCH}: awake as it was, unlike in prefect.yaml" in said
+    assert f"Schedule of {CHECK}: paused as it was, unlike in prefect.yaml" in said
+    assert [schedule(flow)[1]["active"] for flow in ("watch-preferences", "check-champion")] == [True, False]
+    written = json.loads((served.folder / "prefect" / "deployed-schedules.json").read_text())
+    assert (len(written), written[WATCH], written[CHECK]) == (4, False, True), "what the file says"
 
 
 @pytest.mark.slow
