@@ -32,7 +32,25 @@ from tasks.preferences import Seen
 ANNOUNCED = "qadapter.preferences.announced"
 # Seconds. An automation asks for a run within moments, and what waits for its turn is seen in Prefect: after an hour
 # with neither, the event was lost, for example by a server that was killed or because nobody listened.
-_REPEAT_AFTER = 3600.0
+_LOST_AFTER = 3600.0
+# A run that was killed is asked for again at once; one that came to no end twice may never come to one.
+_FAILED_TWICE = 1800.0
+_LONGEST = 86400.0
+
+
+def distance(times: int, *, begun: bool) -> float:
+    """Seconds that must lie between an announcement and the next one of the same content.
+
+    They double with each one, up to a day: 0, 30 min, 1 h, 2 h … where a run of it had begun, else 1 h, 2 h, 4 h …
+
+    Args:
+        times: how often the content has been announced.
+        begun: a run of it had begun since, and came to no end.
+    """
+    if begun and times <= 1:
+        return 0.0
+    first, doubled = (_FAILED_TWICE, times - 2) if begun else (_LOST_AFTER, times - 1)
+    return min(first * 2.0 ** min(max(doubled, 0), 30), _LONGEST)
 
 
 def announce(customization: Customization) -> None:
@@ -57,7 +75,8 @@ def watch_preferences(config: str = "smoke") -> State[Any]:
     """Look at the source (folder, file, URL or hub revision) and announce it if its content changed.
 
     The held-out pairs and the config count too. A change is announced once, and again if the run that it started did
-    not come to an end, or if after an hour none has begun or is about to. Ends as `NothingNew` or `Announced`.
+    not come to an end, or if after an hour none has begun or is about to; further ones come more and more seldom
+    (`distance`). Ends as `NothingNew` or `Announced`.
 
     Args:
         config: a name in `configs/customize/`, or a YAML file.
@@ -66,12 +85,14 @@ def watch_preferences(config: str = "smoke") -> State[Any]:
     check_workspace(workspace())
     fingerprint = fingerprint_of(customization)
     if why := _why_announce(config, customization, fingerprint):
+        seen = Seen.read(customization)
+        before = seen.announcements if fingerprint == seen.announced else 0
         # Before the event: the run that it starts may begin at once, and is then one that began after it.
-        Seen.update(customization, announced=fingerprint, announced_at=time.time())
+        Seen.update(customization, announced=fingerprint, announced_at=time.time(), announcements=before + 1)
         try:
             announce(customization)
         except Exception:
-            Seen.update(customization, announced_at=0.0)
+            Seen.update(customization, announced_at=0.0, announcements=before)
             raise
         name, message = "Announced", f"{customization.source.path} {why}"
     else:
@@ -93,10 +114,13 @@ def _why_announce(config: str, customization: Customization, fingerprint: str) -
         return "has changed"
     if busy:
         return None
-    if fingerprint == begun.started and begun.started_at > seen.announced_at:
+    failed = fingerprint == begun.started and begun.started_at > seen.announced_at
+    # A clock that was set back is no reason to wait.
+    if 0 <= time.time() - seen.announced_at < distance(seen.announcements, begun=failed):
+        return None
+    if failed:
         return "announced again: the run of this content did not come to an end"
-    lately = 0 <= time.time() - seen.announced_at < _REPEAT_AFTER  # a clock that was set back is no reason to wait
-    return None if lately or _is_about_to_run(config) else "announced again: no run of this content has begun since"
+    return None if _is_about_to_run(config) else "announced again: no run of this content has begun since"
 
 
 def _is_about_to_run(config: str) -> bool:

@@ -14,7 +14,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.states import Completed, Pending, Running, Scheduled, State
 
 import flows.announce
-from flows.announce import watch_preferences
+from flows.announce import distance, watch_preferences
 from flows.customize import NAME, at_work, customize_on_new_preferences, fingerprint_of, one_at_a_time
 from qadapter.customization import Customization, load_customization
 from tasks.preferences import Seen
@@ -71,10 +71,20 @@ def test_a_change_is_written_down_and_then_announced(config: str, tiny: Customiz
     assert before <= seen.announced_at <= time.time()
 
 
+@pytest.mark.parametrize(
+    ("begun", "minutes"),
+    [(True, [0, 30, 60, 120, 240, 480, 960, 1440, 1440]), (False, [60, 120, 240, 480, 960, 1440, 1440])],
+    ids=["its run began and came to no end", "no run began"],
+)
+def test_the_distance_between_repeats_doubles_up_to_a_day(begun: bool, minutes: list[int]) -> None:
+    assert [distance(times, begun=begun) / 60 for times in range(1, len(minutes) + 1)] == minutes
+    assert distance(10_000, begun=begun) == 24 * HOUR
+
+
 def test_an_announcement_that_came_to_nothing_is_repeated(
     config: str, tiny: Customization, heard: list[Seen], prefect_client: SyncPrefectClient
 ) -> None:
-    """Once an hour, unless a run of this config waits for its turn."""
+    """After an hour, then after two, unless a run of this config waits for its turn."""
     look(config)
     Seen.update(tiny, announced_at=time.time() - HOUR + 60)
     assert look(config)[0] == "NothingNew"
@@ -84,15 +94,39 @@ def test_an_announcement_that_came_to_nothing_is_repeated(
     ask_for(prefect_client, Running(), config=config)
     ask_for(prefect_client, Completed(), config=config)
     assert look(config) == ("Announced", "incoming announced again: no run of this content has begun since")
-    assert look(config)[0] == "NothingNew", "and then waited for again"
+    Seen.update(tiny, announced_at=time.time() - 2 * HOUR + 60)
+    assert look(config)[0] == "NothingNew", "and then waited for longer"
     for state in (Scheduled(), Pending()):
         run = prefect_client.create_flow_run(customize, parameters={"config": config}, state=state)
-        Seen.update(tiny, announced_at=time.time() - HOUR)
+        Seen.update(tiny, announced_at=time.time() - 2 * HOUR)
         assert look(config)[0] == "NothingNew"
         prefect_client.delete_flow_run(run.id)
     Seen.update(tiny, announced_at=time.time() + 10 * HOUR)
     assert look(config)[0] == "Announced", "the clock was set back"
-    assert len(heard) == 3
+    assert [seen.announcements for seen in heard] == [1, 2, 3]
+
+
+def test_a_run_that_always_fails_is_asked_for_more_and_more_seldom(
+    config: str, tiny: Customization, heard: list[Seen], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two days of a watcher that looks every 15 minutes; each run begins and fails within a minute. Then new rows."""
+    clock = SimpleNamespace(now=time.time())
+    start = clock.now
+    # Only of what the watcher decides by: Prefect has the real time.
+    monkeypatch.setattr(flows.announce, "time", SimpleNamespace(time=lambda: clock.now))
+    monkeypatch.setattr(flows.announce, "_is_about_to_run", lambda _: False)
+    fingerprint, announced = fingerprint_of(tiny), []
+    for minute in range(0, 2 * 24 * 60, 15):
+        clock.now = start + 60 * minute
+        if flows.announce._why_announce(config, tiny, fingerprint) is None:
+            continue
+        assert look(config)[0] == "Announced"
+        announced.append(minute)
+        Seen.update(tiny, started=fingerprint, started_at=clock.now + 60)
+    assert announced == [0, 15, 45, 105, 225, 465, 945, 1905], "and not 192 times"
+    deliver(tmp_path, "2-second.jsonl", refusals()[4:6])
+    assert look(config) == ("Announced", "incoming has changed")
+    assert [seen.announcements for seen in heard] == [1, 2, 3, 4, 5, 6, 7, 8, 1]
 
 
 def test_a_server_that_cannot_be_asked_leaves_the_time(config: str, prefect_client: SyncPrefectClient) -> None:
@@ -128,6 +162,7 @@ def test_an_announcement_that_failed_is_tried_again_at_once(
         patch.setattr(flows.announce, "announce", refuse)
         assert watch_preferences(config, return_state=True).is_failed()
     assert look(config) == ("Announced", "incoming announced again: no run of this content has begun since")
+    assert [seen.announcements for seen in heard] == [1], "nobody heard of the first"
 
 
 def test_a_run_begins_behind_its_lock(config: str, tiny: Customization, monkeypatch: pytest.MonkeyPatch) -> None:
