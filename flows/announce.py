@@ -26,6 +26,7 @@ from flows.customize import NAME, at_work, fingerprint_of
 from flows.launch import check_workspace
 from flows.waiting_runs import due_runs
 from qadapter.customization import Customization, load_customization
+from qadapter.url_secrets import shown
 from tasks.context import workspace
 from tasks.preferences import Seen
 
@@ -83,6 +84,7 @@ def watch_preferences(config: str = "smoke") -> State[Any]:
     """
     customization = load_customization(config)
     check_workspace(workspace())
+    where = shown(str(customization.source.path))
     fingerprint = fingerprint_of(customization)
     if why := _why_announce(config, customization, fingerprint):
         seen = Seen.read(customization)
@@ -94,9 +96,9 @@ def watch_preferences(config: str = "smoke") -> State[Any]:
         except Exception:
             Seen.update(customization, announced_at=0.0, announcements=before)
             raise
-        name, message = "Announced", f"{customization.source.path} {why}"
+        name, message = "Announced", f"{where} {why}"
     else:
-        name, message = "NothingNew", f"nothing new in {customization.source.path}"
+        name, message = "NothingNew", f"nothing new in {where}"
     get_run_logger().info("%s: %s", name, message)
     return Completed(name=name, message=message, data={"outcome": name, "message": message})
 

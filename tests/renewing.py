@@ -8,4 +8,4 @@ from flows.full_paper_repro import full_paper_repro
 
 __all__ = ["full_paper_repro"]
 
-_leases._RENEWAL_FRACTION = 0.01  # type: ignore[attr-defined]  # of the 300 s that a lease lasts
+_leases._RENEWAL_FRACTION = 0.01  # of the 300 s that a lease lasts
