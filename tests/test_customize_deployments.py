@@ -115,7 +115,7 @@ def test_what_a_killed_run_registered_is_remembered(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("QADAPTER_HOME", str(tmp_path))
     smoke = load_customization("smoke")
     Seen.update(smoke, fingerprint="first", ledger="ledger 1", version=1, announced="second")
-    tags = {"data_fingerprint": "second", "ledger": "ledger 2", "reasons": "a\nb"}
+    tags = {"candidate": "digest", "data_fingerprint": "second", "ledger": "ledger 2", "reasons": "a\nb"}
     registry: Any = SimpleNamespace(versions=lambda: [Version(2, "run", "source", tags, (), 0.0)])
     assert _remember_what_was_killed(smoke, registry) is not None
     assert Seen.read(smoke) == Seen("second", "ledger 2", "version 2: a; b", 2, announced="second")
