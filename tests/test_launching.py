@@ -164,7 +164,6 @@ from pathlib import Path
 from prefect.logging import disable_run_logger
 from qadapter.execution import LaunchSettings
 from qadapter.settings import OptimizerSettings
-from tasks.judge import train_judge
 from tasks.launching import Launcher
 from tiny_toy import CHOICES, LORA, MODEL
 from qadapter.training.adapt import train_adapter

@@ -161,6 +161,8 @@ def proxied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxied]:
         patch.setenv("_MLFLOW_SERVER_SERVE_ARTIFACTS", "true")
         from mlflow.server import app
 
+        # The server would make its database the registry of the whole process, for clients past any proxy.
+        patch.setattr("mlflow.tracking._model_registry.utils.set_registry_uri", lambda _: None)
         both = Proxied(app, folder / "files")
         server = make_server("127.0.0.1", 0, both, threaded=True, request_handler=_Quiet)
         both.url = f"http://127.0.0.1:{server.server_port}"
