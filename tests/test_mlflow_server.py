@@ -63,28 +63,34 @@ def test_runs_and_artifacts_go_to_the_server(tmp_path: Path, monkeypatch: pytest
     assert copies[0].read_text() == '{"train/final_loss": 0.25}'
 
 
+def promote_policy(folder: Path) -> None:
+    """Log a base and an adapter, each of which says what it is, as machine `a`: the champion of `policy`."""
+    base, adapter = folder / "base", folder / "adapter"
+    for part, weights in ((base, "model.safetensors"), (adapter, "adapter_model.safetensors")):
+        part.mkdir()
+        (part / weights).write_text(part.name)
+    tracker = Tracker.for_project(folder / "a")
+    run = tracker.start_parent("customise", "candidate")
+    uri = log_served_model(run, base=base, adapter=adapter, model=ModelSettings(pretrained="x", dtype="bfloat16"))
+    registry = Registry(tracker, "policy", folder / "policy.lock")
+    facts = {"base": "base", "data_digest": "0" * 64}
+    candidate = Candidate("key", run, True, ["better"], None, facts, {"adaptation/score": 0.5}, {})
+    registry.promote(registry.register(candidate, lambda: uri))
+
+
 @pytest.mark.slow
 def test_a_model_is_registered_at_the_server_and_comes_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By another machine, which fetches no more than it asks for; the password of the address is written nowhere."""
-    base, adapter, kept = tmp_path / "base", tmp_path / "adapter", tmp_path / "server"
-    for folder, weights in ((base, "model.safetensors"), (adapter, "adapter_model.safetensors")):
-        folder.mkdir()
-        (folder / weights).write_text(folder.name)
+    kept = tmp_path / "server"
     kept.mkdir()
     server = mlflow_server(kept).start()
     try:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url.replace("http://", "http://me:pa55word@"))
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         monkeypatch.setenv("QADAPTER_HOME", str(tmp_path / "a"))
-        tracker = Tracker.for_project(tmp_path / "a")
-        run = tracker.start_parent("customise", "candidate")
-        uri = log_served_model(run, base=base, adapter=adapter, model=ModelSettings(pretrained="x", dtype="bfloat16"))
-        registry = Registry(tracker, "policy", tmp_path / "policy.lock")
-        facts = {"base": "base", "data_digest": "0" * 64}
-        candidate = Candidate("key", run, True, ["better"], None, facts, {"adaptation/score": 0.5}, {})
-        registry.promote(registry.register(candidate, lambda: uri))
+        promote_policy(tmp_path)
 
         monkeypatch.setenv("QADAPTER_HOME", str(tmp_path / "b"))
         alone = find_adapter("policy@champion")

@@ -15,12 +15,10 @@ import httpx
 import pytest
 
 from qadapter.artifacts import digest_tree
-from qadapter.settings import ModelSettings
 from tasks import remote_store
-from tasks.registry import Candidate, Registry
-from tasks.served_model import find_served_model, log_served_model
-from tasks.tracking import Tracker
+from tasks.served_model import find_served_model
 from tests.real_runs import mlflow_server
+from tests.test_mlflow_server import promote_policy
 from tests.test_remote_store import Work, cut_before, machine, run
 
 pytestmark = pytest.mark.slow
@@ -127,10 +125,7 @@ def test_a_store_that_is_away_or_has_no_such_bucket_stops_nothing(
 
 def test_mlflow_keeps_its_files_there(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model is registered by one machine and read by another, through the server, which alone knows the bucket."""
-    base, adapter, kept = tmp_path / "base", tmp_path / "adapter", tmp_path / "server"
-    for folder, weights in ((base, "model.safetensors"), (adapter, "adapter_model.safetensors")):
-        folder.mkdir()
-        (folder / weights).write_text(folder.name)
+    kept = tmp_path / "server"
     kept.mkdir()
     server = mlflow_server(kept, files="s3://shared/mlflow").start()
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL"):
@@ -138,13 +133,7 @@ def test_mlflow_keeps_its_files_there(tmp_path: Path, bucket: str, monkeypatch: 
     try:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
         monkeypatch.setenv("QADAPTER_HOME", str(tmp_path / "a"))
-        tracker = Tracker.for_project(tmp_path / "a")
-        parent = tracker.start_parent("customise", "candidate")
-        uri = log_served_model(parent, base=base, adapter=adapter, model=ModelSettings(pretrained="x"))
-        registry = Registry(tracker, "policy", tmp_path / "policy.lock")
-        facts = {"base": "base", "data_digest": "0" * 64}
-        candidate = Candidate("key", parent, True, ["better"], None, facts, {"adaptation/score": 0.5}, {})
-        registry.promote(registry.register(candidate, lambda: uri))
+        promote_policy(tmp_path)
 
         monkeypatch.setenv("QADAPTER_HOME", str(tmp_path / "b"))
         found = find_served_model("policy@champion")
