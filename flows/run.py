@@ -52,18 +52,19 @@ def prefect_server() -> Iterator[None]:
     That one is started here and named in the environment, for worker processes (`parallel: 2`): each would start one
     of its own, after a minute of looking for the one of `make serve`.
     """
-    from prefect.context import refresh_global_settings_context
-    from prefect.events.worker import EventsWorker
-    from prefect.logging.handlers import APILogWorker
-    from prefect.server.api.server import SubprocessASGIServer
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
     from flows.serve import answers, api_url
     from tasks.context import PROJECT_ROOT
 
     if "PREFECT_API_URL" in os.environ or answers(api_url(PROJECT_ROOT)):
         yield
         return
+    # Imported only where a server is started: that takes seconds.
+    from prefect.context import refresh_global_settings_context
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+    from prefect.server.api.server import SubprocessASGIServer
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
     with temporary_settings(restore_defaults={PREFECT_API_URL}):
         server = SubprocessASGIServer()
         server.start()

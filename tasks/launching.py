@@ -104,8 +104,9 @@ class Launcher:
         first = read_json(told[0]) if told else {"refused": False, "traceback": last}
         if first["refused"]:
             return QAdapterError(first["message"])
+        count = self.settings.processes
         return TrainingProcessError(
-            f"accelerate launch ({self.settings.config}, {self.settings.processes} processes) ended with code {code}; "
+            f"accelerate launch ({self.settings.config}, {count} process{'' if count == 1 else 'es'}) ended with code {code}; "
             f"checkpoints are kept. Its last words:\n{first['traceback']}"
         )
 

@@ -34,11 +34,12 @@ def _shared(name: str) -> Path:
     return folder
 
 
-@contextmanager
-def prefect_harness() -> Iterator[None]:
-    """A Prefect server of its own; what an earlier test could not deliver to another one does not hold it up.
+@pytest.fixture(scope="session")
+def harness() -> Iterator[None]:
+    """A Prefect server and database for all flow runs inside this process; tests look only at what is theirs on it.
 
-    Prefect's sender of events is one for the whole process, and keeps the address that it first had.
+    One, because Prefect's sender of events is one for the whole process, and keeps the address that it first had. What
+    an earlier test could not deliver to another server does not hold it up.
     """
     from prefect.events.worker import EventsWorker
     from prefect.testing.utilities import prefect_test_harness
@@ -48,12 +49,12 @@ def prefect_harness() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def prefect_client() -> Iterator[SyncPrefectClient]:
-    """Of a server for the tests of one file."""
+@pytest.fixture(scope="session")
+def prefect_client(harness: None) -> Iterator[SyncPrefectClient]:
+    """Of that server."""
     from prefect.client.orchestration import get_client
 
-    with prefect_harness(), get_client(sync_client=True) as client:
+    with get_client(sync_client=True) as client:
         yield client
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import transformers
 
 from flows.run import prepare_environment
+from tasks.code_version import code_digest
 from tasks.stage import StageStore
 from tasks.tracking import Tracker
 
@@ -30,6 +31,8 @@ for _module in (
     "qadapter.training.base",
 ):
     import_module(_module)
+    if _module.startswith("flows."):
+        code_digest(_module)  # reads and keeps what every stage's digest is made of
 
 
 def run(module: str, arguments: list[str], environment: dict[str, str], log: str, doom: tuple[str, str] | None) -> None:

@@ -24,7 +24,6 @@ from tasks.candidate import champions_adapter, champions_base, config_of, digest
 from tasks.registry import Version
 from tasks.served_model import find_base, find_served_model
 from tasks.train import Base
-from tests.conftest import prefect_harness
 from tests.damage import cut, damaged, hidden, zero
 
 pytestmark = pytest.mark.slow
@@ -34,10 +33,10 @@ DAMAGED = "The {} of version 1 of 'qadapter-tiny' in MLflow at"
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+def told(harness: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     """One delivery, and its champion."""
     home = tmp_path_factory.mktemp("home")
-    with prefect_harness(), workspace_at(home):
+    with workspace_at(home):
         story = Story(home, write_config(home))
         deliver(home, "1-first.jsonl", refusals()[:40])
         assert story.run("first").name == "Promoted", story.steps["first"].message

@@ -611,7 +611,10 @@ def command_line(folder: Path, *arguments: str) -> subprocess.CompletedProcess[s
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # four processes that import torch, on a busy machine
-def test_from_preferences_to_a_chat_in_real_processes(place: Path, tmp_path: Path) -> None:
+def test_from_preferences_to_a_chat(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The training and the chat, whose progress bar and Ctrl-C need them, in processes of their own."""
     write_base(tmp_path / "base")
     write_pairs(tmp_path / "pairs.jsonl")
     data = ["--base", "base", "--data", "pairs.jsonl", "--output", "out"]  # relative to where it runs
@@ -620,10 +623,13 @@ def test_from_preferences_to_a_chat_in_real_processes(place: Path, tmp_path: Pat
     assert "27 pairs read (trl-plain), 24 used, 3 quarantined" in trained.stderr
     adapters = [load_file(folder / "out/adapter_model.safetensors") for folder in (tmp_path, place)]
     assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[1])
-    command_line(tmp_path, "generate", "--adapter", "out", "--prompt", "Hello", "--output", "answers.jsonl", *SHORT)
-    scored = command_line(tmp_path, "score", "--adapter", "out", "--data", "out/data/heldout.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "--adapter", "out", "--prompt", "Hello", "--output", "answers.jsonl", *SHORT]) == 0
+    capsys.readouterr()
+    assert main(["score", "--adapter", "out", "--data", "out/data/heldout.jsonl"]) == 0
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
-    assert json.loads(scored.stdout)["policy"]["margin"] == pytest.approx(metrics["adaptation/margin"], rel=1e-4)
+    scored = json.loads(capsys.readouterr().out)
+    assert scored["policy"]["margin"] == pytest.approx(metrics["adaptation/margin"], rel=1e-4)
 
     command = [sys.executable, "-m", "qadapter", "chat", "--adapter", "out", *SHORT]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ from tasks.candidate import registry_of
 from tasks.registry import Registry, Version
 from tasks.served_model import find_served_model
 from tasks.tracking import Tracker
-from tests.conftest import prefect_harness
 
 pytestmark = pytest.mark.slow
 
@@ -58,6 +58,7 @@ class Story:
     home: Path
     config: str
     steps: dict[str, Step] = field(default_factory=dict)
+    began: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def versions(self) -> list[Version]:
         return Registry(Tracker.for_project(self.home), MODEL, self.home / "aliases.lock").versions()
@@ -79,12 +80,13 @@ class Story:
         return {run.info.status for run in tracker.call("search_runs", ids)}
 
 
-def events(name: str) -> list[dict[str, Any]]:
+def events(name: str, since: datetime) -> list[dict[str, Any]]:
     """Events of a name that the server has; it stores them a moment after they were sent."""
+    wanted = {"event": {"name": [name]}, "occurred": {"since": since.isoformat()}}
     deadline = time.monotonic() + 20
     while True:
         with get_client(sync_client=True) as client:
-            answer = client._client.post("/events/filter", json={"filter": {"event": {"name": [name]}}})
+            answer = client._client.post("/events/filter", json={"filter": wanted})
         found: list[dict[str, Any]] = answer.json()["events"]
         if found or time.monotonic() > deadline:
             return found
@@ -100,10 +102,10 @@ def workspace_at(home: Path) -> Iterator[pytest.MonkeyPatch]:
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+def story(harness: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     """Better, worse and broken deliveries, and what happens between them."""
     home = tmp_path_factory.mktemp("home")
-    with prefect_harness(), workspace_at(home) as patch:
+    with workspace_at(home) as patch:
         told = Story(home, write_config(home))
         told.run("nothing yet")
         told.run("watch nothing", watch_preferences)
@@ -188,7 +190,7 @@ def test_nothing_new_ends_at_once_and_says_so(story: Story) -> None:
 
 def test_the_watcher_announces_a_change_once(story: Story) -> None:
     assert [story.steps[name].name for name in ("watch", "watch again")] == ["Announced", "NothingNew"]
-    event, _ = events(ANNOUNCED)
+    event, _ = events(ANNOUNCED, story.began)
     assert event["resource"]["prefect.resource.id"] == "qadapter.preferences.tiny"
     assert event["payload"] == {"config": "tiny"}
 
@@ -316,7 +318,7 @@ def test_the_champion_is_checked_and_an_event_raised_when_it_fell(story: Story) 
     assert step.name == "Fell"
     assert "implied_reward_accuracy fell by +" in step.message
     assert "on other items" in step.message, "as many pairs as before, but not the same ones"
-    (event,) = events(FELL)
+    (event,) = events(FELL, story.began)
     assert event["resource"]["prefect.resource.id"] == f"qadapter.model.{MODEL}"
     assert event["payload"]["version"] == 2
     assert step.aliases == {"champion": 2, "previous": 1}, "a check moves nothing"

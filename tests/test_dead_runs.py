@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from prefect import flow
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled, Completed, Crashed, Failed, Paused, Pending, Running, Scheduled, State
 
@@ -16,7 +15,6 @@ from flows.dead_runs import ended_flow_runs
 from flows.launch import close_abandoned
 from qadapter.process_tags import ProcessTag
 from tasks.tracking import FLOW_RUN_TAG, Tracker
-from tests.conftest import prefect_harness
 
 pytestmark = pytest.mark.slow
 
@@ -28,19 +26,13 @@ def a_flow() -> None:
     """Nobody runs it."""
 
 
-@pytest.fixture(scope="module")
-def client() -> Iterator[SyncPrefectClient]:
-    with prefect_harness(), get_client(sync_client=True) as client:
-        yield client
+def run_in(prefect_client: SyncPrefectClient, state: State) -> str:
+    return str(prefect_client.create_flow_run(a_flow, state=state).id)
 
 
-def run_in(client: SyncPrefectClient, state: State) -> str:
-    return str(client.create_flow_run(a_flow, state=state).id)
-
-
-def test_which_flow_runs_have_ended(client: SyncPrefectClient) -> None:
-    ended = {run_in(client, state) for state in (Completed(), Failed(), Crashed(), Cancelled())}
-    others = {run_in(client, state) for state in (Scheduled(), Pending(), Running(), Paused())}
+def test_which_flow_runs_have_ended(prefect_client: SyncPrefectClient) -> None:
+    ended = {run_in(prefect_client, state) for state in (Completed(), Failed(), Crashed(), Cancelled())}
+    others = {run_in(prefect_client, state) for state in (Scheduled(), Pending(), Running(), Paused())}
     assert ended_flow_runs({*ended, *others, UNKNOWN, "no id", ""}) == ended
     assert ended_flow_runs({"no id"}) == ended_flow_runs(set()) == set()
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}):
@@ -48,7 +40,7 @@ def test_which_flow_runs_have_ended(client: SyncPrefectClient) -> None:
 
 
 def test_what_is_left_open_is_closed_on_both_sides(
-    client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prefect_client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed here: closed in MLflow and Prefect. Of elsewhere: closed in MLflow once Prefect knows of the end."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -56,7 +48,7 @@ def test_what_is_left_open_is_closed_on_both_sides(
     own = ProcessTag.own()
     dead, away = replace(own, start=own.start - 86_400), replace(own, host="elsewhere")
     tags = {"here": dead, "alive": own, "elsewhere": away, "over there": away, "tried again": dead}
-    flows = {name: run_in(client, Completed() if name == "over there" else Running()) for name in tags}
+    flows = {name: run_in(prefect_client, Completed() if name == "over there" else Running()) for name in tags}
     runs = {
         name: tracker.start_parent(
             "left", name, tags={FLOW_RUN_TAG: flows[name], "qadapter.process": tags[name].text()}
@@ -72,7 +64,7 @@ def test_what_is_left_open_is_closed_on_both_sides(
     assert closed == {"here", "over there", "tried again"}
     assert set(states.values()) == {"KILLED", "RUNNING"}
     assert states[unknown] == "RUNNING", "another Prefect server's, perhaps"
-    in_prefect = {name: client.read_flow_run(run).state_type.value for name, run in flows.items()}  # type: ignore[arg-type]
+    in_prefect = {name: prefect_client.read_flow_run(run).state_type.value for name, run in flows.items()}  # type: ignore[arg-type]
     assert in_prefect == {
         "here": "CRASHED",
         "alive": "RUNNING",

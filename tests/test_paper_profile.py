@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_pipeline import SOURCES, Home, harness  # noqa: F401 - a fixture
+from test_pipeline import SOURCES, Home
 from tiny_chat import byte_tokenizer, tiny_llama
 
 from flows.launch import Launch
@@ -72,7 +72,7 @@ def overrides(model: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_the_profile_runs_on_a_tiny_model(harness: None, llama: Path, data: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_profile_runs_on_a_tiny_model(harness: None, llama: Path, data: Path, tmp_path: Path) -> None:
     pytest.importorskip(
         "bitsandbytes", reason="the profile's base is in 8 bits: pip install qadapter-pipeline[quantized]"
     )

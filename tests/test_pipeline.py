@@ -45,7 +45,6 @@ from tasks.context import RunContext
 from tasks.data import prepare_data
 from tasks.stage import StageStore
 from tasks.tracking import Tracker
-from tests.conftest import prefect_harness
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 DOMAINS = ("harmless", "academy")
@@ -94,13 +93,6 @@ def small(domains: tuple[str, ...] = DOMAINS, methods: tuple[str, ...] = METHODS
         "evaluation.adaptation.max_new_tokens": 3,
         **{name.replace("__", "."): value for name, value in changes.items()},
     }
-
-
-@pytest.fixture(scope="session")
-def harness() -> Iterator[None]:
-    """One Prefect server and database for all flow runs of the session."""
-    with prefect_harness():
-        yield
 
 
 @dataclass
@@ -666,14 +658,12 @@ BAD = {
     "unknown key": Bad(
         lambda _: ["training.max_step=5", "lora.rnk=2"],
         ("2 problems", "training.max_step: unknown key, did you mean 'max_steps'?", "lora.rnk: unknown key"),
-        own_process=True,
     ),
     "missing data folder": Bad(
         lambda folder: ["--profile", "mini", "--data", str(folder / "nowhere")],
         ("nowhere", "does not exist"),
-        own_process=True,
     ),
-    "unknown format": Bad(own_source("pairs.csv", "a,b\n1,2\n"), ("sources.mine", "pairs.csv"), own_process=True),
+    "unknown format": Bad(own_source("pairs.csv", "a,b\n1,2\n"), ("sources.mine", "pairs.csv")),
     "no usable pair": Bad(
         own_source("pairs.jsonl", f"{SAME}\n" * 3),
         ("No usable preference pair", "pairs.jsonl", "3 read"),

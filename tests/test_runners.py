@@ -16,7 +16,6 @@ from flows.full_paper_repro import full_paper_repro
 from flows.runners import task_runner
 from qadapter.errors import QAdapterError
 from qadapter.experiment import load_experiment
-from tests.conftest import prefect_harness
 
 
 def runner(**overrides: Any) -> Any:
@@ -72,17 +71,16 @@ def test_an_engine_that_is_not_installed_is_refused_with_the_way_out(engine: str
 
 
 @pytest.mark.slow
-def test_the_experiment_runs_on_dask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_experiment_runs_on_dask(harness: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two workers, each a process; the second run finds every stage that they made."""
     pytest.importorskip("prefect_dask", reason='the extra is not installed: pip install -e ".[dask]"')
     monkeypatch.setenv("QADAPTER_HOME", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     overrides = {**TINY, "methods.run": ["sft", "q-adapter"], "parallel": 2, "runner.engine": "dask"}
-    with prefect_harness():
-        first = full_paper_repro("smoke", None, overrides)
-        made = stages(tmp_path)
-        assert len([name for name in made if name.startswith("train/")]) == 2
-        second = full_paper_repro("smoke", None, {**overrides, "runner.engine": "local", "parallel": 1})
+    first = full_paper_repro("smoke", None, overrides)
+    made = stages(tmp_path)
+    assert len([name for name in made if name.startswith("train/")]) == 2
+    second = full_paper_repro("smoke", None, {**overrides, "runner.engine": "local", "parallel": 1})
     assert Path(first["report"]).is_file()
     assert Path(second["report"]).is_file()
     assert stages(tmp_path) == made

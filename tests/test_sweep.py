@@ -21,7 +21,7 @@ from mlflow.entities import Run
 from prefect import flow, task
 from prefect.artifacts import Artifact
 from prefect.settings import PREFECT_API_URL
-from test_pipeline import Home, harness, new_stages, small  # noqa: F401 - a fixture is used by its name
+from test_pipeline import Home, new_stages, small
 from tiny_toy import TinyToy, make_tiny_toy
 
 from flows.full_paper_repro import full_paper_repro
@@ -109,7 +109,7 @@ def write(folder: Path, **changes: Any) -> str:
 def test_the_sweeps_of_the_project() -> None:
     assert sorted(file.name for file in SWEEP_FOLDER.iterdir()) == ["mini.yaml", "smoke.yaml"]
     assert "sweep" not in profiles()
-    for name, settings, seeds, hours in (("smoke", 92, 5, 1.26), ("mini", 52, 2, 1.6)):
+    for name, settings, seeds, hours in (("smoke", 104, 5, 1.45), ("mini", 52, 2, 1.6)):
         loaded = load_sweep(name)
         experiment = load_experiment(name, merged_overrides(loaded, name, {}))
         variants = expand(loaded, experiment)
@@ -136,7 +136,7 @@ def test_the_toy_worlds_sweep_asks_what_the_issue_asks() -> None:
         assert {preset if s.alpha_0 is None else s.alpha_0 for s in own} == {0, 0.01, 0.1, 1}
         assert {0.1 if s.beta is None else s.beta for s in own} == {0, 0.01, 0.1, 1}
         assert {1.0 if s.preference_scale is None else s.preference_scale for s in own} == {1, 5, 10}
-        assert len({s.learning_rate for s in own}) == 3
+        assert {1e-4, 3e-4, 1e-3} <= {s.learning_rate for s in own}
         dialled = {v.alpha_0 for v in variants.values() if v.family == family and v.alpha_0 is not None}
         assert {preset, *dialled} >= {0, 0.01, 0.1, 1}
     assert {v.experiment.methods.dpo.beta for v in variants.values() if v.method == "dpo"} == {0.1, 1, 5}
@@ -587,7 +587,7 @@ def run_sweep(home: Home, file: str) -> Swept:
 
 
 @pytest.fixture(scope="module")
-def broken(harness: None, tmp_path_factory: pytest.TempPathFactory) -> Swept:  # noqa: F811
+def broken(harness: None, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     """The sweep from nothing, where DPO with β 1 always fails."""
     folder = tmp_path_factory.mktemp("sweep")
     train_dpo = adapt.train_dpo
@@ -735,7 +735,7 @@ def test_the_plan_counts_what_runs(mended: Swept) -> None:
     assert "train_adapter                14" in printed
 
 
-def test_a_bad_sweep_leaves_nothing_behind(harness: None, tmp_path: Path) -> None:  # noqa: F811
+def test_a_bad_sweep_leaves_nothing_behind(harness: None, tmp_path: Path) -> None:
     home = Home(tmp_path / "home")
     code, printed, errors = command(home, ["--sweep", "smok"])
     assert (code, printed) == (2, "")
@@ -774,22 +774,22 @@ ENDPOINT = {
 
 
 def test_a_judge_is_paid_for_every_setting_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """2 domains × 92 settings × 5 seeds are 920 rows of twenty answers in two orders: 36,800 calls.
+    """2 domains × 104 settings × 5 seeds are 1040 rows of twenty answers in two orders: 41,600 calls.
 
-    Each is of 120 + 64 + 2 · 24 = 232 tokens and 64 in answer: 36,800 · (232 · 2 + 64 · 10) / 10⁶ = 40.6272.
+    Each is of 120 + 64 + 2 · 24 = 232 tokens and 64 in answer: 41,600 · (232 · 2 + 64 · 10) / 10⁶ = 45.9264.
     """
     monkeypatch.setenv("QADAPTER_HOME", str(tmp_path))
     checked = check_sweep("smoke", None, None, ENDPOINT)
     text = plan_text(checked)
     assert "\nJudge of the answers\n  endpoint: harmless, academy\n" in text
-    assert "36,800 calls (two orders of 20 answers in 920 rows; " in text
-    assert "up to 232 tokens each, about 40.63, budget 50.00" in text
+    assert "41,600 calls (two orders of 20 answers in 1040 rows; " in text
+    assert "up to 232 tokens each, about 45.93, budget 50.00" in text
     recorder = SweepRecorder()
     sweep_stages(checked.experiment, checked.variants, recorder)
     rows = [stage for stage in recorder.stages if stage.task == "evaluate" and stage.inputs["trained"] is not None]
-    assert checked.launch.rows_to_judge(checked.experiment) == len(rows) == 920
+    assert checked.launch.rows_to_judge(checked.experiment) == len(rows) == 1040
     with pytest.raises(
-        QAdapterError, match=r"endpoint\.budget: 40\.00, but judging would cost about 40\.63 \(36800 ca"
+        QAdapterError, match=r"endpoint\.budget: 40\.00, but judging would cost about 45\.93 \(41600 ca"
     ):
         check_sweep("smoke", None, None, ENDPOINT | {"evaluation.adaptation.endpoint.budget": 40.0})
     assert "\nJudge of the answers\n  rule: harmless, academy\n" in plan_text(check_sweep("smoke", None, None, {}))
@@ -838,7 +838,7 @@ def doubled(context: RunContext, value: int) -> int:
     return 2 * value
 
 
-def test_a_failure_in_a_process_of_its_own_stops_only_what_needs_it(harness: None, tmp_path: Path) -> None:  # noqa: F811
+def test_a_failure_in_a_process_of_its_own_stops_only_what_needs_it(harness: None, tmp_path: Path) -> None:
     experiment = load_experiment("smoke", {"parallel": 2})
     context = RunContext(experiment, StageStore(tmp_path), Tracker("unused", "unused"), "")
 

@@ -20,8 +20,6 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.utilities.templating import apply_values, find_placeholders
 from prefect.workers.process import ProcessJobConfiguration
 
-from tests.conftest import prefect_harness
-
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 FOLDER = PROJECT_ROOT / "configs" / "work_pools"
 TYPES = {"process": "prefect", "docker": "prefect-docker", "kubernetes": "prefect-kubernetes"}
@@ -116,10 +114,9 @@ async def check_server() -> None:
 
 
 @pytest.mark.slow
-def test_prefects_server_takes_the_templates() -> None:
+def test_prefects_server_takes_the_templates(harness: None) -> None:
     """The server checks defaults against the schema; the process worker, which is installed, reads its own."""
-    with prefect_harness():
-        asyncio.run(check_server())
+    asyncio.run(check_server())
 
 
 # ---- the image

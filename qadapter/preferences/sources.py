@@ -17,7 +17,6 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 from urllib.parse import unquote, urlsplit
 
-from datasets import load_dataset_builder
 from huggingface_hub import HfApi, errors, is_offline_mode, snapshot_download
 
 from qadapter.errors import QAdapterError
@@ -279,6 +278,8 @@ def _data_files(path: str, folder: Path) -> list[Path]:
 
 def _select(path: str, folder: Path, split: str | None, config_name: str | None) -> list[Path]:
     """The files of one split and config, as the data set's card or its file names declare them."""
+    from datasets import load_dataset_builder  # takes a second, which runs on files need not wait for
+
     folder = folder.resolve()
     try:
         with TemporaryDirectory() as scratch:  # for the builder's lock file; it builds nothing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -128,6 +129,7 @@ def measured_cost() -> Iterator[Cost]:
         yield cost
         cost.peak_memory_mb = torch.cuda.max_memory_allocated() / 2**20
     else:
+        gc.collect()  # what is garbage at the start would hide as much of the growth when it goes
         process, done = psutil.Process(), Event()
         before = peak = process.memory_info().rss
 
