@@ -47,8 +47,8 @@ ui: $(STAMP) ## MLflow's UI on the runs of this folder, http://127.0.0.1:5000
 serve: $(STAMP) ## Prefect server and worker with all deployments, http://127.0.0.1:4200
 	@$(BIN)/python -m flows.serve
 
-serve-model: $(STAMP) ## a registered version with OpenAI's chat API: make serve-model [MODEL=qadapter-smoke@champion]
-	@$(BIN)/python -m flows.serve_model --model "$(MODEL)"
+serve-model: $(STAMP) ## registered versions with OpenAI's chat API: make serve-model [MODEL="name@champion name@previous"]
+	@$(BIN)/python -m flows.serve_model $(foreach model,$(MODEL),--model "$(model)")
 
 customize: $(STAMP) ## look for new preferences: train, judge, promote or reject (docs/recurring.md): make customize [CONFIG=smoke] [FORCE=1]
 	@$(BIN)/python -m flows.recurring customize --config "$(CONFIG)" $(if $(FORCE),--force)

@@ -105,8 +105,9 @@ class Launcher:
         if first["refused"]:
             return QAdapterError(first["message"])
         count = self.settings.processes
+        launched = f"{self.settings.config}, {count} process{'' if count == 1 else 'es'}"
         return TrainingProcessError(
-            f"accelerate launch ({self.settings.config}, {count} process{'' if count == 1 else 'es'}) ended with code {code}; "
+            f"accelerate launch ({launched}) ended with code {code}; "
             f"checkpoints are kept. Its last words:\n{first['traceback']}"
         )
 
