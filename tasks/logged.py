@@ -69,10 +69,12 @@ def logged_stage(
         tracker.log_params(run_id, params)
     with tracker.ending(run_id):
         output = context.store.run(name, module=module, config=config, inputs=inputs, compute=compute)
-        tracker.log_params(run_id, output.params())
-        tracker.log_tags(run_id, {f"cached.{name}": output.cached, f"digest.{name}": output.digest[:16]})
-        tracker.log_metrics(run_id, {**output.metrics(), f"cost/{name}_stage_seconds": output.seconds})
-        tracker.log_history(run_id, output.history())
+        tracker.log(
+            run_id,
+            params=output.params(),
+            tags={f"cached.{name}": output.cached, f"digest.{name}": output.digest[:16]},
+            history=[{"step": 0, **output.metrics(), f"cost/{name}_stage_seconds": output.seconds}, *output.history()],
+        )
         tracker.log_folder(run_id, output.path, name, max_bytes_per_file=LARGEST_LOGGED_FILE)
         if log:
             log(run_id, output)

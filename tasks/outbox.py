@@ -12,6 +12,7 @@ import hashlib
 import logging
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,12 @@ _LONGEST_PAUSE = 30.0
 _ASK_AGAIN = 10.0
 _TRIES = 5  # of one entry, each of a minute; counted in the spool, so across processes
 _not_before: dict[str, float] = {}  # tracking URI → when its server, last found away, is asked again
+
+
+@lru_cache(maxsize=256)
+def _experiment_of(store: MlflowStore, run: str) -> str:
+    """The experiment of a run, which stays what it is."""
+    return str(store.call("get_run", run).info.experiment_id)
 
 
 @dataclass(frozen=True)
@@ -189,7 +196,7 @@ class Outbox:
     def _create(self, entry: Entry) -> str:
         """Create a child run, unless an earlier attempt did so and only its answer was lost."""
         ticket, parent = entry["run"], self.run_of(entry["parent"])
-        experiment_id = self._store.call("get_run", parent).info.experiment_id
+        experiment_id = _experiment_of(self._store, parent)
         found = []
         if self.spool.waiting:
             found = self._store.call("search_runs", [experiment_id], f"tags.`{TICKET_TAG}` = '{ticket}'")

@@ -32,7 +32,7 @@ from tasks.mlflow_store import (
 from tasks.outbox import TICKET, TICKET_TAG, Outbox
 
 _LOGGER = logging.getLogger(__name__)
-_PARAMS_PER_BATCH = 100
+_NAMES_PER_BATCH = 100  # params, and as many tags
 _PATIENCE = 60.0  # seconds
 _PROCESS_TAG = "qadapter.process"
 _PARENT_TAG = "mlflow.parentRunId"
@@ -245,33 +245,55 @@ class Tracker:
 
     # ---- values
 
-    def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
-        """Record settings; see `flatten` for how nested ones are named."""
-        flat = list(flatten(params).items())
-        for start in range(0, len(flat), _PARAMS_PER_BATCH):
-            self._outbox.record("batch", run_id, params=flat[start : start + _PARAMS_PER_BATCH])
-
-    def log_tags(self, run_id: str, tags: Mapping[str, Any]) -> None:
-        """Set tags on a run."""
-        self._outbox.record("batch", run_id, tags=[(name, str(value)) for name, value in tags.items()])
-
-    def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Record one value for each metric."""
-        self.log_history(run_id, [{"step": step, **metrics}])
-
-    def log_history(self, run_id: str, rows: Iterable[Row]) -> None:
-        """Record curves.
+    def log(
+        self,
+        run_id: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, Any] | None = None,
+        history: Iterable[Row] = (),
+    ) -> None:
+        """Record settings, tags and curves in as few calls as MLflow takes: each one is several transactions.
 
         Args:
             run_id: the run.
-            rows: each {"step": n, metric name: value, ...}; steps need not be complete.
+            params: settings; see `flatten` for how nested ones are named.
+            tags: name → value.
+            history: curves, each row {"step": n, metric name: value, ...}; steps need not be complete.
         """
         now = _now()
-        metrics = [
-            (name, float(value), now, int(row["step"])) for row in rows for name, value in row.items() if name != "step"
-        ]
-        for start in range(0, len(metrics), MAX_METRICS_PER_BATCH):
-            self._outbox.record("batch", run_id, metrics=metrics[start : start + MAX_METRICS_PER_BATCH])
+        waiting: dict[str, list[Any]] = {
+            "params": list(flatten(params or {}).items()),
+            "tags": [(name, str(value)) for name, value in (tags or {}).items()],
+            "metrics": [
+                (name, float(value), now, int(row["step"]))
+                for row in history
+                for name, value in row.items()
+                if name != "step"
+            ],
+        }
+        while any(waiting.values()):
+            batch = {name: waiting[name][:_NAMES_PER_BATCH] for name in ("params", "tags")}
+            room = MAX_METRICS_PER_BATCH - sum(map(len, batch.values()))  # MLflow's limit is on all three together
+            batch["metrics"] = waiting["metrics"][:room]
+            waiting = {name: entries[len(batch[name]) :] for name, entries in waiting.items()}
+            self._outbox.record("batch", run_id, **{name: entries for name, entries in batch.items() if entries})
+
+    def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+        """Record settings; see `flatten` for how nested ones are named."""
+        self.log(run_id, params=params)
+
+    def log_tags(self, run_id: str, tags: Mapping[str, Any]) -> None:
+        """Set tags on a run."""
+        self.log(run_id, tags=tags)
+
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Record one value for each metric."""
+        self.log(run_id, history=[{"step": step, **metrics}])
+
+    def log_history(self, run_id: str, rows: Iterable[Row]) -> None:
+        """Record curves; see `log`."""
+        self.log(run_id, history=rows)
 
     def log_dataset(
         self,

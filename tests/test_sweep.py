@@ -136,7 +136,7 @@ def test_the_toy_worlds_sweep_asks_what_the_issue_asks() -> None:
         assert {preset if s.alpha_0 is None else s.alpha_0 for s in own} == {0, 0.01, 0.1, 1}
         assert {0.1 if s.beta is None else s.beta for s in own} == {0, 0.01, 0.1, 1}
         assert {1.0 if s.preference_scale is None else s.preference_scale for s in own} == {1, 5, 10}
-        assert {1e-4, 3e-4, 1e-3} <= {s.learning_rate for s in own}
+        assert {1e-4, 3e-4, 1e-3} <= {s.learning_rate or 3e-4 for s in own}
         dialled = {v.alpha_0 for v in variants.values() if v.family == family and v.alpha_0 is not None}
         assert {preset, *dialled} >= {0, 0.01, 0.1, 1}
     assert {v.experiment.methods.dpo.beta for v in variants.values() if v.method == "dpo"} == {0.1, 1, 5}
@@ -782,7 +782,7 @@ def test_a_judge_is_paid_for_every_setting_of_a_sweep(tmp_path: Path, monkeypatc
     checked = check_sweep("smoke", None, None, ENDPOINT)
     text = plan_text(checked)
     assert "\nJudge of the answers\n  endpoint: harmless, academy\n" in text
-    assert "41,600 calls (two orders of 20 answers in 1040 rows; " in text
+    assert "41,600 calls (two orders of 20 answers in 1,040 rows; " in text
     assert "up to 232 tokens each, about 45.93, budget 50.00" in text
     recorder = SweepRecorder()
     sweep_stages(checked.experiment, checked.variants, recorder)
