@@ -610,7 +610,7 @@ def command_line(folder: Path, *arguments: str) -> subprocess.CompletedProcess[s
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # four processes that import torch, on a busy machine
+@pytest.mark.timeout(1200)  # two processes that import torch, on a busy machine
 def test_from_preferences_to_a_chat(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

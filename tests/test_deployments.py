@@ -259,7 +259,7 @@ class Served:
 
     def send(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """As Prefect's own client does, with another try when the server's database is busy (503)."""
-        for _ in range(5):
+        for _ in range(10):
             answer = httpx.request(method, self.url + path, json=body, timeout=30)
             if answer.status_code != 503:
                 break
