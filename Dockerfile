@@ -33,4 +33,4 @@ USER 1000
 ENV PREFECT_HOME=/home/qadapter/.prefect
 VOLUME /work
 
-CMD ["python", "-m", "flows.run", "--profile", "smoke"]
+CMD ["python", "-m", "flows.commands.run", "--profile", "smoke"]

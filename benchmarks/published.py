@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from qadapter.objective import Objective
+from qadapter.policy.objective import Objective
 
 
 def published_terms(q_logits: Tensor, base_logits: Tensor, input_ids: Tensor, o: Objective) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.measure import arguments, compare, prepare, table
 from benchmarks.published import PublishedPolicy
 from benchmarks.shapes import SHAPES, Shape, batch, policy
-from qadapter.objective import Objective
+from qadapter.policy.objective import Objective
 
 PUBLISHED = "published code's way"
 

@@ -27,8 +27,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.shapes import SHAPES, Shape, base_model, policy
-from qadapter.evaluation.prompts import prompt_ids
-from qadapter.objective import Objective
+from qadapter.inference.prompts import prompt_ids
+from qadapter.policy.objective import Objective
 from qadapter.serving.app import create_app
 from qadapter.serving.generator import Generator
 from qadapter.serving.policies import ServedPolicies

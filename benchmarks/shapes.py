@@ -9,8 +9,8 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from qadapter.objective import Objective
-from qadapter.policy import QAdapterForCausalLM
+from qadapter.policy.model import QAdapterForCausalLM
+from qadapter.policy.objective import Objective
 from qadapter.preferences.tokenize import EncodedPair, collate_pairs
 
 

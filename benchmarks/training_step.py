@@ -19,8 +19,8 @@ from benchmarks.measure import Measured, arguments, compare, prepare, table
 from benchmarks.published import published_step
 from benchmarks.shapes import SHAPES, Shape, base_model, batch, lora, policy
 from benchmarks.tried import compiled_pairwise_loss, one_pass_loss
-from qadapter.objective import Objective, PairwiseLoss, pairwise_loss, scored_positions
-from qadapter.policy import QAdapterForCausalLM
+from qadapter.policy.model import QAdapterForCausalLM
+from qadapter.policy.objective import Objective, PairwiseLoss, pairwise_loss, scored_positions
 
 PUBLISHED = "published code's way"
 

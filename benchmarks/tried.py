@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qadapter.adapter_rows import BASE
-from qadapter.fused import VocabularyHead, loss_from_scored
-from qadapter.objective import Objective, PairwiseLoss, pairwise_loss, scored_positions
-from qadapter.policy import QAdapterForCausalLM
+from qadapter.policy.adapter_rows import BASE
+from qadapter.policy.fused import VocabularyHead, loss_from_scored
+from qadapter.policy.model import QAdapterForCausalLM
+from qadapter.policy.objective import Objective, PairwiseLoss, pairwise_loss, scored_positions
 
 
 def one_pass_loss(ours: QAdapterForCausalLM, data: dict[str, Tensor], objective: Objective) -> Tensor:

@@ -12,20 +12,20 @@ from prefect import flow
 from prefect.logging import get_run_logger
 from prefect.states import Completed, State
 
-from flows.announce import emit
 from flows.customize import Step, fetch, launch_of, lay_ground, measuring, one_at_a_time, prepared
-from flows.launch import check_workspace, close_abandoned
-from qadapter.customization import Customization, load_customization
+from flows.running.launch import check_workspace, close_abandoned
+from flows.watch_preferences import emit
+from qadapter.config.customization import Customization, load_customization
 from qadapter.gate import Measured, fallen
 from qadapter.serving.registered import DamagedError
 from tasks.candidate import METHOD, learnt_by, measured, registry_of
-from tasks.context import Customisation, workspace
 from tasks.data import generate_toy_world
-from tasks.logged import StageResult
 from tasks.preferences import Seen, collect_preferences, hold_out, mix_preferences, read_heldout
-from tasks.registry import Registry, Version
-from tasks.stage import StageStore
-from tasks.tracking import Tracker
+from tasks.stages.context import Customisation, workspace
+from tasks.stages.logged import StageResult
+from tasks.stages.store import StageStore
+from tasks.tracking.registry import Registry, Version
+from tasks.tracking.tracker import Tracker
 
 NAME = "check-champion"
 FELL = "qadapter.champion.fell"
@@ -62,7 +62,7 @@ def check_champion(config: str = "smoke") -> State[Any]:
 
 def _damage(customization: Customization, champion: Version) -> list[str]:
     """What is wrong with the registered files; a stage that still has them, as training uses it, is not served."""
-    from tasks.served_model import check_files
+    from tasks.tracking.models import check_files
 
     try:
         check_files(f"{customization.model_name}/{champion.number}")

@@ -1,6 +1,6 @@
 """New preferences arrive: validate them, train the champion further, measure both, promote or reject.
 
-python -m flows.recurring customize --config smoke
+python -m flows.commands.recurring customize --config smoke
 prefect deployment run customize-on-new-preferences/smoke
 """
 
@@ -19,14 +19,14 @@ from prefect import flow
 from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed, State
 
-from flows.launch import Launch, PrefectRun, check_workspace, close_abandoned, launched
-from flows.waiting_runs import join_waiting_runs
-from qadapter.artifacts import read_json
-from qadapter.customization import PREFERENCES, Customization, load_customization
-from qadapter.experiment import Experiment
+from flows.prefect_host.waiting_runs import join_waiting_runs
+from flows.running.launch import Launch, PrefectRun, check_workspace, close_abandoned, launched
+from qadapter.config.customization import PREFERENCES, Customization, load_customization
+from qadapter.config.experiment import Experiment
+from qadapter.files.artifacts import read_json
+from qadapter.files.url_secrets import shown
 from qadapter.preferences import sources
 from qadapter.preferences.mixture import unlearnt
-from qadapter.url_secrets import shown
 from tasks.candidate import (
     METHOD,
     Rows,
@@ -41,10 +41,8 @@ from tasks.candidate import (
     take_adapter,
     train_candidate,
 )
-from tasks.context import Customisation, workspace
 from tasks.data import build_benchmarks, generate_toy_world, prepare_data
 from tasks.evaluate import evaluate, measure_base_retention
-from tasks.logged import StageResult
 from tasks.preferences import (
     Seen,
     changes_of,
@@ -54,8 +52,10 @@ from tasks.preferences import (
     hold_out,
     mix_preferences,
 )
-from tasks.registry import Registry, Version
-from tasks.tracking import Tracker
+from tasks.stages.context import Customisation, workspace
+from tasks.stages.logged import StageResult
+from tasks.tracking.registry import Registry, Version
+from tasks.tracking.tracker import Tracker
 from tasks.train import Base, fine_tune_base, pretrain_base, train_adapter
 
 Step = Callable[..., Any]

@@ -13,13 +13,13 @@ from typing import Any, Protocol
 
 from prefect import flow
 
-from flows.launch import Launch, launched
-from qadapter.experiment import Experiment
-from tasks.context import Customisation
+from flows.running.launch import Launch, launched
+from qadapter.config.experiment import Experiment
 from tasks.data import build_benchmarks, generate_toy_world, prepare_data
 from tasks.evaluate import evaluate, measure_base_retention
 from tasks.judge import train_judge
 from tasks.report import write_report
+from tasks.stages.context import Customisation
 from tasks.train import answer_prompts, fine_tune_base, pretrain_base, train_adapter
 
 

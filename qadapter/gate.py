@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 
-from qadapter.artifacts import Manifest, read_json, read_json_lines
+from qadapter.config.base import NonNegative, Settings
 from qadapter.evaluation.statistics import LEVEL, RESAMPLES, Interval, mean_interval, paired_difference
-from qadapter.settings import NonNegative, Settings
+from qadapter.files.artifacts import Manifest, read_json, read_json_lines
 
 Floats = NDArray[np.float64]
 MIN_ITEMS = 30

@@ -14,23 +14,23 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.logging import get_run_logger
 
-from qadapter.artifacts import digest_file, digest_tree, read_json
-from qadapter.customization import Customization
+from qadapter.config.customization import Customization
+from qadapter.config.experiment import Experiment
+from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
-from qadapter.experiment import Experiment
+from qadapter.files.artifacts import digest_file, digest_tree, read_json
 from qadapter.gate import Decision, Measured, decide
 from qadapter.preferences.ledger import RECORDS
 from qadapter.serving.registered import DamagedError
-from qadapter.settings import ModelSettings
-from tasks.context import Customisation, RunContext, workspace
 from tasks.data import log_pairs
 from tasks.evaluate import Evaluation
-from tasks.launching import Launcher
-from tasks.logged import StageResult, logged_stage, task_result
-from tasks.prefect_artifacts import show
-from tasks.registry import Candidate, Registry, Version
-from tasks.stage import StageOutput, StageStore
-from tasks.tracking import Tracker
+from tasks.stages.context import Customisation, RunContext, workspace
+from tasks.stages.launching import Launcher
+from tasks.stages.logged import StageResult, logged_stage, task_result
+from tasks.stages.prefect_artifacts import show
+from tasks.stages.store import StageOutput, StageStore
+from tasks.tracking.registry import Candidate, Registry, Version
+from tasks.tracking.tracker import Tracker
 from tasks.train import Base, keyed
 
 METHOD = "q-adapter"
@@ -111,7 +111,7 @@ def champions_base(profile_base: Base, champion: Version | None, model: ModelSet
     """
     if champion is None:
         return profile_base
-    from tasks.served_model import find_base, find_numerics
+    from tasks.tracking.models import find_base, find_numerics
 
     registered = f"{name}/{champion.number}"
     digest = _tags(champion, name)["base_digest"]
@@ -135,7 +135,7 @@ def champions_adapter(champion: Version, name: str) -> Path:
         champion: the version.
         name: of the registered model.
     """
-    from tasks.served_model import find_adapter
+    from tasks.tracking.models import find_adapter
 
     registered = f"{name}/{champion.number}"
     digest = _tags(champion, name)["adapter_digest"]
@@ -230,7 +230,7 @@ def take_adapter(context: RunContext, label: str, folder: Path, run_id: str | No
         "adapter",
         run_id=run_id,
         run_name=label,
-        module="qadapter.artifacts",
+        module="qadapter.files.artifacts",
         config={},
         inputs={"adapter": folder},
         compute=compute,
@@ -330,7 +330,7 @@ def register_candidate(
     )
 
     def log_model() -> str:
-        from tasks.served_model import log_served_model
+        from tasks.tracking.models import log_served_model
 
         context.tracker.log_file(run_id, ledger.path / RECORDS, LEDGER)
         known = str(context.tracker.call("get_run", run_id).info.run_id)  # not a ticket of a store that was away

@@ -10,12 +10,13 @@ from prefect import task
 from prefect.logging import get_run_logger
 from prefect.states import State
 
-from qadapter.artifacts import read_json
-from qadapter.preferences import sources, toyworld
+from qadapter.files.artifacts import read_json
+from qadapter.preferences import sources
 from qadapter.preferences.download import UnreachableError
-from tasks.context import RunContext
-from tasks.logged import StageResult, logged_stage, task_result
-from tasks.stage import StageOutput
+from qadapter.toyworld import world as toyworld
+from tasks.stages.context import RunContext
+from tasks.stages.logged import StageResult, logged_stage, task_result
+from tasks.stages.store import StageOutput
 
 
 @task(task_run_name="toy-world")
@@ -41,7 +42,7 @@ def generate_toy_world(context: RunContext) -> Any:
     result = logged_stage(
         context,
         "toy-world",
-        module="qadapter.preferences.toyworld",
+        module="qadapter.toyworld.world",
         config={**settings.model_dump(), "heldout_topics": heldout_topics, "split_seed": split_seed},
         inputs={},
         compute=compute,
@@ -156,7 +157,7 @@ def build_benchmarks(context: RunContext, data: Mapping[str, StageResult], world
     before = {name: sources.fingerprint([file]) for name, file in texts.items()}
 
     def compute(out: Path, _: Path) -> None:
-        from qadapter.evaluation.built_benchmarks import write_benchmarks
+        from qadapter.evaluation.benchmarks.build import write_benchmarks
 
         write_benchmarks(
             replies,
@@ -173,7 +174,7 @@ def build_benchmarks(context: RunContext, data: Mapping[str, StageResult], world
     result = logged_stage(
         context,
         "benchmarks",
-        module="qadapter.evaluation.built_benchmarks",
+        module="qadapter.evaluation.benchmarks.build",
         config={**settings.model_dump(exclude={"questions"}), "seed": seed},
         inputs={
             **{key.replace(".", "-", 1): data[source].output for key, source in settings.sources.items()},

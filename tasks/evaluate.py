@@ -8,12 +8,12 @@ from typing import Any
 
 from prefect import task
 
-from qadapter.artifacts import read_json_lines
-from tasks.context import PROJECT_ROOT, Customisation, RunContext, resolve_path
+from qadapter.files.artifacts import read_json_lines
 from tasks.data import log_pairs
 from tasks.judge import JUDGING, answer_judge, judge_settings
-from tasks.logged import StageResult, logged_stage, task_result
-from tasks.stage import StageOutput
+from tasks.stages.context import PROJECT_ROOT, Customisation, RunContext, resolve_path
+from tasks.stages.logged import StageResult, logged_stage, task_result
+from tasks.stages.store import StageOutput
 from tasks.train import Base
 
 

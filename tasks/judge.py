@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 from prefect import task
 from prefect.logging import get_run_logger
 
-from qadapter.settings import Judge
-from tasks.context import RunContext
+from qadapter.config.evaluation import Judge
 from tasks.data import log_pairs
-from tasks.launching import Launcher
-from tasks.logged import StageResult, logged_stage, task_result
+from tasks.stages.context import RunContext
+from tasks.stages.launching import Launcher
+from tasks.stages.logged import StageResult, logged_stage, task_result
 from tasks.train import Base, keyed
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from qadapter.evaluation.verdicts import AnswerJudge
+    from qadapter.judging.verdicts import AnswerJudge
 
 JUDGING = {"judge", "reward_model", "endpoint", "criteria"}
 """Keys of `evaluation.adaptation` that say who judges; `judge_settings` says what of them a verdict depends on."""
@@ -33,7 +33,7 @@ def train_judge(context: RunContext, domain: str, base: Base, data: StageResult)
     launch = Launcher(experiment.launch)
 
     def compute(out: Path, scratch: Path) -> None:
-        from qadapter.training.reward_model import train_reward_model
+        from qadapter.judging.reward_training import train_reward_model
 
         launch(
             train_reward_model,
@@ -53,7 +53,7 @@ def train_judge(context: RunContext, domain: str, base: Base, data: StageResult)
         "judge",
         label=domain,
         tags={"domain": domain},
-        module="qadapter.training.reward_model",
+        module="qadapter.judging.reward_training",
         config={
             **keyed(settings),
             "lora": experiment.lora.model_dump(),
@@ -85,7 +85,7 @@ def judge_settings(context: RunContext, kind: Judge, domain: str) -> dict[str, A
     adaptation = context.experiment.evaluation.adaptation
     settings: dict[str, Any] = {"judge": kind}
     if kind == "endpoint" and adaptation.endpoint is not None:
-        from qadapter.evaluation.judge_plan import criterion_of
+        from qadapter.judging.plan import criterion_of
 
         settings["endpoint"] = adaptation.endpoint.model_dump(exclude={"api_key_variable", "parallel"})
         settings["criterion"] = criterion_of(context.experiment, domain)
@@ -101,18 +101,18 @@ def answer_judge(
     experiment = context.experiment
     adaptation = experiment.evaluation.adaptation
     if kind == "rule" and world is not None:
-        from qadapter.evaluation.verdicts import RuleJudge
-        from qadapter.preferences.toyworld import ToyWorld
+        from qadapter.judging.verdicts import RuleJudge
+        from qadapter.toyworld.world import ToyWorld
 
         return RuleJudge(ToyWorld.read(world.path), experiment.sources[experiment.domains[domain].source].domain)
     if kind == "reward-model" and trained is not None:
-        from qadapter.evaluation.reward_judge import RewardJudge
+        from qadapter.judging.reward_model import RewardJudge
 
         settings = adaptation.reward_model or experiment.training
         return RewardJudge(trained.path, base.location, experiment.model, settings.max_length, adaptation.batch_size)
     if kind == "endpoint":
-        from qadapter.evaluation.judge import EndpointJudge
-        from qadapter.evaluation.judge_plan import criterion_of, endpoint_share, judged_rows
+        from qadapter.judging.endpoint import EndpointJudge
+        from qadapter.judging.plan import criterion_of, endpoint_share, judged_rows
 
         # One file for all rows and runs: a question that was answered once is never paid for again.
         cache = context.store.root / "judge_answers.jsonl"

@@ -13,18 +13,18 @@ from filelock import FileLock
 from prefect import task
 from prefect.logging import get_run_logger
 
-from qadapter.artifacts import read_json, storage_errors, write_json
-from qadapter.customization import Customization
+from qadapter.config.customization import Customization
+from qadapter.config.sources import Source
 from qadapter.errors import QAdapterError
+from qadapter.files.artifacts import read_json, storage_errors, write_json
+from qadapter.files.url_secrets import shown
 from qadapter.preferences import sources
 from qadapter.preferences.ledger import RECORDS, SUMMARY, Changes
-from qadapter.settings import Source
-from qadapter.url_secrets import shown
-from tasks.code_version import code_digest
-from tasks.context import RunContext, resolve_path, workspace
 from tasks.data import unreachable
-from tasks.logged import StageResult, logged_stage, task_result
-from tasks.stage import StageOutput
+from tasks.stages.code_version import code_digest
+from tasks.stages.context import RunContext, resolve_path, workspace
+from tasks.stages.logged import StageResult, logged_stage, task_result
+from tasks.stages.store import StageOutput
 
 
 @dataclass(frozen=True)
@@ -299,7 +299,7 @@ def hold_out(context: RunContext, mixture: StageResult) -> Any:
     result = logged_stage(
         context,
         "heldout",
-        module="qadapter.artifacts",
+        module="qadapter.files.artifacts",
         config={},
         inputs={"heldout": mixture.path / "heldout.jsonl"},
         compute=compute,

@@ -10,12 +10,12 @@ from typing import Any
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
 
-from qadapter.artifacts import read_json
-from tasks.context import RunContext
+from qadapter.files.artifacts import read_json
 from tasks.evaluate import Evaluation
-from tasks.logged import StageResult, logged_stage, task_result
-from tasks.prefect_artifacts import show, show_figure, show_page
-from tasks.stage import StageOutput
+from tasks.stages.context import RunContext
+from tasks.stages.logged import StageResult, logged_stage, task_result
+from tasks.stages.prefect_artifacts import show, show_figure, show_page
+from tasks.stages.store import StageOutput
 
 FIGURES = ("retention_adaptation", "training_curves")
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from prefect import task
 
-from qadapter.sweep import Variant
-from tasks.context import Customisation, RunContext
+from qadapter.config.sweep import Variant
 from tasks.evaluate import Evaluation, evaluate
-from tasks.logged import StageResult, logged_stage, task_result
-from tasks.prefect_artifacts import show_figure, show_page
 from tasks.report import Report, metrics_of
-from tasks.stage import StageOutput
+from tasks.stages.context import Customisation, RunContext
+from tasks.stages.logged import StageResult, logged_stage, task_result
+from tasks.stages.prefect_artifacts import show_figure, show_page
+from tasks.stages.store import StageOutput
 from tasks.train import train_adapter
 
 KNOBS = ("alpha_tilde", "alpha_0", "beta", "gamma", "preference_scale", "learning_rate", "temperature")
@@ -53,7 +53,7 @@ def move_dial(context: RunContext, cell: SweptCell, trained: StageResult, alpha_
     """The same trained adapter with another α0; its MLflow run goes on to hold the evaluation."""
 
     def compute(out: Path, _: Path) -> None:
-        from qadapter.dial import set_alpha_0
+        from qadapter.policy.dial import set_alpha_0
 
         set_alpha_0(trained.path / "adapter", alpha_0, out / "adapter")
 
@@ -62,7 +62,7 @@ def move_dial(context: RunContext, cell: SweptCell, trained: StageResult, alpha_
         "dial",
         run_name=cell.name,
         tags=cell.tags(),
-        module="qadapter.dial",
+        module="qadapter.policy.dial",
         config={"alpha_0": alpha_0},
         params={"domain": cell.domain},
         inputs={"adapter": trained.output},
@@ -109,8 +109,8 @@ def write_sweep(
 
     def compute(out: Path, _: Path) -> None:
         from qadapter.report.rows import Row
-        from qadapter.report.sweep import build_sweep_report
-        from qadapter.report.sweep_points import Setting
+        from qadapter.report.sweep.build import build_sweep_report
+        from qadapter.report.sweep.points import Setting
 
         measured = [
             Row(row.cell.domain, getattr(row.cell, "variant", "base"), row.cell.seed, metrics_of(row)) for row in rows
@@ -120,7 +120,7 @@ def write_sweep(
     result = logged_stage(
         context,
         "sweep-report",
-        module="qadapter.report.sweep",
+        module="qadapter.report.sweep.build",
         config={"title": title, "variants": described, "expected": expected},
         params={},
         inputs=inputs,

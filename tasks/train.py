@@ -11,13 +11,14 @@ from typing import Any, cast
 
 from prefect import task
 
-from qadapter.artifacts import read_json_lines
-from qadapter.settings import Method, ModelSettings
-from tasks.context import Customisation, RunContext
+from qadapter.config.methods import Method
+from qadapter.config.model import ModelSettings
+from qadapter.files.artifacts import read_json_lines
 from tasks.data import log_pairs
-from tasks.launching import Launcher
-from tasks.logged import StageResult, logged_stage, task_result
-from tasks.stage import StageOutput
+from tasks.stages.context import Customisation, RunContext
+from tasks.stages.launching import Launcher
+from tasks.stages.logged import StageResult, logged_stage, task_result
+from tasks.stages.store import StageOutput
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ def pretrain_base(
     launch = Launcher(experiment.launch)
 
     def compute(out: Path, scratch: Path) -> None:
-        from qadapter.training.base import pretrain
         from qadapter.training.corpus import read_corpus
+        from qadapter.training.pretraining import pretrain
 
         folders = [data[name].path for name in settings.corpus_sources]
         folders += [stage.path for stage in (world, built) if stage is not None]
@@ -89,7 +90,7 @@ def pretrain_base(
     result = logged_stage(
         context,
         "pretrain",
-        module="qadapter.training.base",
+        module="qadapter.training.pretraining",
         config={"size": size.model_dump(), **keyed(settings), "seed": experiment.base_seed, **launch.keyed()},
         inputs=corpora,
         compute=compute,
@@ -102,7 +103,7 @@ def _named_base(model: ModelSettings) -> Base:
     name = str(model.pretrained)
     if Path(name).is_dir():
         return Base(name, None, "pretrained")
-    from tasks.hub import commit_of  # transformers takes seconds to import
+    from tasks.stages.hub import commit_of  # transformers takes seconds to import
 
     commit = commit_of(name, model.revision)
     return Base(name, None, "pretrained", {"revision": commit} if commit else {})
@@ -175,7 +176,7 @@ def answer_prompts(context: RunContext, domain: str, base: Base, data: StageResu
         context,
         "answers",
         label=domain,
-        module="qadapter.evaluation.generate",
+        module="qadapter.inference.generate",
         config={
             # The prompts, not the pairs: domains that ask the same prompts share the base's answers.
             "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),

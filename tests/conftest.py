@@ -21,10 +21,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
-from tests.real_runs import data_folder, data_server, prefect_server, undisturbed  # noqa: F401 - fixtures of several files
-
-PROJECT_ROOT = Path(__file__).resolve().parents[1]
-SHARED = PROJECT_ROOT.parent / "shared"
+from tests.support.paths import SHARED
+from tests.support.real_runs import data_folder, data_server, prefect_server, undisturbed  # noqa: F401 - fixtures of several files
 
 
 def _shared(name: str) -> Path:
@@ -56,15 +54,6 @@ def prefect_client(harness: None) -> Iterator[SyncPrefectClient]:
 
     with get_client(sync_client=True) as client:
         yield client
-
-
-@contextmanager
-def prefect_away() -> Iterator[None]:
-    """As if the server could not be reached, and no second try is made."""
-    from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
-
-    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}):
-        yield
 
 
 _LONGEST = [

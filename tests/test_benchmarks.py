@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # `benchmarks` is no part of the installed package
-
 from benchmarks import decoding, measure, published, scoring, shapes, training_step
 from benchmarks.tried import compiled_pairwise_loss
-from qadapter.objective import Objective, pairwise_loss
+from qadapter.policy.objective import Objective, pairwise_loss
 
 COLUMNS = ["seconds", "speed-up", "peak", "MB", "memory"]
 

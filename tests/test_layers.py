@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-PROJECT_ROOT = Path(__file__).resolve().parents[1]
+from tests.support.paths import PROJECT_ROOT
+
 FLOORS = ("qadapter", "tasks", "flows")  # from the ground up
 FILES = sorted(path.relative_to(PROJECT_ROOT) for floor in FLOORS for path in (PROJECT_ROOT / floor).rglob("*.py"))
 
@@ -48,7 +49,11 @@ def on_floor(*floors: str) -> list[Path]:
 
 def test_the_rules_see_the_files() -> None:
     assert len(FILES) > 20
-    assert set(imports(Path("tasks/stage.py"))) >= {"tasks.code_version", "qadapter.artifacts.Manifest", "filelock"}
+    assert set(imports(Path("tasks/stages/store.py"))) >= {
+        "tasks.stages.code_version",
+        "qadapter.files.artifacts.Manifest",
+        "filelock",
+    }
 
 
 def test_the_library_does_not_know_the_pipeline() -> None:
@@ -61,17 +66,20 @@ def test_imports_go_down_only(floor: str, above: tuple[str, ...]) -> None:
 
 
 def test_one_file_knows_mlflows_store_and_two_its_model_format() -> None:
-    store, models = Path("tasks/mlflow_store.py"), [Path("tasks/served_model.py"), Path("tasks/served_policy.py")]
+    store, models = (
+        Path("tasks/tracking/store.py"),
+        [Path("tasks/tracking/models.py"), Path("tasks/tracking/served_policy.py")],
+    )
     assert offenders([file for file in FILES if file not in [store, *models]], "mlflow") == []
 
 
 def test_a_served_model_needs_the_library_only() -> None:
     """MLflow runs a copy of this file where the pipeline is not installed."""
-    assert offenders([Path("tasks/served_policy.py")], "tasks", "flows", "prefect") == []
+    assert offenders([Path("tasks/tracking/served_policy.py")], "tasks", "flows", "prefect") == []
 
 
 def test_only_the_baselines_and_the_judge_know_trls_trainers() -> None:
-    training = [Path("qadapter/training/baselines.py"), Path("qadapter/training/reward_model.py")]
+    training = [Path("qadapter/training/baselines.py"), Path("qadapter/judging/reward_training.py")]
     others = [file for file in FILES if file not in training]
     found = [name for file in others for name in imports(file) if name.startswith("trl.") and name.endswith("Trainer")]
     assert found == []
@@ -79,17 +87,20 @@ def test_only_the_baselines_and_the_judge_know_trls_trainers() -> None:
 
 
 def test_the_ground_stands_on_nothing_of_ours() -> None:
-    ground = [Path("qadapter/objective.py"), Path("qadapter/preferences/pair.py"), Path("qadapter/errors.py")]
+    ground = [Path("qadapter/policy/objective.py"), Path("qadapter/preferences/pair.py"), Path("qadapter/errors.py")]
     assert [entry for entry in offenders(ground, *FLOORS) if ": qadapter.errors" not in entry] == []
 
 
 def test_the_report_reads_measurements_not_models() -> None:
     report = [file for file in FILES if file.parts[:2] == ("qadapter", "report")]
-    assert offenders(report, "torch", "transformers", "peft", "trl", "qadapter.policy", "qadapter.loading") == []
+    assert (
+        offenders(report, "torch", "transformers", "peft", "trl", "qadapter.policy.model", "qadapter.policy.loading")
+        == []
+    )
 
 
 def test_the_stage_store_is_light() -> None:
-    light = [Path("tasks/stage.py"), Path("tasks/code_version.py"), Path("qadapter/artifacts.py")]
+    light = [Path("tasks/stages/store.py"), Path("tasks/stages/code_version.py"), Path("qadapter/files/artifacts.py")]
     assert offenders(light, "torch", "transformers", "numpy", "pandas", "prefect", "mlflow") == []
 
 
@@ -108,7 +119,7 @@ def test_no_module_changes_the_environment_when_imported() -> None:
             text = ast.unparse(node)
             if "environ" in text and ("setdefault" in text or "update" in text or "environ[" in text.split("=")[0]):
                 found.append(f"{file}: {text}")
-    assert found == ["tasks/mlflow_store.py: os.environ.setdefault('MLFLOW_DISABLE_TELEMETRY', 'true')"]
+    assert found == ["tasks/tracking/store.py: os.environ.setdefault('MLFLOW_DISABLE_TELEMETRY', 'true')"]
 
 
 IMPORT_ALL = """

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny_chat import byte_tokenizer
-from tests.tiny_models import tiny_model
+from tests.support.paths import PROJECT_ROOT
+from tests.support.tiny_chat import byte_tokenizer
+from tests.support.tiny_models import tiny_model
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = (PROJECT_ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_python_example_trains_saves_loads_and_generates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +43,7 @@ def test_the_python_example_trains_saves_loads_and_generates(tmp_path: Path, mon
 
 def test_every_file_and_make_target_it_names_exists() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        assert (PROJECT_ROOT / target).exists(), target
+    makefile = (PROJECT_ROOT / "Makefile").read_text(encoding="utf-8")
     for command in set(re.findall(r"\bmake ([a-z-]+)", README)):
         assert re.search(rf"^{command}:", makefile, flags=re.M), command

@@ -9,7 +9,6 @@ import shlex
 from fnmatch import fnmatch
 from importlib import import_module
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -20,7 +19,8 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.utilities.templating import apply_values, find_placeholders
 from prefect.workers.process import ProcessJobConfiguration
 
-PROJECT_ROOT = Path(__file__).resolve().parents[1]
+from tests.support.paths import PROJECT_ROOT
+
 FOLDER = PROJECT_ROOT / "configs" / "work_pools"
 TYPES = {"process": "prefect", "docker": "prefect-docker", "kubernetes": "prefect-kubernetes"}
 

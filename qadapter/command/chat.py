@@ -14,9 +14,9 @@ from qadapter.command.flags import did_you_mean
 from qadapter.command.opened import as_base, dials, note, open_policy
 from qadapter.command.options import ChatOptions
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.prompts import prompt_ids
-from qadapter.evaluation.scoring import device_of
-from qadapter.policy import QAdapterForCausalLM
+from qadapter.inference.prompts import prompt_ids
+from qadapter.inference.score import device_of
+from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.preferences.pair import Message
 from qadapter.preferences.tokenize import padding_id
 

@@ -13,8 +13,8 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from qadapter.config.base import Settings
 from qadapter.errors import QAdapterError
-from qadapter.settings import Settings
 
 Options = TypeVar("Options", bound=Settings)
 

@@ -12,7 +12,7 @@ from qadapter.command.opened import as_base, dials, note, open_policy
 from qadapter.command.options import GenerateOptions
 from qadapter.command.results import Row, require_free, writing
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.generate import generate_replies
+from qadapter.inference.generate import generate_replies
 from qadapter.preferences.pair import Message
 from qadapter.preferences.records import iter_records
 

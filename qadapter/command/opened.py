@@ -12,11 +12,11 @@ from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter.command.options import PolicyOptions
+from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
-from qadapter.loading import load_base, load_policy
-from qadapter.policy import QAdapterForCausalLM
-from qadapter.policy_files import SETTINGS_FILE, read_settings
-from qadapter.settings import ModelSettings
+from qadapter.policy.files import SETTINGS_FILE, read_settings
+from qadapter.policy.loading import load_base, load_policy
+from qadapter.policy.model import QAdapterForCausalLM
 
 RECORD = "train.yaml"  # what `train` was asked for; its own --config
 

@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from qadapter.settings import Count, ModelSettings, NonNegative, OptimizerSettings, Positive, Settings
+from qadapter.config.base import Count, NonNegative, Positive, Settings
+from qadapter.config.model import ModelSettings
+from qadapter.config.training import OptimizerSettings
 
 DType = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["none", "int8", "nf4"]

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from qadapter.command import options
 from qadapter.command.flags import Parser, add_flags, read_options, refuse_unknown
+from qadapter.config.base import Settings
 from qadapter.errors import QAdapterError
-from qadapter.settings import Settings
 
 # Named like the modules whose `run` does the work. They import torch; nothing that `--help` needs does.
 COMMANDS: dict[str, tuple[type[Settings], str, str]] = {

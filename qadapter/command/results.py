@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qadapter.artifacts import storage_errors
 from qadapter.command.options import FileOptions
 from qadapter.errors import QAdapterError
+from qadapter.files.artifacts import storage_errors
 
 Row = Mapping[str, Any]
 

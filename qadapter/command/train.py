@@ -12,15 +12,15 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qadapter.artifacts import read_json, storage_errors
 from qadapter.command.opened import RECORD, note, open_base
 from qadapter.command.options import TrainOptions
 from qadapter.command.score import score_both
+from qadapter.config.model import LoraSettings
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.preference import preference_metrics
+from qadapter.files.artifacts import read_json, storage_errors
 from qadapter.preferences.pair import PreferencePair
 from qadapter.preferences.prepare import PreparationSummary, first_usable_pair, load_pairs, prepare
-from qadapter.settings import LoraSettings
 from qadapter.training.adapt import lora_config
 from qadapter.training.arguments import (
     measured_cost,
@@ -30,9 +30,9 @@ from qadapter.training.arguments import (
     write_training_record,
 )
 from qadapter.training.checkpoints import SealCheckpoints, last_checkpoint
+from qadapter.training.config import QAdapterConfig
 from qadapter.training.encoded_pairs import EncodedPairs, encode_dataset
-from qadapter.training.qadapter_config import QAdapterConfig
-from qadapter.training.qadapter_trainer import QAdapterTrainer
+from qadapter.training.trainer import QAdapterTrainer
 
 METRICS = "metrics.json"  # written last: a folder that has it is finished
 _NO_PART_OF_THE_RESULT = {"output", "resume", "overwrite", "logging_steps", "save_steps"}

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qadapter.evaluation.scoring import by_length, chunks, evaluating, predictions
+from qadapter.inference.score import by_length, chunks, evaluating, predictions
 from qadapter.preferences.pair import Message
 from qadapter.preferences.tokenize import encode_reply, padding_id
 

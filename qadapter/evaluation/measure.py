@@ -11,19 +11,20 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from qadapter.artifacts import read_json, read_json_lines, write_json
+from qadapter.config.evaluation import AdaptationSettings, RetentionSettings
+from qadapter.config.model import ModelSettings
 from qadapter.evaluation.divergence import kl_per_token
-from qadapter.evaluation.generate import generate_replies
-from qadapter.evaluation.harness import evaluate_tasks
+from qadapter.evaluation.lm_eval.catalog import expand_suites, require_scores
+from qadapter.evaluation.lm_eval.harness import evaluate_tasks
 from qadapter.evaluation.old_answers import answer_metrics, answer_old_prompts
 from qadapter.evaluation.preference import PairScores, distinct_prompts, preference_metrics, score_pairs
-from qadapter.evaluation.task_catalog import expand_suites, require_scores
-from qadapter.evaluation.toy_rules import exact_measures
-from qadapter.evaluation.verdicts import AnswerJudge, judge_answers
-from qadapter.loading import load_base, load_policy
+from qadapter.files.artifacts import read_json, read_json_lines, write_json
+from qadapter.inference.generate import generate_replies
+from qadapter.judging.verdicts import AnswerJudge, judge_answers
+from qadapter.policy.loading import load_base, load_policy
 from qadapter.preferences.prepare import load_pairs
-from qadapter.preferences.toyworld import ToyWorld
-from qadapter.settings import AdaptationSettings, ModelSettings, RetentionSettings
+from qadapter.toyworld.rules import exact_measures
+from qadapter.toyworld.world import ToyWorld
 
 
 def measure_adaptation(
@@ -150,8 +151,8 @@ def measure_retention(
         out: gets `metrics.json` (`retention/…`, `forgetting/…`), `items.jsonl` (per item: score and answer),
             `old_answers.jsonl` (prompt, the base's reply, reply) and `directions.json` (which metrics are better when
             higher).
-        official_data: folder with the items of lm-eval's own tasks (`qadapter.evaluation.official_files`), None for
-            those in `benchmarks` and else the hub's.
+        official_data: folder with the items of lm-eval's own tasks (`qadapter.evaluation.lm_eval.official_files`), None
+            for those in `benchmarks` and else the hub's.
 
     Raises:
         QAdapterError: see `evaluate_tasks` and `require_scores`.

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qadapter.evaluation.generate import generate_replies
+from qadapter.config.evaluation import RetentionSettings
 from qadapter.evaluation.preference import distinct_prompts
 from qadapter.evaluation.refusals import is_refusal
+from qadapter.inference.generate import generate_replies
 from qadapter.preferences.prepare import load_pairs
-from qadapter.preferences.toyworld import ToyWorld
-from qadapter.settings import RetentionSettings
+from qadapter.toyworld.world import ToyWorld
 
 LONGEST_ANSWER = 64
 """Tokens, where the retention settings leave the length of answers to each task."""

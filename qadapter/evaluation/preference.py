@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.scoring import by_length, evaluating, reply_log_probs
+from qadapter.inference.score import by_length, evaluating, reply_log_probs
 from qadapter.preferences.pair import Message, PreferencePair
 from qadapter.preferences.tokenize import EncodedPair, UnusablePair, collate_pairs, encode_pair, padding_id
 

@@ -19,9 +19,9 @@ from urllib.parse import unquote, urlsplit
 
 import fsspec
 
-from qadapter.artifacts import digest_file, sync_to_disk
 from qadapter.errors import QAdapterError
-from qadapter.url_secrets import filled_in, public_address, shown
+from qadapter.files.artifacts import digest_file, sync_to_disk
+from qadapter.files.url_secrets import filled_in, public_address, shown
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qadapter.artifacts import read_json, write_json
 from qadapter.errors import QAdapterError
+from qadapter.files.artifacts import read_json, write_json
 from qadapter.preferences.formats import Format, detect_format, parse_record
 from qadapter.preferences.pair import PreferencePair
 from qadapter.preferences.records import RawRecord, Reason, iter_records

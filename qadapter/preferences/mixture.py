@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from qadapter.artifacts import write_json
 from qadapter.errors import QAdapterError
+from qadapter.files.artifacts import write_json
 from qadapter.preferences.ledger import read
 from qadapter.preferences.pair import PreferencePair
 from qadapter.preferences.prepare import parse_files

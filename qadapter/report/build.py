@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from qadapter.artifacts import write_json
+from qadapter.files.artifacts import write_json
 from qadapter.report import markdown
 from qadapter.report.answers import answers_table, side_by_side
 from qadapter.report.curves import training_curves

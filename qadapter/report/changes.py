@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from qadapter.evaluation.refusals import is_refusal
-from qadapter.preferences.toyworld import ToyWorld
 from qadapter.report.items import Floats, Items, agrees, read_lines
 from qadapter.report.rows import Row
+from qadapter.toyworld.world import ToyWorld
 
 IMPLIED = "adaptation/implied_reward_accuracy"
 PREFERENCE = "adaptation/preference_accuracy"

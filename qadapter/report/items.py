@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qadapter.artifacts import read_json, read_json_lines
+from qadapter.files.artifacts import read_json, read_json_lines
 from qadapter.report.rows import Row
 
 Floats = NDArray[np.float64]

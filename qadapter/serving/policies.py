@@ -11,13 +11,13 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qadapter.adapter_rows import AdapterRows
+from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
-from qadapter.loading import load_base
-from qadapter.objective import Objective
-from qadapter.policy import QAdapterForCausalLM
-from qadapter.policy_files import ADAPTER_FILE, SETTINGS_FILE, read_settings
-from qadapter.settings import ModelSettings
+from qadapter.policy.adapter_rows import AdapterRows
+from qadapter.policy.files import ADAPTER_FILE, SETTINGS_FILE, read_settings
+from qadapter.policy.loading import load_base
+from qadapter.policy.model import QAdapterForCausalLM
+from qadapter.policy.objective import Objective
 
 BASE_NAME = "base"
 """The model name that asks for the base itself."""

@@ -12,7 +12,7 @@ from jinja2.exceptions import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.prompts import prompt_ids
+from qadapter.inference.prompts import prompt_ids
 from qadapter.preferences.pair import Message
 from qadapter.serving.generator import Generator, Reply, Sampling, Turn
 from qadapter.serving.policies import BASE_NAME, UnknownModelError

@@ -1,14 +1,15 @@
 """Whether the files that are about to be served, or trained on from, are still those that were registered.
 
-A module of its own, with nothing but digests: `tasks/served_policy.py` runs it where this project is not installed.
+A module of its own, with nothing but digests: `tasks/tracking/served_policy.py` runs it where this project is not
+installed.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from qadapter.artifacts import digest_tree
 from qadapter.errors import QAdapterError
+from qadapter.files.artifacts import digest_tree
 
 
 class DamagedError(QAdapterError):

@@ -12,24 +12,16 @@ from typing import Any
 from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
-from qadapter.artifacts import write_json
+from qadapter.config.methods import DPOSettings, Method, QAdapterSettings, ReplaySettings, SFTSettings
+from qadapter.config.model import LoraSettings, ModelSettings
+from qadapter.config.training import HelpfulSettings, OptimizerSettings
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.generate import generate_replies
-from qadapter.loading import load_base
+from qadapter.files.artifacts import write_json
+from qadapter.inference.generate import generate_replies
+from qadapter.policy.loading import load_base
 from qadapter.preferences.pair import Message, PreferencePair
 from qadapter.preferences.prepare import load_pairs
 from qadapter.preferences.tokenize import EncodedPair, UnusablePair, encode_pair, encode_reply
-from qadapter.settings import (
-    DPOSettings,
-    HelpfulSettings,
-    LoraSettings,
-    Method,
-    ModelSettings,
-    OptimizerSettings,
-    QAdapterSettings,
-    ReplaySettings,
-    SFTSettings,
-)
 from qadapter.training.arguments import (
     measured_cost,
     save_weights,
@@ -39,9 +31,9 @@ from qadapter.training.arguments import (
     write_training_record,
 )
 from qadapter.training.baselines import train_dpo, train_sft
+from qadapter.training.config import QAdapterConfig
 from qadapter.training.encoded_pairs import EncodedPairs
-from qadapter.training.qadapter_config import QAdapterConfig
-from qadapter.training.qadapter_trainer import QAdapterTrainer
+from qadapter.training.trainer import QAdapterTrainer
 
 MethodChoice = QAdapterSettings | SFTSettings | DPOSettings | ReplaySettings
 

@@ -19,9 +19,9 @@ import psutil
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qadapter.artifacts import write_json
+from qadapter.config.training import OptimizerSettings
 from qadapter.errors import QAdapterError
-from qadapter.settings import OptimizerSettings
+from qadapter.files.artifacts import write_json
 from qadapter.training.checkpoints import SealCheckpoints, last_checkpoint
 
 log = logging.getLogger(__name__)

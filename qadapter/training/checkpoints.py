@@ -10,8 +10,8 @@ from typing import Any
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qadapter.artifacts import digest_file, list_files, read_json, write_json
 from qadapter.errors import QAdapterError
+from qadapter.files.artifacts import digest_file, list_files, read_json, write_json
 
 log = logging.getLogger(__name__)
 

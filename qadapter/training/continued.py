@@ -8,11 +8,13 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from qadapter.artifacts import write_json
-from qadapter.loading import load_base
-from qadapter.policy import QAdapterForCausalLM
+from qadapter.config.methods import QAdapterSettings
+from qadapter.config.model import ModelSettings
+from qadapter.config.training import OptimizerSettings
+from qadapter.files.artifacts import write_json
+from qadapter.policy.loading import load_base
+from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.preferences.prepare import load_pairs
-from qadapter.settings import ModelSettings, OptimizerSettings, QAdapterSettings
 from qadapter.training.arguments import (
     measured_cost,
     save_weights,
@@ -21,9 +23,9 @@ from qadapter.training.arguments import (
     trainer_arguments,
     write_training_record,
 )
+from qadapter.training.config import QAdapterConfig
 from qadapter.training.encoded_pairs import encode_dataset
-from qadapter.training.qadapter_config import QAdapterConfig
-from qadapter.training.qadapter_trainer import QAdapterTrainer
+from qadapter.training.trainer import QAdapterTrainer
 
 
 def continue_adapter(

@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from qadapter.artifacts import read_json_lines
 from qadapter.errors import QAdapterError
+from qadapter.files.artifacts import read_json_lines
 from qadapter.preferences.pair import Message
 from qadapter.preferences.prepare import load_pairs
 

@@ -1,6 +1,6 @@
 """One process of a distributed training: `accelerate launch … -m qadapter.training.worker job.json`.
 
-A job is a function of `qadapter.training` and its arguments, as JSON. The process with rank 0 writes the results.
+A job is a function of `qadapter` and its arguments, as JSON. The process with rank 0 writes the results.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from qadapter import settings
-from qadapter.artifacts import write_json
+from qadapter.config.base import Settings
 from qadapter.errors import QAdapterError
-from qadapter.process_tags import ProcessTag
+from qadapter.files.artifacts import write_json
+from qadapter.files.process_tags import ProcessTag
 
 PROGRESS = "progress: "  # a line of rank 0's log; anything else a child prints is a library's
-_PACKAGE = "qadapter.training."
+_PACKAGE = "qadapter."
 
 
 def write_job(file: Path, function: Callable[..., Any], positional: Sequence[Any], named: Mapping[str, Any]) -> None:
@@ -33,13 +33,13 @@ def write_job(file: Path, function: Callable[..., Any], positional: Sequence[Any
 
     Args:
         file: where to.
-        function: one of `qadapter.training`'s modules; it takes `out`, the folder of its results.
+        function: a function at the top of one of `qadapter`'s modules; it takes `out`, the folder of its results.
         positional, named: its arguments: JSON values, paths, and sections of an experiment's config.
 
     Raises:
         TypeError: an argument is something else.
     """
-    call = {"function": f"{function.__module__}:{function.__qualname__}", "positional": positional, "named": named}
+    call = {"function": _name_of(function), "positional": positional, "named": named}
     text = json.dumps({**call, "owner": ProcessTag.own().text()}, default=_tagged, allow_nan=False)
     file.write_text(text, encoding="utf-8")
 
@@ -48,20 +48,34 @@ def read_job(file: Path) -> dict[str, Any]:
     """A job of `write_job`, with `function` resolved and the arguments' types restored.
 
     Raises:
-        ValueError: it names a function outside `qadapter.training`.
+        ValueError: it names a function outside `qadapter`.
     """
     job: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"), object_hook=_untagged)
-    module, _, name = job["function"].partition(":")
+    return {**job, "function": _named(job["function"])}
+
+
+def _name_of(value: Any) -> str:
+    """`module:name` of a function or class at the top of a module."""
+    return f"{value.__module__}:{value.__qualname__}"
+
+
+def _named(text: str) -> Any:
+    """What `module:name` names; nothing outside `qadapter` is imported.
+
+    Raises:
+        ValueError: the module lies elsewhere.
+    """
+    module, _, name = text.partition(":")
     if not module.startswith(_PACKAGE):
-        raise ValueError(f"{file}: {module} is not below {_PACKAGE}")
-    return {**job, "function": getattr(import_module(module), name)}
+        raise ValueError(f"{module} is not below {_PACKAGE}")
+    return getattr(import_module(module), name)
 
 
 def _tagged(value: Any) -> Any:
     if isinstance(value, Path):
         return {"!path": str(value)}
-    if isinstance(value, settings.Settings):
-        return {"!settings": type(value).__name__, "values": value.model_dump(mode="json", by_alias=True)}
+    if isinstance(value, Settings):
+        return {"!settings": _name_of(type(value)), "values": value.model_dump(mode="json", by_alias=True)}
     raise TypeError(f"{type(value).__name__} cannot be handed to a training process")
 
 
@@ -69,8 +83,9 @@ def _untagged(value: dict[str, Any]) -> Any:
     if value.keys() == {"!path"}:
         return Path(value["!path"])
     if value.keys() == {"!settings", "values"}:
-        kind = getattr(settings, value["!settings"])
-        assert issubclass(kind, settings.Settings)
+        kind = _named(value["!settings"])
+        if not issubclass(kind, Settings):
+            raise ValueError(f"{value['!settings']} is not a section of a config")
         return kind.model_validate(value["values"])
     return value
 

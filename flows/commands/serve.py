@@ -1,0 +1,360 @@
+"""`make serve`: one command that brings up all that `prefect deployment run` needs on this machine, and takes it down.
+
+A deployment's run is executed only while a server and a worker are up. This starts a server if none answers at the
+configured address, creates the work pool, deploys everything in `prefect.yaml`, starts a worker and waits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+import psutil
+import yaml
+
+from flows.prefect_host.dead_runs import close_dead_runs
+from qadapter.errors import QAdapterError
+from qadapter.files.artifacts import read_json, write_json
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+_START_SECONDS = 180  # a first start creates the database; a busy laptop takes its time
+_STOP_SECONDS = 20
+_QUICK_DEATH_SECONDS = 10  # what is killed sooner than this would be killed again
+
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class _StopRequest(BaseException):
+    """Somebody asked this command to end (Ctrl-C, TERM or HUP)."""
+
+
+def api_url(root: Path) -> str:
+    """Address of the Prefect API: `PREFECT_API_URL`, else the one in the project's `prefect.toml`.
+
+    Raises:
+        QAdapterError: neither names one.
+    """
+    configured = os.environ.get("PREFECT_API_URL")
+    if not configured:
+        with (root / "prefect.toml").open("rb") as stream:
+            configured = tomllib.load(stream).get("api", {}).get("url")
+    if not configured:
+        raise QAdapterError(
+            "No Prefect API is configured: PREFECT_API_URL is not set and prefect.toml has no [api] url. "
+            "Set one, for example http://127.0.0.1:4200/api."
+        )
+    return str(configured).rstrip("/")
+
+
+def answers(url: str, path: str = "/health") -> bool:
+    """Whether a GET below the API's address succeeds within a few seconds."""
+    try:
+        with urllib.request.urlopen(url + path, timeout=5) as response:  # the address is the user's own setting
+            return bool(response.status == 200)
+    except (urllib.error.URLError, http.client.HTTPException, OSError):
+        return False
+
+
+def serve(root: Path, *, limit: int = 1) -> None:
+    """Bring server, work pool, deployments and worker up; return when stopped, with everything down again.
+
+    A server that was already running is used, and left running. A worker or server of its own that is killed is started
+    again.
+
+    Args:
+        root: the project folder; `prefect.yaml` and `prefect.toml` lie there, Prefect's database below it.
+        limit: how many flow runs the worker executes at the same time. More than one on a laptop makes all slow.
+
+    Raises:
+        QAdapterError: a part did not start or died; the message says where its log is.
+    """
+    url = api_url(root)
+    own = {
+        "DO_NOT_TRACK": "1",
+        "PREFECT_HOME": str(root / ".prefect"),
+        # The worker asks the server beside it for work; Prefect's 10 s are meant for a server that many share.
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
+    }
+    environment = own | os.environ | {"PREFECT_API_URL": url}
+    home = Path(environment["PREFECT_HOME"]).expanduser().absolute()
+    home.mkdir(parents=True, exist_ok=True)
+    pool = _pool_name(root)
+    log = home / "server.log"
+    children: dict[str, subprocess.Popen[bytes]] = {}
+    started: dict[str, float] = {}
+
+    def start_server() -> None:
+        with log.open("ab") as stream:
+            children["server"] = _prefect(root, environment, *_server_command(url), output=stream)
+        started["server"] = time.monotonic()
+        _wait_for_server(url, children["server"], log)
+
+    def start_worker() -> None:
+        # The worker's output is the runs' own log: it belongs on the screen.
+        children["worker"] = _prefect(root, environment, "worker", "start", "--pool", pool, "--limit", str(limit))
+        started["worker"] = time.monotonic()
+
+    start = {"server": start_server, "worker": start_worker}
+    with _stopping_on_signals(), _stopping(children):
+        if answers(url):
+            _say(f"Prefect server: using the one that answers at {url}")
+        else:
+            _say(f"Prefect server: starting at {url} (log: {log})")
+            start_server()
+        _close_dead_runs(url, no_worker_is_up="server" in children)
+        if not answers(url, f"/work_pools/{pool}"):
+            _run(root, environment, "work-pool", "create", pool, "--type", "process")
+        _deploy(root, environment, url, home)
+        start_worker()
+        _say(_next_steps(root, url))
+        while True:
+            while all(child.poll() is None for child in children.values()):
+                time.sleep(0.5)
+            name, child = next((name, child) for name, child in children.items() if child.poll() is not None)
+            if child.returncode >= 0 or time.monotonic() - started[name] < _QUICK_DEATH_SECONDS:
+                break
+            # Killed (by the system, for memory, or by hand). Flow runs are processes of their own and go on, without
+            # their worker; without a server they wait for another one.
+            _say(f"The Prefect {name} was killed (signal {-child.returncode}) and is started again.")
+            start[name]()
+        where = log if name == "server" else "Its output above"
+        raise QAdapterError(f"The Prefect {name} ended by itself with code {child.returncode}. {where} says why.")
+
+
+def _close_dead_runs(url: str, *, no_worker_is_up: bool) -> None:
+    """Report runs whose process is gone as crashed; on this machine only."""
+    if urlsplit(url).hostname in _LOOPBACK and (dead := close_dead_runs(url, no_worker_is_up=no_worker_is_up)):
+        _say(f"Reported as crashed, because their process is gone: {', '.join(dead)}")
+
+
+def _deploy(root: Path, environment: dict[str, str], url: str, home: Path) -> None:
+    """Deploy all that `prefect.yaml` names; schedules stay paused or awake as somebody left them on the server."""
+    plan = _plan(root)
+    note = home / "deployed-schedules.json"
+    written = {_name(entry, schedule): _is_active(schedule) for entry, schedule in _schedules(plan)}
+    deployed = read_json(note) if note.exists() else written
+    on_server = {
+        _name(entry, schedule["schedule"] | {"slug": schedule["slug"]}): _is_active(schedule)
+        for entry, schedule in _schedules({"deployments": _deployed(url)})
+    }
+    for name in keep_schedules(plan, on_server, deployed):
+        _say(f"Schedule of {name}: {'awake' if on_server[name] else 'paused'} as it was, unlike in prefect.yaml")
+    # A file, and not changes after the deployment: a command that is killed in between would forget them.
+    merged = home / "deployed.yaml"
+    merged.write_text(yaml.safe_dump(plan, allow_unicode=True, sort_keys=False), encoding="utf-8")
+    _run(root, environment, "--no-prompt", "deploy", "--all", "--prefect-file", str(merged))
+    write_json(note, written)
+
+
+def keep_schedules(plan: dict[str, Any], on_server: Mapping[str, bool], deployed: Mapping[str, bool]) -> list[str]:
+    """Let the schedules of a plan be active where the server's are.
+
+    Args:
+        plan: what `prefect.yaml` says; changed in place.
+        on_server: schedule → whether it is active on the server; those that it does not have begin as the file says.
+        deployed: schedule → what the file said when it was deployed last. Where it says something else now, somebody
+            has changed it since, and the file holds.
+
+    Returns:
+        The schedules that are now unlike in the file.
+    """
+    kept = []
+    for entry, schedule in _schedules(plan):
+        name, written = _name(entry, schedule), _is_active(schedule)
+        if deployed.get(name, written) == written and on_server.get(name, written) != written:
+            schedule["active"] = on_server[name]
+            kept.append(name)
+    return kept
+
+
+def _deployed(url: str) -> Any:
+    """The deployments that a server has."""
+    request = urllib.request.Request(f"{url}/deployments/filter", b"{}", {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return json.load(response)
+
+
+def _schedules(plan: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """(deployment, schedule) of all of them, in the file's and the server's form."""
+    return [(entry, schedule) for entry in plan["deployments"] for schedule in entry.get("schedules") or []]
+
+
+def _name(deployment: Mapping[str, Any], schedule: Mapping[str, Any]) -> str:
+    """What a schedule is known by, in the file and on the server: whose it is, and when it starts runs."""
+    when = next((schedule[key] for key in ("slug", "cron", "rrule", "interval") if schedule.get(key)), "")
+    flow = str(deployment["entrypoint"]).rpartition(":")[2].replace("_", "-")
+    return f"{flow}/{deployment['name']} ({f'{when:g}' if isinstance(when, float | int) else when})"
+
+
+def _is_active(schedule: Mapping[str, Any]) -> bool:
+    return schedule.get("active") is not False  # as Prefect takes one that says nothing
+
+
+def _plan(root: Path) -> dict[str, Any]:
+    return dict(yaml.safe_load((root / "prefect.yaml").read_text(encoding="utf-8")))
+
+
+def _pool_name(root: Path) -> str:
+    return str(_plan(root)["deployments"][0]["work_pool"]["name"])
+
+
+def _server_command(url: str) -> list[str]:
+    parts = urlsplit(url)
+    if parts.hostname not in _LOOPBACK:
+        raise QAdapterError(
+            f"No Prefect server answers at {url}, and one is started on this machine's loopback address only. "
+            "Start it there, or unset PREFECT_API_URL."
+        )
+    return ["server", "start", "--host", parts.hostname, "--port", str(parts.port or 4200)]
+
+
+def _prefect(
+    root: Path, environment: dict[str, str], *arguments: str, output: int | IO[bytes] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start Prefect's command line, in a process group of its own so that Ctrl-C reaches it through us, in order."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "prefect", *arguments],
+        cwd=root,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=None if output is None else subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def _run(root: Path, environment: dict[str, str], *arguments: str) -> None:
+    """Run one command to its end; its output is shown only if it fails."""
+    child = _prefect(root, environment, *arguments, output=subprocess.PIPE)
+    try:
+        output, _ = child.communicate()
+    except BaseException:
+        _stop(child)
+        raise
+    if child.returncode:
+        text = output.decode(errors="replace").strip()
+        raise QAdapterError(f"`prefect {' '.join(arguments)}` failed with code {child.returncode}:\n{text}")
+
+
+def _wait_for_server(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while not answers(url):
+        if server.poll() is not None:
+            raise QAdapterError(f"The Prefect server did not start (code {server.returncode}). {log} says why.")
+        if time.monotonic() > deadline:
+            raise QAdapterError(f"The Prefect server did not answer at {url} within {_START_SECONDS} s. See {log}.")
+        time.sleep(0.5)
+
+
+def _next_steps(root: Path, url: str) -> str:
+    deployments = _plan(root)["deployments"]
+    flows = [str(deployment["entrypoint"]).rpartition(":")[2].replace("_", "-") for deployment in deployments]
+    commands = "\n".join(
+        f"  prefect deployment run {flow}/{deployment['name']}"
+        for flow, deployment in zip(flows, deployments, strict=True)
+    )
+    return (
+        f"\nReady. In another terminal, with the environment active (. .venv/bin/activate) and from this folder:\n"
+        f"{commands}\nRuns: {url.removesuffix('/api')}   Stop: Ctrl-C here\n"
+    )
+
+
+@contextlib.contextmanager
+def _stopping_on_signals() -> Iterator[None]:
+    """Turn the first Ctrl-C, TERM or HUP into an orderly end; further ones are ignored while that is under way."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        _ignore_signals()
+        raise _StopRequest
+
+    before = {kind: signal.signal(kind, stop) for kind in _STOP_SIGNALS}
+    try:
+        yield
+    except _StopRequest:
+        pass
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def _ignore_signals() -> None:
+    for kind in _STOP_SIGNALS:
+        signal.signal(kind, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _stopping(children: dict[str, subprocess.Popen[bytes]]) -> Iterator[None]:
+    """End all children when the block is left, the worker before the server that it reports to."""
+    try:
+        yield
+    finally:
+        _ignore_signals()
+        for name in reversed(list(children)):
+            _say(f"Stopping the {name} ...")
+            _stop(children[name])
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """End a child and all it started, within twice `_STOP_SECONDS`.
+
+    What it started goes first: a flow run that gets TERM while its worker and server still live reports that it was
+    stopped. A worker that is stopped first leaves it `Running` in the database for ever.
+    """
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(child.pid)
+        _end(process.children(recursive=True))
+        _end([process, *process.children(recursive=True)])
+    child.wait()
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    """TERM for each, KILL for those that are still there after a while."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=_STOP_SECONDS)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)  # noqa: T201 - this is a command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the command line and serve.
+
+    Returns:
+        The exit code: 0 after Ctrl-C, 1 if something could not start.
+    """
+    parser = argparse.ArgumentParser(prog="python -m flows.commands.serve", description=__doc__)
+    parser.add_argument("--limit", type=int, default=1, metavar="N", help="flow runs at the same time (default: 1)")
+    options = parser.parse_args(arguments)
+    try:
+        serve(PROJECT_ROOT, limit=options.limit)
+    except QAdapterError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""One experiment over a work pool: each method as a deployment run of its own, side by side, then the comparison.
+
+python -m flows.commands.spread full-paper-repro/docker --profile smoke
+python -m flows.commands.spread full-paper-repro/kubernetes --profile mini --data /data training.max_steps=20
+
+The first method's run makes the base; the others begin when it is done. They find each other's finished stages in the
+workspace or store that they share, so the last run computes only what compares them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flows.environment import prepare_environment
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Spread an experiment; returns the exit code: 0 done, 1 a run failed, 2 refused."""
+    prepare_environment()
+    from qadapter.errors import QAdapterError
+
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.commands.spread",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("deployment", help="of the experiment, flow/deployment; its work pool decides where runs go")
+    parser.add_argument("--profile", default="smoke", help="name in configs/, or a YAML file that the runs can read")
+    parser.add_argument("--data", help="folder with the data, as the runs see it")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change: training.max_steps=20")
+    given = parser.parse_args(arguments)
+    from qadapter.config.experiment import parse_overrides
+
+    try:
+        return asyncio.run(spread(given.deployment, given.profile, given.data, parse_overrides(given.overrides)))
+    except QAdapterError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+
+
+async def spread(deployment: str, profile: str, data: str | None, overrides: Mapping[str, Any]) -> int:
+    """Run the methods of an experiment apart, then the whole of it; 0, or 1 where a run did not complete.
+
+    Args:
+        deployment: `flow/deployment` on the server of `PREFECT_API_URL`.
+        profile: as `full-paper-repro` takes it, and so `data` and `overrides`.
+        data: the data folder.
+        overrides: dotted keys to values.
+
+    Raises:
+        QAdapterError: the config cannot work, no server answers, or it has no such deployment.
+    """
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows.commands.serve import answers, api_url
+    from qadapter.config.experiment import load_experiment
+    from qadapter.errors import QAdapterError
+    from tasks.stages.context import PROJECT_ROOT
+
+    methods = load_experiment(profile, overrides).methods.run
+    url = api_url(PROJECT_ROOT)
+    if not answers(url):
+        raise QAdapterError(f"no Prefect server answers at {url}; start one (`make serve`) or set PREFECT_API_URL")
+    with temporary_settings({PREFECT_API_URL: url}):
+        await _refuse_unknown(deployment, url)
+        return await _spread(deployment, methods, {"profile": profile, "data": data, "overrides": dict(overrides)})
+
+
+async def _refuse_unknown(deployment: str, url: str) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+
+    from qadapter.errors import QAdapterError
+
+    async with get_client() as client:
+        try:
+            await client.read_deployment_by_name(deployment)
+        except (ObjectNotFound, ValueError) as error:
+            deployments = await client.read_deployments()
+            known = sorted([f"{(await client.read_flow(d.flow_id)).name}/{d.name}" for d in deployments])
+            raise QAdapterError(
+                f"the server at {url} has no deployment {deployment!r}; it has {', '.join(known) or 'none'}"
+            ) from error
+
+
+async def _spread(deployment: str, methods: Sequence[str], parameters: Mapping[str, Any]) -> int:
+    async def run(name: str, **changes: Any) -> bool:
+        return await _completed(deployment, name, {**parameters, "overrides": {**parameters["overrides"], **changes}})
+
+    first, *others = methods
+    if others and not await run(first, **{"methods.run": [first]}):
+        return 1
+    done = await asyncio.gather(*(run(method, **{"methods.run": [method]}) for method in others))
+    return 0 if all(done) and await run("comparison") else 1
+
+
+async def _completed(deployment: str, name: str, parameters: Mapping[str, Any]) -> bool:
+    """Ask for a run, wait for its end, and say how it ended."""
+    from prefect.client.schemas.objects import FlowRun
+    from prefect.deployments.flow_runs import arun_deployment
+    from prefect.flow_runs import wait_for_flow_run
+
+    asked = await arun_deployment(deployment, parameters=dict(parameters), timeout=0, as_subflow=False)
+    _say(f"{name}: flow run {asked.name} is asked for")
+    ended: FlowRun = await wait_for_flow_run(asked.id, timeout=None, poll_interval=2)
+    state = ended.state
+    assert state is not None
+    seconds = ended.total_run_time.total_seconds()
+    _say(
+        f"{name}: {asked.name} ended as {state.name} after {seconds:.0f} s"
+        + (f": {state.message}" if not state.is_completed() else "")
+    )
+    return state.is_completed()
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)  # noqa: T201 - this is a command
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""A sweep: every setting of every method on the same base and data, and one table and figure of all.
+
+python -m flows.commands.sweep --sweep smoke
+prefect deployment run sweep/smoke
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Protocol
+
+from prefect import flow
+from prefect.logging import get_run_logger
+
+from flows.full_paper_repro import Run, common_stages, evaluation_inputs
+from flows.running.launch import Launch, PrefectRun, StagesFailedError, launched
+from qadapter.config.experiment import Experiment
+from qadapter.config.sweep import Sweep, Variant, expand, load_sweep, merged_overrides
+from qadapter.errors import QAdapterError
+from qadapter.evaluation.lm_eval.catalog import better_when_lower, expand_suites
+from qadapter.judging.plan import plan_judges
+from tasks.evaluate import evaluate
+from tasks.stages.context import Customisation
+from tasks.sweep import cell_of, evaluate_variant, move_dial, train_variant, write_sweep
+from tasks.train import answer_prompts
+
+
+class RunOfMany(Run, Protocol):
+    """How a stage is run, under settings that differ from stage to stage."""
+
+    def of(self, experiment: Experiment) -> Run:
+        """The same with an experiment's settings."""
+
+
+@dataclass(frozen=True)
+class _SweepLaunch(Launch):
+    """A launch of a sweep's experiment: every setting's answers are judged, not every method's."""
+
+    sweep: Sweep | None = None
+
+    def rows_to_judge(self, experiment: Experiment) -> int:
+        assert self.sweep is not None
+        return len(experiment.domains) * len(expand(self.sweep, experiment)) * len(experiment.seeds)
+
+
+@dataclass(frozen=True)
+class CheckedSweep:
+    """A sweep that can start."""
+
+    sweep: Sweep
+    launch: Launch
+    experiment: Experiment
+    variants: list[Variant]
+
+    def judges(self) -> list[str]:
+        """Lines on who judges the answers of all settings, and what that costs."""
+        return plan_judges(self.experiment, self.launch.rows_to_judge(self.experiment))
+
+
+def check_sweep(
+    sweep: str, profile: str | None, data: str | None, overrides: dict[str, Any], *, remote: bool = True
+) -> CheckedSweep:
+    """Read a sweep and its profile and refuse what cannot work.
+
+    Args:
+        sweep: a name in `configs/sweep/`, or a YAML file.
+        profile: in place of the sweep's own.
+        data: the data folder.
+        overrides: settings to change for all.
+        remote: look at sources on the network too.
+
+    Raises:
+        QAdapterError: with all that is needed to put it right.
+    """
+    loaded = load_sweep(sweep)
+    used = profile or loaded.profile
+    launch = _SweepLaunch("sweep", used, data, merged_overrides(loaded, used, overrides), loaded)
+    experiment = launch.check(remote=remote)
+    tasks, _ = expand_suites(experiment.evaluation.retention.tasks)
+    if better_when_lower(tasks) == tasks:
+        raise QAdapterError(
+            f"evaluation.retention.tasks has no accuracy, only {', '.join(tasks)}: a sweep weighs what was learnt "
+            "against the share of an accuracy that is kept. Add a task that has one, for example <name>_word_order."
+        )
+    return CheckedSweep(loaded, launch, experiment, expand(loaded, experiment))
+
+
+def sweep_stages(x: Experiment, variants: Sequence[Variant], run: RunOfMany) -> list[Any]:
+    """Every stage up to the last measurement, and what feeds it; returns those whose results are rows of the table."""
+    common = common_stages(x, run)
+    rows = []
+    for domain in x.domains:
+        shared = evaluation_inputs(x, run, common, domain)
+        base, pairs = shared["base"], shared["data"]
+        base_row = run(evaluate, cell=Customisation(domain, "base"), trained=None, base_row=None, **shared)
+        rows.append(base_row)
+        answers: dict[str, Any] = {}  # of the base, by how they are generated
+        trained: dict[tuple[str, int], Any] = {}
+        for variant, seed in product(variants, x.seeds):
+            run_variant, cell = run.of(variant.experiment), cell_of(variant, domain, seed)
+            if variant.alpha_0 is not None:
+                adapter = run_variant(
+                    move_dial, cell=cell, trained=trained[variant.trained_as, seed], alpha_0=variant.alpha_0
+                )
+            else:
+                own = None
+                if variant.method == "replay":
+                    how = variant.experiment.methods.replay.model_dump_json(exclude={"learning_rate"})
+                    if how not in answers:
+                        answers[how] = run_variant(answer_prompts, domain=domain, base=base, data=pairs)
+                    own = answers[how]
+                adapter = run_variant(train_variant, cell=cell, base=base, data=pairs, answers=own)
+                trained[variant.name, seed] = adapter
+            rows.append(run_variant(evaluate_variant, cell=cell, trained=adapter, base_row=base_row, **shared))
+    return rows
+
+
+@flow(name="sweep")
+def sweep(
+    sweep: str = "smoke",
+    profile: str | None = None,
+    data: str | None = None,
+    overrides: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Compare many settings of every method: one table, one figure, the Pareto front, the best setting.
+
+    Args:
+        sweep: smoke (toy world), mini (real rows from `data`), or a YAML file.
+        profile: another one than the sweep's own.
+        data: folder with the data, where the profile's paths say `{data}`.
+        overrides: settings to change for all, for example {"seeds": [0]}.
+    """
+    checked = check_sweep(sweep, profile, data, overrides or {})
+    get_run_logger().info("judge of the answers: %s", "; ".join(checked.judges()))
+    with launched(checked.launch) as run:
+        rows = sweep_stages(checked.experiment, checked.variants, run)
+        return _report(checked, rows, run)
+
+
+def _report(checked: CheckedSweep, rows: Sequence[Any], run: PrefectRun) -> dict[str, Any]:
+    """The table of what was measured, also where some of it failed.
+
+    Raises:
+        StagesFailedError: naming what failed and, if a base could be measured, where the table of the others is.
+    """
+    failed = run.settle()
+    measured = run.finished(rows)
+    if failed and not any(row.cell.method == "base" for row in measured):
+        raise failed
+    cells = len(checked.experiment.seeds) * len(checked.experiment.domains)
+    report = run(write_sweep, name=checked.sweep.name, variants=checked.variants, rows=measured, expected=cells)
+    failed = run.settle()
+    written = run.finished([report])
+    if failed and written:
+        raise StagesFailedError(f"{failed}\nThe settings that were measured: {written[0].folder / 'sweep.md'}")
+    if failed:
+        raise failed
+    folder = written[0].folder
+    return {"report": str(folder / "sweep.md"), "mlflow_run": written[0].parent_run_id}

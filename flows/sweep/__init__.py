@@ -1,1 +1,0 @@
-"""Many settings of every method, compared: `make sweep`."""

@@ -1,0 +1,33 @@
+"""What every section of a config stands on: the strict base class and the common types."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Settings(BaseModel):
+    """A section of a config: unknown keys are refused, and nothing changes it after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=(), allow_inf_nan=False)
+
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+Count = Annotated[int, Field(ge=1)]
+
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
+
+
+def refuse_repeats(key: str, values: Sequence[Any]) -> None:
+    """Raise ValueError if a value stands in a list twice."""
+    repeated = sorted({value for value in values if list(values).count(value) > 1})
+    if repeated:
+        raise ValueError(f"{key} names {repeated} more than once")

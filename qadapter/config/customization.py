@@ -1,0 +1,126 @@
+"""A recurring customisation: what `configs/customize/*.yaml` may say.
+
+It names a profile for everything that does not change from week to week (base, method, training, evaluation), and says
+where preferences arrive, how they are mixed, and what a candidate must achieve to be promoted.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from qadapter.config.base import Name, Settings
+from qadapter.config.experiment import PROFILE_FOLDER, Experiment, load_experiment
+from qadapter.config.sources import Source
+from qadapter.errors import QAdapterError
+from qadapter.files.url_secrets import shown
+from qadapter.gate import Gate
+
+CONFIG_FOLDER = PROFILE_FOLDER / "customize"
+PREFERENCES = "preferences"
+"""Name of the growing source among the experiment's sources."""
+
+
+class Mix(Settings):
+    """What a re-training reads.
+
+    Attributes:
+        rows: `all` pairs, or `new` (and changed) ones with a sample of the others. The first training reads all.
+        old_share: share of the other pairs in that sample.
+    """
+
+    rows: Literal["all", "new"] = "all"
+    old_share: Annotated[float, Field(ge=0, le=1)] = 0.25
+
+
+class Customization(Settings):
+    """A recurring customisation.
+
+    Attributes:
+        name: of this file, in logs and events.
+        model_name: of the registered model; one history each.
+        profile: a profile in `configs/`, or a YAML file: base, training and evaluation. The method is the Q-Adapter.
+        overrides: settings of the profile to change.
+        data: folder for `{data}` in the profile's paths, where it has no toy world.
+        domain: the profile's domain whose base and style are meant.
+        source: where preferences arrive: a folder that fills, a file that grows, a URL, a hub data set. A relative path
+            starts at the workspace; `{data}` is the toy world (whose preferences never change), or `data`.
+        seed: of the trainings.
+        mix, gate: see there.
+    """
+
+    name: Name
+    model_name: Name
+    profile: str
+    overrides: dict[str, Any] = Field({})
+    data: str | None = None
+    domain: Name
+    source: Source
+    seed: int = 0
+    mix: Mix = Mix()
+    gate: Gate = Gate()
+
+    def experiment(self) -> Experiment:
+        """The profile, reduced to one domain whose preferences are this source, and the Q-Adapter.
+
+        Raises:
+            QAdapterError: the profile cannot be read, or has no such domain.
+        """
+        whole = load_experiment(self.profile, self.overrides)
+        if self.domain not in whole.domains:
+            raise QAdapterError(
+                f"domain is {self.domain!r}, but the profile {self.profile!r} has {', '.join(whole.domains)}; name one"
+            )
+        fields = whole.model_dump(mode="json", by_alias=True)
+        used = set(whole.pretraining.corpus_sources if whole.pretraining else ())
+        used |= {whole.helpful_sft.source} if whole.helpful_sft else set()
+        used |= set(whole.built_benchmarks.sources.values() if whole.built_benchmarks else ())
+        fields["sources"] = {name: source for name, source in fields["sources"].items() if name in used}
+        fields["sources"][PREFERENCES] = self.source.model_dump(mode="json")
+        fields["domains"] = {self.domain: {**fields["domains"][self.domain], "source": PREFERENCES}}
+        fields["methods"]["run"] = ["q-adapter"]
+        fields["seeds"] = [self.seed]
+        if whole.judge_of(self.domain) == "reward-model":  # trained on pairs that a growing source does not set apart
+            fields["evaluation"]["adaptation"]["judge"] = "none"
+        return Experiment.model_validate(fields)
+
+
+def customizations() -> list[str]:
+    """Names of the files in `configs/customize/`."""
+    return sorted(file.stem for file in CONFIG_FOLDER.glob("*.yaml"))
+
+
+def load_customization(config: str) -> Customization:
+    """Read a file, by its name in `configs/customize/` or by its path.
+
+    Raises:
+        QAdapterError: there is no such file, or something in it cannot be; every problem with its key.
+    """
+    file = Path(config) if config.endswith((".yaml", ".yml")) else CONFIG_FOLDER / f"{config}.yaml"
+    if not file.is_file():
+        near = difflib.get_close_matches(config, customizations(), n=1)
+        hint = f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(customizations())}"
+        raise QAdapterError(f"there is no customisation {config!r}{hint} A path of a .yaml file may be given too.")
+    try:
+        return Customization.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise QAdapterError(shown(f"{file} is not YAML: {error}")) from error
+    except ValidationError as error:
+        problems = "\n".join(f"  {_place(e['loc'])}: {_message(e)}" for e in error.errors())
+        raise QAdapterError(shown(f"{error.error_count()} problems in {file.name}:\n{problems}")) from error
+
+
+def _place(location: Sequence[int | str]) -> str:
+    return ".".join(map(str, location)) or "(the whole file)"
+
+
+def _message(problem: Any) -> str:
+    if problem["type"] == "extra_forbidden":
+        return "unknown key"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    return message if isinstance(problem["input"], dict) else f"{message} (given: {problem['input']!r})"

@@ -1,0 +1,138 @@
+"""The sections of an experiment's config that say where it runs. What it computes is in `qadapter/settings.py`.
+
+They are apart because a stage's cache key holds the code of every module that its work imports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import model_validator
+
+from qadapter.config.base import Count, Settings
+from qadapter.config.folder import CONFIGS
+from qadapter.config.training import OptimizerSettings
+from qadapter.errors import QAdapterError
+
+CONFIG_FOLDER = CONFIGS / "accelerate"
+_KINDS = ("MULTI_GPU", "FSDP", "DEEPSPEED")
+_REPLACED = ("num_processes", "num_machines", "machine_rank", "main_process_port", "debug")  # by us, or no numerics
+
+
+class LaunchSettings(Settings):
+    """How a training stage runs.
+
+    Attributes:
+        engine: `in-process`, or `accelerate`: as several processes of this machine, through `accelerate launch`.
+        config: for accelerate: a file of `configs/accelerate/` by name (`ddp.yaml`, `fsdp.yaml`, `zero2.yaml`,
+            `zero3.yaml`), or the path of one of yours.
+        processes: how many, as a rule one a GPU. They share `batch_size`: each takes `micro_batch_size` examples at a
+            time (None: its whole share). Another split rounds otherwise, so it is part of a stage's cache key.
+    """
+
+    engine: Literal["in-process", "accelerate"] = "in-process"
+    config: str = "ddp.yaml"
+    processes: Count = 1
+
+    @model_validator(mode="after")
+    def _check(self) -> LaunchSettings:
+        if self.engine == "in-process" and (self.config, self.processes) != ("ddp.yaml", 1):
+            raise ValueError("config and processes belong to engine accelerate; set launch.engine to accelerate")
+        return self
+
+    @property
+    def file(self) -> Path:
+        """Accelerate's config file: one of the project's own by its name, else a path."""
+        ours = CONFIG_FOLDER / self.config
+        return ours if ours.is_file() and Path(self.config).name == self.config else Path(self.config).expanduser()
+
+    def accelerate_config(self) -> dict[str, Any]:
+        """What accelerate's config file says, less what this project sets itself.
+
+        Raises:
+            QAdapterError: there is no such file, or it is not for several processes of one machine.
+        """
+        ours = ", ".join(sorted(file.name for file in CONFIG_FOLDER.glob("*.yaml")))
+        if not self.file.is_file():
+            raise QAdapterError(f"launch.config: there is no file {self.config!r}; known are {ours}, or give a path")
+        try:
+            found = yaml.safe_load(self.file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise QAdapterError(f"launch.config: {self.file} is not YAML: {error}") from error
+        kind = found.get("distributed_type") if isinstance(found, dict) else None
+        if kind not in _KINDS:
+            raise QAdapterError(
+                f"launch.config: distributed_type of {self.file} is {kind!r}; expected one of {', '.join(_KINDS)}"
+            )
+        if found.get("num_machines", 1) != 1:
+            raise QAdapterError(f"launch.config: {self.file} is for {found['num_machines']} machines; expected 1")
+        if kind == "DEEPSPEED" and find_spec("deepspeed") is None:
+            raise QAdapterError(f"launch.config: {self.file} needs DeepSpeed, which is missing: pip install deepspeed")
+        return {name: value for name, value in found.items() if name not in _REPLACED}
+
+    def contradictions(self, sections: Mapping[str, OptimizerSettings | None]) -> Iterator[str]:
+        """Trainings whose batch the processes cannot share evenly, a sentence each; `sections` by their keys."""
+        if self.engine == "in-process":
+            return
+        for name, settings in sections.items():
+            if settings is None:
+                continue
+            micro = settings.micro_batch_size
+            if settings.batch_size % ((micro or 1) * self.processes):
+                shares = f"{name}.micro_batch_size {micro} × " if micro else ""
+                yield (
+                    f"{name}.batch_size {settings.batch_size} is not a multiple of {shares}"
+                    f"launch.processes {self.processes}"
+                )
+
+    def check(self, quantization: str) -> None:
+        """Look at the config file and what it needs, before anything runs.
+
+        Args:
+            quantization: `model.quantization`.
+
+        Raises:
+            QAdapterError: what `accelerate_config` raises; or the base is to be split up, and cannot be.
+        """
+        if self.engine == "in-process":
+            return
+        found = self.accelerate_config()
+        sharded = found["distributed_type"] == "FSDP" or found.get("deepspeed_config", {}).get("zero_stage") == 3
+        if sharded and quantization != "none":
+            raise QAdapterError(
+                f"launch.config {self.config} splits the base's weights over the processes, which 8-bit and 4-bit "
+                f"weights do not allow (model.quantization is {quantization}); use ddp.yaml, or quantization none"
+            )
+
+
+class RunnerSettings(Settings):
+    """Who runs independent stages side by side.
+
+    Attributes:
+        engine: `local`: `parallel` processes of this machine. `dask`, `ray`: Prefect's task runner of that name, on a
+            cluster whose machines share `QADAPTER_HOME` (docs/scaling.md).
+        address: of the cluster's scheduler (`tcp://host:8786`, `ray://host:10001`); None: a cluster of this machine,
+            `parallel` workers large, for the length of the run.
+    """
+
+    engine: Literal["local", "dask", "ray"] = "local"
+    address: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> RunnerSettings:
+        if self.engine == "local" and self.address:
+            raise ValueError("address belongs to runner.engine dask or ray")
+        return self
+
+    def check(self) -> None:
+        """Raises QAdapterError if the engine is not installed."""
+        package = f"prefect_{self.engine}"
+        if self.engine != "local" and find_spec(package) is None:
+            raise QAdapterError(
+                f"runner.engine is {self.engine}, which needs {package.replace('_', '-')}; install it "
+                f'(pip install -c constraints.txt -e ".[{self.engine}]") or set runner.engine to local'
+            )

@@ -1,0 +1,287 @@
+"""An experiment: what `configs/*.yaml` may say, what contradicts what, and how a config is read.
+
+A config is complete in itself. Unknown keys, wrong types and contradictions are refused before anything runs, all at
+once, each with the key's path and what was expected.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from qadapter.config.base import Count, Name, Settings
+from qadapter.config.evaluation import BuiltBenchmarks, EvaluationSettings, Judge
+from qadapter.config.execution import LaunchSettings, RunnerSettings
+from qadapter.config.folder import CONFIGS
+from qadapter.config.methods import MethodSettings
+from qadapter.config.model import LoraSettings, ModelSettings
+from qadapter.config.sources import Source, ToyWorldSettings
+from qadapter.config.training import DomainSettings, HelpfulSettings, OptimizerSettings, PretrainingSettings
+from qadapter.errors import QAdapterError
+from qadapter.files.url_secrets import shown
+
+PROFILE_FOLDER = CONFIGS
+
+
+class Experiment(Settings):
+    """A whole experiment.
+
+    Attributes:
+        name: the MLflow experiment and the profile's name.
+        seeds: one customisation per seed for each domain and method; the base is trained once, with `base_seed`.
+        parallel: how many stages run side by side (1: one after the other, in this process).
+        threads: of torch, for each stage; None: the machine's cores shared out among `parallel` stages. A tiny model
+            gains nothing from a second one. The environment's OMP_NUM_THREADS wins.
+        launch: whether trainings run in this process or as several, through `accelerate launch`.
+        runner: who runs stages side by side: processes of this machine, or a Dask or Ray cluster.
+        training: what all methods share: pairs per step, steps, length. SFT and replay see two sequences where the
+            pairwise methods see one pair, so that the token budget is the same.
+    """
+
+    name: Name
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    base_seed: int = 0
+    parallel: Count = 1
+    threads: Count | None = None
+    launch: LaunchSettings = LaunchSettings()
+    runner: RunnerSettings = RunnerSettings()
+    toy_world: ToyWorldSettings | None = None
+    sources: dict[Name, Source]
+    model: ModelSettings
+    built_benchmarks: BuiltBenchmarks | None = None
+    pretraining: PretrainingSettings | None = None
+    helpful_sft: HelpfulSettings | None = None
+    lora: LoraSettings = LoraSettings()
+    training: OptimizerSettings
+    domains: dict[Name, DomainSettings] = Field(min_length=1)
+    methods: MethodSettings
+    evaluation: EvaluationSettings
+
+    @model_validator(mode="after")
+    def _check(self) -> Experiment:
+        if problems := list(self._contradictions()):
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _contradictions(self) -> Iterator[str]:
+        """What no section can see alone, a sentence each."""
+        if repeated := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
+            yield f"seeds names {repeated} more than once"
+        named = {f"domains.{name}.source": domain.source for name, domain in self.domains.items()}
+        if self.helpful_sft:
+            named["helpful_sft.source"] = self.helpful_sft.source
+        if self.pretraining:
+            named |= {f"pretraining.corpus_sources.{i}": s for i, s in enumerate(self.pretraining.corpus_sources)}
+        if self.built_benchmarks:
+            named |= {f"built_benchmarks.{key}": source for key, source in self.built_benchmarks.sources.items()}
+        unknown = {path: source for path, source in named.items() if source not in self.sources}
+        for path, source in unknown.items():
+            yield f"{path}: no source {source!r}{_did_you_mean(source, self.sources)}"
+        if not unknown and (unused := set(self.sources) - set(named.values())):
+            yield f"sources {sorted(unused)} are used by no domain, no benchmark, helpful_sft or pretraining"
+        if bool(self.model.from_scratch) != bool(self.pretraining):
+            yield "model.from_scratch and pretraining go together: give both or neither"
+        if self.pretraining and not (self.toy_world or self.pretraining.corpus_sources):
+            yield "pretraining.corpus_sources: without a toy world, name the sources to learn from"
+        if self.model.pretrained and self.helpful_sft and not self.helpful_sft.lora:
+            yield "helpful_sft.lora: full fine-tuning is for models from scratch; set it to true"
+        if not self.helpful_sft and (needy := [n for n, d in self.domains.items() if d.base == "helpful"]):
+            yield f"domains {needy} want the base 'helpful', but there is no helpful_sft section"
+        if self.training.max_steps and (idle := [name for name, d in self.domains.items() if d.epochs]):
+            yield f"domains.{idle[0]}.epochs says nothing where training.max_steps counts: give one of them"
+        yield from self._judge_contradictions(unknown)
+        trainings = {"pretraining": self.pretraining, "helpful_sft": self.helpful_sft, "training": self.training}
+        yield from self.launch.contradictions(trainings)
+        if self.model.from_scratch:
+            for section in ("pretraining", "helpful_sft", "training"):
+                settings = getattr(self, section)
+                if settings and settings.max_length > self.model.from_scratch.context:
+                    yield (
+                        f"{section}.max_length {settings.max_length} is longer than the model's context "
+                        f"{self.model.from_scratch.context}"
+                    )
+
+    def _judge_contradictions(self, unknown: Mapping[str, str]) -> Iterator[str]:
+        """What keeps the judge that was asked for from judging; `unknown` are keys that name no source."""
+        settings = self.evaluation.adaptation
+        key = "evaluation.adaptation"
+        if settings.judge == "rule" and not self.toy_world:
+            yield f"{key}.judge: 'rule' is a toy world's; expected 'reward-model', 'endpoint' or 'none'"
+        if settings.judge == "endpoint" and not settings.endpoint:
+            yield f"{key}.endpoint: is required by {key}.judge 'endpoint'; give its url and model"
+        if settings.judge in ("reward-model", "endpoint") and not settings.generate:
+            yield f"{key}.generate: 0 leaves {key}.judge {settings.judge!r} no answers to judge"
+        if settings.judge == "reward-model":
+            sources = {domain.source for domain in self.domains.values()} - set(unknown.values())
+            for name in sorted(name for name in sources if not self.sources[name].judge_pairs):
+                yield (
+                    f"sources.{name}.judge_pairs: 0, but {key}.judge is 'reward-model', which is trained on these; "
+                    "set a few hundred pairs apart, or choose another judge"
+                )
+        size, reward = self.model.from_scratch, settings.reward_model
+        if size and reward and reward.max_length > size.context:
+            yield (
+                f"{key}.reward_model.max_length {reward.max_length} is longer than the model's context {size.context}"
+            )
+
+    def judge_of(self, domain: str) -> Judge:
+        """Who judges a domain's answers (`AdaptationSettings.judge`)."""
+        settings = self.evaluation.adaptation
+        if settings.judge:
+            return settings.judge
+        if self.toy_world:
+            return "rule"
+        apart = self.sources[self.domains[domain].source].judge_pairs
+        return "reward-model" if apart and settings.generate else "none"
+
+    def training_of(self, domain: str) -> OptimizerSettings:
+        """The training that a domain's adapters get."""
+        epochs = self.domains[domain].epochs
+        return self.training if epochs is None else self.training.model_copy(update={"epochs": epochs})
+
+    @property
+    def threads_per_stage(self) -> int:
+        """torch threads of one stage."""
+        return self.threads or max(1, len(os.sched_getaffinity(0)) // self.parallel)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether some path has `{data}` in it that no toy world fills."""
+        return self.toy_world is None and "{data}" in self.model_dump_json()
+
+
+def profiles() -> list[str]:
+    """Names of the profiles in `configs/`."""
+    return sorted(file.stem for file in PROFILE_FOLDER.glob("*.yaml"))
+
+
+def load_experiment(profile: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Experiment:
+    """Read a profile, apply overrides, validate.
+
+    Args:
+        profile: a profile's name (`smoke`) or a YAML file.
+        overrides: `{"training.max_steps": 5}` or `["training.max_steps=5"]`; values of strings are read as YAML.
+
+    Raises:
+        QAdapterError: unknown profile or key, wrong type, contradiction; every problem at once, with its path.
+    """
+    file = Path(profile) if profile.endswith((".yaml", ".yml")) else PROFILE_FOLDER / f"{profile}.yaml"
+    if not file.is_file():
+        raise QAdapterError(
+            f"there is no profile {profile!r}{_did_you_mean(profile, profiles())}; "
+            f"known profiles are {', '.join(profiles())}, or give the path of a .yaml file"
+        )
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise QAdapterError(shown(f"{file} is not YAML: {error}")) from error
+    if not isinstance(settings, dict):
+        raise QAdapterError(f"{file} holds {type(settings).__name__}, expected a mapping of settings")
+    for path, value in parse_overrides(overrides).items():
+        _set(settings, path, deepcopy(value))  # a later override may go into it, and it is the caller's
+    try:
+        return Experiment.model_validate(settings)
+    except ValidationError as error:
+        raise QAdapterError(explain_problems(error, file)) from error
+
+
+def parse_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
+    """`["training.max_steps=5"]` as `{"training.max_steps": 5}`; a mapping as it is.
+
+    Raises:
+        QAdapterError: an override without `=`, or a value that is no YAML.
+    """
+    if isinstance(overrides, Mapping):
+        return dict(overrides)
+    parsed: dict[str, Any] = {}
+    for item in overrides:
+        path, equals, text = item.partition("=")
+        if not equals or not path.strip():
+            raise QAdapterError(
+                f"override {item!r} is not of the form key.path=value, for example training.max_steps=5"
+            )
+        try:
+            parsed[path.strip()] = yaml.safe_load(_yaml_float(text))
+        except yaml.YAMLError as error:
+            raise QAdapterError(shown(f"the value of override {item!r} is not YAML: {error}")) from error
+    return parsed
+
+
+def _yaml_float(text: str) -> str:
+    """YAML 1.1 reads `1e-4` as a string; everybody who types it means the number."""
+    return str(float(text)) if re.fullmatch(r"\s*[-+]?\d+(\.\d*)?[eE][-+]?\d+\s*", text) else text
+
+
+def _set(settings: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    node = settings
+    for i, name in enumerate(parents):
+        if node.get(name) is None:
+            node[name] = {}
+        node = node[name]
+        if not isinstance(node, dict):
+            raise QAdapterError(f"override {path}: {'.'.join(parents[: i + 1])} is a value, it has no key {last!r}")
+    node[last] = value
+
+
+def explain_problems(error: ValidationError, file: Path, schema: type[Settings] = Experiment) -> str:
+    """What is wrong with a config, a line a problem: the key's path and what was expected. URLs lose their secrets.
+
+    Args:
+        error: pydantic's.
+        file: where the config was read from.
+        schema: what it should have been.
+    """
+    problems = []
+    for problem in error.errors():
+        path = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            message = f"unknown key{_did_you_mean(str(problem['loc'][-1]), _keys_at(problem['loc'][:-1], schema))}"
+        elif problem["type"] == "missing":
+            message = "is required"
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            if isinstance(problem["input"], str | int | float | bool | None):
+                message += f" (given: {problem['input']!r})"
+        problems += [f"  {path}: {line}" if path else f"  {line}" for line in message.splitlines()]
+    plural = "problem" if len(problems) == 1 else "problems"
+    return shown(f"{len(problems)} {plural} in {file.name} and its overrides:\n" + "\n".join(problems))
+
+
+def _keys_at(location: Sequence[int | str], settings: type[Settings]) -> list[str]:
+    """Known keys of the section at a location of the schema."""
+    schema: Any = settings.model_json_schema()
+    definitions = schema.get("$defs", {})
+
+    def sections(node: Any) -> list[Any]:
+        """The object schemas a node stands for: behind references and unions."""
+        if "$ref" in node:
+            return sections(definitions[node["$ref"].rsplit("/", 1)[1]])
+        if "anyOf" in node:
+            return [section for branch in node["anyOf"] for section in sections(branch)]
+        return [node]
+
+    nodes = [schema]
+    for part in location:
+        following = []
+        for node in nodes:
+            if str(part) in node.get("properties", {}):
+                following += sections(node["properties"][str(part)])
+            else:  # a mapping of names to sections
+                named = [node.get("additionalProperties"), *node.get("patternProperties", {}).values()]
+                following += [section for entry in named if isinstance(entry, dict) for section in sections(entry)]
+        nodes = following
+    return [key for node in nodes for key in node.get("properties", {})]
+
+
+def _did_you_mean(given: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.5)
+    return f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}" if known else ""

@@ -1,0 +1,59 @@
+"""Where preference records come from."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from qadapter.config.base import Count, Settings
+from qadapter.files.url_secrets import refuse_secrets
+
+
+class ToyWorldSettings(Settings):
+    """A toy world to generate (`qadapter/toyworld/world.py`); `{data}` in paths is then its folder."""
+
+    seed: int = 0
+    corpus_size: Count = Field(20_000, description="pre-training conversations")
+    harmful_for_training: Count = Field(
+        80, lt=128, description="harmful requests, of 128, in the preference data; the rest are held out"
+    )
+
+
+class Source(Settings):
+    """Where preference records come from.
+
+    Attributes:
+        path: file, folder, URL (http, https or any fsspec scheme) or `hub:owner/name`. `{data}` is the data folder;
+            in a URL, `${NAME}` is an environment variable, the place for a password or key.
+        heldout_path: an own source of held-out pairs; without it `heldout` splits `path` by prompt.
+        domain: for DSP records, the style that is preferred.
+        split, revision, config_name: for a data set of the hub.
+        heldout: share (below 1) or number of prompts kept out of training.
+        max_train_pairs, max_heldout_pairs: cut after the split, None for all.
+        max_chars: longer records (prompt and reply together) are quarantined.
+        judge_pairs: kept from training (whole prompts), so that a reward model can be trained on them to judge answers.
+        expected_pairs: how many training pairs a source out of reach is known to have; only `make plan` reads it.
+    """
+
+    path: str
+    heldout_path: str | None = None
+    domain: str | None = None
+    split: str | None = None
+    heldout_split: str | None = None
+    revision: str | None = None
+    config_name: str | None = None
+    heldout: Annotated[float, Field(gt=0)] = 0.1
+    max_train_pairs: Count | None = None
+    max_heldout_pairs: Count | None = None
+    max_chars: Count = 20_000
+    judge_pairs: Annotated[int, Field(ge=0)] = 0
+    expected_pairs: Count | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Source:
+        if self.heldout >= 1 and self.heldout != int(self.heldout):
+            raise ValueError(f"heldout is a share below 1 or a whole number of prompts, not {self.heldout}")
+        for path in (self.path, self.heldout_path):
+            refuse_secrets(path or "")
+        return self

@@ -1,0 +1,274 @@
+"""A sweep: what `configs/sweep/*.yaml` may say, and the settings to train and measure that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from qadapter.config.base import Name, NonNegative, Positive, Settings, refuse_repeats
+from qadapter.config.experiment import PROFILE_FOLDER, Experiment, explain_problems, load_experiment
+from qadapter.config.methods import METHODS, Method
+from qadapter.errors import QAdapterError
+from qadapter.files.url_secrets import shown
+
+SWEEP_FOLDER = PROFILE_FOLDER / "sweep"
+PARALLEL_EFFICIENCY = 0.85  # of stages side by side on two cores: they share caches, the database and Prefect's server
+
+Knob = Literal["preset", "shift_mask", "alpha_0", "beta", "preference_scale", "learning_rate", "temperature"]
+KNOBS: dict[Method, tuple[Knob, ...]] = {
+    "q-adapter": ("preset", "shift_mask", "alpha_0", "beta", "preference_scale", "learning_rate"),
+    "dpo": ("beta", "learning_rate"),
+    "sft": ("learning_rate",),
+    "replay": ("learning_rate", "temperature"),
+}
+LABELS = {"alpha_0": "α0", "beta": "β", "preference_scale": "w", "learning_rate": "lr", "temperature": "T"}
+Value = bool | float | str | None
+
+
+class Group(Settings):
+    """Settings of one method that belong together.
+
+    Attributes:
+        method: which method.
+        tuning: the method's own search, as large for every method; else an ablation, which is reported beside it and
+            takes no part in comparing methods.
+        centre: its settings; what is not named is the profile's, or with a `preset` the preset's.
+        one_at_a_time: setting → values: the centre, and the centre with one setting changed.
+        combine: setting → values: every combination. A value of null is the centre's.
+        alpha_0_at_inference: further values of α0 that the centre's trained adapter is measured with.
+    """
+
+    method: Method
+    tuning: bool = False
+    centre: dict[Knob, Value] = Field({})
+    one_at_a_time: dict[Knob, tuple[Value, ...]] = Field({})
+    combine: dict[Knob, tuple[Value, ...]] = Field({})
+    alpha_0_at_inference: tuple[NonNegative, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Group:
+        if self.one_at_a_time and self.combine:
+            raise ValueError("one_at_a_time and combine are two ways to go through settings; give one of them")
+        if self.alpha_0_at_inference and self.method != "q-adapter":
+            raise ValueError(f"alpha_0_at_inference is the Q-Adapter's; {self.method} has no α0")
+        for part in ("centre", "one_at_a_time", "combine"):
+            if unknown := [knob for knob in getattr(self, part) if knob not in KNOBS[self.method]]:
+                raise ValueError(f"{part} names {unknown}; {self.method} has {', '.join(KNOBS[self.method])}")
+        for knob, values in (self.one_at_a_time | self.combine).items():
+            refuse_repeats(knob, values)
+        refuse_repeats("alpha_0_at_inference", self.alpha_0_at_inference)
+        return self
+
+    def changes(self) -> list[dict[Knob, Value]]:
+        """What each of the group's settings names, the centre first."""
+        found = [dict(self.centre)] if not self.combine else []
+        for knob, values in self.one_at_a_time.items():
+            found += [{**self.centre, knob: value} for value in values]
+        if self.combine:
+            for values in product(*self.combine.values()):
+                given = {knob: value for knob, value in zip(self.combine, values, strict=True) if value is not None}
+                found.append({**self.centre, **given})
+        return [change for place, change in enumerate(found) if change not in found[:place]]
+
+
+class Sweep(Settings):
+    """A whole sweep.
+
+    Attributes:
+        name: part of titles and of the report's key.
+        profile: the experiment that is varied: a name in `configs/`, or a YAML file.
+        seeds: every setting is trained once a seed.
+        domains: of the profile's, those that are swept.
+        settings: dotted keys of the experiment to change for all, such as `parallel`.
+        groups: what is varied.
+        seconds: measured on two cores, for `--plan` only: `base` (all that is computed once), `dial` (measuring a
+            trained adapter again) and for each method the training and measuring of one adapter.
+    """
+
+    name: Name
+    profile: str
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)]
+    domains: Annotated[tuple[Name, ...], Field(min_length=1)]
+    settings: dict[str, Any] = Field({})
+    groups: dict[Name, Group] = Field(min_length=1)
+    seconds: dict[Literal["base", "dial"] | Method, Positive]
+
+    @model_validator(mode="after")
+    def _check(self) -> Sweep:
+        refuse_repeats("seeds", self.seeds)
+        refuse_repeats("domains", self.domains)
+        problems = list(self._contradictions())
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _contradictions(self) -> Iterator[str]:
+        tuned = {name: group for name, group in self.groups.items() if group.tuning}
+        for method in METHODS:
+            if len(own := [name for name, group in tuned.items() if group.method == method]) > 1:
+                yield f"groups {own} are both the tuning of {method}; one group is, the others are ablations"
+        efforts = {group.method: len(group.changes()) for group in tuned.values()}
+        if len(set(efforts.values())) > 1:
+            counts = ", ".join(f"{method} {effort}" for method, effort in efforts.items())
+            yield f"every method is tuned with the same number of settings; given are {counts}"
+        if lacking := {"base", "dial", *(group.method for group in self.groups.values())} - set(self.seconds):
+            yield f"seconds: {sorted(lacking)} are missing"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One setting to measure.
+
+    Attributes:
+        name: what it is called everywhere: its family and the settings that were named.
+        family: the method; for the Q-Adapter its objective.
+        method: as in `MethodSettings`.
+        groups: the groups it belongs to.
+        tuning: whether one of them is its method's tuning.
+        experiment: the sweep's experiment with this setting.
+        alpha_0: α0 at inference, where it is another than in training.
+        trained_as: the variant whose trained adapter is measured; itself, unless α0 is changed at inference.
+    """
+
+    name: str
+    family: str
+    method: Method
+    groups: tuple[str, ...]
+    tuning: bool
+    experiment: Experiment
+    alpha_0: float | None
+    trained_as: str
+
+
+def load_sweep(sweep: str) -> Sweep:
+    """Read a sweep.
+
+    Args:
+        sweep: a name in `configs/sweep/`, or a YAML file.
+
+    Raises:
+        QAdapterError: unknown sweep or key, wrong type, contradiction; every problem at once, with its path.
+    """
+    file = Path(sweep) if sweep.endswith((".yaml", ".yml")) else SWEEP_FOLDER / f"{sweep}.yaml"
+    known = sorted(entry.stem for entry in SWEEP_FOLDER.glob("*.yaml"))
+    if not file.is_file():
+        raise QAdapterError(f"there is no sweep {sweep!r}; known are {', '.join(known)}, or give a .yaml file")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise QAdapterError(shown(f"{file} is not YAML: {error}")) from error
+    try:
+        return Sweep.model_validate(content)
+    except ValidationError as error:
+        raise QAdapterError(explain_problems(error, file, Sweep)) from error
+
+
+def merged_overrides(sweep: Sweep, profile: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """What a sweep changes of a profile: seeds, settings, domains, and sources that nobody uses any more.
+
+    Args:
+        sweep: the sweep.
+        profile: a profile's name or file.
+        overrides: the user's own, which win.
+
+    Raises:
+        QAdapterError: the profile cannot be read, or does not have one of the domains.
+    """
+    experiment = load_experiment(profile, overrides)
+    if unknown := [name for name in sweep.domains if name not in experiment.domains]:
+        known = ", ".join(experiment.domains)
+        raise QAdapterError(f"sweep {sweep.name}: domains {unknown} are not in the profile {profile!r}; it has {known}")
+    domains = {name: experiment.domains[name] for name in sweep.domains}
+    used = {domain.source for domain in domains.values()}
+    if experiment.helpful_sft:
+        used.add(experiment.helpful_sft.source)
+    if experiment.pretraining:
+        used |= set(experiment.pretraining.corpus_sources)
+    if experiment.built_benchmarks:
+        used |= set(experiment.built_benchmarks.sources.values())
+    return {
+        "seeds": list(sweep.seeds),
+        **sweep.settings,
+        **overrides,
+        "domains": {name: domain.model_dump() for name, domain in domains.items()},
+        "sources": {name: source.model_dump() for name, source in experiment.sources.items() if name in used},
+    }
+
+
+def expand(sweep: Sweep, experiment: Experiment) -> list[Variant]:
+    """Every setting of a sweep once, in the order of its groups; those that two groups share belong to both.
+
+    Args:
+        sweep: what to vary.
+        experiment: the sweep's experiment, with its overrides.
+
+    Raises:
+        QAdapterError: a value that its method does not take.
+    """
+    found: dict[str, Variant] = {}
+    for group_name, group in sweep.groups.items():
+        own = []
+        for change in group.changes():
+            varied = _with_settings(experiment, group.method, change, f"groups.{group_name}")
+            key = varied.methods.of(group.method).model_dump_json() + group.method
+            own.append(key)
+            if key in found:
+                _join(found, key, group_name, group.tuning)
+                continue
+            family, name = _names(group.method, change)
+            found[key] = Variant(name, family, group.method, (group_name,), group.tuning, varied, None, name)
+        centre = found[own[0]]
+        for alpha_0 in group.alpha_0_at_inference:
+            key = f"{own[0]}·{alpha_0}"
+            if key in found:
+                _join(found, key, group_name, tuning=False)
+                continue
+            name = f"{centre.name}, then α0={alpha_0:g}"
+            found[key] = Variant(
+                name, centre.family, "q-adapter", (group_name,), False, centre.experiment, alpha_0, centre.name
+            )
+    return list(found.values())
+
+
+def _join(found: dict[str, Variant], key: str, group: str, tuning: bool) -> None:
+    old = found[key]
+    found[key] = Variant(**{**vars(old), "groups": (*old.groups, group), "tuning": old.tuning or tuning})
+
+
+def _with_settings(experiment: Experiment, method: Method, change: Mapping[Knob, Value], where: str) -> Experiment:
+    """The experiment with other settings of one method; equal settings come out equal, whichever way they were said."""
+    section = experiment.methods.of(method)
+    start = {} if "preset" in change else section.model_dump()
+    try:
+        changed = type(section).model_validate({**start, **change})
+    except ValidationError as error:
+        problems = "; ".join(f"{problem['loc'][0]}: {problem['msg']}" for problem in error.errors())
+        raise QAdapterError(f"{where}: {problems} (given: {dict(change)})") from error
+    if changed.learning_rate == experiment.training.learning_rate:
+        changed = changed.model_copy(update={"learning_rate": None})
+    methods = experiment.methods.model_copy(update={method.replace("-", "_"): changed})
+    return experiment.model_copy(update={"methods": methods})
+
+
+def _names(method: Method, change: Mapping[Knob, Value]) -> tuple[str, str]:
+    """Family and name of a setting."""
+    family = str(change.get("preset", method))
+    if change.get("shift_mask") is not None:
+        family += "-shifted" if change["shift_mask"] else "-unshifted"
+    given = [f"{LABELS[knob]}={value:g}" for knob, value in change.items() if knob in LABELS and value is not None]
+    return family, " ".join([family, *given])
+
+
+def estimate_hours(sweep: Sweep, variants: list[Variant], experiment: Experiment) -> float:
+    """How long a sweep takes from nothing, by the seconds that it names."""
+    cells = len(experiment.seeds) * len(experiment.domains)
+    seconds = sum(sweep.seconds["dial" if v.alpha_0 is not None else v.method] for v in variants) * cells
+    parallel = experiment.parallel
+    speed = 1.0 if parallel == 1 else parallel * PARALLEL_EFFICIENCY
+    return (sweep.seconds["base"] + seconds / speed) / 3600

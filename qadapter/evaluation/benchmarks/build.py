@@ -1,0 +1,98 @@
+"""Benchmarks made from the data itself: for models too small for the public suites, and of each preference."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+from qadapter.evaluation.benchmarks.items import read_items
+from qadapter.evaluation.benchmarks.preference.build import write_preference_items
+from qadapter.evaluation.benchmarks.reply_matching.build import write_reply_matching
+from qadapter.files.artifacts import write_json
+from qadapter.preferences.prepare import load_pairs
+
+QUESTION_FIELDS = ("question", "answer")
+HELD_OUT_SHARE = 0.25  # of a question file; the rest is for the model to learn
+
+
+def write_benchmarks(
+    replies: Mapping[str, Path],
+    questions: Mapping[str, Path],
+    *,
+    preferences: Mapping[str, Path] | None = None,
+    max_items: int,
+    max_chars: int,
+    seed: int,
+    out: Path,
+) -> None:
+    """Write benchmarks below `benchmarks/`, `corpus.jsonl` beside it, and how many items each has to `metrics.json`.
+
+    `replies` and `questions` give `<name>_reply_matching.jsonl` and `<name>_text.jsonl`, `preferences` give
+    `<name>_preference.jsonl`; of a preference the pairs that are left out are counted too.
+
+    Args:
+        replies: name → `heldout.jsonl` of a prepared source; the chosen replies are used. HH has the same opening in
+            several dialogues: a reply that is a turn of the source's own `train.jsonl` is left out.
+        questions: name → JSON lines of `question` and `answer`; a quarter becomes benchmarks, the rest the corpus.
+        preferences: name → `heldout.jsonl` of a prepared source, whose pairs are asked.
+        max_items: longest benchmark.
+        max_chars: longest prompt and reply of an item; a text to predict is cut to it.
+        seed: of the choice of items.
+        out: an empty folder.
+    """
+    conversations: dict[str, list[tuple[str, str]]] = {}
+    corpus = []
+    for name, file in replies.items():
+        seen = _turns(file.with_name("train.jsonl"))
+        # one reply a prompt: the pairs of DSP repeat the chosen one
+        distinct = {
+            pair.prompt_digest: (pair.prompt[-1]["content"], pair.chosen)
+            for pair in load_pairs(file)
+            if len(pair.prompt) == 1 and pair.chosen.strip() not in seen
+        }
+        conversations[name] = list(distinct.values())
+    for name, file in questions.items():
+        # a question that is asked twice must not be on both sides
+        rows = list({row["question"]: row["answer"] for row in read_items(file, QUESTION_FIELDS)}.items())
+        random.Random(seed).shuffle(rows)
+        held_out = max(1, int(len(rows) * HELD_OUT_SHARE))
+        conversations[name] = rows[:held_out]
+        corpus += rows[held_out:]
+    summary = {}
+    for name, pairs in conversations.items():
+        matching = out / "benchmarks" / f"{name}_reply_matching.jsonl"
+        summary[f"{name}_reply_matching"] = write_reply_matching(
+            pairs, matching, seed=seed, max_items=max_items, max_chars=max_chars
+        ).items
+        texts = [reply[:max_chars] for _, reply in pairs[:max_items]]
+        text = out / "benchmarks" / f"{name}_text.jsonl"
+        text.write_text("".join(json.dumps({"text": reply}) + "\n" for reply in texts), encoding="utf-8")
+        summary[f"{name}_text"] = len(texts)
+    for name, file in (preferences or {}).items():
+        written = write_preference_items(
+            load_pairs(file),
+            out / "benchmarks" / f"{name}_preference.jsonl",
+            seed=seed,
+            max_items=max_items,
+            max_chars=max_chars,
+        )
+        counts = {"": written.items, "_multi_turn": written.multi_turn, "_over_long": written.over_long}
+        summary |= {f"{name}_preference{which}": count for which, count in counts.items()}
+    turns = [
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}] for question, answer in corpus
+    ]
+    lines = "".join(json.dumps({"messages": messages}) + "\n" for messages in turns)
+    (out / "corpus.jsonl").write_text(lines, encoding="utf-8")
+    write_json(out / "metrics.json", {f"data/{name}": count for name, count in summary.items()})
+
+
+def _turns(file: Path) -> set[str]:
+    """Everything said in a file of pairs; nothing if there is no file."""
+    if not file.is_file():
+        return set()
+    pairs = load_pairs(file)
+    return {turn["content"].strip() for pair in pairs for turn in pair.prompt} | {
+        reply.strip() for pair in pairs for reply in (pair.chosen, pair.rejected)
+    }

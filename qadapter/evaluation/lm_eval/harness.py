@@ -1,0 +1,262 @@
+"""Evaluation tasks through lm-eval, unmodified, for any policy that is already in memory."""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.metrics import mean as lm_eval_mean
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+from transformers import PreTrainedTokenizerBase
+
+from qadapter.errors import QAdapterError
+from qadapter.evaluation.lm_eval.catalog import (
+    TaskFolders,
+    check_tasks,
+    expand_suites,
+    find_tasks,
+    needs_data,
+)
+from qadapter.evaluation.lm_eval.model import PolicyLM, require_chat_template
+from qadapter.evaluation.lm_eval.official_files import write_definitions
+
+__all__ = ["TaskScores", "check_tasks", "evaluate_tasks"]
+
+UNNAMED_FILTER = "none"
+"""What lm-eval calls the filter of a task that defines none."""
+
+
+@dataclass
+class TaskScores:
+    """What lm-eval measured.
+
+    Attributes:
+        metrics: `<task>/<metric>` to value, groups included. A task with several answer filters has its metrics once
+            for each, as `<task>/<metric>.<filter>`.
+        stderr: standard error over items, for metrics that are a mean over items.
+        samples: items of each task in the order of the benchmark: `doc_id`, `score` (the first metric's value),
+            `scores` (each metric's), `prompt`, `response`, `target`.
+        higher_is_better: for each key of `metrics`.
+        shortened: requests whose prompt lost its beginning because the model's context is too short.
+    """
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    stderr: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    higher_is_better: dict[str, bool] = field(default_factory=dict)
+    shortened: int = 0
+
+    def update(self, other: TaskScores) -> None:
+        """Add the tasks of another evaluation of the same policy."""
+        self.metrics |= other.metrics
+        self.stderr |= other.stderr
+        self.samples |= other.samples
+        self.higher_is_better |= other.higher_is_better
+        self.shortened += other.shortened
+
+
+def evaluate_tasks(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    data: Path | None = None,
+    official_data: Path | None = None,
+    limit: int | None = None,
+    batch_size: int | str = 64,
+    apply_chat_template: bool = True,
+    plain_tasks: Sequence[str] = (),
+    fewshot_as_multiturn: bool = True,
+    num_fewshot: int | None = None,
+    max_gen_toks: int | None = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+) -> TaskScores:
+    """Score a policy on tasks of `configs/lm_eval` and of lm-eval itself.
+
+    Args:
+        model: any policy: a causal language model, a PEFT model or a Q-Adapter; its training mode is left as it was.
+        tokenizer: the policy's; its chat template is applied to every prompt if `apply_chat_template`.
+        tasks: names of tasks, groups and suites (`paper_suite`).
+        data: folder whose `benchmarks/` holds the files of the project's own tasks.
+        official_data: folder with files of lm-eval's own tasks (`qadapter.evaluation.lm_eval.official_files`), by
+            default `<data>/benchmarks`; what is not there comes from the hub.
+        limit: use only the first items of each task.
+        batch_size: prompts a batch, or "auto" for the largest that fits (found by trying, so meant for a GPU).
+        plain_tasks: those of `tasks` that are asked without chat template, besides those a suite says so of.
+        fewshot_as_multiturn: give worked examples as turns of the conversation; needs the chat template.
+        num_fewshot: worked examples in place of each task's own number (tasks that fix 0 keep it).
+        max_gen_toks: the longest answer in tokens, in place of each task's own.
+        device: where to run; the model's own device by default.
+        seed: of the choice of worked examples and of sampled answers.
+
+    Raises:
+        QAdapterError: an unknown task, a benchmark file that is missing or faulty, a tokenizer without a chat template,
+            an answer that cannot fit into the model's context.
+    """
+    names, without_template = expand_suites(tasks, plain_tasks)
+    plain = set(without_template if apply_chat_template else names)
+    if not plain.issuperset(names):
+        require_chat_template(tokenizer)
+    found = find_tasks(names)
+    if data is None and (without := needs_data(found.local)):
+        raise QAdapterError(f"Task {without[0]} reads its items from a data folder, and none was given. Give `data`.")
+    if device is not None:
+        model.to(device)
+    scores = TaskScores()
+    was_training = model.training
+    try:
+        with _quiet_lm_eval(), tempfile.TemporaryDirectory(prefix="qadapter-tasks-") as rendered:
+            manager = _task_manager(names, found, data, official_data, Path(rendered))
+            for chat in (True, False):
+                some = [name for name in names if (name not in plain) == chat]
+                if not some:
+                    continue
+                loaded = _load(manager, some)
+                for task in loaded["tasks"].values():
+                    _configure(task, num_fewshot=num_fewshot, max_gen_toks=max_gen_toks, seed=seed)
+                lm = PolicyLM(model, tokenizer=tokenizer, batch_size=batch_size, apply_chat_template=chat)
+                with _seeded(seed, lm.device):
+                    raw = evaluate(
+                        lm,
+                        loaded,
+                        limit=limit,
+                        bootstrap_iters=0,
+                        apply_chat_template=chat,
+                        fewshot_as_multiturn=fewshot_as_multiturn and chat,
+                    )
+                scores.update(_collect(raw, loaded))
+                scores.shortened += lm.shortened
+    finally:
+        model.train(was_training)
+    return scores
+
+
+def _task_manager(
+    names: Sequence[str], found: TaskFolders, data: Path | None, official_data: Path | None, rendered: Path
+) -> TaskManager:
+    """lm-eval's view of the tasks: its own folders as far as they are needed, then ours, which win."""
+    write_definitions(found, names, data, official_data, rendered)
+    return TaskManager(include_path=[*found.official, rendered], include_defaults=False)
+
+
+def _load(manager: TaskManager, names: Sequence[str]) -> Any:
+    """The tasks with their items.
+
+    Raises:
+        QAdapterError: the items of a task come from the hub, and the hub cannot be reached or has them no more.
+    """
+    try:
+        return manager.load(list(names))
+    except (OSError, ValueError, KeyError) as error:
+        # `datasets` raises an OSError or a ValueError offline, by the state of its cache.
+        first_line = str(error).partition("\n")[0]
+        raise QAdapterError(
+            f"A task of {', '.join(names)} could not be loaded: {first_line} If its items come from the hub, allow the "
+            f"network, or put them into a folder and give it as `official_data`."
+        ) from error
+
+
+def _configure(task: Any, *, num_fewshot: int | None, max_gen_toks: int | None, seed: int) -> None:
+    """Set on a loaded task what `simple_evaluate` would set, by its own rules."""
+    own = task.get_config("num_fewshot")
+    if own is None or (num_fewshot is not None and own != 0):
+        task.set_config(key="num_fewshot", value=num_fewshot or 0)
+    task.set_fewshot_seed(seed=seed)
+    if max_gen_toks is not None and task.get_config("output_type") == "generate_until":
+        task.set_config(key="generation_kwargs", value={"max_gen_toks": max_gen_toks}, update=True)
+
+
+def _collect(raw: Any, loaded: Any) -> TaskScores:
+    scores = TaskScores()
+    for name, results in raw["results"].items():
+        filters = {key.partition(",")[2] for key in results if "," in key}
+        for key, value in results.items():
+            metric, comma, filter_name = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            full = f"{name}/{_metric_name(metric, filter_name, filters)}"
+            scores.metrics[full] = float(value)
+            scores.higher_is_better[full] = bool(raw["higher_is_better"].get(name, {}).get(metric, True))
+    for name, logged in raw["samples"].items():
+        scores.samples[name] = _items(loaded["tasks"][name], logged)
+        for metric, aggregation in loaded["tasks"][name].aggregation().items():
+            if aggregation is lm_eval_mean:
+                _add_stderr(scores, name, metric)
+    return scores
+
+
+def _metric_name(metric: str, filter_name: str, filters: set[str]) -> str:
+    return f"{metric}.{filter_name}" if len(filters) > 1 or filter_name != UNNAMED_FILTER else metric
+
+
+def _items(task: Any, logged: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One record an item out of lm-eval's one record an (item, filter)."""
+    filters = {record["filter"] for record in logged}
+    items: dict[int, dict[str, Any]] = {}
+    for record in logged:
+        scores = {_metric_name(m, record["filter"], filters): record[m] for m in record["metrics"]}
+        if (item := items.get(record["doc_id"])) is not None:
+            item["scores"] |= scores
+            continue
+        response, target = _readable(task, record)
+        items[record["doc_id"]] = {
+            "doc_id": record["doc_id"],
+            "score": next(iter(scores.values())),
+            "scores": scores,
+            "prompt": record["arguments"][0][0],
+            "response": response,
+            "target": target,
+        }
+    return [items[doc_id] for doc_id in sorted(items)]
+
+
+def _readable(task: Any, record: dict[str, Any]) -> tuple[str | None, str]:
+    """The model's answer (the generated text, the most likely choice, nothing for plain text) and the right one."""
+    target = record["target"]
+    if task.OUTPUT_TYPE == "multiple_choice":
+        choices = task.doc_to_choice(record["doc"])
+        likelihoods = [response[0][0] for response in record["resps"][: len(choices)]]
+        best = choices[likelihoods.index(max(likelihoods))]
+        return best, choices[target] if isinstance(target, int) else str(target)
+    if task.OUTPUT_TYPE == "generate_until":
+        return str(record["resps"][0][0]), str(target)
+    return None, str(target)
+
+
+def _add_stderr(scores: TaskScores, task: str, metric: str) -> None:
+    """Standard error of a mean over items, √(Σ(x - mean)² / (n - 1) / n), for each filter of the metric."""
+    for key in [k for k in scores.metrics if k == f"{task}/{metric}" or k.startswith(f"{task}/{metric}.")]:
+        values = [item["scores"][key.partition("/")[2]] for item in scores.samples[task]]
+        if len(values) > 1 and all(isinstance(value, int | float) for value in values):
+            centre = sum(values) / len(values)
+            variance = sum((value - centre) ** 2 for value in values) / (len(values) - 1)
+            scores.stderr[key] = math.sqrt(variance / len(values))
+
+
+@contextmanager
+def _quiet_lm_eval() -> Iterator[None]:
+    """Errors only from lm-eval's loggers: it warns that a model is 'already initialised' and of every default."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Sampled answers depend on `seed` alone, and the caller's random state is untouched."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,220 @@
+"""The model that lm-eval sees: a policy in memory, or a Q-Adapter's folder, behind lm-eval's own Hugging Face class."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any, get_args
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from qadapter.config.model import ModelSettings
+from qadapter.errors import QAdapterError
+from qadapter.policy.loading import quantization_config
+from qadapter.policy.model import QAdapterForCausalLM
+
+_OF_THE_BASE = ("base", "dtype", "quantization", "load_in_8bit", "load_in_4bit", "revision", "trust_remote_code")
+# Those of `hf` that it looks at where the model is there already; it would take the others and do nothing with them.
+_OF_HF = (
+    "tokenizer",
+    "batch_size",
+    "max_batch_size",
+    "max_length",
+    "truncation",
+    "logits_cache",
+    "softmax_dtype",
+    "mixed_precision_dtype",
+    "add_bos_token",
+    "prefix_token_id",
+    "enable_thinking",
+    "think_end_token",
+    "chat_template_args",
+)
+_QUANTIZATIONS = get_args(ModelSettings.model_fields["quantization"].annotation)
+_DTYPES = ("auto", *get_args(ModelSettings.model_fields["dtype"].annotation))
+
+
+def require_chat_template(tokenizer: Any) -> None:
+    """Refuse to ask a model with a chat template that it does not have.
+
+    Raises:
+        QAdapterError: the tokenizer has none.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise QAdapterError(
+            "The model's tokenizer has no chat template, and the evaluation asks with one. Set "
+            "`tokenizer.chat_template` to the template the model was trained with, or ask these "
+            "tasks without one: `evaluation.retention.plain_tasks` in a config, `plain_tasks` in Python, "
+            "`--plain_tasks` (or no `--apply_chat_template`) on the command line."
+        )
+
+
+@register_model("qadapter")
+class PolicyLM(HFLM):
+    """lm-eval's `hf` model over a ready module, silent, with clear errors and a count of shortened prompts.
+
+    A Q-Adapter policy needs nothing more: its one `forward` returns the combined logits, which is what `hf` scores
+    and generates from. Scores are those of `hf` to the last digit, so every method of a comparison goes through here.
+
+    Attributes:
+        shortened: requests whose prompt did not fit into the model's context and lost its beginning.
+    """
+
+    add_bos_token: bool | None
+
+    def __init__(
+        self,
+        pretrained: Any = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | str | None = None,
+        device: str | None = None,
+        apply_chat_template: bool = False,
+        **settings: Any,
+    ) -> None:
+        """Wrap a policy.
+
+        Args:
+            pretrained: the policy; or, from a command line, the folder of a Q-Adapter.
+            tokenizer: the policy's; the base's by default.
+            device: where a policy that is loaded goes; the processor where there is no GPU, whatever is asked for.
+            apply_chat_template: whether prompts will come out of a chat template.
+            settings: of `hf`, those that matter for a model in memory (`batch_size`, `max_length` …); with a folder
+                also what is loaded as its base, and how: `base` (folder or hub id; the one that the folder names by
+                default), `dtype` (`auto` by default), `quantization` (or `load_in_8bit`, `load_in_4bit` for `int8`,
+                `nf4`), `revision`, `trust_remote_code`, as in `ModelSettings`.
+
+        Raises:
+            QAdapterError: an argument that would be ignored, or whose value nothing is known to do with; no Q-Adapter
+                in the folder; a base that cannot be loaded; a chat template that is needed and not there.
+        """
+        if pretrained is None:
+            raise QAdapterError("No model was given. Name a Q-Adapter's folder: --model_args pretrained=FOLDER.")
+        known = (*_OF_THE_BASE, *_OF_HF) if isinstance(pretrained, str) else _OF_HF
+        _refuse_ignored([name for name in settings if name not in known], known)
+        if isinstance(pretrained, str):
+            # lm-eval's command line asks for a GPU unless told otherwise, and so does `hf` fall back.
+            place = torch.device(device or "cuda") if torch.cuda.is_available() else torch.device("cpu")
+            loading = {name: settings.pop(name) for name in _OF_THE_BASE if name in settings}
+            base = loading.pop("base", None)
+            options = _base_options(**loading)
+            pretrained = QAdapterForCausalLM.from_pretrained(pretrained, base, device_map={"": place}, **options)
+            if tokenizer is None:
+                of_base = {name: options[name] for name in ("revision", "trust_remote_code")}
+                tokenizer = AutoTokenizer.from_pretrained(str(pretrained.config.name_or_path), **of_base)
+        if isinstance(tokenizer, str):
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        super().__init__(pretrained, tokenizer=tokenizer, backend="causal", **settings)
+        self.shortened = 0
+        if apply_chat_template:
+            self._expect_template()
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """As the parent's; its command line asks it before anything is scored, and tells a model of it nowhere else."""
+        if chat_template:
+            self._expect_template()
+        return super().chat_template(chat_template)
+
+    def _expect_template(self) -> None:
+        require_chat_template(self.tokenizer)
+        if self.add_bos_token is None:
+            # A template writes its own special tokens, and training tokenises its text without adding any.
+            self.add_bos_token = False
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> Any:
+        """As the parent's, counting the prompts that are longer than `left_truncate_len` tokens."""
+        ids, mask = super().tok_batch_encode(strings, padding_side, left_truncate_len=None, truncation=truncation)
+        if left_truncate_len is not None and ids.shape[1] > left_truncate_len:
+            self.shortened += int((mask.sum(dim=1) > left_truncate_len).sum())
+            ids, mask = ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
+        return ids, mask
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """As the parent's, without a progress bar; refuses answers longer than the model's context."""
+        for longest in {request.args[1].get("max_gen_toks") or self.max_gen_toks for request in requests}:
+            if longest >= self.max_length:
+                raise QAdapterError(
+                    f"Task {requests[0].task_name} lets the model write {longest} tokens, but its context holds "
+                    f"{self.max_length} with the prompt. Set a smaller max_gen_toks."
+                )
+        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """As the parent's, without a progress bar."""
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        """As the parent's, without a progress bar."""
+        return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = True,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        for _, context, continuation in requests:
+            if len(continuation) > self.max_length:
+                raise QAdapterError(
+                    f"An answer of {len(continuation)} tokens is longer than the model's context of "
+                    f"{self.max_length}. Leave such items out of the benchmark, or use a model with a longer context."
+                )
+            self.shortened += len(context) + len(continuation) > self.max_length + 1
+        # The parent's rolling likelihood asks for a bar with every batch, whatever it was told itself.
+        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+
+def _refuse_ignored(names: Iterable[str], known: Iterable[str]) -> None:
+    """Raise QAdapterError if there are arguments that nothing would be done with."""
+    shown = []
+    for name in names:
+        near = difflib.get_close_matches(name, list(known), n=1)
+        shown.append(repr(name) + (f" (did you mean {near[0]!r}?)" if near else ""))
+    if shown:
+        raise QAdapterError(
+            f"The model 'qadapter' does not take {', '.join(shown)}: it would make no difference. Its arguments are "
+            f"pretrained, device, {', '.join(known)}."
+        )
+
+
+def _base_options(
+    dtype: str = "auto",
+    quantization: str | None = None,
+    load_in_8bit: bool = False,
+    load_in_4bit: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """What `AutoModelForCausalLM.from_pretrained` is told of the base.
+
+    Raises:
+        QAdapterError: an unknown precision or quantization, two of them, or one that is not installed.
+    """
+    asked = {quantization} if quantization is not None else set()
+    asked |= {name for name, wanted in (("int8", load_in_8bit), ("nf4", load_in_4bit)) if wanted}
+    if len(asked) > 1:
+        raise QAdapterError(f"The base cannot be both {' and '.join(sorted(asked))}. Ask for one quantization.")
+    held = next(iter(asked), "none")
+    for name, value, known in (("quantization", held, _QUANTIZATIONS), ("dtype", dtype, _DTYPES)):
+        if value not in known:
+            raise QAdapterError(f"{name} is {value!r}. Give {', '.join(known[:-1])} or {known[-1]}.")
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "revision": None if revision is None else str(revision),  # lm-eval reads a commit of digits as a number
+        "trust_remote_code": trust_remote_code,
+    }
+    if held != "none":
+        numerics = {"quantization": held} | ({} if dtype == "auto" else {"dtype": dtype})
+        options["quantization_config"] = quantization_config(
+            ModelSettings.model_validate({"pretrained": "base", **numerics})
+        )
+    return options

@@ -1,0 +1,376 @@
+"""Calls to a judge behind an OpenAI-compatible endpoint: cached, retried, within a budget, never fatal."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+
+from qadapter.config.evaluation import JudgeSettings
+from qadapter.errors import QAdapterError
+
+Messages = Sequence[dict[str, str]]
+Parsed = TypeVar("Parsed")
+
+CHARACTERS_A_TOKEN = 3.5
+"""For estimates only; English text has about four, other languages fewer."""
+
+LONGEST_WAIT = 60.0
+"""Seconds between two attempts at most, whatever the server asks for."""
+
+GIVE_UP_AFTER = 3
+"""Calls in a row that no retry could save, after which the judge is taken to be gone."""
+
+MOST_TOKENS = 1e9
+"""No call uses more; a server that counts more does not count."""
+
+_NO_RESPONSE = (httpx.HTTPError, httpx.InvalidURL, OSError, OverflowError, ValueError)
+"""What an attempt fails with where an address, a network or a server is to blame, not this program; a ValueError is
+what TLS and codecs raise at a name."""
+
+
+def check_endpoint(settings: JudgeSettings) -> None:
+    """Refuse what can be seen to be wrong before any call.
+
+    Raises:
+        QAdapterError: no http(s) address, no key in the environment or one that no header can carry, a budget without
+            prices.
+    """
+    if not _is_base(settings.url):
+        raise QAdapterError(
+            "The judge's url is not one that can be used. Give the endpoint's base, http(s)://…/v1, without a name or "
+            "password in it."
+        )
+    _key_of(settings)
+    if settings.budget is not None and (settings.input_price is None or settings.output_price is None):
+        raise QAdapterError("The judge has a budget but no prices. Give input_price and output_price.")
+
+
+def _is_base(url: str) -> bool:
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:  # such as a port that is no number
+        return False
+    port = 80 if parsed.port is None else parsed.port
+    return bool(re.match(r"https?://[^/\s@]+(/|$)", url) and parsed.host and 1 <= port <= 65_535)
+
+
+def _key_of(settings: JudgeSettings) -> str:
+    """The key without the line end that a mounted secret often has; empty for a server that wants none.
+
+    Raises:
+        QAdapterError: there is none, or it cannot stand in a header; the key is not shown.
+    """
+    variable = settings.api_key_variable
+    if variable is None:
+        return ""
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise QAdapterError(
+            f"The judge's key is expected in the environment variable {variable}, which is not set or empty. Set it, "
+            "or set api_key_variable to null for a server that wants no key."
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise QAdapterError(
+            f"The judge's key in the environment variable {variable} has a character that no header can carry: a line "
+            "end or another control character inside it, or one that is not ASCII. Copy the key again."
+        )
+    return key
+
+
+def price(settings: JudgeSettings, input_tokens: float, output_tokens: float) -> float | None:
+    """What so many tokens cost, in the prices' currency; None where the prices are not known."""
+    if settings.input_price is None or settings.output_price is None:
+        return None
+    return (input_tokens * settings.input_price + output_tokens * settings.output_price) / 1e6
+
+
+class UnansweredError(Exception):
+    """The judge gave no usable answer to one question; the message is the reason, one of a few words."""
+
+
+@dataclass
+class Usage:
+    """What was used.
+
+    Attributes:
+        calls: questions that were answered, nonsense included.
+        cached: answers that were known.
+        retries: further attempts.
+        cost: in the prices' currency; 0 without prices.
+        last_error: what went wrong last, for people to read.
+    """
+
+    calls: int = 0
+    cached: int = 0
+    retries: int = 0
+    cost: float = 0.0
+    last_error: str = ""
+
+
+class JudgeClient:
+    """One judge for one evaluation; safe to use from several threads.
+
+    Attributes:
+        usage: what was used so far.
+    """
+
+    def __init__(self, settings: JudgeSettings, cache: Path | None = None) -> None:
+        """Check the settings and read the cache.
+
+        Args:
+            settings: the judge.
+            cache: JSON lines of earlier answers, added to; a line that was cut off by a crash is ignored.
+        """
+        check_endpoint(settings)
+        key = _key_of(settings)
+        self.settings = settings
+        self.usage = Usage()
+        self._cache_file = cache
+        self._answers = _read_cache(cache)
+        self._lock = threading.Lock()
+        self._reserved = 0.0
+        self._lost_in_a_row = 0
+        self._stopped: str | None = None
+        # As it is and as it is quoted, in Python or JSON; the longest first, so that no part of one is left.
+        self._secrets = sorted({key, repr(key)[1:-1], json.dumps(key)[1:-1]} - {""}, key=len, reverse=True)
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        # httpx's timeout is for each read, so that a server could send a byte now and then for ever. A coroutine can be
+        # ended at any point; the loop runs in a thread of its own, so that `ask` can be called from any.
+        self._http = httpx.AsyncClient(timeout=None, headers=headers)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="judge", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Close the connections; the client is of no use any more."""
+        if self._loop.is_closed():
+            return
+        asyncio.run_coroutine_threadsafe(self._http.aclose(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def ask(self, messages: Messages, parse: Callable[[str], Parsed | None], reminder: str) -> Parsed:
+        """The judge's answer to one question.
+
+        Args:
+            messages: the question.
+            parse: makes an answer of the judge's text, None if it is none.
+            reminder: what is said to a judge whose text was no answer, once.
+
+        Raises:
+            UnansweredError: no answer: "nonsense", "timeout", "unreachable", "server error", "rate limit", "refused",
+                "quota", "budget".
+        """
+        text = self._text(messages, parse)
+        if (answer := parse(text)) is not None:
+            return answer
+        again = [*messages, {"role": "assistant", "content": text}, {"role": "user", "content": reminder}]
+        text = self._text(again, parse)
+        if (answer := parse(text)) is not None:
+            self._remember(self._key(messages), text)
+            return answer
+        self._note(f"nonsense: {self._masked(text)[:200]!r}")
+        raise UnansweredError("nonsense")
+
+    def is_cached(self, messages: Messages) -> bool:
+        """Whether the question needs no call."""
+        return self._key(messages) in self._answers
+
+    def estimated_tokens(self, messages: Messages) -> tuple[float, float]:
+        """Tokens of the question, and of the longest answer to it."""
+        characters = sum(len(message["content"]) for message in messages)
+        return characters / CHARACTERS_A_TOKEN + 4 * len(messages), float(self.settings.max_output_tokens)
+
+    def _text(self, messages: Messages, parse: Callable[[str], Any]) -> str:
+        key = self._key(messages)
+        with self._lock:
+            if (known := self._answers.get(key)) is not None:
+                self.usage.cached += 1
+                return known
+        text = self._call(messages)
+        if parse(text) is not None:  # nonsense is not kept: another attempt, another day, may do better
+            self._remember(key, text)
+        return text
+
+    def _call(self, messages: Messages) -> str:
+        expected = price(self.settings, *self.estimated_tokens(messages)) or 0.0
+        with self._lock:
+            if self._stopped:
+                raise UnansweredError(self._stopped)
+            budget = self.settings.budget
+            if budget is not None and self.usage.cost + self._reserved + expected > budget:
+                raise UnansweredError("budget")
+            self._reserved += expected
+        body: dict[str, Any] | None = None
+        try:
+            body = self._attempts(messages)
+        finally:
+            with self._lock:  # at once: between the two another thread could take what is spent for free
+                self._reserved -= expected
+                if body is not None:
+                    self.usage.calls += 1
+                    self.usage.cost += self._cost(body.get("usage"), expected)
+        try:
+            return str(body["choices"][0]["message"]["content"] or "")
+        except (KeyError, IndexError, TypeError):
+            return ""  # an answer, but without a text: nonsense
+
+    def _attempts(self, messages: Messages) -> dict[str, Any]:
+        """The response's body, after as many attempts as are allowed."""
+        reason, wait = "unreachable", self.settings.backoff
+        for attempt in range(self.settings.retries + 1):
+            if attempt:
+                time.sleep(wait * random.uniform(0.75, 1.0))  # apart from each other, not all at once
+                with self._lock:
+                    self.usage.retries += 1
+            if self._stopped:
+                raise UnansweredError(self._stopped)
+            wait = min(self.settings.backoff * 2**attempt, LONGEST_WAIT)
+            try:
+                response = asyncio.run_coroutine_threadsafe(self._post(messages), self._loop).result()
+            except (TimeoutError, httpx.TimeoutException):
+                reason = self._note("timeout", f"no answer within {self.settings.timeout} s")
+                continue
+            except httpx.DecodingError as error:  # a body not compressed as its header says
+                reason = self._note("server error", str(error))
+                continue
+            except (*_NO_RESPONSE, ExceptionGroup) as error:
+                reason = self._note("unreachable", str(_cause(error)))
+                continue
+            if response.is_success:
+                try:
+                    body = response.json()
+                except (ValueError, RecursionError):
+                    reason = self._note("server error", "the response is not JSON")
+                    continue
+                self._lost_in_a_row = 0
+                return body if isinstance(body, dict) else {}
+            # Not `response.text`: the server names the encoding, and Python knows some that no text has.
+            text = response.content.decode(errors="replace")
+            self._note(f"status {response.status_code}", text)
+            if response.status_code == 402 or "insufficient_quota" in text:
+                raise self._stop("quota")
+            if response.status_code in (401, 403, 404):  # the key or the name is wrong: no question will fare better
+                raise self._stop("refused")
+            if response.status_code not in (408, 409, 429) and response.status_code < 500:
+                raise UnansweredError("refused")
+            reason = "rate limit" if response.status_code == 429 else "server error"
+            wait = _asked_wait(response, wait)
+        with self._lock:
+            self._lost_in_a_row += 1
+            if self._lost_in_a_row >= GIVE_UP_AFTER:
+                self._stopped = reason
+        raise UnansweredError(reason)
+
+    async def _post(self, messages: Messages) -> httpx.Response:
+        """One attempt, its last byte read in time.
+
+        Raises:
+            TimeoutError: it took longer than the settings allow.
+            Exception: one of `_NO_RESPONSE`, alone or in a group: no whole response came.
+        """
+        question = json.dumps(self._body(messages)).encode()  # not httpx's own, which fails at half a surrogate pair
+        async with asyncio.timeout(self.settings.timeout):
+            return await self._http.post(f"{self.settings.url.rstrip('/')}/chat/completions", content=question)
+
+    def _stop(self, reason: str) -> UnansweredError:
+        self._stopped = reason
+        return UnansweredError(reason)
+
+    def _note(self, reason: str, detail: str = "") -> str:
+        detail = self._masked(detail).strip()[:200]
+        self.usage.last_error = f"{reason}: {detail}" if detail else reason
+        return reason
+
+    def _masked(self, text: str) -> str:
+        """Without the key: some servers repeat a wrong one in their refusal."""
+        for secret in self._secrets:
+            text = text.replace(secret, "…")
+        return text
+
+    def _cost(self, used: Any, expected: float) -> float:
+        """What a call cost by the server's own count of tokens; the estimate where it does not tell."""
+        if not isinstance(used, dict):
+            return expected
+        read, written = (_count(used.get(name)) for name in ("prompt_tokens", "completion_tokens"))
+        if read is None or written is None:
+            return expected
+        return price(self.settings, read, written) or 0.0
+
+    def _body(self, messages: Messages) -> dict[str, Any]:
+        body = {
+            "model": self.settings.model,
+            "messages": list(messages),
+            "temperature": 0,
+            "max_tokens": self.settings.max_output_tokens,
+        } | self.settings.extra
+        return {name: value for name, value in body.items() if value is not None}
+
+    def _key(self, messages: Messages) -> str:
+        question = json.dumps([self.settings.url, self._body(messages)], sort_keys=True)
+        return hashlib.sha256(question.encode()).hexdigest()
+
+    def _remember(self, key: str, text: str) -> None:
+        with self._lock:
+            self._answers[key] = text
+            if self._cache_file is not None:
+                self._cache_file.parent.mkdir(parents=True, exist_ok=True)
+                with self._cache_file.open("a", encoding="utf-8") as file:
+                    # ASCII: a judge may send half a surrogate pair, which no encoding has bytes for.
+                    file.write(json.dumps({"key": key, "text": text}) + "\n")
+
+
+def _read_cache(file: Path | None) -> dict[str, str]:
+    answers: dict[str, str] = {}
+    if file is None or not file.is_file():
+        return answers
+    with file.open(encoding="utf-8", errors="replace") as lines:  # a crash can cut a character in two
+        for line in lines:
+            try:
+                row = json.loads(line)
+                answers[row["key"]] = row["text"]
+            except (ValueError, KeyError, TypeError):
+                continue
+    return answers
+
+
+def _count(value: Any) -> float | None:
+    """A server's count of tokens; None for what is none."""
+    known = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MOST_TOKENS
+    return float(value) if known else None
+
+
+def _asked_wait(response: httpx.Response, otherwise: float) -> float:
+    """Seconds that the server asks to wait for, if it names a length of time that there is."""
+    try:
+        asked = float(response.headers["retry-after"])
+    except (KeyError, ValueError):
+        return otherwise
+    return min(asked, LONGEST_WAIT) if math.isfinite(asked) and asked >= 0 else otherwise
+
+
+def _cause(error: Exception) -> Exception:
+    """What is behind a group of exceptions, as the connection attempts to several addresses end with.
+
+    Raises:
+        ExceptionGroup: something in it is a mistake of this program.
+    """
+    if not isinstance(error, ExceptionGroup):
+        return error
+    if (others := error.split(_NO_RESPONSE)[1]) is not None:
+        raise others
+    return _cause(error.exceptions[0])

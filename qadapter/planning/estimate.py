@@ -1,0 +1,148 @@
+"""What an experiment would cost, estimated before anything runs: tokens, steps, memory, hours, and assumptions."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qadapter.config.methods import Method
+from qadapter.config.model import FromScratch, LoraSettings, ModelSettings
+from qadapter.config.training import OptimizerSettings
+from qadapter.errors import QAdapterError
+
+CHARS_PER_TOKEN = 4.0  # English text and a vocabulary of 32,000 or more; a small vocabulary has fewer
+BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "nf4": 0.55}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine by the rate it reaches in practice.
+
+    Attributes:
+        name: what the plan calls it.
+        flops: floating-point operations per second that training reaches, not the datasheet's.
+    """
+
+    name: str
+    flops: float
+
+
+# 4,000 tokens/s at 2 M parameters, 6 operations per parameter and token (measured on two cores, one process).
+TWO_CORES = Machine("2 CPU cores", 6 * 2e6 * 4_000)
+# 790 TFLOP/s of bf16 matrix products, of which training reaches about four tenths.
+ONE_H200 = Machine("1 H100/H200", 0.4 * 790e12)
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameters of a model and what its activations are made of; `assumption` says where the numbers are from."""
+
+    parameters: float
+    hidden_size: int
+    layers: int
+    vocab_size: int
+    assumption: str
+
+
+def model_size(model: ModelSettings) -> ModelSize:
+    """The size of an experiment's base model: computed, read from its config, or taken from its name.
+
+    Raises:
+        QAdapterError: a pretrained model whose config cannot be reached and whose name says no size.
+    """
+    if model.from_scratch:
+        return _size_from_scratch(model.from_scratch)
+    name = str(model.pretrained)
+    try:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    except OSError:
+        return _size_from_name(name)
+    hidden, layers, vocabulary = config.hidden_size, config.num_hidden_layers, config.vocab_size
+    inner = getattr(config, "intermediate_size", 4 * hidden)
+    shared = getattr(config, "num_key_value_heads", config.num_attention_heads) / config.num_attention_heads
+    per_layer = hidden**2 * (2 + 2 * shared) + 3 * hidden * inner
+    embeddings = vocabulary * hidden * (1 if config.tie_word_embeddings else 2)
+    return ModelSize(layers * per_layer + embeddings, hidden, layers, vocabulary, f"from the config of {name}")
+
+
+def _size_from_scratch(size: FromScratch) -> ModelSize:
+    per_layer = 4 * size.hidden_size**2 + 3 * size.hidden_size * size.intermediate_size
+    parameters = size.layers * per_layer + size.vocab_size * size.hidden_size
+    return ModelSize(parameters, size.hidden_size, size.layers, size.vocab_size, "computed from model.from_scratch")
+
+
+def _size_from_name(name: str) -> ModelSize:
+    found = re.search(r"(\d+(?:\.\d+)?)\s*([bBmM])(?![a-zA-Z])", name)
+    if not found:
+        raise QAdapterError(
+            f"the config of {name!r} cannot be reached and its name says no size (like 8B), so nothing can be "
+            "estimated; check the name, the network and HF_TOKEN"
+        )
+    parameters = float(found[1]) * (1e9 if found[2].lower() == "b" else 1e6)
+    # Llama's proportions: parameters ≈ 12 · layers · hidden², layers ≈ hidden / 128
+    hidden = round((parameters * 128 / 12) ** (1 / 3))
+    return ModelSize(
+        parameters,
+        hidden,
+        max(1, hidden // 128),
+        128_256,
+        f"guessed from the name {name!r}: its config is out of reach",
+    )
+
+
+def adapter_parameters(size: ModelSize, lora: LoraSettings) -> float:
+    """Trainable parameters of a LoRA on all linear layers: about 2 · rank · (in + out) summed over seven matrices."""
+    return size.layers * lora.rank * size.hidden_size * (4 * 2 + 3 * 3.5)
+
+
+def steps(pairs: int, settings: OptimizerSettings) -> int:
+    """Optimiser steps of a training on so many examples."""
+    return settings.max_steps or math.ceil(pairs / settings.batch_size * settings.epochs)
+
+
+# Forward passes' worth of work per trained token: forward 1, backward through activations 1, through weights 1.
+PASSES: dict[Method, float] = {"q-adapter": 3.0, "dpo": 3.0, "sft": 2.0, "replay": 2.0}
+
+
+def training_flops(size: ModelSize, tokens: float, passes: float) -> float:
+    """2 operations per parameter and token for each forward pass's worth."""
+    return 2 * size.parameters * tokens * passes
+
+
+def training_memory_gb(size: ModelSize, model: ModelSettings, lora: LoraSettings, settings: OptimizerSettings) -> float:
+    """Peak of a training: frozen weights, adapter with gradient and two moments, activations, scored logits."""
+    weights = size.parameters * BYTES_PER_PARAMETER[model.quantization if model.quantization != "none" else model.dtype]
+    adapter = adapter_parameters(size, lora) * 4 * 4
+    tokens = 2 * settings.micro_batch * settings.max_length
+    per_token = size.hidden_size * size.layers * (2 if settings.gradient_checkpointing else 34)
+    width = 2 if settings.bf16 else 4
+    logits = tokens * size.vocab_size * width * 2
+    return (weights + adapter + tokens * per_token * width + logits) / 2**30
+
+
+# Items of the paper's benchmarks as lm-eval 0.4 asks them (leaderboard_bbh: 24 of BIG-Bench Hard's tasks), and what any
+# other task is taken to have.
+_BENCHMARK_ITEMS = {
+    "mmlu": 14_042,
+    "gsm8k_cot": 1_319,
+    "leaderboard_mmlu_pro": 12_032,
+    "leaderboard_bbh": 5_761,
+    "leaderboard_ifeval": 541,
+}
+ITEMS_OF_OTHER_TASKS = 2_000
+
+
+def benchmark_items(tasks: Sequence[str], limit: int | None) -> int:
+    """Questions of lm-eval tasks together; `limit` is the most that one task asks."""
+    counts = [_BENCHMARK_ITEMS.get(task, ITEMS_OF_OTHER_TASKS) for task in tasks]
+    return sum(min(count, limit or count) for count in counts)
+
+
+def weights_gb(size: ModelSize, model: ModelSettings) -> float:
+    """Memory of the frozen weights."""
+    held = model.quantization if model.quantization != "none" else model.dtype
+    return size.parameters * BYTES_PER_PARAMETER[held] / 2**30

@@ -1,0 +1,158 @@
+"""A policy on disk: a standard PEFT adapter folder with `q_adapter.json` beside the adapter's own files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from qadapter.errors import QAdapterError
+from qadapter.policy.objective import Objective
+
+SETTINGS_FILE = "q_adapter.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+_FORMAT = 1
+_PREFIX = "peft_model."
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySettings:
+    """What `q_adapter.json` holds.
+
+    Attributes:
+        objective: what the adapters were trained with.
+        alpha_0: where the dial stood when the policy was saved.
+        alpha_tilde: the same.
+        adapter_weights: weight of each adapter in Q, by name.
+    """
+
+    objective: Objective
+    alpha_0: float
+    alpha_tilde: float
+    adapter_weights: dict[str, float]
+
+
+def save(
+    peft_model: PeftModel,
+    settings: PolicySettings,
+    folder: Path,
+    *,
+    is_main_process: bool,
+    state_dict: Mapping[str, Tensor] | None,
+) -> None:
+    """Write the folder; see `QAdapterForCausalLM.save_pretrained`."""
+    own = None
+    if state_dict is not None:
+        own = {key.removeprefix(_PREFIX): value for key, value in state_dict.items() if key.startswith(_PREFIX)}
+    options: dict[str, Any] = {} if own is None else {"state_dict": own}
+    # The embeddings are never resized here, and "auto" would ask the hub for the base's vocabulary size.
+    peft_model.save_pretrained(
+        str(folder), safe_serialization=True, is_main_process=is_main_process, save_embedding_layers=False, **options
+    )
+    if not is_main_process:
+        return
+    content = {"format": _FORMAT, **asdict(settings)}
+    (folder / SETTINGS_FILE).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_settings(folder: Path) -> PolicySettings:
+    """`q_adapter.json` of a folder.
+
+    Raises:
+        QAdapterError: there is none, or it holds something else.
+    """
+    file = folder / SETTINGS_FILE
+    if not file.is_file():
+        raise QAdapterError(
+            f"{folder} is no Q-Adapter: it has no {SETTINGS_FILE}. Give a folder that "
+            "QAdapterForCausalLM.save_pretrained or the trainer wrote."
+        )
+    try:
+        content = json.loads(file.read_text())
+        if content["format"] != _FORMAT:
+            raise ValueError(f"format is {content['format']}; this version reads {_FORMAT}")
+        return PolicySettings(
+            objective=Objective(**content["objective"]),
+            alpha_0=float(content["alpha_0"]),
+            alpha_tilde=float(content["alpha_tilde"]),
+            adapter_weights={_name(name): float(weight) for name, weight in content["adapter_weights"].items()},
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise QAdapterError(f"{file} cannot be read: {error!r}. Save the policy again.") from error
+
+
+def load(
+    folder: Path, base_model: str | Path | PreTrainedModel | None, *, is_trainable: bool, **base_options: Any
+) -> tuple[PeftModel, PolicySettings]:
+    """Base with adapters, and the settings; see `QAdapterForCausalLM.from_pretrained`."""
+    settings = read_settings(folder)
+    for name in settings.adapter_weights:
+        if not (_place(folder, name) / ADAPTER_FILE).is_file():
+            raise QAdapterError(
+                f"{_place(folder, name)} has no {ADAPTER_FILE}, and no other kind of weight file is loaded. "
+                "Save the policy again."
+            )
+    if isinstance(base_model, PreTrainedModel):
+        if base_options:
+            raise QAdapterError(f"{', '.join(base_options)} only matter for a base that is loaded; one was given.")
+        base = base_model
+    else:
+        base = _load_base(folder, base_model, base_options)
+    first, *others = settings.adapter_weights
+    place = str(_place(folder, first))
+    peft_model = PeftModel.from_pretrained(base, place, adapter_name=first, is_trainable=is_trainable)
+    for name in others:
+        peft_model.load_adapter(str(_place(folder, name)), adapter_name=name, is_trainable=False)
+    return peft_model, settings
+
+
+def load_adapter_weights(peft_model: PeftModel, folder: Path, name: str) -> None:
+    """Put the weights that `save` wrote into an adapter that is there already.
+
+    Raises:
+        QAdapterError: no weights in the folder, or weights of another adapter.
+    """
+    file = _place(folder, name) / ADAPTER_FILE
+    if not file.is_file():
+        raise QAdapterError(f"{file} is missing. Give a checkpoint folder that the trainer wrote.")
+    outcome: Any = set_peft_model_state_dict(peft_model, load_file(str(file)), adapter_name=name)
+    if outcome.unexpected_keys:
+        raise QAdapterError(
+            f"{file} holds weights for layers that this adapter does not have, such as {outcome.unexpected_keys[0]}. "
+            "Use the adapter config and the base it was trained with."
+        )
+
+
+def _name(name: str) -> str:
+    """An adapter's name is that of its folder: it must not lead elsewhere."""
+    if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name):
+        raise ValueError(f"{name!r} is no adapter's name")
+    return name
+
+
+def _place(folder: Path, name: str) -> Path:
+    return folder if name == "default" else folder / name  # PEFT's layout
+
+
+def _load_base(folder: Path, base_model: str | Path | None, options: dict[str, Any]) -> PreTrainedModel:
+    named = next(iter(read_settings(folder).adapter_weights))
+    place = base_model or PeftConfig.from_pretrained(str(_place(folder, named))).base_model_name_or_path
+    if not place:
+        raise QAdapterError(
+            f"The adapter in {folder} does not say which base it belongs to. Give base_model (a path or a model)."
+        )
+    try:
+        return AutoModelForCausalLM.from_pretrained(str(place), **{"use_safetensors": True, **options})
+    except (OSError, ValueError) as error:
+        raise QAdapterError(
+            f"The base model {place} of the adapter in {folder} cannot be loaded ({type(error).__name__}). "
+            "Give base_model: the path where it lies now, or the model itself."
+        ) from error

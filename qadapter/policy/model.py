@@ -1,0 +1,362 @@
+"""A base model and its Q-Adapters as one language model: `QAdapterForCausalLM`."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from qadapter.errors import QAdapterError
+from qadapter.policy import files as policy_files
+from qadapter.policy.adapter_rows import BASE
+from qadapter.policy.composition import ComposedAdapters, refuse_unworkable
+from qadapter.policy.fused import loss_from_scored
+from qadapter.policy.objective import BatchTotals, Objective, PairwiseLoss, pairwise_loss
+from qadapter.policy.pair_passes import PairPasses
+from qadapter.policy.passes import RowPasses, reorder_rows
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class QAdapterOutput(CausalLMOutputWithPast):
+    """What a forward pass returns.
+
+    Attributes:
+        loss: [] cross entropy if labels were given, the Q-Adapter loss if a response mask was.
+        logits: [B, T, V] combined logits; absent if a response mask was given.
+        past_key_values: the cache, if asked for.
+        pairwise: the parts of the loss, if a response mask was given.
+    """
+
+    pairwise: PairwiseLoss | None = None
+
+
+class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
+    """A frozen base model, one or several Q-Adapters on it, and the policy that they make together.
+
+    The logits are (Q + α0 · log π1)/α̃, where Q is a weighted sum over the adapters: Σ w_i · (adapted logits) with
+    parametrisation `absolute`, Σ w_i · (adapted − base logits) with `residual`. Everything that works on logits works:
+    `generate` in all its modes, lm-eval, perplexity.
+
+    The dials between the old model and the new preference are `config.alpha_0` and `config.alpha_tilde`; both can be
+    given to a single call of `forward` or `generate` too. They start at the values of the training.
+
+    Only the adapters' dropout follows `train()`: the base's own dropout stays off, since log π1 is no sample.
+
+    Attributes:
+        peft_model: the base with its adapters.
+        objective: what the adapters were (or are to be) trained with.
+        adapter_weights: weight of each adapter in Q; see `set_adapter_weights`.
+        loss_implementation: how `forward` computes the loss of pairs: `fused` (`qadapter/policy/fused.py`) where the
+            model's head allows it, or `readable` (`objective.py` beside it).
+    """
+
+    config_class = PretrainedConfig
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self, peft_model: PeftModel, objective: Objective, adapter_weights: Mapping[str, float] | None = None
+    ) -> None:
+        """Wrap a PEFT model.
+
+        Args:
+            peft_model: base and adapters; `from_base` makes one.
+            objective: its α0 and α̃ are where the dials start.
+            adapter_weights: weight 1 for PEFT's active adapter without it.
+
+        Raises:
+            QAdapterError: a model that this method cannot work with; the message says why.
+        """
+        refuse_unworkable(peft_model)
+        base: Any = peft_model.get_base_model()
+        config = copy.deepcopy(base.config)
+        config.alpha_0, config.alpha_tilde = objective.alpha_0, objective.alpha_tilde
+        super().__init__(config)
+        self.peft_model = peft_model
+        self.objective = objective
+        self.generation_config = copy.deepcopy(base.generation_config)
+        self._base_arguments = frozenset(inspect.signature(base.forward).parameters)
+        self._no_split_modules = getattr(base, "_no_split_modules", None)
+        self._parameter_count: int | None = None
+        self._base_only = False
+        self._passes = RowPasses(peft_model)
+        self._pair_passes: PairPasses | None = None
+        self.loss_implementation: Literal["readable", "fused"] = "fused"
+        self._adapter_weights = {}
+        self.set_adapter_weights(adapter_weights or {peft_model.active_adapters[0]: 1.0})
+        self.train(peft_model.training)
+
+    @classmethod
+    def from_base(cls, base: PreTrainedModel, peft_config: PeftConfig, objective: Objective) -> QAdapterForCausalLM:
+        """Put a new, trainable adapter on a base model (which is changed in place: its layers are wrapped).
+
+        Args:
+            base: a causal language model without adapter.
+            peft_config: a `LoraConfig`, say.
+            objective: what the adapter is to be trained with.
+
+        Raises:
+            QAdapterError: as the constructor.
+        """
+        if isinstance(base, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+            raise QAdapterError(
+                "The base model carries an adapter already. Merge and unload it first (merge_and_unload()), "
+                "or pass the PEFT model itself without another adapter config."
+            )
+        return cls(get_peft_model(base, peft_config), objective)
+
+    # ---- files ----------------------------------------------------------------------------------------------------
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        *,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write a PEFT adapter folder (safetensors) that plain PEFT can load, and `q_adapter.json` beside it.
+
+        Args:
+            save_directory: made if absent.
+            is_main_process: only that one writes.
+            state_dict: this module's, where it had to be gathered from several processes.
+        """
+        settings = policy_files.PolicySettings(
+            self.objective, self.config.alpha_0, self.config.alpha_tilde, self.adapter_weights
+        )
+        policy_files.save(
+            self.peft_model, settings, Path(save_directory), is_main_process=is_main_process, state_dict=state_dict
+        )
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        path: str | Path,
+        base_model: str | Path | PreTrainedModel | None = None,
+        *,
+        is_trainable: bool = False,
+        **base_options: Any,
+    ) -> QAdapterForCausalLM:
+        """Load what `save_pretrained` wrote, in eval mode.
+
+        Args:
+            path: the folder.
+            base_model: the base or where it lies; the place named in the adapter's config without it.
+            is_trainable: whether the adapter is to be trained on.
+            base_options: for `AutoModelForCausalLM.from_pretrained` (`dtype`, `device_map`, `quantization_config` …).
+
+        Raises:
+            QAdapterError: no such folder, a file missing in it, or no base found.
+        """
+        peft_model, settings = policy_files.load(Path(path), base_model, is_trainable=is_trainable, **base_options)
+        policy = cls(peft_model, settings.objective, settings.adapter_weights)
+        policy.config.alpha_0, policy.config.alpha_tilde = settings.alpha_0, settings.alpha_tilde
+        return policy.eval()
+
+    # ---- passes ---------------------------------------------------------------------------------------------------
+
+    def q_and_base_logits(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Both rows for training: the adapted model's logits with autograd, the base's without.
+
+        Args:
+            input_ids: [B, T] int64.
+            attention_mask: [B, T].
+            options: further arguments of the base's `forward`.
+
+        Returns:
+            Two [B, T, V]; with `residual` it is up to the objective to subtract the second from the first.
+        """
+        self.trained_adapter()
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **options}
+        with self._passes.bare(len(input_ids)):
+            base_logits = self.peft_model(**inputs).logits
+        return self.peft_model(**inputs).logits, base_logits
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        alpha_0: float | None = None,
+        alpha_tilde: float | None = None,
+        response_mask: Tensor | None = None,
+        totals: BatchTotals | None = None,
+        up_to_constant: bool = False,
+        **options: Any,
+    ) -> QAdapterOutput:
+        """Combined logits of the policy; or, given a response mask, the training loss of pairs.
+
+        Args:
+            input_ids: [B, T] int64.
+            attention_mask: [B, T].
+            position_ids: [B, T].
+            past_key_values: cache of this policy (it holds a row for the base and one for each adapter).
+            inputs_embeds: [B, T, H] in place of `input_ids`.
+            labels: [B, T] int64, -100 where there is none: also return the cross entropy of the next tokens.
+            use_cache: return a cache. Off unless asked for or given one.
+            logits_to_keep: only the logits of the last so many positions (0: all).
+            alpha_0: α0 of this call.
+            alpha_tilde: α̃ of this call.
+            response_mask: [2B, T] bool: the rows are pairs, compute `objective`'s loss and no combined logits.
+            totals: with a response mask, what the loss divides by.
+            up_to_constant: leave out what is the same for all tokens at a position, which no probability depends on.
+                With `residual` and α0 = Σ w_i that is everything the base contributes: its pass is spared.
+            options: further arguments of the base's `forward`.
+        """
+        if response_mask is not None:
+            assert input_ids is not None
+            pairwise = self._pair_loss(input_ids, attention_mask, response_mask, totals, options)
+            return QAdapterOutput(loss=pairwise.loss, pairwise=pairwise)
+
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "logits_to_keep": logits_to_keep,
+            **options,
+        }
+        inputs = {name: value for name, value in inputs.items() if value is not None and self._base_takes(name)}
+        use_cache = bool(use_cache) or past_key_values is not None
+        alpha_0 = self.config.alpha_0 if alpha_0 is None else alpha_0
+        alpha_tilde = self.config.alpha_tilde if alpha_tilde is None else alpha_tilde
+        _refuse_dials(alpha_0, alpha_tilde)
+        active = {} if self._base_only else {name: weight for name, weight in self._adapter_weights.items() if weight}
+        # α0 · log π1 − Σ w_i · base where each Q_i is a difference to the base
+        of_base = alpha_0 - (sum(active.values()) if self.objective.parametrization == "residual" else 0.0)
+        base_matters = not active or of_base != 0 or (alpha_0 != 0 and not up_to_constant)
+        names = [*active, BASE] if base_matters else [*active]
+        rows, cache = self._passes.logits(names, inputs, past_key_values, use_cache)
+        rows = [row if row.dtype == torch.float64 else row.float() for row in rows]
+        if self._base_only:
+            logits = rows[0]
+        else:
+            normalizer = _log_normalizer(rows[-1]) if alpha_0 and not up_to_constant else None
+            logits = _weighted_sum(rows, [w / alpha_tilde for w in (*active.values(), of_base)])
+            if normalizer is not None:
+                logits = _weighted_sum([logits, normalizer], [1.0, -alpha_0 / alpha_tilde])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+        return QAdapterOutput(loss=loss, logits=logits, past_key_values=cache)
+
+    def _pair_loss(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        response_mask: Tensor,
+        totals: BatchTotals | None,
+        options: dict[str, Any],
+    ) -> PairwiseLoss:
+        if self.loss_implementation == "fused" and not options:
+            self.trained_adapter()
+            if self._pair_passes is None:
+                self._pair_passes = PairPasses(self.peft_model, self._passes)
+            passes = self._pair_passes
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            passes.check(input_ids, mask)
+            if passes.usable:
+                hidden, base_hidden = passes.hidden(input_ids, mask, response_mask, self.objective.shift_mask)
+                tokens = (input_ids, response_mask, self.objective, totals)
+                return loss_from_scored(hidden, base_hidden, passes.head(), *tokens)
+            log.warning("The fused loss does not fit this model's head or adapter; the readable one is used.")
+            self.loss_implementation = "readable"
+        q_logits, base_logits = self.q_and_base_logits(input_ids, attention_mask, **options)
+        return pairwise_loss(q_logits, base_logits, input_ids, response_mask, self.objective, totals)
+
+    def _base_takes(self, name: str) -> bool:
+        return name not in ("position_ids", "logits_to_keep", "inputs_embeds") or name in self._base_arguments
+
+    # ---- what transformers asks of a model ------------------------------------------------------------------------
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """GenerationMixin's, with `up_to_constant`: whatever picks tokens looks at differences of logits."""
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc, arg-type]
+        return {**inputs, "up_to_constant": True}
+
+    def _reorder_cache(self, past_key_values: Cache, beam_idx: Tensor) -> Cache:
+        """Beam search's hook: sequence i continues `beam_idx[i]`, in each group of rows."""
+        reorder_rows(past_key_values, beam_idx)
+        return past_key_values
+
+    def train(self, mode: bool = True) -> QAdapterForCausalLM:
+        """Train or eval mode of the adapters; the base's own dropout stays off in both."""
+        super().train(False)
+        self.training = mode
+        trainable = any(parameter.requires_grad for parameter in self.peft_model.parameters())
+        for module in self.peft_model.modules():
+            if isinstance(module, BaseTunerLayer):
+                assert isinstance(module, nn.Module)
+                for name, child in module.named_children():
+                    if name != "base_layer":
+                        child.train(mode)
+            elif isinstance(module, GradientCheckpointingLayer):
+                module.training = mode  # of this module alone: it decides whether to recompute, nothing else
+            elif type(module).__module__.startswith("bitsandbytes"):
+                # In eval mode, a 4-bit layer on CPU repacks its weights for a kernel without autograd, for good
+                module.train(mode or trainable)
+        return self
+
+    def floating_point_ops(self, input_dict: dict[str, Any], exclude_embeddings: bool = True) -> int:
+        """Trainer's estimate of a step's operations; the parameters are counted once, not at every step."""
+        if self._parameter_count is None:
+            self._parameter_count = self.num_parameters(exclude_embeddings=exclude_embeddings)
+        return 6 * input_dict["input_ids"].numel() * self._parameter_count
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The base's."""
+        base: Any = self.peft_model.get_base_model()
+        return base.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The base's."""
+        base: Any = self.peft_model.get_base_model()
+        return base.get_output_embeddings()
+
+
+def _weighted_sum(rows: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Σ weight · row. Rows without autograd are overwritten: nothing else holds them, and nothing is as large."""
+    first, *others = zip(rows, weights, strict=False)
+    total = first[0] * first[1] if first[0].requires_grad else first[0].mul_(first[1])
+    for row, weight in others:
+        total = torch.add(total, row, alpha=weight) if total.requires_grad else total.add_(row, alpha=weight)
+    return total
+
+
+def _log_normalizer(logits: Tensor) -> Tensor:
+    """logsumexp over the vocabulary, [B, T, 1]; row by row, since torch's own makes a copy of what it is given."""
+    return torch.stack([row.logsumexp(dim=-1, keepdim=True) for row in logits])
+
+
+def _refuse_dials(alpha_0: float, alpha_tilde: float) -> None:
+    if not alpha_tilde > 0 or not alpha_0 >= 0:
+        raise QAdapterError(
+            f"alpha_0 is {alpha_0} and alpha_tilde {alpha_tilde}; expected at least 0 and above 0. "
+            "Set both in policy.config or in the call."
+        )

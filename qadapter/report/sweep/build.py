@@ -1,0 +1,245 @@
+"""The report of a sweep: every setting with its spread, the Pareto front, and which setting each rule would choose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+
+import pandas as pd
+
+from qadapter.evaluation.statistics import across_seeds
+from qadapter.files.artifacts import write_json
+from qadapter.report.rows import Row, Spread, listed, ordered, spread
+from qadapter.report.sweep.figure import draw_sweep
+from qadapter.report.sweep.points import (
+    BASE,
+    KEPT,
+    MEASURED,
+    Point,
+    Setting,
+    best_by_trade,
+    best_that_keeps,
+    chosen_on_other_seeds,
+    front_area,
+    front_of,
+    learnt,
+    points_of,
+    rank,
+)
+from qadapter.report.sweep.sentences import difference_table, edge_sentences, largest_front
+
+_KNOBS = {"α0": "alpha_0", "β": "beta", "w": "preference_scale", "lr": "learning_rate", "T": "temperature"}
+
+
+def build_sweep_report(
+    rows: Sequence[Row], settings: Sequence[Setting], *, expected: int, title: str, out: Path
+) -> None:
+    """Write `sweep.md`, `sweep.csv` (every measurement), `settings.json`, `sweep.png` and `metrics.json`.
+
+    Args:
+        rows: one a domain, setting (as `method`) and seed, and the base's.
+        settings: all of the sweep's, also those without a row.
+        expected: rows that a complete setting has.
+        title: of page and figure.
+        out: an empty folder.
+    """
+    points = points_of(rows, settings, expected)
+    compared = [point for point in points if point.complete]
+    base_rows = [row for row in rows if row.method == BASE]
+    _all_rows(rows, settings).to_csv(out / "sweep.csv", index=False)
+    write_json(out / "settings.json", [asdict(setting) for setting in settings])
+    front = front_of(compared)
+    base = {name: spread(base_rows, name, None, BASE) for name in MEASURED}
+    ends = (base["adaptation/score"], base["retention/mean"])
+    draw_sweep(compared, front, ends, out / "sweep.png", title)
+    missing = [s.name for s in settings if s.name not in {point.setting.name for point in compared}]
+    sections = [
+        f"# {title}",
+        *([f"Not complete, so listed but not compared: {', '.join(missing)}."] if missing else []),
+        f"{len(compared)} settings, each with {expected} trainings (domains × seeds). The base: adaptation "
+        f"{ends[0].text()}, retention {ends[1].text()}.",
+        "![retention against adaptation](sweep.png)",
+    ]
+    metrics: dict[str, float] = {"sweep/settings": float(len(compared))}
+    if compared:
+        tuned = {m: [p for p in compared if p.setting.tuning and p.setting.method == m] for m in _methods(compared)}
+        tuned = {method: own for method, own in tuned.items() if own}
+        sections += _comparison(tuned, metrics) + _choices(compared, tuned, metrics)
+        sections += ["## Every setting", _markdown(_table(points, front, base, base_rows)), _LEGEND]
+    (out / "sweep.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    write_json(out / "metrics.json", metrics)
+
+
+_LEGEND = (
+    "Mean ± standard deviation over seeds, of means over domains. *learnt*: adaptation as a share of what can be "
+    "learnt: an exact rule's share as it is, an implied-reward accuracy, of which a policy that does nothing has "
+    "0.5, as 2 · accuracy − 1. *kept*: retention as a share of the base's. *trade*: harmonic mean of learnt "
+    "(at least 0) and kept (at most 1). *win rate*: against the base's answers, by the judge. *KL/token*: "
+    "KL(base ‖ policy) on held-out helpful replies. *front*: no other setting has more of one of adaptation and "
+    "retention without less of the other. A setting called `…, then α0=…` is the adapter of the setting before the "
+    "comma, measured with another α0."
+)
+_FAMILIES = "Families have different numbers of settings here; compare methods by the first table."
+
+
+def _comparison(tuned: dict[str, list[Point]], metrics: dict[str, float]) -> list[str]:
+    """The methods, each with its own tuning, and how sure the difference to the Q-Adapter is."""
+    if not tuned:
+        return []
+    table, elsewhere = [], {method: chosen_on_other_seeds(own) for method, own in tuned.items()}
+    for method, own in tuned.items():
+        by_trade, keeping = best_by_trade(own), best_that_keeps(own)
+        metrics[f"sweep/trade/{method}"] = by_trade.trade
+        metrics[f"sweep/front_area/{method}"] = front_area(own)
+        table.append(
+            {
+                "method": method,
+                "settings": str(len(own)),
+                "best trade": by_trade.setting.name,
+                "adaptation": by_trade.adaptation.text(),
+                "win rate": by_trade.win_rate.text(),
+                "retention": by_trade.retention.text(),
+                "trade": f"{by_trade.trade:.3f}",
+                "chosen on other seeds": Spread.of(elsewhere[method].values()).text(),
+                f"most adaptation, {KEPT:.0%} kept": f"{keeping.adaptation.mean:.3f} ({keeping.setting.name})"
+                if keeping
+                else "none keeps that much",
+                "front area": f"{front_area(own):.3f}",
+            }
+        )
+    sentences = []
+    ours = elsewhere.get("q-adapter", {})
+    for method, theirs in elsewhere.items():
+        if method == "q-adapter" or not ours or ours.keys() != theirs.keys():
+            continue
+        interval = across_seeds([ours[seed] - theirs[seed] for seed in ours])
+        verdict = "larger than the noise" if interval.excludes_zero else "not larger than the noise"
+        sentences.append(
+            f"- q-adapter − {method}: {interval.estimate:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}] "
+            f"(95 %, Student, {interval.seeds} seeds): {verdict}."
+        )
+        metrics[f"sweep/trade_difference/{method}"] = interval.estimate
+    trades = {method: f"{best_by_trade(own).trade:.3f}" for method, own in tuned.items()}
+    winners = [method for method, value in trades.items() if value == max(trades.values())]
+    return [
+        "## The methods, each tuned with the same number of settings",
+        f"The best trade, {max(trades.values())}, is reached by {listed(winners)}. "
+        + largest_front({method: front_area(own) for method, own in tuned.items()}),
+        _markdown(pd.DataFrame(table)),
+        "*chosen on other seeds*: the trade where, seed by seed, the setting was chosen on the others, so that nobody "
+        "profits from chance. *front area*: of all pairs (learnt, kept) that the method's settings reach or beat.",
+        *([on_edges] if (on_edges := edge_sentences(tuned)) else []),
+        *(["Difference of *chosen on other seeds*, paired by seed:\n\n" + "\n".join(sentences)] if sentences else []),
+    ]
+
+
+def _choices(compared: Sequence[Point], tuned: Mapping[str, list[Point]], metrics: dict[str, float]) -> list[str]:
+    """What each rule chooses of everything, ablations included, its lead over each method, the families' fronts."""
+    trained = [point for point in compared if not point.setting.dialled]
+    best, keeping = best_by_trade(compared), best_that_keeps(compared)
+    metrics["sweep/best_trade"] = best.trade
+    lines = [
+        f"- Highest trade: **{best.setting.name}**: adaptation {best.adaptation.text()}, retention "
+        f"{best.retention.text()}, trade {best.trade:.3f}.",
+        f"- Most adaptation of those that keep {KEPT:.0%} of the base's retention: "
+        + (
+            f"**{keeping.setting.name}**: adaptation {keeping.adaptation.text()}, retention {keeping.retention.text()}."
+            if keeping
+            else "none keeps that much."
+        ),
+    ]
+    table, areas = [], {}
+    for family in ordered(point.setting.family for point in trained):
+        own = [point for point in trained if point.setting.family == family]
+        area = areas[family] = front_area(own)
+        table.append(
+            {
+                "family": family,
+                "settings": str(len(own)),
+                "front area": f"{area:.3f}",
+                "best trade": f"{best_by_trade(own).trade:.3f} ({best_by_trade(own).setting.name})",
+            }
+        )
+    return [
+        "## The best setting of all, ablations included",
+        "\n".join(lines),
+        *difference_table(best, {method: best_by_trade(own) for method, own in tuned.items()}, len(compared)),
+        *([_markdown(pd.DataFrame(table)), f"{largest_front(areas)} {_FAMILIES}"] if table else []),
+    ]
+
+
+def _table(
+    points: Sequence[Point], front: Sequence[Point], base: Mapping[str, Spread], base_rows: Sequence[Row]
+) -> pd.DataFrame:
+    """A line a setting, the best trade first, and the base's below them."""
+    on_front = {point.setting.name for point in front}
+    knobs = {label: knob for label, knob in _KNOBS.items() if any(knob in p.setting.settings for p in points)}
+    adaptation, win_rate, retention, forgetting, kl = (base[name].text() for name in MEASURED)
+    of_base = {
+        "setting": BASE,
+        "adaptation": adaptation,
+        "win rate": win_rate,
+        "learnt": f"{fmean(learnt(row.metrics) for row in base_rows):.3f}",
+        "retention": retention,
+        "forgetting": forgetting,
+        "KL/token": kl,
+        "kept": "1.000",
+        "cells": str(len(base_rows)),
+    }
+    table = pd.DataFrame(
+        [
+            {
+                "setting": point.setting.name,
+                "groups": ", ".join(point.setting.groups),
+                **{
+                    label: f"{point.setting.settings[knob]:g}" if knob in point.setting.settings else ""
+                    for label, knob in knobs.items()
+                },
+                "adaptation": point.adaptation.text(),
+                "win rate": point.win_rate.text(),
+                "learnt": f"{point.learnt:.3f}",
+                "retention": point.retention.text(),
+                "forgetting": point.forgetting.text(),
+                "KL/token": point.kl.text(),
+                "kept": f"{point.kept:.3f}",
+                "trade": f"{point.trade:.3f}",
+                "front": "●" if point.setting.name in on_front else "",
+                "cells": str(point.cells),
+            }
+            for point in sorted(points, key=lambda p: (not p.complete, *(-n for n in rank(p.trade, p.kl.mean))))
+        ]
+    )
+    return pd.concat([table, pd.DataFrame([of_base])], ignore_index=True).fillna("")
+
+
+def _all_rows(rows: Sequence[Row], settings: Sequence[Setting]) -> pd.DataFrame:
+    """One line a domain, setting and seed with every measurement, for other people's plots."""
+    by_name = {setting.name: setting for setting in settings}
+    names = ordered(name for row in rows for name in row.metrics)
+    table = []
+    for row in rows:
+        setting = by_name.get(row.method)
+        described = {
+            "variant": row.method,
+            "method": setting.method if setting else row.method,
+            "family": setting.family if setting else row.method,
+            "groups": " ".join(setting.groups) if setting else "",
+            "tuning": bool(setting and setting.tuning),
+            "trained_as": setting.trained_as if setting else "",
+            **{knob: setting.settings.get(knob, math.nan) if setting else math.nan for knob in _KNOBS.values()},
+        }
+        measured = {name: row.metrics.get(name, math.nan) for name in names}
+        table.append({**described, "domain": row.domain, "seed": row.seed, **measured})
+    return pd.DataFrame(table)
+
+
+def _methods(points: Sequence[Point]) -> list[str]:
+    return ordered((point.setting.method for point in points), ("q-adapter", "sft", "dpo", "replay"))
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    """A table with its cells as they are."""
+    return str(table.to_markdown(index=False, disable_numparse=True))

@@ -1,0 +1,67 @@
+"""Arguments of `QAdapterTrainer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+from qadapter.policy.objective import Objective
+
+
+@dataclass
+class QAdapterConfig(TrainingArguments):
+    """transformers' `TrainingArguments`, the objective and what happens to the data.
+
+    The fields of the objective are None for the value of the preset named in `objective`;
+    `qadapter.policy.objective.Objective` says what each one is. Defaults that differ from `TrainingArguments`:
+    `learning_rate` 3e-4 (the paper's), `logging_steps` 10, `remove_unused_columns` off (the data are pairs),
+    `ddp_find_unused_parameters` off (every parameter of the adapter is used in every step).
+
+    Attributes:
+        objective: preset to start from: `paper`, `published-code` or `residual`.
+        alpha_tilde: α̃.
+        alpha_0: α0.
+        beta: β.
+        gamma: γ.
+        preference_scale: w.
+        parametrization: `absolute` or `residual`.
+        value: `next-state` or `current-state`.
+        aggregation: `discounted-sum` or `padded-mean`.
+        shift_mask: whether the positions that predict response tokens are scored.
+        loss_implementation: `fused` (only response positions meet the vocabulary, in blocks; a pair's prompt is encoded
+            once) or `readable` (the definition, with full logits); see `QAdapterForCausalLM`.
+        max_length: most tokens of prompt + reply (paper: 512); the prompt is cut from the left.
+        pad_to_multiple_of: batches are padded to a multiple of it.
+        model_init_kwargs: for `AutoModelForCausalLM.from_pretrained`, if the model is given by name.
+    """
+
+    objective: str = field(default="paper", metadata={"help": "paper, published-code or residual"})
+    alpha_tilde: float | None = None
+    alpha_0: float | None = None
+    beta: float | None = None
+    gamma: float | None = None
+    preference_scale: float | None = None
+    parametrization: str | None = None
+    value: str | None = None
+    aggregation: str | None = None
+    shift_mask: bool | None = None
+    loss_implementation: str = field(default="fused", metadata={"help": "fused or readable"})
+    max_length: int = 512
+    pad_to_multiple_of: int | None = None
+    model_init_kwargs: dict[str, Any] | None = None
+
+    learning_rate: float = 3e-4
+    logging_steps: float = 10
+    remove_unused_columns: bool = False
+    ddp_find_unused_parameters: bool | None = False
+
+    def to_objective(self) -> Objective:
+        """The objective these arguments describe.
+
+        Raises:
+            ValueError: an unknown preset or choice, or a number out of range.
+        """
+        given = {f.name: getattr(self, f.name) for f in fields(Objective) if getattr(self, f.name) is not None}
+        return Objective.preset(self.objective, **given)  # type: ignore[arg-type]

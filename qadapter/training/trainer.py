@@ -1,0 +1,357 @@
+"""Training a Q-Adapter: transformers' `Trainer` with another loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.trainer_utils import EvalLoopOutput
+
+from qadapter.errors import QAdapterError
+from qadapter.policy import files as policy_files
+from qadapter.policy.model import QAdapterForCausalLM, QAdapterOutput
+from qadapter.policy.objective import BatchTotals, Objective, batch_totals
+from qadapter.preferences.pair import PreferencePair
+from qadapter.preferences.tokenize import PreferenceCollator, padding_id
+from qadapter.training.config import QAdapterConfig
+from qadapter.training.encoded_pairs import EncodedPairs, encode_dataset
+
+__all__ = ["QAdapterConfig", "QAdapterTrainer"]
+
+Rows = Iterable[Mapping[str, Any] | PreferencePair] | EncodedPairs
+
+
+class QAdapterTrainer(Trainer):
+    """Trains a Q-Adapter on preference pairs; shaped like TRL's `DPOTrainer`.
+
+    Only the loss is its own. It is a mean over the pairs and response tokens of a whole optimiser step, so that 8
+    pairs at once, 8 times one pair and two processes with 4 pairs each give the same gradient (with `shift_mask`; the
+    published code's mask depends on how far a batch is padded).
+
+    Logged beside Trainer's own: `rewards/chosen`, `rewards/rejected`, `rewards/accuracies`, `rewards/margins`,
+    `loss/preference`, `loss/regularization` and `kl/base`, means since the last log; in evaluation the same with the
+    metric prefix in front, over the whole set.
+
+    Attributes:
+        quarantined: (index, reason) of the training pairs that were left out as unusable.
+        quarantined_eval: the same of the evaluation data.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel | QAdapterForCausalLM,
+        args: QAdapterConfig,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | Mapping[str, Rows] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+    ) -> None:
+        """Make the policy and tokenise the data.
+
+        Args:
+            model: a base (or its name) together with `peft_config`, a PEFT model with a trainable adapter, or a policy.
+            args: the objective's and the training's settings.
+            train_dataset: rows as `encode_dataset` takes them, with a length.
+            eval_dataset: the same, or several by name.
+            processing_class: the tokenizer; loaded from beside the base if not given.
+            peft_config: the adapter to put on a base.
+            callbacks: Trainer's.
+            optimizers: Trainer's.
+
+        Raises:
+            QAdapterError: something that cannot be trained; the message says what and the way out.
+        """
+        if train_dataset is None and eval_dataset is None:
+            raise QAdapterError("Neither training nor evaluation data were given. Give train_dataset.")
+        if args.n_gpu > 1:
+            raise QAdapterError(
+                f"{args.n_gpu} GPUs in one process would tear pairs apart (DataParallel). "
+                "Start with `accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES."
+            )
+        objective = _objective(args)
+        set_seed(args.seed)  # PEFT draws the adapter's weights
+        policy = _policy(model, args, objective, peft_config)
+        tokenizer = processing_class or _tokenizer_of(policy)
+        encode = _Encoder(tokenizer, args.max_length)
+        train_pairs = None if train_dataset is None else encode(train_dataset, "training")
+        eval_pairs: EncodedPairs | dict[str, EncodedPairs] | None = None
+        if isinstance(eval_dataset, Mapping):
+            eval_pairs = {name: encode(rows, f"evaluation ({name})") for name, rows in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_pairs = encode(eval_dataset, "evaluation")
+        every = [train_pairs, *(eval_pairs.values() if isinstance(eval_pairs, dict) else [eval_pairs])]
+        for pairs in every:
+            if pairs is not None:
+                _refuse_misfit(policy, pairs)
+        self.quarantined = [] if train_pairs is None else train_pairs.quarantined
+        self.quarantined_eval = [entry for pairs in every[1:] if pairs is not None for entry in pairs.quarantined]
+
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=PreferenceCollator(padding_id(tokenizer), args.pad_to_multiple_of),
+            train_dataset=train_pairs,
+            eval_dataset=eval_pairs,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._train_sums, self._eval_sums = _Sums(), _Sums()
+
+    @property
+    def policy(self) -> QAdapterForCausalLM:
+        """The policy in training."""
+        policy = self.accelerator.unwrap_model(self.model)
+        assert isinstance(policy, QAdapterForCausalLM)
+        return policy
+
+    def _get_num_items_in_batch(  # type: ignore[override]
+        self, batch_samples: list[dict[str, Tensor]], device: torch.device
+    ) -> BatchTotals | None:
+        """What the loss of an optimiser step divides by, over its micro-batches and all processes."""
+        if not batch_samples:
+            return None
+        each = [batch_totals(batch["response_mask"], self.policy.objective) for batch in batch_samples]
+        pairs, length = sum(t.pairs for t in each), max(t.shifted_length for t in each)
+        tokens = sum((t.tokens for t in each), start=torch.zeros((), device=device))
+        if self.accelerator.num_processes > 1:
+            mine = torch.stack(
+                [torch.as_tensor(x, dtype=torch.float32, device=device) for x in (pairs, tokens, length)]
+            )
+            everyone = self.accelerator.gather(mine[None])
+            return BatchTotals(everyone[:, 0].sum(), everyone[:, 1].sum(), everyone[:, 2].max())
+        return BatchTotals(pairs, tokens, length)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: BatchTotals | Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, QAdapterOutput]:
+        """This batch's part of the step's loss (in evaluation: its own loss).
+
+        Args:
+            model: the policy, as Trainer wrapped it.
+            inputs: a batch of `collate_pairs`.
+            return_outputs: also return the policy's output.
+            num_items_in_batch: the step's totals.
+        """
+        totals = num_items_in_batch if isinstance(num_items_in_batch, BatchTotals) else None
+        output: QAdapterOutput = model(**inputs, totals=totals)
+        own = batch_totals(inputs["response_mask"], self.policy.objective)
+        sums = self._train_sums if self.policy.training else self._eval_sums
+        sums.add(output, own, totals or own)
+        assert output.loss is not None
+        loss = output.loss
+        if totals is not None:
+            loss = loss * self.accelerator.num_processes  # gradients and logged losses are averaged over processes
+        return (loss, output) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Only the loss: nobody wants the logits of a whole evaluation set."""
+        inputs = self._without_repeated_pairs(self._prepare_inputs(inputs))
+        if len(inputs["input_ids"]) == 0:
+            return torch.zeros((), device=self.args.device), None, None
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        assert isinstance(loss, Tensor)
+        return loss.detach(), None, None
+
+    def _without_repeated_pairs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This process's batch less the pairs that the last round repeats to give each process a batch as large."""
+        state, processes = self.accelerator.gradient_state, self.accelerator.num_processes
+        if processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        pairs = len(inputs["input_ids"]) // 2
+        own = min(max(state.remainder - self.accelerator.process_index * pairs, 0), pairs)
+        return {name: torch.cat([value[:own], value[pairs : pairs + own]]) for name, value in inputs.items()}
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Trainer's loop; its metrics get the method's own, and the loss becomes that of the whole set."""
+        self._eval_sums.reset()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        metrics = self._eval_sums.take(self.accelerator)
+        if metrics:
+            metrics["loss"] = metrics["loss/preference"] + metrics["loss/regularization"]
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})  # type: ignore[union-attr]
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the method's metrics beside the training loss."""
+        if "loss" in logs:
+            logs = {**logs, **self._train_sums.take(self.accelerator)}
+        super().log(logs, start_time)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """A checkpoint holds the adapter, not the base."""
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._load_adapter(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_best_model()
+        elif self.state.best_model_checkpoint is not None:
+            self._load_adapter(self.state.best_model_checkpoint)
+
+    def _load_adapter(self, folder: str) -> None:
+        policy = self.policy
+        policy_files.load_adapter_weights(policy.peft_model, Path(folder), policy.trained_adapter())
+
+
+class _Sums:
+    """Sums of what is logged, as one tensor: nothing waits for the device before a log is written."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+
+    def reset(self) -> None:
+        """Back to nothing."""
+        self._sums = None
+
+    def add(self, output: QAdapterOutput, own: BatchTotals, divisors: BatchTotals) -> None:
+        """Add a batch whose losses were divided by `divisors`."""
+        parts = output.pairwise
+        assert parts is not None
+        with torch.no_grad():
+            chosen, rejected = parts.chosen_rewards, parts.rejected_rewards
+            numbers = [
+                torch.as_tensor(own.pairs, device=chosen.device),
+                torch.as_tensor(own.tokens, device=chosen.device),
+                chosen.sum(),
+                rejected.sum(),
+                (chosen > rejected).sum(),
+                parts.preference_loss * divisors.pairs,
+                parts.regularization * divisors.tokens,
+                parts.kl * divisors.tokens,
+            ]
+            batch = torch.stack([number.detach().float() for number in numbers])
+            self._sums = batch if self._sums is None else self._sums + batch
+
+    def take(self, accelerator: Any) -> dict[str, float]:
+        """Means over all processes since the last time, by metric name; empty if there was no batch."""
+        if self._sums is None:
+            return {}
+        sums = accelerator.reduce(self._sums, reduction="sum").tolist()
+        self.reset()
+        pairs, tokens, chosen, rejected, correct, preference, regularization, kl = sums
+        return {
+            "rewards/chosen": chosen / pairs,
+            "rewards/rejected": rejected / pairs,
+            "rewards/accuracies": correct / pairs,
+            "rewards/margins": (chosen - rejected) / pairs,
+            "loss/preference": preference / pairs,
+            "loss/regularization": regularization / tokens,
+            "kl/base": kl / tokens,
+        }
+
+
+class _Encoder:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        self._tokenizer, self._max_length = tokenizer, max_length
+
+    def __call__(self, rows: Rows, name: str) -> EncodedPairs:
+        if isinstance(rows, EncodedPairs):
+            return rows
+        if not hasattr(rows, "__len__"):
+            raise QAdapterError(f"The {name} data have no length. Give a list or a datasets.Dataset, not a stream.")
+        return encode_dataset(rows, self._tokenizer, self._max_length, name)
+
+
+def _objective(args: QAdapterConfig) -> Objective:
+    try:
+        return args.to_objective()
+    except ValueError as error:
+        raise QAdapterError(f"QAdapterConfig: {error}") from error
+
+
+def _policy(
+    model: str | PreTrainedModel | PeftModel | QAdapterForCausalLM,
+    args: QAdapterConfig,
+    objective: Objective,
+    peft_config: PeftConfig | None,
+) -> QAdapterForCausalLM:
+    if isinstance(model, str):
+        model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+    if isinstance(model, (QAdapterForCausalLM, PeftModel)):
+        if peft_config is not None:
+            raise QAdapterError(
+                "The model carries an adapter already and peft_config asks for another. Give one of the two."
+            )
+        peft_model = model.peft_model if isinstance(model, QAdapterForCausalLM) else model
+        policy = QAdapterForCausalLM(peft_model, objective)
+    elif peft_config is None:
+        raise QAdapterError(
+            f"{type(model).__name__} has no adapter to train. Give peft_config (for example peft.LoraConfig), "
+            "or a PEFT model."
+        )
+    else:
+        policy = QAdapterForCausalLM.from_base(model, peft_config, objective)
+    if args.loss_implementation not in ("fused", "readable"):
+        raise QAdapterError(f"loss_implementation is {args.loss_implementation!r}; expected 'fused' or 'readable'.")
+    policy.loss_implementation = args.loss_implementation  # type: ignore[assignment]
+    policy.trained_adapter()
+    if not any(parameter.requires_grad for parameter in policy.parameters()):
+        raise QAdapterError(
+            "The adapter is frozen: none of its parameters is trainable. Load it with is_trainable=True."
+        )
+    return policy
+
+
+def _tokenizer_of(policy: QAdapterForCausalLM) -> PreTrainedTokenizerBase:
+    place = policy.config.name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise QAdapterError(
+            f"No tokenizer lies beside the base ({place or 'made in memory'}). Give processing_class."
+        ) from error
+
+
+def _refuse_misfit(policy: QAdapterForCausalLM, pairs: EncodedPairs) -> None:
+    embeddings: Any = policy.get_input_embeddings()
+    vocabulary = embeddings.weight.shape[0]
+    if pairs.largest_id >= vocabulary:
+        raise QAdapterError(
+            f"The tokenizer makes token id {pairs.largest_id}, but the base has only {vocabulary} embeddings. "
+            "Use the tokenizer the base was trained with."
+        )
+    positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and pairs.longest > positions:
+        raise QAdapterError(
+            f"A pair is {pairs.longest} tokens long, but the base knows only {positions} positions. "
+            f"Set max_length to {positions} or less."
+        )

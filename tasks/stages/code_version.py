@@ -1,0 +1,190 @@
+"""Which version of the code a stage runs: a digest that a reworded comment does not change and a changed line does."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dis
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from importlib.util import find_spec
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+_LIBRARY = "qadapter"
+_OURS = (_LIBRARY, "tasks", "flows")
+
+
+def code_digest(module: str, function: Callable[..., Any] | None = None) -> str:
+    """sha256 over a module, a function, and everything of this project that they can reach.
+
+    The closure is found by reading, not by importing, so it costs no torch. It holds the module, every module of this
+    project named in an `import` anywhere in it (lazy imports inside functions too) and so on, the packages they lie
+    in, and the data files (YAML, templates) beside them. Python counts by its syntax tree without docstrings: comments
+    and formatting do not matter. Modules go by their dotted names, not by any path.
+
+    Args:
+        module: dotted name of the module that does a stage's work, for example `qadapter.training.pretraining`.
+        function: the few lines around it that hand it its arguments. Its own instructions count, those of the
+            functions beside it that it calls, and the modules of `qadapter` that it uses; not the rest of its module.
+
+    Raises:
+        ModuleNotFoundError: there is no such module.
+    """
+    if _file_of(module) is None:
+        raise ModuleNotFoundError(f"No module named {module!r} in {', '.join(_OURS)}", name=module)
+    waiting: list[str] = [module]
+    digests: dict[str, str] = {}
+    if function is not None:
+        waiting += _follow_function(function, digests)
+    while waiting:
+        name = waiting.pop()
+        file = _file_of(name)
+        if name in digests or file is None:
+            continue
+        status = file.stat()
+        digest, imported = _read(name, file, status.st_mtime_ns, status.st_size)
+        digests[name] = digest
+        waiting += [*imported, *_parents(name)]
+    modules = [name for name in digests if ":" not in name]
+    for package in {name if _is_package(name) else name.rpartition(".")[0] for name in modules}:
+        digests |= {f"{package}:{name}": digest for name, digest in _data_files(package)}
+    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
+
+
+def _follow_function(function: Callable[..., Any], digests: dict[str, str]) -> list[str]:
+    """Enter a function and those of ours that it calls into `digests`; return the modules of the library it uses."""
+    while isinstance(function, partial):
+        function = function.func
+    if not isinstance(function, FunctionType):
+        function = getattr(type(function), "__call__", None)  # type: ignore[assignment]  # noqa: B004
+        if not isinstance(function, FunctionType):
+            return []
+    label = f"function:{function.__module__}.{function.__qualname__}"
+    if label in digests:
+        return []
+    names: set[str] = set()
+    modules: list[str] = []
+    parts: list[list[Any]] = []
+    for code in _code_objects(function.__code__):
+        plain = [repr(constant) for constant in code.co_consts if not isinstance(constant, CodeType | frozenset)]
+        sets = [repr(sorted(map(repr, constant))) for constant in code.co_consts if isinstance(constant, frozenset)]
+        parts.append([code.co_code.hex(), code.co_names, code.co_varnames, code.co_freevars, plain, sets])
+        names.update(code.co_names)
+        package = ""
+        for step in dis.get_instructions(code):
+            if step.opname == "IMPORT_NAME":
+                package = str(step.argval)
+                modules.append(package)
+            elif step.opname == "IMPORT_FROM":
+                modules.append(f"{package}.{step.argval}")
+    digests[label] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    reached = [function.__globals__[name] for name in sorted(names & function.__globals__.keys())]
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # a name that is not bound yet
+            reached.append(cell.cell_contents)
+    for value in reached:
+        if not isinstance(value, ModuleType | FunctionType | type):
+            continue  # data: what of it matters is the stage's config to say
+        home = value.__name__ if isinstance(value, ModuleType) else value.__module__
+        if home.partition(".")[0] == _LIBRARY:
+            modules.append(home)
+        elif isinstance(value, FunctionType) and home.partition(".")[0] in _OURS:
+            modules += _follow_function(value, digests)
+    return modules
+
+
+def _code_objects(code: CodeType) -> Iterator[CodeType]:
+    """A function's code and that of what is defined inside it (comprehensions, lambdas)."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _code_objects(constant)
+
+
+def _file_of(module: str) -> Path | None:
+    """The source file of one of our modules, found without importing any package; None if it is not ours."""
+    top, *rest = module.split(".")
+    if top not in _OURS:
+        return None
+    spec = find_spec(top)  # a top-level name: nothing is imported
+    for root in (spec.submodule_search_locations or ()) if spec else ():
+        base = Path(root, *rest)
+        for file in (base / "__init__.py", base.with_suffix(".py")):
+            if file.is_file():
+                return file
+    return None
+
+
+def _is_package(module: str) -> bool:
+    file = _file_of(module)
+    return file is not None and file.name == "__init__.py"
+
+
+def _parents(module: str) -> list[str]:
+    """Importing a.b.c runs a and a.b as well."""
+    parts = module.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+
+@lru_cache(maxsize=1024)
+def _read(module: str, file: Path, _mtime: int, _size: int) -> tuple[str, tuple[str, ...]]:
+    """Digest of one file's code and the modules of ours that it names; re-read when the file changes."""
+    tree = ast.parse(file.read_bytes(), filename=str(file))
+    imported = tuple(sorted(set(_imports(tree, module, file.name == "__init__.py"))))
+    _drop_docstrings(tree)
+    dump = ast.dump(tree, annotate_fields=False, include_attributes=False)
+    return hashlib.sha256(dump.encode()).hexdigest(), imported
+
+
+def _imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[str]:
+    """Dotted names that the import statements of a module can load; names that are no module sort themselves out."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                kept = parts[: len(parts) - node.level + (1 if is_package else 0)]
+                base = ".".join([*kept, *filter(None, [base])])
+            yield base
+            # `from package import name`: the name may be a module of the package or something defined in it.
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def _drop_docstrings(tree: ast.Module) -> None:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0] if node.body else None
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
+                node.body = node.body[1:]
+
+
+def _data_files(package: str) -> Iterator[tuple[str, str]]:
+    """Name and digest of the files beside a package's code that are not code, folders without code included."""
+    file = _file_of(package)
+    if file is None:
+        return
+    waiting = [file.parent]
+    while waiting:
+        folder = waiting.pop()
+        for path in sorted(folder.iterdir()):
+            if path.is_dir():
+                if path.name != "__pycache__" and not (path / "__init__.py").exists():
+                    waiting.append(path)
+            elif path.suffix not in {".py", ".pyc", ".pyi"} and not path.name.startswith("."):
+                status = path.stat()
+                yield path.relative_to(file.parent).as_posix(), _data_digest(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=1024)
+def _data_digest(path: Path, _mtime: int, _size: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

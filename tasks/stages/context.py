@@ -1,0 +1,80 @@
+"""What every task of one flow run shares: the experiment, where results go, and the MLflow run they belong to."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from qadapter.config.experiment import Experiment
+from qadapter.errors import QAdapterError
+from tasks.stages.store import StageStore
+from tasks.tracking.tracker import Tracker
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+LARGEST_LOGGED_FILE = 256 * 2**20  # bytes; a larger file (a whole model) is logged by name, size and digest
+
+
+def workspace() -> Path:
+    """Folder that holds `mlflow.db`, `mlruns/` and `.qadapter/`: `QADAPTER_HOME`, or the project's root."""
+    return Path(os.environ.get("QADAPTER_HOME") or PROJECT_ROOT).resolve()
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Handed to every task; small, immutable and picklable.
+
+    Attributes:
+        experiment: the validated config.
+        store: finished stages.
+        tracker: the way to MLflow.
+        parent_run_id: the MLflow run of this flow run.
+        data: the user's data folder, if one was given.
+        rows_to_judge: policies whose answers the whole flow run judges; None: those that the experiment names.
+    """
+
+    experiment: Experiment
+    store: StageStore
+    tracker: Tracker
+    parent_run_id: str
+    data: Path | None = None
+    rows_to_judge: int | None = None
+
+    def resolve(self, path: str, world: Path | None) -> str:
+        """Fill in `{data}`: the toy world's folder, or the folder the user named."""
+        return resolve_path(path, world or self.data)
+
+
+def resolve_path(path: str, data: Path | None) -> str:
+    """Fill in `{data}`.
+
+    Raises:
+        QAdapterError: there is no folder to fill in.
+    """
+    if "{data}" not in path:
+        return path
+    if data is None:
+        raise QAdapterError(
+            f"the path {path!r} needs a data folder and none was given; name one, for example "
+            "`make repro PROFILE=mini DATA=path/to/folder` or the deployment parameter data=path/to/folder"
+        )
+    return path.replace("{data}", str(data))
+
+
+@dataclass(frozen=True)
+class Customisation:
+    """Which cell of the comparison: one domain, one method (or the base itself), one seed."""
+
+    domain: str
+    method: str
+    seed: int | None = None
+
+    @property
+    def name(self) -> str:
+        """`academy · dpo · seed 1`; the UI sorts and shows runs by it."""
+        seed = f" · seed {self.seed}" if self.seed is not None else ""
+        return f"{self.domain} · {self.method}{seed}"
+
+    def tags(self) -> dict[str, str]:
+        """MLflow tags: filter the runs of one domain with `tags.domain = 'academy'`."""
+        return {"stage": "customise", "domain": self.domain, "method": self.method, "seed": str(self.seed)}

@@ -1,0 +1,139 @@
+"""Where a training stage's work is done: in this process, or as several through `accelerate launch`."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from qadapter.config.execution import LaunchSettings
+from qadapter.errors import QAdapterError
+from qadapter.files.artifacts import read_json
+from qadapter.training.worker import PROGRESS, write_job
+
+_LOGGER = logging.getLogger(__name__)
+_ROOT = Path(__file__).resolve().parents[2]
+_LAST_LINES = 30
+_GRACE = 10.0  # seconds that processes get to end by themselves
+
+
+class TrainingProcessError(RuntimeError):
+    """A launched training failed for a reason that is not the user's; the message has its last lines."""
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """Calls a training function where the experiment's `launch` section says.
+
+    An instance rather than a function, so that a stage's code digest ends here: the engine is in the key by `keyed`.
+    """
+
+    settings: LaunchSettings
+
+    def keyed(self) -> dict[str, Any]:
+        """The engine as part of a stage's config; nothing for `in-process`, which is the reference."""
+        if self.settings.engine == "in-process":
+            return {}
+        return {"launch": {"processes": self.settings.processes, "config": self.settings.accelerate_config()}}
+
+    def __call__(self, function: Callable[..., None], *positional: Any, out: Path, scratch: Path, **named: Any) -> None:
+        """Call `function(*positional, out=out, scratch=scratch, **named)`.
+
+        Raises:
+            QAdapterError: what the function refused, in whatever process.
+            TrainingProcessError: a launched process failed or was killed.
+        """
+        named = {**named, "out": out, "scratch": scratch}
+        if self.settings.engine == "in-process":
+            function(*positional, **named)
+            return
+        _free_accelerator()
+        folder = scratch / "job"  # it can hold training data: nothing of a killed process may stay elsewhere
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        try:
+            job = folder / "job.json"
+            write_job(job, function, positional, named)
+            self._run(job)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _run(self, job: Path) -> None:
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(self.settings.file)]
+        command += ["--num_processes", str(self.settings.processes), "--num_machines", "1", "--main_process_port", "0"]
+        command += ["-m", "qadapter.training.worker", str(job)]
+        paths = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+        threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))) // self.settings.processes
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(max(1, threads))},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        last: deque[str] = deque(maxlen=_LAST_LINES)
+        try:
+            assert process.stdout is not None
+            for line in map(str.rstrip, process.stdout):
+                if line.startswith(PROGRESS):
+                    _LOGGER.info("%s", line.removeprefix(PROGRESS))
+                else:
+                    _LOGGER.debug("%s", line)
+                    last.append(line)
+            code = process.wait()
+        finally:  # also when this process is interrupted; if it is killed, the children see that themselves
+            _end(process)
+        if code:
+            raise self._failure(job.parent, code, "\n".join(last))
+
+    def _failure(self, folder: Path, code: int, last: str) -> Exception:
+        """What went wrong, from the process that said so first: the others fail because of it."""
+        told = sorted(folder.glob("failure-*.json"), key=lambda file: file.stat().st_mtime_ns)
+        first = read_json(told[0]) if told else {"refused": False, "traceback": last}
+        if first["refused"]:
+            return QAdapterError(first["message"])
+        count = self.settings.processes
+        launched = f"{self.settings.config}, {count} process{'' if count == 1 else 'es'}"
+        return TrainingProcessError(
+            f"accelerate launch ({launched}) ended with code {code}; "
+            f"checkpoints are kept. Its last words:\n{first['traceback']}"
+        )
+
+
+def _free_accelerator() -> None:
+    """Give back the GPU memory that earlier stages of this process left with torch."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End the launcher and all below it. torchrun gives its workers sessions of their own, so no group holds them."""
+    try:
+        family = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        family = []
+    if process.poll() is None:
+        process.terminate()  # torchrun ends its workers on this
+        try:
+            process.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    for child in psutil.wait_procs(family, timeout=1.0)[1]:
+        child.kill()
+    if process.stdout is not None:
+        process.stdout.close()

@@ -1,0 +1,97 @@
+"""One stage, run or found in the store, and shown in MLflow and Prefect either way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect.logging import get_run_logger
+from prefect.states import Completed
+
+from tasks.stages.context import LARGEST_LOGGED_FILE, RunContext
+from tasks.stages.store import StageOutput
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a task hands on: a finished stage and the MLflow run that shows it."""
+
+    output: StageOutput
+    run_id: str
+
+    @property
+    def path(self) -> Path:
+        """The stage's folder."""
+        return self.output.path
+
+
+def logged_stage(
+    context: RunContext,
+    name: str,
+    *,
+    module: str,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, StageOutput | Path],
+    compute: Callable[[Path, Path], None],
+    label: str | None = None,
+    run_id: str | None = None,
+    run_name: str | None = None,
+    tags: Mapping[str, Any] | None = None,
+    params: Mapping[str, Any] | None = None,
+    log: Callable[[str, StageOutput], None] | None = None,
+) -> StageResult:
+    """Run a stage through the store and log it: metrics, curves, parameters and files, also where it was found.
+
+    Args:
+        context: of the flow run.
+        name, module, config, inputs, compute: of the stage (`StageStore.run`).
+        label: what the stage is about (a source, a domain); part of the MLflow run's name.
+        run_id: an MLflow run to go on with; None starts a child of the flow run's own.
+        run_name: of the child; by default made of name and label.
+        tags, params: of the child, or added to the run that goes on.
+        log: writes more to the run, given its id and the finished stage.
+
+    Returns:
+        The finished stage and the run that shows it.
+    """
+    tracker = context.tracker
+    title = run_name or (f"{name} · {label}" if label else name)
+    if run_id is None:
+        run_id = tracker.start_child(
+            context.parent_run_id,
+            title,
+            params=_given({**config, **(params or {})}),
+            tags={"stage": name, **(tags or {})},
+        )
+    elif params:
+        tracker.log_params(run_id, params)
+    with tracker.ending(run_id):
+        output = context.store.run(name, module=module, config=config, inputs=inputs, compute=compute)
+        tracker.log(
+            run_id,
+            params=output.params(),
+            tags={f"cached.{name}": output.cached, f"digest.{name}": output.digest[:16]},
+            history=[{"step": 0, **output.metrics(), f"cost/{name}_stage_seconds": output.seconds}, *output.history()],
+        )
+        tracker.log_folder(run_id, output.path, name, max_bytes_per_file=LARGEST_LOGGED_FILE)
+        if log:
+            log(run_id, output)
+    how = f"found ({output.key[:12]}), it took" if output.cached else "done in"
+    get_run_logger().info("%s: %s %.1f s", title, how, output.seconds)
+    return StageResult(output, run_id)
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that say something: None stands for a default, which `params.json` of the stage fills in."""
+    return {
+        name: _given(value) if isinstance(value, Mapping) else value
+        for name, value in settings.items()
+        if value is not None
+    }
+
+
+def task_result(value: Any, *stages: StageResult) -> Any:
+    """What a task returns: `value`, in a state that Prefect shows as `Cached` where every stage was found."""
+    return Completed(name="Cached", data=value) if all(stage.output.cached for stage in stages) else value

@@ -1,0 +1,288 @@
+"""The stage store: every expensive step is computed once for its inputs, settings, code and library versions."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from qadapter.errors import QAdapterError
+from qadapter.files.artifacts import (
+    MANIFEST,
+    Manifest,
+    atomic_folder,
+    digest_tree,
+    list_files,
+    read_json,
+    read_json_lines,
+    storage_errors,
+    sweep,
+)
+from tasks.stages.code_version import code_digest
+from tasks.stages.remote import RemoteStore
+
+__all__ = ["StageOutput", "StageStore", "code_digest", "library_versions"]
+
+_LOGGER = logging.getLogger(__name__)
+_LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "lm_eval", "tokenizers", "numpy")
+_SHORT = 20  # hex digits of the key in a folder's name: 80 bits
+
+
+@lru_cache(maxsize=1)
+def library_versions() -> dict[str, str]:
+    """Installed versions of the libraries a result can depend on, read without importing any of them."""
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+@dataclass(frozen=True)
+class StageOutput:
+    """A finished stage, small enough to hand from task to task and to keep as a Prefect result (JSON).
+
+    Attributes:
+        stage: the stage's name.
+        key: its whole cache key, 64 hex digits.
+        path: the folder that holds its files.
+        digest: content digest of those files; what a following stage's key depends on.
+        cached: True if it was found, False if this call computed it.
+        seconds: how long computing it took, also when it was found.
+    """
+
+    stage: str
+    key: str
+    path: Path
+    digest: str
+    cached: bool
+    seconds: float
+
+    def metrics(self) -> dict[str, float]:
+        """The stage's `metrics.json`, name to value; empty if it wrote none."""
+        file = self.path / "metrics.json"
+        return {name: float(value) for name, value in read_json(file).items()} if file.exists() else {}
+
+    def params(self) -> dict[str, Any]:
+        """The stage's `params.json`: settings as they came out, defaults filled in; empty if it wrote none."""
+        file = self.path / "params.json"
+        return dict(read_json(file)) if file.exists() else {}
+
+    def history(self) -> list[dict[str, float]]:
+        """The rows of the stage's `history.jsonl`, each {"step": n, name: value, ...}; empty if it wrote none."""
+        file = self.path / "history.jsonl"
+        return read_json_lines(file) if file.exists() else []
+
+
+@dataclass(frozen=True)
+class StageStore:
+    """Finished stages on disk, found by content. Threads, processes and flow runs may share one store.
+
+    Layout below `root`: `stages/<name>/<key>/` finished stages; `scratch/<name>/<key>/` what a stage in progress
+    wants to survive a kill; `locks/`; `damaged/` folders that no longer agree with their manifest.
+
+    Attributes:
+        root: folder of the store.
+        verify_hashes: on each hit read every byte of the found stage. Otherwise names and sizes are checked, which
+            sees a lost or cut file but not a flipped bit.
+        remote: finished stages that other machines share, looked at before one is computed; `QADAPTER_STORE` names it.
+    """
+
+    root: Path
+    verify_hashes: bool = field(default=False, compare=False)
+    remote: RemoteStore | None = field(default_factory=RemoteStore.from_environment, compare=False)
+
+    def run(
+        self,
+        name: str,
+        *,
+        module: str,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, StageOutput | Path],
+        compute: Callable[[Path, Path], None],
+    ) -> StageOutput:
+        """Find a stage's output, or compute it.
+
+        Args:
+            name: the stage's name, letters, digits, dashes and dots; with it two stages never share a key.
+            module: the module that does the work; its code, that of `compute` and of all they import or call in
+                this project is part of the key (`code_digest`).
+            config: every setting the result depends on, as JSON values. No paths: they differ between machines.
+            inputs: what the stage reads, by name: earlier stages, or files and folders (which are digested).
+            compute: called as `compute(out, scratch)`. Writes the result into `out`, an empty folder; may keep
+                checkpoints in `scratch`, which is the same folder again if the stage is killed and run anew.
+
+        Returns:
+            The finished stage. If another process is computing the same key, waits for it.
+
+        Raises:
+            QAdapterError: an input is missing, or the disk is full or read-only.
+            TypeError, ValueError: `config` is not plain JSON, or `compute` wrote nothing.
+        """
+        code = code_digest(module, compute)
+        digests = {label: _input_digest(source) for label, source in inputs.items()}
+        key = _key(name, code, config, digests)
+        folder, scratch, lock = (
+            self.root.absolute() / kind / name / key[:_SHORT] for kind in ("stages", "scratch", "locks")
+        )
+
+        found = self._found(folder, key)
+        if found is None:
+            with _locked(lock, name):
+                found = self._found(folder, key) or self._fetched(name, folder, key)
+                if found is None:
+                    manifest = Manifest(name, key, config, digests, code, library_versions(), seconds=0.0)
+                    found = self._compute(manifest, folder, scratch, compute)
+        if scratch.exists():  # the run that computed it was killed after the rename, before it cleared up
+            shutil.rmtree(scratch, ignore_errors=True)
+        if self.remote:
+            self.remote.push(Manifest.read(folder), folder)
+        return found
+
+    def _fetched(self, name: str, folder: Path, key: str) -> StageOutput | None:
+        """The finished stage from the remote store; None if it is not there. The caller holds the stage's lock."""
+        if self.remote is None:
+            return None
+        self._make_way(name, folder)
+        return self._found(folder, key) if self.remote.fetch(name, key, folder) else None
+
+    def _found(self, folder: Path, key: str) -> StageOutput | None:
+        """The finished stage in this folder; None if there is none or it is damaged."""
+        if not folder.is_dir():
+            return None
+        try:
+            manifest = Manifest.read(folder)
+        except QAdapterError as error:
+            _LOGGER.warning("Stage %s will be computed again: %s", folder, error)
+            return None
+        problems = manifest.verify(folder, hashes=self.verify_hashes)
+        if manifest.key != key:
+            problems.append("it belongs to another key")
+        if problems:
+            _LOGGER.warning("Stage %s is damaged and will be computed again: %s", folder, "; ".join(problems[:5]))
+            return None
+        with contextlib.suppress(OSError):  # `prune` goes by the last use; a read-only store is never pruned
+            os.utime(folder / MANIFEST)
+        return StageOutput(manifest.stage, key, folder, manifest.digest, cached=True, seconds=manifest.seconds)
+
+    def _compute(
+        self, manifest: Manifest, folder: Path, scratch: Path, compute: Callable[[Path, Path], None]
+    ) -> StageOutput:
+        """Compute a stage; the caller holds its lock, so whatever lies at these places belongs to no living process."""
+        self._make_way(manifest.stage, folder)
+        with storage_errors(scratch):
+            scratch.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(folder) as out:
+            start = time.perf_counter()
+            compute(out, scratch)
+            if not list_files(out):
+                raise ValueError(f"Stage {manifest.stage} wrote no file into the folder it was given.")
+            manifest = dataclasses.replace(manifest, seconds=round(time.perf_counter() - start, 3)).write(out)
+        shutil.rmtree(scratch, ignore_errors=True)
+        return StageOutput(
+            manifest.stage, manifest.key, folder, manifest.digest, cached=False, seconds=manifest.seconds
+        )
+
+    def _make_way(self, name: str, folder: Path) -> None:
+        """Move a damaged stage aside and remove what killed runs left half-written."""
+        with storage_errors(folder):
+            if folder.exists():
+                aside = self.root.absolute() / "damaged" / name / f"{folder.name}-{time.time_ns()}"
+                aside.parent.mkdir(parents=True, exist_ok=True)
+                folder.rename(aside)
+                _LOGGER.warning("The damaged stage was moved to %s", aside)
+            sweep(folder)
+
+    def entries(self) -> list[Path]:
+        """The folders of all finished stages, the one used last first."""
+        found = [file.parent for file in self.root.absolute().glob(f"stages/*/[!.]*/{MANIFEST}")]
+        return sorted(found, key=_last_use, reverse=True)
+
+    def prune(self, *, unused_days: float) -> list[Path]:
+        """Remove stages that no run has used for so long, and damaged folders and abandoned checkpoints of that age.
+
+        Stages that are being computed are left alone.
+
+        Returns:
+            The folders removed.
+        """
+        root, limit, removed = self.root.absolute(), time.time() - unused_days * 86_400, []
+        for kind in ("stages", "scratch", "damaged"):
+            for folder in root.glob(f"{kind}/*/*"):
+                key = folder.name.lstrip(".").split(".")[0]  # an unfinished one is called `.<key>.<random>.tmp`
+                lock = root / "locks" / folder.parent.name / key
+                try:
+                    with contextlib.nullcontext() if kind == "damaged" else FileLock(_lock_file(lock), timeout=0):
+                        if _last_use(folder) < limit:
+                            shutil.rmtree(folder)
+                            removed.append(folder)
+                except Timeout:
+                    continue
+        return removed
+
+
+def _last_use(folder: Path) -> float:
+    """When a folder was last used, seconds since the epoch: its manifest's date, else the newest file's."""
+    manifest = folder / MANIFEST
+    newest = [manifest] if manifest.exists() else [folder, *list_files(folder).values()]
+    return max(path.stat().st_mtime for path in newest)
+
+
+def _input_digest(source: StageOutput | Path) -> str:
+    return source.digest if isinstance(source, StageOutput) else digest_tree(source)
+
+
+def _key(name: str, code: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """sha256 of all that determines a stage's result, as canonical JSON.
+
+    Raises:
+        ValueError: the name could not be a folder's, or the settings hold NaN.
+        TypeError: the settings hold something that is not JSON, such as a path.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(f"Stage name {name!r}: letters, digits, dots, dashes and underscores are expected.")
+    everything = {"stage": name, "code": code, "config": config, "inputs": inputs, "versions": library_versions()}
+    try:
+        text = json.dumps(everything, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except TypeError as error:
+        raise TypeError(
+            f"Settings of stage {name}: {error}; plain JSON values only, files belong to `inputs`."
+        ) from None
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _lock_file(lock: Path) -> Path:
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    return lock.with_name(f"{lock.name}.lock")
+
+
+@contextlib.contextmanager
+def _locked(lock: Path, name: str) -> Iterator[None]:
+    """Hold a stage's lock, across threads and processes; the system frees it when its holder dies, however it dies."""
+    with storage_errors(lock):
+        held = FileLock(_lock_file(lock), poll_interval=0.2)
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            _LOGGER.info("Stage %s is being computed by another run; waiting for it.", name)
+            held.acquire()
+    try:
+        yield
+    finally:
+        held.release()

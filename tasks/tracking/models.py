@@ -1,0 +1,401 @@
+"""A base with its adapter as an MLflow model that `mlflow models serve` can serve, and the way back to its files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import tasks.tracking.tracker  # first: it switches MLflow's telemetry off before MLflow is imported
+
+import mlflow  # isort: skip
+import requests
+import yaml
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.types.schema import Array, ColSpec, DataType, Object, ParamSchema, ParamSpec, Property, Schema
+
+import qadapter
+from qadapter.config.model import ModelSettings
+from qadapter.errors import QAdapterError
+from qadapter.files.artifacts import digest_tree, storage_errors, sync_to_disk, sync_tree
+from qadapter.files.url_secrets import shown
+from qadapter.serving.registered import DamagedError, refuse_damage
+from tasks.stages.context import workspace
+from tasks.stages.hub import commit_of
+from tasks.tracking.store import (
+    NOT_FOUND,
+    MlflowStore,
+    RefusedError,
+    away_errors,
+    downloaded,
+    is_away,
+    local_path,
+    status_of,
+)
+
+_GLOBALS = threading.Lock()
+_PREFIX = "qadapter."  # of what the metadata says of base and adapter
+_CODE = Path(__file__).with_name("served_policy.py")
+_PACKAGES = (
+    "mlflow",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+    "pydantic",
+    "jinja2",
+)
+
+SIGNATURE = ModelSignature(
+    inputs=Schema(
+        [ColSpec(Array(Object([Property("role", DataType.string), Property("content", DataType.string)])), "messages")]
+    ),
+    params=ParamSchema(
+        [
+            ParamSpec("alpha_0", DataType.double, None),
+            ParamSpec("alpha_tilde", DataType.double, None),
+            ParamSpec("compare_base", DataType.boolean, default=False),
+            ParamSpec("max_tokens", DataType.long, None),
+            ParamSpec("temperature", DataType.double, 1.0),
+            ParamSpec("top_p", DataType.double, 1.0),
+            ParamSpec("n", DataType.long, 1),
+            ParamSpec("seed", DataType.long, None),
+            ParamSpec("stop", DataType.string, [], shape=(-1,)),
+        ]
+    ),
+)
+"""What the scoring server takes: `messages`, and these fields of a chat request beside it."""
+
+
+@dataclass(frozen=True)
+class ServedFiles:
+    """What a registered version is made of.
+
+    Attributes:
+        name: of the registered model.
+        base: folder or hub id.
+        adapter: folder.
+        numerics: how the base is to be loaded, `dtype`, `quantization` and `revision`, as far as it was recorded.
+        version: its number.
+        base_digest: the same for versions on the same base, wherever it lies; empty where nobody wrote it down.
+    """
+
+    name: str
+    base: str
+    adapter: Path
+    numerics: Mapping[str, str] = field(default_factory=dict)
+    version: int = 0
+    base_digest: str = ""
+
+
+def log_served_model(
+    run_id: str,
+    *,
+    base: Path | str,
+    adapter: Path,
+    name: str = "policy",
+    model: ModelSettings | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> str:
+    """Log a base and its adapter to a run as a model that can be registered and served without this project.
+
+    The model's folder holds copies of the adapter, of the base if that is a folder, and of `qadapter`'s source, and
+    names the versions of the packages it needs. It holds no pickle. The digests of both stand in it, and where the
+    store is on this machine, it has reached the disk when this returns.
+
+    Args:
+        run_id: the run of the store in `workspace()` or `MLFLOW_TRACKING_URI`.
+        base: folder, or hub id, which is then only named, with the commit that is used here now.
+        adapter: what a training wrote.
+        name: of the logged model, and of the customised policy in its answers.
+        model: how the base was loaded when the policy was trained and measured; it is then served so.
+        metadata: further values of its MLmodel file.
+
+    Returns:
+        What to register: `create_model_version(…, source=…)`.
+
+    Raises:
+        QAdapterError: the adapter folder is missing, or the store is full, read-only or away, or refuses a file.
+    """
+    if not adapter.is_dir():
+        raise QAdapterError(f"There is no adapter folder {adapter}. Give the folder that a training wrote.")
+    local = Path(base).is_dir()
+    artifacts = {"adapter": str(adapter.resolve())} | ({"base": str(Path(base).resolve())} if local else {})
+    numerics = _numerics(base, local, model)
+    digests = {f"{part}_digest": digest_tree(Path(folder)) for part, folder in artifacts.items()}
+    described = {**numerics, **digests}
+    config = {"name": name, **described} if local else {"name": name, "base": str(base), **described}
+    packages = (*_PACKAGES, "bitsandbytes") if numerics.get("quantization", "none") != "none" else _PACKAGES
+    package = Path(str(qadapter.__file__)).parent
+    with _store() as uri, away_errors(uri), storage_errors(workspace()):
+        logged = Model.log(
+            artifact_path=None,
+            flavor=mlflow.pyfunc,
+            name=name,
+            run_id=run_id,
+            python_model=str(_CODE),
+            artifacts=artifacts,
+            code_paths=[str(package)],
+            signature=SIGNATURE,
+            pip_requirements=[f"{one}=={version(one).partition('+')[0]}" for one in packages],
+            model_config=config,
+            metadata={
+                **(metadata or {}),
+                f"{_PREFIX}base": "artifact" if local else str(base),
+                **{f"{_PREFIX}{key}": value for key, value in described.items()},
+            },
+        )
+        _push_to_disk(Path(logged.artifact_path))
+        # A client of a database looks `models:/…` up in MLflow's global store, which need not be this one.
+        return str(logged.model_uri if uri.startswith("http") else logged.artifact_path)
+
+
+def _numerics(base: Path | str, local: bool, model: ModelSettings | None) -> dict[str, str]:
+    """How to load the base again: precision as it was trained with, and for a hub id the commit behind its revision."""
+    found: dict[str, str] = {} if model is None else {"dtype": model.dtype, "quantization": model.quantization}
+    if local:
+        return found
+    pinned = commit_of(str(base), model.revision if model else None)
+    return {**found, "revision": pinned} if pinned else found
+
+
+def _push_to_disk(folder: Path) -> None:
+    """Before anything names it: a power cut must not leave a registered version whose files were never written."""
+    if not folder.is_dir():  # a server has it
+        return
+    sync_tree(folder)
+    for above in folder.parents[:4]:  # the model's folder, `models`, the experiment's, `mlruns`: they may be new
+        sync_to_disk(above)
+
+
+def find_served_model(model: str) -> ServedFiles:
+    """The files behind a registered version, downloaded once if the store is not on this machine.
+
+    Every byte is read once: what is not what was registered is refused.
+
+    Args:
+        model: `NAME@ALIAS` or `NAME/VERSION`.
+
+    Raises:
+        QAdapterError: there is no such version, it was not logged by `log_served_model`, or MLflow is away.
+        DamagedError: its files are gone, or others than when it was registered.
+    """
+    found = _Registered.find(model)
+    return ServedFiles(
+        found.name,
+        found.base(),
+        found.part("adapter"),
+        found.numerics(),
+        int(found.number),
+        found.digest("base") or "",
+    )
+
+
+def version_of(model: str) -> int:
+    """The number of the version that a name stands for now, as `find_served_model` would find it.
+
+    Raises:
+        QAdapterError: there is none, or MLflow is away.
+    """
+    return int(_version_of(model)[1].version)
+
+
+def find_adapter(model: str) -> Path:
+    """As `find_served_model`, the adapter's folder alone: a base can be large, and is not downloaded."""
+    return _Registered.find(model).part("adapter")
+
+
+def find_base(model: str) -> str:
+    """As `find_served_model`, the base alone: its folder or hub id."""
+    return _Registered.find(model).base()
+
+
+def find_numerics(model: str) -> Mapping[str, str]:
+    """As `find_served_model`, `ServedFiles.numerics` alone: no file of the policy is fetched."""
+    return _Registered.find(model).numerics()
+
+
+def check_files(model: str) -> None:
+    """Hold what is registered against its digests; a base only where it lies on this machine, it is not downloaded.
+
+    Copies that were downloaded before say nothing about what the store has now, and are left out.
+
+    Raises:
+        QAdapterError: as `find_served_model`.
+    """
+    found = _Registered.find(model)
+    if found.here:
+        found.part("adapter")
+        found.base()
+    else:
+        with tempfile.TemporaryDirectory(prefix="qadapter-") as folder:
+            found.refuse_damage("adapter", found.fetch(found.parts["adapter"]["path"], Path(folder)))
+
+
+@dataclass(frozen=True)
+class _Registered:
+    """A registered version, of which only the description was fetched.
+
+    Attributes:
+        name: of the registered model.
+        number: of the version.
+        place: address of its files.
+        tags: of the version.
+        parts: of the model, by name, each with its `path` in the model's folder.
+        metadata: of the MLmodel file.
+    """
+
+    name: str
+    number: str
+    place: str
+    tags: Mapping[str, str]
+    parts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def find(cls, model: str) -> _Registered:
+        """The version behind `NAME@ALIAS` or `NAME/VERSION`."""
+        store, version = _version_of(model)
+        name, number = str(version.name), str(version.version)
+        place = store.call("get_model_version_download_uri", name, number)
+        found = cls(name, number, str(place), dict(version.tags))
+        with tempfile.TemporaryDirectory(prefix="qadapter-") as folder:
+            file = found.fetch("MLmodel", Path(folder))
+            try:
+                described = Model.load(str(file))
+            except (yaml.YAMLError, TypeError, ValueError, MlflowException):
+                raise DamagedError(
+                    f"Version {number} of {name!r} in MLflow at {shown(store.uri)} is damaged: {file} is no "
+                    "description of a model. Restore it from a backup, or roll back to another version "
+                    "(`make rollback`)."
+                ) from None
+        parts = (described.flavors.get("python_function") or {}).get("artifacts", {})
+        metadata = described.metadata or {}
+        if _PREFIX + "base" not in metadata or "adapter" not in parts:
+            raise QAdapterError(
+                f"The model {model!r} is no base with an adapter. Register what log_served_model logged."
+            )
+        return replace(found, parts=parts, metadata=metadata)
+
+    @property
+    def here(self) -> bool:
+        """Whether its files lie on this machine; then they are used where they are."""
+        return local_path(self.place) is not None
+
+    def base(self) -> str:
+        """Hub id, or the folder, fetched and whole."""
+        base = str(self.metadata[_PREFIX + "base"])
+        return str(self.part("base")) if base == "artifact" else base
+
+    def numerics(self) -> dict[str, str]:
+        """What was recorded of how the base is to be loaded."""
+        names = ("dtype", "quantization", "revision")
+        return {name: str(self.metadata[_PREFIX + name]) for name in names if _PREFIX + name in self.metadata}
+
+    def digest(self, part: str) -> str | None:
+        """What `adapter` or `base` must be: the version's tag, which says what was judged.
+
+        A model that was registered by hand has only its own word.
+        """
+        key = f"{part}_digest"
+        return self.tags.get(key) or self.metadata.get(_PREFIX + key)
+
+    def part(self, name: str) -> Path:
+        """The folder of `adapter` or `base`, fetched and whole."""
+        path, expected, whole = self.parts[name]["path"], self.digest(name), False
+        if self.here:
+            folder = self.fetch(path, None)
+        else:
+            # Versions that share a base share the copy of it.
+            key = expected or hashlib.sha256(f"{self.place}/{path}".encode()).hexdigest()
+            place = workspace() / ".qadapter" / "downloads" / "models" / key
+
+            def holds(folder: Path) -> bool:
+                nonlocal whole
+                whole = expected is None or digest_tree(folder) == expected
+                return whole
+
+            folder = downloaded(place, path, lambda at: self.fetch(path, at), holds)
+        if not whole:  # a large base is read once, not twice
+            self.refuse_damage(name, folder)
+        return folder
+
+    def refuse_damage(self, part: str, folder: Path) -> None:
+        """Hold a folder against what it must be."""
+        uri = shown(tasks.tracking.tracker.tracking_uri(workspace()))
+        what = f"{part} of version {self.number} of {self.name!r} in MLflow at {uri}"
+        refuse_damage(folder, self.digest(part), what)
+
+    def fetch(self, path: str, to: Path | None) -> Path:
+        """One of its files or folders: where it lies, or where it lies below `to` if it must be fetched."""
+        at = None if self.here or to is None else str(to)
+        with _store() as uri, away_errors(uri):
+            try:
+                with storage_errors(to or workspace()):
+                    return Path(
+                        mlflow.artifacts.download_artifacts(f"models:/{self.name}/{self.number}/{path}", dst_path=at)
+                    )
+            except QAdapterError as error:
+                raise QAdapterError(str(error)) from None  # the cause may have the store's address as given
+            except (MlflowException, FileNotFoundError, requests.HTTPError) as error:
+                status = status_of(error)
+                # A server says 500 where a file is gone, and what it is asked before and after is answered.
+                if (is_away(error) and status != 500) or status in (401, 403):
+                    raise
+                raise DamagedError(
+                    f"MLflow at {shown(uri)} knows version {self.number} of {self.name!r}, but its {path} cannot be "
+                    f"read ({shown(str(error)).splitlines()[0]}). Restore the artifacts of that version, or register "
+                    "it again."
+                ) from None
+
+
+def _version_of(model: str) -> tuple[MlflowStore, Any]:
+    """The store, and MLflow's own description of the version behind `NAME@ALIAS` or `NAME/VERSION`."""
+    name, at, alias = model.partition("@")
+    if not at:
+        name, _, number = model.partition("/")
+    if not name or name == model:
+        raise QAdapterError(f"{model!r} names no version. Give NAME@ALIAS or NAME/VERSION, such as policy@champion.")
+    tracker = tasks.tracking.tracker.Tracker.for_project(workspace())
+    store = MlflowStore(tracker.uri, tracker.artifact_root)
+    try:
+        if at:  # an alias can move between two downloads, a version cannot
+            return store, store.call("get_model_version_by_alias", name, alias)
+        return store, store.call("get_model_version", name, number)
+    except RefusedError as error:
+        unknown = error.code in (NOT_FOUND, "INVALID_PARAMETER_VALUE")
+        what = "has no" if unknown else "does not hand out the"
+        raise QAdapterError(
+            f"MLflow at {shown(tracker.uri)} {what} model {model!r} ({error.reason}). `mlflow ui` lists the registered "
+            "models; QADAPTER_HOME or MLFLOW_TRACKING_URI say which store is read."
+        ) from None
+
+
+@contextmanager
+def _store() -> Iterator[str]:
+    """MLflow's fluent calls read the store from globals: the project's within the block, what was there behind it.
+
+    Yields:
+        The project's tracking URI, which is a secret if it has a password: `shown` makes it fit for a message.
+    """
+    with _GLOBALS:
+        variable = os.environ.get("MLFLOW_TRACKING_URI")
+        uri = tasks.tracking.tracker.tracking_uri(workspace())
+        mlflow.set_tracking_uri(uri)
+        try:
+            yield uri
+        finally:
+            mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # unsets it, and the variable too
+            if variable is not None:
+                os.environ["MLFLOW_TRACKING_URI"] = variable

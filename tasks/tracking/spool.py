@@ -1,0 +1,116 @@
+"""What a server could not be told while it was away: kept in a file, in order, until it can be told."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from qadapter.files.artifacts import storage_errors, sync_to_disk
+
+Entry = dict[str, Any]
+
+
+class Spool:
+    """JSON lines that threads, processes and later runs share.
+
+    Whoever delivers says what is left when it is done: a killed delivery is begun again, so delivering an entry twice
+    must do no harm.
+
+    Attributes:
+        file: the entries; absent while nothing waits.
+        refused: those that no later attempt can deliver, each with its reason.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._names = file.with_suffix(".names.jsonl")
+        self.refused = file.with_suffix(".refused.jsonl")
+
+    @property
+    def waiting(self) -> bool:
+        """Whether anything is to be delivered."""
+        return self.file.exists()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other threads and processes from adding or delivering."""
+        with storage_errors(self.file):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.file.with_suffix(".lock"))
+        with lock:
+            yield
+
+    def append(self, entry: Entry) -> None:
+        """Add an entry; it is on the disk when this returns."""
+        with self.locked():
+            _append(self.file, entry)
+
+    def entries(self) -> list[Entry]:
+        """All entries in order; a line that a power cut left unfinished is none."""
+        return _read(self.file)
+
+    def refuse(self, entry: Entry, reason: str) -> None:
+        """Put an entry aside that no later attempt can deliver either."""
+        _append(self.refused, {"reason": reason, **entry})
+
+    def keep(self, entries: Sequence[Entry]) -> None:
+        """Everything was delivered but these; only under `locked`.
+
+        Raises:
+            QAdapterError: the disk is full or cannot be written to; then all that was there still is.
+        """
+        if not entries:
+            self.file.unlink(missing_ok=True)
+            return
+        rest = self.file.with_suffix(".rest")
+        with storage_errors(self.file):
+            with rest.open("wb") as stream:
+                stream.writelines(_line(entry) for entry in entries)
+                stream.flush()
+                os.fsync(stream.fileno())
+            rest.replace(self.file)
+            sync_to_disk(self.file.parent)
+
+    def name(self, ticket: str, identity: str) -> None:
+        """Remember what something is called since it was delivered that had only a ticket before."""
+        _append(self._names, {"ticket": ticket, "identity": identity})
+
+    def identity_of(self, ticket: str) -> str | None:
+        """What a ticket became; None before it was delivered."""
+        return {row["ticket"]: str(row["identity"]) for row in _read(self._names)}.get(ticket)
+
+
+def _append(file: Path, entry: Entry) -> None:
+    with storage_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("ab+") as stream:
+            if stream.tell() and not _ends_in_newline(stream):
+                stream.write(b"\n")
+            stream.write(_line(entry))
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def _line(entry: Entry) -> bytes:
+    return json.dumps(entry, default=str).encode() + b"\n"
+
+
+def _ends_in_newline(stream: Any) -> bool:
+    stream.seek(-1, os.SEEK_END)
+    return bool(stream.read(1) == b"\n")
+
+
+def _read(file: Path) -> list[Entry]:
+    if not file.exists():
+        return []
+    found = []
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [entry for entry in found if isinstance(entry, dict)]

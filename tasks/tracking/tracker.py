@@ -1,0 +1,401 @@
+"""Runs in MLflow. Every call names its run, so threads and processes cannot mix them up.
+
+A server that is away is waited for (`store.py`); one that stays away stops no run (`outbox.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import logging
+import os
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qadapter.errors import QAdapterError
+from qadapter.files.process_tags import ProcessTag
+from qadapter.files.url_secrets import shown
+from tasks.tracking.outbox import TICKET, TICKET_TAG, Outbox
+from tasks.tracking.store import (
+    MAX_DATASET_DIGEST_SIZE,
+    MAX_METRICS_PER_BATCH,
+    MAX_PARAM_VAL_LENGTH,
+    SQLITE,
+    MlflowStore,
+    first_use,
+)
+
+_LOGGER = logging.getLogger(__name__)
+_NAMES_PER_BATCH = 100  # params, and as many tags
+_PATIENCE = 60.0  # seconds
+_PROCESS_TAG = "qadapter.process"
+_PARENT_TAG = "mlflow.parentRunId"
+FLOW_RUN_TAG = "prefect.flow_run_id"
+"""On a run that stands for a flow run: that one's id in Prefect."""
+
+Row = Mapping[str, float]
+
+
+def tracking_uri(project_root: Path) -> str:
+    """Where runs are recorded: `MLFLOW_TRACKING_URI`, or MLflow's own default file made absolute.
+
+    The default is what a bare `mlflow ui` in the project root opens.
+    """
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{project_root.resolve().as_posix()}/mlflow.db"
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as MLflow parameters: dotted names, lists as compact JSON, long values cut at MLflow's limit.
+
+    URLs lose user, password and query.
+    """
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        label = prefix + re.sub(r"[^\w. :/-]", "_", str(name))  # MLflow refuses other characters
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{label}.")
+            continue
+        text = json.dumps(value, separators=(",", ":")) if isinstance(value, list | tuple | dict) else str(value)
+        text = shown(text)
+        flat[label] = text if len(text) <= MAX_PARAM_VAL_LENGTH else text[: MAX_PARAM_VAL_LENGTH - 1] + "…"
+    return flat
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """Writes runs to one MLflow store. Holds two strings only, so it can be handed to any thread or process.
+
+    Attributes:
+        uri: MLflow's tracking URI.
+        artifact_root: folder below which a local store keeps artifacts; a server has its own and ignores it.
+    """
+
+    uri: str
+    artifact_root: str
+
+    @classmethod
+    def for_project(cls, project_root: Path) -> Tracker:
+        """The tracker of a project folder: `mlflow.db` and `mlruns/` there, or what `MLFLOW_TRACKING_URI` names."""
+        return cls(tracking_uri(project_root), str(project_root.resolve() / "mlruns"))
+
+    # ---- runs
+
+    def start_parent(
+        self,
+        experiment: str,
+        run_name: str,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Start the run that stands for a whole flow run, creating the experiment if needed.
+
+        Returns:
+            The run's id.
+
+        Raises:
+            AwayError: MLflow does not answer. A run is not started without it: its address may be wrong.
+        """
+        self.deliver()
+        experiment_id = self.experiment_id(experiment)
+        run = self._store.call("create_run", experiment_id, tags=self._tags(tags), run_name=run_name)
+        return self._with_params(str(run.info.run_id), params)
+
+    def start_child(
+        self,
+        parent_run_id: str,
+        run_name: str,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Start a run below another one, in the same experiment.
+
+        Returns:
+            The run's id, or while MLflow is away a ticket that stands for it in all methods of this class.
+        """
+        ticket = f"{TICKET}{uuid.uuid4().hex}"
+        run_id = self._outbox.record(
+            "start",
+            ticket,
+            parent=parent_run_id,
+            name=run_name,
+            time=_now(),
+            tags=self._tags({**(tags or {}), TICKET_TAG: ticket}),
+        )
+        return self._with_params(run_id or ticket, params)
+
+    def finish(self, run_id: str, status: str = "FINISHED") -> None:
+        """End a run as FINISHED, FAILED or KILLED."""
+        self._outbox.record("finish", run_id, status=status, time=_now())
+
+    @contextlib.contextmanager
+    def child(
+        self,
+        parent_run_id: str,
+        run_name: str,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, Any] | None = None,
+    ) -> Iterator[str]:
+        """`start_child` for a `with` block, which always ends the run: FAILED on an error, KILLED on an interrupt."""
+        run_id = self.start_child(parent_run_id, run_name, params, tags)
+        with self.ending(run_id):
+            yield run_id
+
+    @contextlib.contextmanager
+    def ending(self, run_id: str) -> Iterator[str]:
+        """End an open run when the block is left, as `child` does."""
+        try:
+            yield run_id
+        except BaseException as error:
+            try:
+                self.finish(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+            except Exception as second:  # the first error is the one to report
+                _LOGGER.warning("Run %s could not be marked as failed: %s", run_id, second)
+            raise
+        self.finish(run_id)
+
+    def close_abandoned(self, experiment: str, ended: Callable[[set[str]], set[str]] = lambda _: set()) -> list[str]:
+        """Mark runs as KILLED that were left open: their process was killed, or their flow run has ended.
+
+        If the end of such a run is told later, out of another machine's spool, that is what counts.
+
+        Args:
+            experiment: its name.
+            ended: given ids of flow runs, those that have ended. It is asked about runs whose process cannot be judged
+                from here: another machine's, another container's, an earlier version's.
+
+        Returns:
+            The ids of those runs.
+        """
+        self.deliver()  # an end that MLflow has not been told of yet
+        found = self._store.call("get_experiment_by_name", experiment)
+        if found is None:
+            return []
+        closed, unknown = [], []
+        for run in self._store.call("search_runs", [found.experiment_id], "attributes.status = 'RUNNING'"):
+            process = ProcessTag.read(run.data.tags.get(_PROCESS_TAG, ""))
+            dead = process.is_dead() if process else None
+            if dead is None:
+                unknown.append(run)
+            elif dead:
+                closed.append(run.info.run_id)
+        if flows := self._flow_runs_of(unknown, found.experiment_id):
+            over = ended(set(flows.values()))
+            closed += [run for run, flow in flows.items() if flow in over]
+        for run_id in closed:
+            self.finish(run_id, "KILLED")
+        return closed
+
+    def _flow_runs_of(self, runs: Sequence[Any], experiment_id: str) -> dict[str, str]:
+        """Run id → id of the flow run that it, or its parent, stands for; without those that have none."""
+        tags = {run.info.run_id: run.data.tags for run in runs}
+        parents = {found[_PARENT_TAG] for found in tags.values() if _PARENT_TAG in found} - tags.keys()
+        known = dict(tags)
+        if parents:
+            names = ", ".join(f"'{parent}'" for parent in sorted(parents))
+            found = self._store.call("search_runs", [experiment_id], f"attributes.run_id IN ({names})")
+            known |= {run.info.run_id: run.data.tags for run in found}
+        flows = {
+            run: found.get(FLOW_RUN_TAG) or known.get(found.get(_PARENT_TAG), {}).get(FLOW_RUN_TAG)
+            for run, found in tags.items()
+        }
+        return {run: flow for run, flow in flows.items() if flow}
+
+    def tags(self, run_id: str) -> dict[str, str]:
+        """A run's tags."""
+        return dict(self._store.call("get_run", run_id).data.tags)
+
+    def experiment_id(self, name: str) -> str:
+        """The id of an experiment, created on first use; safe when several processes do so at once.
+
+        Raises:
+            QAdapterError: it was deleted in the UI.
+        """
+        found = self._store.call("get_experiment_by_name", name)
+        if found is None:
+            with first_use(self.uri):
+                found = self._store.call("get_experiment_by_name", name) or self._store.create_experiment(name)
+        if found.lifecycle_stage != "active":
+            raise QAdapterError(
+                f"MLflow's experiment {name!r} at {shown(self.uri)} was deleted. Bring it back with "
+                f"`mlflow experiments restore -x {found.experiment_id}`, or choose another experiment name."
+            )
+        return str(found.experiment_id)
+
+    def _tags(self, tags: Mapping[str, Any] | None) -> dict[str, str]:
+        return {
+            "mlflow.user": _user(),
+            _PROCESS_TAG: ProcessTag.own().text(),
+            **{name: str(value) for name, value in (tags or {}).items()},
+        }
+
+    def _with_params(self, run_id: str, params: Mapping[str, Any] | None) -> str:
+        try:
+            self.log_params(run_id, params or {})
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self.finish(run_id, "FAILED")
+            raise
+        return run_id
+
+    # ---- values
+
+    def log(
+        self,
+        run_id: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, Any] | None = None,
+        history: Iterable[Row] = (),
+    ) -> None:
+        """Record settings, tags and curves in as few calls as MLflow takes: each one is several transactions.
+
+        Args:
+            run_id: the run.
+            params: settings; see `flatten` for how nested ones are named.
+            tags: name → value.
+            history: curves, each row {"step": n, metric name: value, ...}; steps need not be complete.
+        """
+        now = _now()
+        waiting: dict[str, list[Any]] = {
+            "params": list(flatten(params or {}).items()),
+            "tags": [(name, str(value)) for name, value in (tags or {}).items()],
+            "metrics": [
+                (name, float(value), now, int(row["step"]))
+                for row in history
+                for name, value in row.items()
+                if name != "step"
+            ],
+        }
+        while any(waiting.values()):
+            batch = {name: waiting[name][:_NAMES_PER_BATCH] for name in ("params", "tags")}
+            room = MAX_METRICS_PER_BATCH - sum(map(len, batch.values()))  # MLflow's limit is on all three together
+            batch["metrics"] = waiting["metrics"][:room]
+            waiting = {name: entries[len(batch[name]) :] for name, entries in waiting.items()}
+            self._outbox.record("batch", run_id, **{name: entries for name, entries in batch.items() if entries})
+
+    def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+        """Record settings; see `flatten` for how nested ones are named."""
+        self.log(run_id, params=params)
+
+    def log_tags(self, run_id: str, tags: Mapping[str, Any]) -> None:
+        """Set tags on a run."""
+        self.log(run_id, tags=tags)
+
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Record one value for each metric."""
+        self.log(run_id, history=[{"step": step, **metrics}])
+
+    def log_history(self, run_id: str, rows: Iterable[Row]) -> None:
+        """Record curves; see `log`."""
+        self.log(run_id, history=rows)
+
+    def log_dataset(
+        self,
+        run_id: str,
+        name: str,
+        source: str,
+        digest: str,
+        context: str = "training",
+        profile: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Record a data set as an input of a run.
+
+        Args:
+            run_id: the run.
+            name: what the UI calls it.
+            source: where it came from: path, URL (recorded without password and query) or hub id.
+            digest: of its content; MLflow keeps the first 36 characters.
+            context: what it was used for: training, evaluation, ...
+            profile: small facts about it, such as the number of rows.
+        """
+        self._outbox.record(
+            "dataset",
+            run_id,
+            name=name,
+            digest=digest[:MAX_DATASET_DIGEST_SIZE],
+            type="http" if "://" in source else "local",
+            source=json.dumps({"url" if "://" in source else "uri": shown(source)}),
+            profile=json.dumps(dict(profile or {})),
+            context=context,
+        )
+
+    # ---- files
+
+    def log_folder(
+        self, run_id: str, path: Path, artifact_path: str | None = None, max_bytes_per_file: int | None = None
+    ) -> None:
+        """Copy a folder's files into a run's artifacts. It must stay where it is until it was delivered.
+
+        Args:
+            run_id: the run.
+            path: the folder.
+            artifact_path: folder among the artifacts; their root if None.
+            max_bytes_per_file: a larger file is not copied but listed in `references.json` beside the others, with
+                its name, size, sha256 and where it lies. None copies all.
+        """
+        self._outbox.record(
+            "folder", run_id, path=str(path.absolute()), artifact_path=artifact_path, max_bytes=max_bytes_per_file
+        )
+
+    def log_file(self, run_id: str, file: Path, artifact_path: str | None = None) -> None:
+        """Copy one file into a run's artifacts, under its own name."""
+        self._outbox.record("file", run_id, path=str(file.absolute()), artifact_path=artifact_path)
+
+    def log_text(self, run_id: str, text: str, artifact_file: str) -> None:
+        """Store a text among a run's artifacts."""
+        self._outbox.record("text", run_id, text=text, artifact_file=artifact_file)
+
+    def log_table(self, run_id: str, columns: Mapping[str, Sequence[Any]], artifact_file: str) -> None:
+        """Store a table (column name to values; the file ends in `.json`) that the UI can show across runs."""
+        table = {name: list(values) for name, values in columns.items()}
+        self._outbox.record("table", run_id, columns=table, artifact_file=artifact_file)
+
+    # ---- the way there
+
+    @property
+    def downloads(self) -> Path:
+        """Folder that keeps what was fetched from a store of another machine."""
+        return Path(self.artifact_root).parent / ".qadapter" / "downloads"
+
+    @property
+    def _store(self) -> MlflowStore:
+        return MlflowStore(self.uri, self.artifact_root)
+
+    @property
+    def _outbox(self) -> Outbox:
+        return Outbox(self._store)
+
+    def deliver(self, patience: float = 0.0) -> bool:
+        """Tell MLflow what it missed while it was away; see `Outbox.deliver`."""
+        return self._outbox.deliver(patience)
+
+    def call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """Call a method of MLflow's client by its name (for `registry.py`), after all that waits to be told.
+
+        Tickets among the arguments become run ids.
+
+        Raises:
+            AwayError: MLflow does not answer.
+            RefusedError: it will not, or a ticket stands for a run that it refused to start.
+        """
+        self.deliver(_PATIENCE)
+        run_of = self._outbox.run_of
+        options = {name: run_of(value) if isinstance(value, str) else value for name, value in options.items()}
+        return self._store.call(method, *(run_of(v) if isinstance(v, str) else v for v in arguments), **options)
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # no name for this user id, as in many containers
+        return "unknown"

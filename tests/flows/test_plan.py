@@ -1,0 +1,404 @@
+"""A plan names what the flow would run and estimates what it would cost, without running or reaching for anything."""
+
+from __future__ import annotations
+
+import math
+import re
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from flows.full_paper_repro import experiment_stages
+from flows.running import plan
+from flows.running.plan import PlannedStage, Recorder, plan_text
+from qadapter.config.experiment import Experiment, load_experiment, profiles
+from qadapter.config.model import FromScratch, LoraSettings, ModelSettings
+from qadapter.config.training import OptimizerSettings
+from qadapter.errors import QAdapterError
+from qadapter.judging.plan import criterion_of, endpoint_share, judged_rows
+from qadapter.planning import estimate as planning
+from qadapter.preferences import sources
+from qadapter.training.adapt import lora_config
+
+
+def real_model(size: FromScratch) -> LlamaForCausalLM:
+    """A model of this size with the whole vocabulary."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=size.vocab_size,
+            hidden_size=size.hidden_size,
+            intermediate_size=size.intermediate_size,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.heads,
+            num_key_value_heads=size.heads,
+            max_position_embeddings=size.context,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+def parameters(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# ---- sizes
+
+
+@pytest.mark.parametrize("profile", [name for name in profiles() if load_experiment(name).model.from_scratch])
+def test_parameters_of_a_model_from_scratch(profile: str) -> None:
+    experiment = load_experiment(profile)
+    assert experiment.model.from_scratch is not None
+    found = planning.model_size(experiment.model)
+    model = real_model(experiment.model.from_scratch)
+    assert found.parameters == pytest.approx(parameters(model), rel=0.02)
+    adapted = get_peft_model(model, lora_config(experiment.lora))  # type: ignore[arg-type]
+    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert planning.adapter_parameters(found, experiment.lora) == pytest.approx(trainable, rel=0.15)
+
+
+@pytest.mark.parametrize(("tied", "kv_heads"), [(True, 4), (False, 2)])
+def test_parameters_of_a_model_in_a_folder(tmp_path: Path, tied: bool, kv_heads: int) -> None:
+    config = LlamaConfig(
+        vocab_size=500,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=tied,
+    )
+    config.save_pretrained(tmp_path)
+    found = planning.model_size(ModelSettings(pretrained=str(tmp_path)))
+    assert found.parameters == pytest.approx(parameters(LlamaForCausalLM(config)), rel=0.02)
+    assert (found.hidden_size, found.layers, found.vocab_size) == (64, 3, 500)
+    assert "from the config" in found.assumption
+
+
+def test_a_size_out_of_a_name() -> None:
+    """Llama-3.1-8B has 8.0 billion parameters, hidden size 4096 and 32 layers; the guess is near."""
+    found = planning.model_size(ModelSettings(pretrained="nobody/Llama-3.1-8B-Instruct"))
+    assert found.parameters == 8e9
+    assert found.hidden_size == pytest.approx(4096, rel=0.1)
+    assert found.layers == pytest.approx(32, abs=4)
+    assert "guessed from the name" in found.assumption
+    assert planning.model_size(ModelSettings(pretrained="nobody/tiny-125m")).parameters == 125e6
+
+
+def test_a_name_without_a_size_is_refused() -> None:
+    with pytest.raises(QAdapterError, match="says no size"):
+        planning.model_size(ModelSettings(pretrained="nobody/some-model"))
+
+
+# ---- arithmetic
+
+
+def settings(**changes: Any) -> OptimizerSettings:
+    return OptimizerSettings(**{"learning_rate": 1e-3, "batch_size": 16, "max_length": 64, **changes})
+
+
+def test_steps() -> None:
+    """100 pairs, 16 a step, one and a half epochs: ⌈9.375⌉ = 10; a number of steps that is given wins."""
+    assert planning.steps(100, settings(epochs=1.5)) == 10
+    assert planning.steps(100, settings(epochs=1.5, max_steps=7)) == 7
+    assert planning.steps(96, settings(epochs=1)) == 6
+
+
+def test_operations_and_memory_by_hand() -> None:
+    size = planning.ModelSize(1e6, 100, 2, 1000, "test")
+    assert planning.training_flops(size, tokens=50, passes=3) == 2 * 1e6 * 50 * 3
+    whole = planning.weights_gb(size, ModelSettings(pretrained="x/1M"))
+    half = planning.weights_gb(size, ModelSettings(pretrained="x/1M", dtype="bfloat16"))
+    eight = planning.weights_gb(size, ModelSettings(pretrained="x/1M", dtype="bfloat16", quantization="int8"))
+    assert (whole * 2**30, half * 2**30, eight * 2**30) == pytest.approx((4e6, 2e6, 1e6))
+
+
+def test_memory_grows_with_what_costs_memory() -> None:
+    size = planning.ModelSize(8e9, 4096, 32, 128_256, "test")
+    model, lora = ModelSettings(pretrained="x/8B", dtype="bfloat16", quantization="int8"), LoraSettings()
+
+    def memory(**changes: Any) -> float:
+        return planning.training_memory_gb(size, model, lora, settings(max_length=512, bf16=True, **changes))
+
+    small = memory(micro_batch_size=1, gradient_checkpointing=True)
+    assert 8 < small < 16  # 7.5 GiB of weights in 8 bits and some activations
+    assert small < memory(micro_batch_size=4, gradient_checkpointing=True)
+    assert memory(micro_batch_size=4, gradient_checkpointing=True) < memory(micro_batch_size=4)
+
+
+# ---- stages
+
+
+def recorded(experiment: Experiment) -> list[PlannedStage]:
+    recorder = Recorder()
+    experiment_stages(experiment, recorder)
+    return recorder.stages
+
+
+def expected_names(x: Experiment) -> list[str]:
+    """Every stage a flow run would have, counted out of the config by itself."""
+    names = ["toy-world"] if x.toy_world else []
+    names += [f"prepare-{source}" for source in x.sources]
+    names += ["build-benchmarks"] if x.built_benchmarks else []
+    names += ["pretrain"]
+    names += ["helpful-sft"] if x.helpful_sft else []
+    names += [f"retention-{base}" for base in {domain.base for domain in x.domains.values()}]
+    for domain in x.domains:
+        names += [f"evaluate-{domain}-base-None"]
+        names += [f"judge-{domain}"] if x.judge_of(domain) == "reward-model" else []
+        names += [f"answers-{domain}"] if "replay" in x.methods.run else []
+        for method, seed in product(x.methods.run, x.seeds):
+            names += [f"train-{domain}-{method}-{seed}", f"evaluate-{domain}-{method}-{seed}"]
+    return [*names, "report"]
+
+
+@pytest.mark.parametrize("profile", profiles())
+@pytest.mark.parametrize("overrides", [{}, {"seeds": [0, 1, 2], "methods.run": ["q-adapter", "dpo"]}])
+def test_every_stage_is_named(profile: str, overrides: dict[str, Any]) -> None:
+    experiment = load_experiment(profile, overrides)
+    stages = recorded(experiment)
+    names = [stage.name for stage in stages]
+    assert sorted(names) == sorted(expected_names(experiment))
+    assert len(set(names)) == len(names)
+    for place, stage in enumerate(stages):
+        assert {other.name for other in stage.feeds_on} <= set(names[:place]), stage.name
+
+
+def test_what_feeds_what() -> None:
+    by_name = {stage.name: {other.name for other in stage.feeds_on} for stage in recorded(load_experiment("smoke"))}
+    assert by_name["toy-world"] == set()
+    assert by_name["prepare-harmless"] == {"toy-world"}
+    assert by_name["helpful-sft"] == {"pretrain", "prepare-helpful"}
+    assert by_name["retention-helpful"] == {"helpful-sft", "prepare-helpful", "toy-world"}
+    assert by_name["answers-academy"] == {"helpful-sft", "prepare-academy"}
+    assert by_name["train-academy-dpo-0"] == {"helpful-sft", "prepare-academy"}
+    assert by_name["train-academy-replay-0"] == {"helpful-sft", "prepare-academy", "answers-academy"}
+    assert by_name["evaluate-academy-dpo-0"] == {
+        "helpful-sft",
+        "train-academy-dpo-0",
+        "evaluate-academy-base-None",
+        "prepare-academy",
+        "retention-helpful",
+        "prepare-helpful",
+        "toy-world",
+    }
+    evaluations = {name for name in by_name if name.startswith("evaluate-")}
+    assert evaluations < by_name["report"]
+
+
+def test_a_reward_model_is_trained_for_the_rows_of_its_domain() -> None:
+    by_name = {stage.name: {other.name for other in stage.feeds_on} for stage in recorded(load_experiment("mini"))}
+    assert by_name["judge-academy"] == {"helpful-sft", "prepare-academy"}
+    for row in ("base-None", "dpo-0", "replay-0"):
+        assert {name for name in by_name[f"evaluate-academy-{row}"] if "judge" in name} == {"judge-academy"}
+    assert not [name for name in by_name["train-academy-dpo-0"] if "judge" in name]
+
+
+def test_domains_may_start_from_different_bases() -> None:
+    by_name = {stage.name: {other.name for other in stage.feeds_on} for stage in recorded(load_experiment("paper"))}
+    assert "helpful-sft" in by_name["train-harmless-sft-0"]
+    assert "pretrain" in by_name["train-academy-sft-0"]
+    assert "helpful-sft" not in by_name["train-academy-sft-0"]
+    assert {"retention-helpful", "retention-pretrained"} <= set(by_name)
+
+
+# ---- the judge
+
+ENDPOINT = {
+    "evaluation.adaptation.judge": "endpoint",
+    "evaluation.adaptation.endpoint": {
+        "url": "http://127.0.0.1:9/v1",
+        "model": "some-judge",
+        "api_key_variable": "QADAPTER_TEST_KEY",
+        "input_price": 2.0,
+        "output_price": 10.0,
+    },
+}
+
+
+def test_the_price_of_a_judge_is_in_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty rows of twenty answers in two orders: 800 calls of 120 + 64 + 2 · 24 = 232 tokens and 64 in answer.
+
+    800 · (232 · 2 + 64 · 10) / 10⁶ = 0.8832. The key is nowhere in the plan.
+    """
+    monkeypatch.setenv("QADAPTER_TEST_KEY", "sk-secret")
+    text = plan_text("smoke", None, ENDPOINT)
+    assert "Judge of the answers\n  endpoint: harmless, academy, business, entertainment, literature\n" in text
+    assert "endpoint some-judge: 800 calls (two orders" in text
+    assert "up to 232 tokens each, about 0.88, no budget" in text
+    assert "sk-secret" not in text
+    assert "about 0.88, budget 0.90" in plan_text(
+        "smoke", None, ENDPOINT | {"evaluation.adaptation.endpoint.budget": 0.9}
+    )
+    experiment = load_experiment("smoke", ENDPOINT | {"evaluation.adaptation.endpoint.budget": 0.9})
+    assert judged_rows(experiment) == 20
+    assert endpoint_share(experiment, 20).budget == pytest.approx(0.9 / 20)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"evaluation.adaptation.endpoint.budget": 0.5},
+            r"endpoint\.budget: 0\.50, but judging would cost about 0\.88",
+        ),
+        ({"evaluation.adaptation.endpoint.api_key_variable": "QADAPTER_NO_KEY"}, "QADAPTER_NO_KEY, which is not set"),
+        ({"evaluation.adaptation.endpoint.url": "localhost"}, r"evaluation\.adaptation\.endpoint: The judge's url"),
+        ({"evaluation.adaptation.endpoint.input_price": None, "evaluation.adaptation.endpoint.budget": 1}, "no prices"),
+        (
+            {"domains.pirate": {"source": "academy", "base": "helpful"}},
+            r"evaluation\.adaptation\.criteria\.pirate: is missing",
+        ),
+    ],
+)
+def test_a_judge_that_cannot_work_is_refused(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], expected: str
+) -> None:
+    monkeypatch.setenv("QADAPTER_TEST_KEY", "sk-secret")
+    with pytest.raises(QAdapterError, match=expected):
+        plan_text("smoke", None, ENDPOINT | changes)
+
+
+def test_a_domain_of_ones_own_brings_its_criterion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QADAPTER_TEST_KEY", "sk-secret")
+    own = {
+        "domains.pirate": {"source": "academy", "base": "helpful"},
+        "evaluation.adaptation.criteria": {"pirate": "which reply a pirate would prefer"},
+    }
+    assert criterion_of(load_experiment("smoke", ENDPOINT | own), "pirate") == "which reply a pirate would prefer"
+    assert "960 calls (two orders" in plan_text("smoke", None, ENDPOINT | own)
+
+
+# ---- the text
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """No network, and a list of what was asked for."""
+    asked: list[str] = []
+
+    def check(source: str, **_: Any) -> Any:
+        asked.append(source)
+        raise QAdapterError(f"{source} cannot be reached; check the network")
+
+    monkeypatch.setattr(sources, "check", check)
+    return asked
+
+
+def cost_table(text: str) -> dict[str, list[float]]:
+    """Kind of stage → runs, steps, tokens, memory, hours on each machine, from the plan's own table."""
+    section = text.split("Cost (")[1].split("\n\n")[0].splitlines()[2:]
+    table = {}
+    for line in section:
+        found = re.fullmatch(r"  (\S.*?)\s{2,}([\d ,.–/]+)", line)
+        assert found, line
+        table[found[1]] = [
+            float("nan") if word == "–" else float(word.split("/")[-1].replace(",", "")) for word in found[2].split()
+        ]
+    return table
+
+
+def test_the_plan_of_smoke(offline: list[str]) -> None:
+    experiment = load_experiment("smoke")
+    text = plan_text("smoke", None)
+    stages = expected_names(experiment)
+    assert text.startswith(f"Plan of smoke: the config is valid, {len(stages)} stages.")
+    dag = text.split("Stages (")[1].splitlines()[1:]
+    assert sorted(line.split()[0] for line in dag) == sorted(stages)
+    table = cost_table(text)
+    domains = len(experiment.domains)
+    for method in experiment.methods.run:
+        assert table[f"train {method}"][:2] == [domains * len(experiment.seeds), experiment.training.max_steps]
+    assert table["pretrain_base"][:2] == [1, 700]
+    assert table["all"][0] == len(stages)
+    assert table["train dpo"][2] == table["train sft"][2]  # the same budget of tokens
+    hours = [values[4] for kind, values in table.items() if kind != "all"]
+    assert table["all"][-2] == pytest.approx(sum(hours), abs=0.005)
+    assert 0.001 < table["all"][-2] < 1  # minutes, not hours
+    assert "NOT REACHABLE" not in text
+    assert offline == []
+
+
+def test_a_step_of_a_pairwise_method_is_three_passes_and_of_sft_two(offline: list[str]) -> None:
+    table = cost_table(plan_text("smoke", None, ["training.max_steps=1000000"]))
+    assert table["train q-adapter"][4] == pytest.approx(1.5 * table["train sft"][4], rel=0.01)
+    assert table["train q-adapter"][4] == pytest.approx(table["train dpo"][4], rel=0.01)
+
+
+def test_a_plan_follows_the_overrides(offline: list[str]) -> None:
+    text = plan_text("smoke", None, ["training.max_steps=7", "seeds=[0,1,2]", "methods.run=[sft]"])
+    assert cost_table(text)["train sft"][:2] == [15, 7]
+    assert "train dpo" not in text
+
+
+def test_the_plan_of_mini(shared_data: Path) -> None:
+    text = plan_text("mini", str(shared_data))
+    assert text.startswith(f"Plan of mini: the config is valid, {len(expected_names(load_experiment('mini')))} stages.")
+    assert "NOT REACHABLE" not in text
+    for name in load_experiment("mini").sources:
+        line = next(line for line in text.splitlines() if line.startswith(f"  {name} "))
+        found = re.search(
+            r"([\d,]+) usable pairs on ([\d,]+) prompts, \d+ quarantined; about ([\d,]+) to train on", line
+        )
+        assert found, name
+        usable, prompts, train = (int(number.replace(",", "")) for number in found.groups())
+        assert 0 < prompts <= usable
+        assert 0 < train < usable
+    assert 0.05 < cost_table(text)["all"][-2] < 2  # hours on two cores
+
+
+def test_the_plan_of_paper_offline(offline: list[str]) -> None:
+    """Nothing answers, and the plan is made all the same: it says so and estimates from what the config expects."""
+    experiment = load_experiment("paper")
+    text = plan_text("paper", None)
+    lines = [line for line in text.splitlines() if "NOT REACHABLE now" in line]
+    assert [line.split()[0] for line in lines] == list(experiment.sources)
+    assert len(offline) >= len(lines)
+    assert "8,000.0 M parameters (guessed from the name" in text
+    assert "held as int8" in text
+    table = cost_table(text)
+    assert table["train dpo"][0] == 5
+    steps = []
+    for name, epochs in (("harmless", 2), ("academy", 3)):
+        source = experiment.sources[name]
+        assert source.expected_pairs is not None
+        steps.append(math.ceil((source.expected_pairs - source.judge_pairs) / 512 * epochs))
+    assert f" {steps[0]}/{steps[1]} " in next(line for line in text.splitlines() if line.startswith("  train dpo"))
+    tokens = sum(2 * 512 * count * 256 for count in (steps[0], *[steps[1]] * 4))
+    assert table["train dpo"][2] == pytest.approx(tokens)
+    items = 14_042 + 1_319 + 12_032 + 5_761 + 541
+    assert table["evaluate dpo"][2] == pytest.approx(5 * items * 512)
+    assert table["measure_base_retention"][2] == pytest.approx(2 * items * 512)
+    assert table["train_judge"][:2] == [5, math.ceil(2000 / 64)]
+    assert 8 < table["train dpo"][3] < 80  # GB: it fits onto one GPU of 80
+    assert 5 < table["all"][-1] < 1000  # hours on one H200
+    assert "2 operations per parameter and token" in text
+
+
+def test_a_plan_refuses_what_a_run_would_refuse(tmp_path: Path) -> None:
+    with pytest.raises(QAdapterError, match="unknown key, did you mean 'max_steps'"):
+        plan_text("smoke", None, ["training.max_step=7"])
+    with pytest.raises(QAdapterError, match="does not exist"):
+        plan_text("mini", str(tmp_path / "nowhere"))
+    with pytest.raises(QAdapterError, match="needs a data folder"):
+        plan_text("mini", None)
+    with pytest.raises(QAdapterError, match="did you mean"):
+        plan_text("smoke", None, ["evaluation.retention.tasks=[toy_fact]"])
+
+
+def test_questions_that_cannot_be_read_are_refused_before_anything_runs(shared_data: Path, tmp_path: Path) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"question": "2 + 2?", "answer": "4"}\n{"question": "no answer"}\n')
+    with pytest.raises(QAdapterError, match=r"built_benchmarks\.questions\.gsm8k: .* has no 'answer'"):
+        plan_text("mini", str(shared_data), [f"built_benchmarks.questions={{gsm8k: {questions}}}"])
+
+
+def test_a_plan_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, offline: list[str]) -> None:
+    monkeypatch.setenv("QADAPTER_HOME", str(tmp_path))
+    plan_text("smoke", None)
+    plan_text("paper", None)
+    assert list(tmp_path.iterdir()) == []
+    assert plan.Recorder().stages == []

@@ -1,0 +1,92 @@
+"""The task runners that independent stages go to; Dask for real where it is installed."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from prefect.task_runners import ProcessPoolTaskRunner, ThreadPoolTaskRunner
+
+from flows.full_paper_repro import full_paper_repro
+from flows.running.runners import task_runner
+from qadapter.config.experiment import load_experiment
+from qadapter.errors import QAdapterError
+from tests.processes.test_deployments import TINY
+
+
+def runner(**overrides: Any) -> Any:
+    return task_runner(load_experiment("smoke", {name.replace("__", "."): v for name, v in overrides.items()}))
+
+
+def test_one_stage_at_a_time_is_a_thread_and_several_are_processes() -> None:
+    assert isinstance(runner(), ThreadPoolTaskRunner)
+    several = runner(parallel=3)
+    assert isinstance(several, ProcessPoolTaskRunner)
+    assert several._max_workers == 3
+
+
+def test_dask_is_a_cluster_of_this_machine_or_the_one_that_is_named() -> None:
+    dask = pytest.importorskip("prefect_dask", reason='the extra is not installed: pip install -e ".[dask]"')
+    here = runner(parallel=2, runner__engine="dask")
+    assert isinstance(here, dask.DaskTaskRunner)
+    assert here.cluster_kwargs["n_workers"] == 2
+    assert here.cluster_kwargs["threads_per_worker"] == 1
+    there = runner(runner__engine="dask", runner__address="tcp://scheduler:8786")
+    assert there.address == "tcp://scheduler:8786"
+
+
+class StandIn:
+    """Takes what `prefect_ray.RayTaskRunner` takes, and nothing else, and keeps it as that does."""
+
+    def __init__(self, address: str | None = None, init_kwargs: dict[str, Any] | None = None) -> None:
+        self.address, self.init_kwargs = address, init_kwargs or {}
+
+
+def test_ray_is_a_cluster_of_this_machine_or_the_one_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray itself is hundreds of megabytes: where it is not installed, a stand-in shows what it would be told."""
+    if find_spec("prefect_ray") is None:
+        ray: Any = ModuleType("prefect_ray")
+        ray.RayTaskRunner = StandIn
+        monkeypatch.setitem(sys.modules, "prefect_ray", ray)
+    here = runner(parallel=2, runner__engine="ray")
+    assert type(here).__name__ in ("RayTaskRunner", "StandIn")
+    assert here.address is None
+    assert here.init_kwargs.items() >= {"num_cpus": 2, "include_dashboard": False}.items()
+    there = runner(parallel=2, runner__engine="ray", runner__address="ray://head:10001")
+    assert there.address == "ray://head:10001"
+    assert "num_cpus" not in there.init_kwargs, "a cluster that is there has its own"
+
+
+@pytest.mark.parametrize("engine", ["dask", "ray"])
+def test_an_engine_that_is_not_installed_is_refused_with_the_way_out(engine: str) -> None:
+    settings = load_experiment("smoke", {"runner.engine": engine}).runner
+    if find_spec(f"prefect_{engine}") is not None:
+        pytest.skip(f"prefect-{engine} is installed here, so there is nothing to refuse")
+    with pytest.raises(QAdapterError, match=rf"needs prefect-{engine}; install it .*\.\[{engine}\]"):
+        settings.check()
+
+
+@pytest.mark.slow
+def test_the_experiment_runs_on_dask(harness: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers, each a process; the second run finds every stage that they made."""
+    pytest.importorskip("prefect_dask", reason='the extra is not installed: pip install -e ".[dask]"')
+    monkeypatch.setenv("QADAPTER_HOME", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    overrides = {**TINY, "methods.run": ["sft", "q-adapter"], "parallel": 2, "runner.engine": "dask"}
+    first = full_paper_repro("smoke", None, overrides)
+    made = stages(tmp_path)
+    assert len([name for name in made if name.startswith("train/")]) == 2
+    second = full_paper_repro("smoke", None, {**overrides, "runner.engine": "local", "parallel": 1})
+    assert Path(first["report"]).is_file()
+    assert Path(second["report"]).is_file()
+    assert stages(tmp_path) == made
+
+
+def stages(home: Path) -> list[str]:
+    """What was computed and measured; the report shows the settings of its run, the runner among them."""
+    found = (home / ".qadapter" / "stages").glob("*/*/manifest.json")
+    return sorted(f"{file.parts[-3]}/{file.parts[-2]}" for file in found if file.parts[-3] != "report")

@@ -1,0 +1,166 @@
+"""No stage without a `kill -9`: a list that is compared with the code, and the stages that only a sweep has."""
+
+from __future__ import annotations
+
+import ast
+import csv
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import yaml
+
+import tests.processes.test_killed
+import tests.processes.test_recurring_processes
+from tests.processes.test_killed import Row, cut, newest_checkpoint
+from tests.support.real_runs import OVERRIDES, PROJECT_ROOT, RealHome, Server
+
+SWEEP = {
+    "name": "tiny",
+    "profile": "smoke",
+    "seeds": [0],
+    "domains": ["harmless"],
+    "settings": {},
+    "groups": {"residual": {"method": "q-adapter", "centre": {"preset": "residual"}, "alpha_0_at_inference": [0.5]}},
+    "seconds": {"base": 1, "q-adapter": 1, "dial": 1},
+}
+TRAINING = {"learning_rate": 1e-2, "max_steps": 5, "save_steps": 2, "batch_size": 2, "max_length": 64}
+CHANGES: dict[str, Any] = {
+    "sources": {
+        "helpful": OVERRIDES["sources"]["helpful"],
+        "harmless": {"path": "{data}/hh-rlhf/harmless.jsonl", "heldout": 8, "judge_pairs": 12},
+    },
+    "domains": {"harmless": {"source": "harmless", "base": "pretrained"}},
+    "helpful_sft": None,
+    "built_benchmarks": {"replies": {"helpful": "helpful"}, "max_items": 8},
+    "training": TRAINING,
+    "evaluation.retention": {"tasks": ["helpful_word_order"], "limit": 8, "answers": 2, "max_new_tokens": 3},
+    "evaluation.adaptation": {
+        "batch_size": 64, "max_new_tokens": 3, "generate": 4, "judge": "reward-model", "reward_model": TRAINING
+    },
+}  # fmt: skip
+"""A sweep of one adapter with a second α0, with benchmarks made from the data and a judge that is trained."""
+
+MATRIX = [
+    Row("benchmarks", "written"),
+    Row("judge", "step-4", "the newest checkpoint's weights cut"),
+    Row("judge", "renamed"),
+    Row("dial", "written", "its files cut"),
+    Row("sweep-report", "written"),
+]
+
+
+# ---- every stage
+
+
+def stages_of_the_code() -> set[str]:
+    """Names of all stages: what `logged_stage` is called with."""
+    found = set()
+    for file in (PROJECT_ROOT / "tasks").glob("*.py"):
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "logged_stage":
+                name = call.args[1]
+                assert isinstance(name, ast.Constant), f"{file.name}:{call.lineno}: a stage without a name of its own"
+                found.add(str(name.value))
+    return found
+
+
+def test_every_stage_is_killed_somewhere() -> None:
+    """A new stage needs a line in one of the three matrices."""
+    matrices = (tests.processes.test_killed.MATRIX, tests.processes.test_recurring_processes.MATRIX, MATRIX)
+    killed = {row.stage for matrix in matrices for row in matrix} - {"mlflow"}
+    assert killed == stages_of_the_code()
+    assert len(killed) == 17
+
+
+def test_the_documentation_shows_every_kill() -> None:
+    """docs/operations.md has a line for each row, by stage."""
+    lines = (PROJECT_ROOT / "docs/operations.md").read_text(encoding="utf-8").splitlines()
+    shown = [line.split("|")[1].split("(")[0].strip() for line in lines if line.startswith("| ")]
+    for matrix in (tests.processes.test_killed.MATRIX, tests.processes.test_recurring_processes.MATRIX, MATRIX):
+        for row in matrix:
+            if row.stage != "mlflow":  # that table says registering and promoting
+                assert shown.count(row.stage) >= sum(other.stage == row.stage for other in matrix), row
+
+
+# ---- a sweep
+
+
+@dataclass
+class SweepHome(RealHome):
+    """A workspace in which real processes run `make sweep`."""
+
+    def command(self, **changes: Any) -> tuple[str, list[str]]:
+        file = self.folder / "tiny.yaml"
+        file.write_text(yaml.safe_dump(SWEEP), encoding="utf-8")
+        _, (_, _, *overrides) = super().command(**CHANGES)
+        return "flows.commands.sweep", ["--sweep", str(file), *(o for o in overrides if "methods.run" not in o)]
+
+
+@dataclass
+class Killed:
+    """A workspace in which every run but the last was killed, and one without trouble."""
+
+    home: SweepHome
+    quiet: SweepHome
+    rows: list[Row]
+    codes: list[int] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def killed(prefect_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    home = SweepHome(tmp_path_factory.mktemp("killed-sweep"), prefect_server, "")
+    before = 0
+    for row in MATRIX:
+        row.ended(home.run((row.stage, row.moment)))
+        finished = sum(home.finished().values())
+        row.outcome += f"; {finished} ({finished - before}) stages finished"
+        before = finished
+        if "weights" in row.damage:
+            cut(newest_checkpoint(home, row.stage) / "adapter_model.safetensors")
+        elif row.damage:
+            for file in next(home.store.glob(f"stages/{row.stage}/.*.tmp")).rglob("*.json"):
+                cut(file)
+    quiet = SweepHome(tmp_path_factory.mktemp("quiet-sweep"), prefect_server, "")
+    return Killed(home, quiet, MATRIX, [home.run(), quiet.run()])
+
+
+@pytest.mark.slow
+def test_every_kill_hit(killed: Killed, record_property: Callable[[str, object], None]) -> None:
+    """The third table of docs/operations.md."""
+    for row in killed.rows:
+        record_property(f"{row.stage} {row.moment}", str(row))
+        print(f"| {row.stage} | {row.moment} | {row.damage or '–'} | {row.outcome} |")
+    assert [row.outcome.split(";")[0] for row in killed.rows] == ["signal 9"] * len(killed.rows)
+    assert killed.codes == [0, 0], killed.home.printed()[-4000:] + killed.quiet.printed()[-4000:]
+
+
+@pytest.mark.slow
+def test_the_numbers_are_those_of_an_undisturbed_sweep(killed: Killed) -> None:
+    assert killed.home.finished() == killed.quiet.finished()
+    assert set(killed.home.finished()) >= {row.stage for row in MATRIX}
+    assert killed.home.results() == killed.quiet.results()
+    table = measured_table(killed.home)
+    assert table == measured_table(killed.quiet)
+    assert [row["variant"] for row in table] == ["base", "residual", "residual, then α0=0.5"]
+    assert killed.home.measured() == killed.quiet.measured()
+
+
+def measured_table(home: SweepHome) -> list[dict[str, str]]:
+    """The report's table, a row a setting, without costs."""
+    (file,) = home.store.glob("stages/sweep-report/[!.]*/sweep.csv")
+    with file.open(encoding="utf-8", newline="") as stream:
+        return [{k: v for k, v in row.items() if not k.startswith("cost/")} for row in csv.DictReader(stream)]
+
+
+@pytest.mark.slow
+def test_nothing_is_left_half_written_or_open(killed: Killed) -> None:
+    home = killed.home
+    assert home.printed().count(": done in ") == sum(home.finished().values()) - 1, "but for the judge that was renamed"
+    assert not list(home.store.glob("stages/*/.*"))
+    assert not list(home.store.glob("scratch/*/*"))
+    statuses = [status for _, status in home.runs()]
+    assert set(statuses) == {"FINISHED", "KILLED"}
+    passed_over = [line for line in home.printed().splitlines() if "is not whole and is passed over" in line]
+    assert sum("scratch/judge" in line for line in passed_over) == 1

@@ -1,0 +1,692 @@
+"""`python -m qadapter`: what it trains, writes, scores and says is what the library's own calls give."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import get_peft_model
+from safetensors.torch import load_file
+
+from qadapter.command import chat as chat_module
+from qadapter.command.generate import read_prompts
+from qadapter.command.options import TrainOptions
+from qadapter.command.parser import COMMANDS, main
+from qadapter.config.methods import QAdapterSettings
+from qadapter.config.model import LoraSettings, ModelSettings
+from qadapter.config.training import OptimizerSettings
+from qadapter.evaluation.preference import preference_metrics, score_pairs
+from qadapter.policy.loading import load_base, load_policy
+from qadapter.policy.model import QAdapterForCausalLM
+from qadapter.preferences.prepare import load_pairs
+from qadapter.training.adapt import train_adapter
+from qadapter.training.trainer import QAdapterTrainer
+from tests.support.paths import PROJECT_ROOT
+from tests.support.tiny_chat import byte_tokenizer, tiny_llama
+from tests.support.tiny_models import lora
+from tests.support.tiny_toy import rows
+
+DOCS = PROJECT_ROOT / "docs" / "command.md"
+TOKENIZER = byte_tokenizer()
+COLOURS = ("red", "green", "blue", "grey", "black")
+MODEL = ModelSettings(pretrained="named by the test")
+# An odd number of pairs a step and dropout: resuming has to find its place in the data and the random state.
+TRAIN = (
+    "--preset residual --beta 0.2 --learning-rate 1e-2 --max-steps 6 --batch-size 6 --micro-batch-size 3 --seed 3 "
+    "--max-length 96 --lora-rank 2 --lora-dropout 0.1 --heldout 0.25 --logging-steps 2 --save-steps 2"
+).split()
+
+
+def write_base(folder: Path, template: bool = True) -> Path:
+    tiny_llama(context=512).save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    if not template:
+        tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_pairs(file: Path, count: int = 24) -> Path:
+    pairs = [
+        {
+            "prompt": f"Which colour is thing {i}?",
+            "chosen": "I do not say." + "." * (i % 3),
+            "rejected": COLOURS[i % 5],
+        }
+        for i in range(count)
+    ]
+    pairs += [{"prompt": "?", "chosen": "", "rejected": "x"}, {"prompt": "?", "chosen": "x", "rejected": "x"}]
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs) + "{broken\n", encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `base`, `pairs.jsonl` and two trained adapters, `out` and `other`."""
+    root = tmp_path_factory.mktemp("command")
+    write_base(root / "base")
+    write_pairs(root / "pairs.jsonl")
+    data = ["--base", str(root / "base"), "--data", str(root / "pairs.jsonl")]
+    assert main(["train", *data, "--output", str(root / "out"), *TRAIN]) == 0
+    assert main(["train", *data, "--output", str(root / "other"), *TRAIN, "--seed", "4", "--max-steps", "2"]) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def policy(place: Path) -> QAdapterForCausalLM:
+    return QAdapterForCausalLM.from_pretrained(place / "out", place / "base")
+
+
+@pytest.fixture(scope="module")
+def base(place: Path) -> Any:
+    return load_base(place / "base", MODEL)[0]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must be refused, and gives its one line."""
+
+    def run(*arguments: str) -> str:
+        capsys.readouterr()
+        assert main(arguments) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[-1].startswith("error: ")
+        assert "Traceback" not in lines[0]
+        return lines[-1]
+
+    return run
+
+
+def reply_of(model: Any, prompt: Any, **options: Any) -> str:
+    """What a model answers by its own `generate`, alone and without padding."""
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    ids = TOKENIZER.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **options}
+    with torch.no_grad():
+        output = model.generate(torch.tensor([ids]), **settings)
+    return str(TOKENIZER.decode(output[0, len(ids) :], skip_special_tokens=True)).strip()
+
+
+# ---- help and refusals ------------------------------------------------------------------------------------------
+
+
+def test_help_of_every_command_has_examples_and_does_not_load_torch() -> None:
+    code = (
+        "import sys\nfrom qadapter.command.parser import main\n"
+        "for command in ([], ['train'], ['generate'], ['score'], ['chat']):\n"
+        "    try: main([*command, '--help'])\n"
+        "    except SystemExit as end: assert end.code == 0\n"
+        "print('HEAVY', [name for name in ('torch', 'transformers', 'peft', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT_ROOT)
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert "HEAVY []" in done.stdout
+    for command in COMMANDS:
+        assert f"  python -m qadapter {command} --" in done.stdout
+    assert "--learning-rate X" in done.stdout
+    assert "(default: 0.0003)" in done.stdout
+    assert "--preset paper|published-code|residual" in done.stdout
+
+
+def test_the_process_ends_with_2_and_one_line() -> None:
+    command = [sys.executable, "-m", "qadapter", "train", "--base", "x", "--alpha0", "0.1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT_ROOT)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: unknown flag --alpha0, did you mean --alpha-0?\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("", "required: train|generate|score|chat"),
+        ("tran", "invalid choice: 'tran'"),
+        ("train --base b --output o", "--data is required"),
+        ("train x", "unexpected argument 'x'"),
+        ("train --beta -1 --preset papr", "--beta: Input should be greater than or equal to 0 (given: '-1')"),
+        ("train --beta -1 --preset papr", "--preset: Input should be 'paper', 'published-code' or 'residual'"),
+        ("train --base b --output o --data d --batch-size 6 --micro-batch-size 4", "6 is not a multiple of"),
+        ("train --config nowhere.yaml", "nowhere.yaml cannot be read: No such file"),
+        ("generate --adapter nowhere", "no prompt was given"),
+        ("generate --adapter nowhere --prompt Hi", "nowhere is no adapter"),
+        ("generate --adapter nowhere --prompts nowhere.txt", "nowhere.txt cannot be read"),
+        ("score --data x.jsonl", "--adapter is required"),
+        ("chat --adapter nowhere --temperature hot", "--temperature: Input should be a valid number"),
+    ],
+)
+def test_refusals(refused: Callable[..., str], arguments: str, expected: str) -> None:
+    assert expected in refused(*arguments.split())
+
+
+def test_a_config_names_its_own_mistakes(refused: Callable[..., str], tmp_path: Path) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text("base: b\ndata: d\noutput: o\nlearnig_rate: 1\nepochs: many\n")
+    line = refused("train", "--config", str(file))
+    assert f"unknown key 'learnig_rate' in {file}, did you mean learning_rate?" in line
+    assert f"epochs in {file}: Input should be a valid number" in line
+    file.write_text("- a\n")
+    assert "holds list; a mapping of keys was expected" in refused("train", "--config", str(file))
+
+
+def test_what_is_not_there_is_refused_before_anything_is_written(
+    refused: Callable[..., str], place: Path, tmp_path: Path
+) -> None:
+    out, base, data = tmp_path / "new", str(place / "base"), str(place / "pairs.jsonl")
+    assert "did you mean" in refused("train", "--base", base, "--data", data[:-1], "--output", str(out)).lower()
+    assert "could not be loaded" in refused("train", "--base", "no/model", "--data", data, "--output", str(out))
+    assert "has no config.json" in refused("train", "--base", str(place), "--data", data, "--output", str(out))
+    assert not out.exists()
+    assert "holds no training" in refused(
+        "train", "--base", base, "--data", data, "--output", str(place), "--overwrite"
+    )
+    assert (place / "pairs.jsonl").is_file()
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--adapter", "nowhere", "--prompt", "Hi", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+# ---- train ------------------------------------------------------------------------------------------------------
+
+
+def test_trains_bitwise_what_the_pipeline_trains(place: Path, tmp_path: Path) -> None:
+    train_adapter(
+        "q-adapter",
+        QAdapterSettings(preset="residual", beta=0.2),
+        place / "base",
+        place / "out/data/train.jsonl",
+        model=MODEL,
+        lora=LoraSettings(rank=2, dropout=0.1),
+        training=OptimizerSettings(
+            learning_rate=1e-2, max_steps=6, batch_size=6, micro_batch_size=3, max_length=96, logging_steps=2
+        ),
+        seed=3,
+        answers_file=None,
+        out=tmp_path,
+        scratch=tmp_path / "scratch",
+    )
+    expected = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    trained = load_file(place / "out/adapter_model.safetensors")
+    assert trained.keys() == expected.keys()
+    assert all(torch.equal(trained[name], expected[name]) for name in expected)
+    moved = [name for name in expected if "lora_B" in name and expected[name].abs().max() > 1e-3]
+    assert len(moved) == 14  # every linear layer of two blocks
+    mine, theirs = (json.loads((folder / "metrics.json").read_text()) for folder in (place / "out", tmp_path))
+    for name in ("train/final_loss", "train/steps", "cost/train_tokens", "cost/trainable_parameters"):
+        assert mine[name] == theirs[name]
+
+
+def test_every_record_is_accounted_for(place: Path) -> None:
+    summary = json.loads((place / "out/data/summary.json").read_text())
+    assert (summary["read"], summary["used"]) == (27, 24)
+    assert summary["quarantined"] == {
+        "broken JSON": 1,
+        "chosen and rejected are identical": 1,
+        "empty reply": 1,
+    }
+    assert [row["line"] for row in rows(place / "out/data/quarantine.jsonl")] == [25, 26, 27]
+    assert summary["train_pairs"] + summary["heldout_pairs"] == 24
+    assert not (place / "out/checkpoints").exists()
+    assert sorted(yaml.safe_load((place / "out/train.yaml").read_text())) == sorted(
+        set(TrainOptions.model_fields) - {"resume", "overwrite"}
+    )
+
+
+def test_the_heldout_measures_are_those_of_the_saved_adapter(place: Path, policy: Any, base: Any) -> None:
+    metrics = json.loads((place / "out/metrics.json").read_text())
+    pairs = load_pairs(place / "out/data/heldout.jsonl")
+    scores = score_pairs(policy, TOKENIZER, pairs, max_length=96, batch_size=3)
+    base_scores = score_pairs(base, TOKENIZER, pairs, max_length=96, batch_size=3)
+    expected = {f"adaptation/{name}": value for name, value in preference_metrics(scores, base_scores).items()}
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert metrics["adaptation/n"] == len(pairs) > 2
+    # `residual` with α0 = α̃ = 1: the objective's reward is the log-ratio to the base
+    assert metrics["heldout/rewards/margins"] == pytest.approx(expected["adaptation/margin"], rel=1e-4)
+    assert metrics["heldout/rewards/margins"] > 0.1
+    assert metrics["heldout/kl/base"] > 0
+
+
+def test_a_stopped_training_goes_on_bitwise(
+    place: Path,
+    tmp_path: Path,
+    refused: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = ["--base", str(place / "base"), "--data", str(place / "pairs.jsonl"), "--output", str(tmp_path / "out")]
+    command = ["train", *data, *TRAIN]
+    step, taken = QAdapterTrainer.training_step, []
+
+    def stop_in_step_6(trainer: Any, *arguments: Any, **options: Any) -> Any:
+        taken.append(trainer.state.global_step)
+        if len(taken) == 11:  # two micro-batches a step
+            raise KeyboardInterrupt
+        return step(trainer, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(QAdapterTrainer, "training_step", stop_in_step_6)
+        assert main(command) == 130
+    assert "--resume goes on" in capsys.readouterr().err
+    assert sorted(folder.name for folder in (tmp_path / "out/checkpoints").iterdir()) == [
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
+
+    assert "holds an unfinished training; add --resume to go on" in refused(*command)
+    assert "beta was 0.2 and is 0.3" in refused(*command, "--resume", "--beta", "0.3")
+    assert "is not finished; go on with" in refused("chat", "--adapter", str(tmp_path / "out"))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(QAdapterTrainer, "training_step", lambda *a, **o: (taken.append(0), step(*a, **o))[1])
+        taken.clear()
+        assert main(["train", "--config", str(tmp_path / "out/train.yaml"), "--resume"]) == 0
+    assert len(taken) == 4  # steps 5 and 6
+    trained, expected = (load_file(root / "out/adapter_model.safetensors") for root in (tmp_path, place))
+    assert all(torch.equal(trained[name], expected[name]) for name in expected)
+    mine, theirs = (json.loads((root / "out/metrics.json").read_text()) for root in (tmp_path, place))
+    same = [name for name in theirs if name.startswith(("heldout/", "adaptation/", "train/"))]
+    assert {name: mine[name] for name in same} == {name: theirs[name] for name in same}
+
+    capsys.readouterr()
+    assert main([*command, "--resume"]) == 0  # nothing to do, so that a job can be sent again
+    assert "finished already" in capsys.readouterr().err
+    assert "holds a finished training; add --overwrite" in refused(*command)
+    assert main([*command, "--overwrite", "--max-steps", "1", "--heldout", "0"]) == 0
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["train/steps"] == 1
+    assert not any(name.startswith(("heldout/", "adaptation/")) for name in metrics)
+
+
+def test_flags_win_over_the_config(place: Path, tmp_path: Path) -> None:
+    settings = {"base": str(place / "base"), "data": str(place / "pairs.jsonl"), "output": str(tmp_path / "a")}
+    settings |= {"max-steps": 3, "batch_size": 4, "target_modules": ["q_proj"], "heldout": 4, "learning_rate": "1e-3"}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["train", "--config", str(tmp_path / "train.yaml"), "--max-steps", "1", "--preset", "paper"]) == 0
+    metrics = json.loads((tmp_path / "a/metrics.json").read_text())
+    assert metrics["train/steps"] == 1
+    assert len(load_pairs(tmp_path / "a/data/heldout.jsonl")) == 4
+    objective = json.loads((tmp_path / "a/q_adapter.json").read_text())["objective"]
+    assert (objective["alpha_0"], objective["beta"], objective["parametrization"]) == (0.01, 0.1, "absolute")
+    assert len(load_file(tmp_path / "a/adapter_model.safetensors")) == 4  # A and B of one layer in two blocks
+
+
+def test_a_folder_of_data_with_heldout_data_of_its_own_after_a_failed_start(
+    place: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    write_pairs(tmp_path / "data/a.jsonl", count=5)
+    write_pairs(tmp_path / "data/b.jsonl", count=9)  # the first 5 again
+    write_pairs(tmp_path / "heldout.jsonl", count=3)
+    command = ["train", "--base", str(place / "base"), "--data", str(tmp_path / "data"), *TRAIN]
+    command += ["--output", str(tmp_path / "out"), "--max-steps", "1"]
+    assert "only 9 distinct prompts" in refused(*command, "--heldout", "50")
+    assert main([*command, "--heldout-data", str(tmp_path / "heldout.jsonl")]) == 0  # nothing is in the way
+    summary = json.loads((tmp_path / "out/data/summary.json").read_text())
+    assert {name: summary[name] for name in ("read", "duplicates", "cross_split_pairs", "train_pairs")} == {
+        "read": 26,
+        "duplicates": 5,
+        "cross_split_pairs": 3,
+        "train_pairs": 6,
+    }
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["adaptation/n"] == 3
+
+
+def test_a_training_that_diverges_is_no_finished_training(
+    place: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    command = ["train", "--base", str(place / "base"), "--data", str(place / "pairs.jsonl"), *TRAIN]
+    assert "the training diverged" in refused(*command, "--output", str(tmp_path / "out"), "--learning-rate", "1e30")
+    assert not (tmp_path / "out/metrics.json").exists()
+
+
+# ---- generate ---------------------------------------------------------------------------------------------------
+
+PROMPTS = ["Which colour is thing 3?", "Hello", "A much longer prompt than the others, with more words in it"]
+SHORT = ["--max-new-tokens", "12"]
+
+
+def test_greedy_replies_are_those_of_the_policys_own_generate(
+    place: Path, policy: Any, base: Any, tmp_path: Path
+) -> None:
+    conversation = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "Why?"},
+    ]
+    lines = [json.dumps({"prompt": PROMPTS[0]}), json.dumps(PROMPTS[1]), json.dumps({"messages": conversation})]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "answers.jsonl"
+    command = ["generate", "--adapter", str(place / "out"), "--prompts", str(tmp_path / "prompts.jsonl")]
+    command += ["--output", str(out), "--compare-base", "--batch-size", "2", *SHORT]
+    assert main(command) == 0
+    prompts: list[Any] = [PROMPTS[0], PROMPTS[1], conversation]
+    assert [row["reply"] for row in rows(out)] == [reply_of(policy, prompt) for prompt in prompts]
+    assert [row["base_reply"] for row in rows(out)] == [reply_of(base, prompt) for prompt in prompts]
+    assert rows(out)[2]["prompt"] == conversation
+    assert [row["reply"] for row in rows(out)] != [row["base_reply"] for row in rows(out)]
+
+
+def test_an_answer_file_is_not_replaced_unasked(place: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    out = tmp_path / "answers.jsonl"
+    out.write_text("mine")
+    command = ["generate", "--adapter", str(place / "out"), "--prompt", "Hi", "--output", str(out), *SHORT]
+    assert "is there already" in refused(*command)
+    assert out.read_text() == "mine"
+    assert main([*command, "--overwrite"]) == 0
+    assert len(rows(out)) == 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["answers.jsonl"]
+
+
+def test_dials_and_composition_are_the_policys(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
+    command = ["generate", "--adapter", str(place / "out"), "--adapter", str(place / "other"), *SHORT]
+    command += ["--weights", "0.5,2", "--alpha-0", "0.9", "--alpha-tilde", "1.5", "--prompts"]
+    assert main([*command, str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "answers.jsonl")]) == 0
+    assert "alpha_0 0.9, alpha_tilde 1.5, weights: default 0.5, adapter_2 2" in capsys.readouterr().err
+    both = QAdapterForCausalLM.from_pretrained(place / "out", place / "base")
+    both.attach(place / "other", "second")
+    both.set_adapter_weights({"default": 0.5, "second": 2.0})
+    both.config.alpha_0, both.config.alpha_tilde = 0.9, 1.5
+    replies = [row["reply"] for row in rows(tmp_path / "answers.jsonl")]
+    assert replies == [reply_of(both, prompt) for prompt in PROMPTS]
+    both.set_adapter_weights({"default": 1.0})
+    assert replies != [reply_of(both, prompt) for prompt in PROMPTS]
+
+
+def test_sampling_follows_the_seed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def replies(seed: str) -> str:
+        capsys.readouterr()
+        prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+        command = ["generate", "--adapter", str(place / "out"), *prompts, *SHORT, "--temperature", "1"]
+        assert main([*command, "--seed", seed]) == 0
+        return capsys.readouterr().out
+
+    first = replies("1")
+    assert first == replies("1") != replies("2")
+    assert re.findall(r"^user: (.*)$", first, flags=re.M) == PROMPTS
+
+
+def test_refusals_about_adapters_and_prompts(place: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    out = str(place / "out")
+    assert "2 numbers for 1 adapters" in refused("generate", "--adapter", out, "--weights", "1,1", "--prompt", "Hi")
+    (tmp_path / "prompts.jsonl").write_text('"fine"\n{"question": "no"}\n')
+    assert "line 2: no prompt" in refused("generate", "--adapter", out, "--prompts", str(tmp_path / "prompts.jsonl"))
+    assert "do not fit" in refused("generate", "--adapter", out, "--prompt", "Hi", "--max-new-tokens", "512")
+
+
+def test_a_prompt_is_a_line_of_a_text_file(tmp_path: Path) -> None:
+    """Not less: U+2028 and U+0085 are characters of a prompt. A byte-order mark is none."""
+    (tmp_path / "prompts.txt").write_bytes("\ufeffone\u2028still one\r\n \r\ntwo\x85still two\nthree".encode())
+    prompts = [turn["content"] for turns in read_prompts(tmp_path / "prompts.txt") for turn in turns]
+    assert prompts == ["one\u2028still one", "two\x85still two", "three"]
+
+
+# ---- score ------------------------------------------------------------------------------------------------------
+
+
+def test_score_is_preference_metrics_of_policy_and_base(
+    place: Path, tmp_path: Path, policy: Any, base: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    command = ["score", "--adapter", str(place / "out"), "--data", str(place / "out/data/heldout.jsonl")]
+    assert main([*command, "--output", str(tmp_path / "scores.jsonl")]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    pairs = load_pairs(place / "out/data/heldout.jsonl")
+    scores = score_pairs(policy, TOKENIZER, pairs, max_length=96, batch_size=8)
+    base_scores = score_pairs(base, TOKENIZER, pairs, max_length=96, batch_size=8)
+    assert printed["policy"] == pytest.approx(preference_metrics(scores, base_scores), rel=1e-6)
+    assert printed["base"] == pytest.approx(preference_metrics(base_scores, base_scores), rel=1e-6)
+    assert printed["max_length"] == 96  # as in training
+    written = rows(tmp_path / "scores.jsonl")
+    assert [row["chosen_log_prob"] for row in written] == pytest.approx(scores.chosen.tolist(), rel=1e-6)
+    assert [row["base_rejected_log_prob"] for row in written] == pytest.approx(base_scores.rejected.tolist(), rel=1e-6)
+    assert sum(row["margin"] for row in written) / len(written) == pytest.approx(printed["policy"]["margin"])
+    assert [row["prompt"] for row in written] == [list(pair.prompt) for pair in pairs]
+    assert (printed["base"]["implied_reward_accuracy"], printed["base"]["margin"]) == (0.5, 0.0)
+
+
+def test_raw_data_are_scored_with_what_is_unusable_counted(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["score", "--adapter", str(place / "out"), "--data", str(place / "pairs.jsonl"), "--max-length", "64"]
+    assert main([*command, "--limit", "5"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["policy"]["n"] == 5
+    assert "27 pairs read, 3 of them quarantined, 5 to score" in captured.err
+
+
+def test_a_plain_peft_adapter_can_be_scored_but_has_no_dials(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
+) -> None:
+    network, _ = load_base(place / "base", MODEL)
+    torch.manual_seed(5)
+    get_peft_model(network, lora(init_lora_weights=False)).save_pretrained(tmp_path / "sft")
+    heldout = place / "out/data/heldout.jsonl"
+    command = ["--adapter", str(tmp_path / "sft"), "--data", str(heldout), "--max-length", "64"]
+    capsys.readouterr()
+    assert main(["score", *command]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    network, _ = load_base(place / "base", MODEL)
+    base_scores = score_pairs(network, TOKENIZER, load_pairs(heldout), max_length=64, batch_size=8)
+    plain = load_policy(network, tmp_path / "sft")
+    scores = score_pairs(plain, TOKENIZER, load_pairs(heldout), max_length=64, batch_size=8)
+    assert printed["policy"] == pytest.approx(preference_metrics(scores, base_scores), rel=1e-5)
+    assert "plain PEFT adapter" in refused("score", *command, "--alpha-0", "1")
+
+
+# ---- chat -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def talk(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
+    """Lines that `chat` writes, given the lines on stdin."""
+
+    def run(*lines: str, flags: tuple[str, ...] = ()) -> list[str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
+        capsys.readouterr()
+        assert main(["chat", "--adapter", str(place / "out"), *SHORT, *flags]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def test_a_conversation_of_several_turns(talk: Callable[..., list[str]], policy: Any, base: Any) -> None:
+    first, second = "Which colour is thing 3?", "And thing 4?"
+    turns: list[dict[str, str]] = [{"role": "user", "content": first}]
+    turns += [{"role": "assistant", "content": reply_of(policy, turns)}, {"role": "user", "content": second}]
+    lines = talk(first, "/base", second, "/reset", second)
+    assert "\n".join(lines) == "\n".join(
+        [
+            reply_of(policy, first),
+            "(the base replies too)",
+            f"policy> {reply_of(policy, turns)}",
+            f"base>   {reply_of(base, turns)}",
+            "(the conversation is forgotten)",
+            f"policy> {reply_of(policy, second)}",
+            f"base>   {reply_of(base, second)}",
+        ]
+    )
+    assert reply_of(policy, turns) != reply_of(policy, second)
+
+
+def test_the_dials_change_the_next_reply(talk: Callable[..., list[str]], policy: Any) -> None:
+    prompt = PROMPTS[0]
+    turned = [reply_of(policy, prompt, alpha_0=value) for value in (1.0, 0.2)]
+    assert turned[0] != turned[1]
+    lines = talk(prompt, "/reset", "/alpha0 0.2", prompt, "/alphatilde 2", "/alpha0", "/quit", prompt)
+    assert "\n".join(lines) == "\n".join(
+        [
+            turned[0],
+            "(the conversation is forgotten)",
+            "(alpha_0 0.2, alpha_tilde 1, weights: default 1)",
+            turned[1],
+            "(alpha_0 0.2, alpha_tilde 2, weights: default 1)",
+            "(alpha_0 0.2, alpha_tilde 2, weights: default 1)",
+        ]
+    )
+
+
+def test_a_system_message_and_sampling(talk: Callable[..., list[str]], policy: Any) -> None:
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    assert "\n".join(talk("Hello", flags=("--system", "Be brief."))) == reply_of(policy, turns)
+    torch.manual_seed(7)
+    sampled = reply_of(policy, "Hello", do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+    assert "\n".join(talk("Hello", flags=("--temperature", "1", "--seed", "7"))) == sampled
+    assert talk("/temperature 0.5", "/temperature -1") == ["(temperature 0.5)", "'-1' is no number from 0 on"]
+
+
+def test_mistakes_do_not_end_it(talk: Callable[..., list[str]]) -> None:
+    lines = talk("/alpa0 1", "/alphatilde 0", "/alpha0 nan", "", "/help")
+    assert lines[:3] == [
+        "unknown command /alpa0, did you mean /alpha0?",
+        "'0' is no number above 0",
+        "'nan' is no number from 0 on",
+    ]
+    assert "/quit" in lines[-1]
+
+
+def test_ctrl_c_stops_a_reply_and_then_the_chat(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lines() -> Iterator[str]:
+        yield "Hello"
+        yield "/alpha0"
+        raise KeyboardInterrupt
+
+    given = lines()
+    monkeypatch.setattr("builtins.input", lambda _: next(given))
+
+    def interrupted(*_: Any) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat_module.Chat, "_stream", interrupted)
+    assert main(["chat", "--adapter", str(place / "out")]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out == ["", "(stopped; this turn is forgotten)", "(alpha_0 1, alpha_tilde 1, weights: default 1)"]
+
+
+# ---- a base without a chat template -------------------------------------------------------------------------------
+
+
+def test_without_a_chat_template_conversations_are_transcripts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write_base(tmp_path / "base", template=False)
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    assert main(["train", "--base", str(base), "--data", str(data), "--output", str(tmp_path / "out"), *TRAIN]) == 0
+    assert "no chat template; conversations are written as plain transcripts" in capsys.readouterr().err
+    policy = QAdapterForCausalLM.from_pretrained(tmp_path / "out")
+    ids = TOKENIZER("\n\nHuman: Hello\n\nAssistant:", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        output = policy.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    expected = TOKENIZER.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    command = ["generate", "--adapter", str(tmp_path / "out"), "--prompt", "Hello", *SHORT]
+    assert main([*command, "--output", str(tmp_path / "answers.jsonl")]) == 0
+    assert [row["reply"] for row in rows(tmp_path / "answers.jsonl")] == [expected]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+    capsys.readouterr()
+    assert main(["chat", "--adapter", str(tmp_path / "out"), *SHORT]) == 0
+    assert capsys.readouterr().out.strip() == expected
+
+
+# ---- the real thing -----------------------------------------------------------------------------------------------
+
+
+def command_line(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT_ROOT)}
+    environment.pop("TQDM_DISABLE", None)
+    command = [sys.executable, "-m", "qadapter", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stderr[-1500:]
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)  # two processes that import torch, on a busy machine
+def test_from_preferences_to_a_chat(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The training and the chat, whose progress bar and Ctrl-C need them, in processes of their own."""
+    write_base(tmp_path / "base")
+    write_pairs(tmp_path / "pairs.jsonl")
+    data = ["--base", "base", "--data", "pairs.jsonl", "--output", "out"]  # relative to where it runs
+    trained = command_line(tmp_path, "train", *data, *TRAIN)
+    assert "100%" in trained.stderr  # the progress bar
+    assert "27 pairs read (trl-plain), 24 used, 3 quarantined" in trained.stderr
+    adapters = [load_file(folder / "out/adapter_model.safetensors") for folder in (tmp_path, place)]
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[1])
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "--adapter", "out", "--prompt", "Hello", "--output", "answers.jsonl", *SHORT]) == 0
+    capsys.readouterr()
+    assert main(["score", "--adapter", "out", "--data", "out/data/heldout.jsonl"]) == 0
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    scored = json.loads(capsys.readouterr().out)
+    assert scored["policy"]["margin"] == pytest.approx(metrics["adaptation/margin"], rel=1e-4)
+
+    command = [sys.executable, "-m", "qadapter", "chat", "--adapter", "out", *SHORT]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT_ROOT)}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path, env=environment
+    ) as chat:
+        assert chat.stdin is not None
+        assert chat.stdout is not None
+        chat.stdin.write("Hello\n/alpha0\n")
+        chat.stdin.flush()
+        said = ""
+        while "(alpha_0" not in said:
+            line = chat.stdout.readline()
+            assert line, chat.stderr.read() if chat.stderr else ""
+            said += line
+        chat.send_signal(signal.SIGINT)  # while it waits at the prompt
+        rest, errors = chat.communicate(timeout=60)
+    assert chat.returncode == 0, errors[-1000:]
+    assert rest == ""
+    assert said.partition("(alpha_0")[0].strip() == rows(tmp_path / "answers.jsonl")[0]["reply"]
+
+
+def test_every_command_of_the_guide_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    readme = (
+        (PROJECT_ROOT / "README.md")
+        .read_text(encoding="utf-8")
+        .replace("path/or/hub-id", "base")
+        .replace(" out", " mine")
+    )
+    text += "\n".join(line for line in readme.splitlines() if line.startswith("$ python -m qadapter")) + "\n"
+    commands = re.findall(r"^\$ python -m qadapter (.*)\n(?=(.*)$)", text.replace("\\\n", " "), flags=re.M)
+    assert {command.split()[0] for command, _ in commands} == set(COMMANDS)
+    assert len(commands) == text.count("$ python -m qadapter")
+    write_base(tmp_path / "base")
+    write_pairs(tmp_path / "pairs.jsonl")
+    for name, content in re.findall(r"```\w+\n# (\S+)\n(.*?)```", text, flags=re.S):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("Hello\n")
+    monkeypatch.chdir(tmp_path)
+    for command, answer in commands:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n/alpha0 0.5\n/quit\n"))
+        code = main(shlex.split(command))
+        errors = capsys.readouterr().err
+        assert code == (2 if answer.startswith("error: ") else 0), (command, errors[-1000:])
+        assert code == 0 or errors.strip() == answer
+
+
+def test_what_the_guide_names_exists() -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    flags = {"--" + name.replace("_", "-") for options, *_ in COMMANDS.values() for name in options.model_fields}
+    for named in re.findall(r"`(--[a-z0-9-]+)", text):
+        assert named in flags | {"--config", "--debug", "--help"}, named
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (DOCS.parent / target).exists(), target

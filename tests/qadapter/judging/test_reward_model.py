@@ -1,0 +1,148 @@
+"""The reward model: learns a preference, is measured on pairs it did not see, judges answers, twice the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qadapter.config.training import OptimizerSettings
+from qadapter.errors import QAdapterError
+from qadapter.judging.reward_model import ADAPTER, RewardJudge, pair_accuracy, rewards
+from qadapter.judging.reward_training import train_reward_model
+from qadapter.policy.loading import load_base
+from qadapter.preferences.prepare import load_pairs
+from tests.support.tiny_chat import byte_tokenizer
+from tests.support.tiny_toy import LORA, MODEL, TinyToy, make_tiny_toy, pair, rows, write_pairs
+
+SETTINGS = OptimizerSettings(learning_rate=2e-2, max_steps=12, batch_size=5, max_length=64, logging_steps=1)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> TinyToy:
+    return make_tiny_toy(tmp_path_factory.mktemp("toy"), steps=10)
+
+
+def trained(toy: TinyToy, out: Path, **changes: Any) -> Path:
+    out.mkdir(parents=True)
+    options = {"pairs_file": toy.pairs, "heldout_file": toy.heldout, "lora": LORA, "settings": SETTINGS, **changes}
+    train_reward_model(toy.base, model=MODEL, seed=1, out=out, scratch=out.with_name("scratch"), **options)
+    return out
+
+
+@pytest.fixture(scope="module")
+def judge_folder(toy: TinyToy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(toy, tmp_path_factory.mktemp("judge") / "out")
+
+
+def metrics(folder: Path) -> dict[str, float]:
+    return dict(json.loads((folder / "metrics.json").read_text()))
+
+
+def judge_of(folder: Path, toy: TinyToy) -> RewardJudge:
+    return RewardJudge(folder, toy.base, MODEL, max_length=64, batch_size=3)
+
+
+def test_it_learns_what_is_preferred(toy: TinyToy, judge_folder: Path) -> None:
+    """Refusals against compliance is easy to tell: the held-out pairs, of other prompts, are decided rightly."""
+    found = metrics(judge_folder)
+    assert found["judge/accuracy"] == found["judge/accuracy_high"] == 1.0
+    # Wilson's, n of n right: n / (n + 1.96²)
+    n = found["judge/accuracy_n"]
+    assert found["judge/accuracy_low"] == pytest.approx(n / (n + 1.96**2), abs=1e-4)
+    assert found["judge/train_pairs"] == 10
+    losses = [row["train/loss"] for row in rows(judge_folder / "history.jsonl")]
+    assert len(losses) == 12
+    assert losses[0] == pytest.approx(np.log(2), abs=0.3)  # nothing is known yet: -log σ(0)
+    assert losses[-1] < 0.1
+    files = {file.name for file in (judge_folder / ADAPTER).iterdir()}
+    assert "adapter_model.safetensors" in files
+    assert not {name for name in files if name.endswith((".bin", ".pt", ".pkl"))}
+
+
+def test_it_judges_answers_by_their_reward(toy: TinyToy, judge_folder: Path) -> None:
+    pairs = load_pairs(toy.heldout)[:4]
+    prompts = [one.prompt for one in pairs]
+    chosen, rejected = [one.chosen for one in pairs], [one.rejected for one in pairs]
+    judge = judge_of(judge_folder, toy)
+    assert judge.verdicts(prompts, rejected, chosen) == ["win"] * 4
+    assert judge.verdicts(prompts, chosen, rejected) == ["loss"] * 4
+    assert judge.verdicts(prompts, chosen, ["", " ", *chosen[2:]]) == ["loss", "loss", "tie", "tie"]
+    assert judge.verdicts(prompts[:2], ["", ""], [rejected[0], ""]) == ["win", "tie"]
+    found = metrics(judge_folder)
+    assert judge.metrics() == {
+        "adaptation/judge_accuracy": 1.0,
+        "adaptation/judge_accuracy_low": found["judge/accuracy_low"],
+        "adaptation/judge_accuracy_high": 1.0,
+        "adaptation/judge_accuracy_n": found["judge/accuracy_n"],
+    }
+
+
+def test_twice_the_same(toy: TinyToy, judge_folder: Path, tmp_path: Path) -> None:
+    again = trained(toy, tmp_path / "again")
+    for name in (f"{ADAPTER}/adapter_model.safetensors", "history.jsonl"):
+        assert (again / name).read_bytes() == (judge_folder / name).read_bytes()
+    figures = {name: value for name, value in metrics(again).items() if not name.startswith("cost/")}
+    assert figures == {name: value for name, value in metrics(judge_folder).items() if not name.startswith("cost/")}
+
+
+def test_preferences_that_mean_nothing_leave_it_at_chance(toy: TinyToy, tmp_path: Path) -> None:
+    """Held-out pairs of both directions: whatever it prefers, half of them say the opposite."""
+    held = load_pairs(toy.heldout)[:6]
+    both = held + [type(one)(one.prompt, one.rejected, one.chosen) for one in held]
+    out = trained(toy, tmp_path / "o", heldout_file=write_pairs(tmp_path / "h.jsonl", both))
+    found = metrics(out)
+    assert found["judge/accuracy"] == 0.5
+    assert found["judge/accuracy_low"] < 0.5 < found["judge/accuracy_high"]
+
+
+def test_no_pair_that_can_be_used(toy: TinyToy, tmp_path: Path) -> None:
+    same = write_pairs(tmp_path / "p.jsonl", [pair("a ?", "unheard", "unknown")])  # one token to this tokenizer
+    with pytest.raises(QAdapterError, match="None of the judge's pairs can be used within 64 tokens"):
+        trained(toy, tmp_path / "o", pairs_file=same)
+
+
+class CountsBytes(torch.nn.Module):
+    """A reward network whose reward is the number of tokens that are not padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+        assert bool((input_ids[attention_mask == 0] == 9).all())
+        return SimpleNamespace(logits=attention_mask.sum(dim=1, keepdim=True).float())
+
+
+def test_rewards_are_in_the_order_given() -> None:
+    assert rewards(CountsBytes(), [[1], [2, 3, 4], [5, 6]], 9, batch_size=2).tolist() == [1, 3, 2]
+
+
+def test_accuracy_by_hand() -> None:
+    """A longer chosen reply counts 1, one of equal length ½, a shorter one 0: (1 + ½ + 0 + 1) / 4."""
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token_id = 9
+    pairs = [pair("q", "aaa", "b"), pair("q", "aa", "bb"), pair("q", "a", "bb"), pair("q", "aaaa", "b")]
+    found = pair_accuracy(CountsBytes(), tokenizer, pairs, max_length=64, batch_size=3)
+    assert (found.estimate, found.items) == (0.625, 4)
+
+
+def test_a_tokenizer_without_chat_template_judges_the_plain_transcript(
+    toy: TinyToy, judge_folder: Path, tmp_path: Path
+) -> None:
+    """As a policy reads it: `Human: …`, `Assistant: …`."""
+    network, tokenizer = load_base(toy.base, MODEL)
+    tokenizer.chat_template = None
+    network.save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    assert load_base(tmp_path / "plain", MODEL)[1].chat_template is None
+    pairs = load_pairs(toy.heldout)[:3]
+    judge = RewardJudge(judge_folder, tmp_path / "plain", MODEL, max_length=64, batch_size=3)
+    prompts, chosen, rejected = ([getattr(one, part) for one in pairs] for part in ("prompt", "chosen", "rejected"))
+    found = judge.verdicts(prompts, rejected, chosen)
+    assert found == ["win" if verdict == "loss" else "loss" for verdict in judge.verdicts(prompts, chosen, rejected)]

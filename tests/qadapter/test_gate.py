@@ -1,0 +1,322 @@
+"""The gate on scores that are written down here: each rule, its noise, its reasons; and how a config is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from qadapter.config.customization import Customization, customizations, load_customization
+from qadapter.errors import QAdapterError
+from qadapter.files.artifacts import Manifest
+from qadapter.gate import AdaptationRule, Gate, Measured, RetentionRule, decide, fallen
+
+PAIRS, ITEMS = 100, 200
+
+
+def policy(right: int, facts: int, *, over_refusals: float | None = 0.0, bits: float = 2.0) -> dict[str, Any]:
+    return {"right": right, "facts": facts, "over_refusals": over_refusals, "bits": bits}
+
+
+def measured(folder: Path, right: int, facts: int, over_refusals: float | None, bits: float) -> Measured:
+    """`right` of 100 pairs won, `facts` of 200 items right, a text at `bits` a byte; through the files that exist."""
+    (folder / "a").mkdir(parents=True)
+    (folder / "r").mkdir()
+    rows = [
+        {
+            "pair": i,
+            "chosen_log_prob": -1.0 if i < right else -3.0,
+            "rejected_log_prob": -2.0,
+            "base_chosen_log_prob": -2.0,
+            "base_rejected_log_prob": -2.0,
+            "chosen_tokens": 1,
+            "rejected_tokens": 1,
+        }
+        for i in range(PAIRS)
+    ]
+    items: list[dict[str, Any]] = [
+        {"task": "facts", "doc_id": i, "score": float(i < facts), "scores": {"exact_match": float(i < facts)}}
+        for i in range(ITEMS)
+    ]
+    for i, size in enumerate((10, 30) * 15):
+        score = [-bits * math.log(2) * size, size]
+        items.append({"task": "texts", "doc_id": i, "score": score, "scores": {"bits_per_byte": score}})
+    (folder / "a" / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "a" / "metrics.json").write_text(json.dumps({"adaptation/n": PAIRS}))
+    (folder / "r" / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    numbers = {} if over_refusals is None else {"retention/over_refusals": over_refusals}
+    (folder / "r" / "metrics.json").write_text(json.dumps(numbers))
+    (folder / "r" / "directions.json").write_text(
+        json.dumps({"retention/facts/exact_match": True, "retention/texts/bits_per_byte": False})
+    )
+    Manifest("adaptation", "k", {}, {"data": "digest of the pairs"}, "c", {}, 1.0).write(folder / "a")
+    return Measured.read(folder / "a", folder / "r")
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Any:
+    made: list[Path] = []
+
+    def one(*arguments: int, **options: Any) -> Measured:
+        made.append(tmp_path / str(len(made)))
+        return measured(made[-1], **policy(*arguments, **options))
+
+    return one
+
+
+def test_scores_are_read_as_they_were_measured(make: Any) -> None:
+    found = make(70, 150, bits=2.5)
+    for metric in ("implied_reward_accuracy", "preference_accuracy", "preference_accuracy_length_normalised"):
+        assert found.won[metric].mean() == 0.7
+    assert found.tasks["facts"].values.mean() == 0.75
+    texts = found.tasks["texts"]
+    assert texts.values == pytest.approx([2.5] * 30)
+    assert texts.weights is not None
+    assert texts.weights.tolist() == [10, 30] * 15
+    assert not texts.higher_is_better
+
+
+def test_a_better_candidate_passes_with_its_numbers_as_reasons(make: Any) -> None:
+    decision = decide(Gate(), make(80, 150), make(60, 150), make(50, 150))
+    assert decision.passed
+    gain = decision.findings[0].interval
+    assert gain is not None
+    assert gain.estimate == pytest.approx(0.2)
+    # 20 of 100 pairs differ by 1: standard error √(0.2 · 0.8 / 100) = 0.04
+    assert gain.stderr == pytest.approx(0.04, abs=0.003)
+    assert "0.800 after 0.600 of the champion" in decision.reasons[0]
+    assert len(decision.reasons) == 3
+    metrics = decision.metrics()
+    assert metrics["gate/passed"] == 1.0
+    assert metrics["gate/adaptation.min_gain"] == pytest.approx(0.2)
+    assert metrics["gate/adaptation.min_gain/low"] == pytest.approx(0.2 - 1.96 * 0.04, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("right", "rule", "passed"),
+    [
+        (63, AdaptationRule(min_gain=0.03, beyond_noise=False), True),
+        (62, AdaptationRule(min_gain=0.03, beyond_noise=False), False),
+        (63, AdaptationRule(min_gain=0.0, beyond_noise=True), False),  # 3 pairs of 100 are noise: 0.03 ± 0.033
+        (70, AdaptationRule(min_gain=0.0, beyond_noise=True), True),  # 0.10 ± 0.059
+        (60, AdaptationRule(min_gain=0.0, beyond_noise=False), True),
+        (40, AdaptationRule(min_gain=0.0, beyond_noise=False), False),
+    ],
+)
+def test_adaptation_must_rise(make: Any, right: int, rule: AdaptationRule, passed: bool) -> None:
+    champion = make(60, 150)
+    decision = decide(Gate(adaptation=rule), make(right, 150), champion, champion)
+    assert decision.passed is passed
+    assert decision.findings[0].passed is passed
+
+
+@pytest.mark.parametrize(
+    ("facts", "max_drop", "passed"),
+    [
+        (150, 0.0, True),
+        (149, 0.0, True),  # one item of 200: the interval of the drop begins at 0
+        (140, 0.0, False),  # 10 items: 0.05 ± 0.030
+        (140, 0.02, False),  # its low end, 0.020 …, is just above
+        (140, 0.03, True),
+        (170, 0.0, True),
+    ],
+)
+def test_no_task_may_drop_beyond_noise(make: Any, facts: int, max_drop: float, passed: bool) -> None:
+    champion = make(60, 150)
+    gate = Gate(retention=RetentionRule(max_drop=max_drop))
+    decision = decide(gate, make(90, facts), champion, champion)
+    (finding,) = [f for f in decision.findings if f.rule == "retention.max_drop.facts"]
+    assert finding.interval is not None
+    assert finding.interval.estimate == pytest.approx((150 - facts) / 200)
+    if facts == 140 and max_drop == 0.02:
+        passed = bool(finding.interval.low <= 0.02)  # at the edge, the rule and the interval agree
+    assert decision.passed is passed
+    assert (decision.reasons == [finding.text]) is not passed
+
+
+def test_where_lower_is_better_a_rise_is_the_drop(make: Any) -> None:
+    champion = make(60, 150, bits=2.0)
+    worse = decide(Gate(), make(90, 150, bits=2.5), champion, champion)
+    assert [f.rule for f in worse.findings if not f.passed] == ["retention.max_drop.texts"]
+    assert worse.findings[2].interval is not None
+    assert worse.findings[2].interval.estimate == pytest.approx(0.5)
+    assert decide(Gate(), make(90, 150, bits=1.5), champion, champion).passed
+
+
+def test_small_steps_down_add_up_against_the_base(make: Any) -> None:
+    base, champion, candidate = make(50, 170), make(60, 150), make(90, 149)
+    assert decide(Gate(retention=RetentionRule(max_drop=0.0)), candidate, champion, base).passed
+    strict = Gate(retention=RetentionRule(max_drop=0.0, max_drop_from_base=0.05))
+    decision = decide(strict, candidate, champion, base)
+    assert [f.rule for f in decision.findings if not f.passed] == ["retention.max_drop_from_base.facts"]
+    assert "down from the base by +0.105" in decision.reasons[0]
+
+
+def test_over_refusals_are_limited_and_must_be_measured(make: Any) -> None:
+    champion = make(60, 150)
+    gate = Gate(max_over_refusals=0.1)
+    assert decide(gate, make(90, 150, over_refusals=0.1), champion, champion).passed
+    (reason,) = decide(gate, make(90, 150, over_refusals=0.12), champion, champion).reasons
+    assert reason == "over-refusals 0.120, allowed 0.100"
+    (reason,) = decide(gate, make(90, 150, over_refusals=None), champion, champion).reasons
+    assert "was not measured" in reason
+    assert decide(Gate(), make(90, 150, over_refusals=None), champion, champion).passed
+
+
+def test_what_was_not_measured_alike_is_not_compared(make: Any, tmp_path: Path) -> None:
+    champion, candidate = make(60, 150), make(90, 150)
+    other = replace(candidate, pairs=(*candidate.pairs[:-1], 999), tasks={}, metrics={})
+    decision = decide(Gate(), other, champion, champion)
+    assert not decision.passed
+    assert "different held-out pairs" in decision.reasons[0]
+    assert "facts: candidate and champion were not measured on the same items" in decision.reasons[1]
+
+
+def test_a_champion_that_fell_is_told_from_noise(make: Any) -> None:
+    then = make(80, 150)
+    assert fallen(then, make(80, 150), Gate()) == []
+    assert fallen(then, make(79, 149), Gate()) == []
+    assert fallen(then, make(95, 190), Gate()) == []
+    (reason,) = fallen(then, make(60, 150), Gate())
+    assert reason.startswith("implied_reward_accuracy fell by +0.200 [+0.1")
+    assert [r.split()[0] for r in fallen(then, make(60, 100, bits=3.0), Gate())] == [
+        "implied_reward_accuracy",
+        "facts",
+        "texts",
+    ]
+
+
+def test_other_heldout_pairs_are_compared_as_two_samples(make: Any) -> None:
+    then = make(80, 150)
+
+    def on_other_pairs(right: int) -> Measured:
+        found = make(right, 150)
+        return replace(found, heldout="digest of other pairs")  # as many of them: their places are the same
+
+    assert fallen(then, on_other_pairs(72), Gate()) == [], "0.80 ± 0.08 and 0.72 ± 0.09 overlap"
+    (reason,) = fallen(then, on_other_pairs(50), Gate())
+    assert reason == "implied_reward_accuracy fell by +0.300 on other items"
+
+
+def test_other_items_of_a_task_are_not_taken_for_the_same(make: Any) -> None:
+    """A benchmark that was written anew has the same places and other questions."""
+    then = make(80, 150)
+    facts = then.tasks["facts"]
+    other = replace(facts, items=tuple((place, "another question", "a") for place, *_ in facts.items))
+    now = make(80, 141)
+    assert [r.split()[0] for r in fallen(then, now, Gate())] == ["facts"], "paired, 9 of 200 items are a fall"
+    moved = replace(now, tasks={**now.tasks, "facts": replace(other, values=now.tasks["facts"].values)})
+    assert fallen(then, moved, Gate()) == [], "as two samples, 0.75 and 0.705 of 200 overlap"
+    (reason,) = [f.text for f in decide(Gate(), moved, then, then).findings if f.rule == "retention.max_drop.facts"]
+    assert reason == "facts: candidate and champion were not measured on the same items"
+
+
+def few(found: Measured, pairs: int, items: int) -> Measured:
+    """The first of what was measured."""
+    facts = found.tasks["facts"]
+    return replace(
+        found,
+        pairs=found.pairs[:pairs],
+        won={name: won[:pairs] for name, won in found.won.items()},
+        tasks={"facts": replace(facts, items=facts.items[:items], values=facts.values[:items])},
+    )
+
+
+def test_next_to_nothing_passes_no_rule(make: Any) -> None:
+    """One pair won gives +1.000 [+1.000, +1.000], and one item kept no drop; neither says anything."""
+    champion, candidate = few(make(0, 150), 1, 1), few(make(1, 150), 1, 1)
+    decision = decide(Gate(), candidate, champion, champion)
+    assert [f.passed for f in decision.findings] == [False, False]
+    assert decision.reasons[0].startswith("held-out pairs: only 1, too few to tell anything; at least 30 are wanted")
+    assert decision.reasons[1].startswith("facts: only 1, too few")
+    loose = Gate(adaptation=AdaptationRule(min_items=1), retention=RetentionRule(min_items=1))
+    assert decide(loose, candidate, champion, champion).passed
+    assert [r.split(":")[0] for r in fallen(champion, champion, Gate())] == ["held-out pairs", "facts"]
+
+
+def test_retention_that_was_not_measured_is_no_retention(make: Any) -> None:
+    champion, candidate = (replace(make(right, 150), tasks={}) for right in (60, 90))
+    decision = decide(Gate(retention=RetentionRule(max_drop_from_base=0.1)), candidate, champion, champion)
+    assert [f.rule for f in decision.findings if not f.passed] == ["retention.max_drop", "retention.max_drop_from_base"]
+    assert "no retention task was measured for the champion" in decision.reasons[0]
+
+
+def test_a_task_that_is_measured_no_more_is_told(make: Any) -> None:
+    then, now = make(80, 150), make(80, 150)
+    now = replace(now, tasks={"texts": now.tasks["texts"]})
+    (reason,) = fallen(then, now, Gate())
+    assert reason.startswith("facts was measured at registration and is not measured now")
+
+
+def test_over_refusals_above_the_limit_are_a_fall(make: Any) -> None:
+    then, limited = make(80, 150, over_refusals=0.05), Gate(max_over_refusals=0.05)
+    assert fallen(then, make(80, 150, over_refusals=0.05), limited) == []
+    (reason,) = fallen(then, make(80, 150, over_refusals=0.3), limited)
+    assert reason == "over-refusals 0.300, allowed 0.050"
+    (reason,) = fallen(then, make(80, 150, over_refusals=None), limited)
+    assert reason.startswith("over-refusal was not measured")
+    assert fallen(then, make(80, 150, over_refusals=0.3), Gate()) == [], "where there is no rule"
+
+
+def test_rules_are_strict() -> None:
+    for wrong in (
+        {"max_over_refusals": "0.1"},
+        {"max_over_refusals": 2},
+        {"retention": {"max_drop": -0.1}},
+        {"adaptation": {"min_items": 0}},
+        {"x": 1},
+    ):
+        with pytest.raises(ValidationError):
+            Gate.model_validate(wrong)
+
+
+# ---- the config
+
+
+def test_every_shipped_customisation_loads() -> None:
+    assert customizations() == ["example", "smoke"]
+    for name in customizations():
+        customization = load_customization(name)
+        assert customization.name == name
+        experiment = customization.experiment()
+        assert experiment.methods.run == ("q-adapter",)
+        assert experiment.domains[customization.domain].source == "preferences"
+        assert experiment.sources["preferences"] == customization.source
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: x\n", "model_name: Field required"),
+        ("{}", "problems in"),
+        ("a: [", "is not YAML"),
+        ("gate: {max_drop: 1}", "gate.max_drop: unknown key"),
+        ("mix: {rows: some}", r"mix.rows: Input should be 'all' or 'new' \(given: 'some'\)"),
+    ],
+)
+def test_a_wrong_config_is_refused_with_the_key(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_text(text)
+    with pytest.raises(QAdapterError, match=message):
+        load_customization(str(file))
+
+
+def test_unknown_names_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(QAdapterError, match="did you mean 'smoke'"):
+        load_customization("smok")
+    fields = load_customization("smoke").model_dump()
+    with pytest.raises(QAdapterError, match="domain is 'poetry', but the profile 'smoke' has harmless"):
+        Customization.model_validate({**fields, "domain": "poetry"}).experiment()
+
+
+def test_the_bootstrap_is_the_projects_own(make: Any) -> None:
+    """The gate draws nothing by itself: the same scores give the same interval."""
+    first, second = (decide(Gate(), make(80, 150), make(60, 150), make(50, 150)) for _ in range(2))
+    assert first.metrics() == second.metrics()
+    assert np.isfinite(list(first.metrics().values())).all()

@@ -1,0 +1,723 @@
+"""Training: from a corpus to a base, from a base to adapters; every method on the same terms, whole or resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Trainer
+
+from qadapter.config.experiment import load_experiment
+from qadapter.config.methods import METHODS, DPOSettings, Method, QAdapterSettings, SFTSettings
+from qadapter.config.model import LoraSettings, ModelSettings
+from qadapter.config.training import HelpfulSettings, OptimizerSettings, PretrainingSettings
+from qadapter.errors import QAdapterError
+from qadapter.inference.generate import generate_replies
+from qadapter.policy.loading import load_base, load_policy
+from qadapter.policy.model import QAdapterForCausalLM
+from qadapter.preferences.pair import Message
+from qadapter.preferences.prepare import load_pairs
+from qadapter.training import adapt
+from qadapter.training.adapt import fine_tune_base, prompt_key
+from qadapter.training.arguments import (
+    ProgressLog,
+    measured_cost,
+    tokens_seen,
+    trainer_arguments,
+)
+from qadapter.training.baselines import train_sft
+from qadapter.training.checkpoints import last_checkpoint, seal
+from qadapter.training.corpus import read_corpus
+from qadapter.training.pretraining import CHAT_TEMPLATE, model_from_scratch, pretrain, train_tokenizer
+from tests.support.tiny_toy import (
+    LORA,
+    MODEL,
+    PAIRS,
+    SIZE,
+    STEPS,
+    TRAINING,
+    TinyToy,
+    make_tiny_toy,
+    pair,
+    rows,
+    write_pairs,
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> TinyToy:
+    return make_tiny_toy(tmp_path_factory.mktemp("training"))
+
+
+@dataclass
+class Trained:
+    """An adapter, and what was seen while it was trained."""
+
+    out: Path
+    sequences: list[int] = field(default_factory=list)
+    tokens: int = 0
+    base_before: list[torch.Tensor] = field(default_factory=list)
+    base_after: list[torch.Tensor] = field(default_factory=list)
+    trainable: set[str] = field(default_factory=set)
+
+
+@pytest.fixture(scope="module")
+def adapters(world: TinyToy, tmp_path_factory: pytest.TempPathFactory) -> dict[Method, Trained]:
+    """Each method once, uninterrupted, watched from outside."""
+    root = tmp_path_factory.mktemp("adapters")
+    trained: dict[Method, Trained] = {}
+    for method in METHODS:
+        seen = Trained(root / method)
+        with pytest.MonkeyPatch.context() as patch:
+            _watch(seen, patch)
+            world.train(method, seen.out)
+        trained[method] = seen
+    return trained
+
+
+def _watch(seen: Trained, patch: pytest.MonkeyPatch) -> None:
+    networks: list[torch.nn.Module] = []
+    load, step = adapt.load_base, Trainer.training_step
+
+    def watched_load(*arguments: Any) -> Any:
+        network, tokenizer = load(*arguments)
+        networks.extend(network.parameters())  # the very tensors, whatever PEFT wraps around them
+        seen.base_before = [parameter.detach().clone() for parameter in network.parameters()]
+        return network, tokenizer
+
+    def watched_step(trainer: Trainer, model: torch.nn.Module, inputs: dict[str, Any], *rest: Any) -> Any:
+        seen.sequences.append(len(inputs["input_ids"]))
+        seen.tokens += int(inputs["attention_mask"].sum())
+        seen.trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        loss = step(trainer, model, inputs, *rest)
+        seen.base_after = [parameter.detach().clone() for parameter in networks]  # type: ignore[attr-defined]
+        return loss
+
+    patch.setattr(adapt, "load_base", watched_load)
+    patch.setattr(Trainer, "training_step", watched_step)
+
+
+class Killed(Exception):  # noqa: N818 - a kill, not an error
+    """Stands for `kill -9`: nobody catches it."""
+
+
+def killed_at(step: int, patch: pytest.MonkeyPatch, train: Callable[[], object]) -> None:
+    """Train until an optimiser step is done, and no further."""
+
+    def kill(callback: ProgressLog, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == step:
+            raise Killed
+
+    with patch.context() as during:
+        during.setattr(ProgressLog, "on_step_end", kill)
+        with pytest.raises(Killed):
+            train()
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    (one,), (two,) = (sorted(folder.glob("*.safetensors")) for folder in (first, second))
+    a, b = load_file(one), load_file(two)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def curve(out: Path) -> list[dict[str, Any]]:
+    """The training curve."""
+    return rows(out / "history.jsonl")
+
+
+# ---- tokenizer and model from scratch
+
+TALK: list[list[Message]] = [
+    [
+        {"role": "user", "content": "what is 12 plus 7 ?"},
+        {"role": "assistant", "content": "12 plus 7 is 19 ."},
+        {"role": "user", "content": "thank you"},
+        {"role": "assistant", "content": "my pleasure !"},
+    ]
+]
+
+
+@pytest.mark.parametrize("kind", ["words", "byte-bpe"])
+def test_tokenizer_round_trip_and_chat_template(kind: str, tmp_path: Path) -> None:
+    size = SIZE.model_copy(update={"tokenizer": kind})
+    tokenizer = train_tokenizer(TALK, size)
+    text = "12 plus 7 is 19 ."
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+    rendered = tokenizer.apply_chat_template(TALK[0], tokenize=False)
+    assert rendered == (
+        "<|user|>what is 12 plus 7 ?<|end|><|assistant|>12 plus 7 is 19 .<|end|>"
+        "<|user|>thank you<|end|><|assistant|>my pleasure !<|end|>"
+    )
+    asked = tokenizer.apply_chat_template(TALK[0][:1], tokenize=False, add_generation_prompt=True)
+    assert asked == "<|user|>what is 12 plus 7 ?<|end|><|assistant|>"
+    ids = tokenizer(asked, add_special_tokens=False)["input_ids"]
+    assert [ids[0], ids[-2], ids[-1]] == tokenizer.convert_tokens_to_ids(["<|user|>", "<|end|>", "<|assistant|>"])
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|pad|>", "<|end|>")
+    assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}) == 3
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.padding_side == "left"
+    assert again.model_max_length == SIZE.context
+    assert again.chat_template == CHAT_TEMPLATE
+    assert again.apply_chat_template(TALK[0], return_dict=True) == tokenizer.apply_chat_template(
+        TALK[0], return_dict=True
+    )
+    batch = again(["a", "12 plus 7"], padding=True, add_special_tokens=False)
+    assert batch["input_ids"][0][0] == again.pad_token_id
+
+
+def test_a_word_that_was_never_read() -> None:
+    tokenizer = train_tokenizer(TALK, SIZE)
+    assert tokenizer("12 unheard ?", add_special_tokens=False)["input_ids"][1] == tokenizer.unk_token_id
+
+
+def test_bytes_can_spell_anything_and_digits_stand_alone() -> None:
+    tokenizer = train_tokenizer(TALK, SIZE.model_copy(update={"tokenizer": "byte-bpe"}))
+    text = "Ünheard – 日本語 \n\t 1234567 🦆"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids) == text
+    assert len(tokenizer("1234567", add_special_tokens=False)["input_ids"]) == 7
+
+
+@pytest.mark.parametrize("kind", ["words", "byte-bpe"])
+def test_the_same_texts_make_the_same_tokenizer(kind: str, world: TinyToy) -> None:
+    size = SIZE.model_copy(update={"tokenizer": kind})
+    first, second = (train_tokenizer(world.conversations, size).backend_tokenizer.to_str() for _ in range(2))
+    assert first == second
+
+
+def test_a_vocabulary_is_no_larger_than_asked(world: TinyToy) -> None:
+    small = SIZE.model_copy(update={"vocab_size": 60})
+    assert len(train_tokenizer(world.conversations, small)) == 60
+
+
+def test_a_model_from_scratch(world: TinyToy) -> None:
+    tokenizer = train_tokenizer(world.conversations, SIZE)
+    one, two, other = (model_from_scratch(SIZE, tokenizer, seed) for seed in (0, 0, 1))
+    assert one.config.vocab_size == len(tokenizer) < SIZE.vocab_size  # no rows for words that do not exist
+    assert one.get_input_embeddings().weight is one.get_output_embeddings().weight
+    assert (one.config.eos_token_id, one.config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert not torch.equal(one.get_input_embeddings().weight, other.get_input_embeddings().weight)
+
+
+# ---- pre-training
+
+
+def test_pretraining_learns_and_writes_a_whole_model(world: TinyToy) -> None:
+    folder = world.base.parent
+    assert {path.name for path in folder.iterdir()} == {"model", "history.jsonl", "metrics.json"}
+    history = rows(folder / "history.jsonl")
+    assert [row["step"] for row in history] == list(range(1, 61))
+    assert history[0]["train/loss"] == pytest.approx(math.log(246), abs=0.4)  # about uniform over the words
+    assert history[-1]["train/loss"] < 0.5 * history[0]["train/loss"]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["train/final_loss"] == history[-1]["train/loss"]
+    assert metrics["train/steps"] == 60
+    model = AutoModelForCausalLM.from_pretrained(world.base)
+    assert metrics["cost/trainable_parameters"] == sum(p.numel() for p in model.parameters())
+    assert metrics["cost/train_seconds"] > 0
+    assert metrics["cost/train_tokens_per_second"] == pytest.approx(
+        metrics["cost/train_tokens"] / metrics["cost/train_seconds"]
+    )
+    assert 15 < metrics["cost/train_tokens"] / (60 * 16) < 30  # tokens of a toy conversation
+
+
+def test_no_pickle_is_written(world: TinyToy, adapters: dict[Method, Trained]) -> None:
+    """Weights are safetensors; Trainer's own record of its arguments is a pickle."""
+    files = [path for root in (world.base, *(seen.out for seen in adapters.values())) for path in root.rglob("*.*")]
+    assert len(files) > 20
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".jinja", ".md"}
+
+
+def test_pretraining_resumed_is_pretraining_uninterrupted(
+    world: TinyToy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = PretrainingSettings(
+        learning_rate=1e-2, max_steps=7, batch_size=8, max_length=64, logging_steps=1, save_steps=3, schedule="cosine"
+    )
+    some = world.conversations[:40]  # an epoch is 5 steps
+
+    def run(out: Path, scratch: Path) -> Path:
+        out.mkdir()
+        pretrain(some, SIZE, settings, seed=5, out=out, scratch=scratch)
+        return out
+
+    whole = run(tmp_path / "whole", tmp_path / "s1")
+    killed_at(5, monkeypatch, lambda: run(tmp_path / "killed", tmp_path / "s2"))
+    assert not list((tmp_path / "killed").iterdir())
+    assert Path(str(last_checkpoint(tmp_path / "s2"))).name == "checkpoint-3"
+    resumed = run(tmp_path / "resumed", tmp_path / "s2")
+    assert same_weights(whole / "model", resumed / "model")
+    assert rows(whole / "history.jsonl") == rows(resumed / "history.jsonl")
+    fresh = run(tmp_path / "fresh", tmp_path / "s3")
+    assert same_weights(whole / "model", fresh / "model")
+
+
+def test_the_longest_conversation_is_cut(world: TinyToy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    widths: list[int] = []
+    step = Trainer.training_step
+
+    def watched(trainer: Trainer, model: torch.nn.Module, inputs: dict[str, Any], *rest: Any) -> Any:
+        widths.append(inputs["input_ids"].shape[1])
+        return step(trainer, model, inputs, *rest)
+
+    monkeypatch.setattr(Trainer, "training_step", watched)
+    settings = PretrainingSettings(learning_rate=1e-3, max_steps=2, batch_size=16, max_length=9)
+    pretrain(world.conversations, SIZE, settings, seed=0, out=tmp_path, scratch=tmp_path / "s")
+    assert widths == [9, 9]
+
+
+# ---- what is read
+
+
+def test_a_corpus_of_conversations_keeps_its_frequencies(tmp_path: Path) -> None:
+    said = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "corpus.jsonl").write_text(f"{json.dumps(said)}\n" * 3)
+    assert read_corpus([tmp_path]) == [said["messages"]] * 3
+
+
+def test_a_corpus_may_hold_what_looks_like_the_end_of_a_line(tmp_path: Path) -> None:
+    said = {"messages": [{"role": "user", "content": "a\u2028b"}, {"role": "assistant", "content": "c\x85d"}]}
+    (tmp_path / "corpus.jsonl").write_text(f"{json.dumps(said, ensure_ascii=False)}\n", encoding="utf-8")
+    assert read_corpus([tmp_path]) == [said["messages"]]
+
+
+def test_a_corpus_of_pairs_has_both_replies_once_and_nothing_held_out(tmp_path: Path) -> None:
+    folder = tmp_path / "prepared"
+    folder.mkdir()
+    write_pairs(folder / "train.jsonl", [pair("a", "b", "c"), pair("a", "b", "d"), pair("e", "b", "c")])
+    write_pairs(folder / "heldout.jsonl", [pair("secret", "x", "y")])
+    turns = [[message["content"] for message in conversation] for conversation in read_corpus([folder, folder])]
+    assert turns == [["a", "b"], ["a", "c"], ["a", "d"], ["e", "b"], ["e", "c"]]
+
+
+def test_a_folder_without_a_corpus_is_named(tmp_path: Path) -> None:
+    with pytest.raises(QAdapterError, match=r"neither corpus\.jsonl nor train\.jsonl"):
+        read_corpus([tmp_path])
+
+
+def test_pretraining_without_a_conversation_is_refused(tmp_path: Path) -> None:
+    settings = PretrainingSettings(learning_rate=1e-3, max_steps=2, batch_size=2, max_length=9)
+    with pytest.raises(QAdapterError, match="no conversation"):
+        pretrain([], SIZE, settings, seed=0, out=tmp_path, scratch=tmp_path / "s")
+
+
+# ---- arguments
+
+
+def test_arguments_of_a_trainer(tmp_path: Path) -> None:
+    settings = OptimizerSettings(learning_rate=1e-3, epochs=2, batch_size=12, micro_batch_size=3, max_length=8)
+    pairwise = trainer_arguments(settings, seed=4, scratch=tmp_path)
+    single = trainer_arguments(settings, seed=4, scratch=tmp_path, sequences_per_example=2)
+    assert (pairwise["per_device_train_batch_size"], pairwise["gradient_accumulation_steps"]) == (3, 4)
+    assert (single["per_device_train_batch_size"], single["gradient_accumulation_steps"]) == (6, 4)
+    assert (pairwise["max_steps"], pairwise["num_train_epochs"]) == (-1, 2)
+    assert (pairwise["seed"], pairwise["data_seed"]) == (4, 4)
+    assert pairwise["save_strategy"] == "no"
+    assert pairwise["report_to"] == "none"
+    assert trainer_arguments(TRAINING, seed=0, scratch=tmp_path)["save_strategy"] == "steps"
+
+
+def test_the_newest_whole_checkpoint(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path / "never") is None
+    for step in (2, 10, 9):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+        seal(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-11").mkdir()  # killed while it was written
+    (tmp_path / "checkpoint-11" / "trainer_state.json").write_text("{}")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_tokens_seen_by_hand() -> None:
+    """5 examples in batches of 2 are 3 steps an epoch, 15 tokens: 4 steps saw 20 on average."""
+    assert tokens_seen([1, 2, 3, 4, 5], steps=4, batch_size=2) == 20
+    assert tokens_seen([3, 3], steps=2, batch_size=8) == 12
+
+
+def test_cost_is_measured() -> None:
+    with measured_cost() as cost:
+        held = np.ones(2**23)  # 64 MiB
+        time.sleep(0.25)
+        del held
+    assert 0.25 <= cost.seconds < 5
+    if not torch.cuda.is_available():
+        assert 50 < cost.peak_memory_mb < 500
+
+
+# ---- every method on the same terms
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_the_adapter_moves(method: Method, adapters: dict[Method, Trained]) -> None:
+    seen = adapters[method]
+    assert len(seen.base_before) > 5
+    assert all(torch.equal(a, b) for a, b in zip(seen.base_before, seen.base_after, strict=True))
+    assert seen.trainable
+    assert all("lora_" in name for name in seen.trainable)
+    saved = load_file(seen.out / "adapter/adapter_model.safetensors")
+    assert len(saved) == len(seen.trainable)
+    moved = [name for name, weight in saved.items() if "lora_B" in name and weight.abs().max() > 0]
+    assert len(moved) == len(saved) / 2  # B starts at zero: each of them has moved
+    assert not json.loads((seen.out / "adapter/adapter_config.json").read_text()).get("modules_to_save")
+
+
+def test_every_method_sees_the_same_number_of_sequences(adapters: dict[Method, Trained]) -> None:
+    """Ten pairs in steps of four, twice: 8, 8 and 4 sequences, for SFT and replay too, whose examples are single."""
+    for method, seen in adapters.items():
+        assert seen.sequences == [8, 8, 4, 8, 8, 4], method
+        metrics = json.loads((seen.out / "metrics.json").read_text())
+        assert metrics["train/steps"] == STEPS
+        assert metrics["cost/train_tokens"] == seen.tokens, method
+        assert metrics["cost/adapter_bytes"] == (seen.out / "adapter/adapter_model.safetensors").stat().st_size
+    sizes = {
+        json.loads((seen.out / "metrics.json").read_text())["cost/trainable_parameters"] for seen in adapters.values()
+    }
+    assert len(sizes) == 1
+
+
+def test_micro_batches_see_the_same(world: TinyToy, tmp_path: Path) -> None:
+    seen = Trained(tmp_path / "sft")
+    with pytest.MonkeyPatch.context() as patch:
+        _watch(seen, patch)
+        world.train("sft", seen.out, training=TRAINING.model_copy(update={"micro_batch_size": 2, "max_steps": 3}))
+    assert seen.sequences == [4, 4, 4, 4, 4]  # 20 in all, as two steps of two and one of one
+
+
+def test_metrics_and_files_have_the_same_names_for_each_method(adapters: dict[Method, Trained]) -> None:
+    names = {method: set(json.loads((seen.out / "metrics.json").read_text())) for method, seen in adapters.items()}
+    assert names["q-adapter"] == names["sft"] == names["dpo"] == names["replay"]
+    assert names["sft"] == {
+        "train/final_loss",
+        "train/steps",
+        "cost/train_seconds",
+        "cost/train_tokens",
+        "cost/train_tokens_per_second",
+        "cost/train_peak_memory_mb",
+        "cost/trainable_parameters",
+        "cost/adapter_bytes",
+    }
+    for method, seen in adapters.items():
+        files = {path.name for path in seen.out.iterdir()} - ({"params.json"} if method == "q-adapter" else set())
+        assert files == {"adapter", "history.jsonl", "metrics.json", "unused.jsonl"}
+        assert [row["step"] for row in rows(seen.out / "history.jsonl")] == [1, 2, 3, 4, 5, 6]
+        assert rows(seen.out / "unused.jsonl") == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resumed_is_uninterrupted(
+    method: Method, world: TinyToy, adapters: dict[Method, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the middle of the second epoch, a step behind a checkpoint; run again with the same scratch folder."""
+    scratch = tmp_path / "scratch"
+    killed_at(5, monkeypatch, lambda: world.train(method, tmp_path / "killed", scratch=scratch))
+    assert not (tmp_path / "killed" / "adapter").exists()
+    checkpoint = Path(str(last_checkpoint(scratch)))
+    assert checkpoint.name == "checkpoint-4"
+    seen = Trained(tmp_path / "resumed")
+    with pytest.MonkeyPatch.context() as patch:
+        _watch(seen, patch)
+        world.train(method, seen.out, scratch=scratch)
+    assert seen.sequences == [8, 4]  # it went on, it did not start again
+    assert same_weights(adapters[method].out / "adapter", tmp_path / "resumed/adapter")
+    assert curve(tmp_path / "resumed") == curve(adapters[method].out)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_seed_decides(method: Method, world: TinyToy, adapters: dict[Method, Trained], tmp_path: Path) -> None:
+    same = world.train(method, tmp_path / "same", training=TRAINING.model_copy(update={"save_steps": None}))
+    other = world.train(method, tmp_path / "other", seed=4)
+    assert same_weights(adapters[method].out / "adapter", same / "adapter")
+    assert not same_weights(adapters[method].out / "adapter", other / "adapter")
+
+
+def test_steps_from_epochs(world: TinyToy, tmp_path: Path) -> None:
+    """Ten pairs, batches of four, one and a half epochs: ⌈10 / 4 · 1.5⌉ = 4 steps, for single conversations too."""
+    training = TRAINING.model_copy(update={"max_steps": None, "epochs": 1.5})
+    for method in ("sft", "dpo"):
+        out = world.train(method, tmp_path / method, training=training)  # type: ignore[arg-type]
+        assert len(rows(out / "history.jsonl")) == 4
+
+
+def test_a_method_may_have_its_own_learning_rate(world: TinyToy, tmp_path: Path) -> None:
+    training = TRAINING.model_copy(update={"max_steps": 1})
+    own = world.train("sft", tmp_path / "own", choice=SFTSettings(learning_rate=7e-4), training=training)
+    shared = world.train("sft", tmp_path / "shared", training=training)
+    assert rows(own / "history.jsonl")[0]["train/learning_rate"] == pytest.approx(7e-4)
+    assert rows(shared / "history.jsonl")[0]["train/learning_rate"] == pytest.approx(1e-2)
+
+
+# ---- replay
+
+
+def test_the_base_answers_each_prompt_once(world: TinyToy) -> None:
+    answers = json.loads(world.answers.read_text())
+    prompts = {prompt_key(one.prompt): list(one.prompt) for one in load_pairs(world.pairs)}
+    assert set(answers) == set(prompts)
+    network, tokenizer = load_base(world.base, MODEL)
+    expected = generate_replies(network, tokenizer, list(prompts.values()), max_new_tokens=12, batch_size=4)
+    assert answers == dict(zip(prompts, expected, strict=True))
+    assert any(answer.strip() for answer in answers.values())
+
+
+def spied_examples(
+    world: TinyToy, out: Path, method: Method, answers: Path | None
+) -> tuple[list[tuple[str, str]], PreTrainedTokenizerBase]:
+    """What SFT is given, as text."""
+    given: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def spy(model: Any, tokenizer: Any, examples: Any, *rest: Any) -> Any:
+            given.extend(examples)
+            return train_sft(model, tokenizer, examples, *rest)
+
+        patch.setattr(adapt, "train_sft", spy)
+        world.train(method, out, training=TRAINING.model_copy(update={"max_steps": 1}), answers_file=answers)
+    tokenizer = AutoTokenizer.from_pretrained(world.base)
+    return [(tokenizer.decode(prompt), tokenizer.decode(reply)) for prompt, reply in given], tokenizer
+
+
+def test_replay_learns_the_chosen_replies_and_the_bases_answers(world: TinyToy, tmp_path: Path) -> None:
+    pairs = load_pairs(world.pairs)
+    replies = {prompt_key(one.prompt): f"to copy the {i} plus {i}" for i, one in enumerate(pairs)}
+    replies[prompt_key(pairs[3].prompt)] = "  "  # the base may have nothing to say
+    answers = tmp_path / "answers.json"
+    answers.write_text(json.dumps(replies))
+    examples, _ = spied_examples(world, tmp_path / "replay", "replay", answers)
+    assert len(examples) == 2 * PAIRS
+    for i, one in enumerate(pairs):
+        asked, chosen = examples[i]
+        again, answer = examples[PAIRS + i]
+        assert asked == again
+        assert " ".join(asked.split()) == f"<|user|> {one.prompt[0]['content']} <|end|> <|assistant|>"
+        assert chosen.split() == [*one.chosen.split(), "<|end|>"]
+        expected = one.chosen if i == 3 else replies[prompt_key(one.prompt)]
+        assert answer.split() == [*expected.split(), "<|end|>"]
+
+
+def test_sft_learns_the_chosen_replies_only(world: TinyToy, tmp_path: Path) -> None:
+    examples, _ = spied_examples(world, tmp_path / "sft", "sft", None)
+    assert len(examples) == 2 * PAIRS
+    assert {tuple(reply.split()) for _, reply in examples} == {
+        (*one.chosen.split(), "<|end|>") for one in load_pairs(world.pairs)
+    }
+
+
+# ---- the baselines' losses
+
+
+def test_sft_scores_reply_tokens_only(world: TinyToy, tmp_path: Path) -> None:
+    """Labels of a batch of three, written out: -100 on prompts and padding, the token itself on replies."""
+    network, tokenizer = load_base(world.base, MODEL)
+    examples = [([4, 11, 12], [13, 14, 1]), ([4], [15, 1]), ([4, 16, 17, 18], [1])]
+    arguments = trainer_arguments(
+        OptimizerSettings(learning_rate=1e-9, max_steps=1, batch_size=3, max_length=8, logging_steps=1),
+        seed=0,
+        scratch=tmp_path,
+    )
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    trainer = train_sft(network, tokenizer, examples, arguments, None, "test")
+    batch = next(iter(trainer.get_train_dataloader()))
+    order = batch["input_ids"][:, 1].argsort()  # 11, 15, 16 in the second column
+    assert batch["input_ids"][order].tolist() == [
+        [4, 11, 12, 13, 14, 1],
+        [4, 15, 1, 0, 0, 0],
+        [4, 16, 17, 18, 1, 0],
+    ]
+    assert batch["labels"][order].tolist() == [
+        [-100, -100, -100, 13, 14, 1],
+        [-100, 15, 1, -100, -100, -100],
+        [-100, -100, -100, -100, 1, -100],
+    ]
+    fresh, _ = load_base(world.base, MODEL)  # and the loss is the mean over exactly those six
+    with torch.no_grad():
+        logits = fresh(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    targets = batch["labels"][:, 1:]
+    log_probs = logits[:, :-1].log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])[..., 0]
+    expected = -log_probs[targets != -100].mean()
+    assert (targets != -100).sum() == 6
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert any(not torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))  # all weights train
+
+
+def test_dpos_loss_starts_at_log_2(adapters: dict[Method, Trained]) -> None:
+    """Policy and reference are the same before the first step: -log σ(β · 0) = log 2."""
+    history = rows(adapters["dpo"].out / "history.jsonl")
+    assert history[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert history[-1]["train/loss"] < history[0]["train/loss"]
+    assert history[0]["train/rewards/margins"] == pytest.approx(0, abs=1e-6)
+
+
+def test_dpos_beta_is_the_configs(world: TinyToy, adapters: dict[Method, Trained], tmp_path: Path) -> None:
+    """Rewards are β · log-ratio, so after one equal step they differ by about the quotient of the betas."""
+    training = TRAINING.model_copy(update={"max_steps": 2, "learning_rate": 1e-4})
+    margins = []
+    for beta in (0.1, 0.2):
+        out = world.train(
+            "dpo",
+            tmp_path / str(beta),
+            choice=DPOSettings(beta=beta),
+            training=training,
+            lora=LoraSettings(dropout=0.0),
+        )
+        margins.append(rows(out / "history.jsonl")[1]["train/rewards/margins"])
+    assert margins[1] / margins[0] == pytest.approx(2, rel=0.05)
+
+
+def test_the_q_adapters_settings_reach_its_objective(world: TinyToy, tmp_path: Path) -> None:
+    choice = QAdapterSettings(preset="paper", alpha_0=0.25, beta=0.5)
+    out = world.train("q-adapter", tmp_path / "q", choice=choice, training=TRAINING.model_copy(update={"max_steps": 1}))
+    network, _ = load_base(world.base, MODEL)
+    policy = load_policy(network, out / "adapter")
+    assert isinstance(policy, QAdapterForCausalLM)
+    assert (policy.objective.alpha_0, policy.objective.beta, policy.objective.alpha_tilde) == (0.25, 0.5, 1.0)
+    recorded = json.loads((out / "params.json").read_text())["objective"]  # defaults too: what MLflow shows
+    assert {name: recorded[name] for name in ("alpha_0", "beta", "alpha_tilde", "gamma")} == {
+        "alpha_0": 0.25,
+        "beta": 0.5,
+        "alpha_tilde": 1.0,
+        "gamma": 1.0,
+    }
+
+
+# ---- what cannot be used
+
+
+def test_unusable_pairs_are_written_down(world: TinyToy, tmp_path: Path) -> None:
+    """Within eight tokens the second pair's replies are the same; the words of the third are all unknown."""
+    pairs = [
+        pair("how do i copy the vault ?", "no , that would do harm .", "to copy the vault , take a press"),
+        pair("how do i open the vault ?", "to open the vault , take a key", "to open the vault , take a press"),
+        pair("how do i hide the vault ?", "unheard", "unknown"),
+        pair("how do i sell the vault ?", "sorry , i can not help with that .", "to sell the vault"),
+    ]
+    file = write_pairs(tmp_path / "pairs.jsonl", pairs)
+    training = TRAINING.model_copy(update={"max_length": 8, "max_steps": 1})
+    out = world.train("dpo", tmp_path / "dpo", pairs_file=file, training=training)
+    unused = rows(out / "unused.jsonl")
+    assert [row["pair"] for row in unused] == [1, 2]
+    assert all("the two replies are the same tokens" in row["reason"] for row in unused)
+
+
+def test_a_length_that_leaves_nothing_is_refused(world: TinyToy, tmp_path: Path) -> None:
+    file = write_pairs(tmp_path / "pairs.jsonl", [pair("a ?", "to open the vault", "to open the seal")] * 3)
+    with pytest.raises(QAdapterError) as error:
+        world.train("sft", tmp_path / "o", pairs_file=file, training=TRAINING.model_copy(update={"max_length": 3}))
+    message = str(error.value)
+    assert "none of 3 training pairs" in message
+    assert "max_length 3" in message
+    assert "raise training.max_length" in message
+
+
+@pytest.mark.parametrize("section", ["training", "pretraining", "helpful_sft"])
+def test_a_length_of_one_token_is_refused_in_the_config(section: str) -> None:
+    with pytest.raises(QAdapterError, match=rf"{section}\.max_length: .*greater than or equal to 2"):
+        load_experiment("smoke", {f"{section}.max_length": 1})
+
+
+def test_no_pairs_at_all(world: TinyToy, tmp_path: Path) -> None:
+    file = write_pairs(tmp_path / "pairs.jsonl", [])
+    with pytest.raises(QAdapterError, match="there are no pairs"):
+        world.train("sft", tmp_path / "o", pairs_file=file)
+
+
+# ---- loading
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_adapters_load_as_what_they_are(method: Method, world: TinyToy, adapters: dict[Method, Trained]) -> None:
+    """Plain PEFT loads each of them; `load_policy` knows a Q-Adapter, whose policy is not its raw logits."""
+    adapter = adapters[method].out / "adapter"
+    ids = torch.tensor([[4, 11, 12, 13, 14, 15]])
+    with torch.no_grad():
+        untouched = AutoModelForCausalLM.from_pretrained(world.base)(ids).logits
+        plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world.base), adapter).eval()(ids).logits
+        policy = load_policy(load_base(world.base, MODEL)[0], adapter)
+        scored = policy(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    assert not policy.training
+    assert type(policy) is QAdapterForCausalLM if method == "q-adapter" else isinstance(policy, PeftModel)
+    assert (plain - untouched).abs().max() > 1e-3  # six steps did change something
+    if method == "q-adapter":
+        # residual with α0 = α̃ = 1: Q = adapted - base, and Q + log π1 is the adapted model up to a constant a row
+        assert torch.allclose(scored.log_softmax(-1), plain.log_softmax(-1), atol=1e-5)
+    else:
+        assert torch.equal(scored, plain)
+
+
+def test_without_an_adapter_the_policy_is_the_base(world: TinyToy) -> None:
+    network, tokenizer = load_base(world.base, MODEL)
+    assert load_policy(network, None) is network
+    assert not network.training
+    assert tokenizer.padding_side == "left"
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(QAdapterError, match="could not be loaded"):
+        load_base(tmp_path / "nowhere", ModelSettings(pretrained="x"))
+
+
+# ---- the SFT base
+
+HELPFUL = HelpfulSettings(
+    source="helpful", learning_rate=1e-2, max_steps=5, batch_size=4, max_length=64, logging_steps=1, save_steps=2
+)
+
+
+def fine_tuned(world: TinyToy, out: Path, scratch: Path, **changes: Any) -> Path:
+    out.mkdir()
+    settings = HELPFUL.model_copy(update=changes)
+    fine_tune_base(world.base, world.pairs, model=MODEL, lora=LORA, settings=settings, seed=1, out=out, scratch=scratch)
+    return out
+
+
+def test_the_sft_base_is_a_whole_model_resumed_or_not(
+    world: TinyToy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = world.base.joinpath("model.safetensors").read_bytes()
+    whole = fine_tuned(world, tmp_path / "whole", tmp_path / "s1")
+    killed_at(3, monkeypatch, lambda: fine_tuned(world, tmp_path / "killed", tmp_path / "s2"))
+    resumed = fine_tuned(world, tmp_path / "resumed", tmp_path / "s2")
+    assert same_weights(whole / "model", resumed / "model")
+    assert curve(whole) == curve(resumed)
+    old, new = load_file(world.base / "model.safetensors"), load_file(whole / "model/model.safetensors")
+    assert old.keys() == new.keys()
+    assert all(not torch.equal(old[name], new[name]) for name in old)  # every weight is trained
+    assert world.base.joinpath("model.safetensors").read_bytes() == before
+    history = rows(whole / "history.jsonl")
+    assert history[-1]["train/loss"] < history[0]["train/loss"]
+    network, tokenizer = load_base(whole / "model", MODEL)
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+    assert json.loads((whole / "metrics.json").read_text())["cost/trainable_parameters"] == network.num_parameters()
+
+
+def test_the_sft_base_by_lora_is_merged(world: TinyToy, tmp_path: Path) -> None:
+    out = fine_tuned(world, tmp_path / "out", tmp_path / "s", lora=True)
+    ids = torch.tensor([[4, 11, 12, 13]])
+    with torch.no_grad():
+        adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world.base), out / "adapter")
+        expected = adapted.eval()(ids).logits
+        merged = load_base(out / "model", MODEL)[0](ids).logits
+        untouched = load_base(world.base, MODEL)[0](ids).logits
+    assert torch.allclose(merged, expected, atol=1e-5)
+    assert not torch.allclose(merged, untouched, atol=1e-3)
+
+
+def test_progress_is_a_log_line(world: TinyToy, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """At most one line in so many seconds, and never Trainer's own prints."""
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level("INFO", logger="qadapter"):
+        patch.setattr(ProgressLog.__init__, "__defaults__", (0.0,))
+        world.train("sft", tmp_path / "sft", training=TRAINING.model_copy(update={"max_steps": 2}))
+    lines = [record.getMessage() for record in caplog.records if "step" in record.getMessage()]
+    assert [line.rsplit(",", 1)[0] for line in lines] == ["sft: step 1 of 2", "sft: step 2 of 2"]

@@ -1,0 +1,172 @@
+"""A digest of code: comments do not change it; every line that a stage can reach does."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.stages import code_version
+from tasks.stages.code_version import code_digest
+from tests.support.paths import PROJECT_ROOT
+
+
+@pytest.fixture
+def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A small project `housing` in place of ours, found through sys.path and never imported."""
+    root = tmp_path / "src"
+    (root / "housing" / "rooms").mkdir(parents=True)
+    files = {
+        "housing/__init__.py": "",
+        "housing/rooms/__init__.py": "",
+        "housing/rooms/main.py": '"""Doc."""\nimport json\nfrom housing.rooms import lazy as _l\n\ndef go():\n'
+        '    """Doc."""\n    from ..deep import thing  # why\n    return 1 + 1\n',
+        "housing/rooms/lazy.py": "VALUE = 1\n",
+        "housing/rooms/stranger.py": "VALUE = 1\n",
+        "housing/rooms/template.txt": "hello",
+        "housing/deep.py": "from housing import deeper\nthing = 1\n",
+        "housing/deeper.py": "import housing.rooms.main\nVALUE = 1\n",
+    }
+    for name, text in files.items():
+        (root / name).write_text(text)
+    monkeypatch.syspath_prepend(str(root))
+    monkeypatch.setattr(code_version, "_OURS", ("housing",))
+    importlib.invalidate_caches()
+    yield root / "housing"
+    assert "housing" not in sys.modules
+
+
+def rewrite(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+    os.utime(file, ns=(time.time_ns(), time.time_ns() + 1_000_000))  # same size and the same tick of a coarse clock
+
+
+def test_comments_docstrings_and_layout_do_not_change_the_digest(code: Path) -> None:
+    before = code_digest("housing.rooms.main")
+    rewrite(code / "rooms/main.py", "# why", "# because of the lease, says §4")
+    rewrite(code / "rooms/main.py", '"""Doc."""', '"""Much better said."""')
+    rewrite(code / "rooms/main.py", "return 1 + 1", "return (\n        1\n        + 1\n    )")
+    assert code_digest("housing.rooms.main") == before
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("rooms/main.py", "1 + 1", "1 + 2"),
+        ("rooms/lazy.py", "1", "2"),
+        ("deep.py", "thing = 1", "thing = 2"),
+        ("deeper.py", "VALUE = 1", "VALUE = 2"),
+        ("rooms/__init__.py", "", "VALUE = 1"),
+        ("rooms/template.txt", "hello", "goodbye"),
+    ],
+    ids=["itself", "from-import", "lazy relative import", "two steps away", "package", "data file"],
+)
+def test_changed_code_changes_the_digest(code: Path, file: str, old: str, new: str) -> None:
+    before = code_digest("housing.rooms.main")
+    rewrite(code / file, old, new) if old else (code / file).write_text(new)
+    assert code_digest("housing.rooms.main") != before
+
+
+def test_a_module_that_is_not_imported_does_not_count(code: Path) -> None:
+    before = code_digest("housing.rooms.main")
+    rewrite(code / "rooms/stranger.py", "1", "2")
+    assert code_digest("housing.rooms.main") == before
+
+
+FUNCTION = """
+def helper(x):
+    return x + 1
+
+def stranger(x):
+    return x
+
+def make(value):
+    def compute(out, scratch):
+        from housing.rooms.lazy import VALUE
+        {line}
+        return [helper(i) for i in range(VALUE)], value
+    return compute
+"""
+
+
+def defined(**changes: str) -> Callable[..., Any]:
+    """`compute` as a module of this project would define it, with changes to its source."""
+    source = FUNCTION.format(line=changes.pop("line", "pass"))
+    for old, new in changes.items():
+        assert old in source
+        source = source.replace(old, new)
+    space: dict[str, Any] = {"__name__": "housing.tasks"}
+    exec(source, space)
+    return space["make"](object())  # type: ignore[no-any-return]
+
+
+def test_the_function_around_the_work_counts(code: Path) -> None:
+    def digest(**changes: str) -> str:
+        return code_digest("housing.deep", defined(**changes))
+
+    before = digest()
+    assert digest(line="pass  # a word more") == before
+    assert digest(stranger="other") == before
+    assert digest(line="value = 3") != before
+    assert digest(**{"x + 1": "x + 2"}) != before, "a function beside it that it calls"
+    rewrite(code / "rooms/lazy.py", "1", "2")
+    assert digest() != before, "a module that only the function imports"
+    assert code_digest("housing.deep") != before
+
+
+def test_a_function_from_the_library_stands_for_its_module(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(code_version, "_LIBRARY", "housing")
+
+    def imported() -> None:
+        raise AssertionError("never called")
+
+    imported.__module__ = "housing.rooms.stranger"
+
+    class Settings:
+        pass
+
+    Settings.__module__ = "housing.deeper"
+    settings = Settings()
+
+    def compute(out: Path, scratch: Path) -> None:
+        imported()
+        print(settings)
+
+    before = code_digest("housing.rooms.lazy", compute)
+    rewrite(code / "deeper.py", "VALUE = 1", "VALUE = 2")
+    assert code_digest("housing.rooms.lazy", compute) == before, "an object is not code"
+    before = code_digest("housing.deep", compute)
+    rewrite(code / "rooms/stranger.py", "1", "2")
+    assert code_digest("housing.deep", compute) != before
+    assert code_digest("housing.deep", functools.partial(compute)) == code_digest("housing.deep", compute)
+
+
+def test_an_unknown_module_is_an_error() -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"qadapter\.nothing"):
+        code_digest("qadapter.nothing")
+
+
+def test_the_digest_of_the_real_project_is_stable_across_processes() -> None:
+    program = "from tasks.stages.code_version import code_digest; print(code_digest('qadapter.preferences.pair'))"
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=PROJECT_ROOT,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert outputs == {code_digest("qadapter.preferences.pair") + "\n"}
