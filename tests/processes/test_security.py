@@ -52,7 +52,7 @@ CODE = sorted(path for floor in ("qadapter", "tasks", "flows") for path in (PROJ
 
 
 def files_with_secrets(places: Sequence[Path]) -> tuple[list[Path], dict[Path, list[bytes]]]:
-    """All files below some folders, and those that hold a secret of `tests/support/real_runs.py`, in content or name."""
+    """All files below some folders, and those that hold a secret of `real_runs.py`, in content or name."""
     files = [file for place in places for file in place.rglob("*") if file.is_file()]
     found = {}
     for file in files:
@@ -266,7 +266,7 @@ def test_the_password_of_mlflows_address_is_not_told(
 
 
 def test_servers_listen_on_loopback() -> None:
-    """What the Makefile and `make serve` start; `tests/processes/test_deployments.py` refuses other addresses in a real run."""
+    """What the Makefile and `make serve` start; `test_deployments.py` refuses other addresses in a real run."""
     makefile = (PROJECT_ROOT / "Makefile").read_text()
     starts = [line for line in makefile.splitlines() if re.search(r"mlflow ui|mlflow server|uvicorn", line)]
     assert starts

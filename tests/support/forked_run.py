@@ -1,4 +1,4 @@
-"""What the processes of `tests/support/real_runs.py` do; importing this is what takes their time, so it is done once."""
+"""What the processes of `real_runs.py` do; importing this is what takes their time, so it is done once."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Real flow runs in processes of their own, with real servers: to be killed, stopped, and looked at from outside.
 
-The processes are forked from one that has imported everything (`tests/support/forked_run.py`): a real process each, started in
+The processes are forked from one that has imported everything (`forked_run.py`): a real process each, started in
 a moment.
 """
 
@@ -72,7 +72,7 @@ SECRETS = {
     "MLFLOW_TRACKING_PASSWORD": "canary-of-mlflows-password",
     "MLFLOW_TRACKING_TOKEN": "canary-of-mlflows-token",
 }
-"""In the environment of every run; `tests/processes/test_security.py` looks for them in all that the undisturbed ones wrote."""
+"""In the environment of every run; `test_security.py` looks for them in all that the undisturbed runs wrote."""
 
 
 _PLACES = {"metrics.json", "sweep.csv", "adapter_config.json", "README.md"}

@@ -83,7 +83,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowSto
 def test_what_a_status_means(
     store: MlflowStore, status: int, body: str, kind: type[QAdapterError], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Said without the address's password, which MLflow's own text has. Uploads: tests/processes/test_mlflow_server.py."""
+    """Said without the address's password, which MLflow's own text has. Uploads: test_mlflow_server.py."""
     monkeypatch.setattr(_Answer, "status", status)
     monkeypatch.setattr(_Answer, "body", body)
     with pytest.raises(kind) as caught:
