@@ -1,4 +1,9 @@
-"""The one exception a user is meant to read."""
+"""The one exception a user is meant to read, and the hint that ends many of its messages."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class QAdapterError(Exception):
@@ -7,3 +12,20 @@ class QAdapterError(Exception):
     The message is one to three sentences: what was given, what was expected, what to do. Command lines print it
     without a traceback and exit with a code that is not 0.
     """
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """The end of a sentence that refuses a name.
+
+    Args:
+        given: what the user wrote.
+        known: every name that would have been right.
+
+    Returns:
+        `, did you mean 'smoke'?` where a known name is near, else `; known: mini, smoke`; empty where none is known.
+    """
+    names = list(dict.fromkeys(known))
+    near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    if near:
+        return f", did you mean {near[0]!r}?"
+    return f"; known: {', '.join(names)}" if names else ""

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.support.paths import PROJECT_ROOT
 from tests.support.tiny_chat import byte_tokenizer
@@ -34,11 +33,17 @@ def test_the_python_example_trains_saves_loads_and_generates(tmp_path: Path, mon
     names = {"tokenizer": tokenizer, "pairs": pairs}
     exec(code, names)  # the README's own text
     policy = names["policy"]
-    assert policy.config.alpha_0 == 0.5
+    assert (policy.config.alpha_0, policy.config.alpha_tilde) == (2.0, 2.0)
     ids = tokenizer("Hello", return_tensors="pt")["input_ids"]
-    first = policy(input_ids=ids).logits
-    policy.config.alpha_0 = 1.0
-    assert not torch.equal(first, policy(input_ids=ids).logits)
+    with policy.disable_adapter():
+        base_log_probs = policy(input_ids=ids).logits.log_softmax(-1)
+
+    def distance(dial: float) -> float:
+        policy.config.alpha_0 = policy.config.alpha_tilde = dial
+        log_probs = policy(input_ids=ids).logits.log_softmax(-1)
+        return float((log_probs - base_log_probs).abs().mean())
+
+    assert distance(1.0) > distance(2.0) > distance(8.0) > 0  # as the block's comment says
 
 
 def test_every_file_and_make_target_it_names_exists() -> None:

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
-from qadapter.command.flags import did_you_mean
 from qadapter.command.opened import as_base, dials, note, open_policy
 from qadapter.command.options import ChatOptions
-from qadapter.errors import QAdapterError
+from qadapter.errors import QAdapterError, did_you_mean
 from qadapter.inference.prompts import prompt_ids
 from qadapter.inference.score import device_of
 from qadapter.policy.model import QAdapterForCausalLM

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from qadapter.config.base import Settings
-from qadapter.errors import QAdapterError
+from qadapter.errors import QAdapterError, did_you_mean
 
 Options = TypeVar("Options", bound=Settings)
 
@@ -135,9 +134,3 @@ def refuse_unknown(unknown: Iterable[str], options: type[Settings], others: Iter
         known = [*map(flag, options.model_fields), *others]
         raise QAdapterError(f"unknown flag {first}{did_you_mean(first, known)}")
     raise QAdapterError(f"unexpected argument {first!r}; values belong behind a flag")
-
-
-def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """The nearest known name, as the end of a sentence."""
-    near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.5)
-    return f", did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"

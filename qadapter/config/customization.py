@@ -6,7 +6,6 @@ where preferences arrive, how they are mixed, and what a candidate must achieve 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +16,7 @@ from pydantic import Field, ValidationError
 from qadapter.config.base import Name, Settings
 from qadapter.config.experiment import PROFILE_FOLDER, Experiment, load_experiment
 from qadapter.config.sources import Source
-from qadapter.errors import QAdapterError
+from qadapter.errors import QAdapterError, did_you_mean
 from qadapter.files.url_secrets import shown
 from qadapter.gate import Gate
 
@@ -103,8 +102,7 @@ def load_customization(config: str) -> Customization:
     """
     file = Path(config) if config.endswith((".yaml", ".yml")) else CONFIG_FOLDER / f"{config}.yaml"
     if not file.is_file():
-        near = difflib.get_close_matches(config, customizations(), n=1)
-        hint = f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(customizations())}"
+        hint = did_you_mean(config, customizations())
         raise QAdapterError(f"there is no customisation {config!r}{hint} A path of a .yaml file may be given too.")
     try:
         return Customization.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))

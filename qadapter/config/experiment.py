@@ -6,7 +6,6 @@ once, each with the key's path and what was expected.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from qadapter.config.methods import MethodSettings
 from qadapter.config.model import LoraSettings, ModelSettings
 from qadapter.config.sources import Source, ToyWorldSettings
 from qadapter.config.training import DomainSettings, HelpfulSettings, OptimizerSettings, PretrainingSettings
-from qadapter.errors import QAdapterError
+from qadapter.errors import QAdapterError, did_you_mean
 from qadapter.files.url_secrets import shown
 
 PROFILE_FOLDER = CONFIGS
@@ -84,7 +83,7 @@ class Experiment(Settings):
             named |= {f"built_benchmarks.{key}": source for key, source in self.built_benchmarks.sources.items()}
         unknown = {path: source for path, source in named.items() if source not in self.sources}
         for path, source in unknown.items():
-            yield f"{path}: no source {source!r}{_did_you_mean(source, self.sources)}"
+            yield f"{path}: no source {source!r}{did_you_mean(source, self.sources)}"
         if not unknown and (unused := set(self.sources) - set(named.values())):
             yield f"sources {sorted(unused)} are used by no domain, no benchmark, helpful_sft or pretraining"
         if bool(self.model.from_scratch) != bool(self.pretraining):
@@ -176,7 +175,7 @@ def load_experiment(profile: str, overrides: Mapping[str, Any] | Sequence[str] =
     file = Path(profile) if profile.endswith((".yaml", ".yml")) else PROFILE_FOLDER / f"{profile}.yaml"
     if not file.is_file():
         raise QAdapterError(
-            f"there is no profile {profile!r}{_did_you_mean(profile, profiles())}; "
+            f"there is no profile {profile!r}{did_you_mean(profile, profiles())}; "
             f"known profiles are {', '.join(profiles())}, or give the path of a .yaml file"
         )
     try:
@@ -244,7 +243,7 @@ def explain_problems(error: ValidationError, file: Path, schema: type[Settings] 
     for problem in error.errors():
         path = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            message = f"unknown key{_did_you_mean(str(problem['loc'][-1]), _keys_at(problem['loc'][:-1], schema))}"
+            message = f"unknown key{did_you_mean(str(problem['loc'][-1]), _keys_at(problem['loc'][:-1], schema))}"
         elif problem["type"] == "missing":
             message = "is required"
         else:
@@ -280,8 +279,3 @@ def _keys_at(location: Sequence[int | str], settings: type[Settings]) -> list[st
                 following += [section for entry in named if isinstance(entry, dict) for section in sections(entry)]
         nodes = following
     return [key for node in nodes for key in node.get("properties", {})]
-
-
-def _did_you_mean(given: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.5)
-    return f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}" if known else ""

@@ -144,7 +144,7 @@ def test_the_process_ends_with_2_and_one_line() -> None:
     command = [sys.executable, "-m", "qadapter", "train", "--base", "x", "--alpha0", "0.1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT_ROOT)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: unknown flag --alpha0, did you mean --alpha-0?\n"
+    assert done.stderr == "error: unknown flag --alpha0, did you mean '--alpha-0'?\n"
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_a_config_names_its_own_mistakes(refused: Callable[..., str], tmp_path: 
     file = tmp_path / "train.yaml"
     file.write_text("base: b\ndata: d\noutput: o\nlearnig_rate: 1\nepochs: many\n")
     line = refused("train", "--config", str(file))
-    assert f"unknown key 'learnig_rate' in {file}, did you mean learning_rate?" in line
+    assert f"unknown key 'learnig_rate' in {file}, did you mean 'learning_rate'?" in line
     assert f"epochs in {file}: Input should be a valid number" in line
     file.write_text("- a\n")
     assert "holds list; a mapping of keys was expected" in refused("train", "--config", str(file))
@@ -548,7 +548,7 @@ def test_a_system_message_and_sampling(talk: Callable[..., list[str]], policy: A
 def test_mistakes_do_not_end_it(talk: Callable[..., list[str]]) -> None:
     lines = talk("/alpa0 1", "/alphatilde 0", "/alpha0 nan", "", "/help")
     assert lines[:3] == [
-        "unknown command /alpa0, did you mean /alpha0?",
+        "unknown command /alpa0, did you mean '/alpha0'?",
         "'0' is no number above 0",
         "'nan' is no number from 0 on",
     ]
