@@ -13,8 +13,8 @@ from qadapter.command.options import GenerateOptions
 from qadapter.command.results import Row, require_free, writing
 from qadapter.errors import QAdapterError
 from qadapter.inference.generate import generate_replies
+from qadapter.preferences.containers import iter_records
 from qadapter.preferences.pair import Message
-from qadapter.preferences.records import iter_records
 
 
 def run(options: GenerateOptions) -> None:

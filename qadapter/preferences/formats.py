@@ -18,10 +18,9 @@ from typing import Any
 
 from qadapter.errors import QAdapterError
 from qadapter.preferences import parsers
+from qadapter.preferences.containers import head, iter_records
 from qadapter.preferences.pair import PreferencePair
-from qadapter.preferences.records import RawRecord, Reason, iter_records
-
-RECORDS_TO_DETECT = 100
+from qadapter.preferences.records import RawRecord, Reason
 
 
 class Format(StrEnum):
@@ -77,7 +76,7 @@ def detect_format(file: Path) -> Format:
         QAdapterError: the file cannot be read or none of those records is in a known format. The message shows the
             first record's fields, never its contents.
     """
-    return _detect(file, _head(iter_records(file)))
+    return _detect(file, head(iter_records(file)))
 
 
 def read_pairs(file: Path, *, domain: str | None = None, max_chars: int | None = None) -> Iterator[ParsedRecord]:
@@ -93,10 +92,10 @@ def read_pairs(file: Path, *, domain: str | None = None, max_chars: int | None =
             a domain given for another format. Single records never raise.
     """
     records = iter_records(file)
-    head = _head(records)
-    file_format = _detect(file, head)
-    _check_domain(file, file_format, head, domain)
-    return _parse_all(file, itertools.chain(head, records), file_format, domain, max_chars)
+    first = head(records)
+    file_format = _detect(file, first)
+    _check_domain(file, file_format, first, domain)
+    return _parse_all(file, itertools.chain(first, records), file_format, domain, max_chars)
 
 
 def _parse_all(
@@ -121,10 +120,6 @@ def parse_record(record: Any, file_format: Format, *, domain: str | None = None)
         return PARSERS[file_format](record, domain)
     except parsers.UnusableError as error:
         return [error.reason]
-
-
-def _head(records: Iterator[RawRecord]) -> list[RawRecord]:
-    return list(itertools.islice(records, RECORDS_TO_DETECT))
 
 
 def _detect(file: Path, head: list[RawRecord]) -> Format:

@@ -17,9 +17,10 @@ from typing import Any
 
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import read_json, write_json
+from qadapter.preferences.containers import iter_records
 from qadapter.preferences.formats import Format, detect_format, parse_record
 from qadapter.preferences.pair import PreferencePair
-from qadapter.preferences.records import RawRecord, Reason, iter_records
+from qadapter.preferences.records import RawRecord, Reason
 from qadapter.preferences.sources import DATA_SUFFIXES
 
 RECORDS, SUMMARY, QUARANTINE = "records.jsonl", "summary.json", "quarantine.jsonl"

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qadapter.errors import QAdapterError
-from qadapter.preferences import records
+from qadapter.preferences import text_records
 from qadapter.preferences.formats import (
     EXAMPLES,
     Accepted,
@@ -226,7 +226,8 @@ def test_bad_records_have_their_reason(file_format: Format, record: Any, reason:
 
 
 def test_every_reason_has_a_test() -> None:
-    of_files = {Reason.BROKEN_JSON, Reason.BREAKS_OFF}
+    of_files = {Reason.BROKEN_JSON, Reason.BREAKS_OFF, Reason.BROKEN_ROW, Reason.EQUAL_COLUMNS, Reason.BUDGET}
+    of_files |= {Reason.EMPTY_FILE}  # test_containers.py, test_prepare.py
     assert {reason for _, _, reason in BAD} | of_files == set(Reason)
 
 
@@ -284,7 +285,7 @@ def test_broken_lines_are_rejected_where_they_stand(tmp_path: Path) -> None:
 
 
 def test_a_line_that_would_fill_the_memory_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 200)
+    monkeypatch.setattr(text_records, "MAX_RECORD_BYTES", 200)
     file = tmp_path / "a.jsonl"
     good = json.dumps(PAIR.to_trl()).encode()
     file.write_bytes(good + b"\n" + b"x" * 1001 + b"\n" + good + b"\n" + b"y" * 300)
@@ -394,7 +395,7 @@ def test_unknown_format_shows_fields_and_known_formats_but_no_content(tmp_path: 
         (b"\n \n", "is empty"),
         (b"[]", "is empty"),
         (b"hello\nworld\n", "no JSON object among its first 2 records"),
-        (b"PK\x03\x04 a zip", "no JSON object"),
+        (b"PK\x03\x04 a zip", "damaged or breaks off"),
         (b"PAR1 but not Parquet", "damaged or breaks off"),
     ],
 )
@@ -462,9 +463,11 @@ def test_real_files(shared_data: Path, name: str, domain: str | None, file_forma
             assert all("\n\nHuman:" not in turn["content"] for turn in item.pair.prompt)
 
 
-@pytest.mark.parametrize("name", ["gsm8k.jsonl", "bbh/navigate.json"])
-def test_real_benchmarks_are_no_preferences(shared_data: Path, name: str) -> None:
-    with pytest.raises(QAdapterError, match="unknown format"):
+@pytest.mark.parametrize(
+    ("name", "words"), [("gsm8k.jsonl", "unknown format"), ("bbh/navigate.json", "is one JSON object")]
+)
+def test_real_benchmarks_are_no_preferences(shared_data: Path, name: str, words: str) -> None:
+    with pytest.raises(QAdapterError, match=words):
         detect_format(shared_data / "benchmarks" / name)
 
 
