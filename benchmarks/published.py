@@ -1,13 +1,16 @@
 """What the published code does, written anew from its description: two passes, full float32 logits, always the rewards.
 
-Every call runs the model with its adapter and without, makes full-vocabulary float32 rows of both for every position
-(prompts and padding included), combines them and computes the implied rewards of them, also while generating: there
-the loss too, where the rows can be pairs.
+It computes what that code computes and no more: `tests/test_benchmarks.py` holds losses and gradients against the
+readable objective. Every call runs the model with its adapter and without, makes full-vocabulary float32 rows of both
+for every position (prompts and padding included), combines them and computes the implied rewards of them, also while
+generating: there the loss too, where the rows can be pairs.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,23 +41,56 @@ def published_loss(rewards: Tensor, mask: Tensor, o: Objective) -> Tensor:
     return -F.logsigmoid(chosen - rejected).mean() + o.beta * (rewards.square() * counted).sum() / counted.sum()
 
 
-def published_step(model: PeftModel, batch: dict[str, Tensor], o: Objective) -> Tensor:
+CONFIGURATIONS = ("plain", "gradients on embeddings", "gradient checkpointing")
+"""How that code may be run: as it is; with the gradients on the embeddings' output that its 8-bit preparation asks for;
+and with the gradient checkpointing that its training script turns on, which needs them too."""
+
+
+def published_step(model: PeftModel, batch: dict[str, Tensor], o: Objective, configuration: str = "plain") -> Tensor:
     """One training step's loss and gradients.
 
-    The base's pass keeps its graph ("gradient bookkeeping on the base pass"): the embeddings ask for gradients, as PEFT
-    has it for quantised bases and gradient checkpointing, and the base's logits are in the loss, so that the backward
-    goes through both passes although nothing in the base can move.
+    The base's log-probabilities are detached, so no gradient flows through the base's pass. In `plain` that pass keeps
+    no graph at all, because nothing in it asks for gradients. With gradients on the embeddings' output it keeps one
+    until the log-probabilities are detached: more memory and time, and the same gradients.
+
+    Args:
+        model: base with adapter, in training mode.
+        batch: `input_ids`, `attention_mask`, `response_mask` [2·pairs, T].
+        o: the objective.
+        configuration: one of `CONFIGURATIONS`.
     """
-    base: Any = model.get_base_model()
-    embedded = base.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
-    inputs = {"inputs_embeds": embedded, "attention_mask": batch["attention_mask"]}
-    q_logits = model(**inputs).logits
-    with model.disable_adapter():
-        base_logits = model(**inputs).logits
-    _, rewards = published_terms(q_logits, base_logits, batch["input_ids"], o)
-    loss = published_loss(rewards, batch["response_mask"], o)
-    loss.backward()
+    with _configured(model, configuration):
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+        q_logits = model(**inputs).logits
+        with model.disable_adapter():
+            base_logits = model(**inputs).logits.detach()
+        _, rewards = published_terms(q_logits, base_logits, batch["input_ids"], o)
+        loss = published_loss(rewards, batch["response_mask"], o)
+        loss.backward()
     return loss.detach()
+
+
+@contextmanager
+def _configured(model: PeftModel, configuration: str) -> Iterator[None]:
+    """The model run in one of `CONFIGURATIONS`; as it was before afterwards."""
+    if configuration not in CONFIGURATIONS:
+        raise ValueError(f"{configuration!r} is none of {CONFIGURATIONS}")
+    base: Any = model.get_base_model()
+    hooked, checkpointed = configuration != "plain", configuration == "gradient checkpointing"
+    handle = base.get_input_embeddings().register_forward_hook(_ask_for_gradients) if hooked else None
+    if checkpointed:
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+        if checkpointed:
+            base.activation_checkpointing_disable()
+
+
+def _ask_for_gradients(_: torch.nn.Module, __: Any, output: Tensor) -> None:
+    output.requires_grad_(True)
 
 
 class PublishedPolicy(PreTrainedModel, GenerationMixin):

@@ -16,13 +16,18 @@ from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
 from benchmarks.measure import Measured, arguments, compare, prepare, table
-from benchmarks.published import published_step
+from benchmarks.published import CONFIGURATIONS, published_step
 from benchmarks.shapes import SHAPES, Shape, base_model, batch, lora, policy
 from benchmarks.tried import compiled_pairwise_loss, one_pass_loss
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.objective import Objective, PairwiseLoss, pairwise_loss, scored_positions
 
-PUBLISHED = "published code's way"
+PUBLISHED = "published code, plain"
+
+
+def published_name(configuration: str) -> str:
+    """What a table calls the published code in one of its configurations."""
+    return f"published code, {configuration}"
 
 
 def sides(shape: Shape, pairs: int, device: str, dtype: torch.dtype, tried: bool) -> dict[str, Callable[[], Tensor]]:
@@ -44,13 +49,16 @@ def sides(shape: Shape, pairs: int, device: str, dtype: torch.dtype, tried: bool
             ours._pair_passes.share_prompts = share
         return backward(ours, ours(**data).loss)
 
+    def published(configuration: str) -> Callable[[], Tensor]:
+        return lambda: clear(ours, published_step(ours.peft_model, data, objective, configuration))
+
     def compiled() -> Tensor:
         return backward(ours, response_positions_loss(ours, data, objective, compiled_pairwise_loss()))
 
     fused(True)  # makes the passes and checks them
     made = {
-        PUBLISHED: lambda: clear(ours, published_step(ours.peft_model, data, objective)),
-        "base without autograd": readable,
+        **{published_name(one): published(one) for one in CONFIGURATIONS},
+        "this project's readable objective": readable,
         "+ response positions only": response_positions,
         "+ vocabulary in blocks (fused)": lambda: fused(False),
         "+ shared prompt = this project": lambda: fused(True),
