@@ -24,7 +24,7 @@ from flows.running.launch import Launch, PrefectRun, check_workspace, close_aban
 from qadapter.config.customization import PREFERENCES, Customization, load_customization
 from qadapter.config.experiment import Experiment
 from qadapter.files.artifacts import read_json
-from qadapter.files.url_secrets import shown
+from qadapter.files.shown import shown
 from qadapter.preferences import sources
 from qadapter.preferences.mixture import unlearnt
 from tasks.candidate import (

@@ -6,6 +6,8 @@ import logging
 import os
 import warnings
 
+from qadapter.files.shown import guard_logs
+
 # Prefect, tqdm and tokenizers read these once, when first imported: `main` sets them before it imports anything.
 _ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
@@ -24,6 +26,7 @@ def prepare_environment() -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     quiet_libraries()
+    guard_logs()
 
 
 def quiet_libraries() -> None:

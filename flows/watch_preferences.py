@@ -26,7 +26,7 @@ from flows.customize import NAME, at_work, fingerprint_of
 from flows.prefect_host.waiting_runs import due_runs
 from flows.running.launch import check_workspace
 from qadapter.config.customization import Customization, load_customization
-from qadapter.files.url_secrets import shown
+from qadapter.files.shown import shown
 from tasks.preferences import Seen
 from tasks.stages.context import workspace
 

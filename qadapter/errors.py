@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
+
+from qadapter.files.shown import shown, visible
 
 
 class QAdapterError(Exception):
     """Something the user gave cannot work.
 
     The message is one to three sentences: what was given, what was expected, what to do. Command lines print it
-    without a traceback and exit with a code that is not 0.
+    without a traceback and exit with a code that is not 0. Secrets and hidden characters are masked in it.
     """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*(visible(shown(a)) if isinstance(a, str) else a for a in arguments))
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from qadapter.config.customization import Customization
 from qadapter.config.sources import Source
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import read_json, storage_errors, write_json
-from qadapter.files.url_secrets import shown
+from qadapter.files.shown import shown
 from qadapter.preferences import sources
 from qadapter.preferences.ledger import RECORDS, SUMMARY, Changes
 from tasks.data import unreachable

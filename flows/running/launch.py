@@ -26,6 +26,7 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation.benchmarks.build import QUESTION_FIELDS
 from qadapter.evaluation.benchmarks.items import read_items
 from qadapter.evaluation.lm_eval.catalog import NAME, check_tasks, expand_suites, find_tasks, local_tasks, needs_data
+from qadapter.files.shown import guard_logs
 from qadapter.judging.plan import judged_rows, plan_judges
 from qadapter.preferences import sources
 from qadapter.preferences.prepare import first_usable_pair
@@ -220,6 +221,7 @@ def close_abandoned(tracker: Tracker, experiment_name: str) -> None:
 def launched(launch: Launch) -> Iterator[PrefectRun]:
     """A checked experiment, ready to run stages; its MLflow run ends FINISHED, FAILED or KILLED whatever happens."""
     outlive_worker()
+    guard_logs()  # a worker's process begins with Prefect's own command
     experiment = launch.check()
     root = workspace()
     for name in ("qadapter", "tasks"):

@@ -10,6 +10,7 @@ from flows.environment import quiet_libraries
 from flows.prefect_host.dead_runs import end_with_parent
 from flows.prefect_host.orphans import outlive_worker
 from qadapter.config.experiment import Experiment
+from qadapter.files.shown import guard_logs
 
 
 def task_runner(experiment: Experiment) -> Any:
@@ -42,5 +43,6 @@ def task_runner(experiment: Experiment) -> Any:
 def begin_worker() -> None:
     """What a worker process does first."""
     quiet_libraries()
+    guard_logs()
     outlive_worker()
     end_with_parent()

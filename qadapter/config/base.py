@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
+
+from qadapter.files.url_secrets import secrets_in
+
+_inside: ContextVar[bool] = ContextVar("inside a config that is being validated", default=False)
 
 
 class Settings(BaseModel):
-    """A section of a config: unknown keys are refused, and nothing changes it after validation."""
+    """A section of a config: unknown keys are refused, secrets too, and nothing changes it after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=(), allow_inf_nan=False)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _no_secrets(cls, given: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
+        """Look at every string of a config, at any depth, once: in the outermost section that is validated."""
+        if _inside.get() or not isinstance(given, Mapping):
+            return handler(given)
+        if problems := list(secrets_in(given)):
+            raise ValueError("\n".join(problems))
+        token = _inside.set(True)
+        try:
+            return handler(given)
+        finally:
+            _inside.reset(token)
 
 
 Positive = Annotated[float, Field(gt=0)]

@@ -17,7 +17,7 @@ from qadapter.config.base import Name, Settings
 from qadapter.config.experiment import PROFILE_FOLDER, Experiment, load_experiment
 from qadapter.config.sources import Source
 from qadapter.errors import QAdapterError, did_you_mean
-from qadapter.files.url_secrets import shown
+from qadapter.files.shown import shown
 from qadapter.gate import Gate
 
 CONFIG_FOLDER = PROFILE_FOLDER / "customize"

@@ -25,7 +25,7 @@ from qadapter.config.model import LoraSettings, ModelSettings
 from qadapter.config.sources import Source, ToyWorldSettings
 from qadapter.config.training import DomainSettings, HelpfulSettings, OptimizerSettings, PretrainingSettings
 from qadapter.errors import QAdapterError, did_you_mean
-from qadapter.files.url_secrets import shown
+from qadapter.files.shown import shown
 
 PROFILE_FOLDER = CONFIGS
 

@@ -7,7 +7,6 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from qadapter.config.base import Count, Settings
-from qadapter.files.url_secrets import refuse_secrets
 
 
 class ToyWorldSettings(Settings):
@@ -33,6 +32,7 @@ class Source(Settings):
         max_train_pairs, max_heldout_pairs: cut after the split, None for all.
         max_chars: longer records (prompt and reply together) are quarantined.
         judge_pairs: kept from training (whole prompts), so that a reward model can be trained on them to judge answers.
+        public_query: parameters of the URLs' queries whose literal values are no secrets (`id`, say).
         expected_pairs: how many training pairs a source out of reach is known to have; only `make plan` reads it.
     """
 
@@ -48,12 +48,11 @@ class Source(Settings):
     max_heldout_pairs: Count | None = None
     max_chars: Count = 20_000
     judge_pairs: Annotated[int, Field(ge=0)] = 0
+    public_query: tuple[str, ...] = ()
     expected_pairs: Count | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Source:
         if self.heldout >= 1 and self.heldout != int(self.heldout):
             raise ValueError(f"heldout is a share below 1 or a whole number of prompts, not {self.heldout}")
-        for path in (self.path, self.heldout_path):
-            refuse_secrets(path or "")
         return self

@@ -15,7 +15,7 @@ from qadapter.config.base import Name, NonNegative, Positive, Settings, refuse_r
 from qadapter.config.experiment import PROFILE_FOLDER, Experiment, explain_problems, load_experiment
 from qadapter.config.methods import METHODS, Method
 from qadapter.errors import QAdapterError
-from qadapter.files.url_secrets import shown
+from qadapter.files.shown import shown
 
 SWEEP_FOLDER = PROFILE_FOLDER / "sweep"
 PARALLEL_EFFICIENCY = 0.85  # of stages side by side on two cores: they share caches, the database and Prefect's server

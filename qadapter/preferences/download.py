@@ -21,7 +21,8 @@ import fsspec
 
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import digest_file, sync_to_disk
-from qadapter.files.url_secrets import filled_in, public_address, shown
+from qadapter.files.shown import shown
+from qadapter.files.url_secrets import filled_in, public_address
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +155,10 @@ def _fetch_http(url: str, target: Path, known: Mapping[str, Any]) -> dict[str, A
 
             written = _store(target, write)
             modified = response.headers.get("Last-Modified")
-            return {"etag": response.headers.get("ETag"), "modified": modified, **written}
+            etag = response.headers.get("ETag")
+            if etag and shown(etag) != etag:  # a server that repeats what it was sent; the note would keep it
+                etag = None
+            return {"etag": etag, "modified": modified, **written}
     except urllib.error.HTTPError as error:
         if error.code == 304:
             return dict(known)

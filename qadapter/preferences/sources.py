@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 from huggingface_hub import HfApi, errors, is_offline_mode, snapshot_download
 
 from qadapter.errors import QAdapterError
-from qadapter.files.url_secrets import shown
+from qadapter.files.shown import shown
 from qadapter.preferences import download
 
 DATA_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet", ".arrow")

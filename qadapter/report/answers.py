@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from qadapter.files.shown import visible
 from qadapter.report.items import read_lines
 from qadapter.report.rows import Row, kind, methods_of, ordered
 
@@ -96,10 +97,10 @@ def _answers(row: Row) -> dict[str, dict[str, Any]]:
 
 def _one(domain: str, answers: dict[str, dict[str, Any]]) -> SideBySide:
     some = next(iter(answers.values()))
-    replies = [Reply(m, a["reply"], "" if kind(m) == "base" else _verdict(a)) for m, a in answers.items()]
+    replies = [Reply(m, visible(a["reply"]), "" if kind(m) == "base" else _verdict(a)) for m, a in answers.items()]
     if "base" in some and not any(kind(method) == "base" for method in answers):
-        replies.insert(0, Reply("base", some["base"]))
-    turns = tuple((str(turn["role"]), str(turn["content"])) for turn in some["prompt"])
+        replies.insert(0, Reply("base", visible(some["base"])))
+    turns = tuple((visible(str(turn["role"])), visible(str(turn["content"]))) for turn in some["prompt"])
     return SideBySide(domain, turns, tuple(replies))
 
 

@@ -12,6 +12,7 @@ import pandas as pd
 import yaml
 
 from qadapter.files.artifacts import write_json
+from qadapter.files.shown import to_csv
 from qadapter.report import markdown
 from qadapter.report.answers import answers_table, side_by_side
 from qadapter.report.curves import training_curves
@@ -81,11 +82,11 @@ def build_report(
     """
     measured = Measured(rows)
     long = comparison(rows)
-    long.to_csv(out / "comparison.csv", index=False)
-    task_details(rows).to_csv(out / "details.csv", index=False)
+    to_csv(long, out / "comparison.csv")
+    to_csv(task_details(rows), out / "details.csv")
     answers = answers_table(rows)
     if len(answers):
-        answers.to_csv(out / "answers.csv", index=False)
+        to_csv(answers, out / "answers.csv")
     retention_against_adaptation(measured, out / FIGURE, title)
     has_curves = training_curves(rows, out / CURVES, title)
     main, fought = main_table(measured), duels(measured)

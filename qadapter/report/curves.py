@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -28,6 +29,7 @@ _LINES = (
 )
 
 
+@rc_context({"text.parse_math": False})  # a label with two dollar signs is no formula
 def training_curves(rows: Sequence[Row], file: Path, title: str) -> bool:
     """Draw a column a method and a row a measure, a line a domain and seed; False (no file) where nothing was logged.
 

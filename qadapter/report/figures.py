@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -50,6 +51,7 @@ def styles_of(methods: list[str]) -> dict[str, tuple[str, str]]:
     return styles
 
 
+@rc_context({"text.parse_math": False})  # a label with two dollar signs is no formula
 def retention_against_adaptation(measured: Measured, file: Path, title: str) -> Figure:
     """Draw every policy: to the right is more learnt, up is more kept; error bars are 95 % intervals.
 

@@ -25,7 +25,8 @@ from qadapter.files.artifacts import write_json
 from qadapter.files.process_tags import ProcessTag
 
 PROGRESS = "progress: "  # a line of rank 0's log; anything else a child prints is a library's
-_PACKAGE = "qadapter."
+_TRAININGS = ("qadapter.training.", "qadapter.methods.", "qadapter.judging.")
+_SECTIONS = ("qadapter.",)
 
 
 def write_job(file: Path, function: Callable[..., Any], positional: Sequence[Any], named: Mapping[str, Any]) -> None:
@@ -48,10 +49,10 @@ def read_job(file: Path) -> dict[str, Any]:
     """A job of `write_job`, with `function` resolved and the arguments' types restored.
 
     Raises:
-        ValueError: it names a function outside `qadapter`.
+        ValueError: it names a function elsewhere than where trainings are.
     """
     job: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"), object_hook=_untagged)
-    return {**job, "function": _named(job["function"])}
+    return {**job, "function": _named(job["function"], _TRAININGS)}
 
 
 def _name_of(value: Any) -> str:
@@ -59,15 +60,15 @@ def _name_of(value: Any) -> str:
     return f"{value.__module__}:{value.__qualname__}"
 
 
-def _named(text: str) -> Any:
-    """What `module:name` names; nothing outside `qadapter` is imported.
+def _named(text: str, packages: tuple[str, ...]) -> Any:
+    """What `module:name` names; nothing outside these packages is imported.
 
     Raises:
         ValueError: the module lies elsewhere.
     """
     module, _, name = text.partition(":")
-    if not module.startswith(_PACKAGE):
-        raise ValueError(f"{module} is not below {_PACKAGE}")
+    if not module.startswith(packages):
+        raise ValueError(f"{module} is not below {' or '.join(packages)}")
     return getattr(import_module(module), name)
 
 
@@ -83,7 +84,7 @@ def _untagged(value: dict[str, Any]) -> Any:
     if value.keys() == {"!path"}:
         return Path(value["!path"])
     if value.keys() == {"!settings", "values"}:
-        kind = _named(value["!settings"])
+        kind = _named(value["!settings"], _SECTIONS)
         if not issubclass(kind, Settings):
             raise ValueError(f"{value['!settings']} is not a section of a config")
         return kind.model_validate(value["values"])

@@ -26,7 +26,7 @@ import qadapter
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import digest_tree, storage_errors, sync_to_disk, sync_tree
-from qadapter.files.url_secrets import shown
+from qadapter.files.shown import shown
 from qadapter.serving.registered import DamagedError, refuse_damage
 from tasks.stages.context import workspace
 from tasks.stages.hub import commit_of

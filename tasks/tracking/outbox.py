@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qadapter.errors import QAdapterError
-from qadapter.files.url_secrets import shown
+from qadapter.files.shown import shown
 from tasks.tracking.spool import Entry, Spool
 from tasks.tracking.store import AwayError, MlflowStore, RefusedError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,7 @@ from typing import Any
 
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import read_json
-from qadapter.files.url_secrets import shown
+from qadapter.files.shown import shown, visible
 from qadapter.report.items import SCORE
 from qadapter.report.rows import SETTING, Row
 from tasks.tracking.tracker import Tracker
@@ -147,7 +148,8 @@ def _cell(run: Any) -> tuple[str, str, int | None]:
 
 def _label(parent: Any, others: Mapping[str, _FlowRun]) -> str:
     """A flow run's short name: `lazy-fox` of `smoke · lazy-fox`, with some of its id if another is called so."""
-    label = str(parent.info.run_name).rpartition(" · ")[2].replace("(", "").replace(")", "")
+    label = visible(str(parent.info.run_name), keep="").rpartition(" · ")[2]
+    label = re.sub(r"[()|`*<>\[\]]", "", label)  # what would end a label, or begin something in a table or page
     taken = {flow_run.label for flow_run in others.values()}
     return f"{label} {parent.info.run_id[:6]}" if label in taken else label
 

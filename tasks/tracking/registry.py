@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import storage_errors
-from qadapter.files.url_secrets import shown
+from qadapter.files.shown import shown
 from tasks.tracking.store import NOT_FOUND, RefusedError, downloaded, local_path
 from tasks.tracking.tracker import Tracker
 

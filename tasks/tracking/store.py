@@ -35,7 +35,7 @@ from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE, MAX_METRICS_PER_BAT
 
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import atomic_folder, digest_file, list_files, storage_errors, sweep, write_json
-from qadapter.files.url_secrets import shown
+from qadapter.files.shown import shown
 from tasks.tracking.spool import Entry
 
 __all__ = [

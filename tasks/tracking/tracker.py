@@ -20,7 +20,7 @@ from typing import Any
 
 from qadapter.errors import QAdapterError
 from qadapter.files.process_tags import ProcessTag
-from qadapter.files.url_secrets import shown
+from qadapter.files.shown import shown
 from tasks.tracking.outbox import TICKET, TICKET_TAG, Outbox
 from tasks.tracking.store import (
     MAX_DATASET_DIGEST_SIZE,

@@ -326,7 +326,9 @@ def asked_for(served: Served) -> list[dict[str, Any]]:
 
 def secret_source(server: str) -> dict[str, dict[str, str]]:
     """The source of `TINY`, with its pairs behind a token."""
-    return {"harmless": {**TINY["sources"]["harmless"], "path": f"{server}/harmless.jsonl?token=${{DATA_TOKEN}}"}}  # type: ignore[index]
+    return {
+        "harmless": {**TINY["sources"]["harmless"], "path": f"{server}/harmless.jsonl?token=${{QADAPTER_DATA_TOKEN}}"}
+    }  # type: ignore[index]
 
 
 @pytest.mark.slow
@@ -350,9 +352,11 @@ def test_deployments_start_runs_that_complete(
 
     save = "import sys; from prefect.blocks.system import Secret; Secret(value=sys.argv[1]).save('data-token')"
     environment = os.environ | {"PREFECT_API_URL": served.url, "PREFECT_HOME": str(served.folder / "prefect")}
-    subprocess.run([sys.executable, "-c", save, SECRETS["DATA_TOKEN"]], env=environment, check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-c", save, SECRETS["QADAPTER_DATA_TOKEN"]], env=environment, check=True, timeout=120
+    )
     overrides = f"overrides={json.dumps(TINY | {'sources': secret_source(data_server)})}"
-    variables = 'env={"DATA_TOKEN": "{{ prefect.blocks.secret.data-token }}"}'
+    variables = 'env={"QADAPTER_DATA_TOKEN": "{{ prefect.blocks.secret.data-token }}"}'
     for name in ("full-paper-repro/smoke", "full-paper-repro"):
         served.prefect("deployment", "run", name, "-p", overrides, "--job-variable", variables, "--watch", timeout=300)
         assert newest_run(served)["state_type"] == "COMPLETED", served.log[-6000:]
@@ -563,7 +567,7 @@ def test_a_secret_that_nobody_gave_is_named(served: Served, data_server: str) ->
     refused = command_line(*command, home=served.folder / "prefect", url=served.url, timeout=300)
     assert refused.returncode != 0
     assert newest_run(served)["state_type"] == "FAILED"
-    assert "DATA_TOKEN" in served.log[-6000:]
+    assert "QADAPTER_DATA_TOKEN" in served.log[-6000:]
     _, found = files_with_secrets([served.folder])
     assert found == {}
 

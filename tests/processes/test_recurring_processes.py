@@ -212,7 +212,7 @@ def test_a_source_behind_a_url_is_watched_and_its_token_told_to_nobody(
 
     publish(refusals()[:40], 1_700_000_000)
     home = RecurringHome(tmp_path, prefect_server, data_server)
-    source = {"path": f"{data_server}/weekly.jsonl?token=${{DATA_TOKEN}}"}
+    source = {"path": f"{data_server}/weekly.jsonl?token=${{QADAPTER_DATA_TOKEN}}"}
     write_config(tmp_path, source=source, mix={"rows": "new", "old_share": 0.25})
     watched = [home.run(watch=True), home.run(watch=True)]
     assert home.run() == 0, home.printed()[-4000:]

@@ -32,7 +32,8 @@ from qadapter.config.model import ModelSettings
 from qadapter.config.sources import Source
 from qadapter.config.sweep import load_sweep
 from qadapter.errors import QAdapterError
-from qadapter.files.url_secrets import filled_in, public_address, refuse_secrets, shown
+from qadapter.files.shown import shown
+from qadapter.files.url_secrets import filled_in, public_address, refuse_secrets
 from qadapter.judging.endpoint_client import JudgeClient, UnansweredError
 from qadapter.policy.files import read_settings
 from qadapter.policy.loading import load_base, load_policy
@@ -149,8 +150,8 @@ def test_a_url_in_a_file_of_the_wrong_form_is_not_repeated_with_its_password(tex
 def test_urls_without_secrets_pass() -> None:
     for url in (
         "https://example.org/data.json?download=true&page=2",
-        "https://example.org/data.json?token=${DATA_TOKEN}",
-        "https://${LOGIN}@example.org/data.json",
+        "https://example.org/data.json?token=${QADAPTER_DATA_TOKEN}",
+        "https://${QADAPTER_LOGIN}@example.org/data.json",
         "hub:Anthropic/hh-rlhf",
         "{data}/hh-rlhf/harmless.jsonl",
         "/data/odd?token=name.json",
@@ -161,11 +162,11 @@ def test_urls_without_secrets_pass() -> None:
 
 
 def test_the_environment_fills_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DATA_TOKEN", "pa55word")
-    assert filled_in("https://x.org/d?token=${DATA_TOKEN}") == "https://x.org/d?token=pa55word"
-    monkeypatch.delenv("DATA_TOKEN")
-    with pytest.raises(QAdapterError, match="environment variable DATA_TOKEN, which is not set"):
-        filled_in("https://x.org/d?token=${DATA_TOKEN}")
+    monkeypatch.setenv("QADAPTER_DATA_TOKEN", "pa55word")
+    assert filled_in("https://x.org/d?token=${QADAPTER_DATA_TOKEN}") == "https://x.org/d?token=pa55word"
+    monkeypatch.delenv("QADAPTER_DATA_TOKEN")
+    with pytest.raises(QAdapterError, match="environment variable QADAPTER_DATA_TOKEN, which is not set"):
+        filled_in("https://x.org/d?token=${QADAPTER_DATA_TOKEN}")
 
 
 def test_what_is_shown_of_a_url() -> None:

@@ -37,7 +37,7 @@ OVERRIDES: dict[str, Any] = {
     "sources": {
         "helpful": {"path": "{data}/hh-rlhf/helpful.jsonl.gz", "heldout": 0.2, "max_heldout_pairs": 8},
         "harmless": {
-            "path": "{server}/harmless.jsonl?token=${DATA_TOKEN}",
+            "path": "{server}/harmless.jsonl?token=${QADAPTER_DATA_TOKEN}",
             "heldout_path": "{data}/hh-rlhf/harmless-heldout.jsonl",
             "max_heldout_pairs": 8,
         },
@@ -68,7 +68,7 @@ OVERRIDES: dict[str, Any] = {
 SECRETS = {
     "HF_TOKEN": "hf_canaryAbCdEf0123456789",
     "OPENAI_API_KEY": "sk-canary-0123456789abcdef",
-    "DATA_TOKEN": "canary-of-the-data-server",
+    "QADAPTER_DATA_TOKEN": "canary-of-the-data-server",
     "MLFLOW_TRACKING_PASSWORD": "canary-of-mlflows-password",
     "MLFLOW_TRACKING_TOKEN": "canary-of-mlflows-token",
 }
@@ -164,7 +164,7 @@ class _Data(http.server.SimpleHTTPRequestHandler):
     """Hands out files to those who have the token."""
 
     def do_GET(self) -> None:
-        if SECRETS["DATA_TOKEN"] not in self.path:
+        if SECRETS["QADAPTER_DATA_TOKEN"] not in self.path:
             self.send_error(403)
             return
         super().do_GET()

@@ -12,6 +12,7 @@ import pandas as pd
 
 from qadapter.evaluation.statistics import across_seeds
 from qadapter.files.artifacts import write_json
+from qadapter.files.shown import to_csv
 from qadapter.report.rows import Row, Spread, listed, ordered, spread
 from qadapter.report.sweep.figure import draw_sweep
 from qadapter.report.sweep.points import (
@@ -49,7 +50,7 @@ def build_sweep_report(
     points = points_of(rows, settings, expected)
     compared = [point for point in points if point.complete]
     base_rows = [row for row in rows if row.method == BASE]
-    _all_rows(rows, settings).to_csv(out / "sweep.csv", index=False)
+    to_csv(_all_rows(rows, settings), out / "sweep.csv")
     write_json(out / "settings.json", [asdict(setting) for setting in settings])
     front = front_of(compared)
     base = {name: spread(base_rows, name, None, BASE) for name in MEASURED}

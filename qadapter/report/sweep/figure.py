@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -30,6 +31,7 @@ _OTHER = ("#000000", "h")
 _LONGEST_LIST = 14  # names beside the closer view
 
 
+@rc_context({"text.parse_math": False})  # a label with two dollar signs is no formula
 def draw_sweep(
     points: Sequence[Point], front: Sequence[Point], base: tuple[Spread, Spread], file: Path, title: str
 ) -> Figure:
