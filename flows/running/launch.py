@@ -16,7 +16,7 @@ from uuid import UUID
 
 from prefect.exceptions import UpstreamTaskError
 from prefect.logging import get_run_logger
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
 
 from flows.prefect_host.dead_runs import ended_flow_runs, report_crashed
 from flows.prefect_host.orphans import outlive_worker
@@ -36,6 +36,8 @@ from tasks.stages.remote import RemoteStore
 from tasks.stages.store import StageStore
 from tasks.tracking.tracker import FLOW_RUN_TAG, Tracker
 
+ALLOW_REMOTE_CODE = "QADAPTER_ALLOW_REMOTE_CODE"
+"""Environment variable of a worker: `1` lets its deployments use `model.trust_remote_code`."""
 _SECONDS_BETWEEN_PROGRESS = 60.0
 _SECONDS_FOR_MLFLOW = 60.0  # to come back at a run's end; what is left then is delivered at the next start
 
@@ -79,6 +81,7 @@ class Launch:
             QAdapterError: with all that is needed to put it right.
         """
         experiment = self.load()
+        _refuse_remote_code(experiment)
         experiment.launch.check(experiment.model.quantization)
         experiment.runner.check()
         RemoteStore.from_environment()
@@ -134,6 +137,23 @@ class Launch:
                     problems.append(f"  built_benchmarks.questions.{name}: {error}")
         if problems:
             raise QAdapterError("the data cannot be used:\n" + "\n".join(dict.fromkeys(problems)))
+
+
+def _refuse_remote_code(experiment: Experiment) -> None:
+    """A run of a deployment executes no code of a model repository on the word of its parameters alone.
+
+    Whoever may start a deployment may set its parameters; whoever runs the worker sets its environment.
+
+    Raises:
+        QAdapterError: `model.trust_remote_code` is on in a run of a deployment, and the worker does not allow it.
+    """
+    allowed = os.environ.get(ALLOW_REMOTE_CODE) == "1"
+    if experiment.model.trust_remote_code and deployment.get_id() and not allowed:
+        raise QAdapterError(
+            "model.trust_remote_code is on, which a deployment's parameters alone may not ask for: it runs code of "
+            f"the model's repository. Set {ALLOW_REMOTE_CODE}=1 in the worker's environment, or start the run on the "
+            "command line."
+        )
 
 
 def check_workspace(folder: Path) -> None:

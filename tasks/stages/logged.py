@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from prefect.logging import get_run_logger
 from prefect.states import Completed
 
+from qadapter.errors import QAdapterError
+from qadapter.files.shown import shown
 from tasks.stages.context import LARGEST_LOGGED_FILE, RunContext
 from tasks.stages.store import StageOutput
 
@@ -68,7 +71,8 @@ def logged_stage(
     elif params:
         tracker.log_params(run_id, params)
     with tracker.ending(run_id):
-        output = context.store.run(name, module=module, config=config, inputs=inputs, compute=compute)
+        with _masked_errors():
+            output = context.store.run(name, module=module, config=config, inputs=inputs, compute=compute)
         tracker.log(
             run_id,
             params=output.params(),
@@ -81,6 +85,19 @@ def logged_stage(
     how = f"found ({output.key[:12]}), it took" if output.cached else "done in"
     get_run_logger().info("%s: %s %.1f s", title, how, output.seconds)
     return StageResult(output, run_id)
+
+
+@contextmanager
+def _masked_errors() -> Iterator[None]:
+    """A library's error may repeat an address with its secret, and Prefect keeps text and traceback."""
+    try:
+        yield
+    except QAdapterError:
+        raise
+    except Exception as error:
+        if shown(str(error)) == str(error):
+            raise
+        raise QAdapterError(f"{type(error).__name__}: {error}") from None
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ It knows `qadapter` only, whose source `tasks/tracking/models.py` puts beside it
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ class ServedPolicy(PythonModel):
             OpenAI's chat completion, a dict.
 
         Raises:
-            MlflowException: a request that cannot be answered; the server makes a 400 of it.
+            MlflowException: a request that cannot be answered; the server makes a 400 of it. After a fault of the model
+                itself a 500, which says nothing of this machine.
         """
         from pydantic import ValidationError
 
@@ -62,10 +64,14 @@ class ServedPolicy(PythonModel):
             messages = [{**message} for message in rows[0]]
             request = ChatRequest.model_validate({"model": self._name, **given, "messages": messages})
             prepared = prepare(request, self._generator)
+            work = self._generator.submit(prepared.turns, prepared.prompt, prepared.sampling)
+            return prepared.completion(work.result())
         except (RequestError, ValidationError) as error:
-            raise MlflowException.invalid_parameter_value(str(error)) from error
-        work = self._generator.submit(prepared.turns, prepared.prompt, prepared.sampling)
-        return prepared.completion(work.result())
+            raise MlflowException.invalid_parameter_value(str(error)) from None
+        except Exception:
+            # MLflow answers any other exception with its traceback: paths of this machine, and lines of code.
+            logging.getLogger(__name__).exception("A request could not be answered")
+            raise MlflowException("The model could not answer; the server's log says why.") from None
 
 
 set_model(ServedPolicy())

@@ -96,7 +96,9 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registered]
 def test_the_logged_folder_holds_no_pickle(registered: Registered) -> None:
     folder = registered.logged
     names = [file.name for file in folder.rglob("*") if file.is_file()]
-    assert {"MLmodel", "served_policy.py", "adapter_model.safetensors", "model.safetensors", "policy.py"} <= {*names}
+    assert {"MLmodel", "served_policy.py", "adapter_model.safetensors", "model.safetensors", "composition.py"} <= {
+        *names
+    }
     assert [name for name in names if re.search(r"\.(pkl|pickle|bin|pt|pth|joblib|pyc)$", name)] == []
     pickles = [
         file for file in folder.rglob("*") if file.is_file() and file.read_bytes()[:2] in (b"\x80\x04", b"\x80\x05")
