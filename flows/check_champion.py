@@ -21,7 +21,7 @@ from qadapter.serving.registered import DamagedError
 from tasks.candidate import METHOD, learnt_by, measured, registry_of
 from tasks.data import generate_toy_world
 from tasks.preferences import Seen, collect_preferences, hold_out, mix_preferences, read_heldout
-from tasks.stages.context import Customisation, workspace
+from tasks.stages.context import Cell, workspace
 from tasks.stages.logged import StageResult
 from tasks.stages.store import StageStore
 from tasks.tracking.registry import Registry, Version
@@ -80,7 +80,7 @@ def _what_fell(config: str, customization: Customization, registry: Registry, ch
         heldout = _heldout(step, customization, registry, champion, world)
         ground = lay_ground(x, step, world, champion, customization.model_name)
         adapter = fetch(step, customization, champion)
-        base_row = measuring(step, ground, heldout, world)(Customisation(customization.domain, "base"), None, None)
+        base_row = measuring(step, ground, heldout, world)(Cell(customization.domain, "base"), None, None)
 
         # A check that finds last week's answer checks nothing: the champion's own measurements are not looked up.
         fresh = run.storing_in(StageStore(checks))
@@ -88,7 +88,7 @@ def _what_fell(config: str, customization: Customization, registry: Registry, ch
         def again(task: Any, **inputs: Any) -> Any:
             return fresh.result(fresh(task, **inputs))
 
-        cell = Customisation(customization.domain, METHOD, customization.seed)
+        cell = Cell(customization.domain, METHOD, customization.seed)
         now = measured(measuring(again, ground, heldout, world)(cell, adapter, base_row))
         then = Measured.read(registry.files(champion, "adaptation"), registry.files(champion, "retention"))
         reasons = fallen(then, now, customization.gate)

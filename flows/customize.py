@@ -52,7 +52,7 @@ from tasks.preferences import (
     hold_out,
     mix_preferences,
 )
-from tasks.stages.context import Customisation, workspace
+from tasks.stages.context import Cell, workspace
 from tasks.stages.logged import StageResult
 from tasks.tracking.registry import Registry, Version
 from tasks.tracking.tracker import Tracker
@@ -147,11 +147,11 @@ def _ended(name: str, message: str) -> State[Any]:
 
 
 def _customize(
-    x: Experiment, step: Step, customization: Customization, previous: str, fingerprint: str, force: bool
+    experiment: Experiment, step: Step, customization: Customization, previous: str, fingerprint: str, force: bool
 ) -> tuple[str, str, str]:
     """Name and sentence of the outcome, and the ledger's folder."""
     registry = registry_of(customization)
-    world = step(generate_toy_world) if x.toy_world else None
+    world = step(generate_toy_world) if experiment.toy_world else None
     ledger = step(collect_preferences, customization=customization, previous=previous, world=world)
     changes = changes_of(ledger)
     place = str(ledger.path)
@@ -175,18 +175,18 @@ def _customize(
     )
     if not force and read_json(mixture.path / "summary.json")["fresh_pairs"] == 0:
         return "NothingNew", f"{changes.text()}; all of them are held out", place
-    ground = lay_ground(x, step, world, champion, customization.model_name)
+    ground = lay_ground(experiment, step, world, champion, customization.model_name)
     heldout = step(hold_out, mixture=mixture)
-    cell = Customisation(customization.domain, METHOD, customization.seed)
+    cell = Cell(customization.domain, METHOD, customization.seed)
     measure = measuring(step, ground, heldout, world)
-    base_row = measure(Customisation(customization.domain, "base"), None, None)
+    base_row = measure(Cell(customization.domain, "base"), None, None)
     champion_row = champion_adapter = None
     if champion is not None:
         champion_adapter = fetch(step, customization, champion)
         champion_row = measure(cell, champion_adapter, base_row)
         trained = step(train_candidate, cell=cell, base=ground.base, data=mixture, champion=champion_adapter)
     else:
-        trained = step(train_adapter, cell=cell, base=ground.base, data=mixture, answers=None)
+        trained = step(train_adapter, cell=cell, base=ground.base, data=mixture, needs={})
     adapter = step(take_adapter, label="candidate", folder=trained.path / "adapter", run_id=trained.run_id)
     rows = Rows(measure(cell, adapter, base_row), champion_row, base_row)
     parent = champion.number if champion else None
@@ -348,18 +348,18 @@ class Ground:
 
 
 def lay_ground(
-    x: Experiment, step: Step, world: StageResult | None, champion: Version | None, model_name: str
+    experiment: Experiment, step: Step, world: StageResult | None, champion: Version | None, model_name: str
 ) -> Ground:
     """Base and benchmarks, as the full experiment makes them (found, unless something changed)."""
-    data = {name: step(prepare_data, source=name, world=world) for name in x.sources if name != PREFERENCES}
-    built = step(build_benchmarks, data=data, world=world) if x.built_benchmarks else None
-    (domain,) = x.domains.values()
+    data = {name: step(prepare_data, source=name, world=world) for name in experiment.sources if name != PREFERENCES}
+    built = step(build_benchmarks, data=data, world=world) if experiment.built_benchmarks else None
+    (domain,) = experiment.domains.values()
     base = step(pretrain_base, data=data, world=world, built=built)
     if domain.base == "helpful":
-        assert x.helpful_sft is not None
-        base = step(fine_tune_base, base=base, data=data[x.helpful_sft.source])
-    base = champions_base(base, champion, x.model, model_name)
-    old_texts = data[x.helpful_sft.source] if x.helpful_sft else None
+        assert experiment.helpful_sft is not None
+        base = step(fine_tune_base, base=base, data=data[experiment.helpful_sft.source])
+    base = champions_base(base, champion, experiment.model, model_name)
+    old_texts = data[experiment.helpful_sft.source] if experiment.helpful_sft else None
     benchmarks = built or world
     kept = step(measure_base_retention, name=base.name, base=base, old_texts=old_texts, benchmarks=benchmarks)
     return Ground(base, kept, old_texts, benchmarks)
@@ -368,7 +368,7 @@ def lay_ground(
 def measuring(step: Step, ground: Ground, heldout: StageResult, world: StageResult | None) -> Step:
     """How one policy is measured: called with its cell, its adapter (None: the base) and the base's row."""
 
-    def measure(cell: Customisation, adapter: StageResult | None, base_row: Any) -> Any:
+    def measure(cell: Cell, adapter: StageResult | None, base_row: Any) -> Any:
         return step(
             evaluate,
             cell=cell,

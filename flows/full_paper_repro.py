@@ -15,12 +15,14 @@ from prefect import flow
 
 from flows.running.launch import Launch, launched
 from qadapter.config.experiment import Experiment
+from qadapter.methods.method import Need
+from qadapter.methods.table import method_named
 from tasks.data import build_benchmarks, generate_toy_world, prepare_data
 from tasks.evaluate import evaluate, measure_base_retention
 from tasks.judge import train_judge
 from tasks.report import write_report
-from tasks.stages.context import Customisation
-from tasks.train import answer_prompts, fine_tune_base, pretrain_base, train_adapter
+from tasks.stages.context import Cell
+from tasks.train import fine_tune_base, prepare_need, pretrain_base, train_adapter
 
 
 class Run(Protocol):
@@ -42,29 +44,29 @@ class Common:
     old_texts: Any
 
 
-def common_stages(x: Experiment, run: Run) -> Common:
+def common_stages(experiment: Experiment, run: Run) -> Common:
     """Data, bases, and what the bases can do: computed once for all domains, methods and seeds."""
-    world = run(generate_toy_world) if x.toy_world else None
-    data = {source: run(prepare_data, source=source, world=world) for source in x.sources}
-    built = run(build_benchmarks, data=data, world=world) if x.built_benchmarks else None
+    world = run(generate_toy_world) if experiment.toy_world else None
+    data = {source: run(prepare_data, source=source, world=world) for source in experiment.sources}
+    built = run(build_benchmarks, data=data, world=world) if experiment.built_benchmarks else None
     benchmarks = built or world
 
     bases: dict[str, Any] = {"pretrained": run(pretrain_base, data=data, world=world, built=built)}
-    if x.helpful_sft and any(domain.base == "helpful" for domain in x.domains.values()):
-        bases["helpful"] = run(fine_tune_base, base=bases["pretrained"], data=data[x.helpful_sft.source])
-    old_texts = data[x.helpful_sft.source] if x.helpful_sft else None
+    if experiment.helpful_sft and any(domain.base == "helpful" for domain in experiment.domains.values()):
+        bases["helpful"] = run(fine_tune_base, base=bases["pretrained"], data=data[experiment.helpful_sft.source])
+    old_texts = data[experiment.helpful_sft.source] if experiment.helpful_sft else None
     kept: dict[str, Any] = {
         name: run(measure_base_retention, name=name, base=bases[name], old_texts=old_texts, benchmarks=benchmarks)
-        for name in sorted({domain.base for domain in x.domains.values()})
+        for name in sorted({domain.base for domain in experiment.domains.values()})
     }
     return Common(world, data, benchmarks, bases, kept, old_texts)
 
 
-def evaluation_inputs(x: Experiment, run: Run, common: Common, name: str) -> dict[str, Any]:
+def evaluation_inputs(experiment: Experiment, run: Run, common: Common, name: str) -> dict[str, Any]:
     """What every row of a domain is measured with."""
-    domain = x.domains[name]
+    domain = experiment.domains[name]
     base, pairs = common.bases[domain.base], common.data[domain.source]
-    judged = x.judge_of(name) == "reward-model"
+    judged = experiment.judge_of(name) == "reward-model"
     return {
         "base": base,
         "data": pairs,
@@ -76,20 +78,34 @@ def evaluation_inputs(x: Experiment, run: Run, common: Common, name: str) -> dic
     }
 
 
-def experiment_stages(x: Experiment, run: Run) -> Any:
+def needed_stages(
+    experiment: Experiment, run: Run, method: str, made: dict[Need, Any], **inputs: Any
+) -> dict[str, Any]:
+    """The stages that a method needs, by name; each is run once and kept in `made`, which is one domain's."""
+    needs = method_named(method).needs(experiment.methods.of(method))
+    for need in needs:
+        if need not in made:
+            made[need] = run(prepare_need, need=need, **inputs)
+    return {need.name: made[need] for need in needs}
+
+
+def experiment_stages(experiment: Experiment, run: Run) -> Any:
     """Every stage of the experiment and what feeds it; returns the report's."""
-    common = common_stages(x, run)
+    common = common_stages(experiment, run)
     rows = []
-    for name in x.domains:
-        shared = evaluation_inputs(x, run, common, name)
+    for name in experiment.domains:
+        shared = evaluation_inputs(experiment, run, common, name)
         base, pairs = shared["base"], shared["data"]
-        base_row = run(evaluate, cell=Customisation(name, "base"), trained=None, base_row=None, **shared)
+        base_row = run(evaluate, cell=Cell(name, "base"), trained=None, base_row=None, **shared)
         rows.append(base_row)
-        answers = run(answer_prompts, domain=name, base=base, data=pairs) if "replay" in x.methods.run else None
-        for method, seed in product(x.methods.run, x.seeds):
-            cell = Customisation(name, method, seed)
-            own = {"answers": answers} if method == "replay" else {"answers": None}
-            trained = run(train_adapter, cell=cell, base=base, data=pairs, **own)
+        made: dict[Need, Any] = {}
+        needs = {
+            method: needed_stages(experiment, run, method, made, domain=name, base=base, data=pairs)
+            for method in experiment.methods.run
+        }
+        for method, seed in product(experiment.methods.run, experiment.seeds):
+            cell = Cell(name, method, seed)
+            trained = run(train_adapter, cell=cell, base=base, data=pairs, needs=needs[method])
             rows.append(run(evaluate, cell=cell, trained=trained, base_row=base_row, **shared))
     return run(write_report, rows=rows, data=common.data)
 

@@ -14,17 +14,17 @@ from typing import Any, Protocol
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from flows.full_paper_repro import Run, common_stages, evaluation_inputs
+from flows.full_paper_repro import Run, common_stages, evaluation_inputs, needed_stages
 from flows.running.launch import Launch, PrefectRun, StagesFailedError, launched
 from qadapter.config.experiment import Experiment
 from qadapter.config.sweep import Sweep, Variant, expand, load_sweep, merged_overrides
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.lm_eval.catalog import better_when_lower, expand_suites
 from qadapter.judging.plan import plan_judges
+from qadapter.methods.method import Need
 from tasks.evaluate import evaluate
-from tasks.stages.context import Customisation
+from tasks.stages.context import Cell
 from tasks.sweep import cell_of, evaluate_variant, move_dial, train_variant, write_sweep
-from tasks.train import answer_prompts
 
 
 class RunOfMany(Run, Protocol):
@@ -87,31 +87,27 @@ def check_sweep(
     return CheckedSweep(loaded, launch, experiment, expand(loaded, experiment))
 
 
-def sweep_stages(x: Experiment, variants: Sequence[Variant], run: RunOfMany) -> list[Any]:
+def sweep_stages(experiment: Experiment, variants: Sequence[Variant], run: RunOfMany) -> list[Any]:
     """Every stage up to the last measurement, and what feeds it; returns those whose results are rows of the table."""
-    common = common_stages(x, run)
+    common = common_stages(experiment, run)
     rows = []
-    for domain in x.domains:
-        shared = evaluation_inputs(x, run, common, domain)
+    for domain in experiment.domains:
+        shared = evaluation_inputs(experiment, run, common, domain)
         base, pairs = shared["base"], shared["data"]
-        base_row = run(evaluate, cell=Customisation(domain, "base"), trained=None, base_row=None, **shared)
+        base_row = run(evaluate, cell=Cell(domain, "base"), trained=None, base_row=None, **shared)
         rows.append(base_row)
-        answers: dict[str, Any] = {}  # of the base, by how they are generated
+        made: dict[Need, Any] = {}
         trained: dict[tuple[str, int], Any] = {}
-        for variant, seed in product(variants, x.seeds):
+        for variant, seed in product(variants, experiment.seeds):
             run_variant, cell = run.of(variant.experiment), cell_of(variant, domain, seed)
             if variant.alpha_0 is not None:
                 adapter = run_variant(
                     move_dial, cell=cell, trained=trained[variant.trained_as, seed], alpha_0=variant.alpha_0
                 )
             else:
-                own = None
-                if variant.method == "replay":
-                    how = variant.experiment.methods.replay.model_dump_json(exclude={"learning_rate"})
-                    if how not in answers:
-                        answers[how] = run_variant(answer_prompts, domain=domain, base=base, data=pairs)
-                    own = answers[how]
-                adapter = run_variant(train_variant, cell=cell, base=base, data=pairs, answers=own)
+                inputs = {"domain": domain, "base": base, "data": pairs}
+                needs = needed_stages(variant.experiment, run_variant, variant.method, made, **inputs)
+                adapter = run_variant(train_variant, cell=cell, base=base, data=pairs, needs=needs)
                 trained[variant.name, seed] = adapter
             rows.append(run_variant(evaluate_variant, cell=cell, trained=adapter, base_row=base_row, **shared))
     return rows

@@ -20,11 +20,12 @@ from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import digest_file, digest_tree, read_json
 from qadapter.gate import Decision, Measured, decide
+from qadapter.methods import q_adapter
 from qadapter.preferences.ledger import RECORDS
 from qadapter.serving.registered import DamagedError
 from tasks.data import log_pairs
 from tasks.evaluate import Evaluation
-from tasks.stages.context import Customisation, RunContext, workspace
+from tasks.stages.context import Cell, RunContext, workspace
 from tasks.stages.launching import Launcher
 from tasks.stages.logged import StageResult, logged_stage, task_result
 from tasks.stages.prefect_artifacts import show
@@ -33,7 +34,7 @@ from tasks.tracking.registry import Candidate, Registry, Version
 from tasks.tracking.tracker import Tracker
 from tasks.train import Base, keyed
 
-METHOD = "q-adapter"
+METHOD = q_adapter.METHOD.name
 LEDGER = "ledger"  # folder among the artifacts of a version's run
 _SHOWN = ("adaptation/", "retention/", "forgetting/")
 
@@ -163,17 +164,15 @@ def base_digest(base: Base, model: ModelSettings) -> str:
 
 
 @task(task_run_name="train-candidate", tags=["accelerator"])
-def train_candidate(
-    context: RunContext, cell: Customisation, base: Base, data: StageResult, champion: StageResult
-) -> Any:
+def train_candidate(context: RunContext, cell: Cell, base: Base, data: StageResult, champion: StageResult) -> Any:
     """Train the champion's adapter further."""
     context = base.within(context)
     experiment = context.experiment
-    choice, seed = experiment.methods.q_adapter, experiment.seeds[0]
+    choice, seed = experiment.methods.of(METHOD), experiment.seeds[0]
     launch = Launcher(experiment.launch)
 
     def compute(out: Path, scratch: Path) -> None:
-        from qadapter.training.continued import continue_adapter
+        from qadapter.methods.q_adapter import continue_adapter
 
         launch(
             continue_adapter,
@@ -196,7 +195,7 @@ def train_candidate(
         "train",
         run_name=f"candidate · {cell.name}",
         tags=cell.tags(),
-        module="qadapter.training.continued",
+        module=q_adapter.METHOD.module,
         config={
             "method": METHOD,
             METHOD: choice.model_dump(),

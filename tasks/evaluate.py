@@ -11,7 +11,7 @@ from prefect import task
 from qadapter.files.artifacts import read_json_lines
 from tasks.data import log_pairs
 from tasks.judge import JUDGING, answer_judge, judge_settings
-from tasks.stages.context import PROJECT_ROOT, Customisation, RunContext, resolve_path
+from tasks.stages.context import PROJECT_ROOT, Cell, RunContext, resolve_path
 from tasks.stages.logged import StageResult, logged_stage, task_result
 from tasks.stages.store import StageOutput
 from tasks.train import Base
@@ -27,7 +27,7 @@ class Evaluation:
         adaptation, retention: the evaluation's two halves.
     """
 
-    cell: Customisation
+    cell: Cell
     training: StageResult | None
     adaptation: StageResult
     retention: StageResult
@@ -45,7 +45,7 @@ def measure_base_retention(
 @task(task_run_name="evaluate-{cell.domain}-{cell.method}-{cell.seed}")
 def evaluate(
     context: RunContext,
-    cell: Customisation,
+    cell: Cell,
     base: Base,
     trained: StageResult | None,
     base_row: Evaluation | None,

@@ -10,21 +10,19 @@ from typing import Any
 from prefect import task
 
 from qadapter.config.sweep import Variant
+from qadapter.methods.table import knobs
 from tasks.evaluate import Evaluation, evaluate
 from tasks.report import Report, metrics_of
-from tasks.stages.context import Customisation, RunContext
+from tasks.stages.context import Cell, RunContext
 from tasks.stages.logged import StageResult, logged_stage, task_result
 from tasks.stages.prefect_artifacts import show_figure, show_page
 from tasks.stages.store import StageOutput
 from tasks.train import train_adapter
 
-KNOBS = ("alpha_tilde", "alpha_0", "beta", "gamma", "preference_scale", "learning_rate", "temperature")
-"""Settings that the table shows, as they came out: a preset's and the profile's own filled in."""
-
 
 @dataclass(frozen=True)
-class SweptCell(Customisation):
-    """A customisation with one of a sweep's settings."""
+class SweptCell(Cell):
+    """A cell with one of a sweep's settings."""
 
     variant: str = ""
     groups: tuple[str, ...] = ()
@@ -136,7 +134,7 @@ def write_sweep(
 
 
 def _settings(variant: Variant, rows: Sequence[Evaluation]) -> dict[str, float]:
-    """A variant's numbers: those its training wrote down (a preset filled in), else those of the config."""
+    """A variant's numbers: those that its training wrote down (a preset filled in), else those of the config."""
     given: Mapping[str, Any] = variant.experiment.methods.of(variant.method).model_dump(exclude_none=True)
     found: dict[str, Any] = {"learning_rate": variant.experiment.training.learning_rate, **given}
     for row in rows:
@@ -145,4 +143,4 @@ def _settings(variant: Variant, rows: Sequence[Evaluation]) -> dict[str, float]:
             break
     if variant.alpha_0 is not None:
         found["alpha_0"] = variant.alpha_0
-    return {knob: float(found[knob]) for knob in KNOBS if knob in found}
+    return {knob.name: float(found[knob.name]) for knob in knobs().values() if knob.label and knob.name in found}

@@ -1,4 +1,4 @@
-"""Training stages: the base, its SFT on helpful data, the base's own answers, one adapter a domain and method."""
+"""Training stages: the base, its SFT on helpful data, what methods need besides, one adapter per domain and method."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any, cast
 
 from prefect import task
 
-from qadapter.config.methods import Method
 from qadapter.config.model import ModelSettings
 from qadapter.files.artifacts import read_json_lines
+from qadapter.methods.method import Need
+from qadapter.methods.table import method_named
 from tasks.data import log_pairs
-from tasks.stages.context import Customisation, RunContext
+from tasks.stages.context import Cell, RunContext
 from tasks.stages.launching import Launcher
 from tasks.stages.logged import StageResult, logged_stage, task_result
 from tasks.stages.store import StageOutput
@@ -119,7 +120,7 @@ def fine_tune_base(context: RunContext, base: Base, data: StageResult) -> Any:
     launch = Launcher(experiment.launch)
 
     def compute(out: Path, scratch: Path) -> None:
-        from qadapter.training.adapt import fine_tune_base as fine_tune
+        from qadapter.training.supervised import fine_tune_base as fine_tune
 
         launch(
             fine_tune,
@@ -136,7 +137,7 @@ def fine_tune_base(context: RunContext, base: Base, data: StageResult) -> Any:
     result = logged_stage(
         context,
         "helpful-sft",
-        module="qadapter.training.adapt",
+        module="qadapter.training.supervised",
         config={
             **keyed(settings),
             "model": experiment.model.numerics(),
@@ -151,22 +152,25 @@ def fine_tune_base(context: RunContext, base: Base, data: StageResult) -> Any:
     return task_result(Base(str(result.path / "model"), result.output, "helpful"), result)
 
 
-@task(task_run_name="answers-{domain}")
-def answer_prompts(context: RunContext, domain: str, base: Base, data: StageResult) -> Any:
-    """Let the base answer the training prompts: what replay mixes in, so that the old answers are not forgotten."""
+@task(task_run_name="{need.name}-{domain}")
+def prepare_need(context: RunContext, domain: str, need: Need, base: Base, data: StageResult) -> Any:
+    """Make what a method needs besides the pairs, such as the base's own answers to the training prompts."""
     context = base.within(context)
     experiment = context.experiment
-    settings = experiment.methods.replay
-    prompts = sorted({json.dumps(row["prompt"]) for row in read_json_lines(data.path / "train.jsonl")})
+    file = data.path / "train.jsonl"
+    inputs, config = base.inputs(), {**need.settings.model_dump(), **base.config()}
+    if need.reads == "prompts":
+        prompts = sorted({json.dumps(row["prompt"]) for row in read_json_lines(file)})
+        config["prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    else:
+        inputs["data"] = data.output
 
     def compute(out: Path, _: Path) -> None:
-        from qadapter.training.adapt import answer_prompts as answer
-
-        answer(
+        need.make(
             base.location,
-            data.path / "train.jsonl",
+            file,
             model=experiment.model,
-            settings=settings,
+            settings=need.settings,
             batch_size=experiment.evaluation.adaptation.batch_size,
             seed=experiment.base_seed,
             out=out,
@@ -174,19 +178,11 @@ def answer_prompts(context: RunContext, domain: str, base: Base, data: StageResu
 
     result = logged_stage(
         context,
-        "answers",
+        need.name,
         label=domain,
-        module="qadapter.inference.generate",
-        config={
-            # The prompts, not the pairs: domains that ask the same prompts share the base's answers.
-            "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
-            "max_new_tokens": settings.max_new_tokens,
-            "temperature": settings.temperature,
-            "seed": experiment.base_seed,
-            "model": experiment.model.numerics(),
-            **base.config(),
-        },
-        inputs=base.inputs(),
+        module=need.make.__module__,
+        config={**config, "seed": experiment.base_seed, "model": experiment.model.numerics()},
+        inputs=inputs,
         compute=compute,
     )
     return task_result(result, result)
@@ -196,19 +192,17 @@ def answer_prompts(context: RunContext, domain: str, base: Base, data: StageResu
 @task(task_run_name="train-{cell.domain}-{cell.method}-{cell.seed}", tags=["accelerator"])
 def train_adapter(
     context: RunContext,
-    cell: Customisation,
+    cell: Cell,
     base: Base,
     data: StageResult,
-    answers: StageResult | None,
+    needs: Mapping[str, StageResult],
 ) -> Any:
     """Train one adapter with one method; its MLflow run goes on to hold the evaluation."""
     context = base.within(context)
     experiment = context.experiment
-    method, seed = cast(Method, cell.method), cast(int, cell.seed)
-    choice, training = experiment.methods.of(method), experiment.training_of(cell.domain)
-    inputs: dict[str, StageOutput | Path] = {**base.inputs(), "data": data.output}
-    if answers is not None:
-        inputs["answers"] = answers.output
+    method, seed = method_named(cell.method), cast(int, cell.seed)
+    choice, training = experiment.methods.of(method.name), experiment.training_of(cell.domain)
+    inputs = {**base.inputs(), "data": data.output, **{name: made.output for name, made in needs.items()}}
     launch = Launcher(experiment.launch)
 
     def compute(out: Path, scratch: Path) -> None:
@@ -216,7 +210,7 @@ def train_adapter(
 
         launch(
             train,
-            method,
+            method.train,
             choice,
             base.location,
             data.path / "train.jsonl",
@@ -224,7 +218,7 @@ def train_adapter(
             lora=experiment.lora,
             training=training,
             seed=seed,
-            answers_file=answers.path / "answers.json" if answers else None,
+            needs={name: made.path for name, made in needs.items()},
             out=out,
             scratch=scratch,
         )
@@ -234,10 +228,10 @@ def train_adapter(
         "train",
         run_name=cell.name,
         tags=cell.tags(),
-        module="qadapter.training.adapt",
+        module=method.module,
         config={
-            "method": method,
-            method: choice.model_dump(),
+            "method": method.name,
+            method.name: choice.model_dump(),
             "training": keyed(training),
             "lora": experiment.lora.model_dump(),
             "model": experiment.model.numerics(),

@@ -78,12 +78,25 @@ def test_a_served_model_needs_the_library_only() -> None:
     assert offenders([Path("tasks/tracking/served_policy.py")], "tasks", "flows", "prefect") == []
 
 
-def test_only_the_baselines_and_the_judge_know_trls_trainers() -> None:
-    training = [Path("qadapter/training/baselines.py"), Path("qadapter/judging/reward_training.py")]
-    others = [file for file in FILES if file not in training]
+def test_only_methods_sft_and_the_judge_know_trls_trainers() -> None:
+    training = [Path("qadapter/training/supervised.py"), Path("qadapter/judging/reward_training.py")]
+    others = [file for file in FILES if file not in training and file.parent != Path("qadapter/methods")]
     found = [name for file in others for name in imports(file) if name.startswith("trl.") and name.endswith("Trainer")]
     assert found == []
     assert offenders(others, "trl.trainer", "trl.experimental") == []
+
+
+def test_what_reads_the_table_of_methods() -> None:
+    """The schema, the report and the pipeline; not the rooms that methods train with, nor a method itself."""
+    table, readers = "qadapter.methods.table", ("config", "report")
+    library = [file for file in on_floor("qadapter") if file.parts[1] not in readers]
+    assert offenders(library, table) == []
+    rooms = [file for file in library if file.parts[1] not in ("methods", "command", "serving")]
+    assert offenders(rooms, "qadapter.methods") == []
+    low = ["base", "model", "training", "sources", "evaluation", "execution"]
+    assert offenders([Path(f"qadapter/config/{name}.py") for name in low], "qadapter.methods") == []
+    methods = [file for file in library if file.parts[1] == "methods"]
+    assert offenders(methods, "qadapter.config.experiment", "qadapter.config.methods") == []
 
 
 def test_the_ground_stands_on_nothing_of_ours() -> None:

@@ -8,20 +8,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from flows.full_paper_repro import experiment_stages
 from flows.running.launch import Launch
 from qadapter.config.experiment import Experiment
-from qadapter.config.methods import Method
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.old_text import unmeasured_on_old_text
 from qadapter.judging.plan import plan_judges
+from qadapter.methods.method import Need, PairsPlan
+from qadapter.methods.table import METHODS, method_named
 from qadapter.planning import estimate as planning
 from qadapter.preferences import sources
 from qadapter.preferences.prepare import parse_files
+from qadapter.report.rows import listed
 from qadapter.toyworld.world import ToyWorld
-from tasks.stages.context import Customisation, resolve_path
+from tasks.stages.context import Cell, resolve_path
 
 _MACHINES = (planning.TWO_CORES, planning.ONE_H200)
 
@@ -174,9 +176,10 @@ def _costs(
 
 def _kind(stage: PlannedStage) -> str:
     cell = stage.inputs.get("cell")
-    if isinstance(cell, Customisation):
+    if isinstance(cell, Cell):
         return f"{stage.task.split('_')[0]} {cell.method}"
-    return stage.name.split("-")[0] if stage.task == "answer_prompts" else stage.task
+    need = stage.inputs.get("need")
+    return need.name if isinstance(need, Need) else stage.task
 
 
 def _estimate(
@@ -196,10 +199,13 @@ def _estimate(
         tokens = steps * experiment.helpful_sft.batch_size * plan.tokens_per_sequence
         memory = planning.training_memory_gb(size, experiment.model, experiment.lora, experiment.helpful_sft)
         return steps, tokens, planning.training_flops(size, tokens, 2 if experiment.helpful_sft.lora else 3), memory
-    if stage.task == "answer_prompts":
+    if isinstance(need := stage.inputs.get("need"), Need):
         plan = plans[experiment.domains[str(stage.inputs["domain"])].source]
-        tokens = plan.train_pairs * (plan.tokens_per_sequence / 2 + experiment.methods.replay.max_new_tokens)
-        return 0, tokens, planning.training_flops(size, tokens, 1), weights
+        work = need.work(need.settings, PairsPlan(plan.train_pairs, plan.tokens_per_sequence))
+        memory = (
+            planning.training_memory_gb(size, experiment.model, experiment.lora, training) if work.steps else weights
+        )
+        return work.steps, work.tokens, planning.training_flops(size, work.tokens, work.passes), memory
     if stage.task == "train_judge":
         name = experiment.domains[str(stage.inputs["domain"])].source
         reward = experiment.evaluation.adaptation.reward_model or training
@@ -208,16 +214,16 @@ def _estimate(
         memory = planning.training_memory_gb(size, experiment.model, experiment.lora, reward)
         return steps, tokens, planning.training_flops(size, tokens, 2), memory
     cell = stage.inputs.get("cell")
-    if isinstance(cell, Customisation) and stage.task == "train_adapter":
+    if isinstance(cell, Cell) and stage.task == "train_adapter":
         plan = plans[experiment.domains[cell.domain].source]
         training = experiment.training_of(cell.domain)
         steps = planning.steps(plan.train_pairs, training)
         tokens = steps * training.batch_size * 2 * plan.tokens_per_sequence
-        passes = planning.PASSES[cast(Method, cell.method)]
+        passes = method_named(cell.method).passes
         memory = planning.training_memory_gb(size, experiment.model, experiment.lora, training)
         return steps, tokens, planning.training_flops(size, tokens, passes), memory
     measures = stage.task == "measure_base_retention"  # the base's rows show what was measured once
-    if measures or (stage.task == "evaluate" and isinstance(cell, Customisation) and cell.method != "base"):
+    if measures or (stage.task == "evaluate" and isinstance(cell, Cell) and cell.method != "base"):
         retention = experiment.evaluation.retention
         tokens = planning.benchmark_items(retention.tasks, retention.limit) * training.max_length
         return 0, tokens, planning.training_flops(size, tokens, 1), weights
@@ -230,13 +236,22 @@ def _assumptions(experiment: Experiment) -> str:
             f"a token is {planning.CHARS_PER_TOKEN:g} characters of text; a longer sequence counts as max_length",
             "2 operations per parameter and token for each pass: forward 1, backward 1 through activations, 1 through",
             "  weights;",
-            "  q-adapter and dpo 3 (base forward, adapted forward, backward), sft and replay 2, pre-training 3",
+            f"  {_passes(experiment)}pre-training 3",
             *(f"{machine.name} reaches {machine.flops / 1e12:,.2f} TFLOP/s" for machine in _MACHINES),
             "an lm-eval item reads max_length tokens; a task of unknown size has "
             f"{planning.ITEMS_OF_OTHER_TASKS:,} of them, or `limit`; answers to held-out prompts are not counted",
             f"micro-batch {experiment.training.micro_batch} pairs, optimiser AdamW on the adapter only, in float32",
         ]
     )
+
+
+def _passes(experiment: Experiment) -> str:
+    """Passes per token of the methods that run: `q-adapter and dpo 3, sft and replay 2, `."""
+    by_passes: dict[float, list[str]] = {}
+    for method in METHODS:
+        if method.name in experiment.methods.run:
+            by_passes.setdefault(method.passes, []).append(method.name)
+    return "".join(f"{listed(names)} {passes:g}, " for passes, names in by_passes.items())
 
 
 def _dag(stages: Sequence[PlannedStage]) -> list[str]:

@@ -19,6 +19,7 @@ from qadapter.config.sources import Source
 from qadapter.errors import QAdapterError, did_you_mean
 from qadapter.files.shown import shown
 from qadapter.gate import Gate
+from qadapter.methods.table import SUBJECT
 
 CONFIG_FOLDER = PROFILE_FOLDER / "customize"
 PREFERENCES = "preferences"
@@ -82,7 +83,7 @@ class Customization(Settings):
         fields["sources"] = {name: source for name, source in fields["sources"].items() if name in used}
         fields["sources"][PREFERENCES] = self.source.model_dump(mode="json")
         fields["domains"] = {self.domain: {**fields["domains"][self.domain], "source": PREFERENCES}}
-        fields["methods"]["run"] = ["q-adapter"]
+        fields["methods"]["run"] = [SUBJECT.name]
         fields["seeds"] = [self.seed]
         if whole.judge_of(self.domain) == "reward-model":  # trained on pairs that a growing source does not set apart
             fields["evaluation"]["adaptation"]["judge"] = "none"

@@ -20,7 +20,7 @@ from qadapter.config.base import Count, Name, Settings
 from qadapter.config.evaluation import BuiltBenchmarks, EvaluationSettings, Judge
 from qadapter.config.execution import LaunchSettings, RunnerSettings
 from qadapter.config.folder import CONFIGS
-from qadapter.config.methods import MethodSettings
+from qadapter.config.methods import Methods
 from qadapter.config.model import LoraSettings, ModelSettings
 from qadapter.config.sources import Source, ToyWorldSettings
 from qadapter.config.training import DomainSettings, HelpfulSettings, OptimizerSettings, PretrainingSettings
@@ -41,8 +41,8 @@ class Experiment(Settings):
             gains nothing from a second one. The environment's OMP_NUM_THREADS wins.
         launch: whether trainings run in this process or as several, through `accelerate launch`.
         runner: who runs stages side by side: processes of this machine, or a Dask or Ray cluster.
-        training: what all methods share: pairs per step, steps, length. SFT and replay see two sequences where the
-            pairwise methods see one pair, so that the token budget is the same.
+        training: what all methods share: pairs per step, steps, length. A method of single conversations sees two
+            sequences where a pairwise method sees one pair, so that the token budget is the same.
     """
 
     name: Name
@@ -61,7 +61,7 @@ class Experiment(Settings):
     lora: LoraSettings = LoraSettings()
     training: OptimizerSettings
     domains: dict[Name, DomainSettings] = Field(min_length=1)
-    methods: MethodSettings
+    methods: Methods
     evaluation: EvaluationSettings
 
     @model_validator(mode="after")

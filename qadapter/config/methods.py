@@ -1,76 +1,55 @@
-"""The settings of each method."""
+"""The section `methods` of an experiment: one section for each method of the table, and which of them run."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
-from qadapter.config.base import Count, NonNegative, Positive, Settings, refuse_repeats
+from qadapter.config.base import Settings, refuse_repeats
+from qadapter.methods.method import Method, MethodSettings
+from qadapter.methods.table import METHODS, NAMES, method_named
 
-Method = Literal["q-adapter", "sft", "dpo", "replay"]
-
-
-METHODS: tuple[Method, ...] = ("q-adapter", "sft", "dpo", "replay")
-
-
-class QAdapterSettings(Settings):
-    """The method's own knobs (`qadapter/policy/objective.py`); None takes the preset's value.
-
-    `paper` is the paper's table.
-    """
-
-    preset: Literal["paper", "published-code", "residual"] = "paper"
-    alpha_tilde: Positive | None = None
-    alpha_0: NonNegative | None = None
-    beta: NonNegative | None = None
-    gamma: Annotated[float, Field(gt=0, le=1)] | None = None
-    preference_scale: Positive | None = None
-    shift_mask: bool | None = None
-    learning_rate: Positive | None = None
+if TYPE_CHECKING:
+    MethodName = str
+else:
+    MethodName = Literal[NAMES]
 
 
-class SFTSettings(Settings):
-    """SFT on the chosen replies."""
-
-    learning_rate: Positive | None = None
-
-
-class DPOSettings(Settings):
-    """DPO with the base as reference."""
-
-    beta: Positive = 0.1
-    learning_rate: Positive | None = None
-
-
-class ReplaySettings(Settings):
-    """SFT on the chosen replies and on the base's own answers to the same prompts, one to one."""
-
-    learning_rate: Positive | None = None
-    max_new_tokens: Count
-    temperature: NonNegative = 0.0
-
-
-class MethodSettings(Settings):
+class AnyMethods(Settings):
     """Every method's own settings; `run` says which of them run."""
 
-    run: tuple[Method, ...] = METHODS
-    q_adapter: QAdapterSettings = Field(QAdapterSettings(), alias="q-adapter")
-    sft: SFTSettings = SFTSettings()
-    dpo: DPOSettings = DPOSettings()
-    replay: ReplaySettings
+    run: tuple[MethodName, ...] = tuple(method.name for method in METHODS if method.by_default)
 
     @model_validator(mode="after")
-    def _check(self) -> MethodSettings:
+    def _check(self) -> AnyMethods:
         refuse_repeats("run", self.run)
         return self
 
-    def of(self, method: Method) -> QAdapterSettings | SFTSettings | DPOSettings | ReplaySettings:
+    def of(self, method: str) -> MethodSettings:
         """The settings of one method."""
-        sections: dict[Method, QAdapterSettings | SFTSettings | DPOSettings | ReplaySettings] = {
-            "q-adapter": self.q_adapter,
-            "sft": self.sft,
-            "dpo": self.dpo,
-            "replay": self.replay,
-        }
-        return sections[method]
+        settings: MethodSettings = getattr(self, method_named(method).attribute)
+        return settings
+
+    def changed(self, method: str, settings: MethodSettings) -> AnyMethods:
+        """The same with other settings of one method."""
+        return self.model_copy(update={method_named(method).attribute: settings})
+
+
+def _section(method: Method[Any]) -> tuple[Any, Any]:
+    """A method's section as a pydantic field, under its name in YAML; required where its settings have no default."""
+    if any(entry.is_required() for entry in method.settings.model_fields.values()):
+        return method.settings, Field(alias=method.name)
+    return method.settings, Field(method.settings(), alias=method.name)
+
+
+if TYPE_CHECKING:
+    Methods = AnyMethods
+else:
+    Methods = create_model(
+        "Methods",
+        __base__=AnyMethods,
+        __module__=__name__,
+        __doc__=AnyMethods.__doc__,
+        **{method.attribute: _section(method) for method in METHODS},
+    )

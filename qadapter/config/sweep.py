@@ -13,21 +13,14 @@ from pydantic import Field, ValidationError, model_validator
 
 from qadapter.config.base import Name, NonNegative, Positive, Settings, refuse_repeats
 from qadapter.config.experiment import PROFILE_FOLDER, Experiment, explain_problems, load_experiment
-from qadapter.config.methods import METHODS, Method
+from qadapter.config.methods import MethodName
 from qadapter.errors import QAdapterError
 from qadapter.files.shown import shown
+from qadapter.methods.table import METHODS, NAMES, method_named
 
 SWEEP_FOLDER = PROFILE_FOLDER / "sweep"
 PARALLEL_EFFICIENCY = 0.85  # of stages side by side on two cores: they share caches, the database and Prefect's server
 
-Knob = Literal["preset", "shift_mask", "alpha_0", "beta", "preference_scale", "learning_rate", "temperature"]
-KNOBS: dict[Method, tuple[Knob, ...]] = {
-    "q-adapter": ("preset", "shift_mask", "alpha_0", "beta", "preference_scale", "learning_rate"),
-    "dpo": ("beta", "learning_rate"),
-    "sft": ("learning_rate",),
-    "replay": ("learning_rate", "temperature"),
-}
-LABELS = {"alpha_0": "α0", "beta": "β", "preference_scale": "w", "learning_rate": "lr", "temperature": "T"}
 Value = bool | float | str | None
 
 
@@ -44,28 +37,30 @@ class Group(Settings):
         alpha_0_at_inference: further values of α0 that the centre's trained adapter is measured with.
     """
 
-    method: Method
+    method: MethodName
     tuning: bool = False
-    centre: dict[Knob, Value] = Field({})
-    one_at_a_time: dict[Knob, tuple[Value, ...]] = Field({})
-    combine: dict[Knob, tuple[Value, ...]] = Field({})
+    centre: dict[str, Value] = Field({})
+    one_at_a_time: dict[str, tuple[Value, ...]] = Field({})
+    combine: dict[str, tuple[Value, ...]] = Field({})
     alpha_0_at_inference: tuple[NonNegative, ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> Group:
         if self.one_at_a_time and self.combine:
             raise ValueError("one_at_a_time and combine are two ways to go through settings; give one of them")
-        if self.alpha_0_at_inference and self.method != "q-adapter":
-            raise ValueError(f"alpha_0_at_inference is the Q-Adapter's; {self.method} has no α0")
+        method = method_named(self.method)
+        if self.alpha_0_at_inference and not method.moves_alpha_0:
+            having = " and ".join(other.name for other in METHODS if other.moves_alpha_0)
+            raise ValueError(f"alpha_0_at_inference is for {having}; {self.method} has no α0")
         for part in ("centre", "one_at_a_time", "combine"):
-            if unknown := [knob for knob in getattr(self, part) if knob not in KNOBS[self.method]]:
-                raise ValueError(f"{part} names {unknown}; {self.method} has {', '.join(KNOBS[self.method])}")
+            if unknown := [knob for knob in getattr(self, part) if knob not in method.swept]:
+                raise ValueError(f"{part} names {unknown}; {self.method} has {', '.join(method.swept)}")
         for knob, values in (self.one_at_a_time | self.combine).items():
             refuse_repeats(knob, values)
         refuse_repeats("alpha_0_at_inference", self.alpha_0_at_inference)
         return self
 
-    def changes(self) -> list[dict[Knob, Value]]:
+    def changes(self) -> list[dict[str, Value]]:
         """What each of the group's settings names, the centre first."""
         found = [dict(self.centre)] if not self.combine else []
         for knob, values in self.one_at_a_time.items():
@@ -97,7 +92,7 @@ class Sweep(Settings):
     domains: Annotated[tuple[Name, ...], Field(min_length=1)]
     settings: dict[str, Any] = Field({})
     groups: dict[Name, Group] = Field(min_length=1)
-    seconds: dict[Literal["base", "dial"] | Method, Positive]
+    seconds: dict[Literal["base", "dial"] | MethodName, Positive]
 
     @model_validator(mode="after")
     def _check(self) -> Sweep:
@@ -110,7 +105,7 @@ class Sweep(Settings):
 
     def _contradictions(self) -> Iterator[str]:
         tuned = {name: group for name, group in self.groups.items() if group.tuning}
-        for method in METHODS:
+        for method in NAMES:
             if len(own := [name for name, group in tuned.items() if group.method == method]) > 1:
                 yield f"groups {own} are both the tuning of {method}; one group is, the others are ablations"
         efforts = {group.method: len(group.changes()) for group in tuned.values()}
@@ -128,7 +123,7 @@ class Variant:
     Attributes:
         name: what it is called everywhere: its family and the settings that were named.
         family: the method; for the Q-Adapter its objective.
-        method: as in `MethodSettings`.
+        method: its name.
         groups: the groups it belongs to.
         tuning: whether one of them is its method's tuning.
         experiment: the sweep's experiment with this setting.
@@ -138,7 +133,7 @@ class Variant:
 
     name: str
     family: str
-    method: Method
+    method: str
     groups: tuple[str, ...]
     tuning: bool
     experiment: Experiment
@@ -231,7 +226,7 @@ def expand(sweep: Sweep, experiment: Experiment) -> list[Variant]:
                 continue
             name = f"{centre.name}, then α0={alpha_0:g}"
             found[key] = Variant(
-                name, centre.family, "q-adapter", (group_name,), False, centre.experiment, alpha_0, centre.name
+                name, centre.family, group.method, (group_name,), False, centre.experiment, alpha_0, centre.name
             )
     return list(found.values())
 
@@ -241,7 +236,7 @@ def _join(found: dict[str, Variant], key: str, group: str, tuning: bool) -> None
     found[key] = Variant(**{**vars(old), "groups": (*old.groups, group), "tuning": old.tuning or tuning})
 
 
-def _with_settings(experiment: Experiment, method: Method, change: Mapping[Knob, Value], where: str) -> Experiment:
+def _with_settings(experiment: Experiment, method: str, change: Mapping[str, Value], where: str) -> Experiment:
     """The experiment with other settings of one method; equal settings come out equal, whichever way they were said."""
     section = experiment.methods.of(method)
     start = {} if "preset" in change else section.model_dump()
@@ -252,16 +247,14 @@ def _with_settings(experiment: Experiment, method: Method, change: Mapping[Knob,
         raise QAdapterError(f"{where}: {problems} (given: {dict(change)})") from error
     if changed.learning_rate == experiment.training.learning_rate:
         changed = changed.model_copy(update={"learning_rate": None})
-    methods = experiment.methods.model_copy(update={method.replace("-", "_"): changed})
-    return experiment.model_copy(update={"methods": methods})
+    return experiment.model_copy(update={"methods": experiment.methods.changed(method, changed)})
 
 
-def _names(method: Method, change: Mapping[Knob, Value]) -> tuple[str, str]:
+def _names(method: str, change: Mapping[str, Value]) -> tuple[str, str]:
     """Family and name of a setting."""
-    family = str(change.get("preset", method))
-    if change.get("shift_mask") is not None:
-        family += "-shifted" if change["shift_mask"] else "-unshifted"
-    given = [f"{LABELS[knob]}={value:g}" for knob, value in change.items() if knob in LABELS and value is not None]
+    family = method_named(method).family_of(change)
+    labels = {knob.name: knob.label for knob in method_named(method).knobs if knob.label}
+    given = [f"{labels[knob]}={value:g}" for knob, value in change.items() if knob in labels and value is not None]
     return family, " ".join([family, *given])
 
 

@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qadapter.config.methods import Method
 from qadapter.config.model import FromScratch, LoraSettings, ModelSettings
 from qadapter.config.training import OptimizerSettings
 from qadapter.errors import QAdapterError
@@ -104,12 +103,14 @@ def steps(pairs: int, settings: OptimizerSettings) -> int:
     return settings.max_steps or math.ceil(pairs / settings.batch_size * settings.epochs)
 
 
-# Forward passes' worth of work per trained token: forward 1, backward through activations 1, through weights 1.
-PASSES: dict[Method, float] = {"q-adapter": 3.0, "dpo": 3.0, "sft": 2.0, "replay": 2.0}
-
-
 def training_flops(size: ModelSize, tokens: float, passes: float) -> float:
-    """2 operations per parameter and token for each forward pass's worth."""
+    """2 operations per parameter and token for each forward pass's worth.
+
+    Args:
+        size: of the model.
+        tokens: that the stage reads.
+        passes: forward 1, backward through activations 1, through weights 1.
+    """
     return 2 * size.parameters * tokens * passes
 
 

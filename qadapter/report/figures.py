@@ -13,22 +13,26 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from qadapter.methods.table import METHODS
 from qadapter.report.front import pareto_front, stairs
 from qadapter.report.intervals import Measured
 from qadapter.report.rows import kind
 from qadapter.report.summary import points
 
-# Okabe and Ito's palette: colour-blind readers can tell its colours apart; the markers differ too.
-STYLES = {
-    "base": ("#000000", "*"),
-    "q-adapter": ("#D55E00", "o"),
-    "sft": ("#0072B2", "s"),
-    "dpo": ("#009E73", "^"),
-    "replay": ("#CC79A7", "D"),
-}
-# For whatever else is compared: six colours of the palette and a grey, with markers that no known method has.
+STYLES = {"base": ("#000000", "*")} | {method.name: (method.look.colour, method.look.marker) for method in METHODS}
+# For further variants of a method: six colours of Okabe and Ito's palette and a grey, which colour-blind readers can
+# tell apart, with markers.
 _COLOURS = ("#56B4E9", "#E69F00", "#444444", "#D55E00", "#0072B2", "#009E73", "#CC79A7")
 _MARKERS = ("v", "P", "X", "<", ">", "p", "d", "h")
+# 7 and 8 have no common factor, so these are 56 looks, whose neighbours differ in both; none is a method's own.
+_OTHERS = [
+    look
+    for look in (
+        (_COLOURS[place % len(_COLOURS)], _MARKERS[place % len(_MARKERS)])
+        for place in range(len(_COLOURS) * len(_MARKERS))
+    )
+    if look not in STYLES.values()
+]
 _FRONT, _BASE_KEEPS = "Pareto front", "what the base keeps"
 _LEGEND_COLUMNS = 7
 _LINE = 0.22  # inches that a line of the legend is high
@@ -38,14 +42,14 @@ _MANY = 12  # methods: more need a wider legend
 def styles_of(methods: list[str]) -> dict[str, tuple[str, str]]:
     """Colour and marker of each method; a second variant of one (`dpo (other run)`) gets its own.
 
-    All are distinct up to 56 that are not the first of a known method. Neighbours differ in colour and in marker.
+    All are distinct up to some 50 that are not the first of a known method. Neighbours differ in colour and in marker.
     """
     styles: dict[str, tuple[str, str]] = {}
     others = 0
     for method in methods:
         known = STYLES.get(kind(method))
         if known is None or known in styles.values():
-            known = _COLOURS[others % len(_COLOURS)], _MARKERS[others % len(_MARKERS)]  # 7 and 8 have no common factor
+            known = _OTHERS[others % len(_OTHERS)]
             others += 1
         styles[method] = known
     return styles

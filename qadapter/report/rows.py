@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-METHOD_ORDER = ("base", "q-adapter", "sft", "dpo", "replay")
+from qadapter.methods.table import NAMES
+
+METHOD_ORDER = ("base", *NAMES)
 SETTING = " · "
 """Between a method and one of its settings, in the labels of a sweep's rows."""
 

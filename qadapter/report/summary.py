@@ -9,13 +9,14 @@ from typing import Any
 
 from qadapter.evaluation.old_text import unmeasured_on_old_text
 from qadapter.evaluation.statistics import Interval, proportion_interval
+from qadapter.methods.table import METHODS, SUBJECT
 from qadapter.report.front import pareto_front
 from qadapter.report.intervals import Measured
 from qadapter.report.items import SCORE, WIN_RATE
 from qadapter.report.rows import Row, kind, listed, methods_of, spread, spread_over
 from qadapter.report.tables import bracket, number
 
-OURS = "q-adapter"
+OURS = SUBJECT.name
 CHANCE = 0.5
 _MOST_DUELS = 12  # more, of a whole sweep, would be no summary
 
@@ -151,10 +152,18 @@ def _metric_name(name: str) -> str:
 
 
 def _settings(config: Mapping[str, Any], labels: Sequence[str]) -> str:
-    """DPO's β where the config, nested or as MLflow's flat parameters, tells it."""
-    shared = config.get("shared", {})
-    beta = config.get("methods", {}).get("dpo", {}).get("beta", shared.get("methods.dpo.beta"))
-    return f" (dpo: β = {beta})" if beta is not None and any(kind(m) == "dpo" for m in labels) else ""
+    """The methods' strengths, where the config, nested or as MLflow's flat parameters, has them."""
+    shared, sections = config.get("shared", {}), config.get("methods", {})
+    found = []
+    for method in METHODS:
+        if method.strength is None or all(kind(label) != method.name for label in labels):
+            continue
+        flat = shared.get(f"methods.{method.name}.{method.strength}")
+        value = sections.get(method.name, {}).get(method.strength, flat)
+        if value is not None:
+            label = next(knob.label for knob in method.knobs if knob.name == method.strength)
+            found.append(f"{method.name}: {label} = {value}")
+    return f" ({', '.join(found)})" if found else ""
 
 
 def sentences(

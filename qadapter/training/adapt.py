@@ -4,43 +4,112 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
-from qadapter.config.methods import DPOSettings, Method, QAdapterSettings, ReplaySettings, SFTSettings
 from qadapter.config.model import LoraSettings, ModelSettings
-from qadapter.config.training import HelpfulSettings, OptimizerSettings
+from qadapter.config.training import OptimizerSettings
 from qadapter.errors import QAdapterError
-from qadapter.files.artifacts import write_json
-from qadapter.inference.generate import generate_replies
 from qadapter.policy.loading import load_base
-from qadapter.preferences.pair import Message, PreferencePair
+from qadapter.preferences.pair import PreferencePair
 from qadapter.preferences.prepare import load_pairs
-from qadapter.preferences.tokenize import EncodedPair, UnusablePair, encode_pair, encode_reply
+from qadapter.preferences.tokenize import EncodedPair, UnusablePair, encode_pair
 from qadapter.training.arguments import (
+    Cost,
     measured_cost,
     save_weights,
     tokens_seen,
-    train_to_end,
     trainer_arguments,
     write_training_record,
 )
-from qadapter.training.baselines import train_dpo, train_sft
-from qadapter.training.config import QAdapterConfig
-from qadapter.training.encoded_pairs import EncodedPairs
-from qadapter.training.trainer import QAdapterTrainer
 
-MethodChoice = QAdapterSettings | SFTSettings | DPOSettings | ReplaySettings
+Conversation = tuple[list[int], list[int]]
+"""Token ids of a prompt and of one reply to it."""
 
 
-def _objective_fields(settings: QAdapterSettings) -> dict[str, Any]:
-    """What a config's `methods.q-adapter` section changes of its preset."""
-    return settings.model_dump(exclude={"preset", "learning_rate"}, exclude_none=True)
+class Job:
+    """One training of an adapter, as a method finds it. Each method sees two sequences per pair.
+
+    A method takes its examples from `on_pairs` or `on_conversations`, which also give the trainer's arguments: how
+    many of these examples a step reads follows from what they are.
+
+    Attributes:
+        network, tokenizer: the frozen base.
+        lora: the adapter's shape.
+        pairs, encoded: the N usable pairs, as text and as token ids.
+        max_length: most tokens of a sequence.
+        needs: name of a stage that the method needs → its folder.
+        out: the folder of the results.
+        steps: optimiser steps.
+    """
+
+    def __init__(
+        self,
+        network: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        lora: LoraConfig,
+        pairs: Sequence[PreferencePair],
+        encoded: Sequence[EncodedPair],
+        settings: OptimizerSettings,
+        *,
+        seed: int,
+        needs: Mapping[str, Path],
+        out: Path,
+        scratch: Path,
+    ) -> None:
+        self.network, self.tokenizer, self.lora = network, tokenizer, lora
+        self.pairs, self.encoded = list(pairs), list(encoded)
+        self.max_length, self.needs, self.out = settings.max_length, dict(needs), out
+        self.steps = settings.max_steps or 0
+        self._settings, self._seed, self._scratch = settings, seed, scratch
+        self._lengths: list[int] = []
+        self._per_step = 0
+
+    def on_pairs(self) -> tuple[list[EncodedPair], dict[str, Any]]:
+        """The N pairs, and a trainer's arguments for steps of `batch_size` pairs."""
+        return self.encoded, self._arguments(lengths_of_pairs(self.encoded), sequences_per_example=1)
+
+    def on_conversations(self, examples: Sequence[Conversation]) -> tuple[list[Conversation], dict[str, Any]]:
+        """Single conversations, and a trainer's arguments for steps of `2 · batch_size` of them.
+
+        Args:
+            examples: two for each pair, so that epochs and batches are as large as those of methods that see pairs.
+
+        Raises:
+            ValueError: they are not two for each pair.
+        """
+        if len(examples) != 2 * len(self.encoded):
+            raise ValueError(f"{len(examples)} conversations for {len(self.encoded)} pairs; expected two for each pair")
+        lengths = [len(prompt) + len(reply) for prompt, reply in examples]
+        return list(examples), self._arguments(lengths, sequences_per_example=2)
+
+    def chosen(self) -> list[Conversation]:
+        """The N chosen replies with their prompts."""
+        return [(pair.prompt_ids, pair.chosen_ids) for pair in self.encoded]
+
+    def rejected(self) -> list[Conversation]:
+        """The N rejected replies with their prompts."""
+        return [(pair.prompt_ids, pair.rejected_ids) for pair in self.encoded]
+
+    def tokens(self) -> int:
+        """Tokens that the training reads, padding not counted.
+
+        Raises:
+            ValueError: the method took its examples from elsewhere, so nothing is known of its budget.
+        """
+        if not self._per_step:
+            raise ValueError("a method has to take its examples from Job.on_pairs or Job.on_conversations")
+        return tokens_seen(self._lengths, self.steps, self._per_step)
+
+    def _arguments(self, lengths: list[int], *, sequences_per_example: int) -> dict[str, Any]:
+        self._lengths, self._per_step = lengths, self._settings.batch_size * sequences_per_example
+        return trainer_arguments(
+            self._settings, seed=self._seed, scratch=self._scratch, sequences_per_example=sequences_per_example
+        )
 
 
 def lora_config(settings: LoraSettings) -> LoraConfig:
@@ -56,8 +125,8 @@ def lora_config(settings: LoraSettings) -> LoraConfig:
 
 
 def train_adapter(
-    method: Method,
-    choice: MethodChoice,
+    train: Callable[[Job, Any], Trainer],
+    choice: Any,
     base: str | Path,
     pairs_file: Path,
     *,
@@ -65,21 +134,21 @@ def train_adapter(
     lora: LoraSettings,
     training: OptimizerSettings,
     seed: int,
-    answers_file: Path | None,
+    needs: Mapping[str, Path],
     out: Path,
     scratch: Path,
 ) -> None:
     """Train one adapter and write it.
 
     Args:
-        method: which method.
-        choice: its own settings.
+        train: the method's own function (`Method.train`).
+        choice: the method's own settings.
         base: folder or hub id of the base model.
-        pairs_file: prepared preference pairs, one a line.
-        model, lora, training: what all methods share. A step takes `batch_size` pairs: as pairs (q-adapter, dpo), or as
-            twice as many single conversations (sft, replay), so that every method sees the same number of sequences.
+        pairs_file: prepared preference pairs, one per line.
+        model, lora, training: what all methods share. A step takes `batch_size` pairs, or twice as many single
+            conversations, so that every method sees the same number of sequences.
         seed: of weights, order and dropout.
-        answers_file: the base's answers, JSON, `prompt_key(prompt)` to answer; for replay.
+        needs: name of a stage that the method needs → its folder.
         out: gets `adapter/` (PEFT's files; for the Q-Adapter its objective too), for the Q-Adapter `params.json` (its
             objective, defaults filled in), `history.jsonl`, `metrics.json` and
             `unused.jsonl` (pairs without a response token after truncation, with the reason).
@@ -90,58 +159,49 @@ def train_adapter(
     """
     network, tokenizer = load_base(base, model)
     pairs = load_pairs(pairs_file)
-    kept, encoded = _encode(pairs, tokenizer, training.max_length, out / "unused.jsonl")
-    settings = (
-        training
-        if choice.learning_rate is None
-        else training.model_copy(update={"learning_rate": choice.learning_rate})
+    kept, encoded = encode_usable(pairs, tokenizer, training.max_length, out / "unused.jsonl")
+    settings = with_steps(training, len(encoded), choice.learning_rate)
+    usable = [pairs[index] for index in kept]
+    job = Job(
+        network,
+        tokenizer,
+        lora_config(lora),
+        usable,
+        encoded,
+        settings,
+        seed=seed,
+        needs=needs,
+        out=out,
+        scratch=scratch,
     )
-    # An explicit number of steps gives every method the same budget, whatever it calls an epoch.
-    steps = training.max_steps or math.ceil(len(encoded) / training.batch_size * training.epochs)
-    settings = settings.model_copy(update={"max_steps": steps})
-    pairwise = method in ("q-adapter", "dpo")
-    arguments = trainer_arguments(settings, seed=seed, scratch=scratch, sequences_per_example=1 if pairwise else 2)
     set_seed(seed)
-    examples = _single_conversations(kept, encoded, pairs, answers_file, tokenizer, training.max_length)
     with measured_cost() as cost:
-        if isinstance(choice, QAdapterSettings):
-            trainer: Trainer = _train_q_adapter(network, tokenizer, encoded, arguments, lora_config(lora), choice, out)
-        elif isinstance(choice, DPOSettings):
-            trainer = train_dpo(network, tokenizer, encoded, arguments, lora_config(lora), choice.beta, method)
-        else:
-            trainer = train_sft(network, tokenizer, examples, arguments, lora_config(lora), method)
+        trainer = train(job, choice)
+    write_adapter(out, trainer, cost, job.tokens())
+
+
+def with_steps(training: OptimizerSettings, examples: int, learning_rate: float | None) -> OptimizerSettings:
+    """The settings with the number of steps written out, and with a method's own learning rate where it has one.
+
+    An explicit number of steps gives every method the same budget, whatever its trainer calls an epoch.
+    """
+    steps = training.max_steps or math.ceil(examples / training.batch_size * training.epochs)
+    return training.model_copy(update={"max_steps": steps, "learning_rate": learning_rate or training.learning_rate})
+
+
+def lengths_of_pairs(encoded: Sequence[EncodedPair]) -> list[int]:
+    """Tokens of each pair: the prompt twice, and both replies."""
+    return [2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in encoded]
+
+
+def write_adapter(out: Path, trainer: Trainer, cost: Cost, tokens: int) -> None:
+    """Write a trained adapter, `out/adapter`, and what every training records."""
     save_weights(trainer, out / "adapter")
     adapter_bytes = sum(file.stat().st_size for file in (out / "adapter").glob("*.safetensors"))
-    if pairwise:
-        lengths = [2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in encoded]
-    else:
-        lengths = [len(prompt) + len(reply) for prompt, reply in examples]
-    tokens = tokens_seen(lengths, steps, training.batch_size if pairwise else 2 * training.batch_size)
     write_training_record(out, trainer, cost, tokens, **{"cost/adapter_bytes": adapter_bytes})
 
 
-def _train_q_adapter(
-    network: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    encoded: Sequence[EncodedPair],
-    arguments: dict[str, Any],
-    lora: LoraConfig,
-    choice: QAdapterSettings,
-    out: Path,
-) -> Trainer:
-    settings = QAdapterConfig(objective=choice.preset, **_objective_fields(choice), **arguments)
-    write_json(out / "params.json", {"objective": asdict(settings.to_objective())})
-    trainer = QAdapterTrainer(
-        model=network,
-        args=settings,
-        train_dataset=EncodedPairs(encoded),
-        processing_class=tokenizer,
-        peft_config=lora,
-    )
-    return train_to_end(trainer, "q-adapter")
-
-
-def _encode(
+def encode_usable(
     pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, max_length: int, unused: Path
 ) -> tuple[list[int], list[EncodedPair]]:
     """Token ids of the usable pairs and those pairs' indices; the others are written down with the reason."""
@@ -159,99 +219,3 @@ def _encode(
             f"(first reason: {rows[0]['reason'] if rows else 'there are no pairs'}); raise training.max_length"
         )
     return kept, encoded
-
-
-def prompt_key(prompt: Sequence[Message]) -> str:
-    """A prompt as the key of a JSON object."""
-    return json.dumps(list(prompt), sort_keys=True)
-
-
-def answer_prompts(
-    base: str | Path,
-    pairs_file: Path,
-    *,
-    model: ModelSettings,
-    settings: ReplaySettings,
-    batch_size: int,
-    seed: int,
-    out: Path,
-) -> None:
-    """Write the base's own answer to every distinct prompt of a file of pairs, as `answers.json`, for replay."""
-    network, tokenizer = load_base(base, model)
-    prompts = {prompt_key(pair.prompt): pair.prompt for pair in load_pairs(pairs_file)}
-    replies = generate_replies(
-        network,
-        tokenizer,
-        list(prompts.values()),
-        max_new_tokens=settings.max_new_tokens,
-        batch_size=batch_size,
-        temperature=settings.temperature,
-        seed=seed,
-    )
-    write_json(out / "answers.json", dict(zip(prompts, replies, strict=True)))
-
-
-def _single_conversations(
-    kept: Sequence[int],
-    encoded: Sequence[EncodedPair],
-    pairs: Sequence[PreferencePair],
-    answers_file: Path | None,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-) -> list[tuple[list[int], list[int]]]:
-    """Two conversations for each pair: the chosen reply twice or, for replay, that one and the base's own answer.
-
-    Two, so that batches and epochs are as large as those of the methods that see both replies of a pair.
-    """
-    chosen = [(pair.prompt_ids, pair.chosen_ids) for pair in encoded]
-    if answers_file is None:
-        return chosen + chosen
-    answers = json.loads(answers_file.read_text(encoding="utf-8"))
-    second = list(chosen)
-    for place, index in enumerate(kept):
-        answer = answers[prompt_key(pairs[index].prompt)]
-        if answer.strip():  # a base that has nothing to say gives nothing to remember: the chosen reply stays
-            second[place] = encode_reply(pairs[index].prompt, answer, tokenizer, max_length)
-    return chosen + second
-
-
-def fine_tune_base(
-    base: str | Path,
-    pairs_file: Path,
-    *,
-    model: ModelSettings,
-    lora: LoraSettings,
-    settings: HelpfulSettings,
-    seed: int,
-    out: Path,
-    scratch: Path,
-) -> None:
-    """SFT on the chosen replies, all weights or (for a pretrained model) a LoRA that is merged in the end.
-
-    Writes `model/` (a whole model, so that everything after it treats every base alike), `history.jsonl`,
-    `metrics.json`, `unused.jsonl`.
-    """
-    network, tokenizer = load_base(base, model)
-    _, encoded = _encode(load_pairs(pairs_file), tokenizer, settings.max_length, out / "unused.jsonl")
-    arguments = trainer_arguments(settings, seed=seed, scratch=scratch)
-    set_seed(seed)
-    if not settings.lora:
-        network.train()
-    examples = [(pair.prompt_ids, pair.chosen_ids) for pair in encoded]
-    with measured_cost() as cost:
-        trainer = train_sft(
-            network, tokenizer, examples, arguments, lora_config(lora) if settings.lora else None, "helpful SFT"
-        )
-    if settings.lora:
-        # Merging into a quantised base would lose what was learnt to rounding: merge into the unquantised one.
-        save_weights(trainer, out / "adapter")
-        from peft import PeftModel
-
-        if trainer.is_world_process_zero():  # of several processes, the one that has written the adapter
-            whole, _ = load_base(base, model.model_copy(update={"quantization": "none"}))
-            PeftModel.from_pretrained(whole, out / "adapter").merge_and_unload().save_pretrained(out / "model")
-    else:
-        save_weights(trainer, out / "model")
-    tokenizer.save_pretrained(out / "model")
-    lengths = [len(prompt) + len(reply) for prompt, reply in examples]
-    write_training_record(out, trainer, cost, tokens_seen(lengths, trainer.state.global_step, settings.batch_size))

@@ -77,6 +77,11 @@ def trainer_arguments(
     }
 
 
+def for_trl(arguments: dict[str, Any]) -> dict[str, Any]:
+    """TRL 1.16 turns checkpointing on by default, and only under the name that transformers 5.23 deprecates."""
+    return {**arguments, "gradient_checkpointing": arguments["activation_checkpointing"]}
+
+
 class ProgressLog(TrainerCallback):
     """Says where a training is, at most every `seconds`: a log line survives where a progress bar does not.
 

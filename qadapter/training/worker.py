@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from qadapter.config.base import Settings
@@ -35,7 +36,8 @@ def write_job(file: Path, function: Callable[..., Any], positional: Sequence[Any
     Args:
         file: where to.
         function: a function at the top of one of `qadapter`'s modules; it takes `out`, the folder of its results.
-        positional, named: its arguments: JSON values, paths, and sections of an experiment's config.
+        positional, named: its arguments: JSON values, paths, sections of an experiment's config, and other functions
+            at the top of `qadapter`'s modules.
 
     Raises:
         TypeError: an argument is something else.
@@ -77,12 +79,16 @@ def _tagged(value: Any) -> Any:
         return {"!path": str(value)}
     if isinstance(value, Settings):
         return {"!settings": _name_of(type(value)), "values": value.model_dump(mode="json", by_alias=True)}
+    if isinstance(value, FunctionType) and value.__module__.startswith(_PACKAGE):
+        return {"!function": _name_of(value)}
     raise TypeError(f"{type(value).__name__} cannot be handed to a training process")
 
 
 def _untagged(value: dict[str, Any]) -> Any:
     if value.keys() == {"!path"}:
         return Path(value["!path"])
+    if value.keys() == {"!function"}:
+        return _named(value["!function"])
     if value.keys() == {"!settings", "values"}:
         kind = _named(value["!settings"], _SECTIONS)
         if not issubclass(kind, Settings):

@@ -62,8 +62,8 @@ def resolve_path(path: str, data: Path | None) -> str:
 
 
 @dataclass(frozen=True)
-class Customisation:
-    """Which cell of the comparison: one domain, one method (or the base itself), one seed."""
+class Cell:
+    """One cell of the comparison: one domain, one method (or the base itself), one seed."""
 
     domain: str
     method: str

@@ -14,7 +14,7 @@ from qadapter.files.artifacts import read_json
 from qadapter.report.intervals import Measured
 from qadapter.report.rows import Row
 from qadapter.report.summary import duels, sentences, summary_metrics
-from tasks.stages.context import Customisation
+from tasks.stages.context import Cell
 from tasks.sweep import SweptCell
 from tasks.tracking.recorded import find_run, read_runs
 from tasks.tracking.tracker import Tracker
@@ -27,7 +27,7 @@ def record(tracker: Tracker, name: str, rows: list[Row], folder: Path, steps: in
     """A flow run as the pipeline records it: rows, the base's retention in a run of its own, a data stage."""
     parent = tracker.start_parent("full-paper-repro", name, {"name": "toy", "steps": steps}, {"stage": "parent"})
     for row in rows:
-        cell = Customisation(row.domain, row.method, row.seed)
+        cell = Cell(row.domain, row.method, row.seed)
         with tracker.child(parent, cell.name, {"base": "helpful"}, cell.tags()) as run:
             tracker.log_metrics(run, row.metrics)
             tracker.log_tags(run, {"digest.adaptation": f"{row.adaptation}", "digest.train": f"{row.training}"})

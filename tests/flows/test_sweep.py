@@ -21,6 +21,7 @@ from mlflow.entities import Run
 from prefect import flow, task
 from prefect.artifacts import Artifact
 from prefect.settings import PREFECT_API_URL
+from trl import DPOTrainer
 
 from flows.commands.sweep import main
 from flows.full_paper_repro import full_paper_repro
@@ -28,10 +29,10 @@ from flows.running.launch import PrefectRun, StagesFailedError, launched
 from flows.running.sweep_plan import SweepRecorder, plan_text
 from flows.sweep import check_sweep, sweep, sweep_stages
 from qadapter.config.experiment import load_experiment, profiles
-from qadapter.config.methods import METHODS
 from qadapter.config.sweep import SWEEP_FOLDER, Sweep, estimate_hours, expand, load_sweep, merged_overrides
 from qadapter.errors import QAdapterError
 from qadapter.judging.endpoint import EndpointJudge
+from qadapter.methods.table import METHODS
 from qadapter.policy.dial import set_alpha_0
 from qadapter.policy.files import read_settings
 from qadapter.report.latex import escape
@@ -54,7 +55,6 @@ from qadapter.report.sweep.points import (
     trade,
 )
 from qadapter.report.sweep.sentences import difference_table, edge_sentences, largest_front
-from qadapter.training import adapt
 from tasks.judge import answer_judge
 from tasks.stages.context import RunContext
 from tasks.stages.store import StageStore
@@ -116,7 +116,7 @@ def test_the_sweeps_of_the_project() -> None:
         assert len(variants) == len({variant.name for variant in variants}) == settings
         assert experiment.seeds == loaded.seeds == tuple(range(seeds))
         efforts = Counter(variant.method for variant in variants if variant.tuning)
-        assert set(efforts) == set(METHODS)
+        assert set(efforts) == {method.name for method in METHODS if method.by_default}
         assert len(set(efforts.values())) == 1
         rates = {
             method: {v.experiment.methods.of(method).learning_rate for v in variants if v.tuning and v.method == method}
@@ -591,15 +591,15 @@ def run_sweep(home: Home, file: str) -> Swept:
 def broken(harness: None, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     """The sweep from nothing, where DPO with β 1 always fails."""
     folder = tmp_path_factory.mktemp("sweep")
-    train_dpo = adapt.train_dpo
+    train = DPOTrainer.train
 
-    def fails(*arguments: Any) -> Any:
-        if arguments[5] == 1.0:
+    def fails(trainer: DPOTrainer, *arguments: Any, **named: Any) -> Any:
+        if trainer.args.beta == 1.0:
             raise RuntimeError("the GPU fell off the bus")
-        return train_dpo(*arguments)
+        return train(trainer, *arguments, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapt, "train_dpo", fails)
+        patch.setattr(DPOTrainer, "train", fails)
         return run_sweep(Home(folder), write(folder))
 
 

@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 
 from qadapter.config.execution import CONFIG_FOLDER, LaunchSettings, RunnerSettings
 from qadapter.config.experiment import load_experiment
-from qadapter.config.methods import Method, SFTSettings
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import digest_tree
+from qadapter.methods import sft
 from qadapter.preferences.prepare import prepare
 from qadapter.training.adapt import train_adapter as train_function
 from qadapter.training.arguments import trainer_arguments
@@ -34,7 +34,7 @@ from qadapter.training.worker import read_job, write_job
 from tasks.candidate import train_candidate
 from tasks.judge import train_judge
 from tasks.stages.code_version import code_digest
-from tasks.stages.context import Customisation, RunContext
+from tasks.stages.context import Cell, RunContext
 from tasks.stages.launching import Launcher, TrainingProcessError
 from tasks.stages.logged import StageResult
 from tasks.stages.store import StageOutput, StageStore
@@ -73,7 +73,7 @@ def settings(**changes: Any) -> dict[str, Any]:
 
 
 def run_stage(
-    toy: TinyToy, home: Path, method: Method, champion: StageOutput | None = None, **changes: Any
+    toy: TinyToy, home: Path, method: str, champion: StageOutput | None = None, **changes: Any
 ) -> StageOutput:
     """The pipeline's own training task, or with a champion the candidate's, in a workspace of its own."""
     experiment = load_experiment("smoke", settings(**changes))
@@ -82,13 +82,13 @@ def run_stage(
     context = RunContext(experiment, StageStore(home / ".qadapter"), tracker, parent)
     folder = toy.pairs.parent
     data = StageOutput("prepare", "0" * 64, folder, digest_tree(folder), cached=True, seconds=0.0)
-    cell = Customisation("harmless", method, 0)
+    cell = Cell("harmless", method, 0)
     base, pairs = Base(str(toy.base), None, "helpful"), StageResult(data, parent)
     with disable_run_logger():
         if champion:
             done = train_candidate.fn(context, cell, base, pairs, StageResult(champion, parent))
         else:
-            done = train_adapter.fn(context, cell, base, pairs, None)
+            done = train_adapter.fn(context, cell, base, pairs, {})
     result = done.data if hasattr(done, "data") else done
     assert isinstance(result, StageResult)
     return result.output
@@ -168,6 +168,7 @@ from qadapter.config.execution import LaunchSettings
 from qadapter.config.training import OptimizerSettings
 from tasks.stages.launching import Launcher
 from tests.support.tiny_toy import CHOICES, LORA, MODEL
+from qadapter.methods.q_adapter import train
 from qadapter.training.adapt import train_adapter
 base, pairs, out, scratch = map(Path, sys.argv[1:5])
 training = OptimizerSettings(
@@ -176,8 +177,8 @@ training = OptimizerSettings(
 out.mkdir(parents=True)
 logging.basicConfig(level=logging.INFO)
 Launcher(LaunchSettings(engine="accelerate", processes=2))(
-    train_adapter, "q-adapter", CHOICES["q-adapter"], base, pairs,
-    model=MODEL, lora=LORA, training=training, seed=3, answers_file=None, out=out, scratch=scratch,
+    train_adapter, train, CHOICES["q-adapter"], base, pairs,
+    model=MODEL, lora=LORA, training=training, seed=3, needs={}, out=out, scratch=scratch,
 )
 """
 
@@ -267,15 +268,15 @@ def call(launch: Launcher, toy: TinyToy, base: Path, home: Path, **changes: Any)
         (home / name).mkdir()
     launch(
         train_function,
-        "sft",
-        SFTSettings(),
+        sft.train,
+        sft.SFTSettings(),
         base,
         toy.pairs,
         model=MODEL,
         lora=LORA,
         training=training,
         seed=3,
-        answers_file=None,
+        needs={},
         out=home / "out",
         scratch=home / "scratch",
     )
@@ -329,8 +330,14 @@ def test_an_interrupt_ends_the_processes(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_call_survives_as_json(tmp_path: Path) -> None:
-    named = {"out": tmp_path, "training": TRAINING, "choice": CHOICES["replay"], "seed": 3, "answers_file": None}
-    positional = ["replay", [[{"role": "user", "content": "ü"}]]]
+    named = {
+        "out": tmp_path,
+        "training": TRAINING,
+        "choice": CHOICES["replay"],
+        "seed": 3,
+        "needs": {"answers": tmp_path},
+    }
+    positional = [sft.train, [[{"role": "user", "content": "ü"}]]]
     write_job(tmp_path / "job.json", train_function, positional, named)
     job = read_job(tmp_path / "job.json")
     assert job["function"] is train_function

@@ -32,9 +32,9 @@ from flows.full_paper_repro import experiment_stages, full_paper_repro
 from flows.running.launch import StagesFailedError
 from flows.running.plan import Recorder
 from qadapter.config.experiment import load_experiment
-from qadapter.config.methods import METHODS
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import MANIFEST
+from qadapter.methods.table import METHODS as TABLE
 from qadapter.preferences import sources
 from qadapter.preferences.download import UnreachableError
 from qadapter.report.page import data_uri
@@ -48,6 +48,7 @@ from tests.support.fake_judge import FakeJudge, longer, serving
 from tests.support.paths import PROJECT_ROOT
 
 DOMAINS = ("harmless", "academy")
+METHODS = tuple(method.name for method in TABLE if method.by_default)
 EXPERIMENT = "full-paper-repro"
 SOURCES = {
     "helpful": {"path": "{data}/hh-rlhf/helpful.jsonl.gz", "heldout": 0.2, "max_heldout_pairs": 12},

@@ -7,14 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qadapter.config.methods import DPOSettings, Method, QAdapterSettings, ReplaySettings, SFTSettings
 from qadapter.config.model import FromScratch, LoraSettings, ModelSettings
 from qadapter.config.training import OptimizerSettings, PretrainingSettings
 from qadapter.files.artifacts import read_json_lines
+from qadapter.methods.dpo import DPOSettings
+from qadapter.methods.method import MethodSettings
+from qadapter.methods.needs.base_answers import AnswerSettings, answer_prompts
+from qadapter.methods.q_adapter import QAdapterSettings
+from qadapter.methods.replay import ReplaySettings
+from qadapter.methods.sft import SFTSettings
+from qadapter.methods.table import method_named
 from qadapter.preferences.pair import Message, PreferencePair
 from qadapter.preferences.prepare import prepare
 from qadapter.toyworld.world import ToyWorld
-from qadapter.training.adapt import answer_prompts, train_adapter
+from qadapter.training.adapt import train_adapter
 from qadapter.training.corpus import read_corpus
 from qadapter.training.pretraining import pretrain
 
@@ -28,7 +34,7 @@ TRAINING = OptimizerSettings(
     learning_rate=1e-2, max_steps=STEPS, batch_size=4, max_length=64, logging_steps=1, save_steps=2
 )
 LORA = LoraSettings(rank=2, alpha=4, dropout=0.1)  # with dropout: resuming has to restore the random state too
-CHOICES: dict[Method, Any] = {
+CHOICES: dict[str, MethodSettings] = {
     "q-adapter": QAdapterSettings(preset="residual"),
     "sft": SFTSettings(),
     "dpo": DPOSettings(beta=0.3),
@@ -55,23 +61,24 @@ class TinyToy:
     answers: Path
     conversations: list[list[Message]]
 
-    def train(self, method: Method, out: Path, **changes: Any) -> Path:
+    def train(self, method: str, out: Path, **changes: Any) -> Path:
         """One adapter, in `out`; `changes` to the arguments of `train_adapter`."""
+        record, choice = method_named(method), changes.pop("choice", None) or CHOICES[method]
         options: dict[str, Any] = {
-            "choice": CHOICES[method],
+            "choice": choice,
             "base": self.base,
             "pairs_file": self.pairs,
             "model": MODEL,
             "lora": LORA,
             "training": TRAINING,
             "seed": 3,
-            "answers_file": self.answers if method == "replay" else None,
+            "needs": {need.name: self.answers.parent for need in record.needs(choice)},
             "out": out,
             "scratch": out.with_name(f"{out.name}-scratch"),
             **changes,
         }
         out.mkdir(parents=True)
-        train_adapter(method, **options)
+        train_adapter(record.train, **options)
         return out
 
 
@@ -98,7 +105,13 @@ def make_tiny_toy(root: Path, steps: int = 60, heldout: int = 12) -> TinyToy:
     pretrain(toy.conversations, SIZE, settings, seed=0, out=toy.base.parent, scratch=root / "base-scratch")
     toy.answers.parent.mkdir()
     answer_prompts(
-        toy.base, toy.pairs, model=MODEL, settings=CHOICES["replay"], batch_size=4, seed=0, out=toy.answers.parent
+        toy.base,
+        toy.pairs,
+        model=MODEL,
+        settings=AnswerSettings(max_new_tokens=12, temperature=0),
+        batch_size=4,
+        seed=0,
+        out=toy.answers.parent,
     )
     return toy
 

@@ -13,6 +13,7 @@ import pandas as pd
 from qadapter.evaluation.statistics import across_seeds
 from qadapter.files.artifacts import write_json
 from qadapter.files.shown import to_csv
+from qadapter.methods.table import NAMES, SUBJECT, knobs
 from qadapter.report.rows import Row, Spread, listed, ordered, spread
 from qadapter.report.sweep.figure import draw_sweep
 from qadapter.report.sweep.points import (
@@ -32,7 +33,7 @@ from qadapter.report.sweep.points import (
 )
 from qadapter.report.sweep.sentences import difference_table, edge_sentences, largest_front
 
-_KNOBS = {"α0": "alpha_0", "β": "beta", "w": "preference_scale", "lr": "learning_rate", "T": "temperature"}
+_KNOBS = {knob.label: knob.name for knob in knobs().values() if knob.label and knob.swept}
 
 
 def build_sweep_report(
@@ -112,14 +113,14 @@ def _comparison(tuned: dict[str, list[Point]], metrics: dict[str, float]) -> lis
             }
         )
     sentences = []
-    ours = elsewhere.get("q-adapter", {})
+    ours = elsewhere.get(SUBJECT.name, {})
     for method, theirs in elsewhere.items():
-        if method == "q-adapter" or not ours or ours.keys() != theirs.keys():
+        if method == SUBJECT.name or not ours or ours.keys() != theirs.keys():
             continue
         interval = across_seeds([ours[seed] - theirs[seed] for seed in ours])
         verdict = "larger than the noise" if interval.excludes_zero else "not larger than the noise"
         sentences.append(
-            f"- q-adapter − {method}: {interval.estimate:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}] "
+            f"- {SUBJECT.name} − {method}: {interval.estimate:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}] "
             f"(95 %, Student, {interval.seeds} seeds): {verdict}."
         )
         metrics[f"sweep/trade_difference/{method}"] = interval.estimate
@@ -238,7 +239,7 @@ def _all_rows(rows: Sequence[Row], settings: Sequence[Setting]) -> pd.DataFrame:
 
 
 def _methods(points: Sequence[Point]) -> list[str]:
-    return ordered((point.setting.method for point in points), ("q-adapter", "sft", "dpo", "replay"))
+    return ordered((point.setting.method for point in points), NAMES)
 
 
 def _markdown(table: pd.DataFrame) -> str:

@@ -13,20 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
+from qadapter.methods.table import METHODS, SUBJECT
 from qadapter.report.front import stairs
 from qadapter.report.rows import Spread, ordered
 from qadapter.report.sweep.points import Point
 
-# Okabe and Ito's palette, and a marker each: colour-blind readers and black-and-white prints can tell them apart.
-STYLES = {
-    "residual": ("#D55E00", "o"),
-    "published-code-shifted": ("#E69F00", "P"),
-    "paper": ("#56B4E9", "v"),
-    "published-code": ("#666666", "X"),
-    "sft": ("#0072B2", "s"),
-    "dpo": ("#009E73", "^"),
-    "replay": ("#CC79A7", "D"),
-}
+STYLES = {family: (look.colour, look.marker) for method in METHODS for family, look in method.looks().items()}
 _OTHER = ("#000000", "h")
 _LONGEST_LIST = 14  # names beside the closer view
 
@@ -73,7 +65,8 @@ def draw_sweep(
     families = ordered((point.setting.family for point in points), list(STYLES))
     handles = [_handle(family, filled=True, label=family) for family in families]
     if any(point.setting.dialled for point in points):
-        handles.append(_handle("residual", filled=False, label="α0 changed at inference"))
+        example = next(iter(SUBJECT.looks()))
+        handles.append(_handle(example, filled=False, label="α0 changed at inference"))
     handles.append(Line2D([], [], marker="*", color="#000000", linestyle="", markersize=13, label="base"))
     if front:
         handles.append(Line2D([], [], color="#000000", linewidth=1.6, label="Pareto front"))

@@ -31,7 +31,7 @@ class Setting:
     Attributes:
         name: also the `method` of its rows.
         family: the method; for the Q-Adapter its objective.
-        method: `sft`, `replay`, `dpo` or `q-adapter`.
+        method: its name.
         groups: the sweep's groups that it belongs to.
         tuning: whether it is part of its method's tuning.
         settings: its numbers, by name.

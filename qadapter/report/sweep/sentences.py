@@ -7,17 +7,9 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from qadapter.evaluation.statistics import Interval
+from qadapter.methods.table import knobs
 from qadapter.report.rows import listed
 from qadapter.report.sweep.points import Point, best_by_trade, differences, edges
-
-_WORDS = {
-    "learning_rate": "learning rate",
-    "beta": "β",
-    "alpha_0": "α0",
-    "alpha_tilde": "α̃",
-    "gamma": "γ",
-    "preference_scale": "w",
-}
 
 
 def edge_sentences(tuned: Mapping[str, Sequence[Point]]) -> str:
@@ -30,12 +22,13 @@ def edge_sentences(tuned: Mapping[str, Sequence[Point]]) -> str:
         A list, or one sentence where none does; nothing where there is no grid.
     """
     lines, found_any = [], False
+    words = {name: knob.words for name, knob in knobs().items()}
     for method, own in tuned.items():
         if len(own) < 2:
             continue
         best = best_by_trade(own)
         values = best.setting.settings
-        found = [f"the {end} {_WORDS.get(knob, knob)} ({values[knob]:g})" for knob, end in edges(best, own).items()]
+        found = [f"the {end} {words.get(knob, knob)} ({values[knob]:g})" for knob, end in edges(best, own).items()]
         found_any = found_any or bool(found)
         lines.append(
             f"- The best trade of {method} has {listed(found)} that {'was' if len(found) == 1 else 'were'} tried: "

@@ -24,10 +24,10 @@ from qadapter.command import chat as chat_module
 from qadapter.command.generate import read_prompts
 from qadapter.command.options import TrainOptions
 from qadapter.command.parser import COMMANDS, main
-from qadapter.config.methods import QAdapterSettings
 from qadapter.config.model import LoraSettings, ModelSettings
 from qadapter.config.training import OptimizerSettings
 from qadapter.evaluation.preference import preference_metrics, score_pairs
+from qadapter.methods import q_adapter
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.preferences.prepare import load_pairs
@@ -203,8 +203,8 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_trains_bitwise_what_the_pipeline_trains(place: Path, tmp_path: Path) -> None:
     train_adapter(
-        "q-adapter",
-        QAdapterSettings(preset="residual", beta=0.2),
+        q_adapter.train,
+        q_adapter.QAdapterSettings(preset="residual", beta=0.2),
         place / "base",
         place / "out/data/train.jsonl",
         model=MODEL,
@@ -213,7 +213,7 @@ def test_trains_bitwise_what_the_pipeline_trains(place: Path, tmp_path: Path) ->
             learning_rate=1e-2, max_steps=6, batch_size=6, micro_batch_size=3, max_length=96, logging_steps=2
         ),
         seed=3,
-        answers_file=None,
+        needs={},
         out=tmp_path,
         scratch=tmp_path / "scratch",
     )

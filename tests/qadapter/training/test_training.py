@@ -18,27 +18,30 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Trainer
 
 from qadapter.config.experiment import load_experiment
-from qadapter.config.methods import METHODS, DPOSettings, Method, QAdapterSettings, SFTSettings
 from qadapter.config.model import LoraSettings, ModelSettings
 from qadapter.config.training import HelpfulSettings, OptimizerSettings, PretrainingSettings
 from qadapter.errors import QAdapterError
 from qadapter.inference.generate import generate_replies
+from qadapter.methods.dpo import DPOSettings
+from qadapter.methods.needs.base_answers import prompt_key
+from qadapter.methods.q_adapter import QAdapterSettings
+from qadapter.methods.sft import SFTSettings
+from qadapter.methods.table import NAMES
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.preferences.pair import Message
 from qadapter.preferences.prepare import load_pairs
-from qadapter.training import adapt
-from qadapter.training.adapt import fine_tune_base, prompt_key
+from qadapter.training import adapt, supervised
 from qadapter.training.arguments import (
     ProgressLog,
     measured_cost,
     tokens_seen,
     trainer_arguments,
 )
-from qadapter.training.baselines import train_sft
 from qadapter.training.checkpoints import last_checkpoint, seal
 from qadapter.training.corpus import read_corpus
 from qadapter.training.pretraining import CHAT_TEMPLATE, model_from_scratch, pretrain, train_tokenizer
+from qadapter.training.supervised import fine_tune_base, train_sft
 from tests.support.tiny_toy import (
     LORA,
     MODEL,
@@ -72,11 +75,11 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def adapters(world: TinyToy, tmp_path_factory: pytest.TempPathFactory) -> dict[Method, Trained]:
+def adapters(world: TinyToy, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
     """Each method once, uninterrupted, watched from outside."""
     root = tmp_path_factory.mktemp("adapters")
-    trained: dict[Method, Trained] = {}
-    for method in METHODS:
+    trained: dict[str, Trained] = {}
+    for method in NAMES:
         seen = Trained(root / method)
         with pytest.MonkeyPatch.context() as patch:
             _watch(seen, patch)
@@ -234,7 +237,7 @@ def test_pretraining_learns_and_writes_a_whole_model(world: TinyToy) -> None:
     assert 15 < metrics["cost/train_tokens"] / (60 * 16) < 30  # tokens of a toy conversation
 
 
-def test_no_pickle_is_written(world: TinyToy, adapters: dict[Method, Trained]) -> None:
+def test_no_pickle_is_written(world: TinyToy, adapters: dict[str, Trained]) -> None:
     """Weights are safetensors; Trainer's own record of its arguments is a pickle."""
     files = [path for root in (world.base, *(seen.out for seen in adapters.values())) for path in root.rglob("*.*")]
     assert len(files) > 20
@@ -360,8 +363,8 @@ def test_cost_is_measured() -> None:
 # ---- every method on the same terms
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_only_the_adapter_moves(method: Method, adapters: dict[Method, Trained]) -> None:
+@pytest.mark.parametrize("method", NAMES)
+def test_only_the_adapter_moves(method: str, adapters: dict[str, Trained]) -> None:
     seen = adapters[method]
     assert len(seen.base_before) > 5
     assert all(torch.equal(a, b) for a, b in zip(seen.base_before, seen.base_after, strict=True))
@@ -374,7 +377,7 @@ def test_only_the_adapter_moves(method: Method, adapters: dict[Method, Trained])
     assert not json.loads((seen.out / "adapter/adapter_config.json").read_text()).get("modules_to_save")
 
 
-def test_every_method_sees_the_same_number_of_sequences(adapters: dict[Method, Trained]) -> None:
+def test_every_method_sees_the_same_number_of_sequences(adapters: dict[str, Trained]) -> None:
     """Ten pairs in steps of four, twice: 8, 8 and 4 sequences, for SFT and replay too, whose examples are single."""
     for method, seen in adapters.items():
         assert seen.sequences == [8, 8, 4, 8, 8, 4], method
@@ -396,7 +399,7 @@ def test_micro_batches_see_the_same(world: TinyToy, tmp_path: Path) -> None:
     assert seen.sequences == [4, 4, 4, 4, 4]  # 20 in all, as two steps of two and one of one
 
 
-def test_metrics_and_files_have_the_same_names_for_each_method(adapters: dict[Method, Trained]) -> None:
+def test_metrics_and_files_have_the_same_names_for_each_method(adapters: dict[str, Trained]) -> None:
     names = {method: set(json.loads((seen.out / "metrics.json").read_text())) for method, seen in adapters.items()}
     assert names["q-adapter"] == names["sft"] == names["dpo"] == names["replay"]
     assert names["sft"] == {
@@ -416,9 +419,9 @@ def test_metrics_and_files_have_the_same_names_for_each_method(adapters: dict[Me
         assert rows(seen.out / "unused.jsonl") == []
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_resumed_is_uninterrupted(
-    method: Method, world: TinyToy, adapters: dict[Method, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, world: TinyToy, adapters: dict[str, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed in the middle of the second epoch, a step behind a checkpoint; run again with the same scratch folder."""
     scratch = tmp_path / "scratch"
@@ -435,8 +438,8 @@ def test_resumed_is_uninterrupted(
     assert curve(tmp_path / "resumed") == curve(adapters[method].out)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_seed_decides(method: Method, world: TinyToy, adapters: dict[Method, Trained], tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", NAMES)
+def test_a_seed_decides(method: str, world: TinyToy, adapters: dict[str, Trained], tmp_path: Path) -> None:
     same = world.train(method, tmp_path / "same", training=TRAINING.model_copy(update={"save_steps": None}))
     other = world.train(method, tmp_path / "other", seed=4)
     assert same_weights(adapters[method].out / "adapter", same / "adapter")
@@ -447,7 +450,7 @@ def test_steps_from_epochs(world: TinyToy, tmp_path: Path) -> None:
     """Ten pairs, batches of four, one and a half epochs: ⌈10 / 4 · 1.5⌉ = 4 steps, for single conversations too."""
     training = TRAINING.model_copy(update={"max_steps": None, "epochs": 1.5})
     for method in ("sft", "dpo"):
-        out = world.train(method, tmp_path / method, training=training)  # type: ignore[arg-type]
+        out = world.train(method, tmp_path / method, training=training)
         assert len(rows(out / "history.jsonl")) == 4
 
 
@@ -473,7 +476,7 @@ def test_the_base_answers_each_prompt_once(world: TinyToy) -> None:
 
 
 def spied_examples(
-    world: TinyToy, out: Path, method: Method, answers: Path | None
+    world: TinyToy, out: Path, method: str, **needs: Any
 ) -> tuple[list[tuple[str, str]], PreTrainedTokenizerBase]:
     """What SFT is given, as text."""
     given: list[Any] = []
@@ -483,8 +486,8 @@ def spied_examples(
             given.extend(examples)
             return train_sft(model, tokenizer, examples, *rest)
 
-        patch.setattr(adapt, "train_sft", spy)
-        world.train(method, out, training=TRAINING.model_copy(update={"max_steps": 1}), answers_file=answers)
+        patch.setattr(supervised, "train_sft", spy)
+        world.train(method, out, training=TRAINING.model_copy(update={"max_steps": 1}), **needs)
     tokenizer = AutoTokenizer.from_pretrained(world.base)
     return [(tokenizer.decode(prompt), tokenizer.decode(reply)) for prompt, reply in given], tokenizer
 
@@ -495,7 +498,7 @@ def test_replay_learns_the_chosen_replies_and_the_bases_answers(world: TinyToy, 
     replies[prompt_key(pairs[3].prompt)] = "  "  # the base may have nothing to say
     answers = tmp_path / "answers.json"
     answers.write_text(json.dumps(replies))
-    examples, _ = spied_examples(world, tmp_path / "replay", "replay", answers)
+    examples, _ = spied_examples(world, tmp_path / "replay", "replay", needs={"answers": tmp_path})
     assert len(examples) == 2 * PAIRS
     for i, one in enumerate(pairs):
         asked, chosen = examples[i]
@@ -508,7 +511,7 @@ def test_replay_learns_the_chosen_replies_and_the_bases_answers(world: TinyToy, 
 
 
 def test_sft_learns_the_chosen_replies_only(world: TinyToy, tmp_path: Path) -> None:
-    examples, _ = spied_examples(world, tmp_path / "sft", "sft", None)
+    examples, _ = spied_examples(world, tmp_path / "sft", "sft")
     assert len(examples) == 2 * PAIRS
     assert {tuple(reply.split()) for _, reply in examples} == {
         (*one.chosen.split(), "<|end|>") for one in load_pairs(world.pairs)
@@ -552,7 +555,7 @@ def test_sft_scores_reply_tokens_only(world: TinyToy, tmp_path: Path) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))  # all weights train
 
 
-def test_dpos_loss_starts_at_log_2(adapters: dict[Method, Trained]) -> None:
+def test_dpos_loss_starts_at_log_2(adapters: dict[str, Trained]) -> None:
     """Policy and reference are the same before the first step: -log σ(β · 0) = log 2."""
     history = rows(adapters["dpo"].out / "history.jsonl")
     assert history[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -560,7 +563,7 @@ def test_dpos_loss_starts_at_log_2(adapters: dict[Method, Trained]) -> None:
     assert history[0]["train/rewards/margins"] == pytest.approx(0, abs=1e-6)
 
 
-def test_dpos_beta_is_the_configs(world: TinyToy, adapters: dict[Method, Trained], tmp_path: Path) -> None:
+def test_dpos_beta_is_the_configs(world: TinyToy, adapters: dict[str, Trained], tmp_path: Path) -> None:
     """Rewards are β · log-ratio, so after one equal step they differ by about the quotient of the betas."""
     training = TRAINING.model_copy(update={"max_steps": 2, "learning_rate": 1e-4})
     margins = []
@@ -636,8 +639,8 @@ def test_no_pairs_at_all(world: TinyToy, tmp_path: Path) -> None:
 # ---- loading
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_adapters_load_as_what_they_are(method: Method, world: TinyToy, adapters: dict[Method, Trained]) -> None:
+@pytest.mark.parametrize("method", NAMES)
+def test_adapters_load_as_what_they_are(method: str, world: TinyToy, adapters: dict[str, Trained]) -> None:
     """Plain PEFT loads each of them; `load_policy` knows a Q-Adapter, whose policy is not its raw logits."""
     adapter = adapters[method].out / "adapter"
     ids = torch.tensor([[4, 11, 12, 13, 14, 15]])

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from qadapter.errors import QAdapterError
-from qadapter.training.continued import continue_adapter
+from qadapter.methods.q_adapter import continue_adapter
 from tests.support.tiny_toy import CHOICES, MODEL, TRAINING, TinyToy, make_tiny_toy
 
 

@@ -1,0 +1,41 @@
+"""All methods, in the order in which tables and figures show them. A new method is a file and a line here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qadapter.methods import dpo, q_adapter, replay, sft
+from qadapter.methods.method import Knob, Method
+
+METHODS: tuple[Method[Any], ...] = (
+    q_adapter.METHOD,
+    sft.METHOD,
+    dpo.METHOD,
+    replay.METHOD,
+)
+
+SUBJECT = q_adapter.METHOD
+"""The method that reports compare all others with."""
+
+NAMES = tuple(method.name for method in METHODS)
+
+
+def method_named(name: str) -> Method[Any]:
+    """One method.
+
+    Raises:
+        KeyError: there is none of this name.
+    """
+    for method in METHODS:
+        if method.name == name:
+            return method
+    raise KeyError(name)
+
+
+def knobs() -> dict[str, Knob]:
+    """Every method's knobs by name; where two methods share a name, the first one's."""
+    found: dict[str, Knob] = {}
+    for method in METHODS:
+        for knob in method.knobs:
+            found.setdefault(knob.name, knob)
+    return found
