@@ -37,7 +37,7 @@ def write_job(file: Path, function: Callable[..., Any], positional: Sequence[Any
         file: where to.
         function: a function at the top of one of `qadapter`'s modules; it takes `out`, the folder of its results.
         positional, named: its arguments: JSON values, paths, sections of an experiment's config, and other functions
-            at the top of `qadapter`'s modules.
+            at the top of the modules where trainings are.
 
     Raises:
         TypeError: an argument is something else.
@@ -79,7 +79,7 @@ def _tagged(value: Any) -> Any:
         return {"!path": str(value)}
     if isinstance(value, Settings):
         return {"!settings": _name_of(type(value)), "values": value.model_dump(mode="json", by_alias=True)}
-    if isinstance(value, FunctionType) and value.__module__.startswith(_PACKAGE):
+    if isinstance(value, FunctionType) and value.__module__.startswith(_TRAININGS):
         return {"!function": _name_of(value)}
     raise TypeError(f"{type(value).__name__} cannot be handed to a training process")
 
@@ -88,7 +88,7 @@ def _untagged(value: dict[str, Any]) -> Any:
     if value.keys() == {"!path"}:
         return Path(value["!path"])
     if value.keys() == {"!function"}:
-        return _named(value["!function"])
+        return _named(value["!function"], _TRAININGS)
     if value.keys() == {"!settings", "values"}:
         kind = _named(value["!settings"], _SECTIONS)
         if not issubclass(kind, Settings):
