@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from qadapter.config.evaluation import JudgeSettings
-from qadapter.config.experiment import Experiment
 from qadapter.errors import QAdapterError
+
+if TYPE_CHECKING:  # an evaluation calls this module, and the schema reads the table of methods
+    from qadapter.config.experiment import Experiment
 
 _INSTRUCTION_TOKENS = 120  # of a question, besides the conversation and the two replies
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qadapter.methods import dpo, q_adapter, replay, sft
+from qadapter.methods import dpo, orpo, q_adapter, replay, sft
 from qadapter.methods.method import Knob, Method
 
 METHODS: tuple[Method[Any], ...] = (
@@ -12,6 +12,7 @@ METHODS: tuple[Method[Any], ...] = (
     sft.METHOD,
     dpo.METHOD,
     replay.METHOD,
+    orpo.METHOD,
 )
 
 SUBJECT = q_adapter.METHOD

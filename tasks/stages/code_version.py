@@ -22,9 +22,9 @@ def code_digest(module: str, function: Callable[..., Any] | None = None) -> str:
     """sha256 over a module, a function, and everything of this project that they can reach.
 
     The closure is found by reading, not by importing, so it costs no torch. It holds the module, every module of this
-    project named in an `import` anywhere in it (lazy imports inside functions too) and so on, the packages they lie
-    in, and the data files (YAML, templates) beside them. Python counts by its syntax tree without docstrings: comments
-    and formatting do not matter. Modules go by their dotted names, not by any path.
+    project named in an `import` anywhere in it (lazy imports inside functions too, those for type checkers alone not)
+    and so on, the packages they lie in, and the data files (YAML, templates) beside them. Python counts by its syntax
+    tree without docstrings: comments and formatting do not matter. Modules go by their dotted names, not by any path.
 
     Args:
         module: dotted name of the module that does a stage's work, for example `qadapter.training.pretraining`.
@@ -142,7 +142,7 @@ def _read(module: str, file: Path, _mtime: int, _size: int) -> tuple[str, tuple[
 
 def _imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[str]:
     """Dotted names that the import statements of a module can load; names that are no module sort themselves out."""
-    for node in ast.walk(tree):
+    for node in _executed(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -154,6 +154,18 @@ def _imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[str]:
             yield base
             # `from package import name`: the name may be a module of the package or something defined in it.
             yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def _executed(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node but those below `if TYPE_CHECKING:`, which only a type checker reads."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            waiting += node.orelse
+        else:
+            waiting += ast.iter_child_nodes(node)
 
 
 def _drop_docstrings(tree: ast.Module) -> None:

@@ -63,7 +63,8 @@ class TinyToy:
 
     def train(self, method: str, out: Path, **changes: Any) -> Path:
         """One adapter, in `out`; `changes` to the arguments of `train_adapter`."""
-        record, choice = method_named(method), changes.pop("choice", None) or CHOICES[method]
+        record = method_named(method)
+        choice = changes.pop("choice", None) or CHOICES.get(method) or record.settings()
         options: dict[str, Any] = {
             "choice": choice,
             "base": self.base,

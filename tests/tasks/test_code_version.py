@@ -77,6 +77,19 @@ def test_changed_code_changes_the_digest(code: Path, file: str, old: str, new: s
     assert code_digest("housing.rooms.main") != before
 
 
+def test_imports_for_type_checkers_do_not_count(code: Path) -> None:
+    main = code / "rooms/main.py"
+    main.write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from housing.rooms import stranger\n"
+        "else:\n    from housing.rooms import lazy\n"
+    )
+    before = code_digest("housing.rooms.main")
+    rewrite(code / "rooms/stranger.py", "1", "2")
+    assert code_digest("housing.rooms.main") == before
+    rewrite(code / "rooms/lazy.py", "1", "2")
+    assert code_digest("housing.rooms.main") != before
+
+
 def test_a_module_that_is_not_imported_does_not_count(code: Path) -> None:
     before = code_digest("housing.rooms.main")
     rewrite(code / "rooms/stranger.py", "1", "2")

@@ -99,8 +99,8 @@ def _watch(seen: Trained, patch: pytest.MonkeyPatch) -> None:
         return network, tokenizer
 
     def watched_step(trainer: Trainer, model: torch.nn.Module, inputs: dict[str, Any], *rest: Any) -> Any:
-        seen.sequences.append(len(inputs["input_ids"]))
-        seen.tokens += int(inputs["attention_mask"].sum())
+        seen.sequences.append(sum(len(ids) for name, ids in inputs.items() if name.endswith("input_ids")))
+        seen.tokens += sum(int(mask.sum()) for name, mask in inputs.items() if name.endswith("attention_mask"))
         seen.trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         loss = step(trainer, model, inputs, *rest)
         seen.base_after = [parameter.detach().clone() for parameter in networks]  # type: ignore[attr-defined]
