@@ -39,11 +39,16 @@ def harness() -> Iterator[None]:
     an earlier test could not deliver to another server does not hold it up.
     """
     from prefect.events.worker import EventsWorker
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_SERVER_API_AUTH_STRING, temporary_settings
     from prefect.testing.utilities import prefect_test_harness
 
     EventsWorker.drain_all(timeout=10)
-    with prefect_test_harness(server_startup_timeout=90):
-        yield
+    auth = {PREFECT_API_AUTH_STRING: "of-the-harness", PREFECT_SERVER_API_AUTH_STRING: "of-the-harness"}
+    with pytest.MonkeyPatch.context() as patch, temporary_settings(auth):
+        for setting, value in auth.items():  # the commands take no server that asks for none
+            patch.setenv(setting.name, value)
+        with prefect_test_harness(server_startup_timeout=90):
+            yield
 
 
 @pytest.fixture(scope="session")

@@ -80,20 +80,14 @@ def _run_flow(flow: Any, config: str, **parameters: Any) -> int:
 
 
 def _announce(given: argparse.Namespace) -> int:
-    from flows.commands.serve import answers, api_url
+    from flows.prefect_host.server import server_access
     from qadapter.config.customization import load_customization
-    from qadapter.errors import QAdapterError
-    from tasks.stages.context import PROJECT_ROOT
 
     customization = load_customization(given.config)
-    if not answers(url := api_url(PROJECT_ROOT)):
-        raise QAdapterError(
-            f"no Prefect server answers at {url}, so nobody would hear of it. Start one with `make serve`, or run "
-            "without a server: `make customize`."
-        )
-    from flows.watch_preferences import ANNOUNCED, announce
+    with server_access("Without a server: `make customize`.") as url:
+        from flows.watch_preferences import ANNOUNCED, announce
 
-    announce(customization)
+        announce(customization)
     sys.stdout.write(f"{ANNOUNCED} for {customization.name} sent to {url}\n")
     return 0
 

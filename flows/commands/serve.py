@@ -1,38 +1,49 @@
 """`make serve`: one command that brings up all that `prefect deployment run` needs on this machine, and takes it down.
 
 A deployment's run is executed only while a server and a worker are up. This starts a server if none answers at the
-configured address, creates the work pool, deploys everything in `prefect.yaml`, starts a worker and waits.
+configured address, creates the work pool, deploys everything in `prefect.yaml`, starts a worker and waits. A server
+that answers is used only if it knows the auth string of this project (`flows/prefect_host/access.py`).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import http.client
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-import tomllib
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import psutil
 import yaml
 
-from flows.prefect_host.dead_runs import close_dead_runs
+from flows.prefect_host import server_process, worker_process
+from flows.prefect_host.access import (
+    AUTH_FILE,
+    AUTH_VARIABLE,
+    SERVER_AUTH_VARIABLE,
+    Standing,
+    api_url,
+    auth_string,
+    is_loopback,
+    not_ours,
+    prefect_home,
+    standing,
+)
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import read_json, write_json
+from qadapter.files.private import close_to_others, keep_private, private_folder
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
-_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 _START_SECONDS = 180  # a first start creates the database; a busy laptop takes its time
 _STOP_SECONDS = 20
 _QUICK_DEATH_SECONDS = 10  # what is killed sooner than this would be killed again
@@ -45,85 +56,73 @@ class _StopRequest(BaseException):
     """Somebody asked this command to end (Ctrl-C, TERM or HUP)."""
 
 
-def api_url(root: Path) -> str:
-    """Address of the Prefect API: `PREFECT_API_URL`, else the one in the project's `prefect.toml`.
-
-    Raises:
-        QAdapterError: neither names one.
-    """
-    configured = os.environ.get("PREFECT_API_URL")
-    if not configured:
-        with (root / "prefect.toml").open("rb") as stream:
-            configured = tomllib.load(stream).get("api", {}).get("url")
-    if not configured:
-        raise QAdapterError(
-            "No Prefect API is configured: PREFECT_API_URL is not set and prefect.toml has no [api] url. "
-            "Set one, for example http://127.0.0.1:4200/api."
-        )
-    return str(configured).rstrip("/")
-
-
-def answers(url: str, path: str = "/health") -> bool:
-    """Whether a GET below the API's address succeeds within a few seconds."""
-    try:
-        with urllib.request.urlopen(url + path, timeout=5) as response:  # the address is the user's own setting
-            return bool(response.status == 200)
-    except (urllib.error.URLError, http.client.HTTPException, OSError):
-        return False
+class PartError(RuntimeError):
+    """A part of what `serve` runs did not start or died; the message says where its log is."""
 
 
 def serve(root: Path, *, limit: int = 1) -> None:
     """Bring server, work pool, deployments and worker up; return when stopped, with everything down again.
 
-    A server that was already running is used, and left running. A worker or server of its own that is killed is started
-    again.
+    A server that was already running is used if it knows the auth string, and left running. A worker or server of its
+    own that is killed is started again. Both end with this process, however it ends.
 
     Args:
         root: the project folder; `prefect.yaml` and `prefect.toml` lie there, Prefect's database below it.
         limit: how many flow runs the worker executes at the same time. More than one on a laptop makes all slow.
 
     Raises:
-        QAdapterError: a part did not start or died; the message says where its log is.
+        QAdapterError: a server cannot be started at the configured address, or does not know the auth string.
+        PartError: a part did not start or died.
     """
     url = api_url(root)
+    keep_private()
+    home = private_folder(prefect_home(root))
+    close_to_others(home)
+    found, auth = standing(url, home), auth_string(home)
+    if found is Standing.FOREIGN:
+        raise QAdapterError(not_ours(url))
+    if found is Standing.ABSENT:
+        host, port = _address(url)
     own = {
         "DO_NOT_TRACK": "1",
-        "PREFECT_HOME": str(root / ".prefect"),
         # The worker asks the server beside it for work; Prefect's 10 s are meant for a server that many share.
         "PREFECT_WORKER_QUERY_SECONDS": "2",
     }
-    environment = own | os.environ | {"PREFECT_API_URL": url}
-    home = Path(environment["PREFECT_HOME"]).expanduser().absolute()
-    home.mkdir(parents=True, exist_ok=True)
+    environment = own | os.environ | {"PREFECT_API_URL": url, "PREFECT_HOME": str(home)}
+    if is_loopback(url):
+        environment[AUTH_VARIABLE] = auth
     pool = _pool_name(root)
     log = home / "server.log"
     children: dict[str, subprocess.Popen[bytes]] = {}
     started: dict[str, float] = {}
 
     def start_server() -> None:
+        words = server_process.command(parent=os.getpid(), host=host, port=port)
         with log.open("ab") as stream:
-            children["server"] = _prefect(root, environment, *_server_command(url), output=stream)
+            children["server"] = _start(root, environment | {SERVER_AUTH_VARIABLE: auth}, words, output=stream)
         started["server"] = time.monotonic()
-        _wait_for_server(url, children["server"], log)
+        _wait_for_server(url, home, children["server"], log)
 
     def start_worker() -> None:
         # The worker's output is the runs' own log: it belongs on the screen.
-        children["worker"] = _prefect(root, environment, "worker", "start", "--pool", pool, "--limit", str(limit))
+        words = worker_process.command("worker", "start", "--pool", pool, "--limit", str(limit), parent=os.getpid())
+        children["worker"] = _start(root, environment, words)
         started["worker"] = time.monotonic()
 
     start = {"server": start_server, "worker": start_worker}
     with _stopping_on_signals(), _stopping(children):
-        if answers(url):
-            _say(f"Prefect server: using the one that answers at {url}")
-        else:
+        if found is Standing.ABSENT:
             _say(f"Prefect server: starting at {url} (log: {log})")
             start_server()
-        _close_dead_runs(url, no_worker_is_up="server" in children)
-        if not answers(url, f"/work_pools/{pool}"):
-            _run(root, environment, "work-pool", "create", pool, "--type", "process")
-        _deploy(root, environment, url, home)
+        else:
+            _say(f"Prefect server: using the one that answers at {url}")
+        with _client(url, environment.get(AUTH_VARIABLE)) as client:
+            _close_dead_runs(client, url, no_worker_is_up="server" in children)
+            if not _has_pool(client, pool):
+                _run(root, environment, "work-pool", "create", pool, "--type", "process")
+            _deploy(root, environment, client, home)
         start_worker()
-        _say(_next_steps(root, url))
+        _say(_next_steps(root, url, home))
         while True:
             while all(child.poll() is None for child in children.values()):
                 time.sleep(0.5)
@@ -135,16 +134,36 @@ def serve(root: Path, *, limit: int = 1) -> None:
             _say(f"The Prefect {name} was killed (signal {-child.returncode}) and is started again.")
             start[name]()
         where = log if name == "server" else "Its output above"
-        raise QAdapterError(f"The Prefect {name} ended by itself with code {child.returncode}. {where} says why.")
+        raise PartError(f"The Prefect {name} ended by itself with code {child.returncode}. {where} says why.")
 
 
-def _close_dead_runs(url: str, *, no_worker_is_up: bool) -> None:
+def _client(url: str, auth: str | None) -> SyncPrefectClient:
+    """Prefect's client of the server at an address; a key for a server of another machine is the user's setting."""
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_KEY
+
+    return SyncPrefectClient(url, auth_string=auth or PREFECT_API_AUTH_STRING.value(), api_key=PREFECT_API_KEY.value())
+
+
+def _has_pool(client: SyncPrefectClient, pool: str) -> bool:
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        client.read_work_pool(pool)
+    except ObjectNotFound:
+        return False
+    return True
+
+
+def _close_dead_runs(client: SyncPrefectClient, url: str, *, no_worker_is_up: bool) -> None:
     """Report runs whose process is gone as crashed; on this machine only."""
-    if urlsplit(url).hostname in _LOOPBACK and (dead := close_dead_runs(url, no_worker_is_up=no_worker_is_up)):
+    from flows.prefect_host.dead_runs import close_dead_runs
+
+    if is_loopback(url) and (dead := close_dead_runs(client, no_worker_is_up=no_worker_is_up)):
         _say(f"Reported as crashed, because their process is gone: {', '.join(dead)}")
 
 
-def _deploy(root: Path, environment: dict[str, str], url: str, home: Path) -> None:
+def _deploy(root: Path, environment: dict[str, str], client: SyncPrefectClient, home: Path) -> None:
     """Deploy all that `prefect.yaml` names; schedules stay paused or awake as somebody left them on the server."""
     plan = _plan(root)
     note = home / "deployed-schedules.json"
@@ -152,7 +171,7 @@ def _deploy(root: Path, environment: dict[str, str], url: str, home: Path) -> No
     deployed = read_json(note) if note.exists() else written
     on_server = {
         _name(entry, schedule["schedule"] | {"slug": schedule["slug"]}): _is_active(schedule)
-        for entry, schedule in _schedules({"deployments": _deployed(url)})
+        for entry, schedule in _schedules({"deployments": _deployed(client)})
     }
     for name in keep_schedules(plan, on_server, deployed):
         _say(f"Schedule of {name}: {'awake' if on_server[name] else 'paused'} as it was, unlike in prefect.yaml")
@@ -184,11 +203,9 @@ def keep_schedules(plan: dict[str, Any], on_server: Mapping[str, bool], deployed
     return kept
 
 
-def _deployed(url: str) -> Any:
-    """The deployments that a server has."""
-    request = urllib.request.Request(f"{url}/deployments/filter", b"{}", {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as response:
-        return json.load(response)
+def _deployed(client: SyncPrefectClient) -> Any:
+    """The deployments that a server has, in its own form."""
+    return client.request("POST", "/deployments/filter", json={}).raise_for_status().json()
 
 
 def _schedules(plan: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -215,22 +232,36 @@ def _pool_name(root: Path) -> str:
     return str(_plan(root)["deployments"][0]["work_pool"]["name"])
 
 
-def _server_command(url: str) -> list[str]:
-    parts = urlsplit(url)
-    if parts.hostname not in _LOOPBACK:
+def _address(url: str) -> tuple[str, int]:
+    """Host and port of a server that is to be started at an address.
+
+    Raises:
+        QAdapterError: it is not on this machine's loopback interface, or not an address.
+    """
+    if not is_loopback(url):
         raise QAdapterError(
             f"No Prefect server answers at {url}, and one is started on this machine's loopback address only. "
             "Start it there, or unset PREFECT_API_URL."
         )
-    return ["server", "start", "--host", parts.hostname, "--port", str(parts.port or 4200)]
+    try:
+        parts = urlsplit(url)
+        port = parts.port or 80
+    except ValueError as error:
+        raise QAdapterError(f"PREFECT_API_URL: {url} is no address of a server ({error}).") from error
+    if parts.scheme != "http" or parts.path.rstrip("/") != "/api":
+        raise QAdapterError(
+            f"No Prefect server answers at {url}, and one can be started at addresses of the form "
+            "http://127.0.0.1:4200/api only. Correct PREFECT_API_URL."
+        )
+    return ("::1" if parts.hostname == "::1" else "127.0.0.1"), port
 
 
-def _prefect(
-    root: Path, environment: dict[str, str], *arguments: str, output: int | IO[bytes] | None = None
+def _start(
+    root: Path, environment: dict[str, str], words: Sequence[str], *, output: int | IO[bytes] | None = None
 ) -> subprocess.Popen[bytes]:
-    """Start Prefect's command line, in a process group of its own so that Ctrl-C reaches it through us, in order."""
+    """Start a process in a group of its own, so that Ctrl-C reaches it through us, in order."""
     return subprocess.Popen(
-        [sys.executable, "-m", "prefect", *arguments],
+        words,
         cwd=root,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -242,7 +273,8 @@ def _prefect(
 
 def _run(root: Path, environment: dict[str, str], *arguments: str) -> None:
     """Run one command to its end; its output is shown only if it fails."""
-    child = _prefect(root, environment, *arguments, output=subprocess.PIPE)
+    words = worker_process.command(*arguments, parent=os.getpid())
+    child = _start(root, environment, words, output=subprocess.PIPE)
     try:
         output, _ = child.communicate()
     except BaseException:
@@ -250,29 +282,30 @@ def _run(root: Path, environment: dict[str, str], *arguments: str) -> None:
         raise
     if child.returncode:
         text = output.decode(errors="replace").strip()
-        raise QAdapterError(f"`prefect {' '.join(arguments)}` failed with code {child.returncode}:\n{text}")
+        raise PartError(f"`prefect {' '.join(arguments)}` failed with code {child.returncode}:\n{text}")
 
 
-def _wait_for_server(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_for_server(url: str, home: Path, server: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + _START_SECONDS
-    while not answers(url):
+    while standing(url, home) is not Standing.OURS:
         if server.poll() is not None:
-            raise QAdapterError(f"The Prefect server did not start (code {server.returncode}). {log} says why.")
+            raise PartError(f"The Prefect server did not start (code {server.returncode}). {log} says why.")
         if time.monotonic() > deadline:
-            raise QAdapterError(f"The Prefect server did not answer at {url} within {_START_SECONDS} s. See {log}.")
-        time.sleep(0.5)
+            raise PartError(f"The Prefect server did not answer at {url} within {_START_SECONDS} s. See {log}.")
+        time.sleep(0.2)
 
 
-def _next_steps(root: Path, url: str) -> str:
+def _next_steps(root: Path, url: str, home: Path) -> str:
     deployments = _plan(root)["deployments"]
     flows = [str(deployment["entrypoint"]).rpartition(":")[2].replace("_", "-") for deployment in deployments]
     commands = "\n".join(
         f"  prefect deployment run {flow}/{deployment['name']}"
         for flow, deployment in zip(flows, deployments, strict=True)
     )
+    password = "" if AUTH_VARIABLE in os.environ else f" (its password is the line in {home / AUTH_FILE})"
     return (
         f"\nReady. In another terminal, with the environment active (. .venv/bin/activate) and from this folder:\n"
-        f"{commands}\nRuns: {url.removesuffix('/api')}   Stop: Ctrl-C here\n"
+        f"{commands}\nRuns: {url.removesuffix('/api')}{password}   Stop: Ctrl-C here\n"
     )
 
 
@@ -343,16 +376,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line and serve.
 
     Returns:
-        The exit code: 0 after Ctrl-C, 1 if something could not start.
+        The exit code: 0 after Ctrl-C, 1 if a part did not start or died, 2 if what the user asks for is refused.
     """
     parser = argparse.ArgumentParser(prog="python -m flows.commands.serve", description=__doc__)
     parser.add_argument("--limit", type=int, default=1, metavar="N", help="flow runs at the same time (default: 1)")
     options = parser.parse_args(arguments)
     try:
         serve(PROJECT_ROOT, limit=options.limit)
-    except QAdapterError as error:
+    except (QAdapterError, PartError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 1
+        return 2 if isinstance(error, QAdapterError) else 1
     return 0
 
 

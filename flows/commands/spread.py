@@ -54,18 +54,11 @@ async def spread(deployment: str, profile: str, data: str | None, overrides: Map
     Raises:
         QAdapterError: the config cannot work, no server answers, or it has no such deployment.
     """
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    from flows.commands.serve import answers, api_url
+    from flows.prefect_host.server import server_access
     from qadapter.config.experiment import load_experiment
-    from qadapter.errors import QAdapterError
-    from tasks.stages.context import PROJECT_ROOT
 
     methods = load_experiment(profile, overrides).methods.run
-    url = api_url(PROJECT_ROOT)
-    if not answers(url):
-        raise QAdapterError(f"no Prefect server answers at {url}; start one (`make serve`) or set PREFECT_API_URL")
-    with temporary_settings({PREFECT_API_URL: url}):
+    with server_access() as url:
         await _refuse_unknown(deployment, url)
         return await _spread(deployment, methods, {"profile": profile, "data": data, "overrides": dict(overrides)})
 

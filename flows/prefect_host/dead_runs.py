@@ -7,45 +7,66 @@ every later run of that deployment would wait behind it.
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import os
-import urllib.request
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import httpx
 import psutil
 
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
+_PAGE = 200
 _MESSAGE = "Its process ended without a word. Finished stages are kept: run it again."
 
 
-def close_dead_runs(url: str, *, no_worker_is_up: bool) -> list[str]:
+def close_dead_runs(client: SyncPrefectClient, *, no_worker_is_up: bool) -> list[str]:
     """Report runs of deployments as crashed whose process on this machine is gone.
 
     Only what can be judged from here is judged: runs of process pools, by the id of their process. What a container or
     another infrastructure calls its own is left to its worker.
 
     Args:
-        url: a Prefect API whose workers all run on this machine.
+        client: of a Prefect server whose workers all run on this machine.
         no_worker_is_up: the server was just started: runs that never got as far as having a process are dead too.
 
     Returns:
         Names of the runs.
     """
-    alive = {"flow_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}}
-    pools = {"work_pools": {"type": {"any_": ["process"]}}}
-    local = {pool["name"] for pool in _post(url, "/work_pools/filter", pools)}
+    from prefect.client.schemas.filters import (
+        FlowRunFilter,
+        FlowRunFilterState,
+        FlowRunFilterStateType,
+        WorkPoolFilter,
+        WorkPoolFilterType,
+    )
+    from prefect.client.schemas.objects import StateType
+    from prefect.states import Crashed
+
+    processes = WorkPoolFilter(type=WorkPoolFilterType(any_=["process"]))
+    local = {pool.name for pool in _all(client.read_work_pools, work_pool_filter=processes)}
+    under_way = FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING, StateType.CANCELLING])
+    alive = FlowRunFilter(state=FlowRunFilterState(type=under_way))
     closed = []
-    for run in _post(url, "/flow_runs/filter", alive):
-        pid = run["infrastructure_pid"]
+    for run in _all(client.read_flow_runs, flow_run_filter=alive):
+        pid = run.infrastructure_pid
         dead = no_worker_is_up if pid is None else pid.isdecimal() and not _runs_prefect(pid)
-        if run["deployment_id"] and run["work_pool_name"] in local and dead:
-            _post(url, f"/flow_runs/{run['id']}/set_state", {"state": {"type": "CRASHED", "message": _MESSAGE}})
-            closed.append(str(run["name"]))
+        if run.deployment_id and run.work_pool_name in local and dead:
+            client.set_flow_run_state(run.id, Crashed(message=_MESSAGE))
+            closed.append(str(run.name))
     return closed
+
+
+def _all(read: Callable[..., list[Any]], **filters: Any) -> list[Any]:
+    """Everything that a filter finds; Prefect's server gives 200 at a time."""
+    found: list[Any] = []
+    while page := read(**filters, offset=len(found), limit=_PAGE):
+        found += page
+    return found
 
 
 def end_with_parent() -> None:
@@ -117,10 +138,3 @@ def _runs_prefect(pid: str) -> bool:
         return True
     except psutil.NoSuchProcess:
         return False
-
-
-def _post(url: str, path: str, body: dict[str, Any]) -> Any:
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(url + path, json.dumps(body).encode(), headers, method="POST")
-    with urllib.request.urlopen(request, timeout=30) as response:
-        return json.load(response)

@@ -1,17 +1,35 @@
-"""A Prefect plugin: `prefect deployment run full-paper-repro` means its default deployment.
+"""A Prefect plugin: it gives Prefect's processes in this folder the auth string, and completes deployment names.
 
-Prefect's command line wants `<flow>/<deployment>` and refuses a bare flow name. Its public plugin hook runs before the
-arguments are read; this one completes the name of a flow of this project there and touches nothing else. Prefect
-loads it through the entry point in `pyproject.toml`, where plugins are switched on (`prefect.toml`).
+Prefect's public plugin hook runs when Prefect is imported, before its command line reads the arguments. Prefect loads
+this one through the entry point in `pyproject.toml`, where plugins are switched on (`prefect.toml`).
+
+- `prefect deployment run full-paper-repro` means its default deployment; Prefect wants `<flow>/<deployment>`.
+- The server of `make serve` asks for an auth string, which lies below Prefect's home folder. It is handed to a server
+  of this machine that proves to know it, and to no other.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from prefect.plugins import HookContext, SetupResult, register_hook
+from prefect.settings import get_current_settings
+
+from flows.prefect_host.access import (
+    AUTH_FILE,
+    AUTH_VARIABLE,
+    SERVER_AUTH_VARIABLE,
+    Standing,
+    generated_auth_string,
+    is_loopback,
+    not_ours,
+    standing,
+)
+from qadapter.errors import QAdapterError
+from qadapter.files.private import keep_private
 
 DEFAULT_DEPLOYMENTS = {"full-paper-repro": "smoke"}
 """The deployment that a bare flow name stands for. A test holds it against `prefect.yaml`."""
@@ -19,6 +37,7 @@ DEFAULT_DEPLOYMENTS = {"full-paper-repro": "smoke"}
 _PROGRAMS = {"prefect", "prefect.exe", "__main__.py"}
 _GLOBAL_OPTIONS_WITH_VALUE = {"--profile"}
 _RUN_FLAGS = {"--watch", "--no-watch", "--help", "-h"}
+_WITHOUT_SERVER = {"config", "profile", "profiles", "server", "plugins", "version", "cloud", "dev"}
 
 
 def expand(arguments: Sequence[str]) -> list[str]:
@@ -53,8 +72,47 @@ def _skip_options(words: Sequence[str], position: int, *, flags_end: bool) -> in
 
 
 @register_hook
-def setup_environment(*, ctx: HookContext) -> SetupResult | None:  # noqa: ARG001 - the hook's signature
-    """Prefect's hook: runs in every Prefect process, acts in its command line only."""
-    if sys.argv and Path(sys.argv[0]).name in _PROGRAMS:
+def setup_environment(*, ctx: HookContext) -> SetupResult | None:
+    """Prefect's hook: runs in every process that imports Prefect in this folder.
+
+    Raises:
+        SystemExit: a command of Prefect's command line would speak to a server that does not know the auth string.
+    """
+    is_command_line = bool(sys.argv) and Path(sys.argv[0]).name in _PROGRAMS
+    if is_command_line:
         sys.argv[:] = expand(sys.argv)
-    return None
+        keep_private()  # a worker that is started by hand hands it on to its runs
+    try:
+        found = _auth_of(ctx.api_url, sys.argv if is_command_line else ())
+    except QAdapterError as error:
+        if not is_command_line:
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
+    return SetupResult(env=found) if found else None
+
+
+def _auth_of(url: str | None, command_line: Sequence[str]) -> dict[str, str]:
+    """The variables that a process needs for the server at an address.
+
+    Args:
+        url: of the API; None: Prefect starts a server in the process itself.
+        command_line: of a command of Prefect; empty for other processes.
+
+    Raises:
+        QAdapterError: a command would speak to a server that does not know the auth string.
+    """
+    home = Path(get_current_settings().home).absolute()
+    position = _skip_options(command_line, 1, flags_end=True)
+    words = list(command_line[position : position + 2])
+    if words == ["server", "start"] or url is None:
+        auth = os.environ.get(SERVER_AUTH_VARIABLE) or generated_auth_string(home)
+        return {SERVER_AUTH_VARIABLE: auth, AUTH_VARIABLE: auth}
+    if AUTH_VARIABLE in os.environ or not is_loopback(url) or not (home / AUTH_FILE).exists():
+        return {}
+    found = standing(url.rstrip("/"), home)
+    if found is Standing.FOREIGN:
+        if words and words[0] not in _WITHOUT_SERVER:
+            raise QAdapterError(not_ours(url))
+        return {}
+    return {AUTH_VARIABLE: generated_auth_string(home)}

@@ -1,49 +1,188 @@
-"""The Prefect server that a command runs against: the one that is up, or a temporary one."""
+"""The Prefect server that a command runs against: the one that is up and knows the auth string, or a temporary one."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Iterator
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+
+from flows.prefect_host.access import (
+    AUTH_VARIABLE,
+    SERVER_AUTH_VARIABLE,
+    Standing,
+    api_url,
+    auth_string,
+    not_ours,
+    prefect_home,
+    standing,
+)
+from flows.prefect_host.server_process import command
+from qadapter.errors import QAdapterError
+from qadapter.files.private import keep_private, private_folder
+from qadapter.files.url_secrets import shown
+
+_START_SECONDS = 90.0  # a first start creates the database, on two busy cores
+_STOP_SECONDS = 5.0
+_LOGGER = logging.getLogger(__name__)
 
 
 @contextmanager
 def prefect_server() -> Iterator[None]:
-    """The server that the user names or that is up; where none is, Prefect's own for the length of the block.
+    """The server that the user names or that is up; where none is, one of our own for the length of the block.
 
     That one is started here and named in the environment, for worker processes (`parallel: 2`): each would start one
     of its own, after a minute of looking for the one of `make serve`.
+
+    Raises:
+        QAdapterError: the server that `PREFECT_API_URL` names does not answer or does not know the auth string; or a
+            temporary one did not start.
     """
-    from flows.commands.serve import answers, api_url
     from tasks.stages.context import PROJECT_ROOT
 
-    if "PREFECT_API_URL" in os.environ or answers(api_url(PROJECT_ROOT)):
-        yield
+    keep_private()
+    home = private_folder(prefect_home(PROJECT_ROOT))
+    named = os.environ.get("PREFECT_API_URL")
+    url = api_url(PROJECT_ROOT)
+    found = standing(url, home)
+    if named:
+        usable(url, home, found)
+    elif found is Standing.FOREIGN:
+        _LOGGER.warning("%s This run has a temporary server of its own.", not_ours(url))
+    if found in (Standing.OURS, Standing.REMOTE):
+        with _environment(_credentials(url, home, found)):
+            yield
         return
+    with _temporary_server(home) as url:
+        yield
+
+
+def usable(url: str, home: Path, found: Standing | None = None, *, otherwise: str = "") -> Standing:
+    """What answers at an address, which has to be a server that may be used.
+
+    Args:
+        url: of the API.
+        home: Prefect's home folder.
+        found: what `standing` said, if it was asked already.
+        otherwise: what the user can do without a server, for the message.
+
+    Raises:
+        QAdapterError: nothing answers, or a server that does not know the auth string.
+    """
+    found = found or standing(url, home)
+    if found is Standing.ABSENT:
+        raise QAdapterError(
+            f"No Prefect server answers at {shown(url)}. Start it (`make serve`), or correct or unset PREFECT_API_URL. "
+            f"{otherwise}".rstrip()
+        )
+    if found is Standing.FOREIGN:
+        raise QAdapterError(not_ours(shown(url)))
+    return found
+
+
+@contextmanager
+def server_access(otherwise: str = "") -> Iterator[str]:
+    """The address of the server that is up, with the auth string in the environment; for commands that only ask it.
+
+    Args:
+        otherwise: what the user can do without a server, for the message.
+
+    Raises:
+        QAdapterError: as `usable` does.
+    """
+    from tasks.stages.context import PROJECT_ROOT
+
+    url, home = api_url(PROJECT_ROOT), prefect_home(PROJECT_ROOT)
+    with _environment(_credentials(url, home, usable(url, home, otherwise=otherwise))):
+        yield url
+
+
+def _credentials(url: str, home: Path, found: Standing) -> dict[str, str]:
+    """The environment of clients; the generated auth string is for servers of this machine only."""
+    return {"PREFECT_API_URL": url} | ({AUTH_VARIABLE: auth_string(home)} if found is Standing.OURS else {})
+
+
+@contextmanager
+def _temporary_server(home: Path) -> Iterator[str]:
     # Imported only where a server is started: that takes seconds.
-    from prefect.context import refresh_global_settings_context
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
-    from prefect.server.api.server import SubprocessASGIServer
-    from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    with temporary_settings(restore_defaults={PREFECT_API_URL}):
-        server = SubprocessASGIServer()
-        server.start()
-    os.environ["PREFECT_API_URL"] = server.api_url
-    refresh_global_settings_context()  # for the threads that send logs and events
-    logs = logging.getLogger("prefect.flow_runs")
-    logs.addFilter(_no_link)
+    auth = auth_string(home)
+    with _started(home, auth) as url, _environment({"PREFECT_API_URL": url, AUTH_VARIABLE: auth}):
+        logs = logging.getLogger("prefect.flow_runs")
+        logs.addFilter(_no_link)
+        try:
+            yield url
+            APILogWorker.drain_all(timeout=10)
+            EventsWorker.drain_all(timeout=10)
+        finally:
+            logs.removeFilter(_no_link)
+
+
+@contextmanager
+def _started(home: Path, auth: str) -> Iterator[str]:
+    """A server process of our own on a free port, which is bound here: no other process can take it in between."""
+    from prefect.settings import get_current_settings
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
+        process = subprocess.Popen(
+            command(parent=os.getpid(), listener=listener.fileno(), temporary=True),
+            env={
+                **os.environ,
+                **get_current_settings().to_environment_variables(exclude_unset=True),
+                "PREFECT_HOME": str(home),
+                "PREFECT_API_URL": url,
+                AUTH_VARIABLE: auth,
+                SERVER_AUTH_VARIABLE: auth,
+            },
+            cwd=Path(__file__).resolve().parents[2],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[listener.fileno()],
+            start_new_session=True,  # Ctrl-C ends the run, which then still reports how it ended
+        )
+    try:
+        deadline = time.monotonic() + _START_SECONDS
+        while standing(url, home) is not Standing.OURS:
+            if process.poll() is not None:
+                raise QAdapterError(f"The temporary Prefect server did not start (code {process.returncode}).")
+            if time.monotonic() > deadline:
+                raise QAdapterError(f"The temporary Prefect server did not answer within {_START_SECONDS:.0f} s.")
+            time.sleep(0.1)
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def _environment(changes: Mapping[str, str]) -> Iterator[None]:
+    """Variables for the length of a block, for this process' threads that send logs and events too."""
+    from prefect.context import refresh_global_settings_context
+
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ |= changes
+    refresh_global_settings_context()
     try:
         yield
-        APILogWorker.drain_all(timeout=10)
-        EventsWorker.drain_all(timeout=10)
     finally:
-        logs.removeFilter(_no_link)
-        del os.environ["PREFECT_API_URL"]
+        for name, value in before.items():
+            if value is None:
+                with contextlib.suppress(KeyError):
+                    del os.environ[name]
+            else:
+                os.environ[name] = value
         refresh_global_settings_context()
-        server.stop()
 
 
 def _no_link(record: logging.LogRecord) -> bool:

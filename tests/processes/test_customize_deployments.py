@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_every_deployment_names_a_config_that_its_flow_takes() -> None:
 def test_announcing_to_nobody_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     assert main(["announce"]) == 2
-    assert "no Prefect server answers at http://127.0.0.1:9/api" in capsys.readouterr().err
+    assert "No Prefect server answers at http://127.0.0.1:9/api" in capsys.readouterr().err
 
 
 def test_a_workspace_that_cannot_be_written_to_is_refused_at_once(
@@ -100,7 +101,7 @@ def test_only_a_completed_run_is_a_success(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: Any, code: int
 ) -> None:
     monkeypatch.setenv("QADAPTER_HOME", str(tmp_path))
-    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")  # none is started, and this flow asks none
+    monkeypatch.setattr("flows.commands.recurring.prefect_server", nullcontext)  # this flow asks none
     assert _run_flow(lambda config, return_state: state, "smoke") == code
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import inspect
 import json
@@ -23,10 +24,12 @@ import httpx
 import psutil
 import pytest
 import yaml
+from prefect.client.orchestration import SyncPrefectClient
 
-from flows.commands.serve import answers, api_url, keep_schedules
+from flows.commands.serve import keep_schedules
 from flows.commands.spread import main as spread
-from flows.prefect_host.dead_runs import close_dead_runs
+from flows.prefect_host.access import AUTH_FILE, AUTH_VARIABLE, SERVER_AUTH_VARIABLE, Standing, api_url, standing
+from flows.prefect_host.dead_runs import close_dead_runs as close_dead_runs_of
 from flows.prefect_host.deployment_names import DEFAULT_DEPLOYMENTS, expand
 from qadapter.errors import QAdapterError
 from qadapter.training.checkpoints import SEAL
@@ -217,6 +220,7 @@ def command_line(*arguments: str, home: Path, url: str, timeout: float = 60) -> 
         "DO_NOT_TRACK": "1",
         "COLUMNS": "200",
     }
+    environment.pop(AUTH_VARIABLE, None)  # the plugin supplies it
     return subprocess.run(
         [PREFECT, *arguments], cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, timeout=timeout
     )
@@ -249,6 +253,19 @@ class Served:
     def log(self) -> str:
         return (self.folder / "serve.log").read_text(errors="replace")
 
+    @property
+    def auth(self) -> str:
+        """The auth string that `make serve` generated."""
+        return (self.folder / "prefect" / AUTH_FILE).read_text().strip()
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Basic {base64.b64encode(self.auth.encode()).decode()}"}
+
+    def close_dead_runs(self, *, no_worker_is_up: bool) -> list[str]:
+        with SyncPrefectClient(self.url, auth_string=self.auth) as client:
+            return close_dead_runs_of(client, no_worker_is_up=no_worker_is_up)
+
     def prefect(self, *arguments: str, timeout: float = 150) -> str:
         result = command_line(*arguments, home=self.folder / "prefect", url=self.url, timeout=timeout)
         assert result.returncode == 0, f"{result.stdout}\n{result.stderr}\n{self.log[-6000:]}"
@@ -260,7 +277,7 @@ class Served:
     def send(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """As Prefect's own client does, with another try when the server's database is busy (503)."""
         for _ in range(10):
-            answer = httpx.request(method, self.url + path, json=body, timeout=30)
+            answer = httpx.request(method, self.url + path, json=body, timeout=30, headers=self.headers)
             if answer.status_code != 503:
                 break
             time.sleep(1)
@@ -287,7 +304,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    environment.pop("MLFLOW_TRACKING_URI", None)
+    for name in ("MLFLOW_TRACKING_URI", AUTH_VARIABLE, SERVER_AUTH_VARIABLE):
+        environment.pop(name, None)
     (folder / "home").mkdir()
     with (folder / "serve.log").open("wb") as log:
         process = subprocess.Popen(
@@ -396,14 +414,14 @@ def test_a_dead_run_does_not_block_its_deployment(served: Served, process: str |
         )
         served.send("PATCH", f"/flow_runs/{run['id']}", {"infrastructure_pid": process})
         if not process.isdecimal():
-            assert close_dead_runs(served.url, no_worker_is_up=True) == []
+            assert served.close_dead_runs(no_worker_is_up=True) == []
             assert served.send("GET", f"/flow_runs/{run['id']}")["state_type"] == "RUNNING"
             served.send("PATCH", f"/flow_runs/{run['id']}", {"infrastructure_pid": "999999999"})  # as a process' again
-        assert close_dead_runs(served.url, no_worker_is_up=False) == [run["name"]]
+        assert served.close_dead_runs(no_worker_is_up=False) == [run["name"]]
     else:
-        assert close_dead_runs(served.url, no_worker_is_up=False) == []
+        assert served.close_dead_runs(no_worker_is_up=False) == []
         assert served.send("GET", limit)["active_slots"] == 1
-        assert close_dead_runs(served.url, no_worker_is_up=True) == [run["name"]]
+        assert served.close_dead_runs(no_worker_is_up=True) == [run["name"]]
     assert served.send("GET", f"/flow_runs/{run['id']}")["state_type"] == "CRASHED"
     assert served.send("GET", limit)["active_slots"] == 0
 
@@ -411,7 +429,7 @@ def test_a_dead_run_does_not_block_its_deployment(served: Served, process: str |
 def child_of(served: Served, kind: str) -> psutil.Process:
     """The process of the worker, or of the server."""
     children = psutil.Process(served.process.pid).children()
-    return next(child for child in children if {kind, "start"} <= set(child.cmdline()))
+    return next(child for child in children if f"flows.prefect_host.{kind}_process" in child.cmdline())
 
 
 def wait_until_old_enough(process: psutil.Process) -> None:
@@ -483,7 +501,8 @@ def test_a_killed_server_is_started_again_and_its_runs_go_on(served: Served) -> 
     index.write_text(json.dumps(json.loads(index.read_text()) | {lease.stem: long_ago}))
     again = "The Prefect server was killed (signal 9) and is started again"
     wait_until(lambda: again in served.log, 30, "another server", served)
-    wait_until(lambda: answers(served.url), 120, "a server that answers", served)
+    home = served.folder / "prefect"
+    wait_until(lambda: standing(served.url, home) is Standing.OURS, 120, "a server that answers", served)
     assert served.send("GET", f"/flow_runs/{run['id']}")["state_type"] == "RUNNING"
     os.kill(process, signal.SIGCONT)
     wait_until(lambda: json.loads(lease.read_text())["expiration"] != long_ago, 60, "a renewal", served)
@@ -538,6 +557,7 @@ def test_an_experiment_is_spread_over_a_work_pool(served: Served, capsys: pytest
     given = ["full-paper-repro/smoke", *(f"{key}={json.dumps(value)}" for key, value in overrides.items())]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_API_URL", served.url)
+        patch.setenv("PREFECT_HOME", str(served.folder / "prefect"))
         patch.setenv("QADAPTER_HOME", str(served.folder / "home"))
         assert spread(["full-paper-repro/nowhere", *given[1:]]) == 2
         assert "has no deployment 'full-paper-repro/nowhere'; it has check-champion/smoke" in capsys.readouterr().err
@@ -582,7 +602,7 @@ def test_stopping_leaves_nothing_behind(served: Served) -> None:
     run_id = newest_run(served)["id"]
     family = psutil.Process(served.process.pid).children(recursive=True)
     assert len(family) >= 3, "server, worker and flow run"
-    assert close_dead_runs(served.url, no_worker_is_up=True) == [], "it is alive"
+    assert served.close_dead_runs(no_worker_is_up=True) == [], "it is alive"
 
     served.process.send_signal(signal.SIGTERM)
     assert served.process.wait(timeout=90) == 0, served.log[-6000:]
@@ -606,6 +626,6 @@ def test_serve_starts_no_server_elsewhere() -> None:
         text=True,
         timeout=60,
     )
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "loopback address only" in result.stderr
     assert "Traceback" not in result.stderr

@@ -23,7 +23,7 @@ import yaml
 from flows.commands.compare import main as compare
 from flows.commands.recurring import main as recurring
 from flows.commands.run import main
-from flows.commands.serve import _server_command
+from flows.commands.serve import _address
 from flows.commands.serve_model import main as serve_model
 from qadapter.config.customization import load_customization
 from qadapter.config.evaluation import JudgeSettings
@@ -272,9 +272,10 @@ def test_servers_listen_on_loopback() -> None:
     starts = [line for line in makefile.splitlines() if re.search(r"mlflow ui|mlflow server|uvicorn", line)]
     assert starts
     assert all("--host 127.0.0.1" in line for line in starts)
-    assert _server_command("http://127.0.0.1:4200/api")[2:4] == ["--host", "127.0.0.1"]
+    assert _address("http://localhost:4200/api") == ("127.0.0.1", 4200)
+    assert _address("http://[::1]:4300/api") == ("::1", 4300)
     with pytest.raises(QAdapterError, match="loopback address only"):
-        _server_command("http://0.0.0.0:4200/api")
+        _address("http://0.0.0.0:4200/api")
     everywhere = [file for file in [*CODE, PROJECT_ROOT / "Makefile"] if "0.0.0.0" in file.read_text()]
     assert everywhere == []
 

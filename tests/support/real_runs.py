@@ -28,6 +28,8 @@ from typing import Any
 
 import pytest
 
+from flows.prefect_host import server_process
+from flows.prefect_host.access import AUTH_VARIABLE, SERVER_AUTH_VARIABLE
 from qadapter.files.artifacts import MANIFEST, Manifest, read_json
 from qadapter.toyworld.world import ToyWorld
 from tests.support.paths import PROJECT_ROOT
@@ -71,6 +73,7 @@ SECRETS = {
     "QADAPTER_DATA_TOKEN": "canary-of-the-data-server",
     "MLFLOW_TRACKING_PASSWORD": "canary-of-mlflows-password",
     "MLFLOW_TRACKING_TOKEN": "canary-of-mlflows-token",
+    AUTH_VARIABLE: "canary-of-prefects-auth-string",
 }
 """In the environment of every run; `test_security.py` looks for them in all that the undisturbed runs wrote."""
 
@@ -150,8 +153,14 @@ def mlflow_server(folder: Path, files: str | None = None) -> Server:
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A Prefect server with its database, for all real runs of the session."""
     folder, port = tmp_path_factory.mktemp("prefect"), free_port()
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    environment = {"PREFECT_HOME": str(folder), "PREFECT_SERVER_UI_ENABLED": "false", "DO_NOT_TRACK": "1"}
+    command = server_process.command(parent=os.getpid(), port=port)
+    environment = {
+        "PREFECT_HOME": str(folder),
+        "PREFECT_SERVER_UI_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        AUTH_VARIABLE: SECRETS[AUTH_VARIABLE],
+        SERVER_AUTH_VARIABLE: SECRETS[AUTH_VARIABLE],
+    }
     server = Server(command, f"http://127.0.0.1:{port}/api", folder / "server.log", environment).start()
     try:
         yield server
