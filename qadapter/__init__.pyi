@@ -9,7 +9,7 @@ from qadapter.policy.loading import load_policy as load_policy
 from qadapter.policy.model import QAdapterForCausalLM as QAdapterForCausalLM
 from qadapter.policy.objective import Objective as Objective
 from qadapter.preferences.pair import PreferencePair as PreferencePair
-from qadapter.preferences.prepare import load_pairs as load_pairs
+from qadapter.preferences.pair import load_pairs as load_pairs
 from qadapter.training.config import QAdapterConfig as QAdapterConfig
 from qadapter.training.trainer import QAdapterTrainer as QAdapterTrainer
 

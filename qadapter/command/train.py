@@ -19,8 +19,8 @@ from qadapter.config.model import LoraSettings
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.preference import preference_metrics
 from qadapter.files.artifacts import read_json, storage_errors
-from qadapter.preferences.pair import PreferencePair
-from qadapter.preferences.prepare import PreparationSummary, first_usable_pair, load_pairs, prepare
+from qadapter.preferences.pair import PreferencePair, load_pairs
+from qadapter.preferences.prepare import PreparationSummary, first_usable_pair, prepare
 from qadapter.training.adapt import lora_config
 from qadapter.training.arguments import (
     measured_cost,

@@ -22,7 +22,7 @@ from qadapter.files.artifacts import read_json, read_json_lines, write_json
 from qadapter.inference.generate import generate_replies
 from qadapter.judging.verdicts import AnswerJudge, judge_answers
 from qadapter.policy.loading import load_base, load_policy
-from qadapter.preferences.prepare import load_pairs
+from qadapter.preferences.pair import load_pairs
 from qadapter.toyworld.rules import exact_measures
 from qadapter.toyworld.world import ToyWorld
 

@@ -13,7 +13,7 @@ from qadapter.config.evaluation import RetentionSettings
 from qadapter.evaluation.preference import distinct_prompts
 from qadapter.evaluation.refusals import is_refusal
 from qadapter.inference.generate import generate_replies
-from qadapter.preferences.prepare import load_pairs
+from qadapter.preferences.pair import load_pairs
 from qadapter.toyworld.world import ToyWorld
 
 LONGEST_ANSWER = 64

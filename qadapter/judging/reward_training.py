@@ -19,7 +19,7 @@ from qadapter.config.training import OptimizerSettings
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.preference import encode_usable
 from qadapter.judging.reward_model import ADAPTER, load_reward_base, pair_accuracy
-from qadapter.preferences.prepare import load_pairs
+from qadapter.preferences.pair import load_pairs
 from qadapter.training.arguments import (
     measured_cost,
     save_weights,

@@ -86,7 +86,7 @@ def continue_adapter(
 
     from qadapter.policy.loading import load_base
     from qadapter.policy.model import QAdapterForCausalLM
-    from qadapter.preferences.prepare import load_pairs
+    from qadapter.preferences.pair import load_pairs
     from qadapter.training.adapt import lengths_of_pairs, with_steps, write_adapter
     from qadapter.training.arguments import measured_cost, tokens_seen, train_to_end, trainer_arguments
     from qadapter.training.encoded_pairs import encode_dataset

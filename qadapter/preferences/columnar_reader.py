@@ -29,8 +29,6 @@ from typing import Any
 ROWS_AT_ONCE = 64
 """Few, because each row of a hostile file can be as large as a record may be."""
 
-TURN_FIELDS = ({"role", "content"}, {"from", "value"})
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -100,15 +98,6 @@ def _plain(value: Any) -> Any:
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
-def _as_turns(value: Any) -> Any:
-    """A list of turns that was stored as a struct of lists (older exports of a `Sequence` of `datasets`)."""
-    if isinstance(value, dict) and set(value) in TURN_FIELDS:
-        columns = list(value.values())
-        if all(isinstance(column, list) for column in columns) and len({len(column) for column in columns}) == 1:
-            return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
-    return value
-
-
 def main(kind: str, file: str, limits: Limits) -> None:
     """Write the file's rows to standard output."""
     import resource
@@ -121,8 +110,7 @@ def main(kind: str, file: str, limits: Limits) -> None:
         for batch, share in _batches(kind, file):
             for row in batch.to_pylist(maps_as_pydicts="lossy"):
                 rows += 1
-                record = {name: _as_turns(value) for name, value in row.items()}
-                line = json.dumps(record, default=_plain).encode()
+                line = json.dumps(row, default=_plain).encode()
                 written += len(line)
                 if rows > limits.rows or written > limits.output_bytes:
                     raise _StopError("!budget")

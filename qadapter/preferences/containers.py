@@ -39,6 +39,18 @@ SILENCE_SECONDS = 300
 Kind = Literal["parquet", "arrow-file", "arrow-stream"]
 
 
+class NoRecordsError(QAdapterError):
+    """A file has no record that can be read.
+
+    Attributes:
+        reason: `EMPTY_FILE`, or what its first record is quarantined for.
+    """
+
+    def __init__(self, message: str, reason: Reason) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 @dataclass(slots=True)
 class Position:
     """How much of a file has been read: `share` grows from 0 to 1 while its records are taken."""

@@ -18,7 +18,8 @@ from typing import Any
 
 from qadapter.errors import QAdapterError
 from qadapter.preferences import parsers
-from qadapter.preferences.containers import head, iter_records
+from qadapter.preferences.containers import NoRecordsError, Position, head, iter_records
+from qadapter.preferences.packed import shown_path
 from qadapter.preferences.pair import PreferencePair
 from qadapter.preferences.records import RawRecord, Reason
 
@@ -79,19 +80,23 @@ def detect_format(file: Path) -> Format:
     return _detect(file, head(iter_records(file)))
 
 
-def read_pairs(file: Path, *, domain: str | None = None, max_chars: int | None = None) -> Iterator[ParsedRecord]:
+def read_pairs(
+    file: Path, *, domain: str | None = None, max_chars: int | None = None, position: Position | None = None
+) -> Iterator[ParsedRecord]:
     """Parses a file into candidate pairs, in the file's order. The format is checked on the call, the rest streams.
 
     Args:
         file: see `records.iter_records`.
         domain: the preferred style of DSP data; must be None for every other format.
         max_chars: a pair whose prompt and longer reply together have more characters is rejected as over-long.
+        position: see `containers.iter_records`.
 
     Raises:
+        NoRecordsError: the file is empty or damaged from its beginning on.
         QAdapterError: unreadable file, unknown format, DSP data without a domain or with one that it does not have, or
             a domain given for another format. Single records never raise.
     """
-    records = iter_records(file)
+    records = iter_records(file, position=position)
     first = head(records)
     file_format = _detect(file, first)
     _check_domain(file, file_format, first, domain)
@@ -134,13 +139,18 @@ def _detect(file: Path, head: list[RawRecord]) -> Format:
         found = f"has records of an unknown format; the first one has the fields {{{fields}}}"
     elif head[0].problem is Reason.BREAKS_OFF:
         found = "is damaged or breaks off before its first record"
+    elif head[0].problem is Reason.BUDGET:
+        found = "expands beyond its budget before its first record"
     else:
         found = f"has no JSON object among its first {len(head)} records"
     known = "".join(f"\n  {name.value}: {example}" for name, example in EXAMPLES.items())
-    raise QAdapterError(
-        f"{file} {found}. Expected JSON lines, a JSON list (either may be gzipped), Parquet or Arrow "
+    message = (
+        f"{shown_path(file)} {found}. Expected JSON lines, a JSON list, CSV, Parquet or Arrow (docs/data.md) "
         f"in one of these formats; convert the file to one of them:{known}"
     )
+    if not head or head[0].problem in (Reason.BREAKS_OFF, Reason.BUDGET):
+        raise NoRecordsError(message, head[0].problem or Reason.EMPTY_FILE if head else Reason.EMPTY_FILE)
+    raise QAdapterError(message)
 
 
 def _shape(record: Any) -> Format | None:

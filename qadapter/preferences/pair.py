@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypedDict
+
+from qadapter.errors import QAdapterError
 
 Role = Literal["system", "user", "assistant"]
 
@@ -49,3 +53,25 @@ class PreferencePair:
     def from_trl(cls, row: dict[str, Any]) -> PreferencePair:
         """Inverse of `to_trl`, for files this project wrote itself (`formats.py` reads the ones it did not)."""
         return cls(tuple(row["prompt"]), row["chosen"][0]["content"], row["rejected"][0]["content"])
+
+
+def iter_pairs(file: Path) -> Iterator[PreferencePair]:
+    """Pairs of a `train.jsonl`, `heldout.jsonl` or `judge.jsonl` that `prepare.prepare` wrote, one at a time.
+
+    Raises:
+        QAdapterError: the file is missing or not one of ours.
+    """
+    try:
+        with file.open(encoding="utf-8", newline="\n") as lines:
+            for line in lines:
+                yield PreferencePair.from_trl(json.loads(line))
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise QAdapterError(
+            f"{file} cannot be read as prepared pairs ({type(error).__name__}). A train.jsonl or heldout.jsonl of the "
+            "data preparation was expected; run the preparation again."
+        ) from error
+
+
+def load_pairs(file: Path) -> list[PreferencePair]:
+    """All pairs that `iter_pairs` gives, for those who draw from them."""
+    return list(iter_pairs(file))

@@ -9,20 +9,46 @@ checked against the files as written:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
+from array import array
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qadapter.errors import QAdapterError
+from qadapter.preferences.containers import NoRecordsError
 from qadapter.preferences.formats import Accepted, Rejected, detect_format, read_pairs
+from qadapter.preferences.packed import shown_path
 from qadapter.preferences.pair import PreferencePair
+from qadapter.preferences.progress import Progress
 from qadapter.preferences.records import Reason
-from qadapter.preferences.split import Split, split_pairs
+from qadapter.preferences.sorting import SortedRows
+from qadapter.preferences.split import (
+    CROSSING,
+    DIGEST_BYTES,
+    HELDOUT,
+    JUDGE,
+    TRAIN,
+    Division,
+    Row,
+    check_limits,
+    cut,
+    divide,
+)
+
+logger = logging.getLogger(__name__)
+
+NO_FORMAT = "none"
+"""In place of the format of a file that is set aside."""
 
 OUTPUTS = ("train.jsonl", "heldout.jsonl", "quarantine.jsonl", "summary.json", "judge.jsonl")
 
@@ -143,25 +169,23 @@ def prepare(
         QAdapterError: no files, a file of an unknown format, no usable pair, or a split that leaves a side empty.
         RuntimeError: the counts do not add up (a fault of this program).
     """
-    train_side = parse_files(files, domain=domain, max_chars=max_chars)
-    _require_usable(train_side)
-    heldout_side = None
-    if heldout_files is not None:
-        heldout_side = parse_files(heldout_files, domain=domain, max_chars=max_chars)
-        _require_usable(heldout_side)
-    split = split_pairs(
-        train_side.pairs,
-        heldout=heldout,
-        heldout_pairs=None if heldout_side is None else heldout_side.pairs,
-        seed=seed,
-        max_train_pairs=max_train_pairs,
-        max_heldout_pairs=max_heldout_pairs,
-        judge_pairs=judge_pairs,
-    )
-    sides = [train_side] if heldout_side is None else [train_side, heldout_side]
+    check_limits(max_train_pairs=max_train_pairs, max_heldout_pairs=max_heldout_pairs)
+    started_with = out_dir.exists()
+    train = _Side(files, out_dir / ".rows-train")
+    held = None if heldout_files is None else _Side(heldout_files, out_dir / ".rows-heldout")
+    sides = [side for side in (train, held) if side]
     try:
+        for side in sides:
+            side.read(seed, domain=domain, max_chars=max_chars)
+        division = divide(
+            train.rows.drawn,
+            heldout=heldout,
+            heldout_pairs=None if held is None else held.rows.drawn,
+            judge_pairs=judge_pairs,
+        )
         out_dir.mkdir(parents=True, exist_ok=True)
-        return _write(out_dir, sides, split)
+        started_with = True
+        return _write(out_dir, sides, division, max_train_pairs, max_heldout_pairs)
     except BaseException as error:
         for name in OUTPUTS:
             (out_dir / name).unlink(missing_ok=True)
@@ -171,80 +195,223 @@ def prepare(
                 "Free some space there or choose another folder."
             ) from error
         raise
+    finally:
+        for side in sides:
+            side.rows.close()
+        if not started_with:
+            with contextlib.suppress(OSError):
+                out_dir.rmdir()
 
 
-def _write(out_dir: Path, sides: Sequence[ParsedFiles], split: Split) -> PreparationSummary:
-    rejected = [item for side in sides for item in side.rejected]
+class _Side:
+    """The files of one side, read: its pairs as rows on disk, and what was rejected as numbers."""
+
+    def __init__(self, files: Sequence[Path], spill: Path) -> None:
+        self.files = files
+        self.rows = SortedRows(spill)
+        self.read_count = 0
+        self.rejected: dict[Path, _Rejections] = {}
+        self.formats: dict[Path, str] = {}
+
+    def read(self, seed: int, *, domain: str | None, max_chars: int) -> None:
+        """Read the files to their end.
+
+        Raises:
+            QAdapterError: as `stream_files`, or no usable pair.
+        """
+        for item in stream_files(self.files, self.formats, domain=domain, max_chars=max_chars):
+            self.read_count += 1
+            if isinstance(item, Accepted):
+                self.rows.add(Row.of(item.pair, seed))
+            else:
+                self.rejected.setdefault(item.file, _Rejections()).add(item)
+        if not self.rows.drawn:
+            raise _no_usable_pair(list(self.formats), self.reasons())
+
+    def reasons(self) -> Counter[str]:
+        """How many candidates were rejected for each reason."""
+        return sum((rejections.reasons() for rejections in self.rejected.values()), Counter())
+
+
+class _Rejections:
+    """Line and reason of the rejected candidates of one file, 9 bytes for each."""
+
+    def __init__(self) -> None:
+        self.lines, self.codes = array("Q"), array("B")
+
+    def add(self, item: Rejected) -> None:
+        self.lines.append(item.line)
+        self.codes.append(_CODES[item.reason])
+
+    def reasons(self) -> Counter[str]:
+        return Counter({reason.value: count for reason in Reason if (count := self.codes.count(_CODES[reason]))})
+
+
+_REASONS = sorted(Reason, key=lambda reason: reason.value)
+_CODES = {reason: code for code, reason in enumerate(_REASONS)}
+
+
+def _write(
+    out_dir: Path,
+    sides: Sequence[_Side],
+    division: Division,
+    max_train_pairs: int | None,
+    max_heldout_pairs: int | None,
+) -> PreparationSummary:
     formats = {file: name for side in sides for file, name in side.formats.items()}
     names = _short_names(formats)
-    places = sorted((names[item.file], item.line, item.reason.value) for item in rejected)
     train, heldout, quarantine, summary_file, judge = (out_dir / name for name in OUTPUTS)
-    train_sha256, train_lines = _write_lines(train, (pair.to_trl() for pair in split.train))
-    heldout_sha256, heldout_lines = _write_lines(heldout, (pair.to_trl() for pair in split.heldout))
-    judge_sha256, judge_lines = _write_lines(judge, (pair.to_trl() for pair in split.judge)) if split.judge else ("", 0)
-    _write_lines(quarantine, ({"file": file, "line": line, "reason": reason} for file, line, reason in places))
+    with ExitStack() as stack:
+        outputs = {
+            TRAIN: stack.enter_context(_Output(train, max_train_pairs)),
+            HELDOUT: stack.enter_context(_Output(heldout, max_heldout_pairs)),
+        }
+        if len(division.judge):
+            outputs[JUDGE] = stack.enter_context(_Output(judge, None))
+        for rows in sides[0].rows.buckets():
+            places = division.places(np.array([row.prompt for row in rows], f"S{DIGEST_BYTES}"))
+            for row, place in zip(rows, places.tolist(), strict=True):
+                if place != CROSSING:
+                    outputs[place].add(row)
+        if division.given:
+            for rows in sides[1].rows.buckets():
+                for row in rows:
+                    outputs[HELDOUT].add(row)
+        written = {place: (output.lines, output.prompts(), output.sha256()) for place, output in outputs.items()}
+    _write_lines(quarantine, _quarantined(sides, names))
+    reasons = sum((side.reasons() for side in sides), Counter())
+    incomplete = {
+        names[file]
+        for side in sides
+        for file, rejections in side.rejected.items()
+        if any(_CODES[reason] in rejections.codes for reason in (Reason.BREAKS_OFF, Reason.BUDGET, Reason.EMPTY_FILE))
+    }
+    judge_lines, judge_prompts, judge_sha256 = written.get(JUDGE, (0, 0, ""))
     summary = PreparationSummary(
-        read=sum(side.read for side in sides),
-        used=sum(len(side.pairs) for side in sides),
-        quarantined=_by_reason(rejected),
-        duplicates=split.duplicates,
-        cross_split_pairs=split.cross_split_pairs,
-        cross_split_prompts=split.cross_split_prompts,
-        cut_train=split.cut_train,
-        cut_heldout=split.cut_heldout,
-        train_pairs=train_lines,
-        train_prompts=len({pair.prompt_digest for pair in split.train}),
-        heldout_pairs=heldout_lines,
-        heldout_prompts=len({pair.prompt_digest for pair in split.heldout}),
-        train_sha256=train_sha256,
-        heldout_sha256=heldout_sha256,
+        read=sum(side.read_count for side in sides),
+        used=sum(len(side.rows.drawn) for side in sides),
+        quarantined=dict(sorted(reasons.items())),
+        duplicates=division.duplicates,
+        cross_split_pairs=division.cross_split_pairs,
+        cross_split_prompts=division.cross_split_prompts,
+        cut_train=cut(division.train_pairs, max_train_pairs),
+        cut_heldout=cut(division.heldout_pairs, max_heldout_pairs),
+        train_pairs=written[TRAIN][0],
+        train_prompts=written[TRAIN][1],
+        heldout_pairs=written[HELDOUT][0],
+        heldout_prompts=written[HELDOUT][1],
+        train_sha256=written[TRAIN][2],
+        heldout_sha256=written[HELDOUT][2],
         formats={names[file]: name for file, name in sorted(formats.items())},
-        incomplete_files=sorted({names[item.file] for item in rejected if item.reason is Reason.BREAKS_OFF}),
+        incomplete_files=sorted(incomplete),
         judge_pairs=judge_lines,
-        judge_prompts=len({pair.prompt_digest for pair in split.judge}),
+        judge_prompts=judge_prompts,
         judge_sha256=judge_sha256,
     )
     summary.check()
     fields = asdict(summary)
-    if not split.judge:
+    if not judge_lines:
         fields = {name: value for name, value in fields.items() if not name.startswith("judge_")}
     summary_file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return summary
 
 
-def parse_files(files: Sequence[Path], *, domain: str | None = None, max_chars: int = DEFAULT_MAX_CHARS) -> ParsedFiles:
-    """Reads files to pairs and rejections. Every file's format is checked before the first is read whole.
+class _Output:
+    """A file of pairs that is being written, with the limit of its side."""
+
+    def __init__(self, file: Path, limit: int | None) -> None:
+        self._stream, self._limit = file.open("wb"), limit
+        self._digest, self._prompts, self._taken = hashlib.sha256(), bytearray(), 0
+        self.lines = 0
+
+    def __enter__(self) -> _Output:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stream.close()
+
+    def add(self, row: Row) -> None:
+        """Write a pair, unless there are enough."""
+        if self._limit is not None and self._taken >= self._limit:
+            return
+        self._taken += 1
+        self._prompts += row.prompt
+        self._write(row.text + b"\n")
+
+    def _write(self, line: bytes) -> None:
+        self._stream.write(line)
+        self._digest.update(line)
+        self.lines += 1
+
+    def prompts(self) -> int:
+        """How many distinct prompts the pairs have."""
+        return len(np.unique(np.frombuffer(self._prompts, f"S{DIGEST_BYTES}")))
+
+    def sha256(self) -> str:
+        """Of the file."""
+        return self._digest.hexdigest()
+
+
+def _quarantined(sides: Sequence[_Side], names: Mapping[Path, str]) -> Iterator[dict[str, Any]]:
+    """File, line and reason of every rejected candidate, in this order."""
+    found: dict[str, list[_Rejections]] = {}
+    for side in sides:
+        for file, rejections in side.rejected.items():
+            found.setdefault(names[file], []).append(rejections)
+    for name, parts in sorted(found.items()):
+        lines, codes = (np.concatenate([getattr(part, kind) for part in parts]) for kind in ("lines", "codes"))
+        for at in np.lexsort((codes, lines)).tolist():
+            yield {"file": name, "line": int(lines[at]), "reason": _REASONS[codes[at]].value}
+
+
+def stream_files(
+    files: Sequence[Path], formats: dict[Path, str], *, domain: str | None = None, max_chars: int = DEFAULT_MAX_CHARS
+) -> Iterator[Accepted | Rejected]:
+    """Reads files to pairs and rejections, one at a time. Every file's format is checked before the first is read.
+
+    A file that is empty, or damaged from its beginning on, is one rejection where there are others. Every 20 seconds a
+    log line says how far the reading is.
+
+    Args:
+        files: the files.
+        formats: gets the detected format of every file; `none` where a file is set aside.
+        domain, max_chars: see `prepare`.
 
     Raises:
         QAdapterError: no files, an unreadable file or one of an unknown format, a wrong domain.
     """
     if not files:
         raise QAdapterError("No preference file was given; at least one was expected.")
-    parsed = ParsedFiles(0, [], [], {file: detect_format(file).value for file in files})
+    aside: dict[Path, NoRecordsError] = {}
     for file in files:
-        for item in read_pairs(file, domain=domain, max_chars=max_chars):
-            parsed.read += 1
-            if isinstance(item, Accepted):
-                parsed.pairs.append(item.pair)
-            else:
-                parsed.rejected.append(item)
+        try:
+            formats[file] = detect_format(file).value
+        except NoRecordsError as error:
+            formats[file], aside[file] = NO_FORMAT, error
+    if len(aside) == len(set(files)):
+        raise next(iter(aside.values()))
+    progress = Progress(files)
+    for file in files:
+        position = progress.next_file(file)
+        if file in aside:
+            logger.warning("%s", str(aside[file]).partition(". Expected")[0] + "; it is set aside")
+            yield Rejected(file, 1, aside[file].reason)
+            continue
+        for item in read_pairs(file, domain=domain, max_chars=max_chars, position=position):
+            progress.count()
+            yield item
+
+
+def parse_files(files: Sequence[Path], *, domain: str | None = None, max_chars: int = DEFAULT_MAX_CHARS) -> ParsedFiles:
+    """All that `stream_files` gives, held in memory. Arguments and errors are its."""
+    parsed = ParsedFiles(0, [], [], {})
+    for item in stream_files(files, parsed.formats, domain=domain, max_chars=max_chars):
+        parsed.read += 1
+        if isinstance(item, Accepted):
+            parsed.pairs.append(item.pair)
+        else:
+            parsed.rejected.append(item)
     return parsed
-
-
-def load_pairs(file: Path) -> list[PreferencePair]:
-    """Pairs of a `train.jsonl`, `heldout.jsonl` or `judge.jsonl` that `prepare` wrote.
-
-    Raises:
-        QAdapterError: the file is missing or not one of ours.
-    """
-    try:
-        with file.open(encoding="utf-8", newline="\n") as lines:
-            return [PreferencePair.from_trl(json.loads(line)) for line in lines]
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise QAdapterError(
-            f"{file} cannot be read as prepared pairs ({type(error).__name__}). A train.jsonl or heldout.jsonl of the "
-            "data preparation was expected; run the preparation again."
-        ) from error
 
 
 def first_usable_pair(
@@ -255,35 +422,21 @@ def first_usable_pair(
     Raises:
         QAdapterError: as `parse_files`, or no usable pair; the message counts the reasons.
     """
-    if not files:
-        raise QAdapterError("No preference file was given; at least one was expected.")
-    for file in files:
-        read_pairs(file, domain=domain)  # checks format and domain on the call
-    rejected: list[Rejected] = []
-    for file in files:
-        for item in read_pairs(file, domain=domain, max_chars=max_chars):
-            if isinstance(item, Accepted):
-                return item.pair
-            rejected.append(item)
-    raise _no_usable_pair(files, rejected)
+    reasons: Counter[str] = Counter()
+    for item in stream_files(files, {}, domain=domain, max_chars=max_chars):
+        if isinstance(item, Accepted):
+            return item.pair
+        reasons[item.reason.value] += 1
+    raise _no_usable_pair(files, reasons)
 
 
-def _require_usable(parsed: ParsedFiles) -> None:
-    if not parsed.pairs:
-        raise _no_usable_pair(list(parsed.formats), parsed.rejected)
-
-
-def _no_usable_pair(files: Sequence[Path], rejected: Sequence[Rejected]) -> QAdapterError:
-    names = ", ".join(str(file) for file in files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
-    counts = "; ".join(f"{reason}: {count}" for reason, count in _by_reason(rejected).items())
+def _no_usable_pair(files: Sequence[Path], reasons: Mapping[str, int]) -> QAdapterError:
+    names = ", ".join(map(shown_path, files[:3])) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+    counts = "; ".join(f"{reason}: {count}" for reason, count in sorted(reasons.items()))
     return QAdapterError(
-        f"No usable preference pair in {names}: {len(rejected)} read, all of them quarantined ({counts}). "
+        f"No usable preference pair in {names}: {sum(reasons.values())} read, all of them quarantined ({counts}). "
         "Correct the data or name another source."
     )
-
-
-def _by_reason(rejected: Iterable[Rejected]) -> dict[str, int]:
-    return dict(sorted(Counter(item.reason.value for item in rejected).items()))
 
 
 def _write_lines(file: Path, rows: Iterable[Any]) -> tuple[str, int]:
@@ -302,5 +455,5 @@ def _short_names(files: Collection[Path]) -> dict[Path, str]:
     """Names to tell files apart: relative to the folder that holds them all."""
     places = [file.absolute() for file in files]
     common = Path(os.path.commonpath([place.parent for place in places]))
-    shown = (os.fsencode(place.relative_to(common)).decode(errors="replace") for place in places)
+    shown = (shown_path(place.relative_to(common)) for place in places)
     return dict(zip(files, shown, strict=True))

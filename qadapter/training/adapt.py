@@ -15,8 +15,7 @@ from qadapter.config.model import LoraSettings, ModelSettings
 from qadapter.config.training import OptimizerSettings
 from qadapter.errors import QAdapterError
 from qadapter.policy.loading import load_base
-from qadapter.preferences.pair import PreferencePair
-from qadapter.preferences.prepare import load_pairs
+from qadapter.preferences.pair import PreferencePair, load_pairs
 from qadapter.preferences.tokenize import EncodedPair, UnusablePair, encode_pair
 from qadapter.training.arguments import (
     Cost,

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import read_json_lines
-from qadapter.preferences.pair import Message
-from qadapter.preferences.prepare import load_pairs
+from qadapter.preferences.pair import Message, load_pairs
 
 
 def read_corpus(folders: Sequence[Path]) -> list[list[Message]]:

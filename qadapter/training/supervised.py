@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from qadapter.config.model import LoraSettings, ModelSettings
 from qadapter.config.training import HelpfulSettings
 from qadapter.policy.loading import load_base
-from qadapter.preferences.prepare import load_pairs
+from qadapter.preferences.pair import load_pairs
 from qadapter.training.adapt import encode_usable, lora_config
 from qadapter.training.arguments import (
     for_trl,

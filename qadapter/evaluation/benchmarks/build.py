@@ -11,7 +11,7 @@ from qadapter.evaluation.benchmarks.items import read_items
 from qadapter.evaluation.benchmarks.preference.build import write_preference_items
 from qadapter.evaluation.benchmarks.reply_matching.build import write_reply_matching
 from qadapter.files.artifacts import write_json
-from qadapter.preferences.prepare import load_pairs
+from qadapter.preferences.pair import load_pairs
 
 QUESTION_FIELDS = ("question", "answer")
 HELD_OUT_SHARE = 0.25  # of a question file; the rest is for the model to learn

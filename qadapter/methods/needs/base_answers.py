@@ -51,7 +51,7 @@ def answer_prompts(
     from qadapter.files.artifacts import write_json
     from qadapter.inference.generate import generate_replies
     from qadapter.policy.loading import load_base
-    from qadapter.preferences.prepare import load_pairs
+    from qadapter.preferences.pair import load_pairs
 
     network, tokenizer = load_base(base, model)
     prompts = {prompt_key(pair.prompt): pair.prompt for pair in load_pairs(pairs_file)}

@@ -30,7 +30,7 @@ from qadapter.evaluation.preference import preference_metrics, score_pairs
 from qadapter.methods import q_adapter
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.policy.model import QAdapterForCausalLM
-from qadapter.preferences.prepare import load_pairs
+from qadapter.preferences.pair import load_pairs
 from qadapter.training.adapt import train_adapter
 from qadapter.training.trainer import QAdapterTrainer
 from tests.support.paths import PROJECT_ROOT

@@ -24,7 +24,8 @@ from qadapter.evaluation.preference import distinct_prompts, preference_metrics,
 from qadapter.inference.generate import generate_replies
 from qadapter.judging.verdicts import RuleJudge
 from qadapter.policy.loading import load_base, load_policy
-from qadapter.preferences.prepare import load_pairs, prepare
+from qadapter.preferences.pair import load_pairs
+from qadapter.preferences.prepare import prepare
 from qadapter.preferences.sources import locate
 from qadapter.toyworld.world import ToyWorld
 from qadapter.training.corpus import read_corpus

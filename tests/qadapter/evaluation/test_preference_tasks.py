@@ -32,8 +32,8 @@ from qadapter.files.artifacts import read_json
 from qadapter.inference.generate import generate_replies
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.objective import Objective
-from qadapter.preferences.pair import Message, PreferencePair
-from qadapter.preferences.prepare import load_pairs, prepare
+from qadapter.preferences.pair import Message, PreferencePair, load_pairs
+from qadapter.preferences.prepare import prepare
 from qadapter.preferences.sources import locate
 from qadapter.preferences.tokenize import encode_pair
 from qadapter.toyworld.rules import exact_measures

@@ -16,7 +16,7 @@ from qadapter.errors import QAdapterError
 from qadapter.judging.reward_model import ADAPTER, RewardJudge, pair_accuracy, rewards
 from qadapter.judging.reward_training import train_reward_model
 from qadapter.policy.loading import load_base
-from qadapter.preferences.prepare import load_pairs
+from qadapter.preferences.pair import load_pairs
 from tests.support.tiny_chat import byte_tokenizer
 from tests.support.tiny_toy import LORA, MODEL, TinyToy, make_tiny_toy, pair, rows, write_pairs
 

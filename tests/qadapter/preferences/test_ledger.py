@@ -12,7 +12,7 @@ from qadapter.errors import QAdapterError
 from qadapter.preferences import ledger
 from qadapter.preferences.ledger import REFUSED_FILE, UNREAD_FILE, Changes
 from qadapter.preferences.mixture import unlearnt, write_mixture
-from qadapter.preferences.prepare import load_pairs
+from qadapter.preferences.pair import load_pairs
 from qadapter.preferences.records import Reason
 from qadapter.toyworld.drops import write_drop
 

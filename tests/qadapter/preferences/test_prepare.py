@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import logging
+import os
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +19,9 @@ from hypothesis import strategies as st
 
 from qadapter.errors import QAdapterError
 from qadapter.preferences import prepare as preparation
-from qadapter.preferences.pair import Message, PreferencePair
-from qadapter.preferences.prepare import PreparationSummary, first_usable_pair, load_pairs, parse_files, prepare
+from qadapter.preferences import progress, sorting
+from qadapter.preferences.pair import Message, PreferencePair, load_pairs
+from qadapter.preferences.prepare import PreparationSummary, first_usable_pair, parse_files, prepare
 from qadapter.preferences.records import Reason
 from qadapter.preferences.split import split_pairs
 
@@ -112,25 +117,94 @@ def test_a_sum_that_does_not_add_up_raises(tmp_path: Path, field: str) -> None:
 
 def test_a_lost_pair_raises_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of lines written is what is summed, so a writer that drops one is found out."""
-    write = preparation._write_lines
-    monkeypatch.setattr(preparation, "_write_lines", lambda file, items: write(file, list(items)[1:]))
+    write, dropped = preparation._Output._write, []
+
+    def all_but_one(output: Any, line: bytes) -> None:
+        write(output, line) if dropped else dropped.append(line)
+
+    monkeypatch.setattr(preparation._Output, "_write", all_but_one)
     with pytest.raises(RuntimeError, match="does not add up"):
         prepare([lines(tmp_path / "in.jsonl", *rows(5))], tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = preparation._write_lines
+    def full(output: Any, line: bytes) -> None:
+        raise OSError(28, "No space left on device")
 
-    def full(file: Path, items: Any) -> tuple[str, int]:
-        if file.name == "heldout.jsonl":
-            raise OSError(28, "No space left on device")
-        return write(file, items)
-
-    monkeypatch.setattr(preparation, "_write_lines", full)
+    monkeypatch.setattr(preparation._Output, "_write", full)
     with pytest.raises(QAdapterError, match="No space left on device"):
         prepare([lines(tmp_path / "in.jsonl", *rows(5))], tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_rows_sorted_on_disk_are_divided_as_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buckets written every 500 bytes give the same bytes as ones that never leave the memory, and are removed."""
+    file = lines(tmp_path / "in.jsonl", *four_each(30), *rows(20), *four_each(5), "{")
+    options: dict[str, Any] = {"heldout": 7, "judge_pairs": 9, "max_train_pairs": 60, "max_heldout_pairs": 20}
+    summary = prepare([file], tmp_path / "memory", **options)
+    monkeypatch.setattr(sorting, "MEMORY_BYTES", 500)
+    assert prepare([file], tmp_path / "disk", **options) == summary
+    for name in preparation.OUTPUTS:
+        assert (tmp_path / "disk" / name).read_bytes() == (tmp_path / "memory" / name).read_bytes()
+    assert len(list((tmp_path / "disk").iterdir())) == len(preparation.OUTPUTS)
+    with pytest.raises(QAdapterError, match="No training pair is left"):
+        prepare([file], tmp_path / "refused", heldout_files=[file])
+    assert not (tmp_path / "refused").exists()
+
+
+def test_an_empty_or_broken_shard_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Three rows of one shard are used; the empty, the broken and the hostile one are a rejection each."""
+    good = lines(tmp_path / "good.jsonl", *rows(3))
+    (empty := tmp_path / "empty.jsonl").touch()
+    (broken := tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
+    (packed := tmp_path / "packed.gz").write_bytes(gzip.compress(b'[{"a": [' + b"[]," * 300_000)[:-9])
+    summary = prepare([empty, good, broken, packed], tmp_path / "out", heldout=1)
+    assert (summary.read, summary.used) == (6, 3)
+    assert summary.quarantined == {Reason.EMPTY_FILE: 1, Reason.BREAKS_OFF: 1, Reason.BUDGET: 1}
+    assert summary.incomplete_files == ["broken.parquet", "empty.jsonl", "packed.gz"]
+    assert summary.formats == {
+        "broken.parquet": "none",
+        "empty.jsonl": "none",
+        "good.jsonl": "trl-conversational",
+        "packed.gz": "none",
+    }
+    assert "empty.jsonl is empty; it is set aside" in caplog.text
+    assert first_usable_pair([empty, good]) == pair("question 0")
+    with pytest.raises(QAdapterError, match="is empty"):
+        prepare([empty], tmp_path / "none")
+
+
+def test_a_file_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/na\xefve.jsonl"))
+    lines(file, *rows(3), "{")
+    summary = prepare([file], tmp_path / "out", heldout=1)
+    assert list(summary.formats) == ["na\\xefve.jsonl"]
+    quarantine = (tmp_path / "out" / "quarantine.jsonl").read_text(encoding="utf-8")
+    assert json.loads(quarantine)["file"] == "na\\xefve.jsonl"
+    file.write_bytes(b"")
+    with pytest.raises(QAdapterError) as caught:
+        prepare([file], tmp_path / "none")
+    str(caught.value).encode()
+
+
+def test_a_long_reading_says_how_far_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four equal files that are read in one piece each: a quarter, a half, three quarters and all of the bytes."""
+    monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
+    files = [lines(tmp_path / f"{i}.jsonl", *rows(300, 1000 + 300 * i)) for i in range(4)]
+    with caplog.at_level(logging.INFO):
+        prepare(files, tmp_path / "out")
+    told = [
+        re.fullmatch(r"([\d,]+) rows \((\d+)%\), [\d,]+ rows/s, about \d+ s left", line) for line in caplog.messages
+    ]
+    assert [(found[1], int(found[2])) for found in told if found] == [
+        ("256", 25),
+        ("512", 50),
+        ("768", 75),
+        ("1,024", 100),
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ split

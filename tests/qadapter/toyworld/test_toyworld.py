@@ -18,8 +18,8 @@ from qadapter.config.experiment import load_experiment
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.benchmarks.items import read_items
 from qadapter.files.artifacts import digest_tree
-from qadapter.preferences.pair import PreferencePair
-from qadapter.preferences.prepare import load_pairs, prepare
+from qadapter.preferences.pair import PreferencePair, load_pairs
+from qadapter.preferences.prepare import prepare
 from qadapter.toyworld.rules import exact_measures
 from qadapter.toyworld.world import STYLES, ToyWorld
 from tests.support.paths import PROJECT_ROOT

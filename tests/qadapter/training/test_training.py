@@ -29,8 +29,7 @@ from qadapter.methods.sft import SFTSettings
 from qadapter.methods.table import NAMES
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.policy.model import QAdapterForCausalLM
-from qadapter.preferences.pair import Message
-from qadapter.preferences.prepare import load_pairs
+from qadapter.preferences.pair import Message, load_pairs
 from qadapter.training import adapt, supervised
 from qadapter.training.arguments import (
     ProgressLog,
