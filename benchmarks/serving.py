@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.shapes import SHAPES, Shape, base_model, policy
-from qadapter.inference.prompts import prompt_ids
+from qadapter.preferences.tokenize import prompt_ids
 from qadapter.policy.objective import Objective
 from qadapter.serving.app import create_app
 from qadapter.serving.generator import Generator

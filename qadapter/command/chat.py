@@ -13,11 +13,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 from qadapter.command.opened import as_base, dials, note, open_policy
 from qadapter.command.options import ChatOptions
 from qadapter.errors import QAdapterError, did_you_mean
-from qadapter.inference.prompts import prompt_ids
+from qadapter.inference.generate import longest_reply, reply_text
 from qadapter.inference.score import device_of
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.preferences.pair import Message
-from qadapter.preferences.tokenize import padding_id
+from qadapter.preferences.render import end_ids
+from qadapter.preferences.tokenize import padding_id, prompt_ids
 
 HELP = """\
 /alpha0 0.1        keep more (larger) or less of the base; without a number: show the dials
@@ -100,13 +101,10 @@ class Chat:
 
     def _stream(self, turns: list[Message], label: str) -> str:
         ids = prompt_ids(self._tokenizer, turns)
-        longest = self._options.max_new_tokens
-        room = (getattr(self._policy.config, "max_position_embeddings", None) or 2**30) - longest
-        if room < 1:
-            raise QAdapterError(
-                f"replies of {longest} tokens do not fit into the model's context of {room + longest}; "
-                "start again with a smaller --max-new-tokens"
-            )
+        context = getattr(self._policy.config, "max_position_embeddings", None) or 2**30
+        asked_for = "max_new_tokens" in self._options.model_fields_set
+        longest = longest_reply(self._options.max_new_tokens, context, asked_for=asked_for)
+        room = context - longest
         if len(ids) > room:
             note(f"(the first {len(ids) - room} tokens of the conversation no longer fit and are left out; /reset?)")
         print(label, end="", flush=True)
@@ -115,21 +113,18 @@ class Chat:
             output = self._policy.generate(
                 input_ids=given,
                 attention_mask=torch.ones_like(given),
-                generation_config=self._decoding(),
+                generation_config=(decoding := self._decoding(longest)),
                 streamer=TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True),
             )
-        return str(self._tokenizer.decode(output[0, given.shape[1] :], skip_special_tokens=True)).strip()
+        return reply_text(self._tokenizer, output[0, given.shape[1] :].tolist(), decoding.eos_token_id)
 
-    def _decoding(self) -> GenerationConfig:
+    def _decoding(self, longest: int) -> GenerationConfig:
         """As `generate_replies`: nothing of the model's own defaults but its end tokens."""
-        ends: set[int] = set()
-        for end in (self._policy.generation_config.eos_token_id, self._tokenizer.eos_token_id):
-            ends |= set() if end is None else {end} if isinstance(end, int) else set(end)
         sampling = {"temperature": self.temperature, "top_k": 0, "top_p": 1.0} if self.temperature else {}
         return GenerationConfig(
-            max_new_tokens=self._options.max_new_tokens,
+            max_new_tokens=longest,
             do_sample=self.temperature > 0,
-            eos_token_id=sorted(ends),
+            eos_token_id=end_ids(self._tokenizer, self._policy.generation_config.eos_token_id),
             pad_token_id=padding_id(self._tokenizer),
             **sampling,
         )

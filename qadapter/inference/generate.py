@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Sequence
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qadapter.errors import QAdapterError
-from qadapter.inference.prompts import prompt_ids
 from qadapter.inference.score import by_length, device_of, evaluating
 from qadapter.preferences.pair import Message
-from qadapter.preferences.tokenize import padding_id
+from qadapter.preferences.render import RenderError, end_ids
+from qadapter.preferences.tokenize import padding_id, prompt_ids
+
+log = logging.getLogger(__name__)
 
 
 def generate_replies(
@@ -30,7 +33,8 @@ def generate_replies(
         model: any policy that can `generate`.
         prompts: conversations whose last turn is the user's.
         max_new_tokens: longest reply; what is longer is cut off. A prompt that leaves no room for it in the model's
-            context loses its beginning.
+            context loses its beginning; how many do is logged. A prompt that has no rendering (its chat template
+            refuses it, say) gets an empty reply; how many do is logged, with the first one's reason.
         batch_size: prompts a batch; batches are of similar length.
         temperature: 0 takes the most likely token at each step, above 0 samples from the whole distribution.
         seed: of the sampling; the same seed, prompts and batch size give the same replies.
@@ -45,17 +49,75 @@ def generate_replies(
             f"prompt. Set a smaller max_new_tokens."
         )
     settings = _settings(model, tokenizer, max_new_tokens, temperature)
-    ids = [prompt_ids(tokenizer, prompt)[-room:] for prompt in prompts]
+    ids = _readable(tokenizer, prompts, room)
     replies = [""] * len(prompts)
     device = device_of(model)
     with evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for some in by_length([len(row) for row in ids], batch_size):
+        for part in by_length([len(row) for row in ids.values()], batch_size):
+            some = [list(ids)[place] for place in part]
             batch = _left_padded([ids[i] for i in some], settings.pad_token_id, device)
             output = model.generate(**batch, generation_config=settings)  # type: ignore[operator]
             for i, row in zip(some, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-                replies[i] = str(tokenizer.decode(row, skip_special_tokens=True)).strip()
+                replies[i] = reply_text(tokenizer, row, settings.eos_token_id)
     return replies
+
+
+def reply_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ends: Sequence[int]) -> str:
+    """The text of generated tokens up to the first end token, without white space around it."""
+    stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+    return str(tokenizer.decode(list(ids[:stop]), skip_special_tokens=True)).strip()
+
+
+def longest_reply(wanted: int, context: int, *, asked_for: bool) -> int:
+    """Tokens that a reply may have in a context.
+
+    Args:
+        wanted: the setting's value.
+        context: tokens of prompt and reply together.
+        asked_for: whether somebody named the value; a default that leaves too little for a prompt becomes half the context.
+
+    Raises:
+        QAdapterError: somebody asked for more than the context holds.
+    """
+    if wanted < context and (asked_for or wanted <= context // 2):
+        return wanted
+    if not asked_for:
+        return max(1, min(wanted, context // 2))
+    raise QAdapterError(
+        f"Replies of {wanted} tokens do not fit into the model's context of {context} with a prompt. Set a smaller "
+        "max_new_tokens."
+    )
+
+
+def _readable(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[Message]], room: int
+) -> dict[int, list[int]]:
+    """Token ids of the prompts that have a rendering, by place; says what was cut and what is left out."""
+    ids: dict[int, list[int]] = {}
+    refused: list[str] = []
+    shortened = 0
+    for place, prompt in enumerate(prompts):
+        try:
+            whole = prompt_ids(tokenizer, prompt)
+        except RenderError as error:
+            refused.append(f"prompt {place}: {error}")
+            continue
+        shortened += len(whole) > room
+        ids[place] = whole[-room:]
+    if refused:
+        log.warning(
+            "%d of %d prompts cannot be asked and get an empty reply; %s", len(refused), len(prompts), refused[0]
+        )
+    if shortened:
+        log.warning(
+            "%d of %d prompts are longer than the %d tokens that the context leaves beside a reply and lose their "
+            "beginning",
+            shortened,
+            len(prompts),
+            room,
+        )
+    return ids
 
 
 def _left_padded(rows: Sequence[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -69,22 +131,15 @@ def _settings(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float
 ) -> GenerationConfig:
     """Generation settings that leave nothing to a model's own defaults but its further end tokens."""
-    ends = {*_as_list(getattr(getattr(model, "generation_config", None), "eos_token_id", None))}
-    ends |= {*_as_list(tokenizer.eos_token_id)}
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(ends),
+        eos_token_id=end_ids(tokenizer, own),
         pad_token_id=padding_id(tokenizer),
         use_cache=True,
         **(sampling or {"do_sample": False}),
     )
-
-
-def _as_list(value: int | Iterable[int] | None) -> list[int]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, int) else list(value)
 
 
 def _context(model: torch.nn.Module) -> int:

@@ -1,28 +1,25 @@
 """From a preference pair to token ids, and from several to one padded batch.
 
-The ids are those TRL's DPO and SFT trainers see: the prompt and prompt + reply are tokenised on their own, and a
-reply is what comes behind the longest beginning that all three share (tokens can merge across the border).
+What is written stands in `render.py`. The prompt is tokenised on its own, as generation tokenises it, and a reply is the
+tokens that follow it: those of prompt and reply together where they begin with the prompt's, else (tokens that would
+merge across the border, which generation never sees) those of the reply's own text.
 
 Truncation keeps the responses. If prompt + longer reply exceed `max_length`, the prompt loses tokens from the left,
 the same for both replies, so that its end (the generation prompt) stays; a reply of `max_length` tokens or more loses
-tokens from the right, so that one prompt token is left to predict the first response token from.
-
-Without a chat template, a conversation is rendered as the plain transcript that HH-RLHF uses ("\\n\\nHuman: …\\n\\n
-Assistant:"), a plain-string prompt is taken as it is, and the tokenizer's end-of-sequence token closes each reply.
+tokens from the right, so that one prompt token is left to predict the first response token from. Every loss is counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.preferences.pair import Message, PreferencePair
-
-_SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
+from qadapter.preferences.render import RenderError, prompt_text, rendered, turn_end
 
 
 class UnusablePair(ValueError):  # noqa: N818 - it is no programming error: the pair goes to quarantine with this reason
@@ -31,11 +28,46 @@ class UnusablePair(ValueError):  # noqa: N818 - it is no programming error: the 
 
 @dataclass(frozen=True, slots=True)
 class EncodedPair:
-    """Token ids of one pair: a sequence is `prompt_ids` and then one of the replies; none of the three is empty."""
+    """Token ids of one pair: a sequence is `prompt_ids` and then one of the replies; none of the three is empty.
+
+    Attributes:
+        prompt_ids, chosen_ids, rejected_ids: the tokens.
+        lost_prompt: tokens that the prompt lost to `max_length`.
+        lost_reply: tokens that the two replies lost, their ends included.
+        lost_end: whether a reply lost nothing but its end.
+    """
 
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
+    lost_prompt: int = field(default=0, compare=False)
+    lost_reply: int = field(default=0, compare=False)
+    lost_end: bool = field(default=False, compare=False)
+
+
+@dataclass
+class Truncation:
+    """How many of some pairs lost tokens to `max_length`.
+
+    Attributes:
+        pairs: all of them.
+        prompts: whose prompt lost its beginning.
+        replies: of which a reply lost its end, or more.
+        ends: of which a reply lost nothing but its end.
+    """
+
+    pairs: int = 0
+    prompts: int = 0
+    replies: int = 0
+    ends: int = 0
+
+    def metrics(self) -> dict[str, float]:
+        """Under the names of `metrics.json`."""
+        return {
+            "train/truncated_prompts": float(self.prompts),
+            "train/truncated_replies": float(self.replies),
+            "train/truncated_ends": float(self.ends),
+        }
 
 
 def encode_pair(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase, max_length: int) -> EncodedPair:
@@ -43,23 +75,23 @@ def encode_pair(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase, max_le
 
     Args:
         pair: the pair.
-        tokenizer: its chat template renders the prompt with `add_generation_prompt`.
+        tokenizer: the policy's.
         max_length: most tokens of prompt + reply, at least 2; see the module's text on truncation.
 
     Raises:
-        UnusablePair: a reply without a token, replies that are the same tokens, or a prompt without a token.
+        UnusablePair: a reply without a token, replies that are the same tokens, a prompt without a token, or messages
+            that have no rendering.
     """
-    prompt = list(pair.prompt)
-    if tokenizer.chat_template is None:
-        rendered = plain_prompt(prompt)
-        return encode_texts(rendered, " " + pair.chosen, " " + pair.rejected, tokenizer, max_length)
     _refuse_empty(pair.chosen, pair.rejected)
-    prompt_ids = _template_ids(tokenizer, prompt, add_generation_prompt=True)
-    with_replies = [
-        _template_ids(tokenizer, [*prompt, {"role": "assistant", "content": reply}], add_generation_prompt=False)
-        for reply in (pair.chosen, pair.rejected)
-    ]
-    return _split_and_cut(prompt_ids, with_replies[0], with_replies[1], max_length)
+    templated = tokenizer.chat_template is not None
+    try:
+        prompt, chosen = rendered(tokenizer, pair.prompt, pair.chosen)
+        _, rejected = rendered(tokenizer, pair.prompt, pair.rejected)
+        prompt_ids = text_ids(tokenizer, prompt, templated)
+        replies = [_reply_ids(tokenizer, prompt, prompt_ids, reply, templated) for reply in (chosen, rejected)]
+    except RenderError as error:
+        raise UnusablePair(str(error)) from error
+    return _cut(prompt_ids, *replies, _end_length(tokenizer), max_length)
 
 
 def encode_texts(
@@ -71,7 +103,7 @@ def encode_texts(
         prompt: text before the reply, as it is.
         chosen: preferred continuation; white space in front of it is part of it.
         rejected: the other continuation.
-        tokenizer: its own special tokens (a beginning-of-sequence token, say) are added as it does by default.
+        tokenizer: the special tokens that it puts in front of a text by default stay in front of the prompt.
         max_length: as in `encode_pair`.
 
     Raises:
@@ -79,9 +111,13 @@ def encode_texts(
     """
     _refuse_empty(chosen, rejected)
     end = tokenizer.eos_token or ""
-    closed = [prompt + (reply if end and reply.endswith(end) else reply + end) for reply in (chosen, rejected)]
-    prompt_ids, chosen_ids, rejected_ids = (_ids(tokenizer(text)) for text in (prompt, *closed))
-    return _split_and_cut(prompt_ids, chosen_ids, rejected_ids, max_length)
+    closed = [reply if end and reply.endswith(end) else reply + end for reply in (chosen, rejected)]
+    try:
+        prompt_ids = text_ids(tokenizer, prompt, False)
+        replies = [_reply_ids(tokenizer, prompt, prompt_ids, reply, False) for reply in closed]
+    except RenderError as error:
+        raise UnusablePair(str(error)) from error
+    return _cut(prompt_ids, *replies, bool(end), max_length)
 
 
 def encode_reply(
@@ -90,23 +126,66 @@ def encode_reply(
     """Token ids of one reply to a prompt, rendered and cut as those of a pair: (prompt ids, reply ids).
 
     Raises:
-        UnusablePair: a reply or a prompt without a token.
+        UnusablePair: a reply or a prompt without a token, or messages that have no rendering.
     """
     _refuse_empty(reply, reply)
-    if tokenizer.chat_template is None:
-        before = plain_prompt(prompt)
-        prompt_ids, whole = _ids(tokenizer(before)), _ids(tokenizer(f"{before} {reply}{tokenizer.eos_token or ''}"))
-    else:
-        answered = [*prompt, {"role": "assistant", "content": reply}]
-        prompt_ids = _template_ids(tokenizer, prompt, add_generation_prompt=True)
-        whole = _template_ids(tokenizer, answered, add_generation_prompt=False)
-    return _split_one(prompt_ids, whole, max_length)
+    templated = tokenizer.chat_template is not None
+    try:
+        before, text = rendered(tokenizer, prompt, reply)
+        ids = text_ids(tokenizer, before, templated)
+        reply_ids = _reply_ids(tokenizer, before, ids, text, templated)[: max_length - 1]
+    except RenderError as error:
+        raise UnusablePair(str(error)) from error
+    if not ids or not reply_ids:
+        raise UnusablePair("no prompt token or no reply token is left")
+    return ids[-(max_length - len(reply_ids)) :], reply_ids
 
 
-def plain_prompt(messages: Sequence[Message]) -> str:
-    """The transcript a conversation is rendered as where there is no chat template; it ends with "Assistant:"."""
-    turns = [f"\n\n{_SPEAKERS[turn['role']]}: {turn['content']}" for turn in messages]
-    return "".join(turns) + "\n\nAssistant:"
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], **template: Any) -> list[int]:
+    """The prompt as the tokens that generation starts from, and that training scores a reply behind.
+
+    Args:
+        tokenizer: the policy's.
+        prompt: the conversation so far.
+        template: variables for the chat template, such as `enable_thinking`.
+
+    Raises:
+        RenderError: the messages have no rendering, or not one token.
+    """
+    ids = text_ids(tokenizer, prompt_text(tokenizer, prompt, **template), tokenizer.chat_template is not None)
+    if not ids:
+        raise RenderError("the prompt has no token")
+    return ids
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, templated: bool) -> list[int]:
+    """Tokens of a rendered text that a reply can follow.
+
+    Args:
+        tokenizer: the policy's.
+        text: a prompt, or a prompt and what follows it.
+        templated: whether a chat template wrote it: it then holds its own special tokens. Else those that the tokenizer
+            puts in front by default stand in front; those that it would append never do, as the text goes on.
+
+    Raises:
+        RenderError: the text cannot be tokenised.
+    """
+    bare = _ids(tokenizer, text)
+    appended = _ids(tokenizer, "")  # by a tokenizer that adds tokens although none are asked for
+    if appended and bare[-len(appended) :] == appended:
+        bare = bare[: -len(appended)]
+    return bare if templated else [*_in_front(tokenizer), *bare]
+
+
+def truncation_of(pairs: Iterable[EncodedPair]) -> Truncation:
+    """What `max_length` took from these pairs."""
+    counts = Truncation()
+    for pair in pairs:
+        counts.pairs += 1
+        counts.prompts += pair.lost_prompt > 0
+        counts.replies += pair.lost_reply > 0
+        counts.ends += pair.lost_end
+    return counts
 
 
 def collate_pairs(
@@ -167,41 +246,64 @@ def _refuse_empty(chosen: str, rejected: str) -> None:
             raise UnusablePair(f"the {name} reply is empty")
 
 
-def _template_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], **options: bool) -> list[int]:
-    encoding: Any = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)  # type: ignore[arg-type]
-    return _ids(encoding)
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> list[int]:
+    try:
+        return list(tokenizer(text, **{"add_special_tokens": False, **options})["input_ids"])
+    except (TypeError, UnicodeError) as error:
+        raise RenderError(f"the tokenizer cannot read the text ({type(error).__name__})") from error
 
 
-def _ids(encoding: Mapping[str, Any]) -> list[int]:
-    return list(encoding["input_ids"])
+def _in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that the tokenizer puts in front of every text by default."""
+    bare, whole = _ids(tokenizer, "a"), _ids(tokenizer, "a", add_special_tokens=True)
+    places = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+    return whole[: next(places, 0)]
 
 
-def _shared_beginning(first: Sequence[int], second: Sequence[int]) -> int:
-    for position, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return position
-    return min(len(first), len(second))
+def _reply_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: list[int], reply: str, templated: bool
+) -> list[int]:
+    """Tokens of a reply behind exactly `prompt_ids`."""
+    whole = text_ids(tokenizer, prompt + reply, templated)
+    if whole[: len(prompt_ids)] == prompt_ids:
+        return whole[len(prompt_ids) :]
+    # A token would merge across the border; a policy that is asked never writes it.
+    for anchor in ("", "\n", "a"):
+        in_front = _ids(tokenizer, anchor) if anchor else []
+        ids = _ids(tokenizer, anchor + reply)
+        own = ids[len(in_front) :]
+        if ids[: len(in_front)] == in_front and _text(tokenizer, [*prompt_ids, *own]) == _text(tokenizer, whole):
+            return own
+    raise RenderError("the tokenizer merges the end of the prompt with the beginning of the reply")
 
 
-def _split_and_cut(prompt: list[int], with_chosen: list[int], with_rejected: list[int], max_length: int) -> EncodedPair:
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _end_length(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the end of a turn."""
+    end = turn_end(tokenizer)
+    return 1 if end.token is not None else len(_ids(tokenizer, end.text)) if end.text else 0
+
+
+def _cut(prompt: list[int], chosen: list[int], rejected: list[int], end: int, max_length: int) -> EncodedPair:
     if max_length < 2:
         raise ValueError(f"max_length is {max_length}; expected at least 2: one prompt token and one response token.")
-    border = min(_shared_beginning(prompt, with_chosen), _shared_beginning(prompt, with_rejected))
-    if border == 0:
+    if not prompt:
         raise UnusablePair("no prompt token is left to predict the first response token from")
-    chosen, rejected = (sequence[border:][: max_length - 1] for sequence in (with_chosen, with_rejected))
-    for name, reply in (("chosen", chosen), ("rejected", rejected)):
+    kept = [reply[: max_length - 1] for reply in (chosen, rejected)]
+    for name, reply in zip(("chosen", "rejected"), kept, strict=True):
         if not reply:
             raise UnusablePair(f"the {name} reply has no token of its own behind the prompt")
-    if chosen == rejected:
+    if kept[0] == kept[1]:
         raise UnusablePair(f"the two replies are the same tokens (within max_length {max_length})")
-    room = max_length - max(len(chosen), len(rejected))
-    return EncodedPair(prompt[:border][-room:], chosen, rejected)
-
-
-def _split_one(prompt: list[int], whole: list[int], max_length: int) -> tuple[list[int], list[int]]:
-    border = _shared_beginning(prompt, whole)
-    reply = whole[border:][: max_length - 1]
-    if border == 0 or not reply:
-        raise UnusablePair("no prompt token or no reply token is left")
-    return prompt[:border][-(max_length - len(reply)) :], reply
+    room = max_length - max(map(len, kept))
+    lost = [len(whole) - len(part) for whole, part in zip((chosen, rejected), kept, strict=True)]
+    return EncodedPair(
+        prompt[-room:],
+        *kept,
+        lost_prompt=max(len(prompt) - room, 0),
+        lost_reply=sum(lost),
+        lost_end=any(0 < one <= end for one in lost),
+    )

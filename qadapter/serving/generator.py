@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from qadapter.preferences.render import end_ids
 from qadapter.preferences.tokenize import padding_id
 from qadapter.serving.policies import Blend, ServedPolicies
 
@@ -63,8 +64,7 @@ class Generator:
     def __init__(self, policies: ServedPolicies) -> None:
         self.policies = policies
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generator")
-        own = _as_list(policies.policy.generation_config.eos_token_id)
-        self._ends = sorted({*own, *_as_list(policies.tokenizer.eos_token_id)})
+        self._ends = end_ids(policies.tokenizer, policies.policy.generation_config.eos_token_id)
 
     def submit(
         self,
@@ -210,9 +210,3 @@ class ReplyReader(StoppingCriteria):
 def _overlap(text: str, stops: Sequence[str]) -> int:
     """Length of the longest end of `text` that a stop text begins with."""
     return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-
-
-def _as_list(value: int | Iterable[int] | None) -> list[int]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, int) else list(value)

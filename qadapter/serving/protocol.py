@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from jinja2.exceptions import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from qadapter.errors import QAdapterError
-from qadapter.inference.prompts import prompt_ids
 from qadapter.preferences.pair import Message
+from qadapter.preferences.render import RenderError
+from qadapter.preferences.tokenize import prompt_ids
 from qadapter.serving.generator import Generator, Reply, Sampling, Turn
 from qadapter.serving.policies import BASE_NAME, UnknownModelError
 
@@ -231,8 +231,8 @@ def prepare(request: ChatRequest, generator: Generator) -> Prepared:
 def _encode(generator: Generator, request: ChatRequest) -> list[int]:
     try:
         return prompt_ids(generator.policies.tokenizer, [message.plain() for message in request.messages])
-    except TemplateError as error:  # a template's own way to refuse roles or their order
-        raise RequestError(f"The model's chat template refuses these messages: {error}", param="messages") from error
+    except RenderError as error:
+        raise RequestError(f"messages: {error}", param="messages") from error
 
 
 def _longest_reply(request: ChatRequest, prompt: int, context: int) -> int:

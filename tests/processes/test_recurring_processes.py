@@ -19,7 +19,7 @@ from mlflow.entities.model_registry import ModelVersion
 from transformers import AutoTokenizer
 
 from qadapter.files.artifacts import digest_tree, read_json
-from qadapter.inference.prompts import prompt_ids
+from qadapter.preferences.tokenize import prompt_ids
 from qadapter.policy.model import QAdapterForCausalLM
 from tests.processes.test_killed import Row, cut, newest_checkpoint
 from tests.processes.test_security import files_with_secrets

@@ -26,7 +26,7 @@ from flows.commands.serve_model import main, watch
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import digest_tree, list_files
-from qadapter.inference.prompts import prompt_ids
+from qadapter.preferences.tokenize import prompt_ids
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.objective import Objective
 from qadapter.serving.policies import ServedPolicies

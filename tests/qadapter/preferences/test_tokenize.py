@@ -11,6 +11,7 @@ from trl import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from qadapter.preferences.pair import PreferencePair
+from qadapter.preferences.render import plain_prompt
 from qadapter.preferences.tokenize import (
     EncodedPair,
     UnusablePair,
@@ -18,7 +19,6 @@ from qadapter.preferences.tokenize import (
     encode_pair,
     encode_texts,
     padding_id,
-    plain_prompt,
 )
 from tests.support.tiny_chat import byte_tokenizer
 
@@ -67,12 +67,12 @@ def test_same_tokens_as_trl(conversational: bool):
 
 
 class MergingTokenizer:
-    """Characters, except that "a b" becomes one token where "a" alone is another: the border moves into the prompt."""
+    """Characters, except that "ab" is one token: prompt and reply tokenised together part inside it."""
 
     chat_template = None
-    eos_token = "$"
+    eos_token, eos_token_id = "$", ord("$")
 
-    def __call__(self, text: str) -> dict[str, list[int]]:
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         ids, i = [], 0
         while i < len(text):
             step = 2 if text[i : i + 2] == "ab" else 1
@@ -80,10 +80,14 @@ class MergingTokenizer:
             i += step
         return {"input_ids": ids}
 
+    def decode(self, ids: list[int], **_: bool) -> str:
+        return "".join("ab" if token == 1000 else chr(token) for token in ids)
 
-def test_token_merged_across_the_border_counts_as_reply():
+
+def test_a_token_that_would_merge_across_the_border_is_two_tokens():
+    """Generation starts from the prompt's own tokens, so that training does too."""
     encoded = encode_texts("xa", "b!", "c", MergingTokenizer(), 16)  # type: ignore[arg-type]
-    assert encoded == EncodedPair([ord("x")], [1000, ord("!"), ord("$")], [ord("a"), ord("c"), ord("$")])
+    assert encoded == EncodedPair([ord("x"), ord("a")], [ord("b"), ord("!"), ord("$")], [ord("c"), ord("$")])
 
 
 def test_without_chat_template_the_conversation_is_a_transcript():

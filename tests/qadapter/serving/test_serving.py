@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from benchmarks import serving
 from qadapter.errors import QAdapterError
-from qadapter.inference.prompts import prompt_ids
+from qadapter.preferences.tokenize import prompt_ids
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.objective import Objective
 from qadapter.serving.__main__ import allowed_hosts, main

@@ -6,7 +6,6 @@ behind it (`<|im_end|>`, say), and a template may trim the reply; both can turn 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from lm_eval.api.task import ConfigurableTask
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.benchmarks import items as benchmarks
 from qadapter.preferences.pair import Message
-from qadapter.preferences.tokenize import plain_prompt
+from qadapter.preferences.render import plain_prompt, rendered
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -59,7 +58,7 @@ def lm_eval_dataset(file: str, fields: Sequence[str], **metadata: Any) -> dict[s
 
 
 def _templated(chat_template: Callable[..., str], doc: Mapping[str, Any], ctx: str) -> list[tuple[str, str]]:
-    """Prompt and closed turn of each reply, split where the three texts part, as training splits their tokens.
+    """Prompt and closed turn of each reply, as training renders them.
 
     lm-eval hands over the model's `apply_chat_template`, which either opens a turn or leaves the last one open; the
     tokenizer behind it can close one.
@@ -69,17 +68,10 @@ def _templated(chat_template: Callable[..., str], doc: Mapping[str, Any], ctx: s
     if not hasattr(tokenizer, "apply_chat_template"):
         raise QAdapterError("A preference task needs the model's own tokenizer. Use the model `hf` or `qadapter`.")
     settings = getattr(model, "chat_template_args", None) or {}
-
-    def rendered(turns: list[Message], opened: bool) -> str:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opened, **settings))
-
     user: Message = {"role": "user", "content": doc["prompt"]}
-    opened = rendered([user], True)
-    closed = [rendered([user, {"role": "assistant", "content": reply}], False) for reply in doc["choices"]]
-    border = min(len(os.path.commonprefix([opened, one])) for one in closed)  # noqa: RUF071 - characters are meant
-    # `ctx` can have more in front of the question, such as a system prompt; the two end alike.
-    context = ctx.removesuffix(opened[border:])
-    return [(context, one[border:]) for one in closed]
+    texts = [rendered(tokenizer, [user], reply, **settings) for reply in doc["choices"]]
+    # `ctx` ends with the same generation prompt; it can have more in front of the question, such as a system prompt.
+    return [(ctx, reply) for _, reply in texts]
 
 
 def _plain(doc: Mapping[str, Any], ctx: str) -> list[tuple[str, str]]:
