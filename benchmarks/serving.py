@@ -27,8 +27,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.shapes import SHAPES, Shape, base_model, policy
-from qadapter.preferences.tokenize import prompt_ids
 from qadapter.policy.objective import Objective
+from qadapter.preferences.tokenize import prompt_ids
 from qadapter.serving.app import create_app
 from qadapter.serving.generator import Generator
 from qadapter.serving.policies import ServedPolicies

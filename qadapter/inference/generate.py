@@ -75,7 +75,8 @@ def longest_reply(wanted: int, context: int, *, asked_for: bool) -> int:
     Args:
         wanted: the setting's value.
         context: tokens of prompt and reply together.
-        asked_for: whether somebody named the value; a default that leaves too little for a prompt becomes half the context.
+        asked_for: whether somebody named the value; a default that leaves too little for a prompt becomes half the
+            context.
 
     Raises:
         QAdapterError: somebody asked for more than the context holds.

@@ -1,4 +1,4 @@
-"""From messages to text: the one place that writes a prompt and a reply, for training, generation, chat, server and lm-eval.
+"""From messages to text: the one place that writes prompts and replies, for training, generation, server and lm-eval.
 
 What a policy is asked with is the truth: a reply is trained and scored behind exactly the text that generation starts
 from (the chat template with `add_generation_prompt`). Many templates write a finished conversation otherwise than they
@@ -123,7 +123,7 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, *further: int | Iterable[int] | 
     found: set[int] = set()
     for value in (turn_end(tokenizer).token, tokenizer.eos_token_id, *further):
         if value is not None:
-            found |= {int(value)} if isinstance(value, int) else {int(one) for one in value}  # type: ignore[arg-type]
+            found |= {int(value)} if isinstance(value, int) else {int(one) for one in value}
     return sorted(found)
 
 

@@ -1,8 +1,8 @@
 """From a preference pair to token ids, and from several to one padded batch.
 
-What is written stands in `render.py`. The prompt is tokenised on its own, as generation tokenises it, and a reply is the
-tokens that follow it: those of prompt and reply together where they begin with the prompt's, else (tokens that would
-merge across the border, which generation never sees) those of the reply's own text.
+What is written stands in `render.py`. The prompt is tokenised on its own, as generation tokenises it, and a reply is
+the tokens that follow it: those of prompt and reply together where they begin with the prompt's, else (tokens that
+would merge across the border, which generation never sees) those of the reply's own text.
 
 Truncation keeps the responses. If prompt + longer reply exceed `max_length`, the prompt loses tokens from the left,
 the same for both replies, so that its end (the generation prompt) stays; a reply of `max_length` tokens or more loses
@@ -12,7 +12,7 @@ tokens from the right, so that one prompt token is left to predict the first res
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,10 @@ from qadapter.preferences.render import RenderError, prompt_text, rendered, turn
 
 class UnusablePair(ValueError):  # noqa: N818 - it is no programming error: the pair goes to quarantine with this reason
     """A pair that nothing can be learnt from; the message is the reason."""
+
+
+class UnrenderablePair(UnusablePair):
+    """A pair that the tokenizer and its chat template have no form for; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +94,8 @@ def encode_pair(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase, max_le
         prompt_ids = text_ids(tokenizer, prompt, templated)
         replies = [_reply_ids(tokenizer, prompt, prompt_ids, reply, templated) for reply in (chosen, rejected)]
     except RenderError as error:
-        raise UnusablePair(str(error)) from error
-    return _cut(prompt_ids, *replies, _end_length(tokenizer), max_length)
+        raise UnrenderablePair(str(error)) from error
+    return _cut(prompt_ids, replies, _end_length(tokenizer), max_length)
 
 
 def encode_texts(
@@ -116,8 +120,8 @@ def encode_texts(
         prompt_ids = text_ids(tokenizer, prompt, False)
         replies = [_reply_ids(tokenizer, prompt, prompt_ids, reply, False) for reply in closed]
     except RenderError as error:
-        raise UnusablePair(str(error)) from error
-    return _cut(prompt_ids, *replies, bool(end), max_length)
+        raise UnrenderablePair(str(error)) from error
+    return _cut(prompt_ids, replies, bool(end), max_length)
 
 
 def encode_reply(
@@ -135,7 +139,7 @@ def encode_reply(
         ids = text_ids(tokenizer, before, templated)
         reply_ids = _reply_ids(tokenizer, before, ids, text, templated)[: max_length - 1]
     except RenderError as error:
-        raise UnusablePair(str(error)) from error
+        raise UnrenderablePair(str(error)) from error
     if not ids or not reply_ids:
         raise UnusablePair("no prompt token or no reply token is left")
     return ids[-(max_length - len(reply_ids)) :], reply_ids
@@ -175,6 +179,39 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, templated: bool) -> 
     if appended and bare[-len(appended) :] == appended:
         bare = bare[: -len(appended)]
     return bare if templated else [*_in_front(tokenizer), *bare]
+
+
+@dataclass(frozen=True)
+class EncodedPairList:
+    """What became of some pairs.
+
+    Attributes:
+        indices: of the pairs that can be used, in the order given.
+        pairs: their token ids.
+        unusable: (index, reason) of the others.
+        unrenderable: how many of those the tokenizer and its chat template have no form for.
+    """
+
+    indices: list[int]
+    pairs: list[EncodedPair]
+    unusable: list[tuple[int, str]]
+    unrenderable: int
+
+
+def encode_pairs(
+    pairs: Iterable[PreferencePair], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> EncodedPairList:
+    """`encode_pair` of each pair; the ones that cannot be used are set aside with the reason."""
+    found = EncodedPairList([], [], [], 0)
+    unrenderable = 0
+    for index, pair in enumerate(pairs):
+        try:
+            found.pairs.append(encode_pair(pair, tokenizer, max_length))
+            found.indices.append(index)
+        except UnusablePair as error:
+            found.unusable.append((index, str(error)))
+            unrenderable += isinstance(error, UnrenderablePair)
+    return replace(found, unrenderable=unrenderable)
 
 
 def truncation_of(pairs: Iterable[EncodedPair]) -> Truncation:
@@ -287,22 +324,23 @@ def _end_length(tokenizer: PreTrainedTokenizerBase) -> int:
     return 1 if end.token is not None else len(_ids(tokenizer, end.text)) if end.text else 0
 
 
-def _cut(prompt: list[int], chosen: list[int], rejected: list[int], end: int, max_length: int) -> EncodedPair:
+def _cut(prompt: list[int], replies: Sequence[list[int]], end: int, max_length: int) -> EncodedPair:
     if max_length < 2:
         raise ValueError(f"max_length is {max_length}; expected at least 2: one prompt token and one response token.")
     if not prompt:
         raise UnusablePair("no prompt token is left to predict the first response token from")
-    kept = [reply[: max_length - 1] for reply in (chosen, rejected)]
-    for name, reply in zip(("chosen", "rejected"), kept, strict=True):
+    chosen, rejected = (reply[: max_length - 1] for reply in replies)
+    for name, reply in (("chosen", chosen), ("rejected", rejected)):
         if not reply:
             raise UnusablePair(f"the {name} reply has no token of its own behind the prompt")
-    if kept[0] == kept[1]:
+    if chosen == rejected:
         raise UnusablePair(f"the two replies are the same tokens (within max_length {max_length})")
-    room = max_length - max(map(len, kept))
-    lost = [len(whole) - len(part) for whole, part in zip((chosen, rejected), kept, strict=True)]
+    room = max_length - max(len(chosen), len(rejected))
+    lost = [len(whole) - len(kept) for whole, kept in zip(replies, (chosen, rejected), strict=True)]
     return EncodedPair(
         prompt[-room:],
-        *kept,
+        chosen,
+        rejected,
         lost_prompt=max(len(prompt) - room, 0),
         lost_reply=sum(lost),
         lost_end=any(0 < one <= end for one in lost),

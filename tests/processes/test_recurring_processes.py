@@ -19,8 +19,8 @@ from mlflow.entities.model_registry import ModelVersion
 from transformers import AutoTokenizer
 
 from qadapter.files.artifacts import digest_tree, read_json
-from qadapter.preferences.tokenize import prompt_ids
 from qadapter.policy.model import QAdapterForCausalLM
+from qadapter.preferences.tokenize import prompt_ids
 from tests.processes.test_killed import Row, cut, newest_checkpoint
 from tests.processes.test_security import files_with_secrets
 from tests.processes.test_served_model import answers, running

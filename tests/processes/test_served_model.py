@@ -26,9 +26,9 @@ from flows.commands.serve_model import main, watch
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import digest_tree, list_files
-from qadapter.preferences.tokenize import prompt_ids
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.objective import Objective
+from qadapter.preferences.tokenize import prompt_ids
 from qadapter.serving.policies import ServedPolicies
 from qadapter.serving.registered import DamagedError
 from tasks.tracking.models import check_files, find_adapter, find_base, find_served_model, log_served_model

@@ -45,11 +45,16 @@ DROPS_THOUGHTS = (
 NO_SYSTEM = (
     _LOOP + "{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}"
-    + _TURN + "{{ eos_token }}{% endfor %}" + _OPEN
+    + _TURN
+    + "{{ eos_token }}{% endfor %}"
+    + _OPEN
 )
 # The last turn is left open; the others end in `<|end|>`.
-LAST_OPEN = _LOOP + _TURN + "{% if not loop.last %}{{ '<|end|>' }}{% endif %}{% endfor %}" + (
-    "{% if add_generation_prompt %}{{ '<|end|><|assistant|>' }}{% endif %}"
+LAST_OPEN = (
+    _LOOP
+    + _TURN
+    + "{% if not loop.last %}{{ '<|end|>' }}{% endif %}{% endfor %}"
+    + ("{% if add_generation_prompt %}{{ '<|end|><|assistant|>' }}{% endif %}")
 )
 # Headings, and nothing at the end of a turn.
 HEADINGS = (
@@ -66,9 +71,7 @@ SHOUTS = _LOOP + "{{ '<|' + m['role'] + '|>' + m['content'].upper() + eos_token 
 # It has a mistake of its own.
 BROKEN = _LOOP + "{{ m['content'] + m['name'] }}{% endfor %}"
 
-ALL = {
-    name: text for name, text in list(globals().items()) if name.isupper() and not name.startswith("_")
-}
+ALL = {name: text for name, text in list(globals().items()) if name.isupper() and not name.startswith("_")}
 
 
 def with_template(template: str | None) -> PreTrainedTokenizerFast:

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 
 from benchmarks import serving
 from qadapter.errors import QAdapterError
-from qadapter.preferences.tokenize import prompt_ids
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.objective import Objective
+from qadapter.preferences.tokenize import prompt_ids
 from qadapter.serving.__main__ import allowed_hosts, main
 from qadapter.serving.app import create_app
 from qadapter.serving.generator import Generator, Reply, ReplyReader, Sampling, Turn
