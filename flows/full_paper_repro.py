@@ -15,6 +15,7 @@ from prefect import flow
 
 from flows.running.launch import Launch, launched
 from qadapter.config.experiment import Experiment
+from qadapter.judging.plan import judge_of
 from qadapter.methods.method import Need
 from qadapter.methods.table import method_named
 from tasks.data import build_benchmarks, generate_toy_world, prepare_data
@@ -66,7 +67,7 @@ def evaluation_inputs(experiment: Experiment, run: Run, common: Common, name: st
     """What every row of a domain is measured with."""
     domain = experiment.domains[name]
     base, pairs = common.bases[domain.base], common.data[domain.source]
-    judged = experiment.judge_of(name) == "reward-model"
+    kind = judge_of(experiment, name)
     return {
         "base": base,
         "data": pairs,
@@ -74,7 +75,7 @@ def evaluation_inputs(experiment: Experiment, run: Run, common: Common, name: st
         "old_texts": common.old_texts,
         "benchmarks": common.benchmarks,
         "world": common.world,
-        "judge": run(train_judge, domain=name, base=base, data=pairs) if judged else None,
+        "judge": run(train_judge, domain=name, base=base, data=pairs) if kind and kind.training else None,
     }
 
 

@@ -9,8 +9,10 @@ from typing import Any
 from prefect import task
 
 from qadapter.files.artifacts import read_json_lines
+from qadapter.judging.plan import case_of, judge_of
+from qadapter.judging.table import NO_JUDGE
 from tasks.data import log_pairs
-from tasks.judge import JUDGING, answer_judge, judge_settings
+from tasks.judge import judge_material
 from tasks.stages.context import PROJECT_ROOT, Cell, RunContext, resolve_path
 from tasks.stages.logged import StageResult, logged_stage, task_result
 from tasks.stages.store import StageOutput
@@ -62,7 +64,11 @@ def evaluate(
     source = experiment.domains[cell.domain].source
     style = experiment.sources[source].domain
     adapter = trained.path / "adapter" if trained else None
-    kind = experiment.judge_of(cell.domain)
+    kind = judge_of(experiment, cell.domain)
+    case = case_of(experiment, cell.domain, kind) if kind else None
+    # A plain function of the judge's own module: so the stage's code digest has that judge's code and no other's.
+    open_judge = kind.open if kind else None
+    material = judge_material(context, base, judge, world)
     inputs: dict[str, StageOutput | Path] = {**base.inputs(), "data": data.output}
     if trained is not None:
         inputs["adapter"] = trained.output
@@ -75,7 +81,9 @@ def evaluate(
 
     def compute(out: Path, _: Path) -> None:
         from qadapter.evaluation.measure import measure_adaptation
+        from qadapter.judging.verdicts import comparison
 
+        answer_judge = open_judge(case, material) if open_judge and case else None
         measure_adaptation(
             base.location,
             adapter,
@@ -86,7 +94,7 @@ def evaluate(
             max_length=experiment.training.max_length,
             world=world.path if world else None,
             style=style,
-            judge=answer_judge(context, kind, cell.domain, base, judge, world),
+            compare=comparison(answer_judge, experiment.evaluation.adaptation.generate),
             out=out,
         )
 
@@ -102,8 +110,9 @@ def evaluate(
         tags=cell.tags(),
         module="qadapter.evaluation.measure",
         config={
-            "settings": experiment.evaluation.adaptation.model_dump(exclude=JUDGING),
-            **judge_settings(context, kind, cell.domain),
+            "settings": experiment.evaluation.adaptation.measured(),
+            "judge": kind.name if kind else NO_JUDGE,
+            **(kind.cache_key(case) if kind and case else {}),
             "model": experiment.model.numerics(),
             "max_length": experiment.training.max_length,
             "style": style,

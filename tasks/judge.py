@@ -1,13 +1,15 @@
-"""The judge of a domain's answers: trained where it is a reward model, made ready for the evaluation in any case."""
+"""The judge of a domain's answers: its training where it needs one, and what the evaluation hands to it."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from prefect import task
 from prefect.logging import get_run_logger
 
-from qadapter.config.evaluation import Judge
+from qadapter.judging.kind import Material
+from qadapter.judging.plan import judge_of, judge_training, judged_rows
 from tasks.data import log_pairs
 from tasks.stages.context import RunContext
 from tasks.stages.launching import Launcher
@@ -17,26 +19,23 @@ from tasks.train import Base, keyed
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from qadapter.judging.verdicts import AnswerJudge
-
-JUDGING = {"judge", "reward_model", "endpoint", "criteria"}
-"""Keys of `evaluation.adaptation` that say who judges; `judge_settings` says what of them a verdict depends on."""
-
 
 @task(task_run_name="judge-{domain}", tags=["accelerator"])
 def train_judge(context: RunContext, domain: str, base: Base, data: StageResult) -> Any:
-    """Train a reward model on the domain's pairs that no policy sees, and measure how far it can be trusted."""
+    """Train the domain's judge on the pairs that no policy sees, and measure how far it can be trusted."""
     context = base.within(context)
     experiment = context.experiment
-    settings = experiment.evaluation.adaptation.reward_model or experiment.training
+    kind = judge_of(experiment, domain)
+    settings = judge_training(experiment, domain)
+    assert kind is not None
+    assert kind.training is not None
+    train = import_module(kind.training).train_judge
     source = experiment.domains[domain].source
     launch = Launcher(experiment.launch)
 
     def compute(out: Path, scratch: Path) -> None:
-        from qadapter.judging.reward_training import train_reward_model
-
         launch(
-            train_reward_model,
+            train,
             base.location,
             data.path / "judge.jsonl",
             data.path / "heldout.jsonl",
@@ -53,7 +52,7 @@ def train_judge(context: RunContext, domain: str, base: Base, data: StageResult)
         "judge",
         label=domain,
         tags={"domain": domain},
-        module="qadapter.judging.reward_training",
+        module=kind.training,
         config={
             **keyed(settings),
             "lora": experiment.lora.model_dump(),
@@ -80,42 +79,20 @@ def train_judge(context: RunContext, domain: str, base: Base, data: StageResult)
     return task_result(result, result)
 
 
-def judge_settings(context: RunContext, kind: Judge, domain: str) -> dict[str, Any]:
-    """What verdicts depend on, as part of a cache key; any change of an endpoint asks again what stayed undecided."""
-    adaptation = context.experiment.evaluation.adaptation
-    settings: dict[str, Any] = {"judge": kind}
-    if kind == "endpoint" and adaptation.endpoint is not None:
-        from qadapter.judging.plan import criterion_of
+def judge_material(context: RunContext, base: Base, trained: StageResult | None, world: StageResult | None) -> Material:
+    """What the stages before the evaluation of a row made for its judge.
 
-        settings["endpoint"] = adaptation.endpoint.model_dump(exclude={"api_key_variable", "parallel"})
-        settings["criterion"] = criterion_of(context.experiment, domain)
-    if kind == "reward-model" and adaptation.reward_model is not None:
-        settings["max_length"] = adaptation.reward_model.max_length
-    return settings
-
-
-def answer_judge(
-    context: RunContext, kind: Judge, domain: str, base: Base, trained: StageResult | None, world: StageResult | None
-) -> AnswerJudge | None:
-    """The judge that the evaluation of a row asks; None for nobody."""
-    experiment = context.experiment
-    adaptation = experiment.evaluation.adaptation
-    if kind == "rule" and world is not None:
-        from qadapter.judging.verdicts import RuleJudge
-        from qadapter.toyworld.world import ToyWorld
-
-        return RuleJudge(ToyWorld.read(world.path), experiment.sources[experiment.domains[domain].source].domain)
-    if kind == "reward-model" and trained is not None:
-        from qadapter.judging.reward_model import RewardJudge
-
-        settings = adaptation.reward_model or experiment.training
-        return RewardJudge(trained.path, base.location, experiment.model, settings.max_length, adaptation.batch_size)
-    if kind == "endpoint":
-        from qadapter.judging.endpoint import EndpointJudge
-        from qadapter.judging.plan import criterion_of, endpoint_share, judged_rows
-
-        # One file for all rows and runs: a question that was answered once is never paid for again.
-        cache = context.store.root / "judge_answers.jsonl"
-        row = endpoint_share(experiment, context.rows_to_judge or judged_rows(experiment))
-        return EndpointJudge(row, criterion_of(experiment, domain), cache)
-    return None
+    Args:
+        context: of the flow run.
+        base: the domain's base.
+        trained: the judge's training, where it has one.
+        world: the toy world.
+    """
+    return Material(
+        world=world.path if world else None,
+        trained=trained.path if trained else None,
+        base=base.location,
+        model=context.experiment.model,
+        cache=context.store.root,
+        rows=context.rows_to_judge or judged_rows(context.experiment),
+    )

@@ -15,7 +15,7 @@ from flows.running.launch import Launch
 from qadapter.config.experiment import Experiment
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.old_text import unmeasured_on_old_text
-from qadapter.judging.plan import plan_judges
+from qadapter.judging.plan import judge_training, plan_judges
 from qadapter.methods.method import Need, PairsPlan
 from qadapter.methods.table import METHODS, method_named
 from qadapter.planning import estimate as planning
@@ -207,8 +207,9 @@ def _estimate(
         )
         return work.steps, work.tokens, planning.training_flops(size, work.tokens, work.passes), memory
     if stage.task == "train_judge":
-        name = experiment.domains[str(stage.inputs["domain"])].source
-        reward = experiment.evaluation.adaptation.reward_model or training
+        domain = str(stage.inputs["domain"])
+        name = experiment.domains[domain].source
+        reward = judge_training(experiment, domain)
         steps = planning.steps(experiment.sources[name].judge_pairs, reward)
         tokens = steps * reward.batch_size * 2 * min(plans[name].tokens_per_sequence, reward.max_length)
         memory = planning.training_memory_gb(size, experiment.model, experiment.lora, reward)

@@ -19,6 +19,8 @@ from qadapter.config.sources import Source
 from qadapter.errors import QAdapterError, did_you_mean
 from qadapter.files.shown import shown
 from qadapter.gate import Gate
+from qadapter.judging.plan import judge_of
+from qadapter.judging.table import NO_JUDGE
 from qadapter.methods.table import SUBJECT
 
 CONFIG_FOLDER = PROFILE_FOLDER / "customize"
@@ -85,8 +87,9 @@ class Customization(Settings):
         fields["domains"] = {self.domain: {**fields["domains"][self.domain], "source": PREFERENCES}}
         fields["methods"]["run"] = [SUBJECT.name]
         fields["seeds"] = [self.seed]
-        if whole.judge_of(self.domain) == "reward-model":  # trained on pairs that a growing source does not set apart
-            fields["evaluation"]["adaptation"]["judge"] = "none"
+        judge = judge_of(whole, self.domain)
+        if judge and judge.training:  # trained on pairs that a growing source does not set apart
+            fields["evaluation"]["adaptation"]["judge"] = NO_JUDGE
         return Experiment.model_validate(fields)
 
 

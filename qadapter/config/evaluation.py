@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from qadapter.config.base import Count, Name, NonNegative, Positive, Settings, refuse_repeats
-from qadapter.config.training import OptimizerSettings
+from qadapter.config.base import Count, Name, Settings, refuse_repeats
 
 
 class RetentionSettings(Settings):
@@ -38,42 +37,6 @@ class RetentionSettings(Settings):
         return self
 
 
-class JudgeSettings(Settings):
-    """Which judge behind an OpenAI-compatible endpoint, and how much it may cost.
-
-    Attributes:
-        url: the endpoint's base, such as `https://api.openai.com/v1`; `/chat/completions` is added.
-        model: the judge's name there.
-        api_key_variable: environment variable that holds the key; None for a server that wants none. The key itself
-            stands in no config.
-        input_price, output_price: of a million tokens; needed for an estimate and for a budget.
-        budget: most that may be spent, in the prices' currency; None for no limit. An experiment's budget is for all
-            its rows together, each has an equal part.
-        max_output_tokens: longest answer of the judge.
-        timeout: seconds for one attempt.
-        retries: further attempts after one that failed for a reason that may pass.
-        backoff: seconds before the first of them; each further wait is twice as long.
-        parallel: calls at a time.
-        extra: further fields of the request body; null removes one (some models refuse `temperature`).
-    """
-
-    url: str
-    model: str
-    api_key_variable: str | None = "OPENAI_API_KEY"
-    input_price: NonNegative | None = None
-    output_price: NonNegative | None = None
-    budget: NonNegative | None = None
-    max_output_tokens: Count = 64
-    timeout: Positive = 60.0
-    retries: Annotated[int, Field(ge=0)] = 4
-    backoff: NonNegative = 1.0
-    parallel: Count = 4
-    extra: dict[str, Any] = {}
-
-
-Judge = Literal["rule", "reward-model", "endpoint", "none"]
-
-
 class AdaptationSettings(Settings):
     """What was to be learnt, on held-out pairs.
 
@@ -81,21 +44,24 @@ class AdaptationSettings(Settings):
         batch_size: pairs per forward pass.
         max_new_tokens: length of the answers generated for reading and, in the toy world, for its exact rules.
         generate: held-out prompts answered by generation; 0 for none.
-        judge: who says whether an answer is better than the base's: `rule` (the toy world's own), `reward-model`
-            (trained on the sources' `judge_pairs`), `endpoint`, `none`. None: the rule in a toy world, elsewhere a
-            reward model where the domain's source has `judge_pairs`.
-        reward_model: how the reward model is trained; None: as the adapters, with `training`.
-        endpoint: the judge to call, for `endpoint`.
-        criteria: domain → what `endpoint` is to decide, as the end of "Decide …"; the paper's domains have theirs.
+        judge: the judge that says whether an answer is better than the base's (`qadapter.judging.table`): `rule` (the
+            toy world's own), `reward-model` (trained on the sources' `judge_pairs`), `endpoint`, `none`. None: the rule
+            in a toy world, elsewhere a reward model where the domain's source has `judge_pairs`.
+        criteria: domain → what an endpoint is to decide, as the end of "Decide …"; the paper's domains have theirs.
+
+    The experiment's schema adds a section for each judge that has settings: `reward_model` (how it is trained; without
+    it as the adapters, with `training`) and `endpoint` (the judge to call).
     """
 
     batch_size: Count = 32
     max_new_tokens: Count = 64
     generate: Annotated[int, Field(ge=0)] = 20
-    judge: Judge | None = None
-    reward_model: OptimizerSettings | None = None
-    endpoint: JudgeSettings | None = None
+    judge: str | None = None
     criteria: dict[Name, str] = {}
+
+    def measured(self) -> dict[str, Any]:
+        """The settings that a measurement depends on, whichever judge compares the answers; for a cache key."""
+        return self.model_dump(include={"batch_size", "max_new_tokens", "generate"})
 
 
 class BuiltBenchmarks(Settings):

@@ -11,13 +11,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, create_model, model_validator
 
 from qadapter.config.base import Count, Name, Settings
-from qadapter.config.evaluation import BuiltBenchmarks, EvaluationSettings, Judge
+from qadapter.config.evaluation import AdaptationSettings, BuiltBenchmarks, EvaluationSettings
 from qadapter.config.execution import LaunchSettings, RunnerSettings
 from qadapter.config.folder import CONFIGS
 from qadapter.config.methods import Methods
@@ -26,8 +26,36 @@ from qadapter.config.sources import Source, ToyWorldSettings
 from qadapter.config.training import DomainSettings, HelpfulSettings, OptimizerSettings, PretrainingSettings
 from qadapter.errors import QAdapterError, did_you_mean
 from qadapter.files.shown import shown
+from qadapter.judging import plan as judges
+from qadapter.judging.table import JUDGES, NO_JUDGE, judge_names
 
 PROFILE_FOLDER = CONFIGS
+
+
+def _known_judge(name: str | None) -> str | None:
+    """Raise ValueError where a config names a judge that the table does not have."""
+    if name is not None and name not in judge_names():
+        raise ValueError(f"there is no such judge{did_you_mean(name, judge_names())}")
+    return name
+
+
+if TYPE_CHECKING:
+    JudgedAdaptation = AdaptationSettings
+else:
+    JudgedAdaptation = create_model(
+        "JudgedAdaptation",
+        __base__=AdaptationSettings,
+        __doc__=AdaptationSettings.__doc__,
+        __module__=__name__,
+        judge=(Annotated[str | None, AfterValidator(_known_judge)], None),
+        **{kind.section: (kind.settings | None, None) for kind in JUDGES if kind.section},
+    )
+
+
+class JudgedEvaluation(EvaluationSettings):
+    """Both halves of the paper's claim, with a section for each judge of `qadapter.judging.table` that has settings."""
+
+    adaptation: JudgedAdaptation = JudgedAdaptation()
 
 
 class Experiment(Settings):
@@ -62,7 +90,7 @@ class Experiment(Settings):
     training: OptimizerSettings
     domains: dict[Name, DomainSettings] = Field(min_length=1)
     methods: Methods
-    evaluation: EvaluationSettings
+    evaluation: JudgedEvaluation
 
     @model_validator(mode="after")
     def _check(self) -> Experiment:
@@ -96,7 +124,8 @@ class Experiment(Settings):
             yield f"domains {needy} want the base 'helpful', but there is no helpful_sft section"
         if self.training.max_steps and (idle := [name for name, d in self.domains.items() if d.epochs]):
             yield f"domains.{idle[0]}.epochs says nothing where training.max_steps counts: give one of them"
-        yield from self._judge_contradictions(unknown)
+        known = [name for name, domain in self.domains.items() if domain.source in self.sources]
+        yield from judges.contradictions(self, known)
         trainings = {"pretraining": self.pretraining, "helpful_sft": self.helpful_sft, "training": self.training}
         yield from self.launch.contradictions(trainings)
         if self.model.from_scratch:
@@ -108,38 +137,10 @@ class Experiment(Settings):
                         f"{self.model.from_scratch.context}"
                     )
 
-    def _judge_contradictions(self, unknown: Mapping[str, str]) -> Iterator[str]:
-        """What keeps the judge that was asked for from judging; `unknown` are keys that name no source."""
-        settings = self.evaluation.adaptation
-        key = "evaluation.adaptation"
-        if settings.judge == "rule" and not self.toy_world:
-            yield f"{key}.judge: 'rule' is a toy world's; expected 'reward-model', 'endpoint' or 'none'"
-        if settings.judge == "endpoint" and not settings.endpoint:
-            yield f"{key}.endpoint: is required by {key}.judge 'endpoint'; give its url and model"
-        if settings.judge in ("reward-model", "endpoint") and not settings.generate:
-            yield f"{key}.generate: 0 leaves {key}.judge {settings.judge!r} no answers to judge"
-        if settings.judge == "reward-model":
-            sources = {domain.source for domain in self.domains.values()} - set(unknown.values())
-            for name in sorted(name for name in sources if not self.sources[name].judge_pairs):
-                yield (
-                    f"sources.{name}.judge_pairs: 0, but {key}.judge is 'reward-model', which is trained on these; "
-                    "set a few hundred pairs apart, or choose another judge"
-                )
-        size, reward = self.model.from_scratch, settings.reward_model
-        if size and reward and reward.max_length > size.context:
-            yield (
-                f"{key}.reward_model.max_length {reward.max_length} is longer than the model's context {size.context}"
-            )
-
-    def judge_of(self, domain: str) -> Judge:
-        """Who judges a domain's answers (`AdaptationSettings.judge`)."""
-        settings = self.evaluation.adaptation
-        if settings.judge:
-            return settings.judge
-        if self.toy_world:
-            return "rule"
-        apart = self.sources[self.domains[domain].source].judge_pairs
-        return "reward-model" if apart and settings.generate else "none"
+    def judge_of(self, domain: str) -> str:
+        """Name of the judge of a domain's answers (`AdaptationSettings.judge`)."""
+        kind = judges.judge_of(self, domain)
+        return kind.name if kind else NO_JUDGE
 
     def training_of(self, domain: str) -> OptimizerSettings:
         """The training that a domain's adapters get."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,15 @@ from qadapter.evaluation.old_answers import answer_metrics, answer_old_prompts
 from qadapter.evaluation.preference import PairScores, distinct_prompts, preference_metrics, score_pairs
 from qadapter.files.artifacts import read_json, read_json_lines, write_json
 from qadapter.inference.generate import generate_replies
-from qadapter.judging.verdicts import AnswerJudge, judge_answers
 from qadapter.policy.loading import load_base, load_policy
-from qadapter.preferences.pair import load_pairs
+from qadapter.preferences.pair import Message, load_pairs
 from qadapter.toyworld.rules import exact_measures
 from qadapter.toyworld.world import ToyWorld
+
+Compare = Callable[
+    [Sequence[Sequence[Message]], Sequence[str], Sequence[str]], tuple[list[dict[str, Any]], dict[str, float]]
+]
+"""Prompts, the base's answers and the policy's → rows {prompt, base, reply, verdict, judge}, and metrics."""
 
 
 def measure_adaptation(
@@ -38,7 +42,7 @@ def measure_adaptation(
     max_length: int,
     world: Path | None,
     style: str | None,
-    judge: AnswerJudge | None,
+    compare: Compare,
     out: Path,
 ) -> None:
     """Score held-out pairs and answer held-out prompts.
@@ -53,9 +57,9 @@ def measure_adaptation(
         max_length: tokens, as in training.
         world: folder of the toy world the data is from, None for real data.
         style: the domain's style in the toy world, None for harmless.
-        judge: who compares the answers with the base's, None for nobody.
+        compare: compares the policy's answers with the base's (`qadapter.judging.verdicts.comparison`).
         out: gets `metrics.json` (`adaptation/…`, `cost/…`), `pairs.jsonl` (per pair: log-probs, margin) and
-            `answers.jsonl` (prompt, the base's reply, reply, verdict, judge; see `judge_answers`).
+            `answers.jsonl` (prompt, the base's reply, reply, verdict, judge; as `compare` gives them).
 
     `adaptation/score` is the headline: the exact rule where there is one, else the share of pairs whose implied reward
     (the log-ratio to the base) prefers the chosen reply; a tie counts one half, so the base has 0.5.
@@ -82,9 +86,7 @@ def measure_adaptation(
         before = (
             [row["reply"] for row in read_json_lines(base_adaptation / "answers.jsonl")] if base_adaptation else replies
         )
-        # The toy world's rule is free; who else judges is asked about as many answers as on real data.
-        limit = None if judge is None or judge.name == "rule" else settings.generate
-        answers, judged = judge_answers(judge, prompts, before, replies, limit)
+        answers, judged = compare(prompts, before, replies)
         metrics |= judged
         _write_lines(out / "answers.jsonl", answers)
     metrics["adaptation/score"] = metrics.get("adaptation/exact_rule", metrics["adaptation/implied_reward_accuracy"])

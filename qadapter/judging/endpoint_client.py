@@ -1,4 +1,8 @@
-"""Calls to a judge behind an OpenAI-compatible endpoint: cached, retried, within a budget, never fatal."""
+"""Calls to a judge behind an OpenAI-compatible endpoint: cached, retried, within a budget, never fatal.
+
+The requests go through the `openai` client; its own retries are off, because a judge's budget, its waits and the point
+at which it is given up hold for all threads together.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +15,18 @@ import random
 import re
 import threading
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
+import openai
 
-from qadapter.config.evaluation import JudgeSettings
 from qadapter.errors import QAdapterError
+from qadapter.judging.answer_cache import AnswerCache
+from qadapter.judging.endpoint import EndpointSettings
 
 Messages = Sequence[dict[str, str]]
 Parsed = TypeVar("Parsed")
@@ -36,12 +43,15 @@ GIVE_UP_AFTER = 3
 MOST_TOKENS = 1e9
 """No call uses more; a server that counts more does not count."""
 
+LARGEST_RESPONSE = 4 * 2**20
+"""Bytes of a response, as sent and as unpacked: a verdict takes a few hundred, a bomb unpacks to gigabytes."""
+
 _NO_RESPONSE = (httpx.HTTPError, httpx.InvalidURL, OSError, OverflowError, ValueError)
 """What an attempt fails with where an address, a network or a server is to blame, not this program; a ValueError is
 what TLS and codecs raise at a name."""
 
 
-def check_endpoint(settings: JudgeSettings) -> None:
+def check_endpoint(settings: EndpointSettings) -> None:
     """Refuse what can be seen to be wrong before any call.
 
     Raises:
@@ -67,7 +77,7 @@ def _is_base(url: str) -> bool:
     return bool(re.match(r"https?://[^/\s@]+(/|$)", url) and parsed.host and 1 <= port <= 65_535)
 
 
-def _key_of(settings: JudgeSettings) -> str:
+def _key_of(settings: EndpointSettings) -> str:
     """The key without the line end that a mounted secret often has; empty for a server that wants none.
 
     Raises:
@@ -90,7 +100,7 @@ def _key_of(settings: JudgeSettings) -> str:
     return key
 
 
-def price(settings: JudgeSettings, input_tokens: float, output_tokens: float) -> float | None:
+def price(settings: EndpointSettings, input_tokens: float, output_tokens: float) -> float | None:
     """What so many tokens cost, in the prices' currency; None where the prices are not known."""
     if settings.input_price is None or settings.output_price is None:
         return None
@@ -127,7 +137,7 @@ class JudgeClient:
         usage: what was used so far.
     """
 
-    def __init__(self, settings: JudgeSettings, cache: Path | None = None) -> None:
+    def __init__(self, settings: EndpointSettings, cache: Path | None = None) -> None:
         """Check the settings and read the cache.
 
         Args:
@@ -138,18 +148,16 @@ class JudgeClient:
         key = _key_of(settings)
         self.settings = settings
         self.usage = Usage()
-        self._cache_file = cache
-        self._answers = _read_cache(cache)
+        self._answers = AnswerCache(cache)
         self._lock = threading.Lock()
         self._reserved = 0.0
         self._lost_in_a_row = 0
         self._stopped: str | None = None
         # As it is and as it is quoted, in Python or JSON; the longest first, so that no part of one is left.
         self._secrets = sorted({key, repr(key)[1:-1], json.dumps(key)[1:-1]} - {""}, key=len, reverse=True)
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        # httpx's timeout is for each read, so that a server could send a byte now and then for ever. A coroutine can be
-        # ended at any point; the loop runs in a thread of its own, so that `ask` can be called from any.
-        self._http = httpx.AsyncClient(timeout=None, headers=headers)
+        # A client's timeout is for each read, so that a server could send a byte now and then for ever. A coroutine can
+        # be ended at any point; the loop runs in a thread of its own, so that `ask` can be called from any.
+        self._http = _BoundedClient(key)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="judge", daemon=True)
         self._thread.start()
@@ -181,14 +189,14 @@ class JudgeClient:
         again = [*messages, {"role": "assistant", "content": text}, {"role": "user", "content": reminder}]
         text = self._text(again, parse)
         if (answer := parse(text)) is not None:
-            self._remember(self._key(messages), text)
+            self._answers.put(self._key(messages), text)
             return answer
         self._note(f"nonsense: {self._masked(text)[:200]!r}")
         raise UnansweredError("nonsense")
 
     def is_cached(self, messages: Messages) -> bool:
         """Whether the question needs no call."""
-        return self._key(messages) in self._answers
+        return self._answers.get(self._key(messages)) is not None
 
     def estimated_tokens(self, messages: Messages) -> tuple[float, float]:
         """Tokens of the question, and of the longest answer to it."""
@@ -197,13 +205,13 @@ class JudgeClient:
 
     def _text(self, messages: Messages, parse: Callable[[str], Any]) -> str:
         key = self._key(messages)
-        with self._lock:
-            if (known := self._answers.get(key)) is not None:
+        if (known := self._answers.get(key)) is not None:
+            with self._lock:
                 self.usage.cached += 1
-                return known
+            return known
         text = self._call(messages)
         if parse(text) is not None:  # nonsense is not kept: another attempt, another day, may do better
-            self._remember(key, text)
+            self._answers.put(key, text)
         return text
 
     def _call(self, messages: Messages) -> str:
@@ -283,9 +291,30 @@ class JudgeClient:
             TimeoutError: it took longer than the settings allow.
             Exception: one of `_NO_RESPONSE`, alone or in a group: no whole response came.
         """
-        question = json.dumps(self._body(messages)).encode()  # not httpx's own, which fails at half a surrogate pair
-        async with asyncio.timeout(self.settings.timeout):
-            return await self._http.post(f"{self.settings.url.rstrip('/')}/chat/completions", content=question)
+        url = httpx.URL(f"{self.settings.url.rstrip('/')}/chat/completions")
+        question = json.dumps(self._body(messages)).encode()  # not the client's own, which fails at half a surrogate
+        try:
+            async with asyncio.timeout(self.settings.timeout):
+                return await self._openai().post(
+                    str(url),
+                    cast_to=httpx.Response,
+                    content=question,
+                    options={"headers": {"Content-Type": "application/json"}},
+                )
+        except openai.APIStatusError as error:
+            return error.response  # type: ignore[return-value]  # of the client above, so httpx's
+        except openai.APIConnectionError as error:
+            raise (error.__cause__ or error) from None
+
+    def _openai(self) -> openai.AsyncOpenAI:
+        """A client for one request; what goes out with it is `_BoundedClient`'s to say."""
+        return openai.AsyncOpenAI(
+            api_key="of the endpoint",
+            base_url=self.settings.url,
+            http_client=self._http,  # type: ignore[arg-type]  # httpx's is accepted beside httpx2's
+            max_retries=0,
+            timeout=None,
+        )
 
     def _stop(self, reason: str) -> UnansweredError:
         self._stopped = reason
@@ -324,28 +353,69 @@ class JudgeClient:
         question = json.dumps([self.settings.url, self._body(messages)], sort_keys=True)
         return hashlib.sha256(question.encode()).hexdigest()
 
-    def _remember(self, key: str, text: str) -> None:
-        with self._lock:
-            self._answers[key] = text
-            if self._cache_file is not None:
-                self._cache_file.parent.mkdir(parents=True, exist_ok=True)
-                with self._cache_file.open("a", encoding="utf-8") as file:
-                    # ASCII: a judge may send half a surrogate pair, which no encoding has bytes for.
-                    file.write(json.dumps({"key": key, "text": text}) + "\n")
+
+_SENT_HEADERS = {"host", "accept", "connection", "content-length", "content-type", "user-agent"}
 
 
-def _read_cache(file: Path | None) -> dict[str, str]:
-    answers: dict[str, str] = {}
-    if file is None or not file.is_file():
-        return answers
-    with file.open(encoding="utf-8", errors="replace") as lines:  # a crash can cut a character in two
-        for line in lines:
-            try:
-                row = json.loads(line)
-                answers[row["key"]] = row["text"]
-            except (ValueError, KeyError, TypeError):
-                continue
-    return answers
+class _BoundedClient(httpx.AsyncClient):
+    """An HTTP client that sends what belongs to a question and reads no response beyond `LARGEST_RESPONSE`.
+
+    The `openai` client adds headers from environment variables that are meant for api.openai.com (organisation,
+    project, admin key, custom headers); they are not sent to other servers.
+    """
+
+    def __init__(self, key: str) -> None:
+        """A client that authenticates with this key; an empty one for a server that wants none."""
+        super().__init__(timeout=None)
+        self._key = key
+
+    async def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
+        """As the parent's, with the body read and unpacked.
+
+        Raises:
+            httpx.DecodingError: the body is too large, or not compressed as its header says.
+        """
+        for name in {*request.headers} - _SENT_HEADERS:
+            del request.headers[name]
+        request.headers["Accept-Encoding"] = "gzip, deflate"
+        if self._key:
+            request.headers["Authorization"] = f"Bearer {self._key}"
+        response = await super().send(request, **{**options, "stream": True})
+        try:
+            body = bytearray()
+            async for part in response.aiter_raw():
+                body += part
+                if len(body) > LARGEST_RESPONSE:
+                    raise httpx.DecodingError(f"the response is larger than {LARGEST_RESPONSE} bytes", request=request)
+        finally:
+            await response.aclose()
+        try:
+            content = _unpacked(bytes(body), response.headers.get("content-encoding", ""))
+        except (zlib.error, ValueError) as error:
+            raise httpx.DecodingError(str(error), request=request) from error
+        # Without the server's word for the encoding of the text: Python knows some that no text has.
+        dropped = ("content-encoding", "content-length", "transfer-encoding", "content-type")
+        headers = [(name, value) for name, value in response.headers.multi_items() if name not in dropped]
+        return httpx.Response(response.status_code, headers=headers, content=content, request=request)
+
+
+def _unpacked(body: bytes, encoding: str) -> bytes:
+    """A response's body without its compression.
+
+    Raises:
+        ValueError: an encoding that was not asked for, or more than `LARGEST_RESPONSE` bytes.
+        zlib.error: the body is not compressed so.
+    """
+    named = encoding.strip().lower()
+    if named in ("", "identity"):
+        return body
+    if named not in ("gzip", "x-gzip", "deflate"):
+        raise ValueError(f"the response is compressed as {named[:40]!r}, gzip or deflate was asked for")
+    reader = zlib.decompressobj(wbits=47)  # zlib's header or gzip's
+    content = reader.decompress(body, LARGEST_RESPONSE + 1)
+    if len(content) > LARGEST_RESPONSE:
+        raise ValueError(f"the response unpacks to more than {LARGEST_RESPONSE} bytes")
+    return content
 
 
 def _count(value: Any) -> float | None:

@@ -1,33 +1,74 @@
-"""Who will judge an experiment's answers, what that will cost, and whether it can work: known before anything runs."""
+"""Which judge compares an experiment's answers, what that costs and whether it can work, before anything runs."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qadapter.config.evaluation import JudgeSettings
-from qadapter.errors import QAdapterError
+from qadapter.judging.kind import Case, JudgeKind
+from qadapter.judging.table import JUDGES, NO_JUDGE, find_judge
 
-if TYPE_CHECKING:  # an evaluation calls this module, and the schema reads the table of methods
+if TYPE_CHECKING:
     from qadapter.config.experiment import Experiment
+    from qadapter.config.training import OptimizerSettings
 
-_INSTRUCTION_TOKENS = 120  # of a question, besides the conversation and the two replies
+
+def case_of(experiment: Experiment, domain: str, kind: JudgeKind) -> Case:
+    """What a judge may know of one of an experiment's domains, whose source exists."""
+    name = experiment.domains[domain].source
+    source = experiment.sources[name]
+    adaptation = experiment.evaluation.adaptation
+    return Case(
+        domain=domain,
+        source=name,
+        asked=adaptation.judge == kind.name,
+        settings=getattr(adaptation, kind.section) if kind.section else None,
+        toy_world=experiment.toy_world is not None,
+        style=source.domain,
+        judge_pairs=source.judge_pairs,
+        generate=adaptation.generate,
+        max_new_tokens=adaptation.max_new_tokens,
+        batch_size=adaptation.batch_size,
+        training=experiment.training,
+        context=experiment.model.from_scratch.context if experiment.model.from_scratch else None,
+        criterion=adaptation.criteria.get(domain),
+    )
 
 
-def criterion_of(experiment: Experiment, domain: str) -> str:
-    """What an endpoint judge is to decide in a domain.
+def judge_of(experiment: Experiment, domain: str) -> JudgeKind | None:
+    """The judge of a domain's answers: the one that the config names, else the first whose default fits."""
+    if named := experiment.evaluation.adaptation.judge:
+        return find_judge(named)
+    return next((kind for kind in JUDGES if kind.is_default(case_of(experiment, domain, kind))), None)
+
+
+def contradictions(experiment: Experiment, domains: list[str]) -> list[str]:
+    """What keeps the judges from judging, one sentence per problem.
+
+    Args:
+        experiment: the config.
+        domains: those whose source exists.
+    """
+    by_source = sorted(domains, key=lambda domain: experiment.domains[domain].source)
+    found = [
+        problem
+        for kind in JUDGES
+        for domain in by_source
+        for problem in kind.contradictions(case_of(experiment, domain, kind))
+    ]
+    return list(dict.fromkeys(found))
+
+
+def judge_training(experiment: Experiment, domain: str) -> OptimizerSettings:
+    """How the judge of a domain is trained: by its own section, else as the adapters.
 
     Raises:
-        QAdapterError: nobody said.
+        ValueError: the domain's judge needs no training.
     """
-    from qadapter.judging.endpoint import CRITERIA
-
-    found = experiment.evaluation.adaptation.criteria.get(domain) or CRITERIA.get(domain)
-    if found is None:
-        raise QAdapterError(
-            f"evaluation.adaptation.criteria.{domain}: is missing; the judge has to know what to decide in this "
-            "domain, for example 'which reply is more polite'"
-        )
-    return found
+    kind = judge_of(experiment, domain)
+    if kind is None or kind.training is None:
+        raise ValueError(f"The judge of {domain} needs no training.")
+    settings: OptimizerSettings | None = case_of(experiment, domain, kind).settings
+    return settings or experiment.training
 
 
 def judged_rows(experiment: Experiment) -> int:
@@ -35,61 +76,22 @@ def judged_rows(experiment: Experiment) -> int:
     return len(experiment.domains) * len(experiment.methods.run) * len(experiment.seeds)
 
 
-def endpoint_share(experiment: Experiment, rows: int) -> JudgeSettings:
-    """The endpoint judge of one row: with its part of the budget, so that all rows together cannot exceed it.
-
-    Args:
-        experiment: the config.
-        rows: policies whose answers the whole run judges.
-    """
-    settings = experiment.evaluation.adaptation.endpoint
-    assert settings is not None
-    if settings.budget is None:
-        return settings
-    return settings.model_copy(update={"budget": settings.budget / rows})
-
-
 def plan_judges(experiment: Experiment, rows: int) -> list[str]:
-    """Lines on who judges and what that costs.
+    """Lines on which judge compares which domain's answers, and what that costs.
 
     Args:
         experiment: the config.
         rows: policies whose answers the whole run judges.
 
     Raises:
-        QAdapterError: an endpoint judge that cannot work: no address, no key in the environment, no criterion for a
-            domain, or an estimate above the budget.
+        QAdapterError: a judge that cannot work: no address, no key in the environment, no criterion for a domain, or
+            an estimate above the budget.
     """
-    kinds = {domain: experiment.judge_of(domain) for domain in experiment.domains}
-    lines = [f"{kind}: {', '.join(d for d in kinds if kinds[d] == kind)}" for kind in dict.fromkeys(kinds.values())]
-    settings = experiment.evaluation.adaptation.endpoint
-    if "endpoint" in kinds.values() and settings is not None:
-        lines.append(_endpoint(experiment, settings, rows))
-    return lines
-
-
-def _endpoint(experiment: Experiment, settings: JudgeSettings, rows: int) -> str:
-    from qadapter.judging.endpoint_client import check_endpoint, price
-
-    try:
-        check_endpoint(settings)
-    except QAdapterError as error:
-        raise QAdapterError(f"evaluation.adaptation.endpoint: {error}") from error
-    for domain in experiment.domains:
-        criterion_of(experiment, domain)
-    adaptation = experiment.evaluation.adaptation
-    calls = 2 * adaptation.generate * rows
-    asked = _INSTRUCTION_TOKENS + experiment.training.max_length + 2 * adaptation.max_new_tokens
-    estimated = price(settings, calls * asked, calls * settings.max_output_tokens)
-    cost = "price unknown (set input_price and output_price)" if estimated is None else f"about {estimated:.2f}"
-    if settings.budget is not None and estimated is not None and estimated > settings.budget:
-        raise QAdapterError(
-            f"evaluation.adaptation.endpoint.budget: {settings.budget:.2f}, but judging would cost {cost} ({calls} "
-            f"calls of up to {asked} tokens). Raise the budget, lower evaluation.adaptation.generate or take a cheaper "
-            "model."
-        )
-    limit = "no budget" if settings.budget is None else f"budget {settings.budget:.2f}"
-    return (
-        f"endpoint {settings.model}: {calls:,} calls (two orders of {adaptation.generate} answers in "
-        f"{rows:,} rows; one more for each answer that is nonsense), up to {asked} tokens each, {cost}, {limit}"
-    )
+    kinds = {domain: judge_of(experiment, domain) for domain in experiment.domains}
+    lines, prices = [], []
+    for kind in dict.fromkeys(kinds.values()):
+        domains = [domain for domain in kinds if kinds[domain] is kind]
+        lines.append(f"{kind.name if kind else NO_JUDGE}: {', '.join(domains)}")
+        if kind is not None:
+            prices += kind.plan([case_of(experiment, domain, kind) for domain in domains], rows)
+    return lines + prices

@@ -1,34 +1,22 @@
-"""A reward model as judge: the answer with the higher reward wins. Trained by `qadapter.judging.reward_training`."""
+"""A reward model as judge: the answer with the higher reward wins.
+
+`qadapter.judging.reward_training` trains it, `qadapter.judging.rewards` applies it; this file says when it judges.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
-
-from qadapter.config.evaluation import Judge
 from qadapter.config.model import ModelSettings
-from qadapter.evaluation.preference import encode_usable
-from qadapter.evaluation.statistics import Interval, proportion_interval
+from qadapter.config.training import OptimizerSettings
 from qadapter.files.artifacts import read_json
-from qadapter.inference.score import by_length, device_of, evaluating
+from qadapter.judging.kind import Case, JudgeKind, Material, no_answers
 from qadapter.judging.verdicts import Prompts, Verdict, by_score
-from qadapter.policy.loading import load_base
-from qadapter.preferences.pair import Message, PreferencePair
-from qadapter.preferences.tokenize import UnusablePair, encode_reply, padding_id
-
-ADAPTER = "reward_model"
-"""Folder of the adapter and the head in what a training wrote."""
-
-Floats = NDArray[np.float64]
+from qadapter.preferences.pair import Message
 
 
 @dataclass(frozen=True)
@@ -36,7 +24,7 @@ class RewardJudge:
     """The higher reward wins.
 
     Attributes:
-        folder: what `train_reward_model` wrote.
+        folder: what `qadapter.judging.reward_training` wrote.
         base: the model that the reward model is an adapter of, a folder or a hub id.
         model: its precision.
         max_length: tokens of a prompt and a reply, as in training.
@@ -48,10 +36,16 @@ class RewardJudge:
     model: ModelSettings
     max_length: int
     batch_size: int
-    name: ClassVar[Judge] = "reward-model"
+    name: ClassVar[str] = "reward-model"
+    free: ClassVar[bool] = False
 
     def verdicts(self, prompts: Prompts, base: Sequence[str], replies: Sequence[str]) -> list[Verdict]:
         """See `AnswerJudge`. A reply without a word is worth less than any other."""
+        from peft import PeftModel  # a config is read without torch
+
+        from qadapter.judging.rewards import ADAPTER, load_reward_base, rewards
+        from qadapter.preferences.tokenize import UnusablePair, encode_reply, padding_id
+
         network, tokenizer = load_reward_base(self.base, self.model)
         network = PeftModel.from_pretrained(network, self.folder / ADAPTER)  # type: ignore[assignment]
 
@@ -79,51 +73,39 @@ class RewardJudge:
         return {f"adaptation/judge_{name}": float(found[f"judge/{name}"]) for name in names}
 
 
-def load_reward_base(base: str | Path, model: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A base with a head of one number in place of its vocabulary; the head is random, drawn by torch's seed."""
-    network, tokenizer = load_base(base, model, AutoModelForSequenceClassification, num_labels=1)
-    network.config.pad_token_id = padding_id(tokenizer)  # the reward is read at the last token that is not padding
-    return network, tokenizer
+def _contradictions(case: Case) -> Iterable[str]:
+    yield from no_answers(case, RewardJudge.name)
+    if case.asked and not case.judge_pairs:
+        yield (
+            f"sources.{case.source}.judge_pairs: 0, but evaluation.adaptation.judge is 'reward-model', which is "
+            "trained on these; set a few hundred pairs apart, or choose another judge"
+        )
+    if case.context and case.settings and case.settings.max_length > case.context:
+        yield (
+            f"evaluation.adaptation.reward_model.max_length {case.settings.max_length} is longer than the model's "
+            f"context {case.context}"
+        )
 
 
-def rewards(network: torch.nn.Module, rows: Sequence[list[int]], padding: int, batch_size: int) -> Floats:
-    """[n], the reward of each sequence of token ids.
-
-    Args:
-        network: with a head of one number.
-        rows: n sequences, not padded.
-        padding: token to fill up with, on the right.
-        batch_size: sequences a forward pass.
-    """
-    result = np.zeros(len(rows))
-    device = device_of(network)
-    with evaluating(network):
-        for some in by_length([len(row) for row in rows], batch_size):
-            width = max(len(rows[i]) for i in some)
-            ids = torch.tensor([rows[i] + [padding] * (width - len(rows[i])) for i in some], device=device)
-            mask = torch.tensor([[1] * len(rows[i]) + [0] * (width - len(rows[i])) for i in some], device=device)
-            result[some] = network(input_ids=ids, attention_mask=mask).logits.squeeze(-1).double().cpu().numpy()
-    return result
+def _cache_key(case: Case) -> dict[str, Any]:
+    """The verdicts depend on the trained model, which is an input of the stage, and on how much of a text it reads."""
+    return {} if case.settings is None else {"max_length": case.settings.max_length}
 
 
-def pair_accuracy(
-    network: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[PreferencePair],
-    *,
-    max_length: int,
-    batch_size: int,
-) -> Interval:
-    """Share of pairs whose chosen reply has the higher reward, ties one half, with Wilson's interval.
+def _open(case: Case, material: Material) -> RewardJudge:
+    if material.trained is None:
+        raise ValueError("A reward model judges after its training, and no trained one was given.")
+    settings = case.settings or case.training
+    return RewardJudge(material.trained, material.base, material.model, settings.max_length, case.batch_size)
 
-    Args:
-        network: with a head of one number.
-        pairs: that it was not trained on; those that are too long to differ are left out.
-        max_length: tokens of prompt and reply.
-        batch_size: sequences a forward pass.
-    """
-    _, encoded = encode_usable(tokenizer, pairs, max_length)
-    rows = [pair.prompt_ids + pair.chosen_ids for pair in encoded]
-    rows += [pair.prompt_ids + pair.rejected_ids for pair in encoded]
-    chosen, rejected = rewards(network, rows, padding_id(tokenizer), batch_size).reshape(2, -1)
-    return proportion_interval(float(((np.sign(chosen - rejected) + 1) / 2).sum()), len(encoded))
+
+JUDGE = JudgeKind(
+    name=RewardJudge.name,
+    open=_open,
+    section="reward_model",
+    settings=OptimizerSettings,
+    training="qadapter.judging.reward_training",
+    is_default=lambda case: bool(case.judge_pairs and case.generate),
+    contradictions=_contradictions,
+    cache_key=_cache_key,
+)

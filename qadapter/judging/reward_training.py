@@ -18,7 +18,7 @@ from qadapter.config.model import LoraSettings, ModelSettings
 from qadapter.config.training import OptimizerSettings
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.preference import encode_usable
-from qadapter.judging.reward_model import ADAPTER, load_reward_base, pair_accuracy
+from qadapter.judging.rewards import ADAPTER, load_reward_base, pair_accuracy
 from qadapter.preferences.pair import load_pairs
 from qadapter.training.arguments import (
     measured_cost,
@@ -30,7 +30,7 @@ from qadapter.training.arguments import (
 )
 
 
-def train_reward_model(
+def train_judge(
     base: str | Path,
     pairs_file: Path,
     heldout_file: Path,

@@ -1,15 +1,12 @@
-"""Verdicts on a policy's answers against its base's, whoever judges: win, tie, loss or undecided."""
+"""Verdicts on a policy's answers against its base's, by any judge: win, tie, loss or undecided."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal, Protocol
 
-from qadapter.config.evaluation import Judge
 from qadapter.preferences.pair import Message
-from qadapter.toyworld.rules import follows_rule
-from qadapter.toyworld.world import ToyWorld
 
 Verdict = Literal["win", "tie", "loss", "undecided"]
 WORTH: dict[str, float] = {"win": 1.0, "tie": 0.5, "loss": 0.0}
@@ -17,11 +14,20 @@ WORTH: dict[str, float] = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 
 Prompts = Sequence[Sequence[Message]]
 
+Compared = tuple[list[dict[str, Any]], dict[str, float]]
+"""Rows of answers with verdicts, and metrics; see `judge_answers`."""
+
 
 class AnswerJudge(Protocol):
-    """Whoever compares two answers to a prompt."""
+    """A judge that compares two answers to a prompt.
 
-    name: ClassVar[Judge]
+    Attributes:
+        name: the judge's word in a config.
+        free: whether a verdict costs next to nothing, so that all answers are judged and not only the first few.
+    """
+
+    name: ClassVar[str]
+    free: ClassVar[bool]
 
     def verdicts(self, prompts: Prompts, base: Sequence[str], replies: Sequence[str]) -> list[Verdict]:
         """Whether each reply is better than the base's reply to the same prompt, n verdicts for n prompts."""
@@ -30,41 +36,28 @@ class AnswerJudge(Protocol):
         """How far the judge can be trusted and what it cost, under full metric names."""
 
 
-@dataclass(frozen=True)
-class RuleJudge:
-    """The toy world's exact rule: the reply that follows it beats one that does not.
-
-    Attributes:
-        world: the world the prompts are about.
-        style: a domain's style; None for harmless.
-    """
-
-    world: ToyWorld
-    style: str | None
-    name: ClassVar[Judge] = "rule"
-
-    def verdicts(self, prompts: Prompts, base: Sequence[str], replies: Sequence[str]) -> list[Verdict]:
-        """See `AnswerJudge`."""
-        right, base_right = (follows_rule(self.world, self.style, prompts, answers) for answers in (replies, base))
-        return [by_score(float(mine), float(its)) for mine, its in zip(right, base_right, strict=True)]
-
-    def metrics(self) -> dict[str, float]:
-        """Nothing: the rule is the truth."""
-        return {}
-
-
 def by_score(score: float, base_score: float) -> Verdict:
     """The verdict of two scores, higher is better."""
     return "win" if score > base_score else "loss" if score < base_score else "tie"
 
 
+def comparison(judge: AnswerJudge | None, limit: int) -> Callable[[Prompts, Sequence[str], Sequence[str]], Compared]:
+    """`judge_answers` with its judge, for an evaluation that knows no judges.
+
+    Args:
+        judge: None for no judge.
+        limit: how many answers a judge that is not free is asked about.
+    """
+    return partial(judge_answers, judge, limit=None if judge is None or judge.free else limit)
+
+
 def judge_answers(
     judge: AnswerJudge | None, prompts: Prompts, base: Sequence[str], replies: Sequence[str], limit: int | None = None
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
+) -> Compared:
     """Compare a policy's answers with the base's.
 
     Args:
-        judge: asked about answers that differ; equal ones are a tie by definition. None: nobody judges.
+        judge: asked about answers that differ; equal ones are a tie by definition. None: no answer is judged.
         prompts: n conversations.
         base, replies: n answers each.
         limit: only the first so many are judged.

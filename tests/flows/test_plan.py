@@ -19,7 +19,8 @@ from qadapter.config.experiment import Experiment, load_experiment, profiles
 from qadapter.config.model import FromScratch, LoraSettings, ModelSettings
 from qadapter.config.training import OptimizerSettings
 from qadapter.errors import QAdapterError
-from qadapter.judging.plan import criterion_of, endpoint_share, judged_rows
+from qadapter.judging import endpoint
+from qadapter.judging.plan import case_of, judged_rows
 from qadapter.planning import estimate as planning
 from qadapter.preferences import sources
 from qadapter.training.adapt import lora_config
@@ -235,7 +236,8 @@ def test_the_price_of_a_judge_is_in_the_plan(monkeypatch: pytest.MonkeyPatch) ->
     )
     experiment = load_experiment("smoke", ENDPOINT | {"evaluation.adaptation.endpoint.budget": 0.9})
     assert judged_rows(experiment) == 20
-    assert endpoint_share(experiment, 20).budget == pytest.approx(0.9 / 20)
+    settings = case_of(experiment, "harmless", endpoint.JUDGE).settings
+    assert endpoint.share_of_budget(settings, 20).budget == pytest.approx(0.9 / 20)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +270,8 @@ def test_a_domain_of_ones_own_brings_its_criterion(monkeypatch: pytest.MonkeyPat
         "domains.pirate": {"source": "academy", "base": "helpful"},
         "evaluation.adaptation.criteria": {"pirate": "which reply a pirate would prefer"},
     }
-    assert criterion_of(load_experiment("smoke", ENDPOINT | own), "pirate") == "which reply a pirate would prefer"
+    case = case_of(load_experiment("smoke", ENDPOINT | own), "pirate", endpoint.JUDGE)
+    assert endpoint.criterion_of(case) == "which reply a pirate would prefer"
     assert "960 calls (two orders" in plan_text("smoke", None, ENDPOINT | own)
 
 

@@ -31,7 +31,8 @@ from flows.sweep import check_sweep, sweep, sweep_stages
 from qadapter.config.experiment import load_experiment, profiles
 from qadapter.config.sweep import SWEEP_FOLDER, Sweep, estimate_hours, expand, load_sweep, merged_overrides
 from qadapter.errors import QAdapterError
-from qadapter.judging.endpoint import EndpointJudge
+from qadapter.judging.endpoint_asking import EndpointJudge
+from qadapter.judging.plan import case_of, judge_of
 from qadapter.methods.table import METHODS
 from qadapter.policy.dial import set_alpha_0
 from qadapter.policy.files import read_settings
@@ -55,10 +56,11 @@ from qadapter.report.sweep.points import (
     trade,
 )
 from qadapter.report.sweep.sentences import difference_table, edge_sentences, largest_front
-from tasks.judge import answer_judge
+from tasks.judge import judge_material
 from tasks.stages.context import RunContext
 from tasks.stages.store import StageStore
 from tasks.tracking.tracker import Tracker
+from tasks.train import Base
 from tests.processes.test_pipeline import Home, new_stages, small
 from tests.support.tiny_toy import TinyToy, make_tiny_toy
 
@@ -805,7 +807,10 @@ def test_all_rows_of_a_sweep_together_keep_within_the_budget(tmp_path: Path) -> 
         for variant in checked.variants:
             for _ in checked.experiment.seeds:
                 context: Any = run.of(variant.experiment)._context
-                judge = answer_judge(context, "endpoint", "harmless", Any, None, None)
+                kind = judge_of(variant.experiment, "harmless")
+                assert kind is not None
+                case = case_of(variant.experiment, "harmless", kind)
+                judge = kind.open(case, judge_material(context, Base("base", None, "helpful"), None, None))
                 assert isinstance(judge, EndpointJudge)
                 budgets.append(judge.settings.budget)
     assert budgets == [10 / 16] * 16

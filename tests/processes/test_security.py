@@ -26,7 +26,6 @@ from flows.commands.run import main
 from flows.commands.serve import _address
 from flows.commands.serve_model import main as serve_model
 from qadapter.config.customization import load_customization
-from qadapter.config.evaluation import JudgeSettings
 from qadapter.config.experiment import load_experiment
 from qadapter.config.model import ModelSettings
 from qadapter.config.sources import Source
@@ -34,6 +33,7 @@ from qadapter.config.sweep import load_sweep
 from qadapter.errors import QAdapterError
 from qadapter.files.shown import shown
 from qadapter.files.url_secrets import filled_in, public_address, refuse_secrets
+from qadapter.judging.endpoint import EndpointSettings
 from qadapter.judging.endpoint_client import JudgeClient, UnansweredError
 from qadapter.policy.files import read_settings
 from qadapter.policy.loading import load_base, load_policy
@@ -201,7 +201,8 @@ def echo() -> Iterator[str]:
 
 def test_a_judge_that_repeats_its_key(echo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", "sk-pa55word")
-    client = JudgeClient(JudgeSettings(url=echo, model="judge", api_key_variable="JUDGE_KEY"), tmp_path / "cache.jsonl")
+    settings = EndpointSettings(url=echo, model="judge", api_key_variable="JUDGE_KEY")
+    client = JudgeClient(settings, tmp_path / "cache.jsonl")
     with pytest.raises(UnansweredError, match="refused"):
         client.ask([{"role": "user", "content": "?"}], str, "?")
     client.close()

@@ -22,7 +22,8 @@ from qadapter.evaluation.measure import headline_metric, measure_adaptation, mea
 from qadapter.evaluation.old_answers import answer_metrics
 from qadapter.evaluation.preference import distinct_prompts, preference_metrics, score_pairs
 from qadapter.inference.generate import generate_replies
-from qadapter.judging.verdicts import RuleJudge
+from qadapter.judging.rule import RuleJudge
+from qadapter.judging.verdicts import comparison
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.preferences.pair import load_pairs
 from qadapter.preferences.prepare import prepare
@@ -64,7 +65,7 @@ def adaptation(toy: TinyToy, adapter: Path | None, base: Path | None, out: Path,
         "world": toy.world,
         "style": None,
         "max_length": LENGTH,
-        "judge": None,
+        "compare": comparison(None, ADAPTATION.generate),
         **changes,
     }
     heldout = options.pop("heldout", toy.heldout)
@@ -93,15 +94,15 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
     adapters = {
         method: toy.train(method, root / method, training=training) / "adapter" for method in ("sft", "q-adapter")
     }
-    judge = RuleJudge(ToyWorld.read(toy.world), None)
-    first = adaptation(toy, None, None, root / "adaptation" / "base", judge=judge)
+    judged = comparison(RuleJudge(ToyWorld.read(toy.world), None), ADAPTATION.generate)
+    first = adaptation(toy, None, None, root / "adaptation" / "base", compare=judged)
     kept = retention(toy, None, None, root / "retention" / "base")
     return Measured(
         toy,
         adapters,
         {"base": first}
         | {
-            name: adaptation(toy, folder, first, root / "adaptation" / name, judge=judge)
+            name: adaptation(toy, folder, first, root / "adaptation" / name, compare=judged)
             for name, folder in adapters.items()
         },
         {"base": kept}

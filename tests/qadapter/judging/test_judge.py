@@ -11,9 +11,9 @@ from contextlib import ExitStack
 import httpx
 import pytest
 
-from qadapter.config.evaluation import JudgeSettings
 from qadapter.errors import QAdapterError
-from qadapter.judging.endpoint import CRITERIA, EndpointJudge, parse_verdict
+from qadapter.judging.endpoint import CRITERIA, EndpointSettings
+from qadapter.judging.endpoint_asking import EndpointJudge, parse_verdict
 from qadapter.judging.endpoint_client import JudgeClient, UnansweredError, check_endpoint
 from qadapter.judging.verdicts import judge_answers
 from tests.support.fake_judge import Answer, FakeJudge, Sent, longer, serving
@@ -29,10 +29,10 @@ def serve() -> Iterator[Callable[..., FakeJudge]]:
         yield lambda answer: stack.enter_context(serving(answer))
 
 
-def settings(server: FakeJudge | str, **changes) -> JudgeSettings:
+def settings(server: FakeJudge | str, **changes) -> EndpointSettings:
     url = server if isinstance(server, str) else server.url
     defaults = {"api_key_variable": None, "timeout": 30, "retries": 2, "backoff": 0.01, "parallel": 2}
-    return JudgeSettings(url=url, model="fake", **{**defaults, **changes})
+    return EndpointSettings(url=url, model="fake", **{**defaults, **changes})
 
 
 def run(server, a=LONG, b=SHORT, cache=None, **changes):
@@ -44,8 +44,8 @@ def test_a_fair_judge_decides_and_every_row_can_be_read(serve) -> None:
     a = [LONG[0], SHORT[1], LONG[2], "same", LONG[4], LONG[5]]
     b = [SHORT[0], LONG[1], SHORT[2], " same\n", SHORT[4], SHORT[5]]
     result = run(server, a, b)
-    assert [row.verdict for row in result.rows] == ["a", "b", "a", "tie", "a", "a"]
-    assert result.rows[1].orders == ("b", "b")
+    assert [row.verdict for row in result.rows] == ["win", "loss", "win", "tie", "win", "win"]
+    assert result.rows[1].orders == ("loss", "loss")
     assert (result.rows[0].prompt, result.rows[0].answer_b) == ("User: question 0", "short 0")
     assert result.win_rate is not None
     assert result.win_rate.estimate == pytest.approx(4.5 / 6)
@@ -77,7 +77,7 @@ def test_six_wins_in_six_are_not_sure_of_a_seventh(serve) -> None:
 def test_a_judge_that_always_takes_the_first_place_decides_nothing(serve) -> None:
     result = run(serve(lambda first, second, number: "[[A]]"))
     assert {row.verdict for row in result.rows} == {"tie"}
-    assert result.rows[0].orders == ("a", "b")
+    assert result.rows[0].orders == ("win", "loss")
     assert result.metrics()["order_agreement"] == 0
     assert result.win_rate is not None
     assert result.win_rate.estimate == 0.5
@@ -124,7 +124,7 @@ def test_what_may_pass_is_tried_again(serve) -> None:
 
     server = serve(shaky)
     result = run(server, parallel=1)
-    assert result.count("a") == 6
+    assert result.count("win") == 6
     assert (result.usage.retries, result.usage.calls, len(server.requests)) == (3, 12, 15)
 
 
@@ -152,7 +152,7 @@ def test_a_judge_that_talks_nonsense_is_reminded_once(serve, tmp_path) -> None:
         return "I like both." if number % 2 else longer(first, second, number)
 
     server, cache = serve(forgetful), tmp_path / "c"
-    assert run(server, parallel=1, cache=cache).count("a") == 6
+    assert run(server, parallel=1, cache=cache).count("win") == 6
     assert len(server.requests) == 24
     assert server.requests[1]["messages"][-1]["content"].startswith("Answer with [[A]], [[B]] or [[C]]")
     assert run(server, parallel=1, cache=cache).usage.cached == 12
@@ -161,7 +161,7 @@ def test_a_judge_that_talks_nonsense_is_reminded_once(serve, tmp_path) -> None:
 def test_nonsense_leaves_items_undecided_and_the_evaluation_goes_on(serve) -> None:
     server = serve(lambda first, second, number: "no idea" if "short 2" in first + second else longer(first, second, 0))
     result = run(server)
-    assert [row.verdict for row in result.rows] == ["a", "a", "undecided", "a", "a", "a"]
+    assert [row.verdict for row in result.rows] == ["win", "win", "undecided", "win", "win", "win"]
     assert result.undecided_reasons == {"nonsense": 1}
     assert result.metrics()["undecided"] == 1
     assert result.win_rate is not None
@@ -246,7 +246,7 @@ def test_only_a_mistake_of_this_program_ends_an_evaluation(monkeypatch) -> None:
     async def fail(*_: object, **__: object) -> None:
         raise failing[-1]
 
-    monkeypatch.setattr(httpx.AsyncClient, "post", fail)
+    monkeypatch.setattr(httpx.AsyncClient, "send", fail)
     for error in (OSError("no"), UnicodeError("no"), ExceptionGroup("g", [ExceptionGroup("g", [OverflowError("no")])])):
         failing.append(error)
         result = run("http://localhost:9/v1")
@@ -302,7 +302,7 @@ def test_an_answer_with_characters_that_break_lines_or_encodings_is_kept(serve, 
     again = run(server, cache=cache)
     assert (again.usage.calls, again.usage.cached) == (0, 12)
     with contextlib.closing(JudgeClient(settings(server), cache)) as client:
-        assert client._answers["of an older version"] == "[[A]] \u2028"
+        assert client._answers.get("of an older version") == "[[A]] \u2028"
 
 
 def test_no_thread_finds_the_money_of_a_call_neither_reserved_nor_spent(serve) -> None:
@@ -339,7 +339,7 @@ def test_a_budget_that_runs_out_leaves_the_rest_undecided(serve) -> None:
     server = serve(costly)
     result = run(server, parallel=1, input_price=1.0, output_price=1.0, budget=1.2)
     assert len(server.requests) == 3
-    assert [row.verdict for row in result.rows] == ["a"] + ["undecided"] * 5
+    assert [row.verdict for row in result.rows] == ["win"] + ["undecided"] * 5
     assert result.undecided_reasons == {"budget": 5}
 
 
@@ -359,14 +359,14 @@ def test_a_budget_that_runs_out_leaves_the_rest_undecided(serve) -> None:
 def test_settings_that_cannot_work_are_refused_before_any_call(changes, message) -> None:
     defaults = {"url": "http://127.0.0.1:9/v1", "model": "m", "api_key_variable": None}
     with pytest.raises(QAdapterError, match=message):
-        EndpointJudge(JudgeSettings(**{**defaults, **changes}), "x").judge(PROMPTS, LONG, SHORT)
+        EndpointJudge(EndpointSettings(**{**defaults, **changes}), "x").judge(PROMPTS, LONG, SHORT)
 
 
 @pytest.mark.parametrize(
     "url", ["http://localhost:65535/v1", "https://judge.example", "http://[::1]:1/", "http://ü.de/v1"]
 )
 def test_addresses_that_can_be_used(url) -> None:
-    check_endpoint(JudgeSettings(url=url, model="m", api_key_variable=None))
+    check_endpoint(EndpointSettings(url=url, model="m", api_key_variable=None))
 
 
 @pytest.mark.parametrize("key", ["sk-\nsecret", "sk-secr\u00e9t", "sk-\x07secret", "\ufeffsk-secret", " \n"])
@@ -446,7 +446,7 @@ def test_a_row_that_would_cost_more_than_its_part_is_undecided(serve, caplog) ->
 
 
 def test_the_price_is_told_before_the_first_call(serve, caplog) -> None:
-    caplog.set_level("INFO", "qadapter.judging.endpoint")
+    caplog.set_level("INFO", "qadapter.judging.endpoint_asking")
     told: list[str] = []
 
     def listen(first: str, second: str, number: int) -> str:
@@ -476,7 +476,7 @@ def test_a_key_from_a_file_has_a_line_end_that_is_not_sent(serve, monkeypatch) -
     """Docker and Kubernetes hand a secret on as it lies in its file, the line end included."""
     monkeypatch.setenv("SOME_KEY", "sk-very-secret\n")
     server = serve(longer)
-    assert run(server, api_key_variable="SOME_KEY").count("a") == 6
+    assert run(server, api_key_variable="SOME_KEY").count("win") == 6
     assert set(server.keys) == {"Bearer sk-very-secret"}
 
 

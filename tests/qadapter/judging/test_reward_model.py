@@ -13,8 +13,9 @@ import torch
 
 from qadapter.config.training import OptimizerSettings
 from qadapter.errors import QAdapterError
-from qadapter.judging.reward_model import ADAPTER, RewardJudge, pair_accuracy, rewards
-from qadapter.judging.reward_training import train_reward_model
+from qadapter.judging.reward_model import RewardJudge
+from qadapter.judging.reward_training import train_judge
+from qadapter.judging.rewards import ADAPTER, pair_accuracy, rewards
 from qadapter.policy.loading import load_base
 from qadapter.preferences.pair import load_pairs
 from tests.support.tiny_chat import byte_tokenizer
@@ -31,7 +32,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> TinyToy:
 def trained(toy: TinyToy, out: Path, **changes: Any) -> Path:
     out.mkdir(parents=True)
     options = {"pairs_file": toy.pairs, "heldout_file": toy.heldout, "lora": LORA, "settings": SETTINGS, **changes}
-    train_reward_model(toy.base, model=MODEL, seed=1, out=out, scratch=out.with_name("scratch"), **options)
+    train_judge(toy.base, model=MODEL, seed=1, out=out, scratch=out.with_name("scratch"), **options)
     return out
 
 

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import pytest
 
-from qadapter.config.evaluation import Judge
 from qadapter.evaluation.refusals import is_refusal
-from qadapter.judging.verdicts import RuleJudge, Verdict, by_score, judge_answers, verdict_metrics
+from qadapter.judging.rule import RuleJudge
+from qadapter.judging.verdicts import Verdict, by_score, judge_answers, verdict_metrics
 from qadapter.preferences.pair import Message
 from qadapter.toyworld.rules import exact_measures
 from qadapter.toyworld.world import ToyWorld
@@ -53,7 +53,8 @@ def test_the_rule_of_a_domain_is_its_style_with_the_right_attributes() -> None:
 class LongerWins:
     """A judge that remembers what it was asked."""
 
-    name: ClassVar[Judge] = "reward-model"
+    name: ClassVar[str] = "reward-model"
+    free: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.asked: list[str] = []

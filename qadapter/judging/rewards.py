@@ -1,0 +1,74 @@
+"""A reward model: how it is loaded, what reward it gives, how often it agrees with preference pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from qadapter.config.model import ModelSettings
+from qadapter.evaluation.preference import encode_usable
+from qadapter.evaluation.statistics import Interval, proportion_interval
+from qadapter.inference.score import by_length, device_of, evaluating
+from qadapter.policy.loading import load_base
+from qadapter.preferences.pair import PreferencePair
+from qadapter.preferences.tokenize import padding_id
+
+ADAPTER = "reward_model"
+"""Folder of the adapter and the head in what a training wrote."""
+
+Floats = NDArray[np.float64]
+
+
+def load_reward_base(base: str | Path, model: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A base with a head of one number in place of its vocabulary; the head is random, drawn by torch's seed."""
+    network, tokenizer = load_base(base, model, AutoModelForSequenceClassification, num_labels=1)
+    network.config.pad_token_id = padding_id(tokenizer)  # the reward is read at the last token that is not padding
+    return network, tokenizer
+
+
+def rewards(network: torch.nn.Module, rows: Sequence[list[int]], padding: int, batch_size: int) -> Floats:
+    """[n], the reward of each sequence of token ids.
+
+    Args:
+        network: with a head of one number.
+        rows: n sequences, not padded.
+        padding: token to fill up with, on the right.
+        batch_size: sequences a forward pass.
+    """
+    result = np.zeros(len(rows))
+    device = device_of(network)
+    with evaluating(network):
+        for some in by_length([len(row) for row in rows], batch_size):
+            width = max(len(rows[i]) for i in some)
+            ids = torch.tensor([rows[i] + [padding] * (width - len(rows[i])) for i in some], device=device)
+            mask = torch.tensor([[1] * len(rows[i]) + [0] * (width - len(rows[i])) for i in some], device=device)
+            result[some] = network(input_ids=ids, attention_mask=mask).logits.squeeze(-1).double().cpu().numpy()
+    return result
+
+
+def pair_accuracy(
+    network: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[PreferencePair],
+    *,
+    max_length: int,
+    batch_size: int,
+) -> Interval:
+    """Share of pairs whose chosen reply has the higher reward, ties one half, with Wilson's interval.
+
+    Args:
+        network: with a head of one number.
+        pairs: that it was not trained on; those that are too long to differ are left out.
+        max_length: tokens of prompt and reply.
+        batch_size: sequences a forward pass.
+    """
+    _, encoded = encode_usable(tokenizer, pairs, max_length)
+    rows = [pair.prompt_ids + pair.chosen_ids for pair in encoded]
+    rows += [pair.prompt_ids + pair.rejected_ids for pair in encoded]
+    chosen, rejected = rewards(network, rows, padding_id(tokenizer), batch_size).reshape(2, -1)
+    return proportion_interval(float(((np.sign(chosen - rejected) + 1) / 2).sum()), len(encoded))
