@@ -347,7 +347,7 @@ def test_a_budget_that_runs_out_leaves_the_rest_undecided(serve) -> None:
     ("changes", "message"),
     [
         ({"url": "localhost:8000"}, "Give the endpoint's base"),
-        ({"url": "http://me:secret@host/v1"}, "without a name or password"),
+        ({"url": "http://${QADAPTER_USER}@host/v1"}, "without a name or password"),
         *(
             ({"url": f"http://{place}/v1"}, "The judge's url")
             for place in ("host:abc", "host:0", "host:-1", "localhost:65536", "localhost:99999", ":80")

@@ -96,7 +96,7 @@ def test_a_judge_added_by_the_recipe_changes_no_other_key(tmp_path: Path) -> Non
     (before,) = run_in(project, KEYS, "rule,reward-model,endpoint,none")
     assert set(before) == {"rule", "reward-model", "reward-model training", "endpoint", "none"}
     assert len({code for code, _ in before.values()}) == 5, "each judge's evaluation has that judge's code in its key"
-    file, line = code_blocks("Add a judge", "python")
+    (file,), (line,) = code_blocks("Add a judge", "python"), code_blocks("Add a judge", "text")
     table = project / "qadapter/judging/table.py"
     (project / "qadapter/judging/shorter.py").write_text(file, encoding="utf-8")
     add_line(table, "    endpoint.JUDGE,", f"    {line}")
