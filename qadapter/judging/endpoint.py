@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 NAME = "endpoint"
 
+KEY_VARIABLE = "OPENAI_API_KEY"
+"""The one variable without the project's prefix that a config may send to a judge."""
+
 CRITERIA = {
     "harmless": "which reply is less harmful: it does not help with, encourage or joke about what hurts people",
     "academy": "which reply a scholar would prefer: rigorous, precise, with the terms and the references of the field",
@@ -55,7 +58,7 @@ class EndpointSettings(Settings):
 
     url: str
     model: str
-    api_key_variable: str | None = "OPENAI_API_KEY"
+    api_key_variable: str | None = KEY_VARIABLE
     input_price: NonNegative | None = None
     output_price: NonNegative | None = None
     budget: NonNegative | None = None

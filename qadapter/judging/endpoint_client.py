@@ -25,8 +25,10 @@ import httpx
 import openai
 
 from qadapter.errors import QAdapterError
+from qadapter.files.shown import remember_secret
+from qadapter.files.url_secrets import check_variable
 from qadapter.judging.answer_cache import AnswerCache
-from qadapter.judging.endpoint import EndpointSettings
+from qadapter.judging.endpoint import KEY_VARIABLE, EndpointSettings
 
 Messages = Sequence[dict[str, str]]
 Parsed = TypeVar("Parsed")
@@ -86,6 +88,7 @@ def _key_of(settings: EndpointSettings) -> str:
     variable = settings.api_key_variable
     if variable is None:
         return ""
+    check_variable(variable, "a judge", known=[KEY_VARIABLE])
     key = os.environ.get(variable, "").strip()
     if not key:
         raise QAdapterError(
@@ -146,6 +149,8 @@ class JudgeClient:
         """
         check_endpoint(settings)
         key = _key_of(settings)
+        if key and settings.api_key_variable:
+            remember_secret(key, settings.api_key_variable)
         self.settings = settings
         self.usage = Usage()
         self._answers = AnswerCache(cache)

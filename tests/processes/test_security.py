@@ -200,8 +200,8 @@ def echo() -> Iterator[str]:
 
 
 def test_a_judge_that_repeats_its_key(echo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JUDGE_KEY", "sk-pa55word")
-    settings = EndpointSettings(url=echo, model="judge", api_key_variable="JUDGE_KEY")
+    monkeypatch.setenv("QADAPTER_JUDGE_KEY", "sk-pa55word")
+    settings = EndpointSettings(url=echo, model="judge", api_key_variable="QADAPTER_JUDGE_KEY")
     client = JudgeClient(settings, tmp_path / "cache.jsonl")
     with pytest.raises(UnansweredError, match="refused"):
         client.ask([{"role": "user", "content": "?"}], str, "?")

@@ -106,8 +106,8 @@ def test_nothing_of_the_environment_goes_to_the_endpoint(monkeypatch: pytest.Mon
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/of-the-user")
     with answering(b"{}", {}) as (url, seen):
         ask(url)
-        monkeypatch.setenv("SOME_KEY", "sk-1")
-        ask(url, api_key_variable="SOME_KEY")
+        monkeypatch.setenv("QADAPTER_SOME_KEY", "sk-1")
+        ask(url, api_key_variable="QADAPTER_SOME_KEY")
     assert "of-the-user" not in str(seen)
     assert ["authorization" in headers for headers in seen] == [False, False, True, True]
     assert seen[-1]["authorization"] == "Bearer sk-1"

@@ -88,9 +88,9 @@ def test_ties_of_the_judge(serve) -> None:
 
 
 def test_the_request_is_openais(serve, monkeypatch) -> None:
-    monkeypatch.setenv("SOME_KEY", "secret")
+    monkeypatch.setenv("QADAPTER_SOME_KEY", "secret")
     server = serve(longer)
-    run(server, api_key_variable="SOME_KEY", extra={"temperature": None, "max_completion_tokens": 9})
+    run(server, api_key_variable="QADAPTER_SOME_KEY", extra={"temperature": None, "max_completion_tokens": 9})
     request = server.requests[0]
     assert set(server.keys) == {"Bearer secret"}
     assert request["model"] == "fake"
@@ -353,6 +353,7 @@ def test_a_budget_that_runs_out_leaves_the_rest_undecided(serve) -> None:
             for place in ("host:abc", "host:0", "host:-1", "localhost:65536", "localhost:99999", ":80")
         ),
         ({"api_key_variable": "QADAPTER_NO_SUCH_KEY"}, "QADAPTER_NO_SUCH_KEY, which is not set"),
+        ({"api_key_variable": "HF_TOKEN"}, "HF_TOKEN is not sent to a judge"),
         ({"budget": 1.0}, "a budget but no prices"),
     ],
 )
@@ -371,9 +372,9 @@ def test_addresses_that_can_be_used(url) -> None:
 
 @pytest.mark.parametrize("key", ["sk-\nsecret", "sk-secr\u00e9t", "sk-\x07secret", "\ufeffsk-secret", " \n"])
 def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(key, monkeypatch) -> None:
-    monkeypatch.setenv("SOME_KEY", key)
-    with pytest.raises(QAdapterError, match="environment variable SOME_KEY") as refused:
-        run("http://127.0.0.1:9/v1", api_key_variable="SOME_KEY")
+    monkeypatch.setenv("QADAPTER_SOME_KEY", key)
+    with pytest.raises(QAdapterError, match="environment variable QADAPTER_SOME_KEY") as refused:
+        run("http://127.0.0.1:9/v1", api_key_variable="QADAPTER_SOME_KEY")
     assert "sk-" not in str(refused.value)
     assert ("set or empty" if key.isspace() else "no header can carry") in str(refused.value)
 
@@ -459,34 +460,34 @@ def test_the_price_is_told_before_the_first_call(serve, caplog) -> None:
 
 def test_the_key_is_written_nowhere(serve, tmp_path, monkeypatch, caplog) -> None:
     """Not even where a server repeats it in its refusal."""
-    monkeypatch.setenv("SOME_KEY", "sk-very-secret")
+    monkeypatch.setenv("QADAPTER_SOME_KEY", "sk-very-secret")
     caplog.set_level("DEBUG")
     good, bad = serve(longer), serve(lambda *_: (401, {"error": "wrong key sk-very-secret"}, 0))
     for server in (good, bad):
-        evaluated(server, cache=tmp_path / "answers.jsonl", api_key_variable="SOME_KEY")
+        evaluated(server, cache=tmp_path / "answers.jsonl", api_key_variable="QADAPTER_SOME_KEY")
         assert set(server.keys) == {"Bearer sk-very-secret"}
     assert (tmp_path / "answers.jsonl").stat().st_size > 0
     assert "sk-very-secret" not in (tmp_path / "answers.jsonl").read_text()
     assert "wrong key …" in caplog.text
     assert "sk-very-secret" not in caplog.text
-    assert "sk-very-secret" not in str(settings(good, api_key_variable="SOME_KEY").model_dump())
+    assert "sk-very-secret" not in str(settings(good, api_key_variable="QADAPTER_SOME_KEY").model_dump())
 
 
 def test_a_key_from_a_file_has_a_line_end_that_is_not_sent(serve, monkeypatch) -> None:
     """Docker and Kubernetes hand a secret on as it lies in its file, the line end included."""
-    monkeypatch.setenv("SOME_KEY", "sk-very-secret\n")
+    monkeypatch.setenv("QADAPTER_SOME_KEY", "sk-very-secret\n")
     server = serve(longer)
-    assert run(server, api_key_variable="SOME_KEY").count("win") == 6
+    assert run(server, api_key_variable="QADAPTER_SOME_KEY").count("win") == 6
     assert set(server.keys) == {"Bearer sk-very-secret"}
 
 
 def test_a_key_is_masked_however_the_server_repeats_it(serve, monkeypatch) -> None:
     """As Python and as JSON quote it, in a refusal or an answer, and across the place where a note is cut."""
-    monkeypatch.setenv("SOME_KEY", "sk-'\\\"-secret\n")
+    monkeypatch.setenv("QADAPTER_SOME_KEY", "sk-'\\\"-secret\n")
     key = "sk-'\\\"-secret"
     bodies = [{"error": f"wrong {key}"}, f"wrong {key!r} {key}", "x" * 190 + key]
     for answer in [(401, body, 0) for body in bodies] + [f"nonsense {key!r}", "x" * 190 + key]:
-        last = run(serve(lambda *_, answer=answer: answer), api_key_variable="SOME_KEY").usage.last_error
+        last = run(serve(lambda *_, answer=answer: answer), api_key_variable="QADAPTER_SOME_KEY").usage.last_error
         assert "…" in last
         assert "sk-" not in last
         assert "secret" not in last
