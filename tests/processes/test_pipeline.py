@@ -682,9 +682,9 @@ BAD = {
     "no key for the judge": Bad(
         lambda _: [
             "evaluation.adaptation.judge=endpoint",
-            "evaluation.adaptation.endpoint={url: https://judge.example/v1, model: m, api_key_variable: QADAPTER_NO_SUCH_KEY}",
+            "evaluation.adaptation.endpoint={url: https://judge.example/v1, model: m, api_key_variable: QADAPTER_NONE}",
         ],
-        ("evaluation.adaptation.endpoint", "environment variable QADAPTER_NO_SUCH_KEY, which is not set"),
+        ("evaluation.adaptation.endpoint", "environment variable QADAPTER_NONE, which is not set"),
     ),
     "a judge without pairs": Bad(
         lambda _: ["evaluation.adaptation.judge=reward-model"],
