@@ -11,13 +11,13 @@ import pytest
 from pydantic import ValidationError
 
 from qadapter.config.customization import Customization
-from qadapter.config.evaluation import JudgeSettings
 from qadapter.config.experiment import load_experiment
 from qadapter.config.sources import Source
 from qadapter.errors import QAdapterError
 from qadapter.files import shown as module
 from qadapter.files.shown import csv_cell, guard_logs, remember_secret, shown, to_csv, visible
 from qadapter.files.url_secrets import check_variable, filled_in, secrets_in
+from qadapter.judging.endpoint import EndpointSettings
 
 CANARY = "pa55word-of-the-test"
 
@@ -95,7 +95,7 @@ def test_every_kind_of_config_is_looked_at(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match=r"overrides\.methods\.x"):
         Customization.model_validate(fields | {"overrides": {"methods": {"x": f"https://a:{CANARY}@b.org"}}})
     with pytest.raises(ValidationError, match="extra"):
-        JudgeSettings(url="https://j.org/v1", model="m", extra={"headers": {"Authorization": f"Bearer {CANARY}"}})
+        EndpointSettings(url="https://j.org/v1", model="m", extra={"headers": {"Authorization": f"Bearer {CANARY}"}})
 
 
 def test_only_allowed_variables_fill_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
