@@ -161,7 +161,7 @@ def collect_preferences(
     found = delivered(source, world.path if world else context.data)
     digests = found.digests()
     rules = hashlib.sha256(
-        f"{code_digest('qadapter.preferences.formats')} {source.domain} {source.max_chars}".encode()
+        f"{code_digest('qadapter.preferences.reading')} {source.domain} {source.max_chars}".encode()
     ).hexdigest()
     before = Path(previous) if previous and (Path(previous) / SUMMARY).exists() else None
 

@@ -81,6 +81,12 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def shared_formats() -> Path:
+    """Folder with invented records of each published layout and what each must give; skips where it is absent."""
+    return _shared("formats")
+
+
+@pytest.fixture(scope="session")
 def shared_golden() -> Path:
     """Folder with the published code's own numbers; skips where it is absent."""
     return _shared("golden")

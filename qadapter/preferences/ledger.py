@@ -17,9 +17,9 @@ from typing import Any
 
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import read_json, write_json
-from qadapter.preferences.containers import iter_records
-from qadapter.preferences.formats import Format, detect_format, parse_record
+from qadapter.preferences.building import Choices
 from qadapter.preferences.pair import PreferencePair
+from qadapter.preferences.reading import Reader, characters, file_records, open_reader
 from qadapter.preferences.records import RawRecord, Reason
 from qadapter.preferences.sources import DATA_SUFFIXES
 
@@ -101,6 +101,7 @@ def update(
     max_chars: int,
     rules: str,
     unread: Mapping[str, int] | None = None,
+    choices: Choices | None = None,
 ) -> Changes:
     """Write a ledger of some files.
 
@@ -113,6 +114,7 @@ def update(
         out: an empty folder; gets `records.jsonl`, `quarantine.jsonl` (file, line, reason) and `summary.json`.
         domain, max_chars: as in `qadapter.preferences.prepare.prepare`.
         rules: whatever names the way records are validated (code, domain, limit). A ledger of other rules is not used.
+        choices: what the data leave open (`fields`, `score`, `pairing` …).
         unread: files beside them that are no data by their names, with their sizes: refused without being opened.
     """
     if previous is not None and read_json(previous / SUMMARY)["rules"] != rules:
@@ -124,21 +126,24 @@ def update(
     validated, refused = 0, {}
     for name, file in _names(files).items():
         try:
-            file_format = detect_format(file)
-            if domain is None and file_format is Format.DSP:
-                raise QAdapterError(f"{file} is DSP data and no domain was given. Set source.domain.")
+            reader = open_reader(file, domain=domain, choices=choices)
         except QAdapterError as error:
             refused[name] = str(error).splitlines()[0]
             digest = hashlib.sha256(file.read_bytes()).hexdigest()
             entries.append(Entry(name, 1, digest, [REFUSED_FILE], digest not in known))
             continue
-        for record in iter_records(file):
-            digest = _digest(name, record, file_format)
-            outcome = known.get(digest)
+        for record in file_records(file, choices):
+            digest = _digest(name, record, reader.name)
+            # What an unpaired row gives depends on the rows before it, which may have changed.
+            outcome = None if reader.across_records else known.get(digest)
             if outcome is None:
                 validated += 1
-                outcome = _validate(record, file_format, domain, max_chars)
+                outcome = _validate(record, reader, max_chars)
             entries.append(Entry(name, record.line, digest, outcome, digest not in known))
+        left = dict(reader.finish())
+        for entry in entries:
+            if entry.file == name and entry.line in left:
+                entry.outcome.append(left[entry.line].value)
     for name, size in (unread or {}).items():
         refused[name] = f"its name ends in none of {', '.join(DATA_SUFFIXES)}; rename it, or convert it to one of these"
         digest = hashlib.sha256(f"{UNREAD_FILE}\n{name}\n{size}".encode(errors="surrogateescape")).hexdigest()
@@ -176,26 +181,24 @@ def read(ledger: Path) -> Iterator[Entry]:
             yield Entry(**json.loads(line))
 
 
-def _validate(record: RawRecord, file_format: Format, domain: str | None, max_chars: int) -> list[Any]:
+def _validate(record: RawRecord, reader: Reader, max_chars: int) -> list[Any]:
     if record.problem:
         return [record.problem.value]
     outcome: list[Any] = []
-    for candidate in parse_record(record.value, file_format, domain=domain):
+    for candidate in reader.read(record.value, record.line):
         if isinstance(candidate, Reason):
             outcome.append(candidate.value)
         else:
-            characters = sum(len(turn["content"]) for turn in candidate.prompt)
-            characters += max(len(candidate.chosen), len(candidate.rejected))
-            outcome.append(Reason.TOO_LONG.value if characters > max_chars else candidate.to_trl())
+            outcome.append(Reason.TOO_LONG.value if characters(candidate) > max_chars else candidate.to_row())
     return outcome
 
 
-def _digest(name: str, record: RawRecord, file_format: Format) -> str:
+def _digest(name: str, record: RawRecord, layout: str) -> str:
     if record.problem:
         content = f"{record.problem}\n{name}\n{record.line}"
     else:
         content = json.dumps(record.value, sort_keys=True, default=str)
-    return hashlib.sha256(f"{file_format}\n{content}".encode(errors="surrogatepass")).hexdigest()
+    return hashlib.sha256(f"{layout}\n{content}".encode(errors="surrogatepass")).hexdigest()
 
 
 def _names(files: Sequence[Path]) -> dict[str, Path]:

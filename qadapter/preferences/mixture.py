@@ -10,6 +10,7 @@ from typing import Literal
 
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import write_json
+from qadapter.preferences.building import Choices
 from qadapter.preferences.ledger import read
 from qadapter.preferences.pair import PreferencePair
 from qadapter.preferences.prepare import parse_files
@@ -30,6 +31,7 @@ def write_mixture(
     max_train_pairs: int | None,
     max_heldout_pairs: int | None,
     max_chars: int,
+    choices: Choices | None = None,
 ) -> None:
     """Split the usable pairs of a ledger by prompt and choose the training pairs.
 
@@ -41,7 +43,7 @@ def write_mixture(
             if an earlier training read it whose policy was rejected.
         rows: `all` trains on everything; `new` on the fresh pairs and a sample of the others.
         old_share: share of the other pairs in that sample. A pair's draw depends on its text and the seed alone.
-        heldout, heldout_files, seed, max_train_pairs, max_heldout_pairs, domain, max_chars: as in
+        heldout, heldout_files, seed, max_train_pairs, max_heldout_pairs, domain, max_chars, choices: as in
             `qadapter.preferences.prepare.prepare`.
 
     Raises:
@@ -49,7 +51,9 @@ def write_mixture(
     """
     pairs = _pairs(ledger)
     fresh = unlearnt(ledger, learnt)
-    held = parse_files(heldout_files, domain=domain, max_chars=max_chars).pairs if heldout_files else None
+    held = (
+        parse_files(heldout_files, domain=domain, max_chars=max_chars, choices=choices).pairs if heldout_files else None
+    )
     split = split_pairs(
         pairs,
         heldout=heldout,
@@ -74,18 +78,21 @@ def write_heldout(
     seed: int,
     max_heldout_pairs: int | None,
     max_chars: int,
+    choices: Choices | None = None,
 ) -> None:
     """The held-out side of `write_mixture` alone, where it has files of its own: nothing else need be there.
 
     Args:
         files: the held-out files.
         out: gets the same `heldout.jsonl`, and of `summary.json` what is about it.
-        domain, seed, max_heldout_pairs, max_chars: as there.
+        domain, seed, max_heldout_pairs, max_chars, choices: as there.
 
     Raises:
         QAdapterError: the files have no usable pair.
     """
-    held = heldout_side(parse_files(files, domain=domain, max_chars=max_chars).pairs, seed, max_heldout_pairs)
+    held = heldout_side(
+        parse_files(files, domain=domain, max_chars=max_chars, choices=choices).pairs, seed, max_heldout_pairs
+    )
     if not held:
         raise QAdapterError(f"No held-out pair of {', '.join(map(str, files))} can be used. Give others.")
     write_json(out / "summary.json", _write_side(out, "heldout", held))
@@ -93,7 +100,7 @@ def write_heldout(
 
 def _write_side(out: Path, side: str, pairs: Sequence[PreferencePair]) -> dict[str, int | str]:
     """Write a side's file; its part of the summary."""
-    text = "".join(_text(pair) + "\n" for pair in pairs)
+    text = "".join(json.dumps(pair.to_row(), ensure_ascii=False) + "\n" for pair in pairs)
     (out / f"{side}.jsonl").write_text(text, encoding="utf-8")
     return {
         f"{side}_pairs": len(pairs),

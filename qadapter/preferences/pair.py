@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -29,11 +29,16 @@ class PreferencePair:
         prompt: the conversation so far; its last turn is the user's.
         chosen: text of the preferred reply.
         rejected: text of the other reply.
+        margin: by how much the source prefers it, in the source's own unit (a difference of scores, a strength); None
+            where the source does not say. No part of the pair's identity: equal texts are equal pairs.
+        votes: how many annotators gave this (unanimous) judgement, where the source lists them.
     """
 
     prompt: tuple[Message, ...]
     chosen: str
     rejected: str
+    margin: float | None = field(default=None, compare=False)
+    votes: int | None = field(default=None, compare=False)
 
     @property
     def prompt_digest(self) -> str:
@@ -49,10 +54,20 @@ class PreferencePair:
             "rejected": [{"role": "assistant", "content": self.rejected}],
         }
 
+    def to_row(self) -> dict[str, Any]:
+        """The pair as this project writes it: `to_trl`, and margin and votes where the source has them."""
+        row: dict[str, Any] = dict(self.to_trl())
+        if self.margin is not None:
+            row["margin"] = self.margin
+        if self.votes is not None:
+            row["votes"] = self.votes
+        return row
+
     @classmethod
     def from_trl(cls, row: dict[str, Any]) -> PreferencePair:
-        """Inverse of `to_trl`, for files this project wrote itself (`formats.py` reads the ones it did not)."""
-        return cls(tuple(row["prompt"]), row["chosen"][0]["content"], row["rejected"][0]["content"])
+        """Inverse of `to_row` and `to_trl`, for files this project wrote itself (`reading.py` reads the others)."""
+        chosen, rejected = (row[side][0]["content"] for side in ("chosen", "rejected"))
+        return cls(tuple(row["prompt"]), chosen, rejected, row.get("margin"), row.get("votes"))
 
 
 def iter_pairs(file: Path) -> Iterator[PreferencePair]:

@@ -1,229 +1,303 @@
-"""One parser a record format: a decoded record in, its candidate pairs out.
+"""The layouts that need code: a decoded record in, its candidate pairs out.
 
-Each parser takes the record and the wanted domain (only DSP has any) and returns at least one candidate, a pair or the
-reason why it is none; a record that gives no pair at all raises `UnusableError`. White space around a turn is dropped.
+Each parser takes the record and the source's `Context` and returns at least one candidate, a pair or the reason why it
+is none; a record that gives no pair at all raises `UnusableRecord`. White space around a turn is dropped.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-import re
+import json
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from qadapter.preferences.pair import Message, PreferencePair, Role
+from qadapter.preferences.building import (
+    Context,
+    Record,
+    decision,
+    margin_of,
+    opening,
+    pair_of_sides,
+    scored,
+    side,
+    system_of,
+)
+from qadapter.preferences.pair import Message
 from qadapter.preferences.records import Reason
-
-Candidates = list[PreferencePair | Reason]
-
-MAX_DIALOGUES = 64
-"""A text-score record with more dialogues than this (2,016 candidate pairs) is refused as over-long."""
-
-
-class UnusableError(Exception):
-    """A record that gives no pair at all."""
-
-    def __init__(self, reason: Reason) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
-def _text(value: Any) -> str:
-    """A string field without the white space around it."""
-    if not isinstance(value, str):
-        raise UnusableError(Reason.WRONG_FIELDS)
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # lone surrogates: no file and no tokenizer takes them
-        raise UnusableError(Reason.NOT_UNICODE) from None
-    return value.strip()
+from qadapter.preferences.transcripts import HH
+from qadapter.preferences.turns import (
+    Candidates,
+    UnusableRecord,
+    content_text,
+    make_pair,
+    messages,
+    pair_of_dialogues,
+    prompt_of,
+    text,
+    with_system,
+)
 
 
-def _pair(prompt: list[Message], chosen: str, rejected: str) -> PreferencePair:
-    """The last checks, the same for every format."""
-    if not prompt or not all(turn["content"] for turn in prompt):
-        raise UnusableError(Reason.EMPTY_PROMPT)
-    if not chosen or not rejected:
-        raise UnusableError(Reason.EMPTY_REPLY)
-    if chosen == rejected:
-        raise UnusableError(Reason.IDENTICAL_REPLIES)
-    return PreferencePair(tuple(prompt), chosen, rejected)
+def hh_dialogues(record: Record, context: Context) -> Candidates:
+    """`chosen` and `rejected` are whole dialogues, written out in one style. One candidate."""
+    turns = (context.reply_style or HH).turns
+    chosen, rejected = turns(text(record.get("chosen"))), turns(text(record.get("rejected")))
+    prompt = record.get("prompt")
+    if prompt is not None and " ".join(text(prompt).split()) not in " ".join(text(record["chosen"]).split()):
+        raise UnusableRecord(Reason.WRONG_FIELDS)
+    return [pair_of_dialogues(chosen, rejected, system_of(record), margin_of(record))]
 
 
-def _pair_of_dialogues(chosen: list[Message], rejected: list[Message]) -> PreferencePair:
-    """A pair from two whole dialogues whose prompts, all turns but the last, must be equal."""
-    chosen, rejected = _join_turns(chosen), _join_turns(rejected)
-    if chosen[:-1] != rejected[:-1]:
-        raise UnusableError(Reason.DIFFERENT_PROMPTS)
-    return _pair(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
+def decided(record: Record, context: Context) -> Candidates:
+    """`chosen` and `rejected`, text or messages, with `prompt` or with the prompt inside. One candidate."""
+    sides = record.get("chosen"), record.get("rejected")
+    return [decision(context, record.get("prompt"), *sides, system=system_of(record), margin=margin_of(record))]
 
 
-def _join_turns(turns: list[Message]) -> list[Message]:
-    """Joins neighbouring turns of the same speaker and checks the order: [system] user assistant … user assistant.
-
-    In some HH records a reply goes on in a second `Assistant:` turn. Joined, such a pair has one prompt and two replies
-    as it was collected; unjoined, its prompts would differ, and many chat templates refuse such turns.
-    """
-    joined: list[Message] = []
-    for turn in turns:
-        if joined and joined[-1]["role"] == turn["role"]:
-            parts = [part for part in (joined[-1]["content"], turn["content"]) if part]
-            joined[-1] = Message(role=turn["role"], content="\n\n".join(parts))
-        else:
-            joined.append(turn)
-    speakers = [turn["role"] for turn in joined]
-    spoken = speakers[1:] if speakers[:1] == ["system"] else speakers
-    if len(spoken) < 2 or spoken[0] != "user" or spoken[-1] != "assistant" or "system" in spoken:
-        raise UnusableError(Reason.NOT_A_DIALOGUE)
-    return joined
+def plain(record: Record, context: Context) -> Candidates:
+    """`prompt`, `chosen` and `rejected` as text. One candidate."""
+    if not isinstance(record.get("prompt"), str):
+        raise UnusableRecord(Reason.WRONG_FIELDS)
+    if not isinstance(record.get("chosen"), str) or not isinstance(record.get("rejected"), str):
+        raise UnusableRecord(Reason.WRONG_FIELDS)
+    response = record.get("response")
+    if response is not None and text(response) != text(record["chosen"]):
+        raise UnusableRecord(Reason.WRONG_FIELDS)
+    return decided(record, context)
 
 
-def _pair_of_replies(prompt: list[Message], chosen: str, rejected: str) -> PreferencePair:
-    """A pair from a prompt and two replies to it."""
-    ends = ([Message(role="assistant", content=reply)] for reply in (chosen, rejected))
-    return _pair_of_dialogues(*(prompt + end for end in ends))
+def plain_implicit(record: Record, context: Context) -> Candidates:
+    """`chosen` and `rejected` as text that begins with the prompt. One candidate."""
+    if not isinstance(record.get("chosen"), str) or not isinstance(record.get("rejected"), str):
+        raise UnusableRecord(Reason.WRONG_FIELDS)
+    if record.get("prompt") is not None:
+        raise UnusableRecord(Reason.WRONG_FIELDS)
+    return decided(record, context)
 
 
-TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
-SPEAKERS: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
-
-
-def is_dialogue(text: str) -> bool:
-    """Whether a string looks like an HH raw dialogue: begins with a Human turn and has an Assistant turn."""
-    start = TURN.match(text)
-    return start is not None and start.group(1) == "Human" and "\n\nAssistant:" in text.replace("\r\n", "\n")
-
-
-def _dialogue(value: Any) -> list[Message]:
-    """The turns of an HH raw dialogue: `\\n\\nHuman: …\\n\\nAssistant: …`."""
-    before, *rest = TURN.split(_text(value).replace("\r\n", "\n"))
-    if before.strip() or not rest:
-        raise UnusableError(Reason.NOT_A_DIALOGUE)
-    turns = zip(rest[::2], rest[1::2], strict=True)
-    return [Message(role=SPEAKERS[speaker], content=content.strip()) for speaker, content in turns]
-
-
-def _messages(value: Any) -> list[Message]:
-    if not isinstance(value, list):
-        raise UnusableError(Reason.WRONG_FIELDS)
-    messages = []
-    for turn in value:
-        if not isinstance(turn, dict) or turn.get("role") not in ("system", "user", "assistant"):
-            raise UnusableError(Reason.WRONG_FIELDS)
-        messages.append(Message(role=turn["role"], content=_text(turn.get("content"))))
-    return messages
-
-
-def parse_hh(record: dict[str, Any], _: str | None) -> Candidates:
-    """HH raw: `chosen` and `rejected` are whole dialogues. One candidate."""
-    return [_pair_of_dialogues(_dialogue(record.get("chosen")), _dialogue(record.get("rejected")))]
-
-
-def parse_text_score(record: dict[str, Any], _: str | None) -> Candidates:
-    """Text-score: n whole dialogues in `text`, n numbers in `score`. n·(n-1)/2 candidates."""
-    texts, scores = record.get("text"), record.get("score")
-    if not isinstance(texts, list) or len(texts) < 2:
-        raise UnusableError(Reason.WRONG_FIELDS)
-    if len(texts) > MAX_DIALOGUES:
-        raise UnusableError(Reason.TOO_LONG)
-    if scores is None:
-        raise UnusableError(Reason.NO_PREFERENCE)
-    if not isinstance(scores, list) or len(scores) != len(texts):
-        raise UnusableError(Reason.WRONG_FIELDS)
+def reply_lists(record: Record, context: Context) -> Candidates:
+    """Lists of good and bad replies (RewardBench 2): each good one is preferred to each bad one."""
+    chosen, rejected = record.get("chosen"), record.get("rejected")
+    if not isinstance(chosen, list) or not isinstance(rejected, list) or not chosen or not rejected:
+        raise UnusableRecord(Reason.WRONG_FIELDS)
+    start = opening(context, record.get("prompt"), system_of(record))
     candidates: Candidates = []
-    for (text_a, score_a), (text_b, score_b) in itertools.combinations(zip(texts, scores, strict=True), 2):
+    for better, worse in itertools.product(chosen, rejected):
         try:
-            order = _score(score_a) - _score(score_b)
-            if order == 0:
-                raise UnusableError(Reason.NO_PREFERENCE)
-            better, worse = (text_a, text_b) if order > 0 else (text_b, text_a)
-            candidates.append(_pair_of_dialogues(_dialogue(better), _dialogue(worse)))
-        except UnusableError as error:
-            candidates.append(error.reason)
+            candidates.append(make_pair(start, text(better), text(worse)))
+        except UnusableRecord as unusable:
+            candidates.append(unusable.reason)
     return candidates
 
 
-def _score(value: Any) -> float:
-    if value is None:
-        raise UnusableError(Reason.NO_PREFERENCE)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UnusableError(Reason.WRONG_FIELDS)
-    try:
-        score = float(value)
-    except OverflowError:
-        score = math.inf
-    if not math.isfinite(score):
-        raise UnusableError(Reason.NO_PREFERENCE)
-    return score
+def text_score(record: Record, context: Context) -> Candidates:
+    """Text-score: n whole dialogues in `text`, n numbers in `score`. n·(n-1)/2 candidates."""
+    texts, scores = record.get("text"), record.get("score")
+    if not isinstance(texts, list) or len(texts) < 2:
+        raise UnusableRecord(Reason.WRONG_FIELDS)
+    if scores is None:
+        raise UnusableRecord(Reason.NO_PREFERENCE)
+    if not isinstance(scores, list) or len(scores) != len(texts):
+        raise UnusableRecord(Reason.WRONG_FIELDS)
+    if context.reply_style is None:
+        context.reply_style = HH
+    return scored(context, None, list(zip(texts, scores, strict=True)), system=system_of(record))
 
 
-def parse_dsp(record: dict[str, Any], domain: str | None) -> Candidates:
+def dsp(record: Record, context: Context) -> Candidates:
     """DSP: one candidate for every style but the domain: the domain's response chosen, the other style's rejected.
 
     The definition is its authors' (Cheng et al., 2023).
     """
     responses = record.get("responses")
     if not isinstance(responses, dict):
-        raise UnusableError(Reason.WRONG_FIELDS)
+        raise UnusableRecord(Reason.WRONG_FIELDS)
     # Arrow gives every record all styles of the file, null where it has none.
     styles = [style for style, response in responses.items() if response is not None]
-    if domain not in styles or len(styles) < 2:
-        raise UnusableError(Reason.NO_DOMAIN_RESPONSE)
+    if context.domain not in styles or len(styles) < 2:
+        raise UnusableRecord(Reason.NO_DOMAIN_RESPONSE)
     candidates: Candidates = []
     for style in styles:
-        if style == domain:
+        if style == context.domain:
             continue
         try:
-            prompt = [Message(role="user", content=_text(record.get("query")))]
-            candidates.append(_pair(prompt, _text(responses[domain]), _text(responses[style])))
-        except UnusableError as error:
-            candidates.append(error.reason)
+            prompt = [Message(role="user", content=text(record.get("query")))]
+            prompt = with_system(prompt, system_of(record))
+            candidates.append(make_pair(prompt, text(responses[context.domain]), text(responses[style])))
+        except UnusableRecord as unusable:
+            candidates.append(unusable.reason)
     return candidates
 
 
-def parse_conversation(record: dict[str, Any], _: str | None) -> Candidates:
-    """TRL conversational: `chosen` and `rejected` are messages, the prompt given (messages or a string) or implicit."""
-    chosen, rejected = _messages(record.get("chosen")), _messages(record.get("rejected"))
-    prompt = record.get("prompt")
-    if prompt is not None:
-        turns = _plain_prompt(prompt) if isinstance(prompt, str) else _messages(prompt)
-        # Some sets give the prompt and repeat it in both dialogues (UltraFeedback binarized): then it is implicit.
-        if not (chosen and rejected and chosen[0]["role"] != "assistant" and rejected[0]["role"] != "assistant"):
-            chosen, rejected = turns + chosen, turns + rejected
-    return [_pair_of_dialogues(chosen, rejected)]
+# ---- exports of the fine-tuning services ----
 
 
-def _plain_prompt(value: Any) -> list[Message]:
-    """A prompt string as turns: one of the user's, or those of an HH dialogue that waits for its reply."""
-    text = _text(value)
-    if is_dialogue(text) and text.endswith("\n\nAssistant:"):
-        return _dialogue(text)[:-1]
-    return [Message(role="user", content=text)]
+def openai_preference(record: Record, context: Context) -> Candidates:
+    """OpenAI's preference fine-tuning: `input`, `preferred_output`, `non_preferred_output` of one text turn each."""
+    given = record.get("input")
+    if isinstance(given, dict):
+        if given.get("tools"):
+            raise UnusableRecord(Reason.NOT_TEXT)
+        given = given.get("messages")
+    prompt = messages(given)
+    outputs = [record.get("preferred_output"), record.get("non_preferred_output")]
+    if any(isinstance(output, list) and len(output) > 1 for output in outputs):
+        raise UnusableRecord(Reason.NOT_TEXT)
+    return [decision(context, [dict(turn) for turn in prompt], *outputs, system=system_of(record))]
 
 
-def parse_plain(record: dict[str, Any], _: str | None) -> Candidates:
-    """TRL plain strings: `prompt`, `chosen`, `rejected`. One candidate."""
-    prompt = _plain_prompt(record.get("prompt"))
-    return [_pair_of_replies(prompt, _text(record.get("chosen")), _text(record.get("rejected")))]
+def nova_dpo(record: Record, _: Context) -> Candidates:
+    """Amazon Nova: the last of `messages` has two `candidates`, labelled `preferred` and `non-preferred`."""
+    turns = record.get("messages")
+    if not isinstance(turns, list) or not turns or not isinstance(turns[-1], dict):
+        raise UnusableRecord(Reason.WRONG_FIELDS)
+    candidates = turns[-1].get("candidates")
+    if not isinstance(candidates, list) or not all(isinstance(reply, dict) for reply in candidates):
+        raise UnusableRecord(Reason.WRONG_FIELDS)
+    by_label: dict[str, list[Any]] = {"preferred": [], "non-preferred": []}
+    for reply in candidates:
+        by_label.get(str(reply.get("preferenceLabel")), []).append(reply.get("content"))
+    if [len(replies) for replies in by_label.values()] != [1, 1]:
+        raise UnusableRecord(Reason.NO_PREFERENCE)
+    start = prompt_of(with_system(messages(turns[:-1]), system_of(record)))
+    better, worse = (content_text(replies[0]) for replies in by_label.values())
+    return [pair_of_sides(start, better, worse)]
 
 
-def parse_plain_implicit(record: dict[str, Any], _: str | None) -> Candidates:
-    """TRL plain strings without `prompt`. One candidate.
+def gemini_preference(record: Record, context: Context) -> Candidates:
+    """Vertex: `contents`, and `completions` whose scores are 1 and 0."""
+    completions = record.get("completions")
+    if not isinstance(completions, list) or not all(isinstance(reply, dict) for reply in completions):
+        raise UnusableRecord(Reason.WRONG_FIELDS)
+    if record.get("tools"):
+        raise UnusableRecord(Reason.NOT_TEXT)
+    system = record.get("system_instruction") or record.get("systemInstruction") or system_of(record)
+    replies = [([reply.get("completion")], reply.get("score")) for reply in completions]
+    return scored(context, record.get("contents"), replies, system=system, margins=False)
 
-    The prompt is what both strings begin with, cut back to the end of a word so that each reply keeps a word at least.
-    TRL's `extract_prompt` cuts between letters ("bl|ue", "bl|ack"), which no chat template can put together again.
-    """
-    chosen, rejected = _text(record.get("chosen")), _text(record.get("rejected"))
-    if not chosen or not rejected:
-        raise UnusableError(Reason.EMPTY_REPLY)
-    if chosen == rejected:
-        raise UnusableError(Reason.IDENTICAL_REPLIES)
-    ends = (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
-    common = chosen[: next(ends, min(len(chosen), len(rejected)))]
-    words_end_here = common[-1:].isspace() or all(text[len(common) :][:1].isspace() for text in (chosen, rejected))
-    if not words_end_here:
-        words = common.rsplit(maxsplit=1)
-        common = words[0] if len(words) == 2 else ""
-    if not common.strip():
-        raise UnusableError(Reason.DIFFERENT_PROMPTS)
-    return [_pair_of_replies(_plain_prompt(common), chosen[len(common) :].strip(), rejected[len(common) :].strip())]
+
+# ---- published sets ----
+
+
+def arena_55k(record: Record, _: Context) -> Candidates:
+    """Arena on Kaggle: prompt and responses are JSON lists of turns as text, the winner one of two columns."""
+    winners = [_truth(record.get(f"winner_model_{side}")) for side in "ab"]
+    if winners[0] == winners[1]:
+        raise UnusableRecord(Reason.NO_PREFERENCE)
+    prompts = _json_turns(record.get("prompt"))
+    dialogues = []
+    for name in ("response_a", "response_b"):
+        replies = _json_turns(record.get(name))
+        if len(replies) != len(prompts):
+            raise UnusableRecord(Reason.WRONG_FIELDS)
+        turns = [
+            turn
+            for prompt, reply in zip(prompts, replies, strict=True)
+            for turn in (Message(role="user", content=prompt), Message(role="assistant", content=reply))
+        ]
+        dialogues.append(turns)
+    better, worse = dialogues if winners[0] else reversed(dialogues)
+    return [pair_of_dialogues(better, worse)]
+
+
+def _truth(value: Any) -> bool:
+    if value is None or isinstance(value, list | dict):
+        raise UnusableRecord(Reason.WRONG_FIELDS)
+    if str(value).strip().lower() in ("1", "1.0", "true"):
+        return True
+    if str(value).strip().lower() in ("0", "0.0", "false", ""):
+        return False
+    raise UnusableRecord(Reason.WRONG_FIELDS)
+
+
+def _json_turns(value: Any) -> list[str]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise UnusableRecord(Reason.WRONG_FIELDS) from None
+    if not isinstance(value, list):
+        raise UnusableRecord(Reason.WRONG_FIELDS)
+    return [text(turn) for turn in value]
+
+
+def summarize_comparisons(record: Record, _: Context) -> Candidates:
+    """OpenAI's summaries: a post or an article in `info`, two `summaries`, the better one's index in `choice`."""
+    info, summaries, choice = record.get("info"), record.get("summaries"), record.get("choice")
+    if not isinstance(info, dict) or not isinstance(summaries, list) or len(summaries) != 2:
+        raise UnusableRecord(Reason.WRONG_FIELDS)
+    if str(choice) not in ("0", "1") or isinstance(choice, bool):
+        raise UnusableRecord(Reason.NO_PREFERENCE)
+    if info.get("post") is not None:
+        title, subreddit = (text(info[key]) if info.get(key) is not None else "" for key in ("title", "subreddit"))
+        request = f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {text(info['post'])}\n\nTL;DR:"
+    else:
+        request = f"Article:\n{text(info.get('article'))}\n\nTL;DR:"
+    if not text(info["post"] if info.get("post") is not None else info.get("article")):
+        raise UnusableRecord(Reason.EMPTY_PROMPT)
+    texts = [text(summary.get("text") if isinstance(summary, dict) else summary) for summary in summaries]
+    better = int(str(choice))
+    return [make_pair([Message(role="user", content=request)], texts[better], texts[1 - better])]
+
+
+def ms_swift(record: Record, _: Context) -> Candidates:
+    """ms-swift: `messages` ends with the chosen reply; `rejected_response`, or `rejected_messages`' last turn."""
+    turns = messages(record.get("messages"))
+    if not turns or turns[-1]["role"] != "assistant":
+        raise UnusableRecord(Reason.NOT_A_DIALOGUE)
+    start = prompt_of(with_system(turns[:-1], system_of(record)))
+    rejected = record.get("rejected_response")
+    if rejected is None:
+        whole = side(record.get("rejected_messages"))
+        rejected = whole if isinstance(whole, str) else _last_reply(whole)
+    else:
+        rejected = text(rejected)
+    return [pair_of_sides(start, turns[-1]["content"], rejected, margin_of(record))]
+
+
+def _last_reply(turns: Sequence[Message]) -> str:
+    if not turns or turns[-1]["role"] != "assistant":
+        raise UnusableRecord(Reason.NOT_A_DIALOGUE)
+    return turns[-1]["content"]
+
+
+MAX_TREE_DEPTH = 200
+
+
+def oasst_tree(record: Record, context: Context) -> Candidates:
+    """OpenAssistant: each turn of the user with two or more ranked replies; rank 0 is the best."""
+    root = record.get("prompt")
+    if not isinstance(root, dict):
+        raise UnusableRecord(Reason.WRONG_FIELDS)
+    candidates: Candidates = []
+    for path, replies in _branches(root, []):
+        try:
+            ranked = [(text(reply.get("text")), reply.get("rank")) for reply in replies]
+            candidates += scored(context, [dict(turn) for turn in path], ranked, best="lowest")
+        except UnusableRecord as unusable:
+            candidates.append(unusable.reason)
+    if not candidates:
+        raise UnusableRecord(Reason.NO_PREFERENCE)
+    return candidates
+
+
+def _branches(node: Any, path: list[Message]) -> Iterator[tuple[list[Message], list[dict[str, Any]]]]:
+    """Every turn of the user that has several replies: the turns up to it, and the replies."""
+    waiting = [(node, path)]
+    while waiting:
+        node, path = waiting.pop()
+        said = messages([{"role": node.get("role") or "prompter", "content": node.get("text")}])
+        if not said:
+            continue
+        path = [*path, *said]
+        replies = [reply for reply in node.get("replies") or [] if _published(reply)]
+        if said[0]["role"] == "user" and len(replies) > 1:
+            yield path, replies
+        if len(path) < MAX_TREE_DEPTH:
+            waiting += [(reply, path) for reply in reversed(replies)]
+
+
+def _published(node: Any) -> bool:
+    if not isinstance(node, dict):
+        raise UnusableRecord(Reason.WRONG_FIELDS)
+    return not node.get("deleted") and node.get("review_result") is not False

@@ -25,11 +25,12 @@ from typing import Any
 import numpy as np
 
 from qadapter.errors import QAdapterError
+from qadapter.preferences.building import Choices
 from qadapter.preferences.containers import NoRecordsError
-from qadapter.preferences.formats import Accepted, Rejected, detect_format, read_pairs
 from qadapter.preferences.packed import shown_path
 from qadapter.preferences.pair import PreferencePair
 from qadapter.preferences.progress import Progress
+from qadapter.preferences.reading import Accepted, Rejected, open_reader, read_pairs
 from qadapter.preferences.records import Reason
 from qadapter.preferences.sorting import SortedRows
 from qadapter.preferences.split import (
@@ -147,10 +148,11 @@ def prepare(
     max_heldout_pairs: int | None = None,
     max_chars: int = DEFAULT_MAX_CHARS,
     judge_pairs: int = 0,
+    choices: Choices | None = None,
 ) -> PreparationSummary:
     """Validates preference files, splits them by prompt and writes the result.
 
-    Writes to `out_dir`: `train.jsonl` and `heldout.jsonl` (a pair a line, `PreferencePair.to_trl`), `quarantine.jsonl`
+    Writes to `out_dir`: `train.jsonl` and `heldout.jsonl` (a pair a line, `PreferencePair.to_row`), `quarantine.jsonl`
     (file, line and reason of every rejected candidate, no contents), `summary.json` and, if pairs are set apart for a
     judge, `judge.jsonl`. None of them is left behind if it raises.
 
@@ -164,6 +166,7 @@ def prepare(
         max_train_pairs, max_heldout_pairs: keep at most so many pairs a side, drawn by the seed.
         max_chars: a pair with more characters (prompt and longer reply) is quarantined as over-long.
         judge_pairs: pairs that no policy is to see, for a judge to be trained on; see `split_pairs`.
+        choices: what the data leave open (`fields`, `score`, `pairing` …).
 
     Raises:
         QAdapterError: no files, a file of an unknown format, no usable pair, or a split that leaves a side empty.
@@ -176,7 +179,7 @@ def prepare(
     sides = [side for side in (train, held) if side]
     try:
         for side in sides:
-            side.read(seed, domain=domain, max_chars=max_chars)
+            side.read(seed, domain=domain, max_chars=max_chars, choices=choices)
         division = divide(
             train.rows.drawn,
             heldout=heldout,
@@ -213,13 +216,13 @@ class _Side:
         self.rejected: dict[Path, _Rejections] = {}
         self.formats: dict[Path, str] = {}
 
-    def read(self, seed: int, *, domain: str | None, max_chars: int) -> None:
+    def read(self, seed: int, *, domain: str | None, max_chars: int, choices: Choices | None) -> None:
         """Read the files to their end.
 
         Raises:
             QAdapterError: as `stream_files`, or no usable pair.
         """
-        for item in stream_files(self.files, self.formats, domain=domain, max_chars=max_chars):
+        for item in stream_files(self.files, self.formats, domain=domain, max_chars=max_chars, choices=choices):
             self.read_count += 1
             if isinstance(item, Accepted):
                 self.rows.add(Row.of(item.pair, seed))
@@ -365,7 +368,12 @@ def _quarantined(sides: Sequence[_Side], names: Mapping[Path, str]) -> Iterator[
 
 
 def stream_files(
-    files: Sequence[Path], formats: dict[Path, str], *, domain: str | None = None, max_chars: int = DEFAULT_MAX_CHARS
+    files: Sequence[Path],
+    formats: dict[Path, str],
+    *,
+    domain: str | None = None,
+    max_chars: int = DEFAULT_MAX_CHARS,
+    choices: Choices | None = None,
 ) -> Iterator[Accepted | Rejected]:
     """Reads files to pairs and rejections, one at a time. Every file's format is checked before the first is read.
 
@@ -375,7 +383,7 @@ def stream_files(
     Args:
         files: the files.
         formats: gets the detected format of every file; `none` where a file is set aside.
-        domain, max_chars: see `prepare`.
+        domain, max_chars, choices: see `prepare`.
 
     Raises:
         QAdapterError: no files, an unreadable file or one of an unknown format, a wrong domain.
@@ -385,7 +393,7 @@ def stream_files(
     aside: dict[Path, NoRecordsError] = {}
     for file in files:
         try:
-            formats[file] = detect_format(file).value
+            formats[file] = open_reader(file, domain=domain, choices=choices).name
         except NoRecordsError as error:
             formats[file], aside[file] = NO_FORMAT, error
     if len(aside) == len(set(files)):
@@ -397,15 +405,21 @@ def stream_files(
             logger.warning("%s", str(aside[file]).partition(". Expected")[0] + "; it is set aside")
             yield Rejected(file, 1, aside[file].reason)
             continue
-        for item in read_pairs(file, domain=domain, max_chars=max_chars, position=position):
+        for item in read_pairs(file, domain=domain, max_chars=max_chars, choices=choices, position=position):
             progress.count()
             yield item
 
 
-def parse_files(files: Sequence[Path], *, domain: str | None = None, max_chars: int = DEFAULT_MAX_CHARS) -> ParsedFiles:
+def parse_files(
+    files: Sequence[Path],
+    *,
+    domain: str | None = None,
+    max_chars: int = DEFAULT_MAX_CHARS,
+    choices: Choices | None = None,
+) -> ParsedFiles:
     """All that `stream_files` gives, held in memory. Arguments and errors are its."""
     parsed = ParsedFiles(0, [], [], {})
-    for item in stream_files(files, parsed.formats, domain=domain, max_chars=max_chars):
+    for item in stream_files(files, parsed.formats, domain=domain, max_chars=max_chars, choices=choices):
         parsed.read += 1
         if isinstance(item, Accepted):
             parsed.pairs.append(item.pair)
@@ -415,7 +429,10 @@ def parse_files(files: Sequence[Path], *, domain: str | None = None, max_chars: 
 
 
 def first_usable_pair(
-    files: Sequence[Path], domain: str | None = None, max_chars: int = DEFAULT_MAX_CHARS
+    files: Sequence[Path],
+    domain: str | None = None,
+    max_chars: int = DEFAULT_MAX_CHARS,
+    choices: Choices | None = None,
 ) -> PreferencePair:
     """The first pair that can be used, found without reading further than needed. Checks the format of every file.
 
@@ -423,7 +440,7 @@ def first_usable_pair(
         QAdapterError: as `parse_files`, or no usable pair; the message counts the reasons.
     """
     reasons: Counter[str] = Counter()
-    for item in stream_files(files, {}, domain=domain, max_chars=max_chars):
+    for item in stream_files(files, {}, domain=domain, max_chars=max_chars, choices=choices):
         if isinstance(item, Accepted):
             return item.pair
         reasons[item.reason.value] += 1

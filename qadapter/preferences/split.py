@@ -43,8 +43,11 @@ class Row(NamedTuple):
     @classmethod
     def of(cls, pair: PreferencePair, seed: int) -> Row:
         """The row of a pair."""
-        text = json.dumps(pair.to_trl(), ensure_ascii=False)
-        return cls(_draw(seed, text), _draw(seed, pair.prompt_digest), text.encode())
+        row = pair.to_row()
+        line = json.dumps(row, ensure_ascii=False)
+        # Margin and votes are no part of what makes two pairs equal.
+        text = line if len(row) == 3 else json.dumps(pair.to_trl(), ensure_ascii=False)
+        return cls(_draw(seed, text), _draw(seed, pair.prompt_digest), line.encode())
 
 
 class Drawn:

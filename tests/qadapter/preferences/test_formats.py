@@ -17,17 +17,12 @@ from hypothesis import strategies as st
 
 from qadapter.errors import QAdapterError
 from qadapter.preferences import text_records
-from qadapter.preferences.formats import (
-    EXAMPLES,
-    Accepted,
-    Format,
-    Rejected,
-    detect_format,
-    parse_record,
-    read_pairs,
-)
+from qadapter.preferences.building import Context
+from qadapter.preferences.formats import BY_NAME, FORMATS
 from qadapter.preferences.pair import Message, PreferencePair
+from qadapter.preferences.reading import Accepted, Reader, Rejected, detect_format, read_pairs
 from qadapter.preferences.records import Reason
+from qadapter.preferences.turns import END_TOKENS
 
 
 def user(content: str) -> Message:
@@ -53,8 +48,14 @@ def outcomes(file: Path, **options: Any) -> list[tuple[int, Any]]:
     ]
 
 
-def only(record: Any, file_format: Format, domain: str | None = None) -> PreferencePair | Reason:
-    (candidate,) = parse_record(record, file_format, domain=domain)
+def parse_record(record: Any, name: str, *, domain: str | None = None) -> list[PreferencePair | Reason]:
+    """The candidates of one record, read in a given layout without a choice."""
+    row = BY_NAME[name]
+    return Reader(name, Context(domain=domain), row.parse, row).read(record)
+
+
+def only(record: Any, name: str, domain: str | None = None) -> PreferencePair | Reason:
+    (candidate,) = parse_record(record, name, domain=domain)
     return candidate
 
 
@@ -64,22 +65,22 @@ PAIR = PreferencePair((user("Why?"),), "Because.", "No.")
 LONGER = PreferencePair((user("Hi"), assistant("Hello"), user("Why?")), "Because.", "No.")
 WITH_SYSTEM = PreferencePair((Message(role="system", content="Be kind."), user("Why?")), "Because.", "No.")
 
-GOOD: list[tuple[Format, dict[str, Any], PreferencePair]] = [
-    (Format.HH, {"chosen": hh("Why?", "Because."), "rejected": hh("Why?", "No.")}, PAIR),
+GOOD: list[tuple[str, dict[str, Any], PreferencePair]] = [
+    ("hh-dialogues", {"chosen": hh("Why?", "Because."), "rejected": hh("Why?", "No.")}, PAIR),
     (
-        Format.HH,
+        "hh-dialogues",
         {"chosen": hh("Hi", "Hello", "Why?", "Because."), "rejected": hh("Hi", "Hello", "Why?", "No.")},
         LONGER,
     ),
     # Windows line ends, and no blank lines before the first turn
-    (Format.HH, {"chosen": "Human: Why?\r\n\r\nAssistant: Because.", "rejected": hh("Why?", "No.")}, PAIR),
-    (Format.TEXT_SCORE, {"text": [hh("Why?", "No."), hh("Why?", "Because.")], "score": [-1, 0.5]}, PAIR),
-    (Format.DSP, {"query": " Why? ", "responses": {"academy": "Because.", "normal": "No."}}, PAIR),
-    (Format.TRL_CONVERSATION, LONGER.to_trl(), LONGER),
-    (Format.TRL_CONVERSATION, WITH_SYSTEM.to_trl(), WITH_SYSTEM),
+    ("hh-dialogues", {"chosen": "Human: Why?\r\n\r\nAssistant: Because.", "rejected": hh("Why?", "No.")}, PAIR),
+    ("text-score", {"text": [hh("Why?", "No."), hh("Why?", "Because.")], "score": [-1, 0.5]}, PAIR),
+    ("dsp", {"query": " Why? ", "responses": {"academy": "Because.", "normal": "No."}}, PAIR),
+    ("trl-conversational", LONGER.to_trl(), LONGER),
+    ("trl-conversational", WITH_SYSTEM.to_trl(), WITH_SYSTEM),
     # UltraFeedback binarized: the prompt as a string and again in both dialogues
     (
-        Format.TRL_CONVERSATION,
+        "trl-conversational",
         {
             "prompt": "Why?",
             "chosen": [user("Why?"), assistant("Because.")],
@@ -87,41 +88,37 @@ GOOD: list[tuple[Format, dict[str, Any], PreferencePair]] = [
         },
         PAIR,
     ),
-    (Format.TRL_CONVERSATION, {**PAIR.to_trl(), "prompt": "Why?"}, PAIR),
+    ("trl-conversational", {**PAIR.to_trl(), "prompt": "Why?"}, PAIR),
     (
-        Format.TRL_CONVERSATION_IMPLICIT,
+        "trl-conversational-implicit",
         {"chosen": [*LONGER.prompt, assistant("Because.")], "rejected": [*LONGER.prompt, assistant("No.")]},
         LONGER,
     ),
-    (Format.TRL_PLAIN, {"prompt": "Why?", "chosen": " Because.", "rejected": " No."}, PAIR),
+    ("trl-plain", {"prompt": "Why?", "chosen": " Because.", "rejected": " No."}, PAIR),
     # A prompt string that is an HH dialogue waiting for its reply (rm-static and its kin)
     (
-        Format.TRL_PLAIN,
+        "trl-plain",
         {"prompt": hh("Hi", "Hello", "Why?") + "\n\nAssistant:", "chosen": " Because.", "rejected": " No."},
         LONGER,
     ),
-    (Format.TRL_PLAIN_IMPLICIT, {"chosen": "Why? Because.", "rejected": "Why? No."}, PAIR),
+    ("trl-plain-implicit", {"chosen": "Why? Because.", "rejected": "Why? No."}, PAIR),
 ]
 
 
 @pytest.mark.parametrize(("file_format", "record", "pair"), GOOD)
 def test_every_format_is_detected_and_parsed(
-    tmp_path: Path, file_format: Format, record: dict[str, Any], pair: PreferencePair
+    tmp_path: Path, file_format: str, record: dict[str, Any], pair: PreferencePair
 ) -> None:
     file = lines(tmp_path / "a.jsonl", record)
-    domain = "academy" if file_format is Format.DSP else None
-    assert detect_format(file) is file_format
+    domain = "academy" if file_format == "dsp" else None
+    assert detect_format(file, domain=domain) == file_format
     assert outcomes(file, domain=domain) == [(1, pair)]
-
-
-def test_all_formats_have_a_good_record_and_an_example() -> None:
-    assert {file_format for file_format, _, _ in GOOD} == set(Format) == set(EXAMPLES)
 
 
 def test_dsp_gives_a_pair_for_every_other_style() -> None:
     """Five styles, wanted one of them: 5 − 1 = 4 pairs, its response always the chosen one."""
     record = {"query": "Why?", "responses": {style: f"as {style}" for style in ("a", "b", "c", "d", "e")}}
-    pairs = parse_record(record, Format.DSP, domain="c")
+    pairs = parse_record(record, "dsp", domain="c")
     assert pairs == [PreferencePair((user("Why?"),), "as c", f"as {style}") for style in ("a", "b", "d", "e")]
 
 
@@ -130,14 +127,14 @@ def test_text_score_gives_every_pair_of_dialogues() -> None:
     record = {"text": [hh("Q", name) for name in "abcd"], "score": [1, 3, 1, 2]}
     found = [
         (pair.chosen, pair.rejected) if isinstance(pair, PreferencePair) else pair
-        for pair in parse_record(record, Format.TEXT_SCORE)
+        for pair in parse_record(record, "text-score")
     ]
     assert found == [("b", "a"), Reason.NO_PREFERENCE, ("d", "a"), ("b", "c"), ("b", "d"), ("d", "c")]
 
 
 def test_a_reply_in_two_assistant_turns_is_one_reply() -> None:
     record = {"chosen": hh("Q", "one") + "\n\nAssistant: two", "rejected": hh("Q", "three")}
-    assert only(record, Format.HH) == PreferencePair((user("Q"),), "one\n\ntwo", "three")
+    assert only(record, "hh-dialogues") == PreferencePair((user("Q"),), "one\n\ntwo", "three")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +148,7 @@ def test_a_reply_in_two_assistant_turns_is_one_reply() -> None:
     ],
 )
 def test_implicit_plain_prompt_ends_at_a_word(chosen: str, rejected: str, expected: Any) -> None:
-    found = only({"chosen": chosen, "rejected": rejected}, Format.TRL_PLAIN_IMPLICIT)
+    found = only({"chosen": chosen, "rejected": rejected}, "trl-plain-implicit")
     if isinstance(found, PreferencePair):
         assert (found.prompt[0]["content"], found.chosen, found.rejected) == expected
     else:
@@ -160,75 +157,79 @@ def test_implicit_plain_prompt_ends_at_a_word(chosen: str, rejected: str, expect
 
 # ------------------------------------------------------------------------------------------------ bad records
 
-BAD: list[tuple[Format, Any, Reason]] = [
-    (Format.HH, ["a list"], Reason.NOT_AN_OBJECT),
-    (Format.HH, {"chosen": hh("Q", "A")}, Reason.WRONG_FIELDS),
-    (Format.HH, {"chosen": 3, "rejected": hh("Q", "A")}, Reason.WRONG_FIELDS),
-    (Format.HH, {"chosen": hh("Q", "A"), "rejected": "no turns at all"}, Reason.NOT_A_DIALOGUE),
-    (Format.HH, {"chosen": hh("Q", "A", "ends with the user"), "rejected": hh("Q", "A")}, Reason.NOT_A_DIALOGUE),
-    (Format.HH, {"chosen": "\n\nAssistant: A", "rejected": "\n\nAssistant: B"}, Reason.NOT_A_DIALOGUE),
-    (Format.HH, {"chosen": "Note." + hh("Q", "A"), "rejected": "Note." + hh("Q", "B")}, Reason.NOT_A_DIALOGUE),
-    (Format.HH, {"chosen": hh("Q", ""), "rejected": hh("Q", "A")}, Reason.EMPTY_REPLY),
-    (Format.HH, {"chosen": hh("", "A"), "rejected": hh("", "B")}, Reason.EMPTY_PROMPT),
-    (Format.HH, {"chosen": hh("Q", "A", " ", "B"), "rejected": hh("Q", "A", " ", "C")}, Reason.EMPTY_PROMPT),
-    (Format.HH, {"chosen": hh("Q", "A"), "rejected": hh("R", "B")}, Reason.DIFFERENT_PROMPTS),
-    (Format.HH, {"chosen": hh("Q", "A", "R", "B"), "rejected": hh("Q", "C")}, Reason.DIFFERENT_PROMPTS),
-    (Format.HH, {"chosen": hh("Q", "A "), "rejected": hh("Q", "A")}, Reason.IDENTICAL_REPLIES),
-    (Format.HH, {"chosen": hh("Q", "\ud800"), "rejected": hh("Q", "A")}, Reason.NOT_UNICODE),
-    (Format.TEXT_SCORE, {"text": [hh("Q", "A")], "score": [1]}, Reason.WRONG_FIELDS),
-    (Format.TEXT_SCORE, {"text": [hh("Q", "A"), hh("Q", "B")], "score": [1]}, Reason.WRONG_FIELDS),
-    (Format.TEXT_SCORE, {"text": [hh("Q", "A"), hh("Q", "B")], "score": ["1", "0"]}, Reason.WRONG_FIELDS),
-    (Format.TEXT_SCORE, {"text": [hh("Q", "A"), hh("Q", "B")], "score": [True, False]}, Reason.WRONG_FIELDS),
-    (Format.TEXT_SCORE, {"text": [hh("Q", "A"), 7], "score": [1, 0]}, Reason.WRONG_FIELDS),
-    (Format.TEXT_SCORE, {"text": [hh("Q", "A"), hh("Q", "B")]}, Reason.NO_PREFERENCE),
-    (Format.TEXT_SCORE, {"text": [hh("Q", "A"), hh("Q", "B")], "score": [1, None]}, Reason.NO_PREFERENCE),
-    (Format.TEXT_SCORE, {"text": [hh("Q", "A"), hh("Q", "B")], "score": [0.5, 0.5]}, Reason.NO_PREFERENCE),
-    (Format.TEXT_SCORE, {"text": [hh("Q", "A"), hh("Q", "B")], "score": [float("nan"), 0]}, Reason.NO_PREFERENCE),
-    (Format.TEXT_SCORE, {"text": [hh("Q", "A"), hh("Q", "B")], "score": [10**400, 0]}, Reason.NO_PREFERENCE),
-    (Format.TEXT_SCORE, {"text": ["x"] * 65, "score": [0] * 65}, Reason.TOO_LONG),
-    (Format.DSP, {"query": "Q", "responses": "none"}, Reason.WRONG_FIELDS),
-    (Format.DSP, {"query": 5, "responses": {"academy": "A", "normal": "B"}}, Reason.WRONG_FIELDS),
-    (Format.DSP, {"query": "Q", "responses": {"academy": "A", "normal": ["B"]}}, Reason.WRONG_FIELDS),
-    (Format.DSP, {"query": "Q", "responses": {"business": "A", "normal": "B"}}, Reason.NO_DOMAIN_RESPONSE),
-    (Format.DSP, {"query": "Q", "responses": {"academy": "A", "normal": None}}, Reason.NO_DOMAIN_RESPONSE),
-    (Format.DSP, {"query": "", "responses": {"academy": "A", "normal": "B"}}, Reason.EMPTY_PROMPT),
-    (Format.DSP, {"query": "Q", "responses": {"academy": "A", "normal": "\n"}}, Reason.EMPTY_REPLY),
-    (Format.DSP, {"query": "Q", "responses": {"academy": "A", "normal": "A"}}, Reason.IDENTICAL_REPLIES),
-    (Format.TRL_CONVERSATION, {**PAIR.to_trl(), "chosen": "text"}, Reason.WRONG_FIELDS),
-    (Format.TRL_CONVERSATION, {**PAIR.to_trl(), "chosen": [{"role": "tool", "content": "A"}]}, Reason.WRONG_FIELDS),
-    (Format.TRL_CONVERSATION, {**PAIR.to_trl(), "chosen": [{"role": "assistant"}]}, Reason.WRONG_FIELDS),
-    (Format.TRL_CONVERSATION, {**PAIR.to_trl(), "prompt": [["user", "Q"]]}, Reason.WRONG_FIELDS),
-    (Format.TRL_CONVERSATION, {**PAIR.to_trl(), "prompt": []}, Reason.NOT_A_DIALOGUE),
-    (Format.TRL_CONVERSATION, {**PAIR.to_trl(), "chosen": []}, Reason.NOT_A_DIALOGUE),
-    (Format.TRL_CONVERSATION, {**PAIR.to_trl(), "chosen": [assistant("")]}, Reason.EMPTY_REPLY),
+BAD: list[tuple[str, Any, Reason]] = [
+    ("hh-dialogues", ["a list"], Reason.NOT_AN_OBJECT),
+    ("hh-dialogues", {"chosen": hh("Q", "A")}, Reason.WRONG_FIELDS),
+    ("hh-dialogues", {"chosen": 3, "rejected": hh("Q", "A")}, Reason.WRONG_FIELDS),
+    ("hh-dialogues", {"chosen": hh("Q", "A"), "rejected": "no turns at all"}, Reason.NOT_A_DIALOGUE),
+    ("hh-dialogues", {"chosen": hh("Q", "A", "ends with the user"), "rejected": hh("Q", "A")}, Reason.NOT_A_DIALOGUE),
+    ("hh-dialogues", {"chosen": "\n\nAssistant: A", "rejected": "\n\nAssistant: B"}, Reason.NOT_A_DIALOGUE),
+    ("hh-dialogues", {"chosen": "Note." + hh("Q", "A"), "rejected": "Note." + hh("Q", "B")}, Reason.NOT_A_DIALOGUE),
+    ("hh-dialogues", {"chosen": hh("Q", ""), "rejected": hh("Q", "A")}, Reason.EMPTY_REPLY),
+    ("hh-dialogues", {"chosen": hh("", "A"), "rejected": hh("", "B")}, Reason.EMPTY_PROMPT),
+    ("hh-dialogues", {"chosen": hh("Q", "A", " ", "B"), "rejected": hh("Q", "A", " ", "C")}, Reason.EMPTY_PROMPT),
+    ("hh-dialogues", {"chosen": hh("Q", "A"), "rejected": hh("R", "B")}, Reason.DIFFERENT_PROMPTS),
+    ("hh-dialogues", {"chosen": hh("Q", "A", "R", "B"), "rejected": hh("Q", "C")}, Reason.DIFFERENT_PROMPTS),
+    ("hh-dialogues", {"chosen": hh("Q", "A "), "rejected": hh("Q", "A")}, Reason.IDENTICAL_REPLIES),
+    ("hh-dialogues", {"chosen": hh("Q", "\ud800"), "rejected": hh("Q", "A")}, Reason.NOT_UNICODE),
+    ("text-score", {"text": [hh("Q", "A")], "score": [1]}, Reason.WRONG_FIELDS),
+    ("text-score", {"text": [hh("Q", "A"), hh("Q", "B")], "score": [1]}, Reason.WRONG_FIELDS),
+    ("text-score", {"text": [hh("Q", "A"), hh("Q", "B")], "score": ["A", "B"]}, Reason.NO_PREFERENCE),
+    ("text-score", {"text": [hh("Q", "A"), hh("Q", "B")], "score": [True, False]}, Reason.NO_PREFERENCE),
+    ("text-score", {"text": [hh("Q", "A"), 7], "score": [1, 0]}, Reason.WRONG_FIELDS),
+    ("text-score", {"text": [hh("Q", "A"), hh("Q", "B")]}, Reason.NO_PREFERENCE),
+    ("text-score", {"text": [hh("Q", "A"), hh("Q", "B")], "score": [1, None]}, Reason.NO_PREFERENCE),
+    ("text-score", {"text": [hh("Q", "A"), hh("Q", "B")], "score": [0.5, 0.5]}, Reason.NO_PREFERENCE),
+    ("text-score", {"text": [hh("Q", "A"), hh("Q", "B")], "score": [float("nan"), 0]}, Reason.NO_PREFERENCE),
+    ("text-score", {"text": [hh("Q", "A"), hh("Q", "B")], "score": [10**400, 0]}, Reason.NO_PREFERENCE),
+    ("text-score", {"text": ["x"] * 65, "score": [0] * 65}, Reason.TOO_LONG),
+    ("dsp", {"query": "Q", "responses": "none"}, Reason.WRONG_FIELDS),
+    ("dsp", {"query": 5, "responses": {"academy": "A", "normal": "B"}}, Reason.WRONG_FIELDS),
+    ("dsp", {"query": "Q", "responses": {"academy": "A", "normal": ["B"]}}, Reason.WRONG_FIELDS),
+    ("dsp", {"query": "Q", "responses": {"business": "A", "normal": "B"}}, Reason.NO_DOMAIN_RESPONSE),
+    ("dsp", {"query": "Q", "responses": {"academy": "A", "normal": None}}, Reason.NO_DOMAIN_RESPONSE),
+    ("dsp", {"query": "", "responses": {"academy": "A", "normal": "B"}}, Reason.EMPTY_PROMPT),
+    ("dsp", {"query": "Q", "responses": {"academy": "A", "normal": "\n"}}, Reason.EMPTY_REPLY),
+    ("dsp", {"query": "Q", "responses": {"academy": "A", "normal": "A"}}, Reason.IDENTICAL_REPLIES),
+    ("text-score", {"text": [hh("Q", "A"), hh("Q", "B")], "score": [[1], [0]]}, Reason.WRONG_FIELDS),
+    ("trl-conversational", {**PAIR.to_trl(), "chosen": 7}, Reason.WRONG_FIELDS),
+    ("trl-conversational", {**PAIR.to_trl(), "chosen": [{"role": "judge", "content": "A"}]}, Reason.WRONG_FIELDS),
+    ("trl-conversational", {**PAIR.to_trl(), "chosen": [{"role": "tool", "content": "A"}]}, Reason.NOT_TEXT),
+    ("trl-conversational", {**PAIR.to_trl(), "chosen": [{"role": "assistant"}]}, Reason.WRONG_FIELDS),
+    ("trl-conversational", {**PAIR.to_trl(), "prompt": [["user", "Q"]]}, Reason.WRONG_FIELDS),
+    ("trl-conversational", {**PAIR.to_trl(), "prompt": []}, Reason.NOT_A_DIALOGUE),
+    ("trl-conversational", {**PAIR.to_trl(), "chosen": []}, Reason.NOT_A_DIALOGUE),
+    ("trl-conversational", {**PAIR.to_trl(), "chosen": [assistant("")]}, Reason.EMPTY_REPLY),
     (
-        Format.TRL_CONVERSATION_IMPLICIT,
+        "trl-conversational-implicit",
         {"chosen": [user("Q"), assistant("A")], "rejected": [user("R"), assistant("B")]},
         Reason.DIFFERENT_PROMPTS,
     ),
     (
-        Format.TRL_CONVERSATION_IMPLICIT,
+        "trl-conversational-implicit",
         {"chosen": [user("Q"), {"role": "system", "content": "S"}, assistant("A")], "rejected": [user("Q")]},
         Reason.NOT_A_DIALOGUE,
     ),
-    (Format.TRL_PLAIN, {"chosen": "A", "rejected": "B"}, Reason.WRONG_FIELDS),
-    (Format.TRL_PLAIN, {"prompt": " ", "chosen": "A", "rejected": "B"}, Reason.EMPTY_PROMPT),
-    (Format.TRL_PLAIN, {"prompt": "Q", "chosen": "A", "rejected": ""}, Reason.EMPTY_REPLY),
-    (Format.TRL_PLAIN, {"prompt": "Q", "chosen": "A", "rejected": "A"}, Reason.IDENTICAL_REPLIES),
-    (Format.TRL_PLAIN_IMPLICIT, {"chosen": "", "rejected": "A"}, Reason.EMPTY_REPLY),
-    (Format.TRL_PLAIN_IMPLICIT, {"chosen": "Q A", "rejected": "Q A"}, Reason.IDENTICAL_REPLIES),
+    ("trl-plain", {"chosen": "A", "rejected": "B"}, Reason.WRONG_FIELDS),
+    ("trl-plain", {"prompt": " ", "chosen": "A", "rejected": "B"}, Reason.EMPTY_PROMPT),
+    ("trl-plain", {"prompt": "Q", "chosen": "A", "rejected": ""}, Reason.EMPTY_REPLY),
+    ("trl-plain", {"prompt": "Q", "chosen": "A", "rejected": "A"}, Reason.IDENTICAL_REPLIES),
+    ("trl-plain-implicit", {"chosen": "", "rejected": "A"}, Reason.EMPTY_REPLY),
+    ("trl-plain-implicit", {"chosen": "Q A", "rejected": "Q A"}, Reason.IDENTICAL_REPLIES),
+    ("trl-plain-implicit", {"chosen": "Why? It is hot", "rejected": "Why? It is cold"}, Reason.UNCLEAR_PROMPT),
 ]
 
 
 @pytest.mark.parametrize(("file_format", "record", "reason"), BAD)
-def test_bad_records_have_their_reason(file_format: Format, record: Any, reason: Reason) -> None:
-    assert only(record, file_format, "academy" if file_format is Format.DSP else None) is reason
+def test_bad_records_have_their_reason(file_format: str, record: Any, reason: Reason) -> None:
+    assert only(record, file_format, "academy" if file_format == "dsp" else None) is reason
 
 
 def test_every_reason_has_a_test() -> None:
     of_files = {Reason.BROKEN_JSON, Reason.BREAKS_OFF, Reason.BROKEN_ROW, Reason.EQUAL_COLUMNS, Reason.BUDGET}
     of_files |= {Reason.EMPTY_FILE}  # test_containers.py, test_prepare.py
-    assert {reason for _, _, reason in BAD} | of_files == set(Reason)
+    of_choices = {Reason.WEAK_PREFERENCE, Reason.NO_PARTNER}  # test_pairing.py
+    assert {reason for _, _, reason in BAD} | of_files | of_choices == set(Reason)
 
 
 def test_reasons_can_be_names_of_metrics() -> None:
@@ -239,9 +240,9 @@ def test_reasons_can_be_names_of_metrics() -> None:
 def test_dsp_counts_one_rejection_for_every_candidate() -> None:
     """Four candidates; an empty wanted response spoils all four, an empty other one only its own."""
     responses = {style: f"as {style}" for style in ("academy", "business", "entertainment", "literature", "normal")}
-    spoiled = parse_record({"query": "Q", "responses": {**responses, "academy": ""}}, Format.DSP, domain="academy")
+    spoiled = parse_record({"query": "Q", "responses": {**responses, "academy": ""}}, "dsp", domain="academy")
     assert spoiled == [Reason.EMPTY_REPLY] * 4
-    one = parse_record({"query": "Q", "responses": {**responses, "normal": ""}}, Format.DSP, domain="academy")
+    one = parse_record({"query": "Q", "responses": {**responses, "normal": ""}}, "dsp", domain="academy")
     assert [isinstance(candidate, PreferencePair) for candidate in one] == [True, True, True, False]
 
 
@@ -362,7 +363,7 @@ def test_columnar_files(tmp_path: Path, kind: str) -> None:
 def test_most_records_decide_the_format(tmp_path: Path) -> None:
     dialogue = {"chosen": hh("Why?", "Because."), "rejected": hh("Why?", "No.")}
     file = lines(tmp_path / "a.jsonl", {"chosen": "", "rejected": ""}, 5, {"other": 1}, dialogue, dialogue)
-    assert detect_format(file) is Format.HH
+    assert detect_format(file) == "hh-dialogues"
     assert outcomes(file) == [
         (1, Reason.NOT_A_DIALOGUE),
         (2, Reason.NOT_AN_OBJECT),
@@ -385,7 +386,8 @@ def test_unknown_format_shows_fields_and_known_formats_but_no_content(tmp_path: 
     assert "secret" not in message
     assert "more" not in message
     assert "k" * 31 not in message
-    assert all(f"\n  {file_format.value}: " in message for file_format in Format)
+    assert all(row.name in message for row in FORMATS)
+    assert "set `fields`" in message
 
 
 @pytest.mark.parametrize(
@@ -429,32 +431,32 @@ def test_domain_must_fit_the_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "domain", "file_format", "counts"),
     [
-        ("hh-rlhf/harmless-base.jsonl", None, Format.HH, {"used": 1846, Reason.EMPTY_REPLY: 4}),
+        ("hh-rlhf/harmless-base.jsonl", None, "hh-dialogues", {"used": 1846, Reason.EMPTY_REPLY: 4}),
         (
             "hh-rlhf/helpful.text-score.json",
             None,
-            Format.TEXT_SCORE,
+            "text-score",
             {"used": 1877, Reason.EMPTY_REPLY: 2, Reason.EMPTY_PROMPT: 1},
         ),
         *(
             (
                 "dsp/domain_specific_preference.json",
                 domain,
-                Format.DSP,
+                "dsp",
                 {"used": 2120 - identical - 1, Reason.IDENTICAL_REPLIES: identical, Reason.EMPTY_REPLY: 1},
             )
             for domain, identical in {"academy": 32, "business": 29, "entertainment": 19, "literature": 19}.items()
         ),
     ],
 )
-def test_real_files(shared_data: Path, name: str, domain: str | None, file_format: Format, counts: dict) -> None:
+def test_real_files(shared_data: Path, name: str, domain: str | None, file_format: str, counts: dict) -> None:
     """1,850 and 1,880 pairs; 530 queries of five styles, 530·4 = 2,120 candidate pairs a domain."""
     file = shared_data / name
-    assert detect_format(file) is file_format
+    assert detect_format(file, domain=domain) == file_format
     parsed = list(read_pairs(file, domain=domain))
     assert Counter("used" if isinstance(item, Accepted) else item.reason for item in parsed) == counts
-    assert len(parsed) == {Format.HH: 1850, Format.TEXT_SCORE: 1880, Format.DSP: 2120}[file_format]
-    assert max(item.line for item in parsed) == (530 if file_format is Format.DSP else len(parsed))
+    assert len(parsed) == {"hh-dialogues": 1850, "text-score": 1880, "dsp": 2120}[file_format]
+    assert max(item.line for item in parsed) == (530 if file_format == "dsp" else len(parsed))
     # every turn has text and the speakers alternate, so any chat template takes them
     for item in parsed:
         if isinstance(item, Accepted):
@@ -487,9 +489,11 @@ fast = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCh
 
 @fast
 @given(
-    record=record_like | anything, file_format=st.sampled_from(list(Format)), domain=st.sampled_from([None, "a", ""])
+    record=record_like | anything,
+    file_format=st.sampled_from([row.name for row in FORMATS if not row.choose]),
+    domain=st.sampled_from([None, "a", ""]),
 )
-def test_any_record_gives_pairs_or_reasons(record: Any, file_format: Format, domain: str | None) -> None:
+def test_any_record_gives_pairs_or_reasons(record: Any, file_format: str, domain: str | None) -> None:
     candidates = parse_record(record, file_format, domain=domain)
     assert candidates
     for candidate in candidates:
@@ -561,7 +565,7 @@ def test_dialogues_survive_the_way_through_hh(tmp_path: Path, pair: PreferencePa
     """For prompts without a system turn and texts that hold no turn marks or Windows line ends of their own."""
     prompt = [turn["content"] for turn in pair.prompt if turn["role"] != "system"]
     texts = [*prompt, pair.chosen, pair.rejected]
-    if any("Human:" in text or "Assistant:" in text or "\r" in text for text in texts):
+    if any("Human:" in text or "Assistant:" in text or "\r" in text or text.endswith(END_TOKENS) for text in texts):
         return
     file = lines(tmp_path / "hh.jsonl", {"chosen": hh(*prompt, pair.chosen), "rejected": hh(*prompt, pair.rejected)})
     expected = PreferencePair(

@@ -1,0 +1,552 @@
+"""One reader for files, data sets in Python and the command: the layout is chosen once, from the first records.
+
+`recognise` looks at every field of the first records. What a layout does not read and could change the meaning of a
+reply (context, history, tools, weights) makes the source refused, or the record quarantined where only a few have it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qadapter.errors import QAdapterError
+from qadapter.preferences.building import Choices, Context, texts_of
+from qadapter.preferences.cells import columns_of_cells, columns_of_structs, opened
+from qadapter.preferences.containers import NoRecordsError, Position, head, iter_records
+from qadapter.preferences.formats import BY_NAME, FORMATS, GROUPS, Format
+from qadapter.preferences.mapping import FieldMapping
+from qadapter.preferences.packed import shown_path
+from qadapter.preferences.pair import PreferencePair
+from qadapter.preferences.propose import proposal
+from qadapter.preferences.records import RawRecord, Reason
+from qadapter.preferences.refusals import sentence_of
+from qadapter.preferences.transcripts import style_of
+from qadapter.preferences.turns import Candidates, UnusableRecord
+from qadapter.preferences.unpaired import Pairing
+
+_METADATA = re.compile(
+    r"id|.*_id|uid|qid|idx|index|.*source|.*dataset.*|subset|config|split|category|type|tags|lang|language|.*model.*"
+    r"|.*policy|license|url|link|date|version|topic|domain|batch|worker|annotator|timestamp|created_at|status|order"
+    r"|.*scores?|.*ratings?|.*rewards?|.*rationales?|.*metadata|ranks|rank_str|generations|margin|.*(hash|sha256|md5)",
+    re.IGNORECASE,
+)
+_CONTEXT = frozenset(
+    (
+        "context contexts history conversation conversations messages dialog dialogue instruction input inputs query "
+        "question prompt scenario background passage document documents article persona knowledge trajectory "
+        "few_shot few_shots"
+    ).split()
+)
+_SYSTEM = frozenset({"system", "system_prompt"})
+_NOT_TEXT = frozenset("tools functions images image videos video audios audio".split())
+_WEIGHTS = frozenset("weight weights sample_weight loss_weight".split())
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A candidate pair that can be used, and where it came from (see `RawRecord.line`)."""
+
+    file: Path
+    line: int
+    pair: PreferencePair
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A candidate pair that cannot be used, where it came from and why."""
+
+    file: Path
+    line: int
+    reason: Reason
+
+
+ParsedRecord = Accepted | Rejected
+
+
+class Reader:
+    """Reads the records of one source in the layout that was chosen for it.
+
+    Attributes:
+        name: of the layout: a format's, `transcript:<style>`, or `mapping`.
+        across_records: whether what a record gives depends on the records before it (unpaired rows).
+        counts: what is counted beside the candidates.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        context: Context,
+        parse: Any,
+        file_format: Format | None,
+        cells: Sequence[str] = (),
+        structs: Sequence[str] = (),
+    ) -> None:
+        self.name = name
+        self._context = context
+        self._parse = parse
+        self._format = file_format
+        self._cells, self._structs = tuple(cells), tuple(structs)
+        self._pairing = parse if isinstance(parse, Pairing) else None
+        self._suspects: dict[tuple[Any, ...], tuple[str, ...]] = {}
+        choices = context.choices
+        self._ties = parse.ties if isinstance(parse, FieldMapping) and parse.ties else choices.ties
+
+    @property
+    def across_records(self) -> bool:
+        """See the class."""
+        return self._pairing is not None
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """See the class."""
+        return self._context.counts
+
+    def read(self, record: Any, line: int = 0) -> Candidates:
+        """All candidate pairs of one decoded record, each a pair or the reason why it is none.
+
+        Args:
+            record: as the file or data set has it.
+            line: its number, by which `finish` names it.
+
+        Returns:
+            At least one candidate; only a row that waits for a partner (`across_records`) gives none.
+        """
+        if not isinstance(record, dict):
+            return [Reason.NOT_AN_OBJECT]
+        try:
+            if self._cells or self._structs:
+                record = opened(record, self._cells, self._structs)
+            if self._format is not None:
+                self._check_fields(record, self._format)
+            if self._pairing is not None:
+                return self._kept(self._pairing.read(record, self._context, line))
+            candidates = self._parse(record, self._context)
+            if self._format is not None and self._format.group == "judgement":
+                candidates = _agreeing(record, self._format, candidates)
+        except UnusableRecord as unusable:
+            return [unusable.reason]
+        except RecursionError:
+            return [Reason.WRONG_FIELDS]
+        return self._kept(candidates)
+
+    def finish(self) -> list[tuple[int, Reason]]:
+        """After the last record: what is left over, by line."""
+        if self._pairing is None:
+            return []
+        return [(line, Reason.NO_PARTNER) for line in self._pairing.alone()]
+
+    def _kept(self, candidates: Candidates) -> Candidates:
+        for place, pair in enumerate(candidates):
+            if isinstance(pair, Reason) or pair.margin is None:
+                continue
+            if pair.margin <= 0:
+                name = "equal scores" if pair.margin == 0 else "scores against the decision"
+                self._context.counts[name] = self._context.counts.get(name, 0) + 1
+                if self._ties == "drop":
+                    candidates[place] = Reason.NO_PREFERENCE
+                    continue
+            least = self._context.choices.min_margin
+            if least is not None and pair.margin < least:
+                candidates[place] = Reason.WEAK_PREFERENCE
+        return candidates
+
+    def _check_fields(self, record: Mapping[str, Any], file_format: Format) -> None:
+        keys = tuple(record)
+        suspects = self._suspects.get(keys)
+        if suspects is None:
+            if len(self._suspects) > 1000:
+                self._suspects.clear()
+            suspects = self._suspects[keys] = tuple(_suspects(keys, file_format))
+        if suspects and (problem := _unexplained(record, file_format, suspects)):
+            raise UnusableRecord(Reason.NOT_TEXT if problem in _NOT_TEXT else Reason.WRONG_FIELDS)
+
+
+def _agreeing(record: Mapping[str, Any], file_format: Format, candidates: Candidates) -> Candidates:
+    """A judgement and a decision beside it must agree: else the record says two things."""
+    chosen = record.get("chosen")
+    if "chosen" in file_format.reads or chosen is None or record.get("rejected") is None:
+        return candidates
+    said = texts_of(chosen)
+    return [
+        candidate
+        if isinstance(candidate, Reason) or (said and " ".join(candidate.chosen.split()) == said[-1])
+        else Reason.NO_PREFERENCE
+        for candidate in candidates
+    ]
+
+
+# ---- fields that a layout does not read ----
+
+
+def _suspects(keys: Iterable[Any], file_format: Format) -> Iterator[str]:
+    """The fields of a record that its layout does not read and that may change its meaning, by their names."""
+    for key in keys:
+        name = str(key).lower()
+        if key in file_format.reads or name in _SYSTEM:
+            continue
+        unknown = file_format.only_texts and not _METADATA.fullmatch(name)
+        if unknown or name in _NOT_TEXT or name in _WEIGHTS or name in _CONTEXT:
+            yield key
+
+
+def _unexplained(record: Mapping[str, Any], file_format: Format, suspects: Iterable[str]) -> str | None:
+    """The first of these fields that says something the layout would ignore."""
+    for key in suspects:
+        value, name = record[key], str(key).lower()
+        if _says_nothing(value):
+            continue
+        if name in _WEIGHTS:
+            if not (isinstance(value, int | float) and value == 1) and str(value) not in ("1", "1.0"):
+                return key
+        elif name in _NOT_TEXT:
+            return name
+        elif (
+            isinstance(value, str | list | dict | tuple)
+            and not _is_number(value)
+            and (file_format.only_texts or not _repeats(record, file_format, value))
+        ):
+            return key
+    return None
+
+
+def _says_nothing(value: Any) -> bool:
+    return (
+        value is None or (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null")) or value in ([], {}, ())
+    )
+
+
+def _is_number(value: Any) -> bool:
+    if not isinstance(value, str) or len(value) > 30:
+        return False
+    try:
+        float(value)
+    except ValueError:
+        return value.strip().lower() in ("true", "false")
+    return True
+
+
+def _repeats(record: Mapping[str, Any], file_format: Format, value: Any) -> bool:
+    """Whether a field only repeats texts that the layout reads (`messages` beside a chosen dialogue)."""
+    read = {words for name in file_format.reads if name in record for words in texts_of(record[name])}
+    said = texts_of(value)
+    return bool(said) and read.issuperset(said)
+
+
+# ---- recognition ----
+
+
+def recognise(
+    records: Sequence[Any], *, where: str = "the data", domain: str | None = None, choices: Choices | None = None
+) -> Reader:
+    """The reader for a source, from its first records.
+
+    Args:
+        records: the first 100 or so, decoded; what could not be decoded left out.
+        where: what to call the source in messages.
+        domain: the preferred style of DSP data; must be None for every other layout.
+        choices: what the user decided.
+
+    Raises:
+        QAdapterError: records of no known layout or of two, fields that would be ignored, a choice that is missing or
+            means nothing here. The message shows fields, never contents.
+    """
+    context = Context(domain=domain, choices=choices or Choices())
+    objects = [record for record in records if isinstance(record, dict)]
+    cells, structs = columns_of_cells(objects), columns_of_structs(objects)
+    if cells or structs:
+        objects = [record for record in map(_opened_or_none(cells, structs), objects) if record is not None]
+    if context.choices.fields is not None:
+        reader = _mapped(objects, context, where, cells, structs)
+    else:
+        reader = _detected(objects, context, where, cells, structs)
+    _check_min_margin(reader, records, context, where)
+    context.counts.clear()
+    return reader
+
+
+def _opened_or_none(cells: Sequence[str], structs: Sequence[str]) -> Any:
+    def open_one(record: dict[str, Any]) -> dict[str, Any] | None:
+        try:
+            return opened(record, cells, structs)
+        except UnusableRecord:
+            return None
+
+    return open_one
+
+
+def _mapped(
+    objects: Sequence[dict[str, Any]], context: Context, where: str, cells: Sequence[str], structs: Sequence[str]
+) -> Reader:
+    _refuse_meaningless(context, where, "a mapping (`fields`)", takes_domain=False, takes=None)
+    mapping = FieldMapping(context.choices.fields or {})
+    mapping.check(objects, where)
+    inner = mapping.inner(objects)
+    prompts = [words for record in inner for words in mapping.prompts(record)]
+    if prompts:
+        context.prompt_style = style_of(prompts, every=True)
+    elif "prompt" not in mapping.paths:
+        context.reply_style = style_of([words for record in inner for words in mapping.replies(record)])
+    return Reader("mapping", context, mapping, None, cells, structs)
+
+
+def _detected(
+    objects: Sequence[dict[str, Any]], context: Context, where: str, cells: Sequence[str], structs: Sequence[str]
+) -> Reader:
+    fitting = [_fits(record) for record in objects]
+    votes = Counter(names for names in fitting if names)
+    if not votes:
+        raise _unknown(objects, where)
+    winner = max(votes, key=lambda names: (votes[names], -FORMATS.index(BY_NAME[names[0]])))
+    others = [sentence_of(record) for record, names in zip(objects, fitting, strict=True) if not names]
+    sentences = Counter(sentence for sentence in others if sentence)
+    if sentences and sentences.most_common(1)[0][1] > votes[winner]:
+        raise _unknown(objects, where, sentences.most_common(1)[0][0])
+    if len(winner) > 1:
+        shown = "".join(f"\n  {name}: {BY_NAME[name].example}" for name in winner)
+        raise QAdapterError(
+            f"{where} has records that fit {len(winner)} layouts:{shown}\nSay which fields to read: "
+            f"{_suggestion(objects)}."
+        )
+    file_format = BY_NAME[winner[0]]
+    chosen = [record for record, names in zip(objects, fitting, strict=True) if names == winner]
+    _refuse_meaningless(context, where, f"the layout {file_format.name}", file_format.takes_domain, file_format.takes)
+    _refuse_ignored(chosen, file_format, where)
+    if file_format.takes_domain:
+        _check_domain(chosen, context, where)
+    name = _set_styles(objects, chosen, file_format, context)
+    parse = file_format.choose(chosen, context, where) if file_format.choose else BY_NAME[name.split(":")[0]].parse
+    return Reader(name, context, parse, file_format, cells, structs)
+
+
+def _fits(record: dict[str, Any]) -> tuple[str, ...]:
+    """The layouts that a record fits, of the first group that it fits any of."""
+    found = [row for row in FORMATS if _looks(row, record)]
+    for group in GROUPS:
+        if names := tuple(row.name for row in found if row.group == group):
+            return names
+    return ()
+
+
+def _looks(row: Format, record: dict[str, Any]) -> bool:
+    try:
+        return bool(row.looks_like(record))
+    except (TypeError, ValueError, AttributeError, LookupError, RecursionError):
+        return False
+
+
+def _set_styles(
+    objects: Sequence[dict[str, Any]], chosen: Sequence[dict[str, Any]], file_format: Format, context: Context
+) -> str:
+    """Decide how conversations are written out; the name of the layout with its style."""
+    name = file_format.name
+    if name in ("hh-dialogues", "transcript"):
+        # A record that lacks a mark votes for bare texts; it is one of these all the same.
+        alike = [r for r in objects if isinstance(r.get("chosen"), str) and isinstance(r.get("rejected"), str)]
+        columns = [[record[side] for record in alike] for side in ("chosen", "rejected")]
+        styles = [style_of(column) for column in columns]
+        if name == "hh-dialogues":
+            return name
+        if styles[0] is not None and styles[1] is not None and styles[0].name == styles[1].name:
+            context.reply_style = styles[0]
+            return f"transcript:{styles[0].name}"
+        return "trl-plain" if all(record.get("prompt") is not None for record in chosen) else "trl-plain-implicit"
+    if name == "text-score":
+        inside = [words for record in chosen for words in record["text"] if isinstance(words, str)]
+        context.reply_style = style_of(inside)
+    else:
+        prompts = [record["prompt"] for record in chosen if isinstance(record.get("prompt"), str)]
+        context.prompt_style = style_of(prompts, every=True) if prompts else None
+    return name
+
+
+def _refuse_meaningless(
+    context: Context, where: str, layout: str, takes_domain: bool = False, takes: str | None = None
+) -> None:
+    """A choice that selects nothing is a mistake: of the data, or of the setting."""
+    given = {"domain": None if takes_domain else context.domain}
+    given |= {name: getattr(context.choices, name) for name in ("preferred", "score", "pairing") if name != takes}
+    for name, value in given.items():
+        if value is not None:
+            uses = {
+                "domain": "Domains select responses of DSP data only",
+                "preferred": "It selects a judgement of pku-saferlhf only",
+                "score": "It selects a score of ultrafeedback-raw only",
+                "pairing": "It pairs rows of one reply and a label only",
+            }[name]
+            raise QAdapterError(f"{where} has {layout}, for which `{name}: {value}` means nothing. {uses}; remove it.")
+
+
+def _refuse_ignored(records: Sequence[dict[str, Any]], file_format: Format, where: str) -> None:
+    ignored = Counter(
+        field
+        for record in records
+        if (field := _unexplained(record, file_format, _suspects(record, file_format))) and field not in _NOT_TEXT
+    )
+    if 2 * sum(ignored.values()) <= len(records):
+        return
+    names = ", ".join(f"`{_printable(field)}`" for field in ignored)
+    raise QAdapterError(
+        f"{where} has the layout {file_format.name} and beside it {names}, which would be ignored and may be part of "
+        f"what the replies answer. Map the fields ({_suggestion(records)}), or remove what means nothing from the data."
+    )
+
+
+def _check_domain(records: Sequence[dict[str, Any]], context: Context, where: str) -> None:
+    domains = sorted({str(style) for record in records for style in record["responses"]})
+    if context.domain not in domains:
+        given = "no domain was given" if context.domain is None else f"there is no domain '{context.domain}' in it"
+        raise QAdapterError(
+            f"{where} is DSP data, and {given}. Its domains are {', '.join(map(_printable, domains[:20])) or '(none)'}"
+            "; set `domain` to one of them."
+        )
+
+
+def _check_min_margin(reader: Reader, records: Sequence[Any], context: Context, where: str) -> None:
+    if context.choices.min_margin is None or reader.across_records:
+        return
+    pairs = [pair for record in records for pair in reader.read(record)]
+    known = [
+        p for p in pairs if p is Reason.WEAK_PREFERENCE or (isinstance(p, PreferencePair) and p.margin is not None)
+    ]
+    if not known and any(isinstance(pair, PreferencePair) for pair in pairs):
+        raise QAdapterError(
+            f"{where} ({reader.name}) has no margins, for which `min_margin: {context.choices.min_margin:g}` means "
+            "nothing. Remove it, or name the field that holds them as `margin` in `fields`."
+        )
+
+
+def _unknown(objects: Sequence[dict[str, Any]], where: str, sentence: str | None = None) -> QAdapterError:
+    first = objects[0] if objects else {}
+    sentence = sentence or next(iter(Counter(s for o in objects if (s := sentence_of(o))).most_common(1)), [None])[0]
+    if sentence:
+        return QAdapterError(f"{where} {sentence}")
+    fields = ", ".join(f"{_printable(key)}: {type(value).__name__}" for key, value in list(first.items())[:8])
+    known = ", ".join(row.name for row in FORMATS)
+    return QAdapterError(
+        f"{where} has records of an unknown format; the first one has the fields {{{fields}}}. Expected one of "
+        f"the layouts of docs/data.md ({known}). Else say where prompt and replies lie: {_suggestion(objects)}."
+    )
+
+
+def _suggestion(records: Sequence[Any]) -> str:
+    guess = proposal(records)
+    if guess is None:
+        return "set `fields`, such as `fields: {prompt: question, chosen: better, rejected: worse}` (docs/data.md)"
+    return f"set `fields`; by their names it may be `fields: {guess}`, which nothing has checked"
+
+
+def _printable(key: Any) -> str:
+    shown = str(key).encode("ascii", "replace").decode()
+    return shown if len(shown) <= 30 else shown[:30] + "…"
+
+
+# ---- files ----
+
+
+def file_records(
+    file: Path, choices: Choices | None = None, *, position: Position | None = None
+) -> Iterator[RawRecord]:
+    """A file's records; those of the list that a mapping's `records` names, where the file is one JSON object.
+
+    Args:
+        file, position: see `containers.iter_records`.
+        choices: what the user decided.
+    """
+    return iter_records(file, records=_list_name(choices), position=position)
+
+
+def _list_name(choices: Choices | None) -> str | None:
+    """The name under which a file that is one JSON object has its records; None for a path into each record."""
+    name = choices.fields.get("records") if choices and isinstance(choices.fields, Mapping) else None
+    return name if isinstance(name, str) and re.fullmatch(r"[A-Za-z_]\w*", name) else None
+
+
+def open_reader(file: Path, *, domain: str | None = None, choices: Choices | None = None) -> Reader:
+    """The reader for a file, from its first records; see `recognise`.
+
+    Raises:
+        QAdapterError: as `recognise`, or the file cannot be read or has no record.
+    """
+    return _reader(file, head(file_records(file, choices)), domain, choices)
+
+
+def _reader(file: Path, first: Sequence[RawRecord], domain: str | None, choices: Choices | None) -> Reader:
+    records = [record.value for record in first if record.problem is None]
+    if not any(isinstance(record, dict) for record in records):
+        if not first:
+            found = "is empty"
+        elif first[0].problem is Reason.BUDGET:
+            found = "expands beyond its budget before its first record"
+        elif first[0].problem is Reason.BREAKS_OFF:
+            found = "is damaged or breaks off before its first record"
+        else:
+            found = f"has no JSON object among its first {len(first)} records"
+        message = (
+            f"{shown_path(file)} {found}. Expected JSON lines, a JSON list, CSV, Parquet or Arrow with records in a "
+            "layout of docs/data.md; give another file."
+        )
+        if not first or first[0].problem in (Reason.BREAKS_OFF, Reason.BUDGET):
+            raise NoRecordsError(message, first[0].problem or Reason.EMPTY_FILE if first else Reason.EMPTY_FILE)
+        raise QAdapterError(message)
+    if choices and _list_name(choices):  # the records are those in the list by now
+        fields = {key: value for key, value in (choices.fields or {}).items() if key != "records"}
+        choices = replace(choices, fields=fields)
+    return recognise(records, where=shown_path(file), domain=domain, choices=choices)
+
+
+def detect_format(file: Path, *, domain: str | None = None, choices: Choices | None = None) -> str:
+    """The name of a file's layout; see `open_reader`."""
+    return open_reader(file, domain=domain, choices=choices).name
+
+
+def read_pairs(
+    file: Path,
+    *,
+    domain: str | None = None,
+    max_chars: int | None = None,
+    choices: Choices | None = None,
+    position: Position | None = None,
+) -> Iterator[ParsedRecord]:
+    """Parses a file into candidate pairs, in the file's order. The layout is checked on the call, the rest streams.
+
+    Args:
+        file: see `containers.iter_records`.
+        domain: the preferred style of DSP data; must be None for every other format.
+        max_chars: a pair whose prompt and longer reply together have more characters is rejected as over-long.
+        choices: what the user decided.
+        position: is kept up to date while the records are taken.
+
+    Raises:
+        NoRecordsError: the file is empty or damaged from its beginning on.
+        QAdapterError: as `open_reader`. Single records never raise.
+    """
+    records = file_records(file, choices, position=position)
+    first = head(records)
+    reader = _reader(file, first, domain, choices)
+    return _parse_all(file, itertools.chain(first, records), reader, max_chars)
+
+
+def _parse_all(
+    file: Path, records: Iterable[RawRecord], reader: Reader, max_chars: int | None
+) -> Iterator[ParsedRecord]:
+    for record in records:
+        candidates = [record.problem] if record.problem else reader.read(record.value, record.line)
+        for candidate in candidates:
+            if isinstance(candidate, Reason):
+                yield Rejected(file, record.line, candidate)
+            elif max_chars is not None and characters(candidate) > max_chars:
+                yield Rejected(file, record.line, Reason.TOO_LONG)
+            else:
+                yield Accepted(file, record.line, candidate)
+    for line, reason in reader.finish():
+        yield Rejected(file, line, reason)
+
+
+def characters(pair: PreferencePair) -> int:
+    """Characters of the prompt and the longer reply together."""
+    return sum(len(turn["content"]) for turn in pair.prompt) + max(len(pair.chosen), len(pair.rejected))

@@ -1,0 +1,143 @@
+"""Rows of one reply and a label (KTO): paired by their prompts where the user says how, else refused.
+
+A row gives its pairs when the row that it is paired with came before it, so a file is read once; a row that stays alone
+is counted at the end. What is held meanwhile are the replies that later rows may be paired with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from qadapter.errors import QAdapterError
+from qadapter.preferences.building import Context, Record, opening, side, system_of
+from qadapter.preferences.pair import Message, PreferencePair
+from qadapter.preferences.records import Reason
+from qadapter.preferences.turns import Candidates, UnusableRecord, listed, make_pair, prompt_of
+
+_TRUE, _FALSE = frozenset({"true", "1", "1.0", "desirable"}), frozenset({"false", "0", "0.0", "-1", "undesirable"})
+
+
+@dataclass(frozen=True, slots=True)
+class UnpairedReply:
+    """One reply and whether it is a good one.
+
+    Attributes:
+        prompt: the conversation so far; its last turn is the user's.
+        reply: its text.
+        good: the label.
+    """
+
+    prompt: tuple[Message, ...]
+    reply: str
+    good: bool
+
+
+Split = Callable[[Record, Context], tuple[Any, Any, Any]]  # prompt, reply, label
+
+
+def kto(record: Record, _: Context) -> tuple[Any, Any, Any]:
+    """TRL: `prompt`, `completion`, `label`, as text or messages."""
+    return record.get("prompt"), record.get("completion"), record.get("label")
+
+
+def beavertails(record: Record, _: Context) -> tuple[Any, Any, Any]:
+    """BeaverTails: `prompt`, `response`, `is_safe`."""
+    return record.get("prompt"), record.get("response"), record.get("is_safe")
+
+
+def labelled_dialogue(record: Record, _: Context) -> tuple[Any, Any, Any]:
+    """ms-swift's `messages` with `label`, LLaMA-Factory's `messages` or `conversations` with `kto_tag`."""
+    turns = listed(record.get("messages") if record.get("messages") is not None else record.get("conversations"))
+    if not isinstance(turns, list) or len(turns) < 2:
+        raise UnusableRecord(Reason.NOT_A_DIALOGUE)
+    label = record.get("label") if record.get("label") is not None else record.get("kto_tag")
+    return turns[:-1], [turns[-1]], label
+
+
+def tagged_instruction(record: Record, _: Context) -> tuple[Any, Any, Any]:
+    """LLaMA-Factory: `instruction`, `input`, `output`, `kto_tag`."""
+    parts = [record.get("instruction"), record.get("input")]
+    prompt = "\n".join(part for part in parts if isinstance(part, str) and part)
+    return prompt, record.get("output"), record.get("kto_tag")
+
+
+def unpaired_reply(record: Record, context: Context, split: Split) -> UnpairedReply:
+    """A row as a reply and its label.
+
+    Raises:
+        UnusableRecord: with the reason.
+    """
+    prompt, reply, label = split(record, context)
+    good = _label(label)
+    turns = opening(context, prompt, system_of(record))
+    if not turns or not all(turn["content"] for turn in turns):
+        raise UnusableRecord(Reason.EMPTY_PROMPT)
+    words = side(reply)
+    if not isinstance(words, str):
+        raise UnusableRecord(Reason.NOT_A_DIALOGUE)
+    if not words:
+        raise UnusableRecord(Reason.EMPTY_REPLY)
+    return UnpairedReply(tuple(prompt_of(turns)), words, good)
+
+
+def _label(value: Any) -> bool:
+    word = str(value).strip().lower()
+    if value is None or isinstance(value, list | dict) or word not in _TRUE | _FALSE:
+        raise UnusableRecord(Reason.NO_PREFERENCE)
+    return word in _TRUE
+
+
+class Pairing:
+    """Pairs the rows of a source; see the module."""
+
+    def __init__(self, split: Split, how: Literal["all", "first"]) -> None:
+        self._split = split
+        self._how = how
+        self._held: dict[str, tuple[list[tuple[int, str]], list[tuple[int, str]]]] = {}
+        self._alone: dict[int, None] = {}
+
+    def read(self, record: Record, context: Context, line: int) -> Candidates:
+        """The pairs that a row makes with rows before it; it may be none."""
+        row = unpaired_reply(record, context, self._split)
+        good, bad = self._held.setdefault(row_key(row.prompt), ([], []))
+        same, opposite = (good, bad) if row.good else (bad, good)
+        if self._how == "first" and same:  # only the first good and the first bad reply to a prompt are paired
+            self._alone[line] = None
+            return []
+        candidates: Candidates = []
+        for other, reply in opposite:
+            texts = (row.reply, reply) if row.good else (reply, row.reply)
+            try:
+                candidates.append(make_pair(list(row.prompt), *texts))
+            except UnusableRecord as unusable:
+                candidates.append(unusable.reason)
+            self._alone.pop(other, None)
+        same.append((line, row.reply))
+        if not candidates:
+            self._alone[line] = None
+        return candidates
+
+    def alone(self) -> list[int]:
+        """The lines of the rows that no other row was paired with."""
+        return list(self._alone)
+
+
+def row_key(prompt: Sequence[Message]) -> str:
+    """What rows to pair have in common: the prompt as a reader sees it."""
+    return PreferencePair(tuple(prompt), "", "").prompt_digest
+
+
+def needs_pairing(split: Split) -> Callable[[Sequence[Record], Context, str], Any]:
+    """The `choose` of a format of unpaired rows: a `Pairing`, or the refusal where `pairing` is not set."""
+
+    def choose(_: Sequence[Record], context: Context, where: str) -> Pairing:
+        if context.choices.pairing is None:
+            raise QAdapterError(
+                f"{where} has single replies with a label, no pairs. Set `pairing: all` (every good reply with every "
+                "bad one to the same prompt) or `pairing: first` (the first of each), or give pairs."
+            )
+        return Pairing(split, context.choices.pairing)
+
+    return choose
