@@ -13,26 +13,28 @@ DEPLOYMENT ?= full-paper-repro/smoke
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+# An environment that is a link belongs to another clone: it is used as it is, nothing is installed into it.
+LINKED := $(shell test -L $(VENV) && echo yes)
+STAMP := $(if $(LINKED),,$(VENV)/.installed)
 
 DATA_FLAG := $(if $(DATA),--data "$(DATA)")
 
 .PHONY: help repro plan sweep spread compare test lint ui serve serve-model clean customize announce check history rollback drop
 
 repro: $(STAMP) ## run the whole experiment: make repro [PROFILE=mini DATA=folder] [SET="training.max_steps=50 seeds=[0,1]"]
-	@$(BIN)/python -m flows.commands.run --profile "$(PROFILE)" $(DATA_FLAG) $(SET)
+	@$(BIN)/python -m qadapter run --profile "$(PROFILE)" $(DATA_FLAG) $(SET)
 
 plan: $(STAMP) ## check and estimate an experiment without running it: make plan PROFILE=paper
-	@$(BIN)/python -m flows.commands.run --plan --profile "$(PROFILE)" $(DATA_FLAG) $(SET)
+	@$(BIN)/python -m qadapter plan --profile "$(PROFILE)" $(DATA_FLAG) $(SET)
 
 sweep: $(STAMP) ## many settings, tables and front: make sweep [SWEEP=mini DATA=folder] [PLAN=1]
-	@$(BIN)/python -m flows.commands.sweep --sweep "$(SWEEP)" $(DATA_FLAG) $(if $(PLAN),--plan) $(SET)
+	@$(BIN)/python -m qadapter sweep --sweep "$(SWEEP)" $(DATA_FLAG) $(if $(PLAN),--plan) $(SET)
 
 spread: $(STAMP) ## an experiment over a work pool, a run for each method: make spread DEPLOYMENT=full-paper-repro/docker [PROFILE=mini DATA=folder]
-	@$(BIN)/python -m flows.commands.spread "$(DEPLOYMENT)" --profile "$(PROFILE)" $(DATA_FLAG) $(SET)
+	@$(BIN)/python -m qadapter spread "$(DEPLOYMENT)" --profile "$(PROFILE)" $(DATA_FLAG) $(SET)
 
 compare: $(STAMP) ## the report of any recorded runs: make compare RUNS="run-id run-id" [OUTPUT=folder]
-	@$(BIN)/python -m flows.commands.compare $(RUNS) --output "$(OUTPUT)"
+	@$(BIN)/python -m qadapter compare $(RUNS) --output "$(OUTPUT)"
 
 test: $(STAMP) ## run all tests, two files at a time
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -45,38 +47,40 @@ ui: $(STAMP) ## MLflow's UI on the runs of this folder, http://127.0.0.1:5000
 		$(BIN)/mlflow ui --backend-store-uri "sqlite:///$(CURDIR)/mlflow.db" --host 127.0.0.1 --port 5000
 
 serve: $(STAMP) ## Prefect server and worker with all deployments, http://127.0.0.1:4200
-	@$(BIN)/python -m flows.commands.serve
+	@$(BIN)/python -m qadapter up
 
 serve-model: $(STAMP) ## registered versions with OpenAI's chat API: make serve-model [MODEL="name@champion name@previous"]
-	@$(BIN)/python -m flows.commands.serve_model $(foreach model,$(MODEL),--model "$(model)")
+	@$(BIN)/python -m qadapter serve-model $(MODEL)
 
 customize: $(STAMP) ## look for new preferences: train, judge, promote or reject (docs/recurring.md): make customize [CONFIG=smoke] [FORCE=1]
-	@$(BIN)/python -m flows.commands.recurring customize --config "$(CONFIG)" $(if $(FORCE),--force)
+	@$(BIN)/python -m qadapter customize --config "$(CONFIG)" $(if $(FORCE),--force)
 
 announce: $(STAMP) ## tell the running server that there are new preferences: make announce [CONFIG=smoke]
-	@$(BIN)/python -m flows.commands.recurring announce --config "$(CONFIG)"
+	@$(BIN)/python -m qadapter announce --config "$(CONFIG)"
 
 check: $(STAMP) ## measure the champion again: make check [CONFIG=smoke]
-	@$(BIN)/python -m flows.commands.recurring check --config "$(CONFIG)"
+	@$(BIN)/python -m qadapter check --config "$(CONFIG)"
 
 history: $(STAMP) ## every version of a registered model and why it is what it is: make history [CONFIG=smoke]
-	@$(BIN)/python -m flows.commands.recurring history --config "$(CONFIG)"
+	@$(BIN)/python -m qadapter history --config "$(CONFIG)"
 
 rollback: $(STAMP) ## the previous champion serves again: make rollback [CONFIG=smoke] [TO=3]
-	@$(BIN)/python -m flows.commands.recurring rollback --config "$(CONFIG)" $(if $(TO),--to $(TO))
+	@$(BIN)/python -m qadapter rollback --config "$(CONFIG)" $(if $(TO),--to $(TO))
 
 drop: $(STAMP) ## a delivery of toy preferences: make drop [KIND=good|flipped|broken] [PART=1|2]
-	@$(BIN)/python -m qadapter.toyworld.drops --kind "$(KIND)" --part "$(PART)"
+	@$(BIN)/python -m qadapter drop --kind "$(KIND)" --part "$(PART)"
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 13
 
+ifndef LINKED
 # pip, not uv: the pins are one `name==version` a line, without hosts.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (about four minutes the first time) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[pipeline,dev]"
 	@touch $@
+endif
 
 clean: ## remove the environment and caches of tools; results stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

@@ -1,6 +1,6 @@
 """New preferences arrive: validate them, train the champion further, measure both, promote or reject.
 
-python -m flows.commands.recurring customize --config smoke
+qadapter customize --config smoke
 prefect deployment run customize-on-new-preferences/smoke
 """
 

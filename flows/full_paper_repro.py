@@ -1,6 +1,6 @@
 """The whole experiment: data, base, every method on every domain, evaluation, report.
 
-python -m flows.full_paper_repro --profile smoke
+qadapter run --profile smoke
 prefect deployment run full-paper-repro/smoke
 """
 

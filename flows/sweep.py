@@ -1,6 +1,6 @@
 """A sweep: every setting of every method on the same base and data, and one table and figure of all.
 
-python -m flows.commands.sweep --sweep smoke
+qadapter sweep --sweep smoke
 prefect deployment run sweep/smoke
 """
 

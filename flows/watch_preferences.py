@@ -1,6 +1,6 @@
 """New preferences are announced by a Prefect event, which starts `customize-on-new-preferences` where it is deployed.
 
-python -m flows.commands.recurring announce --config smoke
+qadapter announce --config smoke
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m qadapter`; see `qadapter/command`."""
+"""`python -m qadapter`: the command `qadapter` (`qadapter/command`)."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""commands"""
+"""The pipeline's subcommands of `qadapter`; `table.py` lists them."""

@@ -1,67 +1,32 @@
-"""The commands of a recurring customisation.
-
-python -m flows.commands.recurring customize --config smoke     look for new preferences: train, judge, promote, reject
-                                                       (--force: also if nothing is new)
-python -m flows.commands.recurring announce --config smoke      tell a running server that there are some
-python -m flows.commands.recurring check --config smoke         measure the champion again
-python -m flows.commands.recurring history --config smoke       every version, from the registry alone
-python -m flows.commands.recurring rollback --config smoke      the previous champion serves again (--to 3: version 3)
-"""
+"""`qadapter customize`, `announce`, `check`, `history`, `rollback`: the commands of a recurring customisation."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from flows.environment import prepare_environment
+import typer
+
+from flows.commands.arguments import Config
 from flows.prefect_host.server import prefect_server
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 the flow failed, 2 refused."""
-    prepare_environment()
-    from qadapter.config.customization import customizations
-    from qadapter.errors import QAdapterError
-
-    commands: dict[str, Callable[[argparse.Namespace], int]] = {
-        "customize": _customize,
-        "announce": _announce,
-        "check": _check,
-        "history": _history,
-        "rollback": _roll_back,
-    }
-    parser = argparse.ArgumentParser(
-        prog="python -m flows.commands.recurring",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("command", choices=commands)
-    known = ", ".join(customizations())
-    parser.add_argument("--config", default="smoke", help=f"one of {known}, or a YAML file (default: smoke)")
-    parser.add_argument("--to", type=int, metavar="VERSION", help="rollback: which version (default: the previous one)")
-    parser.add_argument("--even-rejected", action="store_true", help="rollback: --to may name a rejected version")
-    parser.add_argument("--force", action="store_true", help="customize: train and judge although nothing is new")
-    given = parser.parse_args(arguments)
-    try:
-        return commands[given.command](given)
-    except QAdapterError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-
-
-def _customize(given: argparse.Namespace) -> int:
+def customize(
+    config: Config = "smoke",
+    force: Annotated[bool, typer.Option("--force", help="train and judge although nothing is new")] = False,
+) -> int:
+    """Look for new preferences; returns 0, or 1 where the flow did not complete."""
     from flows.customize import customize_on_new_preferences
 
-    return _run_flow(customize_on_new_preferences, given.config, force=given.force)
+    return _run_flow(customize_on_new_preferences, config, force=force)
 
 
-def _check(given: argparse.Namespace) -> int:
+def check(config: Config = "smoke") -> int:
+    """Measure the champion again; returns 0, or 1 where the flow did not complete."""
     from flows.check_champion import check_champion
 
-    return _run_flow(check_champion, given.config)
+    return _run_flow(check_champion, config)
 
 
 def _run_flow(flow: Any, config: str, **parameters: Any) -> int:
@@ -79,24 +44,30 @@ def _run_flow(flow: Any, config: str, **parameters: Any) -> int:
     return 0 if done else 1
 
 
-def _announce(given: argparse.Namespace) -> int:
+def announce(config: Config = "smoke") -> None:
+    """Send the event that starts a customisation where it is deployed.
+
+    Raises:
+        QAdapterError: no Prefect server answers.
+    """
     from flows.prefect_host.server import server_access
     from qadapter.config.customization import load_customization
 
-    customization = load_customization(given.config)
+    customization = load_customization(config)
     with server_access("Without a server: `make customize`.") as url:
-        from flows.watch_preferences import ANNOUNCED, announce
+        from flows.watch_preferences import ANNOUNCED
+        from flows.watch_preferences import announce as emit
 
-        announce(customization)
+        emit(customization)
     sys.stdout.write(f"{ANNOUNCED} for {customization.name} sent to {url}\n")
-    return 0
 
 
-def _history(given: argparse.Namespace) -> int:
+def history(config: Config = "smoke") -> None:
+    """Print every version, from the registry alone."""
     from qadapter.config.customization import load_customization
     from tasks.candidate import registry_of
 
-    customization = load_customization(given.config)
+    customization = load_customization(config)
     versions = registry_of(customization).versions()
     if not versions:
         sys.stdout.write(f"{customization.model_name}: no version yet\n")
@@ -122,18 +93,21 @@ def _history(given: argparse.Namespace) -> int:
         if "rolled_back_to_at" in version.tags:
             lines.append(f"      rolled back to, {version.tags['rolled_back_to_at']}")
         sys.stdout.write("\n".join(lines) + "\n")
-    return 0
 
 
-def _roll_back(given: argparse.Namespace) -> int:
+def rollback(
+    config: Config = "smoke",
+    to: Annotated[int | None, typer.Option(metavar="VERSION", help="which version (default: the previous one)")] = None,
+    even_rejected: Annotated[bool, typer.Option("--even-rejected", help="--to may name a rejected version")] = False,
+) -> None:
+    """Make the previous champion, or a version of the user's choice, the champion.
+
+    Raises:
+        QAdapterError: there is no such version, or it was rejected.
+    """
     from qadapter.config.customization import load_customization
     from tasks.candidate import registry_of
 
-    registry = registry_of(load_customization(given.config))
-    before, now = registry.roll_back(given.to, even_rejected=given.even_rejected)
+    registry = registry_of(load_customization(config))
+    before, now = registry.roll_back(to, even_rejected=even_rejected)
     sys.stdout.write(f"{registry.name}: version {now.number} is the champion again, after version {before.number}\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

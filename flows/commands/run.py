@@ -1,87 +1,58 @@
-"""The command behind `make repro` and `make plan`.
-
-python -m flows.commands.run --profile smoke
-python -m flows.commands.run --profile mini --data path/to/folder training.max_steps=20
-python -m flows.commands.run --profile paper --plan
-"""
+"""`qadapter run` and `qadapter plan`: the whole experiment (`make repro`, `make plan`)."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
-from flows.environment import prepare_environment
+from flows.commands.arguments import Data, Overrides, Profile
 from flows.prefect_host.server import prefect_server
+from qadapter.command.app import CommandFailedError
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run, or only plan, an experiment; returns the exit code: 0 done, 1 a stage failed, 2 refused."""
-    prepare_environment()
-    from qadapter.config.experiment import profiles
-    from qadapter.errors import QAdapterError
+def plan(overrides: Overrides = None, profile: Profile = "smoke", data: Data = None) -> None:
+    """Print stages and estimates of an experiment.
 
-    parser = argparse.ArgumentParser(
-        prog="python -m flows.commands.run", description="Run or plan the full experiment."
-    )
-    parser.add_argument(
-        "--profile", default="smoke", help=f"one of {', '.join(profiles())}, or a YAML file (default: smoke)"
-    )
-    parser.add_argument("--data", help="folder with the data, where the profile's paths say {data}")
-    parser.add_argument("--plan", action="store_true", help="check everything, print stages and estimates, run nothing")
-    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change: training.max_steps=20")
-    given = parser.parse_args(arguments)
-    try:
-        return _plan(given) if given.plan else _run(given)
-    except QAdapterError as error:
-        if given.traceback:
-            raise
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-
-
-def _plan(given: argparse.Namespace) -> int:
+    Raises:
+        QAdapterError: something in the config or the data cannot work.
+    """
     from flows.running.plan import plan_text
 
-    sys.stdout.write(plan_text(given.profile, given.data, given.overrides) + "\n")
-    return 0
+    sys.stdout.write(plan_text(profile, data, overrides or []) + "\n")
 
 
-def _run(given: argparse.Namespace) -> int:
+def run(overrides: Overrides = None, profile: Profile = "smoke", data: Data = None) -> None:
+    """Run an experiment and print its comparison.
+
+    Raises:
+        QAdapterError: something in the config or the data cannot work.
+        CommandFailedError: a stage failed.
+    """
     from flows.running.launch import Launch, StagesFailedError
     from qadapter.config.experiment import parse_overrides
 
-    overrides = parse_overrides(given.overrides)
-    launch = Launch("full-paper-repro", given.profile, given.data, overrides)
+    changes = parse_overrides(overrides or [])
+    launch = Launch("full-paper-repro", profile, data, changes)
     experiment = launch.check()  # refuse what cannot work before Prefect starts anything
     from flows.full_paper_repro import full_paper_repro
     from tasks.stages.context import workspace
 
     start = time.monotonic()
-    data = str(launch.data_folder) if launch.data_folder else None
+    folder = str(launch.data_folder) if launch.data_folder else None
     with prefect_server():
         try:
-            summary = full_paper_repro(given.profile, data, overrides)
+            summary = full_paper_repro(profile, folder, changes)
         except StagesFailedError as error:
-            if given.traceback:
-                raise
-            sys.stderr.write(f"error: {error}\n")
-            return 1
+            raise CommandFailedError(str(error)) from error
     report = Path(summary["report"])
     sys.stdout.write(_comparison(report) + "\n\n")
     sys.stdout.write(f"{experiment.name}: finished in {time.monotonic() - start:.0f} s\n")
     sys.stdout.write(f"report:  {report}\nfigure:  {report.parent / 'retention_adaptation.png'}\n")
     sys.stdout.write(f"compare the runs: make ui   (MLflow on {workspace() / 'mlflow.db'})\n")
-    return 0
 
 
 def _comparison(report: Path) -> str:
     """The table of the report, as it stands there."""
     text = report.read_text(encoding="utf-8")
     return text.split("## Comparison\n\n")[1].split("\n\n*adaptation*")[0]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

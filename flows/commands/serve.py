@@ -1,4 +1,4 @@
-"""`make serve`: one command that brings up all that `prefect deployment run` needs on this machine, and takes it down.
+"""`qadapter up` (`make serve`): all that `prefect deployment run` needs on this machine, until Ctrl-C.
 
 A deployment's run is executed only while a server and a worker are up. This starts a server if none answers at the
 configured address, creates the work pool, deploys everything in `prefect.yaml`, starts a worker and waits. A server
@@ -7,20 +7,19 @@ that answers is used only if it knows the auth string of this project (`flows/pr
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 import psutil
+import typer
 import yaml
 
 from flows.prefect_host import server_process, worker_process
@@ -36,6 +35,7 @@ from flows.prefect_host.access import (
     prefect_home,
     standing,
 )
+from qadapter.command.app import CommandFailedError
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import read_json, write_json
 from qadapter.files.private import close_to_others, keep_private, private_folder
@@ -372,22 +372,16 @@ def _say(text: str) -> None:
     print(text, flush=True)  # noqa: T201 - this is a command
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Read the command line and serve.
+def up(
+    limit: Annotated[int, typer.Option(min=1, metavar="N", help="flow runs at the same time")] = 1,
+) -> None:
+    """Serve until Ctrl-C.
 
-    Returns:
-        The exit code: 0 after Ctrl-C, 1 if a part did not start or died, 2 if what the user asks for is refused.
+    Raises:
+        QAdapterError: what the user asks for is refused.
+        CommandFailedError: a part did not start or died.
     """
-    parser = argparse.ArgumentParser(prog="python -m flows.commands.serve", description=__doc__)
-    parser.add_argument("--limit", type=int, default=1, metavar="N", help="flow runs at the same time (default: 1)")
-    options = parser.parse_args(arguments)
     try:
-        serve(PROJECT_ROOT, limit=options.limit)
-    except (QAdapterError, PartError) as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 2 if isinstance(error, QAdapterError) else 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        serve(PROJECT_ROOT, limit=limit)
+    except PartError as error:
+        raise CommandFailedError(str(error)) from error

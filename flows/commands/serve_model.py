@@ -1,8 +1,4 @@
-"""Serve a version of MLflow's model registry with OpenAI's chat API; behind `make serve-model MODEL=policy@champion`.
-
-python -m flows.commands.serve_model --model policy@champion
-python -m flows.commands.serve_model --model policy/3 --port 8001
-python -m flows.commands.serve_model --model policy@champion --model policy@previous
+"""`qadapter serve-model`: registered versions with OpenAI's chat API (`make serve-model MODEL=policy@champion`).
 
 The adapter answers under the registered model's name, the base beside it as `base`; several versions on one base
 answer under what was given for each. A version is found when the server starts: if an alias moves on, the server says
@@ -11,38 +7,37 @@ so and goes on with what it has. docs/serving.md.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Annotated
 
+import typer
+
+from flows.commands.arguments import Host, Port
 from qadapter.errors import QAdapterError
-from qadapter.serving.__main__ import add_address, serve
+from qadapter.serving.server import serve
 
 _LOOK_SECONDS = 60.0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Read the command line and serve; returns the exit code: 0 after Ctrl-C, 2 refused."""
-    parser = argparse.ArgumentParser(
-        prog="python -m flows.commands.serve_model",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--model",
-        action="append",
-        required=True,
-        metavar="NAME@ALIAS",
-        help="or NAME/VERSION; can be given several times for versions on one base",
-    )
-    add_address(parser)
-    given = parser.parse_args(arguments)
+def serve_model(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL", help="NAME@ALIAS or NAME/VERSION; several stand on one base")
+    ],
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+) -> None:
+    """Serve until Ctrl-C.
+
+    Raises:
+        QAdapterError: a version is not there or damaged, or two stand on different bases.
+    """
     over = threading.Event()
     try:
         from tasks.tracking.models import find_served_model
 
-        found = {model: find_served_model(model) for model in given.model}
+        found = {model: find_served_model(model) for model in models}
         (first, one), *others = found.items()
         for model, other in others:
             if (other.base_digest or other.base, other.numerics) != (one.base_digest or one.base, one.numerics):
@@ -54,15 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         adapters = {names[model]: each.adapter for model, each in found.items()}
         served = {model: each.version for model, each in found.items() if "@" in model}
         threading.Thread(target=watch, args=(served, over), daemon=True).start()
-        serve(adapters, one.base, **one.numerics, host=given.host, port=given.port)
-    except QAdapterError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        serve(adapters, one.base, **one.numerics, host=host, port=port)
     except KeyboardInterrupt:
         pass
     finally:
         over.set()
-    return 0
 
 
 def watch(served: Mapping[str, int], over: threading.Event, every: float = _LOOK_SECONDS) -> None:
@@ -90,7 +81,3 @@ def watch(served: Mapping[str, int], over: threading.Event, every: float = _LOOK
                 said = f"{model} is version {number} again, which this server serves"
             sys.stderr.write(said + "\n")
             sys.stderr.flush()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,4 @@
-"""One experiment over a work pool: each method as a deployment run of its own, side by side, then the comparison.
-
-python -m flows.commands.spread full-paper-repro/docker --profile smoke
-python -m flows.commands.spread full-paper-repro/kubernetes --profile mini --data /data training.max_steps=20
+"""`qadapter spread`: one experiment over a work pool, each method as a deployment run of its own, then the comparison.
 
 The first method's run makes the base; the others begin when it is done. They find each other's finished stages in the
 workspace or store that they share, so the last run computes only what compares them.
@@ -9,40 +6,30 @@ workspace or store that they share, so the last run computes only what compares 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from flows.environment import prepare_environment
+import typer
+
+from flows.commands.arguments import Overrides
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Spread an experiment; returns the exit code: 0 done, 1 a run failed, 2 refused."""
-    prepare_environment()
-    from qadapter.errors import QAdapterError
-
-    parser = argparse.ArgumentParser(
-        prog="python -m flows.commands.spread",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("deployment", help="of the experiment, flow/deployment; its work pool decides where runs go")
-    parser.add_argument("--profile", default="smoke", help="name in configs/, or a YAML file that the runs can read")
-    parser.add_argument("--data", help="folder with the data, as the runs see it")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change: training.max_steps=20")
-    given = parser.parse_args(arguments)
+def spread(
+    deployment: Annotated[
+        str, typer.Argument(help="of the experiment, flow/deployment; its work pool decides where runs go")
+    ],
+    overrides: Overrides = None,
+    profile: Annotated[str, typer.Option(help="a name in configs/, or a YAML file that the runs can read")] = "smoke",
+    data: Annotated[str | None, typer.Option(help="folder with the data, as the runs see it")] = None,
+) -> int:
+    """Run the methods of an experiment apart, then the whole of it; returns 0, or 1 where a run did not complete."""
     from qadapter.config.experiment import parse_overrides
 
-    try:
-        return asyncio.run(spread(given.deployment, given.profile, given.data, parse_overrides(given.overrides)))
-    except QAdapterError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    return asyncio.run(spread_methods(deployment, profile, data, parse_overrides(overrides or [])))
 
 
-async def spread(deployment: str, profile: str, data: str | None, overrides: Mapping[str, Any]) -> int:
+async def spread_methods(deployment: str, profile: str, data: str | None, overrides: Mapping[str, Any]) -> int:
     """Run the methods of an experiment apart, then the whole of it; 0, or 1 where a run did not complete.
 
     Args:
@@ -112,7 +99,3 @@ async def _completed(deployment: str, name: str, parameters: Mapping[str, Any]) 
 
 def _say(text: str) -> None:
     print(text, flush=True)  # noqa: T201 - this is a command
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,1 +1,1 @@
-"""The method on the command line, without the pipeline: `python -m qadapter train|generate|score|chat`."""
+"""The command `qadapter`: train, generate, score, chat, serve, eval; in a checkout the pipeline's commands too."""

@@ -1,4 +1,4 @@
-"""`python -m qadapter chat`: a conversation with a policy on stdin and stdout."""
+"""`qadapter chat`: a conversation with a policy on stdin and stdout."""
 
 from __future__ import annotations
 

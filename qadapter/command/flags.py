@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
+import typer
 import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -17,13 +17,9 @@ from qadapter.errors import QAdapterError, did_you_mean
 
 Options = TypeVar("Options", bound=Settings)
 
-
-class Parser(argparse.ArgumentParser):
-    """argparse's, that raises what the user did wrong instead of leaving the process."""
-
-    def error(self, message: str) -> NoReturn:
-        """argparse's hook for everything it cannot parse."""
-        raise QAdapterError(f"{message}; see {self.prog} --help")
+ALIASES = {"lr": "learning_rate"}
+"""Short names that other projects use, as flags and as keys of a config file."""
+_REPEATED = {"adapter": "FOLDER", "prompt": "TEXT"}  # flags that can be given several times
 
 
 def flag(name: str) -> str:
@@ -31,15 +27,30 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_flags(parser: argparse.ArgumentParser, options: type[Settings]) -> None:
-    """One flag a field, in the sections of the classes that declare them. What is not given is not in the result."""
+def from_flags(options: type[Options], run: Callable[[Options], None]) -> Callable[..., None]:
+    """A function whose parameters are one flag per field and `--config`; it validates them and calls `run`.
+
+    Args:
+        options: the class. Its own fields and those of each parent class are a section of the help.
+        run: what to do with the values.
+    """
+
+    def command(*, config: str | None, **values: Any) -> None:
+        given = {name: value for name, value in values.items() if value is not None and value != []}
+        run(read_options(options, given, config))
+
+    parameters = []
     for section in options.__mro__:
-        names = [name for name in options.model_fields if _section(options, name) is section]
-        if names:
-            title = parser.prog.split()[-1] if section is options else (section.__doc__ or "").splitlines()[0]
-            group = parser.add_argument_group(title.rstrip("."))
-            for name in names:
-                _add_flag(group, name, options.model_fields[name])
+        for name in options.model_fields:
+            if _section(options, name) is section:
+                title = (section.__doc__ or "").splitlines()[0]
+                parameters.append(_parameter(name, options.model_fields[name], title.rstrip(".")))
+    file = typer.Option(
+        metavar="FILE", help="YAML file with the same keys as the flags (batch_size: 8); flags win", show_default=False
+    )
+    parameters.append(_keyword("config", Annotated[str | None, file]))
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return command
 
 
 def _section(options: type[Settings], name: str) -> type:
@@ -47,23 +58,29 @@ def _section(options: type[Settings], name: str) -> type:
     return next(parent for parent in options.__mro__ if name in inspect.get_annotations(parent))
 
 
-def _add_flag(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> None:
+def _keyword(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _parameter(name: str, field: FieldInfo, section: str) -> inspect.Parameter:
+    """The flag of a field; pydantic reads its text, so that every problem is found at once."""
     text = field.description or ""
     if field.is_required():
         text += " (required)"
     elif field.default is not None and field.default is not False and field.default != ():
         text += f" (default: {field.default})"
     kinds = list(_leaves(field.annotation))
-    settings: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+    names = [flag(name), *(f"--{short}" for short, long in ALIASES.items() if long == name)]
+    settings: dict[str, Any] = {"help": text, "show_default": False, "rich_help_panel": section}
     if bool in kinds:
-        group.add_argument(flag(name), action=argparse.BooleanOptionalAction, **settings)
-    elif name in ("adapter", "prompt"):
-        group.add_argument(flag(name), action="append", metavar="TEXT" if name == "prompt" else "FOLDER", **settings)
-    else:
-        choices = "|".join(kind for kind in kinds if isinstance(kind, str))
-        group.add_argument(
-            flag(name), metavar=choices or ("N" if int in kinds else "X" if float in kinds else "TEXT"), **settings
-        )
+        return _keyword(name, Annotated[bool | None, typer.Option(f"{names[0]}/--no-{names[0][2:]}", **settings)])
+    if name in _REPEATED:
+        return _keyword(name, Annotated[list[str] | None, typer.Option(*names, metavar=_REPEATED[name], **settings)])
+    choices = [kind for kind in kinds if isinstance(kind, str)]
+    settings["metavar"] = "|".join(choices) or ("N" if int in kinds else "X" if float in kinds else "TEXT")
+    if choices:
+        settings["autocompletion"] = lambda incomplete: [choice for choice in choices if choice.startswith(incomplete)]
+    return _keyword(name, Annotated[str | None, typer.Option(*names, **settings)])
 
 
 def _leaves(annotation: Any) -> Iterator[Any]:
@@ -87,13 +104,13 @@ def read_options(options: type[Options], given: Mapping[str, Any], config: str |
         QAdapterError: a file that cannot be read, and every unknown key and every value that is none, at once.
     """
     try:
-        return options.model_validate({**(_config(Path(config)) if config else {}), **given})
+        return options.model_validate({**(_config(Path(config), options) if config else {}), **given})
     except ValidationError as error:
         problems = [_explain(problem, options, given, config) for problem in error.errors()]
         raise QAdapterError("; ".join(dict.fromkeys(problems))) from error
 
 
-def _config(file: Path) -> dict[str, Any]:
+def _config(file: Path, options: type[Settings]) -> dict[str, Any]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -102,7 +119,15 @@ def _config(file: Path) -> dict[str, Any]:
         raise QAdapterError(f"--config {file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise QAdapterError(f"--config {file} holds {type(content).__name__}; a mapping of keys was expected")
-    return {str(key).replace("-", "_"): value for key, value in content.items()}
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in options.model_fields:
+            name = ALIASES.get(name, name)
+        if name in values:
+            raise QAdapterError(f"--config {file} gives {name} twice; remove one of the two")
+        values[name] = value
+    return values
 
 
 def _explain(problem: Any, options: type[Settings], given: Mapping[str, Any], config: str | None) -> str:
@@ -112,25 +137,11 @@ def _explain(problem: Any, options: type[Settings], given: Mapping[str, Any], co
     if problem["type"] == "missing":
         return f"{flag(name)} is required"
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "literal_error":
+        choices = [choice for choice in _leaves(options.model_fields[name].annotation) if isinstance(choice, str)]
+        near = did_you_mean(str(problem["input"]), choices)
+        message += near if near.startswith(", did") else ""
     if not name:
         return str(message)
     shown = f" (given: {problem['input']!r})" if isinstance(problem["input"], str | int | float) else ""
     return f"{flag(name) if name in given or config is None else f'{name} in {config}'}: {message}{shown}"
-
-
-def refuse_unknown(unknown: Iterable[str], options: type[Settings], others: Iterable[str]) -> None:
-    """Raise QAdapterError if arguments are left that no flag took, with the nearest flag's name.
-
-    Args:
-        unknown: what argparse left.
-        options: the subcommand's.
-        others: further flags it knows.
-    """
-    left = list(unknown)
-    if not left:
-        return
-    first = left[0].split("=")[0]
-    if first.startswith("-"):
-        known = [*map(flag, options.model_fields), *others]
-        raise QAdapterError(f"unknown flag {first}{did_you_mean(first, known)}")
-    raise QAdapterError(f"unexpected argument {first!r}; values belong behind a flag")

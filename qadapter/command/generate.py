@@ -1,4 +1,4 @@
-"""`python -m qadapter generate`: replies to prompts."""
+"""`qadapter generate`: replies to prompts."""
 
 from __future__ import annotations
 

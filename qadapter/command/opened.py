@@ -112,8 +112,7 @@ def _require_adapter(folder: Path) -> None:
         return
     if (folder / RECORD).is_file():
         raise QAdapterError(
-            f"the training in {folder} is not finished; go on with: python -m qadapter train --config "
-            f"{folder / RECORD} --resume"
+            f"the training in {folder} is not finished; go on with: qadapter train --config {folder / RECORD} --resume"
         )
     raise QAdapterError(
         f"{folder} is no adapter: it has no adapter_config.json; give a folder that training wrote (--output of train)"

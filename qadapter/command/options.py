@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from qadapter.config.base import Count, NonNegative, Positive, Settings
 from qadapter.config.model import ModelSettings
@@ -43,7 +43,20 @@ def _from_here(path: str) -> str:
     return str(Path(path).expanduser().absolute())
 
 
+def _named_folder(value: Any) -> Any:
+    """`FOLDER`, or `NAME=FOLDER`, as name and folder; without a name it is the folder's own."""
+    if not isinstance(value, str):
+        return value
+    name, equals, folder = value.partition("=")
+    if not equals:
+        name, folder = Path(value).resolve().name, value
+    if not name or not folder:
+        raise ValueError("expected FOLDER or NAME=FOLDER")
+    return name, Path(folder).expanduser()
+
+
 Place = Annotated[str, AfterValidator(_absolute)]
+ServedAdapter = Annotated[tuple[str, Path], BeforeValidator(_named_folder)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(_repeated)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_listed)]
 Modules = Annotated[str | tuple[str, ...], BeforeValidator(_modules)]
@@ -86,7 +99,9 @@ class BaseOptions(Settings):
 class ObjectiveOptions(Settings):
     """The objective (docs/method.md); what is not given is the preset's."""
 
-    preset: Literal["paper", "published-code", "residual"] = Field("paper", description="where the values start from")
+    preset: Literal["paper", "published-code", "residual"] = Field(
+        "residual", description="where the values start from"
+    )
     alpha_tilde: Positive | None = Field(None, description="α̃, temperature of the customised policy")
     alpha_0: NonNegative | None = Field(None, description="α0, how much of the base is kept")
     beta: NonNegative | None = Field(None, description="β, weight of the squared rewards")
@@ -204,3 +219,35 @@ class ChatOptions(PolicyOptions, DecodingOptions):
 
     system: str | None = Field(None, description="a system message to begin with")
     show_base: bool = Field(False, description="also show what the base says, as /base does")
+
+
+class AddressOptions(Settings):
+    """Where to listen."""
+
+    host: str = Field(
+        "127.0.0.1",
+        description="address to listen on; on loopback only this machine's own names are answered to, and those in "
+        "QADAPTER_ALLOWED_HOSTS=name,other",
+    )
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="0 takes a free one")
+
+
+class ServeOptions(AddressOptions):
+    """Serve adapters."""
+
+    adapter: Annotated[tuple[ServedAdapter, ...], BeforeValidator(_repeated)] = Field(
+        min_length=1,
+        description="what a training wrote, as FOLDER or NAME=FOLDER with the model name to serve it under; "
+        "can be given several times",
+    )
+    base: Place | None = Field(None, description="folder or hub id (default: what the first adapter names)")
+    dtype: DType | None = Field(None, description="of the base's weights (default: the base's own)")
+    quantization: Quantization = Field("none", description="of the base; int8 and nf4 need bitsandbytes")
+    revision: str | None = Field(None, description="of a base from the hub (default: main)")
+
+    @field_validator("adapter")
+    @classmethod
+    def _unique(cls, adapters: tuple[ServedAdapter, ...]) -> tuple[ServedAdapter, ...]:
+        if len({name for name, _ in adapters}) < len(adapters):
+            raise ValueError("two adapters have the same name; name them: NAME=FOLDER")
+        return adapters

@@ -1,82 +1,149 @@
-"""The command line: subcommands, help, errors."""
+"""The command line: which subcommands there are, and the process around them."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import sys
-import traceback
+import tomllib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import typer
 
 from qadapter.command import options
-from qadapter.command.flags import Parser, add_flags, read_options, refuse_unknown
+from qadapter.command.app import add_command, call, new_app
+from qadapter.command.flags import from_flags
 from qadapter.config.base import Settings
-from qadapter.errors import QAdapterError
+
+_DISTRIBUTION = "qadapter-pipeline"
+
+
+@dataclass(frozen=True)
+class LibraryCommand:
+    """A subcommand of the library.
+
+    Attributes:
+        options: its flags, which are its config file's keys too.
+        summary: what it does.
+        examples: lines of its help.
+        after_interrupt: what to do after Ctrl-C.
+    """
+
+    options: type[Settings]
+    summary: str
+    examples: str
+    after_interrupt: str = ""
+
 
 # Named like the modules whose `run` does the work. They import torch; nothing that `--help` needs does.
-COMMANDS: dict[str, tuple[type[Settings], str, str]] = {
-    "train": (
+COMMANDS: dict[str, LibraryCommand] = {
+    "train": LibraryCommand(
         options.TrainOptions,
         "train a Q-Adapter on preference pairs",
         """\
-  python -m qadapter train --base base --data pairs.jsonl --output out --preset residual --epochs 3
-  python -m qadapter train --config train.yaml --learning-rate 1e-3     the flag wins
-  python -m qadapter train --config train.yaml --resume                 after it was stopped""",
+  qadapter train --base base --data pairs.jsonl --output out --epochs 3
+  qadapter train --config train.yaml --learning-rate 1e-3     the flag wins
+  qadapter train --config train.yaml --resume                 after it was stopped""",
+        "; the same command with --resume goes on from the last checkpoint",
     ),
-    "generate": (
+    "generate": LibraryCommand(
         options.GenerateOptions,
         "answer prompts",
         """\
-  python -m qadapter generate --adapter out --prompt "How are you?" --compare-base
-  python -m qadapter generate --adapter out --prompts prompts.txt --output answers.jsonl --temperature 0.7
-  python -m qadapter generate --adapter out --adapter other --weights 0.5,0.5 --prompt "How are you?" """,
+  qadapter generate --adapter out --prompt "How are you?" --compare-base
+  qadapter generate --adapter out --prompts prompts.txt --output answers.jsonl --temperature 0.7
+  qadapter generate --adapter out --adapter other --weights 0.5,0.5 --prompt "How are you?" """,
     ),
-    "score": (
+    "score": LibraryCommand(
         options.ScoreOptions,
         "score held-out preference pairs: accuracy, margins, calibration",
         """\
-  python -m qadapter score --adapter out --data out/data/heldout.jsonl
-  python -m qadapter score --adapter out --data pairs.jsonl --output scores.jsonl""",
+  qadapter score --adapter out --data out/data/heldout.jsonl
+  qadapter score --adapter out --data pairs.jsonl --output scores.jsonl""",
     ),
-    "chat": (
+    "chat": LibraryCommand(
         options.ChatOptions,
-        "talk to a policy",
+        "talk to a policy in the terminal",
         """\
-  python -m qadapter chat --adapter out
-  python -m qadapter chat --adapter out --alpha-0 0.5 --temperature 0.7 --show-base""",
+  qadapter chat --adapter out
+  qadapter chat --adapter out --alpha-0 2 --alpha-tilde 2 --temperature 0.7 --show-base""",
+    ),
+    "serve": LibraryCommand(
+        options.ServeOptions,
+        "serve a base and its adapters with OpenAI's chat API",
+        """\
+  qadapter serve --adapter out
+  qadapter serve --adapter harmless=out --adapter academy=other --base base --port 8000""",
     ),
 }
-_OTHERS = {
-    "--config": "YAML file with the same keys as the flags (batch_size: 8); flags win",
-    "--debug": "show where an error comes from",
-}
 
 
-def build_parser() -> Parser:
-    """The parser of `python -m qadapter`."""
-    parser = Parser(
-        prog="python -m qadapter",
-        description="Q-Adapter without the pipeline: train an adapter on preferences and use it.",
-        epilog="Each command has its own --help with examples. The guide is docs/command.md.",
-        allow_abbrev=False,
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train|generate|score|chat")
-    for name, (choices, summary, examples) in COMMANDS.items():
-        command = commands.add_parser(
+def evaluate(context: typer.Context) -> int:
+    """Run lm-eval's command line with what follows `qadapter eval`."""
+    from qadapter.evaluation.lm_eval.command import main as lm_eval
+
+    return lm_eval(context.args)
+
+
+def build_app() -> typer.Typer:
+    """The command `qadapter` with all subcommands that are there: the library's, and a checkout's own."""
+    app = new_app()
+    for name, command in COMMANDS.items():
+        add_command(
+            app,
             name,
-            help=summary,
-            description=f"{summary[0].upper()}{summary[1:]}.",
-            epilog=f"examples:\n{examples}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            usage=f"python -m qadapter {name} [flags]",
-            allow_abbrev=False,
+            from_flags(command.options, _lazily(name)),
+            summary=command.summary,
+            examples=command.examples,
+            after_interrupt=command.after_interrupt,
         )
-        add_flags(command, choices)
-        command.add_argument("--config", metavar="FILE", help=_OTHERS["--config"])
-        command.add_argument("--debug", action="store_true", help=_OTHERS["--debug"])
-    return parser
+    add_command(
+        app,
+        "eval",
+        evaluate,
+        summary="measure a model or an adapter with lm-eval's benchmarks; what follows is lm-eval's command line",
+        examples="""\
+  qadapter eval run --model qadapter --model_args pretrained=out --tasks gsm8k_cot --apply_chat_template
+  qadapter eval run --help                                    lm-eval's own flags""",
+        passes_on=True,
+    )
+    for add in _checkout_commands():
+        add(app)
+    return app
+
+
+def _lazily(name: str) -> Callable[[Any], None]:
+    """The work of a library's command, imported when it is done."""
+
+    def run(read: Any) -> None:
+        importlib.import_module(f"qadapter.command.{name}").run(read)
+
+    return run
+
+
+@cache
+def _checkout_commands() -> tuple[Callable[[typer.Typer], None], ...]:
+    """What adds further commands: the `pyproject.toml` beside the library names it, so a checkout only.
+
+    Not an entry point: a wheel has the library alone, and an environment may have been installed from another checkout.
+    """
+    file = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    if not file.is_file():
+        return ()
+    settings = tomllib.loads(file.read_text(encoding="utf-8"))
+    if settings.get("project", {}).get("name") != _DISTRIBUTION:
+        return ()
+    module, _, function = settings["tool"]["qadapter"]["commands"].partition(":")
+    package = find_spec(module.partition(".")[0])
+    if package is None or not Path(str(package.origin)).is_relative_to(file.parent):
+        return ()  # a package of the user's that has the same name
+    return (getattr(importlib.import_module(module), function),)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,38 +153,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: in place of the process's own.
 
     Returns:
-        0 done, 2 refused (one line on stderr says why), 1 failed in a way nobody foresaw, 130 stopped by Ctrl-C.
+        0 done, 2 refused (one line on stderr says why), 1 failed, 130 stopped by Ctrl-C.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # PEFT and TRL use names that transformers deprecates; nothing a user could change.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
-    debug, command = False, ""
-    try:
-        given, unknown = build_parser().parse_known_args(arguments)
-        values = vars(given)
-        command, config, debug = values.pop("command"), values.pop("config"), values.pop("debug")
-        choices = COMMANDS[command][0]
-        refuse_unknown(unknown, choices, _OTHERS)
-        read = read_options(choices, values, config)
-        importlib.import_module(f"qadapter.command.{command}").run(read)
-    except QAdapterError as error:
-        return _failed(str(error), 2, debug)
-    except KeyboardInterrupt:
-        hint = "; the same command with --resume goes on from the last checkpoint" if command == "train" else ""
-        return _failed(f"stopped by Ctrl-C{hint}", 130, debug)
-    except BrokenPipeError:  # whoever read the output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except Exception as error:
-        what = " ".join(str(error).split()) or "no message"
-        hint = "" if debug else "; add --debug to see where"
-        return _failed(f"{type(error).__name__}: {what}{hint}", 1, debug)
-    return 0
-
-
-def _failed(message: str, code: int, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)
-    return code
+    return call(build_app(), list(sys.argv[1:] if arguments is None else arguments))

@@ -1,4 +1,4 @@
-"""`python -m qadapter score`: what a policy thinks of preference pairs, beside its base."""
+"""`qadapter score`: what a policy thinks of preference pairs, beside its base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m qadapter train`: from preference data to a folder with an adapter, what it learnt and how."""
+"""`qadapter train`: from preference data to a folder with an adapter, what it learnt and how."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def _start_anew(out: Path, options: TrainOptions) -> None:
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(_record(options), sort_keys=False, allow_unicode=True)
-    (out / RECORD).write_text(f"# python -m qadapter train --config {RECORD}\n{text}", encoding="utf-8")
+    (out / RECORD).write_text(f"# qadapter train --config {RECORD}\n{text}", encoding="utf-8")
 
 
 def _write_unused(file: Path, train_set: EncodedPairs, heldout_set: EncodedPairs | None) -> None:
@@ -217,4 +217,4 @@ def _describe_data(folder: Path) -> None:
 def _print_outcome(out: Path, metrics: dict[str, float]) -> None:
     for name, value in metrics.items():
         print(f"{name:<50}{value:.6g}")
-    print(f"adapter: {out}\ntry:     python -m qadapter chat --adapter {out}")
+    print(f"adapter: {out}\ntry:     qadapter chat --adapter {out}")

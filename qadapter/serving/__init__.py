@@ -1,1 +1,1 @@
-"""An OpenAI-compatible chat server for a base and its adapters: `python -m qadapter.serving --adapter FOLDER`."""
+"""An OpenAI-compatible chat server for a base and its adapters: `qadapter serve --adapter FOLDER`."""

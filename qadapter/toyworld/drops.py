@@ -1,17 +1,11 @@
-"""Deliveries of toy preference data, for trying the recurring pipeline without any data of one's own.
-
-python -m qadapter.toyworld.drops --kind good --part 1 --out preferences/incoming
-"""
+"""Deliveries of toy preference data, for trying the recurring pipeline without data (`qadapter drop`)."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import read_json_lines
@@ -55,23 +49,3 @@ def write_drop(folder: Path, kind: Kind, part: int = 1, *, parts: int = PARTS, s
     temporary = file.with_name(f".{file.name}.tmp")  # hidden: no reader takes it for data
     temporary.write_text(text)
     return temporary.replace(file)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write one file and say where; the exit code is 2 for what cannot be done."""
-    parser = argparse.ArgumentParser(prog="python -m qadapter.toyworld.drops", description=__doc__)
-    parser.add_argument("--kind", choices=get_args(Kind), default="good", help="what the file holds (default: good)")
-    parser.add_argument("--part", type=int, default=1, help=f"which part of the data, 1 to {PARTS} (default: 1)")
-    parser.add_argument("--out", type=Path, default=Path("preferences/incoming"), help="folder that gets the file")
-    given = parser.parse_args(arguments)
-    try:
-        file = write_drop(given.out, given.kind, given.part)
-    except QAdapterError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    sys.stdout.write(f"{file}\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""`python -m flows.commands.compare`: the report of recorded runs says what the report of the run itself says."""
+"""`qadapter compare`: the report of recorded runs says what the report of the run itself says."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from flows.commands.compare import main
 from qadapter.files.artifacts import read_json
 from qadapter.report.intervals import Measured
 from qadapter.report.rows import Row
@@ -18,7 +17,10 @@ from tasks.stages.context import Cell
 from tasks.sweep import SweptCell
 from tasks.tracking.recorded import find_run, read_runs
 from tasks.tracking.tracker import Tracker
+from tests.support.commands import subcommand
 from tests.support.report_files import prompt, rule_row, toy_rows, write_lines
+
+main = subcommand("compare")
 
 SUMMARY = '{"read": 9, "used": 8, "quarantined": {"empty reply": 1}, "train_sha256": "ab", "heldout_sha256": "cd"}'
 

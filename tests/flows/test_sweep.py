@@ -23,7 +23,6 @@ from prefect.artifacts import Artifact
 from prefect.settings import PREFECT_API_URL
 from trl import DPOTrainer
 
-from flows.commands.sweep import main
 from flows.full_paper_repro import full_paper_repro
 from flows.running.launch import PrefectRun, StagesFailedError, launched
 from flows.running.sweep_plan import SweepRecorder, plan_text
@@ -62,7 +61,10 @@ from tasks.stages.store import StageStore
 from tasks.tracking.tracker import Tracker
 from tasks.train import Base
 from tests.processes.test_pipeline import Home, new_stages, small
+from tests.support.commands import subcommand
 from tests.support.tiny_toy import TinyToy, make_tiny_toy
+
+main = subcommand("sweep")
 
 SECONDS = {"base": 10, "dial": 1, "sft": 2, "replay": 2, "dpo": 3, "q-adapter": 4}
 GROUPS: dict[str, Any] = {
@@ -698,7 +700,7 @@ def test_moving_alpha_0_changes_the_policy_and_not_the_training(mended: Swept) -
 
 
 def command(home: Home, arguments: list[str]) -> tuple[int, str, str]:
-    """`python -m flows.commands.sweep` in this process: exit code, what it printed, its errors."""
+    """`qadapter sweep` in this process: exit code, what it printed, its errors."""
     out, errors = StringIO(), StringIO()
     with home.entered() as patch, redirect_stdout(out), redirect_stderr(errors):
         patch.setenv("PREFECT_API_URL", str(PREFECT_API_URL.value()))

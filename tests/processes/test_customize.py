@@ -18,9 +18,9 @@ import pytest
 from prefect.client.orchestration import get_client
 
 from flows.check_champion import FELL, check_champion
-from flows.commands.recurring import main
 from flows.customize import NAME, customize_on_new_preferences
 from flows.watch_preferences import ANNOUNCED, watch_preferences
+from qadapter.command.parser import main
 from qadapter.config.customization import load_customization
 from qadapter.files.artifacts import digest_tree
 from qadapter.files.process_tags import ProcessTag

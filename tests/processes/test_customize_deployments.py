@@ -21,10 +21,11 @@ from prefect.states import Cancelled, Completed, Crashed
 
 from flows.check_champion import NAME as CHECK
 from flows.check_champion import check_champion
-from flows.commands.recurring import _run_flow, main
+from flows.commands.recurring import _run_flow
 from flows.customize import NAME, _remember_what_was_killed, customize_on_new_preferences, launch_of
 from flows.prefect_host.waiting_runs import JOINED
 from flows.watch_preferences import ANNOUNCED, watch_preferences
+from qadapter.command.parser import main
 from qadapter.config.customization import CONFIG_FOLDER, customizations, load_customization
 from qadapter.errors import QAdapterError
 from tasks.preferences import Seen
@@ -107,7 +108,7 @@ def test_only_a_completed_run_is_a_success(
 
 def test_the_template_names_a_command_that_runs_it() -> None:
     first = (CONFIG_FOLDER / "example.yaml").read_text(encoding="utf-8").splitlines()[0]
-    assert first == "# python -m flows.commands.recurring customize --config example"
+    assert first == "# qadapter customize --config example"
 
 
 def test_what_a_killed_run_registered_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +134,7 @@ def announce_at_once(served: Served, times: int) -> None:
     """Run the command that announces, several times side by side."""
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "flows.commands.recurring", "announce", "--config", "smoke"],
+            [sys.executable, "-m", "qadapter", "announce", "--config", "smoke"],
             cwd=PROJECT_ROOT,
             env=os.environ | {"PREFECT_API_URL": served.url, "PREFECT_HOME": str(served.folder / "prefect")},
             stdout=subprocess.PIPE,

@@ -27,15 +27,17 @@ import yaml
 from prefect.client.orchestration import SyncPrefectClient
 
 from flows.commands.serve import keep_schedules
-from flows.commands.spread import main as spread
 from flows.prefect_host.access import AUTH_FILE, AUTH_VARIABLE, SERVER_AUTH_VARIABLE, Standing, api_url, standing
 from flows.prefect_host.dead_runs import close_dead_runs as close_dead_runs_of
 from flows.prefect_host.deployment_names import DEFAULT_DEPLOYMENTS, expand
 from qadapter.errors import QAdapterError
 from qadapter.training.checkpoints import SEAL
 from tests.processes.test_security import files_with_secrets
+from tests.support.commands import subcommand
 from tests.support.paths import PROJECT_ROOT
 from tests.support.real_runs import SECRETS, free_port
+
+spread = subcommand("spread")
 
 PREFECT = str(Path(sys.executable).with_name("prefect"))
 
@@ -309,7 +311,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     (folder / "home").mkdir()
     with (folder / "serve.log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "flows.commands.serve"],
+            [sys.executable, "-m", "qadapter", "up"],
             cwd=PROJECT_ROOT,
             env=environment,
             stdout=log,
@@ -533,7 +535,7 @@ def test_schedules_that_were_paused_and_resumed_outlive_a_new_start(served: Serv
     log = served.folder / "again.log"
     environment = os.environ | {"PREFECT_API_URL": served.url, "PREFECT_HOME": str(served.folder / "prefect")}
     with log.open("wb") as stream:
-        command = [sys.executable, "-m", "flows.commands.serve"]
+        command = [sys.executable, "-m", "qadapter", "up"]
         process = subprocess.Popen(command, cwd=PROJECT_ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT)
     again = Served(process, served.url, log.parent)
     try:
@@ -619,7 +621,7 @@ def test_stopping_leaves_nothing_behind(served: Served) -> None:
 def test_serve_starts_no_server_elsewhere() -> None:
     """A remote address that does not answer is an error, not a reason to listen on it."""
     result = subprocess.run(
-        [sys.executable, "-m", "flows.commands.serve"],
+        [sys.executable, "-m", "qadapter", "up"],
         cwd=PROJECT_ROOT,
         env=os.environ | {"PREFECT_API_URL": "http://192.0.2.1:4200/api"},
         capture_output=True,

@@ -94,8 +94,13 @@ class SweepHome(RealHome):
     def command(self, **changes: Any) -> tuple[str, list[str]]:
         file = self.folder / "tiny.yaml"
         file.write_text(yaml.safe_dump(SWEEP), encoding="utf-8")
-        _, (_, _, *overrides) = super().command(**CHANGES)
-        return "flows.commands.sweep", ["--sweep", str(file), *(o for o in overrides if "methods.run" not in o)]
+        _, (_, _, _, *overrides) = super().command(**CHANGES)
+        return "qadapter.command.parser", [
+            "sweep",
+            "--sweep",
+            str(file),
+            *(o for o in overrides if "methods.run" not in o),
+        ]
 
 
 @dataclass

@@ -185,7 +185,7 @@ def test_a_tokenizer_without_chat_template_is_refused_before_anything_is_scored(
     write_papers_suite(tmp_path / "official")
     model = ["--model", "qadapter", "--model_args", f"pretrained={tmp_path / 'adapter'}"]
     suite = ["--tasks", "paper_suite", "--apply_chat_template", "--official_data", str(tmp_path / "official")]
-    assert main(["run", *model, *suite, "--output_path", str(tmp_path / "out")]) == 1
+    assert main(["run", *model, *suite, "--output_path", str(tmp_path / "out")]) == 2
     printed = capsys.readouterr()
     assert printed.err.splitlines()[-1].startswith(
         "The model's tokenizer has no chat template, and the evaluation asks"
@@ -296,7 +296,7 @@ def test_every_argument_of_lm_evals_own_model_is_taken_or_refused(tmp_path) -> N
 )
 def test_what_cannot_work_is_refused_before_a_model_is_loaded(arguments, message, capsys, monkeypatch) -> None:
     monkeypatch.setattr("qadapter.evaluation.lm_eval.command.cli_evaluate", lambda: pytest.fail("lm-eval was called"))
-    assert main(["run", "--model", "qadapter", *arguments]) == 1
+    assert main(["run", "--model", "qadapter", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -309,7 +309,7 @@ def test_a_folder_that_is_no_adapter_is_refused_in_one_sentence(tmp_path, capsys
 
     monkeypatch.setattr("qadapter.evaluation.lm_eval.command.cli_evaluate", command)
     before = list(sys.argv)
-    assert main(["run", "--tasks", "toy_facts,toy_sums", "x_bits_per_byte", "--data", str(tmp_path)]) == 1
+    assert main(["run", "--tasks", "toy_facts,toy_sums", "x_bits_per_byte", "--data", str(tmp_path)]) == 2
     assert "is no Q-Adapter" in capsys.readouterr().err
     assert sys.argv == before
     assert given[0][:3] == ["lm_eval", "run", "--include_path"]

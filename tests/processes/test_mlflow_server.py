@@ -20,7 +20,6 @@ import pytest
 from mlflow import MlflowClient
 from werkzeug.serving import WSGIRequestHandler, make_server
 
-from flows.commands.serve_model import main as serve_model
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import digest_tree
@@ -30,8 +29,11 @@ from tasks.tracking.models import check_files, find_adapter, find_served_model, 
 from tasks.tracking.registry import Candidate, Registry
 from tasks.tracking.store import RefusedError
 from tasks.tracking.tracker import Tracker
+from tests.support.commands import subcommand
 from tests.support.damage import cut, damaged
 from tests.support.real_runs import mlflow_server
+
+serve_model = subcommand("serve-model")
 
 
 @pytest.mark.slow
@@ -102,11 +104,11 @@ def test_a_model_is_registered_at_the_server_and_comes_back(
         assert found.numerics == {"dtype": "bfloat16", "quantization": "none"}
 
         for unknown in ("policy@nobody", "policy/7", "other/1"):
-            assert serve_model(["--model", unknown]) == 2
+            assert serve_model([unknown]) == 2
             assert f"{server.url} has no model '{unknown}'" in capsys.readouterr().err
     finally:
         server.send(signal.SIGKILL)
-    assert serve_model(["--model", "policy@champion"]) == 2
+    assert serve_model(["policy@champion"]) == 2
     message = capsys.readouterr().err
     assert f"{server.url} does not answer" in message
     assert "has no model" not in message

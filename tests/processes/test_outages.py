@@ -20,12 +20,14 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from flows.commands.run import main
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import storage_errors
 from tasks.stages.store import StageStore
 from tasks.tracking.tracker import Tracker
+from tests.support.commands import subcommand
 from tests.support.real_runs import RealHome, Server, Undisturbed, mlflow_server, wait_for
+
+main = subcommand("run")
 
 MODULE = "qadapter.errors"
 

@@ -27,7 +27,6 @@ from prefect.client.schemas.filters import FlowRunFilter
 from prefect.logging.handlers import APILogHandler
 from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_DATABASE_CONNECTION_URL
 
-from flows.commands.run import main
 from flows.full_paper_repro import experiment_stages, full_paper_repro
 from flows.running.launch import StagesFailedError
 from flows.running.plan import Recorder
@@ -44,8 +43,11 @@ from tasks.stages import prefect_artifacts
 from tasks.stages.context import RunContext
 from tasks.stages.store import StageStore
 from tasks.tracking.tracker import Tracker
+from tests.support.commands import subcommand
 from tests.support.fake_judge import FakeJudge, longer, serving
 from tests.support.paths import PROJECT_ROOT
+
+main = subcommand("run")
 
 DOMAINS = ("harmless", "academy")
 METHODS = tuple(method.name for method in TABLE if method.by_default)
@@ -205,7 +207,7 @@ def second(first: Ran) -> Ran:
 
 
 def command(home: Home, arguments: list[str]) -> tuple[int, str, str]:
-    """`python -m flows.commands.run` in this process, on the harness's server: exit code, output, errors."""
+    """`qadapter run` in this process, on the harness's server: exit code, output, errors."""
     out, errors = StringIO(), StringIO()
     with home.entered() as patch, redirect_stdout(out), redirect_stderr(errors):
         patch.setenv("PREFECT_API_URL", str(PREFECT_API_URL.value()))
@@ -721,7 +723,7 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Refused]:
         environment = {**os.environ, "QADAPTER_HOME": str(home)}
         environment.pop("MLFLOW_TRACKING_URI", None)
         found = subprocess.run(
-            [sys.executable, "-m", "flows.commands.run", *BAD[name].arguments(folder)],
+            [sys.executable, "-m", "qadapter", "run", *BAD[name].arguments(folder)],
             cwd=PROJECT_ROOT,
             env=environment,
             capture_output=True,
@@ -758,8 +760,10 @@ def test_more_bad_input_is_refused(name: str, tmp_path_factory: pytest.TempPathF
 
 
 def test_a_traceback_for_those_who_ask(tmp_path: Path) -> None:
-    with Home(tmp_path).entered(), pytest.raises(QAdapterError, match="no profile 'smok'"):
-        main(["--profile", "smok", "--traceback"])
+    code, _, errors = command(Home(tmp_path), ["--profile", "smok", "--traceback"])
+    assert code == 2
+    assert errors.startswith("Traceback")
+    assert "error: there is no profile 'smok'" in errors
 
 
 def test_a_deployments_bad_parameters_leave_no_run(harness: None, tmp_path: Path) -> None:

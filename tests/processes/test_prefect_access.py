@@ -20,9 +20,6 @@ import httpx
 import psutil
 import pytest
 
-from flows.commands.recurring import main as recurring
-from flows.commands.run import main as run
-from flows.commands.serve import main as serve
 from flows.prefect_host import server_process
 from flows.prefect_host.access import (
     AUTH_FILE,
@@ -34,6 +31,7 @@ from flows.prefect_host.access import (
     proof,
     standing,
 )
+from qadapter.command.parser import main
 from qadapter.errors import QAdapterError
 from tests.support.browser import opened, page_of_another_origin
 from tests.support.paths import PROJECT_ROOT
@@ -252,10 +250,10 @@ def test_another_users_server_is_not_used(
     """One sentence, exit code 2; and it was not sent the auth string."""
     url, seen = other
     commands = {
-        "serve": lambda: serve([]),
-        "run": lambda: run(["--profile", "smoke"]),
-        "customize": lambda: recurring(["customize"]),
-        "announce": lambda: recurring(["announce"]),
+        "serve": lambda: main(["up"]),
+        "run": lambda: main(["run", "--profile", "smoke"]),
+        "customize": lambda: main(["customize"]),
+        "announce": lambda: main(["announce"]),
     }
     assert commands[command]() == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]

@@ -47,7 +47,7 @@ class RecurringHome(RealHome):
         return (
             ("tests.support.watching", [config])
             if watch
-            else ("flows.commands.recurring", ["customize", "--config", config])
+            else ("qadapter.command.parser", ["customize", "--config", config])
         )
 
     @property

@@ -20,11 +20,7 @@ import torch
 import transformers.trainer
 import yaml
 
-from flows.commands.compare import main as compare
-from flows.commands.recurring import main as recurring
-from flows.commands.run import main
 from flows.commands.serve import _address
-from flows.commands.serve_model import main as serve_model
 from qadapter.config.customization import load_customization
 from qadapter.config.experiment import load_experiment
 from qadapter.config.model import ModelSettings
@@ -41,10 +37,13 @@ from qadapter.policy.model import QAdapterForCausalLM
 from tasks.tracking.models import find_served_model
 from tasks.tracking.store import AwayError
 from tasks.tracking.tracker import Tracker
+from tests.support.commands import subcommand
 from tests.support.paths import PROJECT_ROOT
 from tests.support.real_runs import SECRETS, Server, Undisturbed
 from tests.support.tiny_chat import byte_tokenizer, tiny_llama
 from tests.support.tiny_deliveries import CONFIG
+
+main, compare, serve_model = subcommand("run"), subcommand("compare"), subcommand("serve-model")
 
 CODE = sorted(path for floor in ("qadapter", "tasks", "flows") for path in (PROJECT_ROOT / floor).rglob("*.py"))
 
@@ -123,7 +122,7 @@ def test_a_customisation_with_a_secret_in_a_url_is_refused(
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(CONFIG | changes))
     for command in ("customize", "check"):
-        assert recurring(["--config", str(file), command]) == 2
+        assert subcommand(command)(["--config", str(file)]) == 2
         message = capsys.readouterr().err
         assert place in message
         assert "environment variable" in message
@@ -247,7 +246,7 @@ def test_the_password_of_mlflows_address_is_not_told(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("QADAPTER_HOME", str(tmp_path))
     if command == "serve-model":
-        assert serve_model(["--model", "policy@champion"]) == 2
+        assert serve_model(["policy@champion"]) == 2
         message = capfd.readouterr().err
         with pytest.raises(AwayError) as caught:
             find_served_model("policy/1")

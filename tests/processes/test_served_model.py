@@ -22,7 +22,7 @@ import pytest
 import torch
 import yaml
 
-from flows.commands.serve_model import main, watch
+from flows.commands.serve_model import watch
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import digest_tree, list_files
@@ -33,11 +33,14 @@ from qadapter.serving.policies import ServedPolicies
 from qadapter.serving.registered import DamagedError
 from tasks.tracking.models import check_files, find_adapter, find_base, find_served_model, log_served_model
 from tasks.tracking.tracker import Tracker
+from tests.support.commands import subcommand
 from tests.support.damage import cut, damaged, zero
 from tests.support.paths import PROJECT_ROOT
 from tests.support.real_runs import free_port
 from tests.support.tiny_chat import byte_tokenizer, tiny_llama
 from tests.support.tiny_models import lora, moved
+
+main = subcommand("serve-model")
 
 MESSAGES = [{"role": "user", "content": "Name a colour."}]
 NEW = 16
@@ -171,7 +174,7 @@ def test_damaged_files_are_not_served(
     files = list_files(registered.logged)
     (weights,) = [file for file in files.values() if file.name == WEIGHTS[part]]
     with damaged(weights, harm):
-        assert main(["--model", "policy@champion"]) == 2
+        assert main(["policy@champion"]) == 2
         said = capsys.readouterr().err
         assert f"The {part} of version 1 of 'policy' in MLflow at {registered.tracker.uri} is damaged" in said
         assert f"the files in {weights.parent} are not those that were registered" in said
@@ -238,7 +241,7 @@ def test_a_base_of_the_hub_is_served_as_it_was_trained_on(
     monkeypatch.setattr(
         "flows.commands.serve_model.serve", lambda adapters, base, **how: served.append((adapters, base, how))
     )
-    assert main(["--model", f"policy/{created.version}"]) == 0
+    assert main([f"policy/{created.version}"]) == 0
     ((adapters, base, how),) = served
     del how["host"], how["port"]
     policies = ServedPolicies.load(adapters, base, **how)
@@ -281,7 +284,7 @@ def test_versions_on_one_base_are_served_side_by_side(
     monkeypatch.setattr(
         "flows.commands.serve_model.serve", lambda adapters, base, **how: served.append((adapters, base, how))
     )
-    assert main(["--model", "two@champion", "--model", "two/1"]) == 0
+    assert main(["two@champion", "two/1"]) == 0
     ((adapters, base, how),) = served
     assert list(adapters) == ["two@champion", "two/1"]
     assert digest_tree(adapters["two/1"]) == digest_tree(registered.adapter)
@@ -289,7 +292,7 @@ def test_versions_on_one_base_are_served_side_by_side(
     policies = ServedPolicies.load(adapters, base, how["dtype"], how["quantization"])
     assert policies.names == ["two@champion", "two/1", "base"]
 
-    assert main(["--model", "two/1", "--model", "two/3"]) == 2
+    assert main(["two/1", "two/3"]) == 2
     assert "two/1 and two/3 stand on different bases, or hold them in different precision" in capsys.readouterr().err
     assert len(served) == 1
 
@@ -404,7 +407,7 @@ def test_mlflow_serves_it_without_this_project(registered: Registered, tmp_path:
 @pytest.mark.slow
 def test_one_command_serves_the_champion_to_openais_client(registered: Registered, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    command = [sys.executable, "-m", "flows.commands.serve_model", "--model", "policy@champion", "--port", "0"]
+    command = [sys.executable, "-m", "qadapter", "serve-model", "policy@champion", "--port", "0"]
     environment = {"PYTHONPATH": str(PROJECT_ROOT), "QADAPTER_API_KEY": "not-a-secret"}
     with running(command, log, QADAPTER_HOME=str(registered.home), **environment) as process:
         found = wait_for(
@@ -430,5 +433,5 @@ def test_one_command_serves_the_champion_to_openais_client(registered: Registere
 
 
 def test_the_command_says_what_is_missing(registered: Registered, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--model", "nobody@champion"]) == 2
+    assert main(["nobody@champion"]) == 2
     assert "has no model 'nobody@champion'" in capsys.readouterr().err

@@ -54,7 +54,7 @@ def can_be_alone() -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("server", ["mlflow models serve", "flows.commands.serve_model"])
+@pytest.mark.parametrize("server", ["mlflow models serve", "qadapter serve-model"])
 def test_it_answers_without_any_network(registered: Registered, tmp_path: Path, server: str) -> None:
     """MLflow's server and the project's: the reply is that of direct generation."""
     if not can_be_alone():
@@ -62,12 +62,12 @@ def test_it_answers_without_any_network(registered: Registered, tmp_path: Path, 
     port = free_port()
     at = f"http://127.0.0.1:{port}"
     body: dict[str, Any] = {"messages": MESSAGES, "temperature": 0, "max_tokens": NEW}
-    if server == "flows.commands.serve_model":
+    if server == "qadapter serve-model":
         command = [
             sys.executable,
             "-m",
-            "flows.commands.serve_model",
-            "--model",
+            "qadapter",
+            "serve-model",
             "policy@champion",
             "--port",
             str(port),

@@ -21,9 +21,7 @@ prepare_environment()
 for _module in (
     "flows.customize",
     "flows.full_paper_repro",
-    "flows.commands.recurring",
-    "flows.commands.serve",
-    "flows.commands.sweep",
+    "flows.commands.table",
     "mlflow.store.tracking.sqlalchemy_store",
     "qadapter.evaluation.measure",
     "qadapter.report.build",
@@ -36,10 +34,10 @@ for _module in (
 
 
 def run(module: str, arguments: list[str], environment: dict[str, str], log: str, doom: tuple[str, str] | None) -> None:
-    """Be `python -m <module>`, in a process group of its own.
+    """Be a module's `main`, in a process group of its own.
 
     Args:
-        module: `flows.commands.run` or `flows.commands.recurring`.
+        module: `qadapter.command.parser`, or another one with a `main`.
         arguments: of the command.
         environment: what is added to this process's.
         log: file for what it prints.

@@ -222,7 +222,12 @@ class RealHome:
         """The module that a process runs, and its arguments; `changes` are overrides, `__` for the dot."""
         overrides = OVERRIDES | {name.replace("__", "."): value for name, value in changes.items()}
         texts = (f"{key}={json.dumps(value)}" for key, value in overrides.items())
-        return "flows.commands.run", ["--profile", "smoke", *(text.replace("{server}", self.data) for text in texts)]
+        return "qadapter.command.parser", [
+            "run",
+            "--profile",
+            "smoke",
+            *(text.replace("{server}", self.data) for text in texts),
+        ]
 
     def start(self, doom: tuple[str, str] | None = None, **changes: Any) -> Any:
         """Start the command's work in a process.

@@ -15,7 +15,7 @@ import pytest
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from prefect.logging import disable_run_logger
 
-from flows.commands.recurring import main
+from qadapter.command.parser import main
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
 from tasks.candidate import champions_adapter, champions_base, learnt_by

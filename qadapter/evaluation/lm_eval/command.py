@@ -1,6 +1,6 @@
 """lm-eval's own command line, which knows Q-Adapters and this project's tasks and suites too.
 
-    python -m qadapter.evaluation.lm_eval.command run --model qadapter --model_args pretrained=ADAPTER_FOLDER \\
+    qadapter eval run --model qadapter --model_args pretrained=ADAPTER_FOLDER \\
         --tasks gsm8k_cot --apply_chat_template --fewshot_as_multiturn
 
 All arguments are lm-eval's, plus
@@ -36,7 +36,7 @@ _TEMPLATE_FLAGS = ("--apply_chat_template", "--fewshot_as_multiturn")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run lm-eval's command line; returns the exit code.
+    """Run lm-eval's command line; returns the exit code: 0, or 2 where something was refused.
 
     Args:
         arguments: in place of the process's own.
@@ -58,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for command in _commands(rest, names, plain):
                 _lm_eval(command)
     except QAdapterError as error:
-        print(error, file=sys.stderr)  # noqa: T201
-        return 1
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
     return 0
 
 
@@ -130,7 +130,3 @@ def _lm_eval(arguments: Sequence[str]) -> None:
         cli_evaluate()
     finally:
         sys.argv = before
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""`python -m qadapter`: what it trains, writes, scores and says is what the library's own calls give."""
+"""The command `qadapter`: what it trains, writes, scores and says is what the library's own calls give."""
 
 from __future__ import annotations
 
@@ -19,8 +19,13 @@ import torch
 import yaml
 from peft import get_peft_model
 from safetensors.torch import load_file
+from typer.main import get_command
 
+from flows.commands.table import COMMANDS as PIPELINE
 from qadapter.command import chat as chat_module
+from qadapter.command import parser as parser_module
+from qadapter.command.app import add_command, call, new_app
+from qadapter.command.flags import from_flags
 from qadapter.command.generate import read_prompts
 from qadapter.command.options import TrainOptions
 from qadapter.command.parser import COMMANDS, main
@@ -122,22 +127,69 @@ def reply_of(model: Any, prompt: Any, **options: Any) -> str:
 # ---- help and refusals ------------------------------------------------------------------------------------------
 
 
-def test_help_of_every_command_has_examples_and_does_not_load_torch() -> None:
+def test_help_of_every_command_has_examples_and_is_quick() -> None:
+    """Nothing heavy is loaded for it, of the library or of the pipeline."""
     code = (
-        "import sys\nfrom qadapter.command.parser import main\n"
-        "for command in ([], ['train'], ['generate'], ['score'], ['chat']):\n"
-        "    try: main([*command, '--help'])\n"
-        "    except SystemExit as end: assert end.code == 0\n"
-        "print('HEAVY', [name for name in ('torch', 'transformers', 'peft', 'datasets') if name in sys.modules])"
+        "import sys, time\nfrom qadapter.command.parser import COMMANDS, main\n"
+        "from flows.commands.table import COMMANDS as PIPELINE\n"
+        "for command in ([], *([name] for name in [*COMMANDS, *PIPELINE]), ['eval']):\n"
+        "    assert main([*command, '--help']) == 0\n"
+        "heavy = ('torch', 'transformers', 'peft', 'datasets', 'numpy', 'pandas', 'lm_eval', 'prefect', 'mlflow')\n"
+        "print('HEAVY', [name for name in heavy if name in sys.modules])\n"
+        "print('SECONDS', time.process_time())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT_ROOT)
     assert done.returncode == 0, done.stderr[-1000:]
     assert "HEAVY []" in done.stdout
-    for command in COMMANDS:
-        assert f"  python -m qadapter {command} --" in done.stdout
-    assert "--learning-rate X" in done.stdout
-    assert "(default: 0.0003)" in done.stdout
-    assert "--preset paper|published-code|residual" in done.stdout
+    assert float(done.stdout.rpartition("SECONDS")[2]) < 3  # of the CPU, for the help of all of them
+    for command in [*COMMANDS, *PIPELINE, "eval"]:
+        assert f"  qadapter {command} " in done.stdout, command
+    text = " ".join(done.stdout.split())
+    assert "--learning-rate, --lr X" in text
+    assert "(default: 0.0003)" in text
+    assert "--preset paper|published-code|residual" in text
+    for section in ("Commands of the pipeline:", "Preference data, in any of the formats of docs/data.md:"):
+        assert section in done.stdout
+
+
+def test_without_a_checkout_only_the_library_has_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A wheel has no pyproject.toml beside it; one of another project, or a stranger's `flows`, adds nothing."""
+    package = tmp_path / "site-packages" / "qadapter" / "command"
+    package.mkdir(parents=True)
+    monkeypatch.setattr(parser_module, "__file__", str(package / "parser.py"))
+    monkeypatch.setattr(parser_module, "_checkout_commands", parser_module._checkout_commands.__wrapped__)
+    own = (PROJECT_ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for content in (None, "[project]\nname = 'another'\n", own):
+        if content is not None:
+            (tmp_path / "site-packages" / "pyproject.toml").write_text(content, encoding="utf-8")
+        assert parser_module._checkout_commands() == ()
+        assert set(get_command(parser_module.build_app()).commands) == {*COMMANDS, "eval"}  # type: ignore[attr-defined]
+
+
+def test_the_shell_completes_commands_flags_and_names(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_QADAPTER_COMPLETE", "complete_bash")
+
+    def completed(line: str) -> list[str]:
+        monkeypatch.setenv("COMP_WORDS", line)
+        monkeypatch.setenv("COMP_CWORD", str(len(line.split(" ")) - 1))
+        with pytest.raises(SystemExit):
+            main([])
+        return capsys.readouterr().out.split()
+
+    assert completed("qadapter tr") == ["train"]
+    assert completed("qadapter s") == ["score", "serve", "sweep", "spread", "serve-model"]
+    assert completed("qadapter train --lear") == ["--learning-rate"]
+    assert completed("qadapter train --preset p") == ["paper", "published-code"]
+    assert completed("qadapter run --profile sm") == ["smoke"]
+
+
+def test_a_missing_pipeline_is_one_sentence(monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]) -> None:
+    monkeypatch.setattr("flows.commands.table.find_spec", lambda name: None if name == "mlflow" else True)
+    assert refused("history") == (
+        'error: `qadapter history` needs mlflow; install the pipeline in its checkout: pip install -e ".[pipeline]"'
+    )
 
 
 def test_the_process_ends_with_2_and_one_line() -> None:
@@ -150,12 +202,26 @@ def test_the_process_ends_with_2_and_one_line() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("", "required: train|generate|score|chat"),
-        ("tran", "invalid choice: 'tran'"),
+        ("", "no command was given"),
+        ("tran", "unknown command 'tran', did you mean 'train'?"),
         ("train --base b --output o", "--data is required"),
         ("train x", "unexpected argument 'x'"),
         ("train --beta -1 --preset papr", "--beta: Input should be greater than or equal to 0 (given: '-1')"),
         ("train --beta -1 --preset papr", "--preset: Input should be 'paper', 'published-code' or 'residual'"),
+        ("train --preset papr", "did you mean 'paper'? (given: 'papr')"),
+        ("train --lr", "option '--lr' requires an argument; see qadapter"),
+        ("serve --adapter =x", "--adapter: expected FOLDER or NAME=FOLDER"),
+        ("serve --adapter a=x --adapter a=y", "--adapter: two adapters have the same name"),
+        ("serve --adapter a --port 70000", "--port: Input should be less than or equal to 65535"),
+        ("run --profil smoke", "unknown flag --profil, did you mean '--profile'?"),
+        ("run --profile smok", "there is no profile 'smok', did you mean 'smoke'?"),
+        ("customize --config smok", "there is no customisation 'smok', did you mean 'smoke'?"),
+        ("rollback --to x", "invalid value for '--to'"),
+        ("drop --kind god", "there is no kind 'god', did you mean 'good'?"),
+        ("drop --part 3 --out nowhere", "the toy world's preferences come in 2 parts"),
+        ("compare x", "missing option '--output'; see qadapter compare --help"),
+        ("sweep smoke", "not of the form key.path=value"),
+        ("up now", "unexpected argument 'now'"),
         ("train --base b --output o --data d --batch-size 6 --micro-batch-size 4", "6 is not a multiple of"),
         ("train --config nowhere.yaml", "nowhere.yaml cannot be read: No such file"),
         ("generate --adapter nowhere", "no prompt was given"),
@@ -193,8 +259,8 @@ def test_what_is_not_there_is_refused_before_anything_is_written(
     assert (place / "pairs.jsonl").is_file()
 
 
-def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "--adapter", "nowhere", "--prompt", "Hi", "--debug"]) == 2
+def test_traceback_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--adapter", "nowhere", "--prompt", "Hi", "--traceback"]) == 2
     assert "Traceback" in capsys.readouterr().err
 
 
@@ -311,7 +377,7 @@ def test_a_stopped_training_goes_on_bitwise(
 
 def test_flags_win_over_the_config(place: Path, tmp_path: Path) -> None:
     settings = {"base": str(place / "base"), "data": str(place / "pairs.jsonl"), "output": str(tmp_path / "a")}
-    settings |= {"max-steps": 3, "batch_size": 4, "target_modules": ["q_proj"], "heldout": 4, "learning_rate": "1e-3"}
+    settings |= {"max-steps": 3, "batch_size": 4, "target_modules": ["q_proj"], "heldout": 4, "lr": "1e-3"}
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(settings))
     assert main(["train", "--config", str(tmp_path / "train.yaml"), "--max-steps", "1", "--preset", "paper"]) == 0
     metrics = json.loads((tmp_path / "a/metrics.json").read_text())
@@ -320,6 +386,19 @@ def test_flags_win_over_the_config(place: Path, tmp_path: Path) -> None:
     objective = json.loads((tmp_path / "a/q_adapter.json").read_text())["objective"]
     assert (objective["alpha_0"], objective["beta"], objective["parametrization"]) == (0.01, 0.1, "absolute")
     assert len(load_file(tmp_path / "a/adapter_model.safetensors")) == 4  # A and B of one layer in two blocks
+    assert yaml.safe_load((tmp_path / "a/train.yaml").read_text())["learning_rate"] == 1e-3
+
+
+def test_the_residual_objective_is_the_default_and_lr_an_alias() -> None:
+    given = {"base": "b", "data": "d", "output": "o"}
+    assert TrainOptions(**given).objective()["objective"] == "residual"
+    seen: list[TrainOptions] = []
+    app = new_app()
+    add_command(app, "train", from_flags(TrainOptions, seen.append), summary="train")
+    add_command(app, "other", from_flags(TrainOptions, seen.append), summary="train")
+    words = [word for name, value in given.items() for word in (f"--{name}", value)]
+    assert call(app, ["train", *words, "--lr", "2e-5"]) == 0
+    assert (seen[0].learning_rate, seen[0].preset) == (2e-5, "residual")
 
 
 def test_a_folder_of_data_with_heldout_data_of_its_own_after_a_failed_start(
@@ -665,10 +744,11 @@ def test_every_command_of_the_guide_runs(
         .replace("path/or/hub-id", "base")
         .replace(" out", " mine")
     )
-    text += "\n".join(line for line in readme.splitlines() if line.startswith("$ python -m qadapter")) + "\n"
-    commands = re.findall(r"^\$ python -m qadapter (.*)\n(?=(.*)$)", text.replace("\\\n", " "), flags=re.M)
-    assert {command.split()[0] for command, _ in commands} == set(COMMANDS)
-    assert len(commands) == text.count("$ python -m qadapter")
+    own = re.compile(r"\$ qadapter (train|generate|score|chat) ")
+    text += "\n".join(line for line in readme.splitlines() if own.match(line)) + "\n"
+    commands = re.findall(r"^\$ qadapter (?!serve|eval)(.*)\n(?=(.*)$)", text.replace("\\\n", " "), flags=re.M)
+    assert {command.split()[0] for command, _ in commands} == set(COMMANDS) - {"serve"}
+    assert len(commands) == len(re.findall(r"^\$ qadapter (?!serve|eval)", text, flags=re.M))
     write_base(tmp_path / "base")
     write_pairs(tmp_path / "pairs.jsonl")
     for name, content in re.findall(r"```\w+\n# (\S+)\n(.*?)```", text, flags=re.S):
@@ -685,8 +765,9 @@ def test_every_command_of_the_guide_runs(
 
 def test_what_the_guide_names_exists() -> None:
     text = DOCS.read_text(encoding="utf-8")
-    flags = {"--" + name.replace("_", "-") for options, *_ in COMMANDS.values() for name in options.model_fields}
-    for named in re.findall(r"`(--[a-z0-9-]+)", text):
-        assert named in flags | {"--config", "--debug", "--help"}, named
+    flags = {"--" + name.replace("_", "-") for command in COMMANDS.values() for name in command.options.model_fields}
+    flags |= {"--config", "--lr", "--traceback", "--help", "--install-completion"}
+    for named in re.findall(r"`(?:qadapter )?(--[a-z0-9-]+)", text):
+        assert named in flags, named
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (DOCS.parent / target).exists(), target

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from flows.commands.run import main
 from flows.running.launch import Launch
+from qadapter.command.parser import main
 from qadapter.errors import QAdapterError
 from qadapter.toyworld.world import ToyWorld
 from tests.processes.test_pipeline import SOURCES, Home
@@ -118,7 +118,7 @@ def test_a_model_that_is_not_there_is_refused_first(
     settings = overrides(tmp_path / "nowhere") | {"model.pretrained": "nobody/no-such-model-8B"}
     arguments = ["--profile", "paper", "--data", str(data)]
     with home.entered():
-        code = main([*arguments, *(f"{key}={json.dumps(value)}" for key, value in settings.items())])
+        code = main(["run", *arguments, *(f"{key}={json.dumps(value)}" for key, value in settings.items())])
     assert code == 2
     assert "error: model.pretrained: the model 'nobody/no-such-model-8B' could not be loaded" in capsys.readouterr().err
     assert not (tmp_path / "mlflow.db").exists()

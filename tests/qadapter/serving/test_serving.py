@@ -19,14 +19,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from benchmarks import serving
+from qadapter.command.parser import main
 from qadapter.errors import QAdapterError
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.objective import Objective
 from qadapter.preferences.tokenize import prompt_ids
-from qadapter.serving.__main__ import allowed_hosts, main
 from qadapter.serving.app import create_app
 from qadapter.serving.generator import Generator, Reply, ReplyReader, Sampling, Turn
 from qadapter.serving.policies import Blend, ServedPolicies
+from qadapter.serving.server import allowed_hosts
 from tests.support.tiny_chat import byte_tokenizer, tiny_llama
 from tests.support.tiny_models import lora, moved
 
@@ -462,17 +463,17 @@ def test_a_reply_is_read_character_by_character(text: str, stop: tuple[str, ...]
 def test_the_command_refuses_before_it_loads(
     tmp_path: Path, world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main(["--adapter", str(tmp_path), "--port", "0"]) == 2
+    assert main(["serve", "--adapter", str(tmp_path), "--port", "0"]) == 2
     assert "holds no adapter" in capsys.readouterr().err
     twice = ["--adapter", str(world.folder("plain"))] * 2
-    assert main([*twice, "--port", "0"]) == 2
-    assert "Two adapters have the same name" in capsys.readouterr().err
+    assert main(["serve", *twice, "--port", "0"]) == 2
+    assert "two adapters have the same name" in capsys.readouterr().err
     port = world.url.rpartition(":")[2]
-    assert main(["--adapter", str(world.folder("plain")), "--port", port]) == 2
+    assert main(["serve", "--adapter", str(world.folder("plain")), "--port", port]) == 2
     assert "cannot be listened on" in capsys.readouterr().err
     for empty in ("", "  "):
         monkeypatch.setenv("QADAPTER_API_KEY", empty)
-        assert main(["--adapter", str(world.folder("plain")), "--port", "0"]) == 2
+        assert main(["serve", "--adapter", str(world.folder("plain")), "--port", "0"]) == 2
         assert "QADAPTER_API_KEY is set but empty" in capsys.readouterr().err
 
 

@@ -1,7 +1,4 @@
-"""Serve a base and its adapters with OpenAI's chat API, on this machine only unless told otherwise.
-
-    python -m qadapter.serving --adapter FOLDER
-    python -m qadapter.serving --adapter harmless=FOLDER --adapter academy=FOLDER --base FOLDER --port 8000
+"""Serve a base and its adapters with OpenAI's chat API, on this machine only by default (`qadapter serve`).
 
 With QADAPTER_API_KEY set in the environment, every request must carry it as bearer token. On a loopback address the
 server answers to the names localhost, 127.0.0.1 and ::1 only, so that no web page can reach it under a name of its own;
@@ -11,11 +8,9 @@ other address limits the server to those. What requests can say: docs/serving.md
 
 from __future__ import annotations
 
-import argparse
 import ipaddress
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from qadapter.errors import QAdapterError
@@ -23,20 +18,6 @@ from qadapter.errors import QAdapterError
 API_KEY_VARIABLE = "QADAPTER_API_KEY"
 HOSTS_VARIABLE = "QADAPTER_ALLOWED_HOSTS"
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
-
-
-def named_folder(text: str) -> tuple[str, Path]:
-    """`FOLDER`, or `NAME=FOLDER`; without a name, the folder's own.
-
-    Raises:
-        ValueError: no folder, or an empty name.
-    """
-    name, equals, folder = text.partition("=")
-    if not equals:
-        name, folder = Path(text).resolve().name, text
-    if not name or not folder:
-        raise ValueError("expected FOLDER or NAME=FOLDER")
-    return name, Path(folder).expanduser()
 
 
 def serve(
@@ -112,57 +93,6 @@ def _is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Read the command line and serve; returns the exit code: 0 after Ctrl-C, 2 refused."""
-    parser = argparse.ArgumentParser(
-        prog="python -m qadapter.serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--adapter",
-        action="append",
-        required=True,
-        metavar="[NAME=]FOLDER",
-        type=named_folder,
-        help="what a training wrote, and the model name it is served under; can be given several times",
-    )
-    parser.add_argument("--base", help="folder or hub id (default: the one the first adapter names)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the base's own")
-    parser.add_argument("--quantization", choices=["none", "int8", "nf4"], default="none", help="default: %(default)s")
-    parser.add_argument("--revision", help="commit, tag or branch of a base of the hub (default: main)")
-    add_address(parser)
-    given = parser.parse_args(arguments)
-    try:
-        adapters = dict(given.adapter)
-        if len(adapters) < len(given.adapter):
-            raise QAdapterError("Two adapters have the same name. Name them: --adapter NAME=FOLDER.")
-        serve(
-            adapters,
-            given.base,
-            dtype=given.dtype,
-            quantization=given.quantization,
-            revision=given.revision,
-            host=given.host,
-            port=given.port,
-        )
-    except QAdapterError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        pass
-    return 0
-
-
-def add_address(parser: argparse.ArgumentParser) -> None:
-    """`--host` and `--port`."""
-    names = f"; on loopback only this machine's own names are answered to, and those in {HOSTS_VARIABLE}=name,other"
-    parser.add_argument("--host", default="127.0.0.1", help=f"address to listen on (default: %(default)s){names}")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
-
-
 def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
