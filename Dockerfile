@@ -17,9 +17,10 @@ ENV PIP_NO_CACHE_DIR=1 \
 WORKDIR /opt/qadapter
 
 # What changes seldom comes first: with these two files alone the libraries are a layer of their own.
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY pyproject.toml setup.py constraints.txt README.md LICENSE ./
+COPY installing installing
 RUN mkdir qadapter tasks flows && touch qadapter/__init__.py tasks/__init__.py flows/__init__.py \
-    && python -m pip install -c constraints.txt -e ".${EXTRAS:+[$EXTRAS]}"
+    && python -m pip install -c constraints.txt -e ".[pipeline${EXTRAS:+,$EXTRAS}]"
 
 COPY prefect.toml prefect.yaml ./
 COPY configs configs
@@ -33,4 +34,4 @@ USER 1000
 ENV PREFECT_HOME=/home/qadapter/.prefect
 VOLUME /work
 
-CMD ["python", "-m", "flows.commands.run", "--profile", "smoke"]
+CMD ["python", "-m", "qadapter", "run", "--profile", "smoke"]

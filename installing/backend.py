@@ -1,4 +1,4 @@
-"""setuptools' build backend, which tells `setup.py` whether a checkout is installed (`pip install -e`) or a wheel built."""
+"""setuptools' build backend, which tells `setup.py` a checkout (`pip install -e`) from a wheel."""
 
 from __future__ import annotations
 
