@@ -315,8 +315,7 @@ def test_a_dead_address_is_one_sentence(
     monkeypatch.setenv("PREFECT_API_URL", url)
     monkeypatch.setenv("QADAPTER_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
-    arguments = {"run": ["--profile", "smoke"]}
-    assert (run if command == "run" else recurring)(arguments.get(command, [command])) == 2
+    assert main([command]) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert said[-1].startswith(f"error: No Prefect server answers at {url}. Start it (`make serve`)")
     assert not any("Traceback" in line for line in said)
