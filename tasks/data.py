@@ -79,6 +79,7 @@ def prepare_data(context: RunContext, source: str, world: StageResult | None) ->
     heldout_before = sources.fingerprint(heldout_files) if heldout_files else None
 
     def compute(out: Path, _: Path) -> None:
+        from qadapter.preferences.building import Choices
         from qadapter.preferences.prepare import prepare
 
         prepare(
@@ -92,6 +93,7 @@ def prepare_data(context: RunContext, source: str, world: StageResult | None) ->
             max_heldout_pairs=settings.max_heldout_pairs,
             max_chars=settings.max_chars,
             judge_pairs=settings.judge_pairs,
+            choices=Choices.of(settings),
         )
         sources.refuse_changed(files, before, settings.path)
         if heldout_files and heldout_before:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import read_json, storage_errors, write_json
 from qadapter.files.shown import shown
 from qadapter.preferences import sources
+from qadapter.preferences.building import Choices
 from qadapter.preferences.ledger import RECORDS, SUMMARY, Changes
 from tasks.data import unreachable
 from tasks.stages.code_version import code_digest
@@ -161,7 +162,7 @@ def collect_preferences(
     found = delivered(source, world.path if world else context.data)
     digests = found.digests()
     rules = hashlib.sha256(
-        f"{code_digest('qadapter.preferences.reading')} {source.domain} {source.max_chars}".encode()
+        f"{code_digest('qadapter.preferences.reading')} {source.domain} {source.max_chars} {Choices.of(source)}".encode()
     ).hexdigest()
     before = Path(previous) if previous and (Path(previous) / SUMMARY).exists() else None
 
@@ -169,6 +170,7 @@ def collect_preferences(
         from qadapter.preferences.ledger import update
 
         options: dict[str, Any] = {"domain": source.domain, "max_chars": source.max_chars, "rules": rules}
+        options["choices"] = Choices.of(source)
         update(found.files, before, out, unread=found.unread, **options)
         sources.refuse_changed(found.files, digests["files"], source.path)
 
@@ -232,7 +234,7 @@ def mix_preferences(
     def compute(out: Path, _: Path) -> None:
         from qadapter.preferences.mixture import write_mixture
 
-        write_mixture(ledger.path, out, learnt=learnt, heldout_files=held, **settings)
+        write_mixture(ledger.path, out, learnt=learnt, heldout_files=held, choices=Choices.of(source), **settings)
         if held and held_before:
             sources.refuse_changed(held, held_before, source.heldout_path or source.path)
 
@@ -240,7 +242,7 @@ def mix_preferences(
         context,
         "training-mix",
         module="qadapter.preferences.mixture",
-        config={**settings, "heldout_files": held_before},
+        config={**settings, "choices": asdict(Choices.of(source)), "heldout_files": held_before},
         inputs={"ledger": ledger.output, **({"learnt": learnt / RECORDS} if learnt else {})},
         compute=compute,
         log=lambda run_id, output: context.tracker.log_metrics(
@@ -273,14 +275,14 @@ def read_heldout(context: RunContext, customization: Customization, world: Stage
     def compute(out: Path, _: Path) -> None:
         from qadapter.preferences.mixture import write_heldout
 
-        write_heldout(files, out, **settings)
+        write_heldout(files, out, choices=Choices.of(source), **settings)
         sources.refuse_changed(files, before, source.heldout_path or source.path)
 
     result = logged_stage(
         context,
         "heldout",
         module="qadapter.preferences.mixture",
-        config={**settings, "heldout_files": before},
+        config={**settings, "choices": asdict(Choices.of(source)), "heldout_files": before},
         inputs={},
         compute=compute,
     )

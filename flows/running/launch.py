@@ -29,6 +29,7 @@ from qadapter.evaluation.lm_eval.catalog import NAME, check_tasks, expand_suites
 from qadapter.files.shown import guard_logs
 from qadapter.judging.plan import judged_rows, plan_judges
 from qadapter.preferences import sources
+from qadapter.preferences.building import Choices
 from qadapter.preferences.prepare import first_usable_pair
 from qadapter.toyworld import world as toyworld
 from tasks.stages.context import RunContext, resolve_path, workspace
@@ -126,7 +127,7 @@ class Launch:
                         sources.check(where, **options)
                     if not away:
                         files = sources.locate(where, cache_dir=cache, **options)
-                        first_usable_pair(files, domain=source.domain, max_chars=source.max_chars)
+                        first_usable_pair(files, source.domain, source.max_chars, Choices.of(source))
                 except QAdapterError as error:
                     problems.append(f"  sources.{name}: {error}")
         if experiment.built_benchmarks:

@@ -20,6 +20,7 @@ from qadapter.methods.method import Need, PairsPlan
 from qadapter.methods.table import METHODS, method_named
 from qadapter.planning import estimate as planning
 from qadapter.preferences import sources
+from qadapter.preferences.building import Choices
 from qadapter.preferences.prepare import parse_files
 from qadapter.report.rows import listed
 from qadapter.toyworld.world import ToyWorld
@@ -129,6 +130,7 @@ def _plan_source(experiment: Experiment, name: str, folder: Path | None) -> Sour
         sources.locate(where, cache_dir=Path(), split=source.split, config_name=source.config_name),
         domain=source.domain,
         max_chars=source.max_chars,
+        choices=Choices.of(source),
     )
     usable = parsed.pairs
     characters = [sum(len(m["content"]) for m in p.prompt) + (len(p.chosen) + len(p.rejected)) / 2 for p in usable]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -19,7 +19,19 @@ class ToyWorldSettings(Settings):
     )
 
 
-class Source(Settings):
+class ReadingSettings(Settings):
+    """What preference data leave open; docs/data.md says where each is needed."""
+
+    fields: dict[str, Any] | None = Field(None, description="where prompt and replies lie, if no layout is recognised")
+    preferred: str | None = Field(None, description="which of two judgements counts: better_response_id")
+    score: str | None = Field(None, description="which of several scores counts: fine-grained_score")
+    pairing: Literal["all", "first"] | None = Field(None, description="pair single labelled replies by their prompt")
+    ranking: Literal["all", "neighbours"] = Field("all", description="pairs of a ranked list: all, or neighbours only")
+    ties: Literal["keep", "drop"] = Field("keep", description="pairs whose scores are equal or against the decision")
+    min_margin: Annotated[float, Field(ge=0)] | None = Field(None, description="drop pairs with a smaller margin")
+
+
+class Source(ReadingSettings):
     """Where preference records come from.
 
     Attributes:
@@ -27,6 +39,7 @@ class Source(Settings):
             in a URL, `${NAME}` is an environment variable, the place for a password or key.
         heldout_path: an own source of held-out pairs; without it `heldout` splits `path` by prompt.
         domain: for DSP records, the style that is preferred.
+        fields, preferred, score, pairing, ranking, ties, min_margin: what the data leave open, see docs/data.md.
         split, revision, config_name: for a data set of the hub.
         heldout: share (below 1) or number of prompts kept out of training.
         max_train_pairs, max_heldout_pairs: cut after the split, None for all.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,6 +55,11 @@ class Choices:
     ranking: Literal["all", "neighbours"] = "all"
     ties: Literal["keep", "drop"] = "keep"
     min_margin: float | None = None
+
+    @classmethod
+    def of(cls, settings: Any) -> Choices:
+        """The choices among the fields of a source in a config, or of a command's options."""
+        return cls(**{row.name: getattr(settings, row.name) for row in dataclasses.fields(cls)})
 
 
 @dataclass(slots=True)

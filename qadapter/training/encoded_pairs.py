@@ -1,17 +1,23 @@
-"""From a preference data set in any of TRL's forms to token ids, with what could not be used set aside."""
+"""From a preference data set in Python to token ids, with what could not be used set aside."""
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.errors import QAdapterError
-from qadapter.preferences.pair import Message, PreferencePair
-from qadapter.preferences.tokenize import EncodedPair, UnusablePair, encode_pair, encode_texts
+from qadapter.preferences.building import Choices
+from qadapter.preferences.containers import RECORDS_TO_DETECT
+from qadapter.preferences.pair import PreferencePair
+from qadapter.preferences.reading import recognise
+from qadapter.preferences.records import Reason
+from qadapter.preferences.rows import iter_rows, plain
+from qadapter.preferences.tokenize import EncodedPair, UnusablePair, encode_pair
 
 log = logging.getLogger(__name__)
 
@@ -49,30 +55,38 @@ def encode_dataset(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     name: str = "train",
+    *,
+    domain: str | None = None,
+    choices: Choices | None = None,
 ) -> EncodedPairs:
     """Tokenise every row; the ones that cannot be used are counted, named and left out.
 
     Args:
-        rows: `PreferencePair`s, or mappings with `prompt`, `chosen` and `rejected` as messages or as plain strings;
-            without `prompt` it is what the two replies begin with in common.
+        rows: `PreferencePair`s, or records in any layout that is read from files (docs/data.md), as a list, a
+            `datasets.Dataset` or a pandas DataFrame. One that scores several replies gives several pairs.
         tokenizer: as in `encode_pair`.
         max_length: as in `encode_pair`.
         name: what to call the data in messages.
+        domain, choices: as in `qadapter.preferences.reading.recognise`.
 
     Raises:
-        QAdapterError: no row can be used.
+        QAdapterError: rows of no known layout, or no row can be used.
     """
-    pairs, quarantined = [], []
-    for index, row in enumerate(rows):
+    pairs: list[EncodedPair] = []
+    quarantined: list[tuple[int, str]] = []
+    for index, candidate in _candidates(iter_rows(rows, name), f"The {name} data", domain, choices):
+        if isinstance(candidate, Reason):
+            quarantined.append((index, candidate.value))
+            continue
         try:
-            pairs.append(_encode_row(row, tokenizer, max_length))
+            pairs.append(encode_pair(candidate, tokenizer, max_length))
         except UnusablePair as unusable:
             quarantined.append((index, str(unusable)))
     if not pairs:
         first = f"; the first because {quarantined[0][1]}" if quarantined else ""
         raise QAdapterError(
-            f"The {name} data have no usable pair ({len(quarantined)} rows, all unusable{first}). Expected rows with "
-            "prompt, chosen and rejected, as messages or as text."
+            f"The {name} data have no usable pair ({len(quarantined)} rows, all unusable{first}). Expected rows in a "
+            "layout of docs/data.md, such as prompt, chosen and rejected, as messages or as text."
         )
     if quarantined:
         index, reason = quarantined[0]
@@ -84,61 +98,24 @@ def encode_dataset(
             index,
             reason,
         )
-    return EncodedPairs(pairs, quarantined)
+    return EncodedPairs(pairs, sorted(quarantined))
 
 
-def _encode_row(
-    row: Mapping[str, Any] | PreferencePair, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> EncodedPair:
-    if isinstance(row, PreferencePair):
-        return encode_pair(row, tokenizer, max_length)
-    for key in ("chosen", "rejected"):
-        if not isinstance(row.get(key), (str, list, tuple)):
-            raise UnusablePair(f"{key!r} is {type(row.get(key)).__name__}, neither messages nor text")
-    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
-    if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
-        return encode_texts(prompt, chosen, rejected, tokenizer, max_length)
-    if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
-        border = _common_text(chosen, rejected)
-        return encode_texts(chosen[:border], chosen[border:], rejected[border:], tokenizer, max_length)
-    if prompt is None and not isinstance(chosen, str) and not isinstance(rejected, str):
-        border = _common_turns(chosen, rejected)
-        prompt, chosen, rejected = chosen[:border], chosen[border:], rejected[border:]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    pair = PreferencePair(_messages(messages), _reply("chosen", chosen), _reply("rejected", rejected))
-    return encode_pair(pair, tokenizer, max_length)
-
-
-def _messages(turns: Any) -> tuple[Message, ...]:
-    if not isinstance(turns, (list, tuple)) or not turns:
-        raise UnusablePair("the prompt is missing or empty")
-    for turn in turns:
-        if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str):
-            raise UnusablePair("a message of the prompt has no text content")
-        if turn.get("role") not in ("system", "user", "assistant"):
-            raise UnusablePair(f"a message of the prompt has role {turn.get('role')!r}")
-    return tuple(cast(Message, {"role": turn["role"], "content": turn["content"]}) for turn in turns)
-
-
-def _reply(name: str, reply: Any) -> str:
-    if isinstance(reply, str):
-        return reply
-    if len(reply) != 1:
-        raise UnusablePair(f"the {name} reply has {len(reply)} messages; expected one")
-    turn = reply[0]
-    if not isinstance(turn, Mapping) or turn.get("role") != "assistant" or not isinstance(turn.get("content"), str):
-        raise UnusablePair(f"the {name} reply is no assistant message with text content")
-    return str(turn["content"])
-
-
-def _common_turns(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
-    # At most all but the last turn: replies that are equal make an unusable pair, not one without replies.
-    limit = min(len(chosen), len(rejected)) - 1
-    return next((i for i in range(limit) if chosen[i] != rejected[i]), max(limit, 0))
-
-
-def _common_text(chosen: str, rejected: str) -> int:
-    """Where the prompt ends: behind the longest common beginning, but in front of a space (as TRL does)."""
-    limit = min(len(chosen), len(rejected))
-    border = next((i for i in range(limit) if chosen[i] != rejected[i]), limit)
-    return border - 1 if border and chosen[border - 1] == " " else border
+def _candidates(
+    rows: Iterator[Any], where: str, domain: str | None, choices: Choices | None
+) -> Iterator[tuple[int, PreferencePair | Reason]]:
+    """The candidate pairs of rows, by the reader that files are read with."""
+    first = list(itertools.islice(rows, RECORDS_TO_DETECT))
+    records = [plain(row) for row in first if isinstance(row, Mapping)]
+    reader = recognise(records, where=where, domain=domain, choices=choices) if records else None
+    for index, row in enumerate(itertools.chain(first, rows)):
+        if isinstance(row, PreferencePair):
+            yield index, row
+            continue
+        record = plain(row)
+        if reader is None:
+            reader = recognise([record], where=where, domain=domain, choices=choices)
+        for candidate in reader.read(record, index):
+            yield index, candidate
+    if reader is not None:
+        yield from reader.finish()

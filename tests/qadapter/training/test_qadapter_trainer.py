@@ -17,6 +17,7 @@ from qadapter.errors import QAdapterError
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.objective import Objective, pairwise_loss
 from qadapter.preferences.pair import PreferencePair
+from qadapter.preferences.records import Reason
 from qadapter.preferences.tokenize import collate_pairs, encode_pair
 from qadapter.training.trainer import QAdapterConfig, QAdapterTrainer
 from tests.support.tiny_chat import byte_tokenizer
@@ -286,10 +287,8 @@ def test_takes_every_form_of_preference_data(tmp_path: Path, form: Callable[[Pre
     trainer = make_trainer(tmp_path, Dataset.from_list(rows), max_steps=1)
     encoded = trainer.train_dataset[0]
     prompt, chosen = TOKENIZER.decode(encoded.prompt_ids), TOKENIZER.decode(encoded.chosen_ids)
-    if form in (conversational, implicit):
-        assert (prompt, chosen) == ("<bos><|user|>red 0?<eos><|assistant|>", "Yes.<eos>")
-    else:
-        assert (prompt, chosen) == ("red 0?", "Yes.<eos>")
+    # bare texts too: as a file is read, and as the policy is asked later
+    assert (prompt, chosen) == ("<bos><|user|>red 0?<eos><|assistant|>", "Yes.<eos>")
     assert TOKENIZER.decode(encoded.rejected_ids) == "No<eos>"
     trainer.train()
     assert trainer.quarantined == []
@@ -302,7 +301,7 @@ def test_unusable_rows_are_counted_and_named(tmp_path: Path, caplog: pytest.LogC
         {**good, "chosen": [{"role": "assistant", "content": ""}]},
         {**good, "rejected": good["chosen"]},
         {**good, "rejected": None},
-        {**good, "chosen": [*good["chosen"], *good["chosen"]]},
+        {**good, "chosen": [*good["chosen"], {"role": "user", "content": "Thanks"}]},
         {**good, "prompt": []},
         {**good, "prompt": [{"role": "judge", "content": "x"}]},
         {"prompt": "a"},
@@ -312,12 +311,12 @@ def test_unusable_rows_are_counted_and_named(tmp_path: Path, caplog: pytest.LogC
     assert len(trainer.train_dataset) == 2
     assert [index for index, _ in trainer.quarantined] == [1, 2, 3, 4, 5, 6, 7]
     reasons = dict(trainer.quarantined)
-    assert reasons[1] == "the chosen reply is empty"
-    assert "same tokens" in reasons[2]
-    assert reasons[3] == "'rejected' is NoneType, neither messages nor text"
-    assert reasons[4] == "the chosen reply has 2 messages; expected one"
-    assert reasons[5] == "the prompt is missing or empty"
-    assert "role 'judge'" in reasons[6]
+    # the reasons that a file's quarantine gives
+    assert reasons[1] == Reason.EMPTY_REPLY
+    assert reasons[2] == Reason.IDENTICAL_REPLIES
+    assert reasons[3] == Reason.WRONG_FIELDS
+    assert reasons[4] == reasons[5] == Reason.NOT_A_DIALOGUE
+    assert reasons[6] == reasons[7] == Reason.WRONG_FIELDS
     assert [index for index, _ in trainer.quarantined_eval] == [1]
     assert "7 of 9 training pairs are unusable and left out, the first at index 1" in caplog.text
 
