@@ -162,7 +162,8 @@ def collect_preferences(
     found = delivered(source, world.path if world else context.data)
     digests = found.digests()
     rules = hashlib.sha256(
-        f"{code_digest('qadapter.preferences.reading')} {source.domain} {source.max_chars} {Choices.of(source)}".encode()
+        f"{code_digest('qadapter.preferences.reading')} {source.domain} {source.max_chars} "
+        f"{Choices.of(source)}".encode()
     ).hexdigest()
     before = Path(previous) if previous and (Path(previous) / SUMMARY).exists() else None
 

@@ -20,6 +20,7 @@ Options = TypeVar("Options", bound=Settings)
 ALIASES = {"lr": "learning_rate"}
 """Short names that other projects use, as flags and as keys of a config file."""
 _REPEATED = {"adapter": "FOLDER", "prompt": "TEXT"}  # flags that can be given several times
+_POSITIONAL = {"file": "FILE"}  # what stands without a flag
 
 
 def flag(name: str) -> str:
@@ -74,6 +75,8 @@ def _parameter(name: str, field: FieldInfo, section: str) -> inspect.Parameter:
     settings: dict[str, Any] = {"help": text, "show_default": False, "rich_help_panel": section}
     if bool in kinds:
         return _keyword(name, Annotated[bool | None, typer.Option(f"{names[0]}/--no-{names[0][2:]}", **settings)])
+    if name in _POSITIONAL:
+        return _keyword(name, Annotated[str | None, typer.Argument(help=text, metavar=_POSITIONAL[name])])
     if name in _REPEATED:
         return _keyword(name, Annotated[list[str] | None, typer.Option(*names, metavar=_REPEATED[name], **settings)])
     choices = [kind for kind in kinds if isinstance(kind, str)]
@@ -135,7 +138,7 @@ def _explain(problem: Any, options: type[Settings], given: Mapping[str, Any], co
     if problem["type"] == "extra_forbidden":
         return f"unknown key {name!r} in {config}{did_you_mean(name, options.model_fields)}"
     if problem["type"] == "missing":
-        return f"{flag(name)} is required"
+        return f"{_POSITIONAL.get(name, flag(name))} is required"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "literal_error":
         choices = [choice for choice in _leaves(options.model_fields[name].annotation) if isinstance(choice, str)]

@@ -9,10 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from qadapter.config.base import Count, NonNegative, Positive, Settings
 from qadapter.config.model import ModelSettings
+from qadapter.config.sources import ReadingSettings
 from qadapter.config.training import OptimizerSettings
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -55,6 +57,21 @@ def _named_folder(value: Any) -> Any:
     return name, Path(folder).expanduser()
 
 
+def _mapping(value: Any) -> Any:
+    """A mapping as YAML text, or the name of a YAML file that holds it."""
+    if not isinstance(value, str):
+        return value
+    file = Path(value).expanduser()
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8") if "{" not in value and file.is_file() else value)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"no YAML: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(found, dict):
+        raise ValueError("a mapping such as '{prompt: question, chosen: a, rejected: b}' or a YAML file was expected")
+    return found
+
+
+Mapped = Annotated[dict[str, Any] | None, BeforeValidator(_mapping)]
 Place = Annotated[str, AfterValidator(_absolute)]
 ServedAdapter = Annotated[tuple[str, Path], BeforeValidator(_named_folder)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(_repeated)]
@@ -62,10 +79,12 @@ Numbers = Annotated[tuple[float, ...], BeforeValidator(_listed)]
 Modules = Annotated[str | tuple[str, ...], BeforeValidator(_modules)]
 
 
-class DataOptions(Settings):
-    """Preference data, in any of the formats of docs/data.md."""
+class ReadingOptions(ReadingSettings):
+    """How preference data are read; docs/data.md has the layouts."""
 
-    data: Place = Field(description="file, folder, URL or hub:owner/name; the format is detected")
+    fields: Mapped = Field(
+        None, description="where prompt and replies lie: '{prompt: question, chosen: a, rejected: b}', or a YAML file"
+    )
     domain: str | None = Field(None, description="the preferred style of DSP data")
     split: str | None = Field(None, description="of a folder or hub data set")
     data_revision: str | None = Field(None, description="branch, tag or commit of a hub data set")
@@ -73,11 +92,23 @@ class DataOptions(Settings):
     max_chars: Count = Field(20_000, description="longer pairs (prompt and longer reply) are quarantined")
 
     def located(self, place: str, split: str | None) -> list[Path]:
-        """The local files behind `data` or another place, fetched if need be."""
+        """The local files behind a place, fetched if need be."""
         from qadapter.preferences.sources import locate
 
         cache = Path("~/.cache/qadapter").expanduser()
         return locate(place, cache_dir=cache, split=split, revision=self.data_revision, config_name=self.data_config)
+
+
+class DataOptions(ReadingOptions):
+    """Preference data, in any of the layouts of docs/data.md."""
+
+    data: Place = Field(description="file, folder, URL or hub:owner/name; the format is detected")
+
+
+class ShowDataOptions(ReadingOptions):
+    """Look at preference data."""
+
+    file: Place = Field(description="file, folder, URL or hub:owner/name")
 
 
 class SplitOptions(DataOptions):

@@ -67,6 +67,13 @@ COMMANDS: dict[str, LibraryCommand] = {
   qadapter score --adapter out --data out/data/heldout.jsonl
   qadapter score --adapter out --data pairs.jsonl --output scores.jsonl""",
     ),
+    "data": LibraryCommand(
+        options.ShowDataOptions,
+        "show what is recognised in preference data, before anything is trained",
+        """\
+  qadapter data pairs.jsonl
+  qadapter data votes.csv --fields '{prompt: question, responses: {A: answer_a, B: answer_b}, preferred: vote}'""",
+    ),
     "chat": LibraryCommand(
         options.ChatOptions,
         "talk to a policy in the terminal",

@@ -14,6 +14,7 @@ from qadapter.command.opened import as_base, note, open_policy, training_record
 from qadapter.command.options import ScoreOptions
 from qadapter.command.results import require_free, writing
 from qadapter.evaluation.preference import PairScores, margins, preference_metrics, score_pairs
+from qadapter.preferences.building import Choices
 from qadapter.preferences.pair import PreferencePair
 from qadapter.preferences.prepare import parse_files
 
@@ -28,7 +29,10 @@ def run(options: ScoreOptions) -> None:
     """
     file = require_free(options)
     parsed = parse_files(
-        options.located(options.data, options.split), domain=options.domain, max_chars=options.max_chars
+        options.located(options.data, options.split),
+        domain=options.domain,
+        max_chars=options.max_chars,
+        choices=Choices.of(options),
     )
     pairs = parsed.pairs[: options.limit]
     note(f"data: {parsed.read} pairs read, {len(parsed.rejected)} of them quarantined, {len(pairs)} to score")

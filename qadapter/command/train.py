@@ -19,6 +19,7 @@ from qadapter.config.model import LoraSettings
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.preference import preference_metrics
 from qadapter.files.artifacts import read_json, storage_errors
+from qadapter.preferences.building import Choices
 from qadapter.preferences.pair import PreferencePair, load_pairs
 from qadapter.preferences.prepare import PreparationSummary, first_usable_pair, prepare
 from qadapter.training.adapt import lora_config
@@ -58,7 +59,7 @@ def run(options: TrainOptions) -> None:
     files = heldout_files = None
     if not resuming:
         files = options.located(options.data, options.split)
-        first_usable_pair(files, domain=options.domain, max_chars=options.max_chars)
+        first_usable_pair(files, options.domain, options.max_chars, Choices.of(options))
         if options.heldout_data or options.heldout_split:
             heldout_files = options.located(options.heldout_data or options.data, options.heldout_split)
     network, tokenizer = open_base(options.base, options.model_settings())
@@ -75,6 +76,7 @@ def run(options: TrainOptions) -> None:
             max_train_pairs=options.max_train_pairs,
             max_heldout_pairs=options.max_heldout_pairs,
             max_chars=options.max_chars,
+            choices=Choices.of(options),
         )
     _describe_data(out / "data")
     with storage_errors(out):

@@ -1,0 +1,61 @@
+"""`qadapter data`: what is recognised in preference data, as it would be trained on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from qadapter.command.options import ShowDataOptions
+from qadapter.files.shown import visible
+from qadapter.preferences.building import Choices
+from qadapter.preferences.packed import shown_path
+from qadapter.preferences.pair import PreferencePair
+from qadapter.preferences.prepare import stream_files
+from qadapter.preferences.reading import Accepted
+
+SHOWN_PAIRS, SHOWN_CHARACTERS = 3, 400
+
+
+def run(options: ShowDataOptions) -> None:
+    """Print the layout, three pairs as they are read, the counts and the quarantine's reasons.
+
+    Raises:
+        QAdapterError: what is no preference data, or needs a choice; the message proposes a mapping where the fields'
+            names suggest one.
+    """
+    print("\n".join(report(options.located(options.file, options.split), options)))
+
+
+def report(files: list[Path], options: ShowDataOptions) -> Iterator[str]:
+    """The lines of the report on some files."""
+    choices = Choices.of(options)
+    formats: dict[Path, str] = {}
+    reasons: Counter[str] = Counter()
+    shown: list[PreferencePair] = []
+    used = with_margin = 0
+    for item in stream_files(files, formats, domain=options.domain, max_chars=options.max_chars, choices=choices):
+        if not isinstance(item, Accepted):
+            reasons[item.reason.value] += 1
+            continue
+        used += 1
+        with_margin += item.pair.margin is not None
+        if len(shown) < SHOWN_PAIRS:
+            shown.append(item.pair)
+    for name in sorted(set(formats.values())):
+        places = [shown_path(Path(file.name)) for file in files if formats.get(file) == name]
+        yield f"layout: {name} ({places[0]}{f' and {len(places) - 1} more' if len(places) > 1 else ''})"
+    for number, pair in enumerate(shown, 1):
+        yield f"\n--- pair {number}" + ("" if pair.margin is None else f" (margin {pair.margin:g})")
+        yield from (f"{turn['role']:>9}: {_short(turn['content'])}" for turn in pair.prompt)
+        yield f"   chosen: {_short(pair.chosen)}"
+        yield f" rejected: {_short(pair.rejected)}"
+    quarantined = sum(reasons.values())
+    margins = f", {with_margin} of them with a margin" if with_margin else ""
+    yield f"\n{used + quarantined} pairs read, {used} can be used{margins}, {quarantined} cannot"
+    yield from (f"  {count} quarantined: {reason}" for reason, count in sorted(reasons.items()))
+
+
+def _short(text: str) -> str:
+    shown = text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…"
+    return visible(shown).replace("\n", "\n           ")
