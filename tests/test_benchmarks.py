@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from benchmarks import decoding, measure, published, scoring, shapes, training_step
+from benchmarks import decoding, measure, preparation, published, scoring, shapes, training_step
 from benchmarks.tried import compiled_pairwise_loss
 from qadapter.policy.objective import Objective, pairwise_loss
 
@@ -94,3 +96,11 @@ def test_published_step_sends_no_gradient_through_the_bases_pass(monkeypatch: py
 def test_the_published_way_generates_the_same_text():
     makers = decoding.sides(shapes.SHAPES["tiny"], 2, 8, "cpu", torch.float32)
     assert torch.equal(makers["published code's way"](), makers["this project"]())
+
+
+def test_preparation_gives_the_same_files_as_datasets(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    preparation.main(["--rows", "300", "--folder", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "300 pairs" in shown
+    assert shown.strip().endswith("same files: yes")
+    assert not list(tmp_path.iterdir())

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from qadapter.config.base import Settings
 from qadapter.errors import QAdapterError, did_you_mean
+from qadapter.files.yaml_text import read_yaml
 
 Options = TypeVar("Options", bound=Settings)
 
@@ -115,7 +116,7 @@ def read_options(options: type[Options], given: Mapping[str, Any], config: str |
 
 def _config(file: Path, options: type[Settings]) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = read_yaml(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise QAdapterError(f"--config {file} cannot be read: {error.strerror}; give a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

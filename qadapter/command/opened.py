@@ -7,13 +7,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter.command.options import PolicyOptions
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
+from qadapter.files.yaml_text import read_yaml
 from qadapter.policy.files import SETTINGS_FILE, read_settings
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.policy.model import QAdapterForCausalLM
@@ -29,7 +29,7 @@ def note(text: str) -> None:
 def training_record(adapter: Path) -> dict[str, Any]:
     """What `train` wrote down beside an adapter; empty for one that was trained otherwise."""
     file = adapter / RECORD
-    content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    content = read_yaml(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return content if isinstance(content, dict) else {}
 
 

@@ -19,6 +19,7 @@ from qadapter.config.model import LoraSettings
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.preference import preference_metrics
 from qadapter.files.artifacts import read_json, storage_errors
+from qadapter.files.yaml_text import read_yaml
 from qadapter.preferences.building import Choices
 from qadapter.preferences.pair import PreferencePair, load_pairs
 from qadapter.preferences.prepare import PreparationSummary, first_usable_pair, prepare
@@ -173,7 +174,7 @@ def _record(options: TrainOptions) -> dict[str, Any]:
 
 
 def _require_same_settings(file: Path, options: TrainOptions) -> None:
-    before, now = yaml.safe_load(file.read_text(encoding="utf-8")), _record(options)
+    before, now = read_yaml(file.read_text(encoding="utf-8")), _record(options)
     names = (before.keys() | now.keys()) - _NO_PART_OF_THE_RESULT
     if changed := sorted(name for name in names if before.get(name) != now.get(name)):
         listed = ", ".join(f"{name} was {before.get(name)} and is {now.get(name)}" for name in changed)

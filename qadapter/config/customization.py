@@ -18,6 +18,7 @@ from qadapter.config.experiment import PROFILE_FOLDER, Experiment, load_experime
 from qadapter.config.sources import Source
 from qadapter.errors import QAdapterError, did_you_mean
 from qadapter.files.shown import shown
+from qadapter.files.yaml_text import read_yaml
 from qadapter.gate import Gate
 from qadapter.judging.plan import judge_of
 from qadapter.judging.table import NO_JUDGE
@@ -109,7 +110,7 @@ def load_customization(config: str) -> Customization:
         hint = did_you_mean(config, customizations())
         raise QAdapterError(f"there is no customisation {config!r}{hint} A path of a .yaml file may be given too.")
     try:
-        return Customization.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+        return Customization.model_validate(read_yaml(file.read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise QAdapterError(shown(f"{file} is not YAML: {error}")) from error
     except ValidationError as error:

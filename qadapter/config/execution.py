@@ -17,6 +17,7 @@ from qadapter.config.base import Count, Settings
 from qadapter.config.folder import CONFIGS
 from qadapter.config.training import OptimizerSettings
 from qadapter.errors import QAdapterError
+from qadapter.files.yaml_text import read_yaml
 
 CONFIG_FOLDER = CONFIGS / "accelerate"
 _KINDS = ("MULTI_GPU", "FSDP", "DEEPSPEED")
@@ -60,7 +61,7 @@ class LaunchSettings(Settings):
         if not self.file.is_file():
             raise QAdapterError(f"launch.config: there is no file {self.config!r}; known are {ours}, or give a path")
         try:
-            found = yaml.safe_load(self.file.read_text(encoding="utf-8"))
+            found = read_yaml(self.file.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise QAdapterError(f"launch.config: {self.file} is not YAML: {error}") from error
         kind = found.get("distributed_type") if isinstance(found, dict) else None

@@ -26,6 +26,7 @@ from qadapter.config.sources import Source, ToyWorldSettings
 from qadapter.config.training import DomainSettings, HelpfulSettings, OptimizerSettings, PretrainingSettings
 from qadapter.errors import QAdapterError, did_you_mean
 from qadapter.files.shown import shown
+from qadapter.files.yaml_text import read_yaml
 from qadapter.judging import plan as judges
 from qadapter.judging.table import JUDGES, NO_JUDGE, judge_names
 
@@ -180,7 +181,7 @@ def load_experiment(profile: str, overrides: Mapping[str, Any] | Sequence[str] =
             f"known profiles are {', '.join(profiles())}, or give the path of a .yaml file"
         )
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        settings = read_yaml(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise QAdapterError(shown(f"{file} is not YAML: {error}")) from error
     if not isinstance(settings, dict):
@@ -209,7 +210,7 @@ def parse_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, A
                 f"override {item!r} is not of the form key.path=value, for example training.max_steps=5"
             )
         try:
-            parsed[path.strip()] = yaml.safe_load(_yaml_float(text))
+            parsed[path.strip()] = read_yaml(_yaml_float(text))
         except yaml.YAMLError as error:
             raise QAdapterError(shown(f"the value of override {item!r} is not YAML: {error}")) from error
     return parsed

@@ -16,6 +16,7 @@ from qadapter.config.experiment import PROFILE_FOLDER, Experiment, explain_probl
 from qadapter.config.methods import MethodName
 from qadapter.errors import QAdapterError
 from qadapter.files.shown import shown
+from qadapter.files.yaml_text import read_yaml
 from qadapter.methods.table import METHODS, NAMES, method_named
 
 SWEEP_FOLDER = PROFILE_FOLDER / "sweep"
@@ -155,7 +156,7 @@ def load_sweep(sweep: str) -> Sweep:
     if not file.is_file():
         raise QAdapterError(f"there is no sweep {sweep!r}; known are {', '.join(known)}, or give a .yaml file")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = read_yaml(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise QAdapterError(shown(f"{file} is not YAML: {error}")) from error
     try:

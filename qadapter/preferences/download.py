@@ -27,6 +27,7 @@ from qadapter.files.url_secrets import filled_in, public_address
 logger = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 30.0
+MOST_FILES = 10_000
 # Sizes and digests must be those of the file, so it must not be compressed on its way.
 HEADERS = {"User-Agent": "qadapter-pipeline", "Accept-Encoding": "identity"}
 NETWORK_ERRORS = (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException)
@@ -91,6 +92,32 @@ def size(url: str) -> int | None:
         raise _bad_url(url) from error
     except NETWORK_ERRORS as error:
         raise _unreachable(url, error) from error
+
+
+def files_below(url: str, is_data: Callable[[str], bool]) -> list[str]:
+    """The URLs of the data files in a folder of an object store, sorted; a file's own URL where it is one.
+
+    Args:
+        url: `http(s)://` has no folders.
+        is_data: whether a path relative to the folder is a data file.
+
+    Raises:
+        QAdapterError: it does not exist, or the folder has more than `MOST_FILES` data files.
+    """
+    if _is_http(url):
+        return [url]
+    system, path, info = _look_up(url)
+    if info["type"] != "directory":
+        return [url]
+    try:
+        found = [str(name) for name in system.find(path)]
+    except Exception as error:  # every store has errors of its own
+        raise _unreachable(url, error) from error
+    names = [name[len(path.rstrip("/")) + 1 :] for name in found if name.startswith(path.rstrip("/") + "/")]
+    files = sorted(name for name in names if is_data(name) and ".." not in name.split("/"))
+    if len(files) > MOST_FILES:
+        raise QAdapterError(f"{public_address(url)} has {len(files):,} data files; at most {MOST_FILES:,} are fetched.")
+    return [f"{url.rstrip('/')}/{name}" for name in files]
 
 
 def _is_http(url: str) -> bool:
@@ -189,24 +216,32 @@ def _bad_url(url: str) -> QAdapterError:
     )
 
 
-def _ask_other(url: str) -> tuple[Any, str, int | None, str]:
-    """(file system, path in it, size, a value that changes with the file) of a URL that is not http."""
+def _look_up(url: str) -> tuple[Any, str, dict[str, Any]]:
+    """(file system, path in it, what it says of the path) of a URL that is not http."""
     if "::" in url:
         raise QAdapterError(
             f"{public_address(url)} is a chain of file systems; give the URL of one file, not of an archive's part."
         )
     try:
         system, path = fsspec.core.url_to_fs(filled_in(url))
-        info = system.info(path)
-        if info["type"] != "file":
-            raise QAdapterError(f"{public_address(url)} is not a file; give the URL of one file.")
-        return system, path, info.get("size"), str(system.ukey(path))
+        return system, path, system.info(path)
     except QAdapterError:
         raise
     except FileNotFoundError as error:
         raise QAdapterError(f"{public_address(url)} does not exist; check the URL.") from error
     except (ImportError, ValueError) as error:
         raise QAdapterError(f"{public_address(url)} cannot be opened: {shown(str(error))}.") from error
+    except Exception as error:  # every store has errors of its own
+        raise _unreachable(url, error) from error
+
+
+def _ask_other(url: str) -> tuple[Any, str, int | None, str]:
+    """(file system, path in it, size, a value that changes with the file) of a URL that is not http."""
+    system, path, info = _look_up(url)
+    if info["type"] != "file":
+        raise QAdapterError(f"{public_address(url)} is not a file; give the URL of one file.")
+    try:
+        return system, path, info.get("size"), str(system.ukey(path))
     except Exception as error:  # every store has errors of its own
         raise _unreachable(url, error) from error
 

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from qadapter.errors import QAdapterError
-from qadapter.files.artifacts import read_json, write_json
+from qadapter.files.artifacts import digest_file, read_json, write_json
 from qadapter.preferences.building import Choices
+from qadapter.preferences.packed import shown_path
 from qadapter.preferences.pair import PreferencePair
 from qadapter.preferences.reading import Reader, characters, file_records, open_reader
 from qadapter.preferences.records import RawRecord, Reason
-from qadapter.preferences.sources import DATA_SUFFIXES
+from qadapter.preferences.sources import DATA_ENDINGS
 
 RECORDS, SUMMARY, QUARANTINE = "records.jsonl", "summary.json", "quarantine.jsonl"
 REFUSED_FILE = "the whole file: no known format"
@@ -129,7 +130,7 @@ def update(
             reader = open_reader(file, domain=domain, choices=choices)
         except QAdapterError as error:
             refused[name] = str(error).splitlines()[0]
-            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            digest = digest_file(file)
             entries.append(Entry(name, 1, digest, [REFUSED_FILE], digest not in known))
             continue
         for record in file_records(file, choices):
@@ -145,7 +146,7 @@ def update(
             if entry.file == name and entry.line in left:
                 entry.outcome.append(left[entry.line].value)
     for name, size in (unread or {}).items():
-        refused[name] = f"its name ends in none of {', '.join(DATA_SUFFIXES)}; rename it, or convert it to one of these"
+        refused[name] = f"its name ends in none of {DATA_ENDINGS}; rename it, or convert it to one of these"
         digest = hashlib.sha256(f"{UNREAD_FILE}\n{name}\n{size}".encode(errors="surrogateescape")).hexdigest()
         entries.append(Entry(name, 1, digest, [UNREAD_FILE], digest not in known))
     now = {entry.digest for entry in entries}
@@ -202,11 +203,17 @@ def _digest(name: str, record: RawRecord, layout: str) -> str:
 
 
 def _names(files: Sequence[Path]) -> dict[str, Path]:
-    """Files by their names relative to the folder that holds them all."""
+    """Files by their names relative to the folder that holds them all (`packed.shown_path`)."""
     if not files:
         return {}
     common = os.path.commonpath([file.absolute().parent for file in files])
-    return {os.path.relpath(file.absolute(), common): file for file in files}
+    names: dict[str, Path] = {}
+    for file in files:
+        name = shown_path(os.path.relpath(file.absolute(), common))
+        while name in names:  # a name that is shown as another one is written
+            name += "'"
+        names[name] = file
+    return names
 
 
 def _reasons(entries: Sequence[Entry]) -> dict[str, int]:

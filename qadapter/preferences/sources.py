@@ -21,9 +21,17 @@ from huggingface_hub import HfApi, errors, is_offline_mode, snapshot_download
 
 from qadapter.errors import QAdapterError
 from qadapter.files.shown import shown
-from qadapter.preferences import download
+from qadapter.preferences import cards, download
+from qadapter.preferences.packed import shown_path
 
-DATA_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet", ".arrow")
+_TEXTS, _PACKED = (".json", ".jsonl", ".ndjson", ".csv", ".tsv"), (".gz", ".zst", ".bz2", ".xz")
+DATA_SUFFIXES = (
+    *(text + packed for packed in ("", *_PACKED) for text in _TEXTS),
+    *(".parquet", ".arrow", ".zip"),
+)
+DATA_ENDINGS = f"{', '.join(_TEXTS)} (each also with {', '.join(_PACKED)}), .parquet, .arrow, .zip"
+"""The endings for people. Upper and lower case do not matter."""
+
 # What `datasets` writes beside the rows.
 NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 # What lies beside data and is no delivery: notes, licences, checksums, markers of other tools, files half-written.
@@ -68,8 +76,9 @@ def locate(
     """Local files with the data of a source, fetched if they are not there yet.
 
     Args:
-        path: a file; a folder (every data file below it); an `http(s)://` or other fsspec URL of one file; or
-            `hub:owner/name`, `hub:owner/name/folder` for a data set of the Hugging Face hub.
+        path: a file; a folder (every data file below it); an `http(s)://` URL of one file; another fsspec URL (an
+            object store) of a file or folder; or `hub:owner/name`, `hub:owner/name/folder` for a data set of the
+            Hugging Face hub, which may also be written `hf://datasets/owner/name@revision/folder`.
         cache_dir: downloads from URLs go here; those of the hub go to the hub's own cache (`HF_HOME`).
         split: for folders and hub data sets, the split as its card or its file names declare it. A hub data set with
             several splits needs it; a folder without it gives all its files.
@@ -87,9 +96,11 @@ def locate(
     """
     kind = _check_arguments(path, split=split, revision=revision, config_name=config_name)
     if kind == "url":
-        return [download.fetch(path, cache_dir / "urls")]
+        return [download.fetch(url, cache_dir / "urls") for url in _urls(path)]
     if kind == "hub":
         folder, files = _hub_files(path, revision)
+        if _ends_as_data(PurePosixPath(path)) and len(files) == 1 and (split or config_name):
+            raise QAdapterError(f"split and config_name are not supported for the single file {path}; remove them.")
         return _select(path, folder, split, config_name) if len(files) > 1 or split or config_name else files
     return _local_files(path, kind, split, config_name)
 
@@ -100,7 +111,8 @@ def check(
     """Whether a source is there, asked without downloading its data. Arguments and errors are those of `locate`."""
     kind = _check_arguments(path, split=split, revision=revision, config_name=config_name)
     if kind == "url":
-        return SourceStatus(path, kind, 1, download.size(path))
+        sizes = [download.size(url) for url in _urls(path)]
+        return SourceStatus(path, kind, len(sizes), None if None in sizes else sum(size or 0 for size in sizes))
     if kind == "hub":
         return _check_hub(path, revision)
     files = _local_files(path, kind, split, config_name)
@@ -110,11 +122,12 @@ def check(
 def unread_files(path: str) -> dict[str, int]:
     """What lies in a folder and is not read, because its name has no ending of a data file.
 
-    `week3.csv`, `week3.JSONL` and `week3.jsonl.zst` are such files. Hidden files, notes (README, licences, .md),
-    checksums and names of files that are not whole yet are not told. Nothing is opened.
+    `week3.xlsx` and `week3.tar` are such files. Hidden files, notes (README, licences, .md), checksums and names of
+    files that are not whole yet are left out. Nothing is opened.
 
     Returns:
-        The files' names relative to the folder, sorted, with their sizes in bytes; empty where `path` is no folder.
+        The files' names relative to the folder (`packed.shown_path`), sorted, with their sizes in bytes; empty where
+        `path` is no folder.
     """
     if path.startswith("hub:") or ("://" in path and not path.startswith("file://")):
         return {}
@@ -122,10 +135,10 @@ def unread_files(path: str) -> dict[str, int]:
     found = {}
     for file in _files_below(folder) if folder.is_dir() else ():
         name = file.relative_to(folder)
-        known = name.name.endswith(DATA_SUFFIXES) or name.name in NOT_DATA or _BESIDE_DATA.fullmatch(name.name)
+        known = _ends_as_data(name) or name.name in NOT_DATA or _BESIDE_DATA.fullmatch(name.name)
         if not known and not _is_hidden(name):
             try:
-                found[name.as_posix()] = file.lstat().st_size
+                found[shown_path(name)] = file.lstat().st_size
             except OSError:  # taken away meanwhile
                 continue
     return dict(sorted(found.items()))
@@ -162,7 +175,7 @@ def fingerprint(files: Iterable[Path]) -> str:
                 digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
         except OSError as error:
             raise QAdapterError(
-                f"{file} cannot be read: {error.strerror}. Check the path and its permissions."
+                f"{shown_path(file)} cannot be read: {error.strerror}. Check the path and its permissions."
             ) from error
     return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
 
@@ -186,7 +199,7 @@ def _check_arguments(path: str, *, split: str | None, revision: str | None, conf
 
 
 def _kind(path: str) -> Kind:
-    if path.startswith("hub:"):
+    if path.startswith(("hub:", "hf://")):
         return "hub"
     if "://" in path and not path.startswith("file://"):
         return "url"
@@ -224,12 +237,27 @@ def _plain(path: str) -> Path:
     return Path(plain).expanduser().absolute()
 
 
+def _urls(path: str) -> list[str]:
+    """The URLs of a source's files: itself, or the data files of a folder in an object store."""
+    try:
+        urls = download.files_below(path, lambda name: _is_data(PurePosixPath(name)))
+    except download.UnreachableError:
+        return [path]  # of a file, there may be a copy of an earlier download
+    if not urls:
+        raise NoDataError(f"{shown(path)} has no data files. Files ending in {DATA_ENDINGS} were expected in it.")
+    return urls
+
+
 # ------------------------------------------------------------------------------------------- folders
 
 
 def _is_data(name: PurePosixPath | Path) -> bool:
     cached = name.name.startswith("cache-") and name.suffix == ".arrow"  # results of `datasets.map`, not data
-    return name.name.endswith(DATA_SUFFIXES) and name.name not in NOT_DATA and not _is_hidden(name) and not cached
+    return _ends_as_data(name) and name.name not in NOT_DATA and not _is_hidden(name) and not cached
+
+
+def _ends_as_data(name: PurePosixPath | Path) -> bool:
+    return name.name.lower().endswith(DATA_SUFFIXES)
 
 
 def _is_hidden(name: PurePosixPath | Path) -> bool:
@@ -261,8 +289,8 @@ def _refuse_links_out(path: str, folder: Path, files: Iterable[Path]) -> None:
     for file in files:
         if not file.resolve().is_relative_to(inside):
             raise QAdapterError(
-                f"{file} is, or lies behind, a link that leads out of the folder {path}. Put a copy of the file in its "
-                "place, or name what it leads to as a source."
+                f"{shown_path(file)} is, or lies behind, a link that leads out of the folder {path}. Put a copy of the "
+                "file in its place, or name what it leads to as a source."
             )
 
 
@@ -270,7 +298,7 @@ def _data_files(path: str, folder: Path) -> list[Path]:
     files = sorted(file for file in _files_below(folder) if _is_data(file.relative_to(folder)) and file.is_file())
     if not files:
         raise NoDataError(
-            f"The folder {path} has no data files. Files ending in {', '.join(DATA_SUFFIXES)} were expected in it or "
+            f"The folder {path} has no data files. Files ending in {DATA_ENDINGS} were expected in it or "
             "below; name the folder that holds them."
         )
     return files
@@ -281,6 +309,7 @@ def _select(path: str, folder: Path, split: str | None, config_name: str | None)
     from datasets import load_dataset_builder  # takes a second, which runs on files need not wait for
 
     folder = folder.resolve()
+    cards.check(path, folder)
     try:
         with TemporaryDirectory() as scratch:  # for the builder's lock file; it builds nothing
             builder = load_dataset_builder(str(folder), name=config_name, cache_dir=scratch)
@@ -310,34 +339,49 @@ def _select(path: str, folder: Path, split: str | None, config_name: str | None)
 # ------------------------------------------------------------------------------------------- the hub
 
 
-def _hub_id(path: str) -> tuple[str, str]:
-    """`hub:owner/name[/folder]` as (owner/name, folder or '')."""
-    match = re.fullmatch(r"hub:([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)((?:/[\w.-]+)*)/?", path)
-    if match is None or ".." in path:
+def _hub_id(path: str) -> tuple[str, str, str | None]:
+    """`hub:owner/name[/folder or file]` or its `hf://` address as (owner/name, folder or file or '', revision)."""
+    name = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+    match = re.fullmatch(rf"hub:({name})()((?:/[\w.-]+)*)/?", path) or re.fullmatch(
+        rf"hf://datasets/({name})((?:@[\w.%-]+)?)((?:/[\w.-]+)*)/?", path
+    )
+    if match is None or ".." in unquote(path):
         raise QAdapterError(
-            f"'{path}' is not a hub data set. hub:owner/name or hub:owner/name/folder was expected, "
-            "for example hub:Anthropic/hh-rlhf/harmless-base."
+            f"'{path}' is not a hub data set. hub:owner/name, hub:owner/name/folder or "
+            "hf://datasets/owner/name@revision/folder was expected, for example hub:Anthropic/hh-rlhf/harmless-base."
         )
-    return match.group(1), match.group(2).strip("/")
+    return match.group(1), match.group(3).strip("/"), unquote(match.group(2)[1:]) or None
+
+
+def _hub_place(path: str, revision: str | None) -> tuple[str, str, str | None]:
+    """As `_hub_id`, with the revision of the settings where the address has none."""
+    repository, place, named = _hub_id(path)
+    if named and revision and named != revision:
+        raise QAdapterError(f"{path} names the revision '{named}', and `revision` is '{revision}'; remove one of them.")
+    return repository, place, named or revision
 
 
 def _hub_files(path: str, revision: str | None) -> tuple[Path, list[Path]]:
-    repository, folder = _hub_id(path)
-    prefix = f"{folder}/" if folder else ""
+    repository, place, revision = _hub_place(path, revision)
+    prefix = f"{place}/" if place else ""
     wanted = [f"{prefix}*{suffix}" for suffix in DATA_SUFFIXES] + [f"{prefix}README.md"]
+    if _ends_as_data(PurePosixPath(place)):
+        wanted.append(place)
     try:
         snapshot = Path(
             snapshot_download(repository, repo_type="dataset", revision=revision, allow_patterns=wanted)
         ).absolute()
     except Exception as error:  # httpx's, requests' and the hub's own errors have no common base
         raise _hub_error(path, repository, revision, error) from error
-    if not (snapshot / folder).is_dir():
-        raise QAdapterError(f"{path}: the data set {repository} has no folder '{folder}' with data files in it.")
-    return snapshot / folder, _data_files(path, snapshot / folder)
+    if place and (snapshot / place).is_file():
+        return (snapshot / place).parent, [snapshot / place]
+    if not (snapshot / place).is_dir():
+        raise QAdapterError(f"{path}: the data set {repository} has no folder '{place}' with data files in it.")
+    return snapshot / place, _data_files(path, snapshot / place)
 
 
 def _check_hub(path: str, revision: str | None) -> SourceStatus:
-    repository, folder = _hub_id(path)
+    repository, place, revision = _hub_place(path, revision)
     if is_offline_mode():  # then only what is cached can be had, and looking costs nothing
         _, files = _hub_files(path, revision)
         return SourceStatus(path, "hub", len(files), sum(file.stat().st_size for file in files))
@@ -346,9 +390,9 @@ def _check_hub(path: str, revision: str | None) -> SourceStatus:
     except Exception as error:  # as in `_hub_files`
         raise _hub_error(path, repository, revision, error) from error
     names = [(PurePosixPath(file.rfilename), file.size) for file in info.siblings or []]
-    sizes = [size for name, size in names if _is_data(name) and (not folder or name.is_relative_to(folder))]
+    sizes = [size for name, size in names if _is_data(name) and (not place or name.is_relative_to(place))]
     if not sizes:
-        raise QAdapterError(f"{path} has no data files. Files ending in {', '.join(DATA_SUFFIXES)} were expected.")
+        raise QAdapterError(f"{path} has no data files. Files ending in {DATA_ENDINGS} were expected.")
     known = [size for size in sizes if size is not None]
     return SourceStatus(path, "hub", len(sizes), sum(known) if len(known) == len(sizes) else None)
 

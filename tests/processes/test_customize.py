@@ -138,7 +138,7 @@ def story(harness: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         broken.unlink()
         told.run("removed")
 
-        deliver(home, "5-week.csv", "chosen,rejected\n")
+        deliver(home, "5-week.xlsx", "chosen,rejected\n")
         told.run("unread")
         (home / "incoming").rename(home / "archive")
         told.run("archived")
@@ -176,7 +176,7 @@ def test_a_source_that_is_empty_or_not_there_has_nothing_new(story: Story) -> No
 def test_a_delivery_that_is_not_read_is_quarantined(story: Story) -> None:
     step = story.steps["unread"]
     assert step.name == "Quarantined"
-    assert "\n  5-week.csv: its name ends in none of .json, .jsonl" in step.message
+    assert "\n  5-week.xlsx: its name ends in none of .json, .jsonl" in step.message
     assert len(step.versions) == 5
 
 

@@ -173,14 +173,14 @@ def test_a_delivery_that_is_not_read_is_named(
     deliver(home, "1.jsonl", refusals()[:4])
     before = fingerprint_of(customization)
     first = _result(collect_preferences.fn(context, customization, "", None))
-    for beside in ("README.txt", "notes.md", ".week3.csv", "week3.csv.part", "_SUCCESS", "week3.csv~"):
+    for beside in ("README.txt", "notes.md", ".week3.xlsx", "week3.csv.part", "_SUCCESS", "week3.csv~"):
         deliver(home, beside, "rows")
     assert fingerprint_of(customization) == before
 
-    deliver(home, "week3.csv", "chosen,rejected\n")
+    deliver(home, "week3.xlsx", "chosen,rejected\n")
     after = fingerprint_of(customization)
     assert after != before, "the watcher announces it"
-    deliver(home, "week3.csv", "chosen,rejected\nyes,no\n")
+    deliver(home, "week3.xlsx", "chosen,rejected\nyes,no\n")
     assert fingerprint_of(customization) not in (before, after)
     monkeypatch.setattr(tasks.preferences, "get_run_logger", lambda: logging.getLogger("flow"))
     second = _result(collect_preferences.fn(context, customization, str(first.path), None))
@@ -188,15 +188,15 @@ def test_a_delivery_that_is_not_read_is_named(
     assert (changes.new, changes.unchanged, changes.fresh_pairs) == (1, 4, 0)
     assert changes.fresh_quarantined == changes.quarantined == {UNREAD_FILE: 1}
     assert read_json_lines(second.path / "quarantine.jsonl") == [
-        {"file": "week3.csv", "line": 1, "reason": UNREAD_FILE}
+        {"file": "week3.xlsx", "line": 1, "reason": UNREAD_FILE}
     ]
-    assert "1 files of incoming are not used:\n  week3.csv: its name ends in none of .json, .jsonl" in caplog.text
+    assert "1 files of incoming are not used:\n  week3.xlsx: its name ends in none of .json, .jsonl" in caplog.text
     third = _result(collect_preferences.fn(context, customization, str(second.path), None))
     assert changes_of(third).fresh_quarantined == {}, "it is reported once as new"
 
     (home / "incoming" / "1.jsonl").unlink()
     alone = changes_of(_result(collect_preferences.fn(context, customization, str(second.path), None)))
-    assert (alone.removed, alone.unchanged, list(alone.refused_files)) == (4, 1, ["week3.csv"])
+    assert (alone.removed, alone.unchanged, list(alone.refused_files)) == (4, 1, ["week3.xlsx"])
 
 
 # ---- files that change while they are read

@@ -113,15 +113,15 @@ def test_a_file_that_is_not_read_is_quarantined_by_its_name(tmp_path: Path) -> N
     options: dict[str, Any] = {"domain": None, "max_chars": 1000, "rules": "r"}
     for out in ("1", "2", "3", "4"):
         (tmp_path / out).mkdir()
-    first = ledger.update(files, None, tmp_path / "1", unread={"b/week3.csv": 12}, **options)
+    first = ledger.update(files, None, tmp_path / "1", unread={"b/week3.xlsx": 12}, **options)
     assert (first.new, first.fresh_pairs, first.fresh_quarantined) == (6, 5, {UNREAD_FILE: 1})
-    assert first.refused_files["b/week3.csv"].startswith("its name ends in none of .json, .jsonl, ")
-    assert json.loads((tmp_path / "1" / "quarantine.jsonl").read_text())["file"] == "b/week3.csv"
-    same = ledger.update(files, tmp_path / "1", tmp_path / "2", unread={"b/week3.csv": 12}, **options)
+    assert first.refused_files["b/week3.xlsx"].startswith("its name ends in none of .json, .jsonl, ")
+    assert json.loads((tmp_path / "1" / "quarantine.jsonl").read_text())["file"] == "b/week3.xlsx"
+    same = ledger.update(files, tmp_path / "1", tmp_path / "2", unread={"b/week3.xlsx": 12}, **options)
     assert (same.new, same.unchanged, same.quarantined, same.fresh_quarantined) == (0, 6, {UNREAD_FILE: 1}, {})
-    grown = ledger.update(files, tmp_path / "2", tmp_path / "3", unread={"b/week3.csv": 13}, **options)
+    grown = ledger.update(files, tmp_path / "2", tmp_path / "3", unread={"b/week3.xlsx": 13}, **options)
     assert (grown.changed, grown.unchanged, grown.fresh_quarantined) == (1, 5, {UNREAD_FILE: 1})
-    alone = ledger.update([], tmp_path / "3", tmp_path / "4", unread={"b/week3.csv": 13}, **options)
+    alone = ledger.update([], tmp_path / "3", tmp_path / "4", unread={"b/week3.xlsx": 13}, **options)
     assert (alone.removed, alone.unchanged, alone.fresh_pairs) == (5, 1, 0)
 
 

@@ -17,7 +17,7 @@ import fsspec
 import pytest
 
 from qadapter.errors import QAdapterError
-from qadapter.preferences import download
+from qadapter.preferences import download, ledger
 from qadapter.preferences.download import UnreachableError
 from qadapter.preferences.sources import (
     MissingPathError,
@@ -51,6 +51,7 @@ def test_a_file_is_itself(tmp_path: Path) -> None:
 
 def test_a_folder_is_its_data_files(tmp_path: Path) -> None:
     kept = ["a.json", "b/c.jsonl.gz", "b/d.parquet", "e.jsonl", "f.arrow", "g.json.gz"]
+    kept += ["h.CSV", "i.tsv.bz2", "j.jsonl.zst", "k.zip", "l.JSONL"]
     left = [
         "README.md",
         "x.py",
@@ -64,11 +65,11 @@ def test_a_folder_is_its_data_files(tmp_path: Path) -> None:
     for name in kept + left:
         write(tmp_path / name)
     assert locate(str(tmp_path), cache_dir=tmp_path / "cache") == [tmp_path / name for name in kept]
-    assert check(str(tmp_path)) == SourceStatus(str(tmp_path), "folder", 6, 6 * len(ROW))
+    assert check(str(tmp_path)) == SourceStatus(str(tmp_path), "folder", 11, 11 * len(ROW))
 
 
 def test_what_a_folder_has_beside_its_data_is_told(tmp_path: Path) -> None:
-    unread = ["Week4.JSONL", "b/week3.csv", "week3.jsonl.zst"]
+    unread = ["Week4.XLSX", "b/week3.txt", "week3.tar.gz"]
     data = ["a.jsonl", "b/c.parquet"]
     silent = [
         *("README.md", "README", "readme.txt", "b/LICENSE", "notes.MD", "dataset_info.json", "cache-1.arrow"),
@@ -77,10 +78,10 @@ def test_what_a_folder_has_beside_its_data_is_told(tmp_path: Path) -> None:
     ]
     for name in unread + data + silent:
         write(tmp_path / name)
-    (tmp_path / "link.csv").symlink_to("/nowhere/secret.csv")
-    link = {"link.csv": len("/nowhere/secret.csv")}
+    (tmp_path / "link.bin").symlink_to("/nowhere/secret.csv")
+    link = {"link.bin": len("/nowhere/secret.csv")}
     assert unread_files(str(tmp_path)) == {**{name: len(ROW) for name in unread}, **link}
-    assert list(unread_files(f"file://{tmp_path}")) == ["Week4.JSONL", "b/week3.csv", "link.csv", "week3.jsonl.zst"]
+    assert list(unread_files(f"file://{tmp_path}")) == ["Week4.XLSX", "b/week3.txt", "link.bin", "week3.tar.gz"]
     assert locate(str(tmp_path), cache_dir=tmp_path) == [tmp_path / name for name in data]
     for no_folder in (str(tmp_path / "a.jsonl"), str(tmp_path / "nothing"), "hub:owner/name", "https://localhost/a"):
         assert unread_files(no_folder) == {}
@@ -170,6 +171,38 @@ def test_a_card_cannot_lead_out_of_its_folder(tmp_path: Path, outside: str) -> N
     folder = hub_folder(tmp_path / "set", card)
     with pytest.raises(QAdapterError):
         locate(str(folder), cache_dir=tmp_path, split="train")
+
+
+@pytest.mark.parametrize("pattern", ["https://localhost/a.jsonl", "hf://datasets/a/b/c.jsonl", "zip://*::a.zip"])
+def test_a_card_cannot_ask_for_an_address(tmp_path: Path, pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library that would fetch it is never called."""
+    monkeypatch.setattr("datasets.load_dataset_builder", None)
+    folder = hub_folder(tmp_path / "set", f"- config_name: one\n  data_files:\n    train: ['{pattern}']\n")
+    with pytest.raises(QAdapterError, match="names files outside the data set's folder"):
+        locate(str(folder), cache_dir=tmp_path, split="train")
+
+
+def test_a_card_of_aliases_is_refused(tmp_path: Path) -> None:
+    """Nine levels of nine aliases are 400 million values from 500 bytes."""
+    levels = "".join(f"  l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]\n" for i in range(1, 10))
+    folder = hub_folder(tmp_path / "set")
+    write(folder / "README.md", f"---\nbomb:\n  l0: &l0 [x]\n{levels}---\n".encode())
+    with pytest.raises(QAdapterError, match="aliases expand to more than 100,000 values"):
+        locate(str(folder), cache_dir=tmp_path, split="train")
+
+
+def test_file_names_that_are_not_utf_8_can_be_shown(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path)
+    for name in (b"\xff.bin", b"a\xfe.jsonl"):
+        Path(os.fsdecode(folder + b"/" + name)).write_bytes(ROW)
+    assert unread_files(str(tmp_path)) == {r"\xff.bin": len(ROW)}
+    (found,) = locate(str(tmp_path), cache_dir=tmp_path)
+    changes = ledger.update(
+        [found], None, write(tmp_path / "ledger" / "x").parent, domain=None, max_chars=99, rules="", unread={}
+    )
+    assert changes.fresh_pairs == 1
+    (entry,) = ledger.read(tmp_path / "ledger")
+    assert entry.file == r"a\xfe.jsonl"
 
 
 def test_links_out_of_a_folder_are_refused(tmp_path: Path) -> None:
@@ -437,6 +470,15 @@ def test_other_file_systems(tmp_path: Path) -> None:
     assert file.read_bytes() == ROW
     memory.pipe("/sets/a.jsonl", ROW * 2)
     assert locate(url, cache_dir=tmp_path)[0].read_bytes() == ROW * 2
+    shards = {"b/one.parquet": ROW, "b/two.csv.gz": ROW * 3, "_SUCCESS": b"", "b/.part.jsonl": ROW}
+    for name, content in shards.items():
+        memory.pipe(f"/sets/{name}", content)
+    assert check("memory://sets") == SourceStatus("memory://sets", "url", 3, 6 * len(ROW))
+    assert [len(file.read_bytes()) for file in locate("memory://sets/b/", cache_dir=tmp_path)] == [
+        len(ROW),
+        3 * len(ROW),
+    ]
+    memory.rm("/sets/b", recursive=True)
     memory.rm("/sets/a.jsonl")
     with pytest.raises(QAdapterError, match="does not exist"):
         locate(url, cache_dir=tmp_path)
@@ -513,6 +555,7 @@ def test_hub_data_sets(tmp_path: Path) -> None:
         "locate('hub:owner/name', cache_dir=Path('unused'))",
         "locate('hub:owner/name', cache_dir=Path('unused'), split='dev', revision='main')",
         "locate('hub:owner/name/other', cache_dir=Path('unused'))",
+        "locate('hf://datasets/owner/name@main/other', cache_dir=Path('unused'))",
     ]
     missing = ["locate('hub:owner/missing', cache_dir=Path('unused'))", "check('hub:owner/missing')"]
     checks = [
@@ -529,26 +572,38 @@ def test_hub_data_sets(tmp_path: Path) -> None:
     assert online[1] == repr(SourceStatus("hub:owner/name/other", "hub", 1, 5 * len(ROW)))
     assert online[2].startswith("QAdapterError: hub:owner/name/none has no data files.")
     assert online[3].startswith("QAdapterError: hub:gated/x is gated")
-    located = online[4:8]
+    located = online[4:9]
     assert located[0] == repr([snapshot / "data" / "test.jsonl"])
     assert (
         located[1] == "QAdapterError: hub:owner/name needs a `split`. Its splits are test, train; set `split` to one."
     )
     assert located[2].startswith("QAdapterError: hub:owner/name has no split 'dev'.")
-    assert located[3] == repr([snapshot / "other" / "only.jsonl"])
-    assert all(line.startswith("QAdapterError: The hub has no data set 'owner/missing'") for line in online[8:])
+    assert located[3] == located[4] == repr([snapshot / "other" / "only.jsonl"])
+    assert all(line.startswith("QAdapterError: The hub has no data set 'owner/missing'") for line in online[9:])
     assert not any(path.endswith((".py", ".pkl")) for _, path in server.asked)
     assert {path.suffix for path in snapshot.rglob("*.*")} == {".md", ".jsonl"}
 
     # What is cached is there without a network; the rest is refused with the way out.
     offline = hub_session(tmp_path, [*locations, *missing, checks[0]], server.url, offline=True)
-    assert offline[:4] == located
-    assert all("HF_HUB_OFFLINE=1 forbids to fetch it" in line for line in offline[4:6])
-    assert offline[6] == online[0]
+    assert offline[:5] == located
+    assert all("HF_HUB_OFFLINE=1 forbids to fetch it" in line for line in offline[5:7])
+    assert offline[7] == online[0]
 
 
 @pytest.mark.parametrize(
-    "path", ["hub:", "hub:name", "hub:../..", "hub:owner/..", "hub:owner/name/../x", "hub:o/n?x", "hub:o/ n"]
+    "path",
+    [
+        "hf://owner/name",
+        "hf://datasets/owner",
+        "hf://datasets/o/n@%2e%2e/x",
+        "hub:",
+        "hub:name",
+        "hub:../..",
+        "hub:owner/..",
+        "hub:owner/name/../x",
+        "hub:o/n?x",
+        "hub:o/ n",
+    ],
 )
 def test_bad_hub_names_are_refused(tmp_path: Path, path: str) -> None:
     for look in (check, lambda path: locate(path, cache_dir=tmp_path)):

@@ -1,0 +1,47 @@
+"""YAML from files that others may have written: plain values, and no more of them than the text honestly holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+MAX_NODES = 100_000
+"""Values and keys of one document, each alias counted with all that it stands for."""
+
+
+class ExpandingYamlError(yaml.YAMLError):
+    """A document whose aliases stand for too much, or that is nested too deep."""
+
+
+def read_yaml(text: str) -> Any:
+    """The value of a YAML document, as `yaml.safe_load` gives it.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, has a tag that is not one of plain data, is nested too deep, or its aliases
+            expand to more than `MAX_NODES` nodes.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > MAX_NODES:
+            raise ExpandingYamlError(f"the document's aliases expand to more than {MAX_NODES:,} values")
+        return loader.construct_document(node)
+    except RecursionError as error:
+        raise ExpandingYamlError("the document is nested too deep, or contains itself") from error
+    finally:
+        loader.dispose()
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many nodes a tree has if every alias is written out. Each node is visited once."""
+    if id(node) not in known:
+        size = 1
+        if isinstance(node, yaml.SequenceNode):
+            size += sum(_size(inner, known) for inner in node.value)
+        elif isinstance(node, yaml.MappingNode):
+            size += sum(_size(inner, known) for pair in node.value for inner in pair)
+        known[id(node)] = size
+    return known[id(node)]
