@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 
 from qadapter.files.artifacts import digest_file
-from qadapter.preferences.formats import read_pairs
 from qadapter.preferences.pair import PreferencePair
 from qadapter.preferences.prepare import prepare
 from qadapter.preferences.records import Reason
@@ -115,7 +114,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         file = Path(folder, "pairs.jsonl")
         write_rows(file, options.rows)
         size = file.stat().st_size / 1e6
-        next(read_pairs(file))
         found = {side: _measured(side, file, Path(folder, side)) for side in (OURS, THEIRS)}
         print(f"{options.rows:,} pairs, {size:,.0f} MB")
         print(f"{'':<16}{'seconds':>10}{'rows/s':>10}{'peak MB':>10}{'written':>10}")

@@ -282,9 +282,12 @@ def _draw(seed: int, text: str) -> bytes:
 
 def _distinct(pairs: Iterable[PreferencePair], seed: int) -> tuple[list[tuple[Row, PreferencePair]], Drawn]:
     """Pairs without exact duplicates, in an order that the seed and the texts decide; and the digests of all."""
-    drawn, found = Drawn(), {}
+    drawn = Drawn()
+    found: dict[bytes, tuple[Row, PreferencePair]] = {}
     for pair in pairs:
         row = Row.of(pair, seed)
         drawn.add(row)
-        found[row.order] = (row, pair)
+        # Equal texts may differ in margin or votes: which of them stays must not depend on the order of reading.
+        if row.order not in found or row.text < found[row.order][0].text:
+            found[row.order] = (row, pair)
     return [found[order] for order in sorted(found)], drawn
