@@ -27,6 +27,9 @@ for _module in (
     "qadapter.report.build",
     "qadapter.training.adapt",
     "qadapter.training.pretraining",
+    "qadapter.training.supervised",
+    "qadapter.training.trainer",
+    "trl.trainer.dpo_trainer",
 ):
     import_module(_module)
     if _module.startswith("flows."):
