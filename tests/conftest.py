@@ -90,3 +90,8 @@ def shared_formats() -> Path:
 def shared_golden() -> Path:
     """Folder with the published code's own numbers; skips where it is absent."""
     return _shared("golden")
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name bytes by their length: gzip writes the time into them, and all workers must name a test alike."""
+    return f"{argname}-{len(val)}-bytes" if isinstance(val, bytes) else None
