@@ -24,6 +24,7 @@ from flows.running.launch import Launch, PrefectRun, check_workspace, close_aban
 from qadapter.config.customization import PREFERENCES, Customization, load_customization
 from qadapter.config.experiment import Experiment
 from qadapter.files.artifacts import read_json
+from qadapter.files.locks import private_lock
 from qadapter.files.shown import shown
 from qadapter.preferences import sources
 from qadapter.preferences.mixture import unlearnt
@@ -269,8 +270,7 @@ def _shown_source(customization: Customization) -> str:
 
 def _lock(customization: Customization, what: str) -> FileLock:
     file = workspace() / ".qadapter" / what / f"{customization.model_name}.lock"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(file, poll_interval=0.2)
+    return private_lock(file, poll_interval=0.2)
 
 
 def at_work(customization: Customization) -> bool:

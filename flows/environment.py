@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 
+from qadapter.files.private import keep_private
 from qadapter.files.shown import guard_logs
 
 # Prefect, tqdm and tokenizers read these once, when first imported: `main` sets them before it imports anything.
@@ -14,6 +15,7 @@ _ENVIRONMENT = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "qadapter,tasks",
+    "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",  # what Prefect keeps of a failed run is no pickle
     "TQDM_DISABLE": "1",
     # Its warnings here are about prompts that are cut to the context on purpose.
     "TRANSFORMERS_VERBOSITY": "error",
@@ -22,11 +24,15 @@ _ENVIRONMENT = {
 
 
 def prepare_environment() -> None:
-    """What every command of the project sets before it imports Prefect or transformers; the user's own settings win."""
+    """What every command of the project sets before it imports Prefect or transformers; the user's own settings win.
+
+    From then on, what the process and its children write is its user's alone.
+    """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     quiet_libraries()
     guard_logs()
+    keep_private()
 
 
 def quiet_libraries() -> None:

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from prefect import task
 from prefect.logging import get_run_logger
 
@@ -17,6 +16,7 @@ from qadapter.config.customization import Customization
 from qadapter.config.sources import Source
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import read_json, storage_errors, write_json
+from qadapter.files.locks import held
 from qadapter.files.shown import shown
 from qadapter.preferences import sources
 from qadapter.preferences.building import Choices
@@ -64,7 +64,7 @@ class Seen:
         file = _seen_file(customization)
         with storage_errors(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(file.with_suffix(".state.lock")):
+            with held(file.with_suffix(".state.lock"), guards=f"what is known of {customization.name}", seconds=60.0):
                 seen = replace(cls.read(customization), **changes)
                 write_json(file, seen.__dict__)
         return seen

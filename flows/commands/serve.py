@@ -77,7 +77,7 @@ def serve(root: Path, *, limit: int = 1) -> None:
     url = api_url(root)
     keep_private()
     home = private_folder(prefect_home(root))
-    close_to_others(home)
+    close_to_others(home, thorough=True)
     found, auth = standing(url, home), auth_string(home)
     if found is Standing.FOREIGN:
         raise QAdapterError(not_ours(url))

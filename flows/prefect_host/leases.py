@@ -43,5 +43,5 @@ class ConcurrencyLeaseStorage(filesystem.ConcurrencyLeaseStorage):
         # Prefect's own lock is a file with the number of its holder's process. After a power cut another process may
         # have that number, and the server would wait for it for ever. The system's lock ends with its holder.
         self._ensure_storage_path()
-        async with AsyncFileLock(self.storage_path / "expirations.system-lock"):
+        async with AsyncFileLock(self.storage_path / "expirations.system-lock", mode=0o600):
             yield

@@ -25,7 +25,7 @@ from flows.prefect_host.access import (
 from flows.prefect_host.server_process import command
 from qadapter.errors import QAdapterError
 from qadapter.files.private import keep_private, private_folder
-from qadapter.files.url_secrets import shown
+from qadapter.files.shown import shown
 
 _START_SECONDS = 90.0  # a first start creates the database, on two busy cores
 _STOP_SECONDS = 5.0

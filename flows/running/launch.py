@@ -26,6 +26,7 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation.benchmarks.build import QUESTION_FIELDS
 from qadapter.evaluation.benchmarks.items import read_items
 from qadapter.evaluation.lm_eval.catalog import NAME, check_tasks, expand_suites, find_tasks, local_tasks, needs_data
+from qadapter.files.private import close_to_others, keep_private
 from qadapter.files.shown import guard_logs
 from qadapter.judging.plan import judged_rows, plan_judges
 from qadapter.preferences import sources
@@ -158,11 +159,13 @@ def _refuse_remote_code(experiment: Experiment) -> None:
 
 
 def check_workspace(folder: Path) -> None:
-    """Something can be written where results go.
+    """Something can be written where results go, and other users cannot read it.
 
     Raises:
-        QAdapterError: the disk is full or read-only, or the place is no folder.
+        QAdapterError: the disk is full or read-only, the place is no folder, or what lies there is open to other users
+            and cannot be closed to them.
     """
+    keep_private()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -173,6 +176,10 @@ def check_workspace(folder: Path) -> None:
             f"nothing can be written to the workspace {folder}: {error.strerror}. Free some space there, or name "
             "another folder with the environment variable QADAPTER_HOME."
         ) from error
+    for name in (".qadapter", "mlruns"):
+        close_to_others(folder / name)
+    for database in folder.glob("mlflow.db*"):
+        close_to_others(database)
 
 
 def _check_official_data(experiment: Experiment, data: Path | None) -> None:

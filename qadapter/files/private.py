@@ -30,16 +30,18 @@ def private_folder(folder: Path) -> Path:
         QAdapterError: the mode of an older folder cannot be changed.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    close_to_others(folder, deep=False)
+    close_to_others(folder)
     return folder
 
 
-def close_to_others(place: Path, *, deep: bool = True) -> int:
-    """Take other users' rights off a file, or off a folder and all that lies in it; links are not followed.
+def close_to_others(place: Path, *, thorough: bool = False) -> int:
+    """Take other users' rights off a file, or off a folder and all that lies in it; links in it are not followed.
+
+    What lies in a folder that was closed already cannot be reached by others, and is not looked at.
 
     Args:
         place: nothing happens if it does not exist. A link in this place is followed.
-        deep: the content of a folder too.
+        thorough: look at the content of a closed folder too.
 
     Returns:
         How many modes were changed.
@@ -49,7 +51,9 @@ def close_to_others(place: Path, *, deep: bool = True) -> int:
     """
     changed = 0
     place = place.resolve()
-    for path in _below(place) if deep else [place]:
+    if not place.exists() or not (thorough or place.stat().st_mode & _OTHERS):
+        return 0
+    for path in _below(place):
         try:
             mode = path.lstat().st_mode
         except FileNotFoundError:  # another process removed it meanwhile, or it was never there

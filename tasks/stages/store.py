@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import (
@@ -32,6 +32,7 @@ from qadapter.files.artifacts import (
     storage_errors,
     sweep,
 )
+from qadapter.files.locks import holder, private_lock
 from tasks.stages.code_version import code_digest
 from tasks.stages.remote import RemoteStore
 
@@ -228,7 +229,7 @@ class StageStore:
                 key = folder.name.lstrip(".").split(".")[0]  # an unfinished one is called `.<key>.<random>.tmp`
                 lock = root / "locks" / folder.parent.name / key
                 try:
-                    with contextlib.nullcontext() if kind == "damaged" else FileLock(_lock_file(lock), timeout=0):
+                    with contextlib.nullcontext() if kind == "damaged" else private_lock(_lock_file(lock), timeout=0):
                         if _last_use(folder) < limit:
                             shutil.rmtree(folder)
                             removed.append(folder)
@@ -268,7 +269,6 @@ def _key(name: str, code: str, config: Mapping[str, Any], inputs: Mapping[str, s
 
 
 def _lock_file(lock: Path) -> Path:
-    lock.parent.mkdir(parents=True, exist_ok=True)
     return lock.with_name(f"{lock.name}.lock")
 
 
@@ -276,11 +276,12 @@ def _lock_file(lock: Path) -> Path:
 def _locked(lock: Path, name: str) -> Iterator[None]:
     """Hold a stage's lock, across threads and processes; the system frees it when its holder dies, however it dies."""
     with storage_errors(lock):
-        held = FileLock(_lock_file(lock), poll_interval=0.2)
+        held = private_lock(_lock_file(lock), poll_interval=0.2)
         try:
             held.acquire(timeout=0)
         except Timeout:
             _LOGGER.info("Stage %s is being computed by another run; waiting for it.", name)
+            _LOGGER.debug("%s is held by %s", lock, holder(_lock_file(lock)))
             held.acquire()
     try:
         yield

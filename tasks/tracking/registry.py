@@ -15,16 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from qadapter.errors import QAdapterError
-from qadapter.files.artifacts import storage_errors
+from qadapter.files.locks import held
 from qadapter.files.shown import shown
 from tasks.tracking.store import NOT_FOUND, RefusedError, downloaded, local_path
 from tasks.tracking.tracker import Tracker
 
 CHAMPION, PREVIOUS = "champion", "previous"
 _LOGGED_MODEL = "models:/"
+_LOCK_SECONDS = 600.0  # moving aliases on a server that is away for a while
 _PROMOTE, _REJECT = "promote", "reject"
 _UNDER_WAY = "rolling_back_from"  # stands on the target until both aliases have moved
 # Bytes that every database of MLflow's takes: a VARCHAR(5000) of PostgreSQL and MySQL, and a TEXT of MySQL (65,535),
@@ -334,14 +333,8 @@ class Registry:
     @contextmanager
     def _moving(self) -> Iterator[None]:
         """Between looking at the champion and moving the aliases nobody else moves them."""
-        with storage_errors(self.lock):
-            self.lock.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.lock)
-            lock.acquire()
-        try:
+        with held(self.lock, guards=f"the aliases of {self.name}", seconds=_LOCK_SECONDS):
             yield
-        finally:
-            lock.release()
 
     def _aliases(self) -> dict[str, int]:
         found = self.tracker.call("search_registered_models", f"name = '{self.name}'")

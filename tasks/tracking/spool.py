@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from qadapter.files.artifacts import storage_errors, sync_to_disk
+from qadapter.files.locks import held
 
 Entry = dict[str, Any]
+_LOCK_SECONDS = 900.0  # a delivery tells all that was missed, and its holder may wait a minute for a server
 
 
 class Spool:
@@ -39,11 +39,12 @@ class Spool:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other threads and processes from adding or delivering."""
-        with storage_errors(self.file):
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.file.with_suffix(".lock"))
-        with lock:
+        """Keep other threads and processes from adding or delivering.
+
+        Raises:
+            QAdapterError: another process holds the lock for too long, or its file cannot be opened.
+        """
+        with held(self.file.with_suffix(".lock"), guards="the spool of MLflow", seconds=_LOCK_SECONDS):
             yield
 
     def append(self, entry: Entry) -> None:

@@ -20,7 +20,6 @@ from urllib.parse import urlsplit
 
 import pandas as pd
 import requests
-from filelock import FileLock
 
 # MLflow decides at its import whether it reports usage to its makers; a user who wants that sets the variable.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -35,6 +34,7 @@ from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE, MAX_METRICS_PER_BAT
 
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import atomic_folder, digest_file, list_files, storage_errors, sweep, write_json
+from qadapter.files.locks import held
 from qadapter.files.shown import shown
 from tasks.tracking.spool import Entry
 
@@ -81,6 +81,8 @@ _UNWRITABLE = {
     "readonly database": "it is read-only; change its permissions or name another folder",
 }
 _PROBE_SECONDS = 3.0
+_LOCK_SECONDS = 300.0  # creating the tables takes seconds
+_DOWNLOAD_SECONDS = 7200.0  # a model over a slow line
 _PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between attempts; SQLite itself waits 20 s for a lock before each
 
 
@@ -122,7 +124,9 @@ def _client(uri: str, artifact_root: str, _process: int) -> MlflowClient:
 
 def first_use(uri: str) -> contextlib.AbstractContextManager[Any]:
     """A lock between processes: MLflow creates tables and experiments without one, and two doing so at once collide."""
-    return FileLock(f"{uri.removeprefix(SQLITE)}.lock") if uri.startswith(SQLITE) else contextlib.nullcontext()
+    if not uri.startswith(SQLITE):
+        return contextlib.nullcontext()
+    return held(Path(f"{uri.removeprefix(SQLITE)}.lock"), guards="MLflow's database", seconds=_LOCK_SECONDS)
 
 
 def status_of(error: Exception) -> int | None:
@@ -216,10 +220,8 @@ def downloaded(place: Path, path: str, fetch: Callable[[Path], Any], holds: Call
     Raises:
         QAdapterError: the disk is full or cannot be written to; or what `fetch` raises.
     """
-    with storage_errors(place):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(place.with_name(f"{place.name}.lock"))
-    with lock:
+    lock = place.with_name(f"{place.name}.lock")
+    with held(lock, guards=f"the download of {path}", seconds=_DOWNLOAD_SECONDS):
         if not (place / path).exists() or not holds(place / path):
             sweep(place)
             with atomic_folder(place, replace=True) as folder:

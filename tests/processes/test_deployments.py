@@ -34,6 +34,7 @@ from qadapter.errors import QAdapterError
 from qadapter.training.checkpoints import SEAL
 from tests.processes.test_security import files_with_secrets
 from tests.support.commands import subcommand
+from tests.support.modes import others_modes
 from tests.support.paths import PROJECT_ROOT
 from tests.support.real_runs import SECRETS, free_port
 
@@ -615,6 +616,10 @@ def test_stopping_leaves_nothing_behind(served: Served) -> None:
     with sqlite3.connect(served.folder / "prefect" / "prefect.db") as database:
         states = dict(database.execute("SELECT id, state_type FROM flow_run").fetchall())
     assert states[run_id] == "CRASHED"
+    assert others_modes(served.folder / "prefect", served.folder / "home") == {}
+    stored = list((served.folder / "prefect" / "storage").glob("*"))
+    assert stored, "of the run that failed above"
+    assert all(json.loads(file.read_text()).keys() == {"__exc_type__", "message"} for file in stored)
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import threading
@@ -19,7 +18,10 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from prefect import flow
+from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
+from flows import environment as flow_environment
 from flows.prefect_host import server_process
 from flows.prefect_host.access import (
     AUTH_FILE,
@@ -34,22 +36,13 @@ from flows.prefect_host.access import (
 from qadapter.command.parser import main
 from qadapter.errors import QAdapterError
 from tests.support.browser import opened, page_of_another_origin
+from tests.support.modes import others_modes
 from tests.support.paths import PROJECT_ROOT
-from tests.support.real_runs import Server, free_port, wait_for
+from tests.support.real_runs import Server, free_port
 
 AUTH = "the-auth-string-of-this-test"
 HEADERS = {"Authorization": f"Basic {base64.b64encode(AUTH.encode()).decode()}"}
 SECRET = "the-value-of-a-secret-block"
-
-
-def others_modes(*places: Path) -> dict[str, str]:
-    """Files and folders that other users have any right to, with their modes."""
-    found = {}
-    for path in [path for place in places for path in (place, *place.rglob("*"))]:
-        mode = path.lstat().st_mode
-        if not stat.S_ISLNK(mode) and stat.S_IMODE(mode) & 0o077:
-            found[str(path)] = f"{stat.S_IMODE(mode):04o}"
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -367,23 +360,51 @@ with prefect_server():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGBUS], ids=lambda number: number.name)
-def test_a_temporary_server_ends_with_its_run(number: signal.Signals, tmp_path: Path) -> None:
-    environment = os.environ | {"PREFECT_HOME": str(tmp_path), "PREFECT_API_URL": ""}
+def test_a_temporary_server_ends_with_its_run(tmp_path: Path) -> None:
+    """Of three runs side by side, one is stopped (TERM), one killed, one ends as a broken mapping ends it (BUS)."""
+    numbers = (signal.SIGTERM, signal.SIGKILL, signal.SIGBUS)
+    runs = {number: start_a_run(tmp_path / number.name) for number in numbers}
+    servers = {}
+    for number, process in runs.items():
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        assert url.startswith("http://127.0.0.1:")
+        (servers[number],) = psutil.Process(process.pid).children(recursive=True)
+        assert httpx.post(f"{url}/flow_runs/filter", json={}, timeout=30).status_code == 401
+        assert httpx.get(f"{url}/health", headers={"Origin": "http://evil.test"}, timeout=30).status_code == 403
+        assert others_modes(tmp_path / number.name) == {}
+    start = time.monotonic()
+    for number, process in runs.items():
+        os.kill(process.pid, number)
+        assert process.wait(timeout=30) == -number
+    gone, alive = psutil.wait_procs(list(servers.values()), timeout=server_process.SECONDS_TO_END + 5)
+    assert (len(gone), alive) == (3, []), f"after {time.monotonic() - start:.1f} s"
+
+
+def start_a_run(home: Path) -> subprocess.Popen[str]:
+    environment = os.environ | {"PREFECT_HOME": str(home), "PREFECT_API_URL": ""}
     for name in (AUTH_VARIABLE, SERVER_AUTH_VARIABLE):
         environment.pop(name, None)
-    process = subprocess.Popen(
-        [sys.executable, "-c", _RUN], cwd=PROJECT_ROOT, env=environment, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    url = process.stdout.readline().strip()
-    assert url.startswith("http://127.0.0.1:")
-    (server,) = psutil.Process(process.pid).children(recursive=True)
-    assert httpx.post(f"{url}/flow_runs/filter", json={}, timeout=30).status_code == 401
-    assert httpx.get(f"{url}/health", headers={"Origin": "http://evil.test"}, timeout=30).status_code == 403
-    assert others_modes(tmp_path) == {}
-    os.kill(process.pid, number)
-    start = time.monotonic()
-    assert process.wait(timeout=30) == -number
-    wait_for(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE, 15, "the server's end")
-    assert time.monotonic() - start < server_process.SECONDS_TO_END + 5
+    command = [sys.executable, "-c", _RUN]
+    return subprocess.Popen(command, cwd=PROJECT_ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+# ---- what Prefect keeps of a failed run
+
+
+@flow
+def failing() -> None:
+    raise QAdapterError("what went wrong")
+
+
+def test_a_failed_run_leaves_no_pickle(harness: None, tmp_path: Path) -> None:
+    """Prefect stores the exception of every failed flow run; as JSON, in the project's folder and in its commands."""
+    assert flow_environment._ENVIRONMENT["PREFECT_RESULTS_DEFAULT_SERIALIZER"] == "json"
+    with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: tmp_path}):
+        state = failing(return_state=True)
+    assert state.is_failed()
+    (file,) = [file for file in tmp_path.iterdir() if file.is_file()]
+    expected = {"__exc_type__": "qadapter.errors.QAdapterError", "message": "what went wrong"}
+    assert json.loads(file.read_text()) == expected
+    with pytest.raises(QAdapterError, match="what went wrong"):
+        state.result()

@@ -1,0 +1,83 @@
+"""File locks between processes: their files are private, and a lock that is held for long is named, with its holder."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+from filelock import FileLock, Timeout
+
+from qadapter.errors import QAdapterError
+from qadapter.files.artifacts import storage_errors
+from qadapter.files.private import private_folder
+
+_LOGGER = logging.getLogger(__name__)
+_NOTICE_SECONDS = 10.0
+
+
+def private_lock(file: Path, **options: Any) -> FileLock:
+    """A lock whose file only its owner can open: another user can neither hold nor see it.
+
+    Args:
+        file: the lock's file; its folder is created.
+        options: of `filelock.FileLock`.
+
+    Raises:
+        QAdapterError: the folder cannot be created.
+    """
+    with storage_errors(file):
+        if not file.parent.exists():
+            private_folder(file.parent)
+    return FileLock(file, mode=0o600, **options)
+
+
+@contextlib.contextmanager
+def held(file: Path, *, guards: str, seconds: float) -> Iterator[None]:
+    """Hold a lock for the length of a block; the system frees it when its holder dies, however it dies.
+
+    Who waits for more than some seconds says for whom, once.
+
+    Args:
+        file: the lock's file.
+        guards: what it guards, for messages: "MLflow's database".
+        seconds: how long to wait; its holder has to be done by then.
+
+    Raises:
+        QAdapterError: it is still held then, or its file cannot be opened.
+    """
+    lock = private_lock(file)
+    notice = min(_NOTICE_SECONDS, seconds)
+    with storage_errors(file):
+        try:
+            lock.acquire(timeout=notice)
+        except Timeout:
+            _LOGGER.warning("Waiting for %s, which guards %s and is held by %s.", file, guards, holder(file))
+            try:
+                lock.acquire(timeout=seconds - notice)
+            except Timeout:
+                raise QAdapterError(
+                    f"The lock {file}, which guards {guards}, was held for {seconds:.0f} s by {holder(file)}. "
+                    "End that process, or wait for it, and run again: finished stages are kept."
+                ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def holder(file: Path) -> str:
+    """Who holds a lock, as far as this system tells: the process, by its number, name and user."""
+    try:
+        status = file.stat()
+        place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+        rows = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        numbers = [int(row[4]) for row in rows if len(row) > 5 and row[1] == "FLOCK" and row[5] == place]
+        process = psutil.Process(numbers[0])
+        return f"process {process.pid} ({process.name()}, user {process.username()})"
+    except (OSError, IndexError, ValueError, psutil.Error):
+        return "another process"
