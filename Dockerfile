@@ -16,11 +16,17 @@ ENV PIP_NO_CACHE_DIR=1 \
 
 WORKDIR /opt/qadapter
 
-# What changes seldom comes first: with these two files alone the libraries are a layer of their own.
+# What changes seldom comes first: with these files alone the libraries are a layer of their own. Each is checked against
+# its hash; packages that come as source are built by the setuptools checked before them (docs/security.md).
+COPY requirements.lock requirements-build.lock ./
+RUN python -m pip install --require-hashes -r requirements-build.lock \
+    && python -m pip install --require-hashes --no-build-isolation -r requirements.lock
+
+# requirements.lock has the extras `pipeline` and `quantized`; others (dask, ray) come by version.
 COPY pyproject.toml setup.py constraints.txt README.md LICENSE ./
 COPY installing installing
 RUN mkdir qadapter tasks flows && touch qadapter/__init__.py tasks/__init__.py flows/__init__.py \
-    && python -m pip install -c constraints.txt -e ".[pipeline${EXTRAS:+,$EXTRAS}]"
+    && python -m pip install --no-build-isolation -c constraints.txt -e ".[pipeline${EXTRAS:+,$EXTRAS}]"
 
 COPY prefect.toml prefect.yaml ./
 COPY configs configs

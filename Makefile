@@ -43,8 +43,9 @@ lint: $(STAMP) ## lint, format check, type check
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 ui: $(STAMP) ## MLflow's UI on the runs of this folder, http://127.0.0.1:5000
-	@DO_NOT_TRACK=1 MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
-		$(BIN)/mlflow ui --backend-store-uri "sqlite:///$(CURDIR)/mlflow.db" --host 127.0.0.1 --port 5000
+	@umask 077 && DO_NOT_TRACK=1 MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
+		$(BIN)/mlflow server --app-name qadapter --host 127.0.0.1 --port 5000 --x-frame-options DENY \
+		--allowed-hosts "127.0.0.1:5000,localhost:5000" --backend-store-uri "sqlite:///$(CURDIR)/mlflow.db"
 
 serve: $(STAMP) ## Prefect server and worker with all deployments, http://127.0.0.1:4200
 	@$(BIN)/python -m qadapter up

@@ -12,6 +12,7 @@ if os.environ.get("QADAPTER_CHECKOUT"):  # installing/backend.py
         entry_points={
             "console_scripts": COMMAND,
             "prefect.plugins": ["qadapter-deployments = flows.prefect_host.deployment_names"],
+            "mlflow.app": ["qadapter = flows.commands.mlflow_app:create_app"],
         },
     )
 else:

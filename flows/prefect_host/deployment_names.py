@@ -34,7 +34,7 @@ from qadapter.files.private import keep_private
 DEFAULT_DEPLOYMENTS = {"full-paper-repro": "smoke"}
 """The deployment that a bare flow name stands for. A test holds it against `prefect.yaml`."""
 
-_PROGRAMS = {"prefect", "prefect.exe", "__main__.py"}
+_PROGRAMS = {"prefect", "prefect.exe"}
 _GLOBAL_OPTIONS_WITH_VALUE = {"--profile"}
 _RUN_FLAGS = {"--watch", "--no-watch", "--help", "-h"}
 _WITHOUT_SERVER = {"config", "profile", "profiles", "server", "plugins", "version", "cloud", "dev"}
@@ -78,7 +78,7 @@ def setup_environment(*, ctx: HookContext) -> SetupResult | None:
     Raises:
         SystemExit: a command of Prefect's command line would speak to a server that does not know the auth string.
     """
-    is_command_line = bool(sys.argv) and Path(sys.argv[0]).name in _PROGRAMS
+    is_command_line = bool(sys.argv) and _is_prefect(Path(sys.argv[0]))
     if is_command_line:
         sys.argv[:] = expand(sys.argv)
         keep_private()  # a worker that is started by hand hands it on to its runs
@@ -90,6 +90,11 @@ def setup_environment(*, ctx: HookContext) -> SetupResult | None:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
     return SetupResult(env=found) if found else None
+
+
+def _is_prefect(program: Path) -> bool:
+    """Whether a program is Prefect's command line, rather than another `python -m`."""
+    return program.name in _PROGRAMS or (program.name == "__main__.py" and program.parent.name == "prefect")
 
 
 def _auth_of(url: str | None, command_line: Sequence[str]) -> dict[str, str]:
@@ -115,4 +120,6 @@ def _auth_of(url: str | None, command_line: Sequence[str]) -> dict[str, str]:
         if words and words[0] not in _WITHOUT_SERVER:
             raise QAdapterError(not_ours(url))
         return {}
+    if found is Standing.ABSENT and not words:
+        return {}  # what may answer there later has proved nothing; a command that waits for it is asked to
     return {AUTH_VARIABLE: generated_auth_string(home)}

@@ -30,7 +30,7 @@ _LONGEST_CHALLENGE = 128
 
 def own_origins(port: int) -> list[str]:
     """The origins of a loopback server's own pages."""
-    return [f"http://{name}:{port}" for name in _NAMES]
+    return [f"http://{name}:{port}" for name in _NAMES] + ([f"http://{name}" for name in _NAMES] if port == 80 else [])
 
 
 class Guard:
@@ -40,44 +40,40 @@ class Guard:
         app: what answers the others.
     """
 
-    def __init__(self, app: App, *, port: int, auth: str | None = None) -> None:
+    def __init__(self, app: App, *, auth: str | None = None) -> None:
         """Wrap an app.
 
         Args:
-            app: an ASGI app.
-            port: that it listens on.
+            app: an ASGI app that listens on a loopback address.
             auth: the auth string of a Prefect server; it is proved at `access.PROOF_PATH`, never told.
         """
         self.app = app
-        self._port, self._auth = port, auth
-        self._origins = {origin.encode() for origin in own_origins(port)}
-        self._hosts = {origin.removeprefix(b"http://") for origin in self._origins}
-        if port == 80:
-            self._hosts |= {name.encode() for name in _NAMES}
-            self._origins |= {b"http://" + name.encode() for name in _NAMES}
+        self._auth = auth
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer as ASGI apps do."""
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
+        port = int(scope["server"][1])
+        own = {origin.encode() for origin in own_origins(port)}
         hosts = [value.lower() for name, value in scope["headers"] if name == b"host"]
         origins = [value.lower() for name, value in scope["headers"] if name == b"origin"]
-        if len(hosts) != 1 or hosts[0] not in self._hosts:
+        if len(hosts) != 1 or b"http://" + hosts[0] not in own:
             await self._refuse(scope, send, "This server does not answer under that Host name.")
-        elif any(origin not in self._origins for origin in origins):
+        elif any(origin not in own for origin in origins):
             await self._refuse(scope, send, "This server takes no requests from pages of another origin.")
         elif scope["type"] == "http" and self._auth and scope["path"] == PROOF_PATH:
-            await self._prove(scope, send, self._auth)
+            await self._prove(scope, send, self._auth, port)
         else:
             await self.app(scope, receive, _with_headers(send) if scope["type"] == "http" else send)
 
-    async def _prove(self, scope: Scope, send: Send, auth: str) -> None:
+    async def _prove(self, scope: Scope, send: Send, auth: str, port: int) -> None:
         given = parse_qs(scope["query_string"].decode("latin-1")).get("challenge", [])
         if len(given) != 1 or len(given[0]) > _LONGEST_CHALLENGE:
             await _answer(send, 400, "One challenge is expected.")
         else:
-            await _answer(send, 200, proof(auth, given[0], self._port))
+            await _answer(send, 200, proof(auth, given[0], port))
 
     async def _refuse(self, scope: Scope, send: Send, why: str) -> None:
         if scope["type"] == "websocket":

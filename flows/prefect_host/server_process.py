@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] = ",".join(own_origins(port))
     if given.temporary:
         os.environ |= {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT_SERVER_UI_ENABLED": "0"}
-    _serve(listener, port, auth, given)
+    _serve(listener, auth, given)
     return 0
 
 
@@ -96,7 +96,7 @@ def _listener(given: argparse.Namespace) -> socket.socket:
     return socket.create_server((given.host, given.port), family=family)
 
 
-def _serve(listener: socket.socket, port: int, auth: str, given: argparse.Namespace) -> None:
+def _serve(listener: socket.socket, auth: str, given: argparse.Namespace) -> None:
     import uvicorn
 
     # Prefect reads its settings when it is first imported.
@@ -106,7 +106,7 @@ def _serve(listener: socket.socket, port: int, auth: str, given: argparse.Namesp
     settings = get_current_settings().server
     app = create_app(final=True, ephemeral=given.temporary)
     config = uvicorn.Config(
-        Guard(app, port=port, auth=auth),
+        Guard(app, auth=auth),
         lifespan="on",
         log_level="error" if given.temporary else settings.logging_level.lower(),
         timeout_keep_alive=settings.api.keepalive_timeout,

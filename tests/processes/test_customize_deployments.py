@@ -136,7 +136,7 @@ def announce_at_once(served: Served, times: int) -> None:
         subprocess.Popen(
             [sys.executable, "-m", "qadapter", "announce", "--config", "smoke"],
             cwd=PROJECT_ROOT,
-            env=os.environ | {"PREFECT_API_URL": served.url, "PREFECT_HOME": str(served.folder / "prefect")},
+            env=served.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -215,15 +215,15 @@ def test_nothing_else_is_touched(line: str) -> None:
     assert expand(["prefect", *line.split()]) == ["prefect", *line.split()]
 
 
+def environment_for(url: str, home: Path) -> dict[str, str]:
+    """Of a new shell, whatever this process itself was given."""
+    environment = os.environ | {"PREFECT_API_URL": url, "PREFECT_HOME": str(home)}
+    return {name: value for name, value in environment.items() if name not in (AUTH_VARIABLE, SERVER_AUTH_VARIABLE)}
+
+
 def command_line(*arguments: str, home: Path, url: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
     """Prefect's real command line in the project folder, where `prefect.toml` switches the plugin on."""
-    environment = os.environ | {
-        "PREFECT_HOME": str(home),
-        "PREFECT_API_URL": url,
-        "DO_NOT_TRACK": "1",
-        "COLUMNS": "200",
-    }
-    environment.pop(AUTH_VARIABLE, None)  # the plugin supplies it
+    environment = environment_for(url, home) | {"DO_NOT_TRACK": "1", "COLUMNS": "200"}
     return subprocess.run(
         [PREFECT, *arguments], cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, timeout=timeout
     )
@@ -255,6 +255,11 @@ class Served:
     @property
     def log(self) -> str:
         return (self.folder / "serve.log").read_text(errors="replace")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of a user's processes in the project folder: the plugin supplies the auth string."""
+        return environment_for(self.url, self.folder / "prefect")
 
     @property
     def auth(self) -> str:
@@ -300,15 +305,12 @@ def wait_until(condition: Any, seconds: float, what: str, served: Served) -> Non
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("serve")
     url = f"http://127.0.0.1:{free_port()}/api"
-    environment = os.environ | {
-        "PREFECT_API_URL": url,
-        "PREFECT_HOME": str(folder / "prefect"),
+    environment = environment_for(url, folder / "prefect") | {
         "QADAPTER_HOME": str(folder / "home"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    for name in ("MLFLOW_TRACKING_URI", AUTH_VARIABLE, SERVER_AUTH_VARIABLE):
-        environment.pop(name, None)
+    environment.pop("MLFLOW_TRACKING_URI", None)
     (folder / "home").mkdir()
     with (folder / "serve.log").open("wb") as log:
         process = subprocess.Popen(
@@ -372,7 +374,7 @@ def test_deployments_start_runs_that_complete(
     assert served.post("/work_pools/filter", {})[0]["type"] == "process"
 
     save = "import sys; from prefect.blocks.system import Secret; Secret(value=sys.argv[1]).save('data-token')"
-    environment = os.environ | {"PREFECT_API_URL": served.url, "PREFECT_HOME": str(served.folder / "prefect")}
+    environment = served.environment
     subprocess.run(
         [sys.executable, "-c", save, SECRETS["QADAPTER_DATA_TOKEN"]], env=environment, check=True, timeout=120
     )
@@ -534,7 +536,7 @@ def test_schedules_that_were_paused_and_resumed_outlive_a_new_start(served: Serv
         assert before["active"] is not active, "the file's own"
         served.send("PATCH", path, {"active": active})  # what `prefect deployment schedule resume` and `pause` send
     log = served.folder / "again.log"
-    environment = os.environ | {"PREFECT_API_URL": served.url, "PREFECT_HOME": str(served.folder / "prefect")}
+    environment = served.environment
     with log.open("wb") as stream:
         command = [sys.executable, "-m", "qadapter", "up"]
         process = subprocess.Popen(command, cwd=PROJECT_ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT)
@@ -561,6 +563,7 @@ def test_an_experiment_is_spread_over_a_work_pool(served: Served, capsys: pytest
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_API_URL", served.url)
         patch.setenv("PREFECT_HOME", str(served.folder / "prefect"))
+        patch.delenv(AUTH_VARIABLE, raising=False)
         patch.setenv("QADAPTER_HOME", str(served.folder / "home"))
         assert spread(["full-paper-repro/nowhere", *given[1:]]) == 2
         assert "has no deployment 'full-paper-repro/nowhere'; it has check-champion/smoke" in capsys.readouterr().err

@@ -6,6 +6,8 @@ import base64
 import http.server
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -190,6 +192,55 @@ def test_hosts_and_origins(server: Server, headers: dict[str, str], status: int)
     upgrade = socket_headers | {"Sec-WebSocket-Key": base64.b64encode(bytes(16)).decode(), **filled}
     with httpx.stream("GET", f"{server.url}/events/in", headers=upgrade, timeout=30) as answer:
         assert answer.status_code == (101 if status == 200 else 403)
+
+
+# ---- MLflow's pages
+
+_MLFLOW_ATTACK = """<html><body><pre></pre><script>
+(async () => {
+  const said = [], path = URL + "/ajax-api/2.0/mlflow/experiments/";
+  for (const [what, method, body] of [["search?max_results=5", "GET", null], ["create", "POST", {name: "theirs"}]]) {
+    try { said.push(await (await fetch(path + what, {method, body: body && JSON.stringify(body),
+        headers: body ? {"Content-Type": "application/json"} : {}})).text()); }
+    catch (error) { said.push(what + ": " + error); }
+  }
+  document.querySelector("pre").textContent = said.join("\\n") + "\\nthe end";
+})();
+</script></body></html>"""
+
+
+@pytest.mark.slow
+def test_a_page_on_another_port_gets_nothing_of_mlflow(tmp_path: Path) -> None:
+    """MLflow itself lets every page on this machine read and write; `make ui` starts it behind the guard."""
+    (line,) = re.findall(r"(?s)\$\(BIN\)/mlflow (server .*?)\n\n", (PROJECT_ROOT / "Makefile").read_text())
+    port = free_port()
+    line = line.replace("\\\n", " ").replace("5000", str(port)).replace("$(CURDIR)", str(tmp_path))
+    metadata = tmp_path / "qadapter_ui-0.dist-info"  # the entry point as setup.py has it, installed or not
+    metadata.mkdir()
+    (point,) = re.findall(r'"mlflow.app": \["(.*?)"\]', (PROJECT_ROOT / "setup.py").read_text())
+    (metadata / "entry_points.txt").write_text(f"[mlflow.app]\n{point}\n")
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: qadapter-ui\nVersion: 0\n")
+    environment = {
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{PROJECT_ROOT}",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    command = [sys.executable, "-m", "mlflow", *shlex.split(line), "--workers", "1"]
+    server = Server(command, f"http://127.0.0.1:{port}", tmp_path / "mlflow.log", environment).start()
+    try:
+        with page_of_another_origin(_MLFLOW_ATTACK.replace("URL", json.dumps(server.url))) as url:
+            said = opened(url, tmp_path / "profile").splitlines()
+        refused = "TypeError: Failed to fetch"
+        assert said == [f"search?max_results=5: {refused}", f"create: {refused}", "the end"]
+        search = f"{server.url}/ajax-api/2.0/mlflow/experiments/search?max_results=5"
+        for headers, status in (({}, 200), ({"Origin": server.url}, 200), ({"Host": "evil.test"}, 403)):
+            assert httpx.get(search, headers=headers, timeout=30).status_code == status
+        names = [experiment["name"] for experiment in httpx.get(search, timeout=30).json()["experiments"]]
+        assert names == ["Default"]
+        pages = httpx.get(server.url, timeout=30)
+        assert (pages.status_code, pages.headers["x-frame-options"]) == (200, "DENY")
+    finally:
+        server.send(signal.SIGKILL)
 
 
 def test_no_file_of_the_server_is_open_to_others(server: Server) -> None:

@@ -93,7 +93,7 @@ def files_with_secrets(places: Sequence[Path]) -> tuple[list[Path], dict[Path, l
 
 def test_the_search_for_secrets_decodes(tmp_path: Path) -> None:
     """A pickle in base64 in JSON, as Prefect stores one by default; a gzip in it; a name of a file."""
-    secret = SECRETS["DATA_TOKEN"]
+    secret = SECRETS["QADAPTER_DATA_TOKEN"]
     error = QAdapterError(f"{secret} was refused")
     pickled = base64.b64encode(pickle.dumps(error)).decode()
     (tmp_path / "pickle").write_text(json.dumps({"result": pickled}))
