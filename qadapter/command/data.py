@@ -11,7 +11,7 @@ from qadapter.files.shown import visible
 from qadapter.preferences.building import Choices
 from qadapter.preferences.packed import shown_path
 from qadapter.preferences.pair import PreferencePair
-from qadapter.preferences.prepare import stream_files
+from qadapter.preferences.prepare import no_usable_pair, stream_files
 from qadapter.preferences.reading import Accepted
 
 SHOWN_PAIRS, SHOWN_CHARACTERS = 3, 400
@@ -21,10 +21,11 @@ def run(options: ShowDataOptions) -> None:
     """Print the layout, three pairs as they are read, the counts and the quarantine's reasons.
 
     Raises:
-        QAdapterError: what is no preference data, or needs a choice; the message proposes a mapping where the fields'
-            names suggest one.
+        QAdapterError: what is no preference data, needs a choice, or has no usable pair. The message proposes a mapping
+            where the fields' names suggest one.
     """
-    print("\n".join(report(options.located(options.file, options.split), options)))
+    for line in report(options.located(options.file, options.split), options):
+        print(line)
 
 
 def report(files: list[Path], options: ShowDataOptions) -> Iterator[str]:
@@ -54,6 +55,8 @@ def report(files: list[Path], options: ShowDataOptions) -> Iterator[str]:
     margins = f", {with_margin} of them with a margin" if with_margin else ""
     yield f"\n{used + quarantined} pairs read, {used} can be used{margins}, {quarantined} cannot"
     yield from (f"  {count} quarantined: {reason}" for reason, count in sorted(reasons.items()))
+    if not used:
+        raise no_usable_pair(files, reasons)
 
 
 def _short(text: str) -> str:

@@ -290,7 +290,10 @@ def _branches(node: Any, path: list[Message]) -> Iterator[tuple[list[Message], l
         if not said:
             continue
         path = [*path, *said]
-        replies = [reply for reply in node.get("replies") or [] if _published(reply)]
+        given = node.get("replies") or []
+        if not isinstance(given, list):
+            raise UnusableRecord(Reason.WRONG_FIELDS)
+        replies = [reply for reply in given if _published(reply)]
         if said[0]["role"] == "user" and len(replies) > 1:
             yield path, replies
         if len(path) < MAX_TREE_DEPTH:

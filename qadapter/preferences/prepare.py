@@ -229,7 +229,7 @@ class _Side:
             else:
                 self.rejected.setdefault(item.file, _Rejections()).add(item)
         if not self.rows.drawn:
-            raise _no_usable_pair(list(self.formats), self.reasons())
+            raise no_usable_pair(list(self.formats), self.reasons())
 
     def reasons(self) -> Counter[str]:
         """How many candidates were rejected for each reason."""
@@ -444,10 +444,11 @@ def first_usable_pair(
         if isinstance(item, Accepted):
             return item.pair
         reasons[item.reason.value] += 1
-    raise _no_usable_pair(files, reasons)
+    raise no_usable_pair(files, reasons)
 
 
-def _no_usable_pair(files: Sequence[Path], reasons: Mapping[str, int]) -> QAdapterError:
+def no_usable_pair(files: Sequence[Path], reasons: Mapping[str, int]) -> QAdapterError:
+    """The refusal of files whose candidates were all rejected, with the number of each reason."""
     names = ", ".join(map(shown_path, files[:3])) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
     counts = "; ".join(f"{reason}: {count}" for reason, count in sorted(reasons.items()))
     return QAdapterError(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qadapter.preferences.text_records import ASKS
 from qadapter.preferences.turns import is_turn, is_turns
 
 Record = Mapping[str, Any]
@@ -40,7 +41,7 @@ def _argilla(record: Record) -> bool:
 
 def _one_list_inside(record: Record) -> bool:
     lists = [value for value in record.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    return len(lists) == 1 and not any(is_turns(value) for value in lists)
+    return len(lists) == 1 and ASKS.isdisjoint(record) and not any(is_turns(value) for value in lists)
 
 
 def _column_wise(record: Record) -> bool:

@@ -106,6 +106,10 @@ def _at_end(stream: io.BufferedReader[Any]) -> bool:
         return False
 
 
+ASKS = frozenset("prompt question instruction query input context user_input info messages history contents".split())
+"""An object that has one of these is a record, whatever lists it holds."""
+
+
 def _refuse_one_object(value: dict[str, Any], file: Path) -> None:
     """A file that is one JSON object with the records inside.
 
@@ -119,7 +123,7 @@ def _refuse_one_object(value: dict[str, Any], file: Path) -> None:
             f"{shown_path(file)} is one JSON object with a table in columns ({', '.join(tables[:4])}). "
             'Write it by rows instead: pandas\' `to_json(orient="records", lines=True)`.'
         )
-    if len(lists) == 1 and len(value) <= 3:
+    if len(lists) == 1 and len(value) <= 3 and ASKS.isdisjoint(value):
         raise _one_object(file, lists[0])
 
 
