@@ -92,8 +92,8 @@ def test_the_page_needs_nothing_else(report: Path) -> None:
 
 def test_the_template_is_installed_with_the_package() -> None:
     project = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    patterns = project["tool"]["setuptools"]["package-data"]["qadapter.report"]
-    assert any(fnmatch(TEMPLATE, pattern) for pattern in patterns)
+    patterns = project["tool"]["setuptools"]["package-data"]["qadapter"]
+    assert any(fnmatch(f"report/{TEMPLATE}", pattern) for pattern in patterns)
     assert (Path(page_module.__file__).parent / TEMPLATE).is_file()
 
 
