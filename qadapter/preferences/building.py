@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -341,15 +343,24 @@ _SCORES = tuple(
 )
 
 
+@functools.lru_cache(maxsize=1000)
+def _score_fields(keys: tuple[Any, ...]) -> tuple[str, str] | None:
+    return next((names for names in _SCORES if names[0] in keys and names[1] in keys), None)
+
+
 def margin_of(record: Record) -> float | None:
     """The margin beside `chosen` and `rejected`: given as such, or as the difference of their two scores."""
-    if (given := _number(record.get("margin"))) is not None:
+    if "margin" in record and (given := _number(record["margin"])) is not None:
         return given
-    for better, worse in _SCORES:
-        if better in record and worse in record:
-            first, second = _number(record[better]), _number(record[worse])
-            return None if first is None or second is None else first - second
-    return None
+    names = _score_fields(tuple(record))
+    if names is None:
+        return None
+    first, second = record[names[0]], record[names[1]]
+    if type(first) is not float or type(second) is not float:
+        first, second = _number(first), _number(second)
+    if first is None or second is None or not math.isfinite(first - second):
+        return None
+    return first - second
 
 
 def _number(value: Any) -> float | None:

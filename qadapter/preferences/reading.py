@@ -232,6 +232,8 @@ def _is_number(value: Any) -> bool:
 
 def _repeats(record: Mapping[str, Any], file_format: Format, value: Any) -> bool:
     """Whether a field only repeats texts that the layout reads (`messages` beside a chosen dialogue)."""
+    if any(record.get(name) == value for name in file_format.reads):
+        return True
     read = {words for name in file_format.reads if name in record for words in texts_of(record[name])}
     said = texts_of(value)
     return bool(said) and read.issuperset(said)

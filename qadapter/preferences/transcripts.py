@@ -48,7 +48,13 @@ class Style:
         return self.starts.match(text) is not None and self.answers.search(text) is not None
 
 
+# The spellings of HH, the most frequent style, without a detour.
+SPEAKERS |= {"Human": "user", "Assistant": "assistant"}
+
+
 def _message(speaker: str, content: str) -> Message:
+    if speaker in SPEAKERS:
+        return {"role": SPEAKERS[speaker], "content": content.strip()}
     name = speaker.lower()
     if name not in SPEAKERS:
         raise UnusableRecord(Reason.NOT_TEXT if name in TOOL_ROLES else Reason.WRONG_FIELDS)

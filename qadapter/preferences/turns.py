@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -125,11 +125,11 @@ def messages(value: Any, roles: Mapping[str, Role] = ROLES) -> list[Message]:
         role = roles.get(name) if isinstance(name, str) else None
         if role is None:
             role = _other_role(name, roles)
-        if turn.get("tool_calls") or turn.get("function_call"):
+        if (len(turn) > 2 or content is None) and (turn.get("tool_calls") or turn.get("function_call")):
             raise UnusableRecord(Reason.NOT_TEXT)
         if role == "system" and (content is None or content == []):
             continue
-        words = content_text(content)
+        words = text(content) if type(content) is str else content_text(content)
         if words or role != "system":
             turns.append({"role": role, "content": words})
     return turns
@@ -187,7 +187,7 @@ def _alternating(turns: list[Message], last: Role) -> list[Message]:
         UnusableRecord: NOT_A_DIALOGUE.
     """
     roles = [turn["role"] for turn in turns]
-    if any(a == b for a, b in itertools.pairwise(roles)):
+    if any(map(operator.eq, roles, roles[1:])):
         turns = joined(turns)
         roles = [turn["role"] for turn in turns]
     start = 1 if roles[:1] == ["system"] else 0
