@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 
 from qadapter.errors import QAdapterError
+from qadapter.preferences import formats, reading
 from qadapter.preferences.building import Choices
 from qadapter.preferences.formats import BY_NAME, FORMATS
 from qadapter.preferences.pair import Message, PreferencePair
 from qadapter.preferences.reading import Accepted, ParsedRecord, open_reader, read_pairs, recognise
 from qadapter.preferences.records import Reason
+from tests.support.paths import PROJECT_ROOT
+from tests.support.recipes import code_blocks
 
 
 def user(content: str) -> Message:
@@ -280,3 +283,20 @@ def test_every_row_of_the_table_has_a_record(shared_formats: Path) -> None:
     assert len(BY_NAME) == len(FORMATS)
     assert set(BY_NAME) - tried == {"dsp", "hh-dialogues", "trl-plain-implicit"}  # of test_formats.py
     assert all(row.example.startswith("{") for row in FORMATS)
+
+
+def test_docs_and_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/data.md lists each layout with the table's example, and CONTRIBUTING.md's recipe reads its record."""
+    docs = (PROJECT_ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    for row in FORMATS:
+        example = row.example.partition("  (needs")[0].replace("|", r"\|")
+        assert f"| `{row.name}` | `{example}`" in docs, row.name
+    for reason in Reason:
+        assert f"| `{reason.value}` |" in docs, reason
+    (code,) = code_blocks("Add a format", "python")
+    added = eval(code.strip(), vars(formats))
+    monkeypatch.setattr(reading, "FORMATS", (*FORMATS, added))
+    monkeypatch.setitem(BY_NAME, added.name, added)
+    record = {"ask": "Why?", "left": "Because.", "right": "No.", "picked": "left"}
+    assert recognise([record]).name == "side-by-side"
+    assert read(record, {**record, "picked": "both"}) == [PAIR, Reason.NO_PREFERENCE]
