@@ -200,7 +200,7 @@ def train_candidate(context: RunContext, cell: Cell, base: Base, data: StageResu
             "method": METHOD,
             METHOD: choice.model_dump(),
             "training": keyed(experiment.training),
-            "model": experiment.model.numerics(),
+            "model": experiment.model.key(),
             "seed": seed,
             **launch.keyed(),
             **base.config(),

@@ -113,7 +113,7 @@ def evaluate(
             "settings": experiment.evaluation.adaptation.measured(),
             "judge": kind.name if kind else NO_JUDGE,
             **(kind.cache_key(case) if kind and case else {}),
-            "model": experiment.model.numerics(),
+            "model": experiment.model.key(),
             "max_length": experiment.training.max_length,
             "style": style,
             **base.config(),
@@ -190,7 +190,7 @@ def _retention(
         config={
             # What is in the folder counts (an input), not where it lies.
             "settings": settings.model_dump(exclude={"official_data"}),
-            "model": experiment.model.numerics(),
+            "model": experiment.model.key(),
             "max_length": experiment.training.max_length,
             **base.config(),
         },

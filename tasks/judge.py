@@ -56,7 +56,7 @@ def train_judge(context: RunContext, domain: str, base: Base, data: StageResult)
         config={
             **keyed(settings),
             "lora": experiment.lora.model_dump(),
-            "model": experiment.model.numerics(),
+            "model": experiment.model.key(),
             "seed": experiment.base_seed,
             **base.config(),
             **launch.keyed(),

@@ -140,7 +140,7 @@ def fine_tune_base(context: RunContext, base: Base, data: StageResult) -> Any:
         module="qadapter.training.supervised",
         config={
             **keyed(settings),
-            "model": experiment.model.numerics(),
+            "model": experiment.model.key(),
             "lora_shape": experiment.lora.model_dump() if settings.lora else None,
             "seed": experiment.base_seed,
             **base.config(),
@@ -181,7 +181,7 @@ def prepare_need(context: RunContext, domain: str, need: Need, base: Base, data:
         need.name,
         label=domain,
         module=need.make.__module__,
-        config={**config, "seed": experiment.base_seed, "model": experiment.model.numerics()},
+        config={**config, "seed": experiment.base_seed, "model": experiment.model.key()},
         inputs=inputs,
         compute=compute,
     )
@@ -234,7 +234,7 @@ def train_adapter(
             method.name: choice.model_dump(),
             "training": keyed(training),
             "lora": experiment.lora.model_dump(),
-            "model": experiment.model.numerics(),
+            "model": experiment.model.key(),
             "seed": seed,
             **base.config(),
             **launch.keyed(),

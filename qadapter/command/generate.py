@@ -12,7 +12,7 @@ from qadapter.command.opened import as_base, dials, note, open_policy
 from qadapter.command.options import GenerateOptions
 from qadapter.command.results import Row, require_free, writing
 from qadapter.errors import QAdapterError
-from qadapter.inference.generate import generate_replies
+from qadapter.inference.generate import context_of, generate_replies, longest_reply, why_not
 from qadapter.preferences.containers import iter_records
 from qadapter.preferences.pair import Message
 
@@ -32,30 +32,46 @@ def run(options: GenerateOptions) -> None:
     policy, tokenizer = open_policy(options)
     note(dials(policy))
 
-    def answers(start: int) -> list[str]:
-        some = prompts[start : start + options.batch_size]
-        return generate_replies(
+    reasons = [why_not(tokenizer, prompt) for prompt in prompts]
+    refused = [reason for reason in reasons if reason is not None]
+    if len(refused) == len(prompts):
+        raise QAdapterError(f"no prompt can be asked: {refused[0]}")
+    asked_for = "max_new_tokens" in options.model_fields_set
+    longest = longest_reply(options.max_new_tokens, context_of(policy), asked_for=asked_for)
+
+    def answers(start: int) -> list[str | None]:
+        """Replies to a batch of prompts; None for those that cannot be asked."""
+        places = range(start, min(start + options.batch_size, len(prompts)))
+        some = [place for place in places if reasons[place] is None]
+        replies = generate_replies(
             policy,
             tokenizer,
-            some,
-            max_new_tokens=options.max_new_tokens,
-            batch_size=len(some),
+            [prompts[place] for place in some],
+            max_new_tokens=longest,
+            batch_size=max(1, len(some)),
             temperature=options.temperature,
             seed=options.seed + start,
         )
+        by_place = dict(zip(some, replies, strict=True))
+        return [by_place.get(place) for place in places]
 
     with writing(file) as write, tqdm(total=len(prompts), desc="generating", unit="prompt") as bar:
         for start in range(0, len(prompts), options.batch_size):
-            columns = {"prompt": prompts[start : start + options.batch_size], "reply": answers(start)}
+            columns: dict[str, list[Any]] = {"prompt": prompts[start : start + options.batch_size]}
+            columns["reply"] = answers(start)
             if options.compare_base:
                 with as_base(policy):
                     columns["base_reply"] = answers(start)
-            for values in zip(*columns.values(), strict=True):
-                row: Row = dict(zip(columns, values, strict=True))
+            for place, values in enumerate(zip(*columns.values(), strict=True), start=start):
+                row: dict[str, Any] = dict(zip(columns, values, strict=True))
+                if reasons[place] is not None:
+                    row["error"] = reasons[place]
                 write(row)
                 if file is None:
                     bar.write(_readable(row))
                 bar.update()
+    if refused:
+        note(f"{len(refused)} of {len(prompts)} prompts could not be asked, the first because {refused[0]}")
 
 
 def read_prompts(file: Path) -> list[list[Message]]:
@@ -109,6 +125,9 @@ def _user(text: str) -> Message:
 
 def _readable(row: Row) -> str:
     lines = [f"{turn['role']}: {turn['content']}" for turn in row["prompt"]]
+    if "error" in row:
+        lines.append(f"no reply: {row['error']}")
+        return "\n".join(lines).encode(errors="replace").decode() + "\n"  # half a surrogate pair cannot be printed
     lines.append(f"reply: {row['reply']}")
     if "base_reply" in row:
         lines.append(f"base: {row['base_reply']}")

@@ -10,27 +10,21 @@ from typing import Any
 from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qadapter.command.options import PolicyOptions
+from qadapter.command.options import RENDERING, PolicyOptions
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
-from qadapter.files.yaml_text import read_yaml
 from qadapter.policy.files import SETTINGS_FILE, read_settings
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.policy.model import QAdapterForCausalLM
+from qadapter.policy.tokenizer import RECORD, difference, policy_tokenizer, training_record
+from qadapter.preferences.template_settings import configured
 
-RECORD = "train.yaml"  # what `train` was asked for; its own --config
+__all__ = ["RECORD", "as_base", "dials", "note", "open_base", "open_policy", "training_record"]
 
 
 def note(text: str) -> None:
     """Say something that is no result: on stderr."""
     print(text, file=sys.stderr, flush=True)
-
-
-def training_record(adapter: Path) -> dict[str, Any]:
-    """What `train` wrote down beside an adapter; empty for one that was trained otherwise."""
-    file = adapter / RECORD
-    content = read_yaml(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return content if isinstance(content, dict) else {}
 
 
 def open_policy(options: PolicyOptions) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -62,7 +56,8 @@ def open_policy(options: PolicyOptions) -> tuple[Any, PreTrainedTokenizerBase]:
         trust_remote_code=options.trust_remote_code,
         **{name: value for name, value in numerics.items() if value is not None},
     )
-    network, tokenizer = open_base(base, settings)
+    network, of_base = open_base(base, settings, say=False)
+    tokenizer = _tokenizer(options, of_base)
     policy = load_policy(network, first)
     if isinstance(policy, QAdapterForCausalLM):
         _compose(policy, others, weights)
@@ -80,8 +75,10 @@ def as_base(policy: Any) -> AbstractContextManager[Any]:
     return policy.disable_adapter()
 
 
-def open_base(base: str, settings: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base and its tokenizer; says how conversations are written if it has no chat template.
+def open_base(
+    base: str, settings: ModelSettings, *, say: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base and its tokenizer; if asked to, says how conversations are written where it has no chat template.
 
     Raises:
         QAdapterError: no model there.
@@ -91,12 +88,36 @@ def open_base(base: str, settings: ModelSettings) -> tuple[PreTrainedModel, PreT
             f"the folder {base} is no model: it has no config.json; give one that save_pretrained wrote"
         )
     network, tokenizer = load_base(base, settings)
+    if say:
+        _say_without_template(tokenizer)
+    return network, tokenizer
+
+
+def _say_without_template(tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.chat_template is None:
         note(
             "note: the base has no chat template; conversations are written as plain transcripts, "
             r'"\n\nHuman: …\n\nAssistant: …", and the end-of-sequence token closes a reply'
         )
-    return network, tokenizer
+
+
+def _tokenizer(options: PolicyOptions, of_base: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer that the first adapter was trained with, with what the flags say of thinking and the template."""
+    first, *others = (Path(folder).expanduser() for folder in options.adapter)
+    own = policy_tokenizer(first, of_base)
+    if (other := difference(own, of_base)) is not None:
+        note(f"note: the adapter brings its own tokenizer, with {other}; it is used for the base's replies too")
+    for folder in others:
+        if (other := difference(policy_tokenizer(folder, of_base), own)) is not None:
+            note(f"note: {folder} was trained with {other}; prompts are written as for {first}")
+    _say_without_template(own)
+    rendering = options.model_dump(include=set(RENDERING))
+    return configured(
+        own,
+        thinking=rendering["thinking"],
+        thoughts=rendering["thoughts"],
+        template=rendering["chat_template_kwargs"],
+    )
 
 
 def dials(policy: Any) -> str:

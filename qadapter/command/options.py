@@ -6,6 +6,7 @@ inherit from is a section of the help, under the first sentence of its docstring
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,8 @@ from qadapter.config.model import ModelSettings
 from qadapter.config.sources import ReadingSettings
 from qadapter.config.training import OptimizerSettings
 
+RENDERING = ("thinking", "thoughts", "chat_template_kwargs")
+Thoughts = Literal["score", "leave-out"]
 DType = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["none", "int8", "nf4"]
 
@@ -29,6 +32,16 @@ def _listed(value: Any) -> Any:
 def _repeated(value: Any) -> Any:
     """One value as a list of one."""
     return [value] if isinstance(value, str) else value
+
+
+def _json(value: Any) -> Any:
+    """A JSON text as what it says, so that a flag can say what a YAML mapping says."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"no JSON ({error})") from error
 
 
 def _modules(value: Any) -> Any:
@@ -125,6 +138,11 @@ class BaseOptions(Settings):
     """The base model."""
 
     trust_remote_code: bool = Field(False, description="run code that comes with the base, with your rights")
+    thinking: bool | None = Field(None, description="of a thinking model (default: as trained, else its own)")
+    thoughts: Thoughts | None = Field(None, description="of replies (default: as trained, else score)")
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_json)] = Field(
+        {}, description="further variables of the chat template, as JSON"
+    )
 
 
 class ObjectiveOptions(Settings):
@@ -163,6 +181,7 @@ class TrainingOptions(OptimizerSettings):
     batch_size: Count = Field(16, description="pairs per optimiser step")
     micro_batch_size: Count | None = Field(None, description="pairs per forward pass, a divisor of --batch-size")
     max_length: Annotated[int, Field(ge=2)] = Field(512, description="tokens; longer prompts are cut from the left")
+    allow_truncation: bool = Field(False, description="train although --max-length cuts most replies")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps over which the learning rate rises")
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "linear", description="of the learning rate"
@@ -190,8 +209,8 @@ class TrainOptions(SplitOptions, BaseOptions, ObjectiveOptions, AdapterOptions, 
 
     def model_settings(self) -> ModelSettings:
         """How to load the base."""
-        names = {"dtype", "quantization", "revision", "trust_remote_code"}
-        return ModelSettings(pretrained=self.base, **self.model_dump(include=names))
+        names = {"dtype", "quantization", "revision", "trust_remote_code", *RENDERING}
+        return ModelSettings(pretrained=self.base, **self.model_dump(include=names, exclude_none=True))
 
 
 class PolicyOptions(BaseOptions):

@@ -46,8 +46,22 @@ def writing(file: Path | None) -> Iterator[Callable[[Row], None]]:
         with partial.open("w", encoding="utf-8") as stream:
 
             def write(row: Row) -> None:
-                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+                stream.write(_line(row) + "\n")
                 stream.flush()
 
             yield write
         partial.replace(file)
+
+
+def _line(row: Row) -> str:
+    """A row as JSON that can be written; half a surrogate pair stays an escape."""
+    text = json.dumps(row, ensure_ascii=False)
+    return text if _is_unicode(text) else json.dumps(row)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

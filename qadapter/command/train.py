@@ -88,7 +88,9 @@ def run(options: TrainOptions) -> None:
 
 def _train(options: TrainOptions, out: Path, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     heldout = load_pairs(out / "data" / "heldout.jsonl")
-    train_set = encode_dataset(load_pairs(out / "data" / "train.jsonl"), tokenizer, options.max_length, "training")
+    allowed = options.allow_truncation
+    train_pairs = load_pairs(out / "data" / "train.jsonl")
+    train_set = encode_dataset(train_pairs, tokenizer, options.max_length, "training", allow_truncation=allowed)
     heldout_set = encode_dataset(heldout, tokenizer, options.max_length, "held-out") if heldout else None
     _write_unused(out / "unused.jsonl", train_set, heldout_set)
     # As in the pipeline: an explicit number of steps, the last one of an epoch with what is left of the pairs.
@@ -119,6 +121,7 @@ def _train(options: TrainOptions, out: Path, network: PreTrainedModel, tokenizer
     metrics = _evaluate(trainer, heldout, options) if heldout else {}
     encoded = [train_set[place] for place in range(len(train_set))]
     lengths = [2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in encoded]
+    metrics |= train_set.truncation.metrics()
     write_training_record(out, trainer, cost, tokens_seen(lengths, steps, options.batch_size), **metrics)
 
 

@@ -33,6 +33,9 @@ class ModelSettings(Settings):
     Attributes:
         quantization: how the frozen base is held while adapters train; `int8` and `nf4` need bitsandbytes.
         trust_remote_code: off unless the user turns it on; code from a model repository runs with the user's rights.
+        thinking: of a thinking model, on or off; None leaves it to its chat template.
+        thoughts: whether the thoughts of replies are scored or left out of them, in training and in scoring.
+        chat_template_kwargs: further variables of the chat template.
     """
 
     from_scratch: FromScratch | None = None
@@ -41,6 +44,9 @@ class ModelSettings(Settings):
     quantization: Literal["none", "int8", "nf4"] = "none"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     trust_remote_code: bool = False
+    thinking: bool | None = None
+    thoughts: Literal["score", "leave-out"] = "score"
+    chat_template_kwargs: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _check(self) -> ModelSettings:
@@ -53,6 +59,14 @@ class ModelSettings(Settings):
     def numerics(self) -> dict[str, Any]:
         """How the weights are held: what a result depends on besides the weights themselves."""
         return {"quantization": self.quantization, "dtype": self.dtype, "revision": self.revision}
+
+    def rendering(self) -> dict[str, Any]:
+        """How conversations are written, where that is not the chat template's own way."""
+        return self.model_dump(include={"thinking", "thoughts", "chat_template_kwargs"}, exclude_defaults=True)
+
+    def key(self) -> dict[str, Any]:
+        """What a result depends on besides the weights: how they are held, and how conversations are written."""
+        return {**self.numerics(), **self.rendering()}
 
 
 class LoraSettings(Settings):

@@ -18,6 +18,7 @@ class OptimizerSettings(Settings):
         batch_size: examples (conversations; for adapters: preference pairs) per optimiser step.
         micro_batch_size: examples per forward pass; gradients are accumulated up to `batch_size`. None: `batch_size`.
         max_length: tokens; a longer prompt is cut from the left.
+        allow_truncation: train although `max_length` cuts most pairs' replies.
         save_steps: a checkpoint every so many steps, from which a killed training goes on; None: none.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         bf16: mixed precision.
@@ -29,6 +30,7 @@ class OptimizerSettings(Settings):
     batch_size: Count
     micro_batch_size: Count | None = None
     max_length: Annotated[int, Field(ge=2)]
+    allow_truncation: bool = False
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     weight_decay: NonNegative = 0.0

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from qadapter.errors import QAdapterError
 from qadapter.inference.score import by_length, device_of, evaluating
 from qadapter.preferences.pair import Message
-from qadapter.preferences.render import RenderError, end_ids
+from qadapter.preferences.render import RenderError, end_ids, turn_end
 from qadapter.preferences.tokenize import padding_id, prompt_ids
 
 log = logging.getLogger(__name__)
@@ -42,10 +42,10 @@ def generate_replies(
     Raises:
         QAdapterError: the model's context is not longer than a reply.
     """
-    room = _context(model) - max_new_tokens
+    room = context_of(model) - max_new_tokens
     if room < 1:
         raise QAdapterError(
-            f"Replies of {max_new_tokens} tokens do not fit into the model's context of {_context(model)} with a "
+            f"Replies of {max_new_tokens} tokens do not fit into the model's context of {context_of(model)} with a "
             f"prompt. Set a smaller max_new_tokens."
         )
     settings = _settings(model, tokenizer, max_new_tokens, temperature)
@@ -64,9 +64,13 @@ def generate_replies(
 
 
 def reply_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ends: Sequence[int]) -> str:
-    """The text of generated tokens up to the first end token, without white space around it."""
+    """The text of generated tokens up to the first end of a turn, without white space around it."""
     stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-    return str(tokenizer.decode(list(ids[:stop]), skip_special_tokens=True)).strip()
+    text = str(tokenizer.decode(list(ids[:stop]), skip_special_tokens=True))
+    closing = turn_end(tokenizer)
+    if closing.token is None and closing.text:
+        text = text.partition(closing.text.strip())[0]
+    return text.strip()
 
 
 def longest_reply(wanted: int, context: int, *, asked_for: bool) -> int:
@@ -89,6 +93,15 @@ def longest_reply(wanted: int, context: int, *, asked_for: bool) -> int:
         f"Replies of {wanted} tokens do not fit into the model's context of {context} with a prompt. Set a smaller "
         "max_new_tokens."
     )
+
+
+def why_not(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -> str | None:
+    """Why a prompt has no rendering; None where it has one."""
+    try:
+        prompt_ids(tokenizer, prompt)
+    except RenderError as error:
+        return str(error)
+    return None
 
 
 def _readable(
@@ -143,5 +156,6 @@ def _settings(
     )
 
 
-def _context(model: torch.nn.Module) -> int:
+def context_of(model: torch.nn.Module) -> int:
+    """Longest sequence of a model, prompt and reply together, in tokens."""
     return int(getattr(model.config, "max_position_embeddings", None) or 2**30)

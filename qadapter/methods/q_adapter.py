@@ -94,7 +94,13 @@ def continue_adapter(
 
     network, tokenizer = load_base(base, model)
     policy = QAdapterForCausalLM.from_pretrained(adapter, base_model=network, is_trainable=True)
-    encoded = encode_dataset(load_pairs(pairs_file), tokenizer, training.max_length, "training")
+    encoded = encode_dataset(
+        load_pairs(pairs_file),
+        tokenizer,
+        training.max_length,
+        "training",
+        allow_truncation=training.allow_truncation,
+    )
     settings = with_steps(training, len(encoded), choice.learning_rate)
     arguments = _configured(choice, trainer_arguments(settings, seed=seed, scratch=scratch), out)
     set_seed(seed)
@@ -103,8 +109,9 @@ def continue_adapter(
             QAdapterTrainer(model=policy, args=arguments, train_dataset=encoded, processing_class=tokenizer),
             f"{METHOD.name}, continued",
         )
-    lengths = lengths_of_pairs([encoded[index] for index in range(len(encoded))])
-    write_adapter(out, trainer, cost, tokens_seen(lengths, int(settings.max_steps or 0), training.batch_size))
+    pairs = [encoded[index] for index in range(len(encoded))]
+    tokens = tokens_seen(lengths_of_pairs(pairs), int(settings.max_steps or 0), training.batch_size)
+    write_adapter(out, trainer, cost, tokens, pairs)
 
 
 def _configured(choice: QAdapterSettings, arguments: Mapping[str, Any], out: Path) -> QAdapterConfig:

@@ -29,16 +29,19 @@ def needs(choice: ReplaySettings) -> tuple[Need, ...]:
 def train(job: Job, choice: ReplaySettings) -> Trainer:  # noqa: ARG001 - the base's answers are made by then
     """Train on each pair's chosen reply and on the base's answer to its prompt.
 
-    Where the base's answer is empty there is nothing to remember: the chosen reply stays in its place.
+    Where the base's answer is empty, or has no form to train on, the chosen reply stays in its place.
     """
-    from qadapter.preferences.tokenize import encode_reply
+    from contextlib import suppress
+
+    from qadapter.preferences.tokenize import UnusablePair, encode_reply
     from qadapter.training.supervised import train_sft
 
     answers, second = read_answers(job.needs[NAME]), job.chosen()
     for place, pair in enumerate(job.pairs):
         answer = answers[prompt_key(pair.prompt)]
         if answer.strip():
-            second[place] = encode_reply(pair.prompt, answer, job.tokenizer, job.max_length)
+            with suppress(UnusablePair):  # the template has no form for it: a thought that was never closed, say
+                second[place] = encode_reply(pair.prompt, answer, job.tokenizer, job.max_length)
     examples, arguments = job.on_conversations(job.chosen() + second)
     return train_sft(job.network, job.tokenizer, examples, arguments, job.lora, METHOD.name)
 

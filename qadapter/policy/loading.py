@@ -15,6 +15,7 @@ from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
 from qadapter.policy.files import ADAPTER_FILE, SETTINGS_FILE
 from qadapter.policy.model import QAdapterForCausalLM
+from qadapter.preferences.template_settings import configured
 
 
 def load_base(
@@ -24,7 +25,7 @@ def load_base(
 
     Args:
         model: a folder or a hub id.
-        settings: precision, quantization, whether remote code may run.
+        settings: precision, quantization, whether remote code may run; thinking and the chat template's variables.
         architecture: transformers' `Auto…` class of another head on the same body, and that head's settings.
 
     Raises:
@@ -49,7 +50,9 @@ def load_base(
         raise QAdapterError(_not_loaded(model, error)) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return network.eval(), tokenizer
+    thoughts = settings.thoughts if settings.thoughts != "score" else None
+    variables = settings.chat_template_kwargs
+    return network.eval(), configured(tokenizer, thinking=settings.thinking, thoughts=thoughts, template=variables)
 
 
 def check_pretrained(settings: ModelSettings, templated_tasks: Sequence[str]) -> None:

@@ -43,8 +43,10 @@ def configured(
         template: further variables of the chat template (`chat_template_kwargs`).
 
     Raises:
-        QAdapterError: there is no chat template, or it does not know a variable.
+        QAdapterError: there is no chat template, it does not know a variable, or another choice for `thoughts`.
     """
+    if thoughts not in (None, "score", "leave-out"):
+        raise QAdapterError(f"thoughts is {thoughts!r}; expected 'score' or 'leave-out'")
     values = {**(template or {}), **switches(tokenizer, thinking, template or {})}
     refuse_unknown(tokenizer, values)
     if thoughts is None and not values and thinking is not False:

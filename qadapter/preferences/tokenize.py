@@ -58,12 +58,14 @@ class Truncation:
         prompts: whose prompt lost its beginning.
         replies: of which a reply lost its end, or more.
         ends: of which a reply lost nothing but its end.
+        cut: that lost anything.
     """
 
     pairs: int = 0
     prompts: int = 0
     replies: int = 0
     ends: int = 0
+    cut: int = 0
 
     def metrics(self) -> dict[str, float]:
         """Under the names of `metrics.json`."""
@@ -222,6 +224,7 @@ def truncation_of(pairs: Iterable[EncodedPair]) -> Truncation:
         counts.prompts += pair.lost_prompt > 0
         counts.replies += pair.lost_reply > 0
         counts.ends += pair.lost_end
+        counts.cut += pair.lost_prompt > 0 or pair.lost_reply > 0
     return counts
 
 

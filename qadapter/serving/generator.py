@@ -10,11 +10,21 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
-from qadapter.preferences.render import end_ids
+from qadapter.preferences.render import end_ids, special_texts, turn_end
 from qadapter.preferences.tokenize import padding_id
 from qadapter.serving.policies import Blend, ServedPolicies
+
+MOST_WAITING = 64
+"""Requests that may wait for the model."""
 
 OnText = Callable[[int, str], None]
 """Told about every piece of text as it comes: number of the reply, the piece."""
@@ -29,12 +39,15 @@ class Sampling:
         temperature: 0 takes the most likely token, above 0 samples.
         top_p: share of the probability to sample from.
         stop: texts that end a reply; they are not part of it.
+        top_logprobs: how many of the most likely tokens to name beside each token's own log-probability; None: no
+            log-probabilities.
     """
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
+    top_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -46,12 +59,29 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class ScoredToken:
+    """A token of a reply, its log-probability under the policy, and the most likely ones with theirs, in nats."""
+
+    text: str
+    log_prob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Reply:
-    """A finished reply: its text, how many tokens were made for it (an end token included), and why it ended."""
+    """A finished reply: its text, how many tokens were made for it (an end token included), and why it ended.
+
+    `scored` holds the tokens of the text where log-probabilities were asked for.
+    """
 
     text: str
     tokens: int
     finish: Literal["stop", "length"]
+    scored: tuple[ScoredToken, ...] = ()
+
+
+class BusyError(Exception):
+    """So many requests wait that a further one would wait too long."""
 
 
 class Generator:
@@ -64,7 +94,8 @@ class Generator:
     def __init__(self, policies: ServedPolicies) -> None:
         self.policies = policies
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generator")
-        self._ends = end_ids(policies.tokenizer, policies.policy.generation_config.eos_token_id)
+        self._own_ends = policies.policy.generation_config.eos_token_id
+        self._waiting = threading.BoundedSemaphore(MOST_WAITING)
 
     def submit(
         self,
@@ -74,6 +105,7 @@ class Generator:
         *,
         on_text: OnText = lambda _, __: None,
         cancelled: threading.Event | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> Future[list[Reply]]:
         """Queue the replies of one request.
 
@@ -83,7 +115,13 @@ class Generator:
             sampling: for all of them.
             on_text: called from the generator's thread.
             cancelled: once set, the reply under way ends at the next token and the others are not begun.
+            tokenizer: that the prompt was written with; the base's by default.
+
+        Raises:
+            BusyError: `MOST_WAITING` requests wait already.
         """
+        if not self._waiting.acquire(blocking=False):
+            raise BusyError
         stop = cancelled or threading.Event()
 
         def work() -> list[Reply]:
@@ -91,10 +129,17 @@ class Generator:
             for number, turn in enumerate(turns):
                 if stop.is_set():
                     break
-                replies.append(self._reply(turn, prompt, sampling, partial(on_text, number), stop))
+                told = partial(on_text, number)
+                replies.append(self._reply(turn, prompt, sampling, told, stop, tokenizer or self.policies.tokenizer))
             return replies
 
-        return self._thread.submit(work)
+        try:
+            work_done = self._thread.submit(work)
+        except RuntimeError:  # closed
+            self._waiting.release()
+            raise
+        work_done.add_done_callback(lambda _: self._waiting.release())
+        return work_done
 
     def close(self) -> None:
         """Let the reply under way end and refuse further ones."""
@@ -107,35 +152,61 @@ class Generator:
         sampling: Sampling,
         on_text: Callable[[str], None],
         cancelled: threading.Event,
+        tokenizer: PreTrainedTokenizerBase,
     ) -> Reply:
         model: Any = self.policies.policy
         ids = torch.tensor([list(prompt)], device=model.device)
-        reader = ReplyReader(self.policies.tokenizer, len(prompt), sampling.stop, on_text, cancelled)
+        ends = end_ids(tokenizer, self._own_ends)
+        closing = turn_end(tokenizer)
+        stop = (*sampling.stop, closing.text.strip()) if closing.token is None and closing.text else sampling.stop
+        scores = None if sampling.top_logprobs is None else _Scores(sampling.top_logprobs)
+        reader = ReplyReader(tokenizer, len(prompt), stop, on_text, cancelled, ends, scores)
         if turn.seed is not None:
             torch.manual_seed(turn.seed)
         with self.policies.speaking(turn.blend) as dials:
             model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                generation_config=self._settings(sampling),
+                generation_config=self._settings(sampling, tokenizer, ends),
                 stopping_criteria=StoppingCriteriaList([reader]),
+                **({} if scores is None else {"logits_processor": LogitsProcessorList([scores])}),
                 **dials,
             )
         reader.close()
-        ended = reader.stopped or bool(reader.ids and reader.ids[-1] in self._ends)
-        return Reply(reader.text, len(reader.ids), "stop" if ended else "length")
+        ended = reader.stopped or bool(reader.ids and reader.ids[-1] in ends)
+        return Reply(reader.text, len(reader.ids), "stop" if ended else "length", tuple(reader.scored))
 
-    def _settings(self, sampling: Sampling) -> GenerationConfig:
+    def _settings(self, sampling: Sampling, tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> GenerationConfig:
         picking: dict[str, Any] = {"do_sample": False}
         if sampling.temperature > 0:
             picking = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         return GenerationConfig(
             max_new_tokens=sampling.max_tokens,
-            eos_token_id=self._ends,
-            pad_token_id=padding_id(self.policies.tokenizer),
+            eos_token_id=ends,
+            pad_token_id=padding_id(tokenizer),
             use_cache=True,
             **picking,
         )
+
+
+class _Scores(LogitsProcessor):
+    """Keeps the policy's log-probabilities of the next token, as they are before temperature and top_p."""
+
+    def __init__(self, top: int) -> None:
+        self._top = top
+        self._log_probs = torch.empty(0)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Look, and change nothing. [1, T], [1, V]."""
+        self._log_probs = scores[0].float().log_softmax(dim=-1)
+        return scores
+
+    def of(self, token: int, tokenizer: PreTrainedTokenizerBase) -> ScoredToken:
+        """What it was for the token that was picked."""
+        found = self._log_probs.topk(self._top) if self._top else None
+        pairs = [] if found is None else zip(found.indices.tolist(), found.values.tolist(), strict=True)
+        top = tuple((str(tokenizer.decode([one])), float(value)) for one, value in pairs)
+        return ScoredToken(str(tokenizer.decode([token])), float(self._log_probs[token]), top)
 
 
 class ReplyReader(StoppingCriteria):
@@ -149,6 +220,7 @@ class ReplyReader(StoppingCriteria):
         ids: tokens so far.
         text: what was handed on so far.
         stopped: whether a stop text ended it.
+        scored: its tokens with their log-probabilities, if they are asked for; end tokens and stop texts are not in it.
     """
 
     def __init__(
@@ -158,8 +230,15 @@ class ReplyReader(StoppingCriteria):
         stop: Sequence[str],
         on_text: Callable[[str], None],
         cancelled: threading.Event,
+        ends: Sequence[int] = (),
+        scores: _Scores | None = None,
     ) -> None:
         self._tokenizer = tokenizer
+        self._ends, self._scores = set(ends), scores
+        # Special tokens are no part of a reply's text; those that stop texts name are looked for all the same.
+        named = [text for text in special_texts(tokenizer) if any(text in one for one in stop)] if stop else []
+        self._named: dict[int, str] = {int(tokenizer.convert_tokens_to_ids(text)): text for text in named}  # type: ignore[arg-type]
+        self._hidden: list[bool] = []  # of each character that is held: a special token's
         self._prompt_length = prompt_length
         self._stop = stop
         self._on_text = on_text
@@ -169,14 +248,24 @@ class ReplyReader(StoppingCriteria):
         self.ids: list[int] = []
         self.text = ""
         self.stopped = False
+        self.scored: list[ScoredToken] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """Take the new token; True where the reply is to end. [1] bool."""
-        self.ids += input_ids[0, self._prompt_length + len(self.ids) :].tolist()
-        before, now = self._decode(self._begin, self._read), self._decode(self._begin, len(self.ids))
-        if len(now) > len(before) and not now.endswith("\ufffd"):  # not in the middle of a character
-            self._begin, self._read = self._read, len(self.ids)
-            self._take(now[len(before) :])
+        for token in input_ids[0, self._prompt_length + len(self.ids) :].tolist():
+            self.ids.append(token)
+            if token in self._ends and token not in self._named:
+                continue
+            if self._scores is not None:
+                self.scored.append(self._scores.of(token, self._tokenizer))
+            if token in self._named:
+                self._read_on(len(self.ids) - 1, whole=True)
+                self._begin = self._read = len(self.ids)
+                self._take(self._named[token], hidden=True)
+            else:
+                self._read_on(len(self.ids), whole=False)
+            if self.stopped and self._scores is not None:
+                self.scored.pop()
         end = self.stopped or self._cancelled.is_set()
         return torch.full((len(input_ids),), end, dtype=torch.bool, device=input_ids.device)
 
@@ -184,24 +273,34 @@ class ReplyReader(StoppingCriteria):
         """No token comes any more: hand on what was held back."""
         if self.stopped:
             return
-        before, now = self._decode(self._begin, self._read), self._decode(self._begin, len(self.ids))
-        self._take(now[len(before) :])
+        ended = bool(self.ids) and self.ids[-1] in self._ends
+        self._read_on(len(self.ids) - ended, whole=True)
         if not self.stopped:
-            self._give(self._held)
+            self._give(len(self._held))
+
+    def _read_on(self, until: int, *, whole: bool) -> None:
+        """Take the text of the tokens up to a place, `whole` even where they end in the middle of a character."""
+        before, now = self._decode(self._begin, self._read), self._decode(self._begin, until)
+        if len(now) > len(before) and (whole or not now.endswith("\ufffd")):
+            self._begin, self._read = self._read, until
+            self._take(now[len(before) :])
 
     def _decode(self, start: int, end: int) -> str:
         return str(self._tokenizer.decode(self.ids[start:end], skip_special_tokens=True))
 
-    def _take(self, piece: str) -> None:
-        text = self._held + piece
-        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+    def _take(self, piece: str, *, hidden: bool = False) -> None:
+        self._held += piece
+        self._hidden += [hidden] * len(piece)
+        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
         self.stopped = bool(found)
-        keep = 0 if found else _overlap(text, self._stop)
-        cut = min(found) if found else len(text) - keep
-        self._held = text[cut:] if keep else ""
-        self._give(text[:cut])
+        self._give(min(found) if found else len(self._held) - _overlap(self._held, self._stop))
 
-    def _give(self, piece: str) -> None:
+    def _give(self, length: int) -> None:
+        """Hand on so many of the characters that are held, less those of special tokens."""
+        piece = "".join(
+            one for one, hidden in zip(self._held[:length], self._hidden[:length], strict=True) if not hidden
+        )
+        self._held, self._hidden = self._held[length:], self._hidden[length:]
         if piece:
             self.text += piece
             self._on_text(piece)

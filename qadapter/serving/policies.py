@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -18,6 +20,9 @@ from qadapter.policy.files import ADAPTER_FILE, SETTINGS_FILE, read_settings
 from qadapter.policy.loading import load_base
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.objective import Objective
+from qadapter.policy.tokenizer import difference, policy_tokenizer, training_record
+
+log = logging.getLogger(__name__)
 
 BASE_NAME = "base"
 """The model name that asks for the base itself."""
@@ -59,7 +64,7 @@ class ServedPolicies:
 
     Attributes:
         policy: the model; its adapter weights belong to whoever is inside `speaking`.
-        tokenizer: the base's.
+        tokenizer: the base's own.
     """
 
     def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapters: Mapping[str, Path]) -> None:
@@ -75,6 +80,10 @@ class ServedPolicies:
         """
         _refuse_names(adapters)
         self.tokenizer = tokenizer
+        self._tokenizers = {name: policy_tokenizer(folder, tokenizer) for name, folder in adapters.items()}
+        for name, own in self._tokenizers.items():
+            if (other := difference(own, tokenizer)) is not None:
+                log.warning("The adapter %s brings its own tokenizer, with %s; it is used.", name, other)
         self._served: dict[str, _Served] = {}
         peft_model: PeftModel | None = None
         for name, folder in adapters.items():
@@ -96,7 +105,7 @@ class ServedPolicies:
         adapters: Mapping[str, Path],
         base: str | Path | None = None,
         dtype: str | None = None,
-        quantization: str = "none",
+        quantization: str | None = None,
         revision: str | None = None,
     ) -> ServedPolicies:
         """Load the base from its place, then as the constructor.
@@ -104,8 +113,9 @@ class ServedPolicies:
         Args:
             adapters: model name to folder.
             base: folder or hub id; the one named in the first adapter's config without it.
-            dtype: float32, bfloat16 or float16; what the base's config says without it.
-            quantization: none, int8 or nf4; the last two need bitsandbytes.
+            dtype: float32, bfloat16 or float16; without it as in the training of the first adapter, where that is on
+                record, else what the base's config says.
+            quantization: none, int8 or nf4; the last two need bitsandbytes. Without it as in that training, else none.
             revision: of a base of the hub, best a commit; without it whatever the hub's main branch is by now.
 
         Raises:
@@ -117,11 +127,12 @@ class ServedPolicies:
         base = base or PeftConfig.from_pretrained(str(place)).base_model_name_or_path
         if not base:
             raise QAdapterError(f"The adapter in {folder} does not say which base it belongs to. Name it with --base.")
+        trained = training_record(folder)
         settings = ModelSettings.model_validate(
             {
                 "pretrained": str(base),
-                "dtype": dtype or _dtype(str(base), revision),
-                "quantization": quantization,
+                "dtype": dtype or trained.get("dtype") or _dtype(str(base), revision),
+                "quantization": quantization or trained.get("quantization") or "none",
                 "revision": revision,
             }
         )
@@ -136,6 +147,33 @@ class ServedPolicies:
     def context(self) -> int:
         """Longest sequence of the base, prompt and reply together, in tokens."""
         return int(getattr(self.policy.config.get_text_config(), "max_position_embeddings", None) or 2**30)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model has an embedding for."""
+        embeddings: Any = self.policy.get_input_embeddings()
+        return int(embeddings.weight.shape[0])
+
+    def tokenizer_of(self, name: str, mix: Mapping[str, float] | None = None) -> PreTrainedTokenizerBase:
+        """What prompts of a request are written with: the adapter's own tokenizer, the base's for the base.
+
+        Args:
+            name: one of `names`.
+            mix: weights of adapters in place of `name`.
+
+        Raises:
+            QAdapterError: the adapters of the mix were trained with different tokenizers or templates.
+        """
+        if not mix:
+            return self._tokenizers.get(name, self.tokenizer)
+        first, *others = [self._tokenizers[one] for one in mix]
+        for one, other in zip(list(mix)[1:], others, strict=True):
+            if other is not first and (found := difference(other, first)) is not None:
+                raise QAdapterError(
+                    f"{one} was trained with {found} than {next(iter(mix))}, so that no prompt is right for both. Ask "
+                    "for one of them."
+                )
+        return first
 
     def blend(
         self,

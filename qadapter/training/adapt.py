@@ -16,7 +16,7 @@ from qadapter.config.training import OptimizerSettings
 from qadapter.errors import QAdapterError
 from qadapter.policy.loading import load_base
 from qadapter.preferences.pair import PreferencePair, load_pairs
-from qadapter.preferences.tokenize import EncodedPair, UnusablePair, encode_pair
+from qadapter.preferences.tokenize import EncodedPair, encode_pairs, truncation_of
 from qadapter.training.arguments import (
     Cost,
     measured_cost,
@@ -25,6 +25,7 @@ from qadapter.training.arguments import (
     trainer_arguments,
     write_training_record,
 )
+from qadapter.training.encoded_pairs import refuse_unlearnable, report_truncation
 
 Conversation = tuple[list[int], list[int]]
 """Token ids of a prompt and of one reply to it."""
@@ -158,7 +159,9 @@ def train_adapter(
     """
     network, tokenizer = load_base(base, model)
     pairs = load_pairs(pairs_file)
-    kept, encoded = encode_usable(pairs, tokenizer, training.max_length, out / "unused.jsonl")
+    kept, encoded = encode_usable(
+        pairs, tokenizer, training.max_length, out / "unused.jsonl", training.allow_truncation
+    )
     settings = with_steps(training, len(encoded), choice.learning_rate)
     usable = [pairs[index] for index in kept]
     job = Job(
@@ -176,7 +179,7 @@ def train_adapter(
     set_seed(seed)
     with measured_cost() as cost:
         trainer = train(job, choice)
-    write_adapter(out, trainer, cost, job.tokens())
+    write_adapter(out, trainer, cost, job.tokens(), encoded)
 
 
 def with_steps(training: OptimizerSettings, examples: int, learning_rate: float | None) -> OptimizerSettings:
@@ -193,28 +196,35 @@ def lengths_of_pairs(encoded: Sequence[EncodedPair]) -> list[int]:
     return [2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in encoded]
 
 
-def write_adapter(out: Path, trainer: Trainer, cost: Cost, tokens: int) -> None:
+def write_adapter(out: Path, trainer: Trainer, cost: Cost, tokens: int, encoded: Sequence[EncodedPair]) -> None:
     """Write a trained adapter, `out/adapter`, and what every training records."""
     save_weights(trainer, out / "adapter")
     adapter_bytes = sum(file.stat().st_size for file in (out / "adapter").glob("*.safetensors"))
-    write_training_record(out, trainer, cost, tokens, **{"cost/adapter_bytes": adapter_bytes})
+    extra = {"cost/adapter_bytes": adapter_bytes, **truncation_of(encoded).metrics()}
+    write_training_record(out, trainer, cost, tokens, **extra)
 
 
 def encode_usable(
-    pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, max_length: int, unused: Path
+    pairs: Sequence[PreferencePair],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    unused: Path,
+    allow_truncation: bool,
 ) -> tuple[list[int], list[EncodedPair]]:
-    """Token ids of the usable pairs and those pairs' indices; the others are written down with the reason."""
-    kept, encoded, rows = [], [], []
-    for index, pair in enumerate(pairs):
-        try:
-            encoded.append(encode_pair(pair, tokenizer, max_length))
-            kept.append(index)
-        except UnusablePair as error:
-            rows.append({"pair": index, "reason": str(error)})
+    """Token ids of the usable pairs and those pairs' indices; the others are written down with the reason.
+
+    Raises:
+        QAdapterError: no pair can be used, or the data should not be trained on (see `refuse_unlearnable`).
+    """
+    found = encode_pairs(pairs, tokenizer, max_length)
+    rows = [{"pair": index, "reason": reason} for index, reason in found.unusable]
     unused.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if not encoded:
+    if not found.pairs:
         raise QAdapterError(
             f"none of {len(pairs)} training pairs has a response token left at max_length {max_length} "
             f"(first reason: {rows[0]['reason'] if rows else 'there are no pairs'}); raise training.max_length"
         )
-    return kept, encoded
+    truncation = truncation_of(found.pairs)
+    report_truncation("training", truncation, max_length)
+    refuse_unlearnable("training", found.unusable, found.unrenderable, truncation, max_length, allow_truncation)
+    return found.indices, found.pairs

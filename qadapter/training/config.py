@@ -34,6 +34,10 @@ class QAdapterConfig(TrainingArguments):
             once) or `readable` (the definition, with full logits); see `QAdapterForCausalLM`.
         max_length: most tokens of prompt + reply (paper: 512); the prompt is cut from the left.
         pad_to_multiple_of: batches are padded to a multiple of it.
+        allow_truncation: train although `max_length` cuts most pairs' replies.
+        thinking: of a thinking model, on or off; None leaves it to the chat template.
+        thoughts: `score` the thoughts of replies, or `leave-out`; None as the tokenizer says (it scores them).
+        chat_template_kwargs: further variables of the chat template. These three are saved with the tokenizer.
         model_init_kwargs: for `AutoModelForCausalLM.from_pretrained`, if the model is given by name.
     """
 
@@ -50,6 +54,10 @@ class QAdapterConfig(TrainingArguments):
     loss_implementation: str = field(default="fused", metadata={"help": "fused or readable"})
     max_length: int = 512
     pad_to_multiple_of: int | None = None
+    allow_truncation: bool = False
+    thinking: bool | None = None
+    thoughts: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     model_init_kwargs: dict[str, Any] | None = None
 
     learning_rate: float = 3e-4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,9 +18,17 @@ from qadapter.preferences.pair import PreferencePair
 from qadapter.preferences.reading import recognise
 from qadapter.preferences.records import Reason
 from qadapter.preferences.rows import iter_rows, plain
-from qadapter.preferences.tokenize import EncodedPair, UnusablePair, encode_pair
+from qadapter.preferences.tokenize import (
+    EncodedPair,
+    Truncation,
+    UnrenderablePair,
+    UnusablePair,
+    encode_pair,
+    truncation_of,
+)
 
 log = logging.getLogger(__name__)
+_NOTEWORTHY = 0.03  # share of pairs that lost tokens, above which it is a warning
 
 
 class EncodedPairs(Dataset[EncodedPair]):
@@ -40,6 +49,11 @@ class EncodedPairs(Dataset[EncodedPair]):
         return self._pairs[index]
 
     @property
+    def truncation(self) -> Truncation:
+        """What `max_length` took."""
+        return truncation_of(self._pairs)
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest prompt + reply."""
         return max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in self._pairs)
@@ -58,6 +72,7 @@ def encode_dataset(
     *,
     domain: str | None = None,
     choices: Choices | None = None,
+    allow_truncation: bool | None = None,
 ) -> EncodedPairs:
     """Tokenise every row; the ones that cannot be used are counted, named and left out.
 
@@ -68,12 +83,16 @@ def encode_dataset(
         max_length: as in `encode_pair`.
         name: what to call the data in messages.
         domain, choices: as in `qadapter.preferences.reading.recognise`.
+        allow_truncation: for data to train on, whether `max_length` may cut most replies; None for other data, of which
+            only is said what was cut.
 
     Raises:
-        QAdapterError: rows of no known layout, or no row can be used.
+        QAdapterError: rows of no known layout, no row can be used, or the data should not be trained on (see
+            `refuse_unlearnable`).
     """
     pairs: list[EncodedPair] = []
     quarantined: list[tuple[int, str]] = []
+    unrenderable = 0
     for index, candidate in _candidates(iter_rows(rows, name), f"The {name} data", domain, choices):
         if isinstance(candidate, Reason):
             quarantined.append((index, candidate.value))
@@ -82,6 +101,7 @@ def encode_dataset(
             pairs.append(encode_pair(candidate, tokenizer, max_length))
         except UnusablePair as unusable:
             quarantined.append((index, str(unusable)))
+            unrenderable += isinstance(unusable, UnrenderablePair)
     if not pairs:
         first = f"; the first because {quarantined[0][1]}" if quarantined else ""
         raise QAdapterError(
@@ -98,7 +118,60 @@ def encode_dataset(
             index,
             reason,
         )
+    report_truncation(name, truncation_of(pairs), max_length)
+    if allow_truncation is not None:
+        refuse_unlearnable(name, quarantined, unrenderable, truncation_of(pairs), max_length, allow_truncation)
     return EncodedPairs(pairs, sorted(quarantined))
+
+
+def report_truncation(name: str, truncation: Truncation, max_length: int) -> None:
+    """Warn where more than a few per cent of the pairs lost tokens to `max_length`."""
+    if max(truncation.prompts, truncation.replies) > _NOTEWORTHY * truncation.pairs:
+        log.warning(
+            "max_length %d cuts %d of %d %s pairs: %d lose the beginning of their prompt, %d the end of a reply",
+            max_length,
+            truncation.cut,
+            truncation.pairs,
+            name,
+            truncation.prompts,
+            truncation.replies,
+        )
+
+
+def refuse_unlearnable(
+    name: str,
+    quarantined: Sequence[tuple[int, str]],
+    unrenderable: int,
+    truncation: Truncation,
+    max_length: int,
+    allow_truncation: bool,
+) -> None:
+    """Stop before a training whose data are mostly not what was meant.
+
+    Args:
+        name: what to call the data.
+        quarantined: (index, reason) of the pairs that were left out.
+        unrenderable: how many of them have no rendering with this tokenizer and template.
+        truncation: of the other pairs.
+        max_length: that they were cut to.
+        allow_truncation: whether most replies may be cut.
+
+    Raises:
+        QAdapterError: more than half of the pairs have no rendering, or lost the end of a reply.
+    """
+    total = truncation.pairs + len(quarantined)
+    if 2 * unrenderable > total:
+        reasons = Counter(reason for _, reason in quarantined)
+        raise QAdapterError(
+            f"{unrenderable} of {total} {name} pairs have no form with this tokenizer and chat template, most because "
+            f"{reasons.most_common(1)[0][0]}. Nothing was trained."
+        )
+    if 2 * truncation.replies > truncation.pairs and not allow_truncation:
+        raise QAdapterError(
+            f"max_length {max_length} cuts a reply of {truncation.replies} of {truncation.pairs} {name} pairs, so that "
+            "a policy would learn answers without an end. Nothing was trained. Raise max_length, or set "
+            "allow_truncation to train all the same."
+        )
 
 
 def _candidates(

@@ -18,6 +18,7 @@ from qadapter.config.model import LoraSettings, ModelSettings
 from qadapter.config.training import HelpfulSettings
 from qadapter.policy.loading import load_base
 from qadapter.preferences.pair import load_pairs
+from qadapter.preferences.tokenize import truncation_of
 from qadapter.training.adapt import encode_usable, lora_config
 from qadapter.training.arguments import (
     for_trl,
@@ -84,7 +85,9 @@ def fine_tune_base(
     `metrics.json`, `unused.jsonl`.
     """
     network, tokenizer = load_base(base, model)
-    _, encoded = encode_usable(load_pairs(pairs_file), tokenizer, settings.max_length, out / "unused.jsonl")
+    _, encoded = encode_usable(
+        load_pairs(pairs_file), tokenizer, settings.max_length, out / "unused.jsonl", settings.allow_truncation
+    )
     arguments = trainer_arguments(settings, seed=seed, scratch=scratch)
     set_seed(seed)
     if not settings.lora:
@@ -106,4 +109,5 @@ def fine_tune_base(
         save_weights(trainer, out / "model")
     tokenizer.save_pretrained(out / "model")
     lengths = [len(prompt) + len(reply) for prompt, reply in examples]
-    write_training_record(out, trainer, cost, tokens_seen(lengths, trainer.state.global_step, settings.batch_size))
+    tokens = tokens_seen(lengths, trainer.state.global_step, settings.batch_size)
+    write_training_record(out, trainer, cost, tokens, **truncation_of(encoded).metrics())

@@ -26,6 +26,7 @@ from qadapter.policy import files as policy_files
 from qadapter.policy.model import QAdapterForCausalLM, QAdapterOutput
 from qadapter.policy.objective import BatchTotals, Objective, batch_totals
 from qadapter.preferences.pair import PreferencePair
+from qadapter.preferences.template_settings import configured
 from qadapter.preferences.tokenize import PreferenceCollator, padding_id
 from qadapter.training.config import QAdapterConfig
 from qadapter.training.encoded_pairs import EncodedPairs, encode_dataset
@@ -89,9 +90,14 @@ class QAdapterTrainer(Trainer):
         objective = _objective(args)
         set_seed(args.seed)  # PEFT draws the adapter's weights
         policy = _policy(model, args, objective, peft_config)
-        tokenizer = processing_class or _tokenizer_of(policy)
+        tokenizer = configured(
+            processing_class or _tokenizer_of(policy),
+            thinking=args.thinking,
+            thoughts=args.thoughts,  # type: ignore[arg-type]
+            template=args.chat_template_kwargs,
+        )
         encode = _Encoder(tokenizer, args.max_length)
-        train_pairs = None if train_dataset is None else encode(train_dataset, "training")
+        train_pairs = None if train_dataset is None else encode(train_dataset, "training", args.allow_truncation)
         eval_pairs: EncodedPairs | dict[str, EncodedPairs] | None = None
         if isinstance(eval_dataset, Mapping):
             eval_pairs = {name: encode(rows, f"evaluation ({name})") for name, rows in eval_dataset.items()}
@@ -283,12 +289,12 @@ class _Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self._tokenizer, self._max_length = tokenizer, max_length
 
-    def __call__(self, rows: Rows, name: str) -> EncodedPairs:
+    def __call__(self, rows: Rows, name: str, allow_truncation: bool | None = None) -> EncodedPairs:
         if isinstance(rows, EncodedPairs):
             return rows
         if not hasattr(rows, "__len__"):
             raise QAdapterError(f"The {name} data have no length. Give a list or a datasets.Dataset, not a stream.")
-        return encode_dataset(rows, self._tokenizer, self._max_length, name)
+        return encode_dataset(rows, self._tokenizer, self._max_length, name, allow_truncation=allow_truncation)
 
 
 def _objective(args: QAdapterConfig) -> Objective:

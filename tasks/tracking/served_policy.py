@@ -64,7 +64,9 @@ class ServedPolicy(PythonModel):
             messages = [{**message} for message in rows[0]]
             request = ChatRequest.model_validate({"model": self._name, **given, "messages": messages})
             prepared = prepare(request, self._generator)
-            work = self._generator.submit(prepared.turns, prepared.prompt, prepared.sampling)
+            work = self._generator.submit(
+                prepared.turns, prepared.prompt, prepared.sampling, tokenizer=prepared.tokenizer
+            )
             return prepared.completion(work.result())
         except (RequestError, ValidationError) as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None

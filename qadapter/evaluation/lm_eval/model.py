@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -16,6 +18,9 @@ from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
 from qadapter.policy.loading import quantization_config
 from qadapter.policy.model import QAdapterForCausalLM
+from qadapter.policy.tokenizer import difference, policy_tokenizer
+
+log = logging.getLogger(__name__)
 
 _OF_THE_BASE = ("base", "dtype", "quantization", "load_in_8bit", "load_in_4bit", "revision", "trust_remote_code")
 # Those of `hf` that it looks at where the model is there already; it would take the others and do nothing with them.
@@ -79,7 +84,7 @@ class PolicyLM(HFLM):
 
         Args:
             pretrained: the policy; or, from a command line, the folder of a Q-Adapter.
-            tokenizer: the policy's; the base's by default.
+            tokenizer: the policy's; by default the one that lies with the adapter, else the base's.
             device: where a policy that is loaded goes; the processor where there is no GPU, whatever is asked for.
             apply_chat_template: whether prompts will come out of a chat template.
             settings: of `hf`, those that matter for a model in memory (`batch_size`, `max_length` …); with a folder
@@ -101,10 +106,14 @@ class PolicyLM(HFLM):
             loading = {name: settings.pop(name) for name in _OF_THE_BASE if name in settings}
             base = loading.pop("base", None)
             options = _base_options(**loading)
-            pretrained = QAdapterForCausalLM.from_pretrained(pretrained, base, device_map={"": place}, **options)
+            folder = pretrained
+            pretrained = QAdapterForCausalLM.from_pretrained(folder, base, device_map={"": place}, **options)
             if tokenizer is None:
                 of_base = {name: options[name] for name in ("revision", "trust_remote_code")}
-                tokenizer = AutoTokenizer.from_pretrained(str(pretrained.config.name_or_path), **of_base)
+                its = AutoTokenizer.from_pretrained(str(pretrained.config.name_or_path), **of_base)
+                tokenizer = policy_tokenizer(Path(folder), its)
+                if (other := difference(tokenizer, its)) is not None:
+                    log.warning("The adapter in %s brings its own tokenizer, with %s; it is used.", folder, other)
         if isinstance(tokenizer, str):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         super().__init__(pretrained, tokenizer=tokenizer, backend="causal", **settings)

@@ -404,6 +404,9 @@ def test_metrics_and_files_have_the_same_names_for_each_method(adapters: dict[st
     assert names["sft"] == {
         "train/final_loss",
         "train/steps",
+        "train/truncated_prompts",
+        "train/truncated_replies",
+        "train/truncated_ends",
         "cost/train_seconds",
         "cost/train_tokens",
         "cost/train_tokens_per_second",

@@ -1,0 +1,68 @@
+"""What lies beside an adapter and says how to ask it: the tokenizer of its training, and the training's record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from qadapter.errors import QAdapterError
+from qadapter.files.yaml_text import read_yaml
+
+RECORD = "train.yaml"  # what the command `train` was asked for; its own --config
+_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def training_record(adapter: Path) -> dict[str, Any]:
+    """What `train` wrote down beside an adapter; empty for one that was trained otherwise."""
+    file = adapter / RECORD
+    content = read_yaml(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return content if isinstance(content, dict) else {}
+
+
+def policy_tokenizer(adapter: Path, of_base: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer to ask a policy with: that of its training, where it lies in the adapter's folder.
+
+    Args:
+        adapter: folder that a training wrote. Code that comes with it is never run.
+        of_base: what the base has; used where the adapter brings none.
+
+    Raises:
+        QAdapterError: the adapter's files are no tokenizer.
+    """
+    if not any((adapter / name).is_file() for name in _FILES):
+        return of_base
+    try:
+        own: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(adapter), padding_side="left", trust_remote_code=False
+        )
+    except Exception as error:  # whatever a tokenizer's files can be wrong in, it is the files' fault
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise QAdapterError(
+            f"The tokenizer in {adapter} cannot be loaded ({reason}). Delete its files to use the base's, or save the "
+            "adapter again."
+        ) from error
+    if own.pad_token_id is None:
+        own.pad_token = own.eos_token or of_base.pad_token
+    return own
+
+
+def difference(own: PreTrainedTokenizerBase, of_base: PreTrainedTokenizerBase) -> str | None:
+    """In which way a policy's tokenizer is not its base's, as the end of a sentence; None where it is the same."""
+    if own is of_base:
+        return None
+    parts = []
+    if own.chat_template != of_base.chat_template:
+        which = (own.chat_template is None, of_base.chat_template is None)
+        kinds = {(False, True): "a chat template (the base has none)", (True, False): "no chat template"}
+        parts.append(kinds.get(which, "another chat template"))
+    if _vocabulary(own) != _vocabulary(of_base):
+        parts.append("other tokens")
+    elif own.special_tokens_map != of_base.special_tokens_map:
+        parts.append("other special tokens")
+    return " and ".join(parts) or None
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[Any, Any]:
+    return dict(tokenizer.get_vocab())
