@@ -41,3 +41,10 @@ Host = Annotated[
     ),
 ]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")]
+CorsOrigins = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--cors-origin",
+        help="a page that may ask from a browser, as http://localhost:3000; can be given several times",
+    ),
+]

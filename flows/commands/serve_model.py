@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from flows.commands.arguments import Host, Port
+from flows.commands.arguments import CorsOrigins, Host, Port
 from qadapter.errors import QAdapterError
 from qadapter.serving.server import serve
 
@@ -27,6 +27,7 @@ def serve_model(
     ],
     host: Host = "127.0.0.1",
     port: Port = 8000,
+    cors_origin: CorsOrigins = None,
 ) -> None:
     """Serve until Ctrl-C.
 
@@ -49,7 +50,7 @@ def serve_model(
         adapters = {names[model]: each.adapter for model, each in found.items()}
         served = {model: each.version for model, each in found.items() if "@" in model}
         threading.Thread(target=watch, args=(served, over), daemon=True).start()
-        serve(adapters, one.base, **one.numerics, host=host, port=port)
+        serve(adapters, one.base, **one.numerics, host=host, port=port, cors_origins=cors_origin or ())
     except KeyboardInterrupt:
         pass
     finally:

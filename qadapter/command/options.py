@@ -280,6 +280,9 @@ class AddressOptions(Settings):
         "QADAPTER_ALLOWED_HOSTS=name,other",
     )
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="0 takes a free one")
+    cors_origin: Strings = Field(
+        (), description="a page that may ask from a browser, as http://localhost:3000; can be given several times"
+    )
 
 
 class ServeOptions(AddressOptions):
@@ -291,8 +294,8 @@ class ServeOptions(AddressOptions):
         "can be given several times",
     )
     base: Place | None = Field(None, description="folder or hub id (default: what the first adapter names)")
-    dtype: DType | None = Field(None, description="of the base's weights (default: the base's own)")
-    quantization: Quantization = Field("none", description="of the base; int8 and nf4 need bitsandbytes")
+    dtype: DType | None = Field(None, description="of the base's weights (default: as trained, else its own)")
+    quantization: Quantization | None = Field(None, description="of the base (default: as trained)")
     revision: str | None = Field(None, description="of a base from the hub (default: main)")
 
     @field_validator("adapter")

@@ -23,4 +23,5 @@ def run(options: ServeOptions) -> None:
             revision=options.revision,
             host=options.host,
             port=options.port,
+            cors_origins=options.cors_origin,
         )

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import json
 import logging
 import threading
 from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Any, Literal
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.datastructures import Headers
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 
-from qadapter.serving.generator import Generator, Reply
-from qadapter.serving.protocol import ChatRequest, Prepared, RequestError, error_body, prepare
+from qadapter.serving.errors import RequestError, error_body
+from qadapter.serving.generator import BusyError, Generator, Reply
+from qadapter.serving.limits import MOST_BYTES, Guard, OnlyHosts, spare_the_log
+from qadapter.serving.protocol import Prepared, prepare, read_request
+from qadapter.serving.reference import chat_description, describe, page
 
 log = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.2  # how often it is looked whether a client is still there
@@ -29,74 +31,67 @@ class ClientGoneError(Exception):
     """Nobody waits for the answer any more."""
 
 
-class _OnlyHosts:
-    """Refuses requests whose `Host` is not one of some names, whatever they ask for.
-
-    A web page may give its own name the address 127.0.0.1 (DNS rebinding), and then the user's browser takes this
-    server for the page's own; the requests still carry the page's name. Starlette's `TrustedHostMiddleware` does the
-    same without saying, in OpenAI's form, what to do.
-    """
-
-    def __init__(self, app: ASGIApp, hosts: Collection[str]) -> None:
-        self._app, self._hosts = app, {host.lower() for host in hosts}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or (name := host_name(Headers(scope=scope).get("host", ""))) in self._hosts:
-            await self._app(scope, receive, send)
-            return
-        message = (
-            f"This server does not answer to the name {name[:200]!r}. Start it with QADAPTER_ALLOWED_HOSTS set to the "
-            "names, separated by commas, under which it may be asked."
-        )
-        await JSONResponse(error_body(message, 403, "host_not_allowed"), 403)(scope, receive, send)
-
-
-def host_name(header: str) -> str:
-    """The name or address in a `Host` header, lower case, without port, brackets and a final dot."""
-    text = header.strip().lower()
-    name = text[1:].partition("]")[0] if text.startswith("[") else text.partition(":")[0]
-    return name.removesuffix(".")
-
-
-def create_app(generator: Generator, api_key: str | None = None, hosts: Collection[str] | None = None) -> FastAPI:
+def create_app(
+    generator: Generator,
+    api_key: str | None = None,
+    hosts: Collection[str] | None = None,
+    *,
+    cors_origins: Collection[str] = (),
+    most_bytes: int = MOST_BYTES,
+) -> FastAPI:
     """The server's application.
 
     Args:
         generator: what answers.
         api_key: bearer token that every request below `/v1` must carry; None: none is asked for.
         hosts: names and addresses under which it may be asked (the `Host` of a request, without port); None: any.
+        cors_origins: the pages, as `https://name:port`, that may ask from a browser. Others are refused.
+        most_bytes: of a request's body.
     """
-    app = FastAPI(title="Q-Adapter", docs_url=None, redoc_url=None, openapi_url=None)
-    if hosts is not None:
-        app.add_middleware(_OnlyHosts, hosts=hosts)
+    spare_the_log()
+    app = FastAPI(title="Q-Adapter", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    describe(app)
+    app.add_middleware(Guard, api_key=api_key, most_bytes=most_bytes)
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            max_age=600,
+        )
+    app.add_middleware(OnlyHosts, hosts=hosts, origins=cors_origins)  # the outermost
 
-    async def authorise(request: Request) -> None:
-        given = request.headers.get("authorization", "").encode()
-        if api_key is not None and not hmac.compare_digest(given, f"Bearer {api_key}".encode()):
-            raise RequestError("This server asks for a bearer token.", 401, "invalid_api_key")
-
-    allowed = [Depends(authorise)]
-
-    @app.get("/health")
+    @app.get("/health", summary="Whether the server runs")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/v1/models", dependencies=allowed)
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        policy = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
+        return HTMLResponse(page(app.openapi()), headers=policy)
+
+    @app.get("/v1/models", summary="The adapters, and the base")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(name) for name in generator.policies.names]}
 
-    @app.get("/v1/models/{name:path}", dependencies=allowed)
+    @app.get("/v1/models/{name:path}", summary="One of them")
     async def model(name: str) -> dict[str, Any]:
         if name not in generator.policies.names:
-            raise RequestError(f"There is no model {name!r}.", 404, "model_not_found", "model")
+            raise RequestError(f"There is no model {name[:200]!r}.", 404, "model_not_found", "model")
         return _model(name)
 
-    @app.post("/v1/chat/completions", dependencies=allowed)
-    async def chat(body: ChatRequest, request: Request) -> Response:
-        prepared = await asyncio.to_thread(prepare, body, generator)
+    @app.post("/v1/chat/completions", summary="A reply to a conversation", openapi_extra=chat_description())
+    async def chat(request: Request) -> Response:
+        try:
+            body = await request.body()
+        except ClientDisconnect:
+            return Response(status_code=499)
+        asked = await asyncio.to_thread(read_request, body)
+        prepared = await asyncio.to_thread(prepare, asked, generator)
         answer = _Answer(generator, prepared, request)
-        if body.stream:
-            events = _events(prepared, answer, body.stream_options.include_usage)
+        if asked.stream:
+            events = _events(prepared, answer, asked.stream_options.include_usage)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         try:
             async for _ in answer.pieces():
@@ -113,8 +108,29 @@ class _Answer:
     """One request under way in the generator, as the event loop sees it."""
 
     def __init__(self, generator: Generator, prepared: Prepared, request: Request) -> None:
-        self._generator, self._prepared, self._request = generator, prepared, request
+        self._request = request
+        self._queue: asyncio.Queue[tuple[int, str] | Literal["done", "gone"]] = asyncio.Queue()
+        self._cancelled = threading.Event()
+        self._loop = asyncio.get_running_loop()
         self.replies: Sequence[Reply] = []
+        try:  # before the status is sent
+            self._work = generator.submit(
+                prepared.turns,
+                prepared.prompt,
+                prepared.sampling,
+                on_text=lambda number, text: self._put((number, text)),
+                cancelled=self._cancelled,
+                tokenizer=prepared.tokenizer,
+            )
+        except BusyError as error:
+            raise RequestError(
+                "Too many requests wait for this server's model. Ask again later.", 429, "server_busy"
+            ) from error
+        self._work.add_done_callback(lambda _: self._put("done"))
+
+    def _put(self, item: tuple[int, str] | Literal["done", "gone"]) -> None:
+        with contextlib.suppress(RuntimeError):  # the server was stopped meanwhile: its loop is closed
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
     async def pieces(self) -> AsyncIterator[tuple[int, str]]:
         """Number of the choice and its next piece of text; `replies` is filled behind the last one.
@@ -124,38 +140,22 @@ class _Answer:
         Raises:
             ClientGoneError: the client closed its connection.
         """
-        loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[tuple[int, str] | Literal["done", "gone"]] = asyncio.Queue()
-        cancelled = threading.Event()
-
-        def put(item: tuple[int, str] | Literal["done"]) -> None:
-            with contextlib.suppress(RuntimeError):  # the server was stopped meanwhile: its loop is closed
-                loop.call_soon_threadsafe(queue.put_nowait, item)
 
         async def watch() -> None:
             while not await self._request.is_disconnected():
                 await asyncio.sleep(_LOOK_SECONDS)
-            queue.put_nowait("gone")
+            self._queue.put_nowait("gone")
 
-        prepared = self._prepared
-        work = self._generator.submit(
-            prepared.turns,
-            prepared.prompt,
-            prepared.sampling,
-            on_text=lambda number, text: put((number, text)),
-            cancelled=cancelled,
-        )
-        work.add_done_callback(lambda _: put("done"))
         watcher = asyncio.create_task(watch())
         try:
-            while (item := await queue.get()) != "done":
+            while (item := await self._queue.get()) != "done":
                 if item == "gone":
                     raise ClientGoneError
                 yield item
         finally:
-            cancelled.set()
+            self._cancelled.set()
             watcher.cancel()
-        self.replies = work.result()
+        self.replies = self._work.result()
 
 
 async def _events(prepared: Prepared, answer: _Answer, count: bool) -> AsyncIterator[str]:

@@ -196,7 +196,7 @@ class _Scores(LogitsProcessor):
         self._top = top
         self._log_probs = torch.empty(0)
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Look, and change nothing. [1, T], [1, V]."""
         self._log_probs = scores[0].float().log_softmax(dim=-1)
         return scores
@@ -237,7 +237,8 @@ class ReplyReader(StoppingCriteria):
         self._ends, self._scores = set(ends), scores
         # Special tokens are no part of a reply's text; those that stop texts name are looked for all the same.
         named = [text for text in special_texts(tokenizer) if any(text in one for one in stop)] if stop else []
-        self._named: dict[int, str] = {int(tokenizer.convert_tokens_to_ids(text)): text for text in named}  # type: ignore[arg-type]
+        ids: Any = tokenizer.convert_tokens_to_ids(named) if named else []
+        self._named: dict[int, str] = dict(zip(ids, named, strict=True))
         self._hidden: list[bool] = []  # of each character that is held: a special token's
         self._prompt_length = prompt_length
         self._stop = stop

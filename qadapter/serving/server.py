@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from qadapter.errors import QAdapterError
 
@@ -25,20 +28,22 @@ def serve(
     base: str | Path | None = None,
     *,
     dtype: str | None = None,
-    quantization: str = "none",
+    quantization: str | None = None,
     revision: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
+    cors_origins: Sequence[str] = (),
 ) -> None:
     """Load everything and answer until interrupted.
 
     Args:
         adapters: model name to folder.
         base: folder or hub id; what the first adapter names without it.
-        dtype: of the base; what its config says without it.
-        quantization: of the base: none, int8 or nf4.
+        dtype: of the base; as trained without it (see `ServedPolicies.load`).
+        quantization: of the base: none, int8 or nf4; as trained without it.
         revision: of a base of the hub; its main branch without it.
         host, port: where to listen; port 0 takes a free one.
+        cors_origins: the pages, as `https://name:port`, that may ask from a browser.
 
     Raises:
         QAdapterError: something cannot be loaded, the address is taken, or the key in the environment is empty.
@@ -57,6 +62,12 @@ def serve(
             f"{API_KEY_VARIABLE} is set but empty, so no token could be asked for. Give it a value, or unset it to "
             "serve without one."
         )
+    for origin in cors_origins:
+        if not re.fullmatch(r"https?://[^/\s*?#@]+", origin):
+            raise QAdapterError(
+                f"--cors-origin {origin!r} is no origin. Give scheme, name and port of the page, and nothing behind: "
+                "https://chat.example or http://localhost:3000."
+            )
     try:  # before the model is loaded
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
@@ -68,12 +79,32 @@ def serve(
         if not _is_loopback(host) and key is None:
             _say(f"warning: everyone who reaches {host} can use this server; set {API_KEY_VARIABLE} to ask for a token")
         _say(f"Serving {', '.join(policies.names)} at {where}/v1   Stop: Ctrl-C")
-        app = create_app(generator, key, allowed_hosts(host))
-        config = uvicorn.Config(app, log_level="warning", access_log=False)
+        _say(f"precision {policies.policy.dtype}, temperature 1 where a request names none; fields: {where}/docs")
+        app = create_app(generator, key, allowed_hosts(host), cors_origins=cors_origins)
+        config = uvicorn_config(app)
         try:
             uvicorn.Server(config).run(sockets=[listener])
         finally:
             generator.close()
+
+
+def uvicorn_config(app: Any) -> Any:
+    """uvicorn with this server's limits on connections."""
+    import uvicorn
+
+    from qadapter.serving.limits import BACKLOG, BoundedConnection
+
+    return uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        http=BoundedConnection,
+        ws="none",
+        backlog=BACKLOG,
+        timeout_keep_alive=5,
+        h11_max_incomplete_event_size=32 * 1024,
+        server_header=False,
+    )
 
 
 def allowed_hosts(host: str) -> set[str] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,7 +13,6 @@ import httpx
 import openai
 import pytest
 import torch
-import uvicorn
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
@@ -28,6 +26,7 @@ from qadapter.serving.app import create_app
 from qadapter.serving.generator import Generator, Reply, ReplyReader, Sampling, Turn
 from qadapter.serving.policies import Blend, ServedPolicies
 from qadapter.serving.server import allowed_hosts
+from tests.support.listening import listening
 from tests.support.tiny_chat import byte_tokenizer, tiny_llama
 from tests.support.tiny_models import lora, moved
 
@@ -35,6 +34,7 @@ MESSAGES = [{"role": "user", "content": "Name a colour."}]
 NEW = 24
 CONTEXT = 2048
 KEY = "not-a-secret"
+PAGE = "http://page.example:3000"
 
 
 class RecordingGenerator(Generator):
@@ -98,19 +98,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     save_adapters(made.root)
     policies = ServedPolicies.load({name: made.folder(name) for name in ADAPTERS}, made.folder("base"))
     made.generator = RecordingGenerator(policies)
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(made.generator, KEY, allowed_hosts("127.0.0.1")), port=0, log_level="warning")
-    )
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    deadline = time.monotonic() + 30
-    while not server.started:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    made.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    yield made
-    server.should_exit = True
-    thread.join()
+    app = create_app(made.generator, KEY, allowed_hosts("127.0.0.1"), cors_origins=[PAGE])
+    with listening(app) as made.url:
+        yield made
     made.generator.close()
 
 
@@ -313,7 +303,20 @@ def test_dials_do_not_leak_between_clients(world: World) -> None:
         ("residual", {"messages": []}, openai.BadRequestError, "messages: "),
         ("residual", {"extra_body": {"alpha_0": -1}}, openai.BadRequestError, "alpha_0: "),
         ("residual", {"extra_body": {"alpha0": 1}}, openai.BadRequestError, "alpha0: Extra inputs are not permitted"),
-        ("residual", {"logprobs": True}, openai.BadRequestError, "logprobs: "),
+        ("residual", {"top_logprobs": 3}, openai.BadRequestError, "top_logprobs needs logprobs"),
+        ("residual", {"logit_bias": {"5": 1}}, openai.BadRequestError, "logit_bias: "),
+        ("residual", {"tools": [{"type": "function"}]}, openai.BadRequestError, "tools: "),
+        ("residual", {"response_format": {"type": "json_object"}}, openai.BadRequestError, "response_format.type: "),
+        ("residual", {"store": True}, openai.BadRequestError, "store: "),
+        ("residual", {"temperature": 1e-40}, openai.BadRequestError, "temperature: "),
+        ("residual", {"extra_body": {"alpha_tilde": 1e-42}}, openai.BadRequestError, "alpha_tilde: "),
+        ("residual", {"extra_body": {"alpha_0": 1e40}}, openai.BadRequestError, "alpha_0: "),
+        ("residual", {"extra_body": {"adapters": {"plain": 1e39}}}, openai.BadRequestError, "adapters.plain: "),
+        ("residual", {"stop": ["x"] * 17}, openai.BadRequestError, "stop."),
+        ("residual", {"stop": "x" * 1001}, openai.BadRequestError, "stop."),
+        ("residual", {"messages": [{"role": "user"}]}, openai.BadRequestError, "the last message has no content"),
+        ("residual", {"messages": [{"role": "tool", "content": "x"}]}, openai.BadRequestError, "messages.0.role: "),
+        ("residual", {"extra_body": {"chat_template_kwargs": {"x": 1}}}, openai.BadRequestError, "no variable 'x'"),
         ("residual", {"n": 1000}, openai.BadRequestError, "n: "),
         ("base", {"extra_body": {"alpha_0": 1}}, openai.BadRequestError, "The base has no dials"),
         ("base", {"extra_body": {"compare_base": True}}, openai.BadRequestError, "cannot be compared with itself"),

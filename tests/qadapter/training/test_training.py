@@ -610,7 +610,12 @@ def test_unusable_pairs_are_written_down(world: TinyToy, tmp_path: Path) -> None
     ]
     file = write_pairs(tmp_path / "pairs.jsonl", pairs)
     training = TRAINING.model_copy(update={"max_length": 8, "max_steps": 1})
-    out = world.train("dpo", tmp_path / "dpo", pairs_file=file, training=training)
+    with pytest.raises(QAdapterError, match="max_length 8 cuts a reply of 2 of 2 training pairs"):
+        world.train("dpo", tmp_path / "stopped", pairs_file=file, training=training)
+    allowed = training.model_copy(update={"allow_truncation": True})
+    out = world.train("dpo", tmp_path / "dpo", pairs_file=file, training=allowed)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["train/truncated_replies"] == 2
     unused = rows(out / "unused.jsonl")
     assert [row["pair"] for row in unused] == [1, 2]
     assert all("the two replies are the same tokens" in row["reason"] for row in unused)
