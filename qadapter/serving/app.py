@@ -191,7 +191,9 @@ def _speak_openai(app: FastAPI) -> None:
 
     @app.exception_handler(RequestError)
     async def refused(_: Request, error: RequestError) -> Response:
-        return JSONResponse(error.body(), error.status)
+        # What is left of a body that was too long or too slow is not read.
+        headers = {"Connection": "close"} if error.status in (408, 413) else {}
+        return JSONResponse(error.body(), error.status, headers)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> Response:

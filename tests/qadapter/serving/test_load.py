@@ -144,7 +144,9 @@ def test_headers_and_bodies_that_never_end_are_ended(generator: Generator) -> No
         assert 0.3 < time.monotonic() - started < 5
         with socket.create_connection(place(url), timeout=10) as again:  # the second request of a connection too
             again.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
-            assert b"200 OK" in again.recv(1000)
+            answer = b""
+            while b"ok" not in answer:
+                answer += again.recv(1000)
             again.sendall(b"GET /hea")
             assert again.recv(100) == b""
         assert asked(url).status_code == 200
@@ -157,7 +159,9 @@ def test_a_body_that_never_ends_is_answered(generator: Generator, monkeypatch: p
     with listening(create_app(generator, KEY)) as url, socket.create_connection(place(url), timeout=10) as slow:
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
         slow.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
-        answer = slow.recv(4096)
+        answer = b""
+        while piece := slow.recv(4096):  # until it closes
+            answer += piece
     assert b"408" in answer.split(b"\r\n")[0]
     assert b"did not arrive within 0.5 seconds" in answer
 
