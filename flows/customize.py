@@ -53,6 +53,7 @@ from tasks.preferences import (
     hold_out,
     mix_preferences,
 )
+from tasks.quality import measure_quality
 from tasks.stages.context import Cell, workspace
 from tasks.stages.logged import StageResult
 from tasks.tracking.registry import Registry, Version
@@ -174,6 +175,7 @@ def _customize(
         world=world,
         everything=champion is None or waiting == 0,
     )
+    step(measure_quality, source=PREFERENCES, data=mixture, benchmarks=world)
     if not force and read_json(mixture.path / "summary.json")["fresh_pairs"] == 0:
         return "NothingNew", f"{changes.text()}; all of them are held out", place
     ground = lay_ground(experiment, step, world, champion, customization.model_name)

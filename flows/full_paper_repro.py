@@ -21,6 +21,7 @@ from qadapter.methods.table import method_named
 from tasks.data import build_benchmarks, generate_toy_world, prepare_data
 from tasks.evaluate import evaluate, measure_base_retention
 from tasks.judge import train_judge
+from tasks.quality import measure_quality
 from tasks.report import write_report
 from tasks.stages.context import Cell
 from tasks.train import fine_tune_base, prepare_need, pretrain_base, train_adapter
@@ -43,6 +44,7 @@ class Common:
     bases: Mapping[str, Any]
     kept: Mapping[str, Any]
     old_texts: Any
+    quality: Mapping[str, Any]
 
 
 def common_stages(experiment: Experiment, run: Run) -> Common:
@@ -51,6 +53,7 @@ def common_stages(experiment: Experiment, run: Run) -> Common:
     data = {source: run(prepare_data, source=source, world=world) for source in experiment.sources}
     built = run(build_benchmarks, data=data, world=world) if experiment.built_benchmarks else None
     benchmarks = built or world
+    quality = {name: run(measure_quality, source=name, data=data[name], benchmarks=benchmarks) for name in data}
 
     bases: dict[str, Any] = {"pretrained": run(pretrain_base, data=data, world=world, built=built)}
     if experiment.helpful_sft and any(domain.base == "helpful" for domain in experiment.domains.values()):
@@ -60,7 +63,7 @@ def common_stages(experiment: Experiment, run: Run) -> Common:
         name: run(measure_base_retention, name=name, base=bases[name], old_texts=old_texts, benchmarks=benchmarks)
         for name in sorted({domain.base for domain in experiment.domains.values()})
     }
-    return Common(world, data, benchmarks, bases, kept, old_texts)
+    return Common(world, data, benchmarks, bases, kept, old_texts, quality)
 
 
 def evaluation_inputs(experiment: Experiment, run: Run, common: Common, name: str) -> dict[str, Any]:
@@ -108,7 +111,7 @@ def experiment_stages(experiment: Experiment, run: Run) -> Any:
             cell = Cell(name, method, seed)
             trained = run(train_adapter, cell=cell, base=base, data=pairs, needs=needs[method])
             rows.append(run(evaluate, cell=cell, trained=trained, base_row=base_row, **shared))
-    return run(write_report, rows=rows, data=common.data)
+    return run(write_report, rows=rows, data=common.data, quality=common.quality)
 
 
 @flow(name="full-paper-repro")

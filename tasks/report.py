@@ -12,6 +12,7 @@ from prefect.artifacts import create_markdown_artifact
 
 from qadapter.files.artifacts import read_json
 from tasks.evaluate import Evaluation
+from tasks.quality import QUALITY
 from tasks.stages.context import RunContext
 from tasks.stages.logged import StageResult, logged_stage, task_result
 from tasks.stages.prefect_artifacts import show, show_figure, show_page
@@ -33,12 +34,20 @@ class Report:
 
 
 @task(task_run_name="report")
-def write_report(context: RunContext, rows: Sequence[Evaluation], data: Mapping[str, StageResult]) -> Any:
+def write_report(
+    context: RunContext,
+    rows: Sequence[Evaluation],
+    data: Mapping[str, StageResult],
+    quality: Mapping[str, StageResult] | None = None,
+) -> Any:
     """Write the comparison of all rows."""
     title = f"Q-Adapter pipeline: {context.experiment.name}"
     summaries = {name: read_json(result.path / "summary.json") for name, result in data.items()}
     config = context.experiment.model_dump(mode="json", by_alias=True)
-    inputs: dict[str, StageOutput | Path] = {}
+    inputs: dict[str, StageOutput | Path] = {
+        f"quality/{name}": result.output for name, result in (quality or {}).items()
+    }
+    found = {name: read_json(result.path / QUALITY) for name, result in (quality or {}).items()}
     for row in rows:
         stages = {"training": row.training, "adaptation": row.adaptation, "retention": row.retention}
         inputs |= {f"{row.cell.name}/{name}": stage.output for name, stage in stages.items() if stage}
@@ -59,7 +68,7 @@ def write_report(context: RunContext, rows: Sequence[Evaluation], data: Mapping[
             )
             for row in rows
         ]
-        build_report(measured, title=title, data=summaries, config=config, out=out)
+        build_report(measured, title=title, data=summaries, quality=found, config=config, out=out)
 
     result = logged_stage(
         context,

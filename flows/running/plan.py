@@ -5,6 +5,7 @@ The stages come from the flow itself (`experiment_stages`), run by a recorder in
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,15 +14,19 @@ from typing import Any
 from flows.full_paper_repro import experiment_stages
 from flows.running.launch import Launch
 from qadapter.config.experiment import Experiment
+from qadapter.config.sources import Source
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.old_text import unmeasured_on_old_text
+from qadapter.evaluation.refusals import is_refusal
 from qadapter.judging.plan import judge_training, plan_judges
 from qadapter.methods.method import Need, PairsPlan
 from qadapter.methods.table import METHODS, method_named
 from qadapter.planning import estimate as planning
 from qadapter.preferences import sources
 from qadapter.preferences.building import Choices
-from qadapter.preferences.prepare import parse_files
+from qadapter.preferences.prepare import no_usable_pair, stream_files
+from qadapter.preferences.quality import Quality, sentences
+from qadapter.preferences.reading import Rejected
 from qadapter.report.rows import listed
 from qadapter.toyworld.world import ToyWorld
 from tasks.stages.context import Cell, resolve_path
@@ -126,24 +131,41 @@ def _plan_source(experiment: Experiment, name: str, folder: Path | None) -> Sour
             longest / 2,
             f"{reach}; {known}; half of max_length a sequence (assumed)",
         )
-    parsed = parse_files(
-        sources.locate(where, cache_dir=Path(), split=source.split, config_name=source.config_name),
-        domain=source.domain,
-        max_chars=source.max_chars,
-        choices=Choices.of(source),
-    )
-    usable = parsed.pairs
-    characters = [sum(len(m["content"]) for m in p.prompt) + (len(p.chosen) + len(p.rejected)) / 2 for p in usable]
-    tokens = sum(min(longest, c / planning.CHARS_PER_TOKEN) for c in characters) / len(usable)
-    prompts = len({p.prompt_digest for p in usable})
+    return _plan_local(source, longest, sources.locate(where, cache_dir=Path(), **_of_set(source)))
+
+
+def _of_set(source: Source) -> dict[str, str | None]:
+    return {"split": source.split, "config_name": source.config_name}
+
+
+def _plan_local(source: Source, longest: int, files: Sequence[Path]) -> SourcePlan:
+    """Read the source's files to their end; nothing of them is held."""
+    quality, characters, rejected = Quality(is_refusal), 0.0, Counter[str]()
+    pairs = 0
+    options: dict[str, Any] = {"domain": source.domain, "max_chars": source.max_chars, "choices": Choices.of(source)}
+    for item in stream_files(files, {}, **options):
+        if isinstance(item, Rejected):
+            rejected[item.reason.value] += 1
+            continue
+        pair = item.pair
+        quality.add(pair)
+        pairs += 1
+        length = sum(len(turn["content"]) for turn in pair.prompt) + (len(pair.chosen) + len(pair.rejected)) / 2
+        characters += min(longest, length / planning.CHARS_PER_TOKEN)
+    if not pairs:
+        raise no_usable_pair(files, rejected)
+    tokens = characters / pairs
+    report = quality.report({"read": pairs + rejected.total(), "quarantined": rejected})
+    prompts = report["prompts"]
     held_out = source.heldout if source.heldout < 1 else source.heldout / prompts
-    left = int(len(usable) * (1 - held_out)) - source.judge_pairs
+    left = int(pairs * (1 - held_out)) - source.judge_pairs
     train = min(left, source.max_train_pairs or left)
+    lines = [*sentences(report), *(f"WARNING: {line}" for line in report["warnings"])]
     return SourcePlan(
         train,
         tokens,
-        f"{len(usable):,} usable pairs on {prompts:,} prompts, {len(parsed.rejected)} quarantined; about {train:,} to "
-        f"train on, {tokens:.0f} tokens a sequence",
+        f"{pairs:,} usable pairs on {prompts:,} prompts, {rejected.total()} quarantined; about {train:,} to "
+        f"train on, {tokens:.0f} tokens a sequence" + "".join(f"\n{'':<16}{line}" for line in lines),
     )
 
 

@@ -20,6 +20,8 @@ from qadapter.report.figures import retention_against_adaptation
 from qadapter.report.intervals import Measured
 from qadapter.report.latex import latex
 from qadapter.report.page import data_uri, page
+from qadapter.report.quality import LEGEND as QUALITY_LEGEND
+from qadapter.report.quality import quality_table, quality_warnings
 from qadapter.report.rows import Row
 from qadapter.report.summary import duels, sentences, summary_metrics
 from qadapter.report.tables import (
@@ -66,6 +68,7 @@ def build_report(
     *,
     title: str,
     data: Mapping[str, Mapping[str, Any]],
+    quality: Mapping[str, Mapping[str, Any]] | None = None,
     config: Mapping[str, Any],
     out: Path,
 ) -> None:
@@ -75,6 +78,7 @@ def build_report(
         rows: one a policy.
         title: of the report.
         data: source to its `summary.json`: counts, reasons of the quarantine, digests.
+        quality: source to its quality report (`qadapter.preferences.quality`).
         config: the experiment's settings.
         out: an empty folder; gets also `comparison.csv`, `details.csv`, `answers.csv` (if there are answers),
             `retention_adaptation.png`,
@@ -101,6 +105,8 @@ def build_report(
         "answers": side_by_side(rows),
         "counts": _counts(data),
         "quarantined": _quarantined(data),
+        "quality": quality_table(quality or {}),
+        "quality_warnings": quality_warnings(quality or {}),
         "config": yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=110),
         "config_digest": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
     }
@@ -110,6 +116,7 @@ def build_report(
         "forgetting_legend": FORGETTING_LEGEND,
         "further_legend": FURTHER_LEGEND,
         "cost_legend": COST_LEGEND,
+        "quality_legend": QUALITY_LEGEND,
         "domains": [(domain, domain_table(measured, domain)) for domain in measured.domains],
         "figure": data_uri(out / FIGURE),
         "curves": data_uri(out / CURVES) if has_curves else "",
@@ -162,11 +169,19 @@ def _markdown(content: Mapping[str, Any], long: pd.DataFrame, has_curves: bool) 
         "## Data",
         markdown.frame(content["counts"]),
         *(["Quarantined records:", markdown.frame(quarantined)] if quarantined is not None else []),
+        *_quality(content),
         "## Config",
         f"sha256 `{content['config_digest']}`",
         f"```yaml\n{content['config']}```",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _quality(content: Mapping[str, Any]) -> list[str]:
+    if content["quality"] is None:
+        return []
+    warnings = "\n".join(f"- {line}" for line in content["quality_warnings"])
+    return ["### Quality", *([warnings] if warnings else []), markdown.frame(content["quality"]), QUALITY_LEGEND]
 
 
 def _counts(data: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:

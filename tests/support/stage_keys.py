@@ -19,6 +19,7 @@ from flows.full_paper_repro import experiment_stages
 from qadapter.config.experiment import load_experiment
 from tasks.candidate import train_candidate
 from tasks.data import prepare_data
+from tasks.quality import measure_quality
 from tasks.report import write_report
 from tasks.stages.context import Cell, RunContext
 from tasks.stages.logged import StageResult
@@ -78,7 +79,7 @@ def stage_keys(methods: list[str]) -> dict[str, str]:
         by_cell: dict[str, str] = {}
 
         def run(task: Any, **inputs: Any) -> Any:
-            if task is write_report:
+            if task in (write_report, measure_quality):
                 return None
             if task is prepare_data:  # it reads the files; methods have no part in them
                 return StageResult(store.finished("prepare", inputs["source"]), "run")

@@ -197,6 +197,14 @@ def needs_data(names: Iterable[str]) -> list[str]:
     return [name for name in names if DATA in str(_source(name))]
 
 
+def own_file(name: str, data: Path | None) -> Path | None:
+    """The file with the items of one of the project's own tasks; None if it has none, or needs `data`."""
+    file = _source(name).get("file")
+    if not isinstance(file, str) or (DATA in file and data is None):
+        return None
+    return Path(_fill(file, name, data))
+
+
 def better_when_lower(names: Iterable[str]) -> list[str]:
     """Those whose measures are all better when lower (bits per byte, perplexity): they have no accuracy."""
     found = []

@@ -1,0 +1,84 @@
+"""The quality stage: what is wrong with the data, shown before anything is trained on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.logging import get_run_logger
+
+from qadapter.files.artifacts import read_json, write_json
+from tasks.stages.context import PROJECT_ROOT, RunContext, resolve_path
+from tasks.stages.logged import StageResult, logged_stage, task_result
+from tasks.stages.store import StageOutput
+
+QUALITY = "quality.json"
+
+
+@task(task_run_name="quality-{source}")
+def measure_quality(context: RunContext, source: str, data: StageResult, benchmarks: StageResult | None) -> Any:
+    """Count what usually makes a customisation fail. No other stage but the report reads it: it re-trains nothing.
+
+    Args:
+        context: of the run.
+        source: name of the source.
+        data: its prepared pairs.
+        benchmarks: the stage whose folder has the run's own benchmarks, if there is one.
+    """
+    retention = context.experiment.evaluation.retention
+    folder = benchmarks.path if benchmarks else context.data
+    official = Path(resolve_path(retention.official_data, context.data)) if retention.official_data else None
+
+    def compute(out: Path, _: Path) -> None:
+        from qadapter.evaluation.lm_eval.texts import benchmark_items
+        from qadapter.evaluation.refusals import is_refusal
+        from qadapter.preferences.quality import measure
+
+        items, elsewhere = benchmark_items(retention.tasks, folder, official)
+        summary = read_json(data.path / "summary.json")
+        report = measure(data.path, items, is_refusal, summary)
+        write_json(out / QUALITY, {**report, "benchmarks_not_looked_at": elsewhere})
+
+    def log(run_id: str, output: StageOutput) -> None:
+        from qadapter.preferences.quality import metrics
+
+        report = read_json(output.path / QUALITY)
+        numbers = {f"data/{source}/{name}": value for name, value in metrics(report).items()}
+        for run in dict.fromkeys((run_id, context.parent_run_id)):
+            context.tracker.log_metrics(run, numbers)
+        names = sorted(numbers)
+        context.tracker.log_table(
+            run_id, {"figure": names, "value": [numbers[name] for name in names]}, f"quality-{source}.json"
+        )
+
+    inputs: dict[str, Any] = {"data": data.output, "tasks": PROJECT_ROOT / "configs" / "lm_eval"}
+    if benchmarks is not None:
+        inputs["benchmarks"] = benchmarks.output
+    elif context.data is not None and (own := context.data / "benchmarks").is_dir():
+        inputs["benchmarks"] = own
+    if official is not None:
+        inputs["official_data"] = official
+    result = logged_stage(
+        context,
+        "quality",
+        label=source,
+        module="qadapter.preferences.quality",
+        config={"tasks": list(retention.tasks)},
+        inputs=inputs,
+        compute=compute,
+        log=log,
+    )
+    _say(source, read_json(result.path / QUALITY))
+    return task_result(result, result)
+
+
+def _say(source: str, report: dict[str, Any]) -> None:
+    from qadapter.preferences.quality import sentences
+
+    logger = get_run_logger()
+    logger.info("%s:%s", source, "".join(f"\n  {line}" for line in sentences(report)))
+    if report["benchmarks_not_looked_at"]:
+        logger.info("%s: items not on this machine: %s", source, ", ".join(report["benchmarks_not_looked_at"]))
+    for line in report["warnings"]:
+        logger.warning("%s: %s", source, line)
