@@ -136,7 +136,7 @@ def warnings(report: Mapping[str, Any]) -> list[str]:
         numbers = ", ".join(map(str, counts["numbers"]))
         found.append(
             f"training prompts contain {counts['shared']} of {counts['items']} items of {name} (items {numbers}): "
-            "its score does not measure what was kept"
+            "its score may come from having seen them"
         )
     if report["pairs"] < FEW_PAIRS:
         found.append(f"there are only {report['pairs']} pairs")

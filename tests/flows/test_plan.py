@@ -143,6 +143,7 @@ def expected_names(x: Experiment) -> list[str]:
     """Every stage a flow run would have, counted out of the config by itself."""
     names = ["toy-world"] if x.toy_world else []
     names += [f"prepare-{source}" for source in x.sources]
+    names += [f"quality-{source}" for source in x.sources]
     names += ["build-benchmarks"] if x.built_benchmarks else []
     names += ["pretrain"]
     names += ["helpful-sft"] if x.helpful_sft else []
@@ -172,6 +173,8 @@ def test_what_feeds_what() -> None:
     by_name = {stage.name: {other.name for other in stage.feeds_on} for stage in recorded(load_experiment("smoke"))}
     assert by_name["toy-world"] == set()
     assert by_name["prepare-harmless"] == {"toy-world"}
+    assert by_name["quality-harmless"] == {"toy-world", "prepare-harmless"}
+    assert all(not name.startswith("quality") for name, feeds in by_name.items() if name != "report" for name in feeds)
     assert by_name["helpful-sft"] == {"pretrain", "prepare-helpful"}
     assert by_name["retention-helpful"] == {"helpful-sft", "prepare-helpful", "toy-world"}
     assert by_name["answers-academy"] == {"helpful-sft", "prepare-academy"}
