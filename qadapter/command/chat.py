@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from qadapter.command.opened import as_base, dials, note, open_policy
 from qadapter.command.options import ChatOptions
+from qadapter.config.base import refuse_temperature
 from qadapter.errors import QAdapterError, did_you_mean
 from qadapter.inference.generate import longest_reply, reply_text
 from qadapter.inference.score import device_of
@@ -146,7 +147,10 @@ class Chat:
 
     def _set_temperature(self, value: str) -> None:
         if value:
-            self.temperature = _number(value)
+            try:
+                self.temperature = refuse_temperature(_number(value))
+            except ValueError as error:
+                raise QAdapterError(f"temperature {value}: {error}") from error
         print(f"(temperature {self.temperature:g})")
 
     def _switch_base(self, _: str) -> None:

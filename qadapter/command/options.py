@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
-from qadapter.config.base import Count, NonNegative, Positive, Settings
+from qadapter.config.base import Count, NonNegative, Positive, Settings, Temperature
 from qadapter.config.model import ModelSettings
 from qadapter.config.sources import ReadingSettings
 from qadapter.config.training import OptimizerSettings
@@ -232,7 +232,7 @@ class DecodingOptions(Settings):
     """How replies are written."""
 
     max_new_tokens: Count = Field(256, description="longest reply")
-    temperature: NonNegative = Field(0.0, description="0: the most likely token at each step; above 0: sampling")
+    temperature: Temperature = Field(0.0, description="0: the most likely token at each step; above 0: sampling")
     seed: int = Field(0, description="of sampling")
 
 

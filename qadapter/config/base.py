@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
 
 from qadapter.files.url_secrets import secrets_in
 
@@ -40,6 +40,23 @@ NonNegative = Annotated[float, Field(ge=0)]
 
 
 Count = Annotated[int, Field(ge=1)]
+
+
+SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = 1e-3, 1e3
+
+
+def refuse_temperature(value: float) -> float:
+    """A temperature that logits can be divided by, or 0 for the most likely token.
+
+    Raises:
+        ValueError: another number; the message names the range.
+    """
+    if value != 0 and not SMALLEST_TEMPERATURE <= value <= LARGEST_TEMPERATURE:  # NaN is in no range
+        raise ValueError(f"expected 0 (greedy), or from {SMALLEST_TEMPERATURE:g} to {LARGEST_TEMPERATURE:g}")
+    return value
+
+
+Temperature = Annotated[float, AfterValidator(refuse_temperature)]
 
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]

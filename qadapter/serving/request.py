@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from qadapter.config.base import Temperature
 from qadapter.preferences.pair import Message
 
 MOST_REPLIES = 16
 """Largest `n`."""
-
-SMALLEST_TEMPERATURE = 1e-3
-"""Below it, and above 0, logits divided by it are no numbers any more; 0 is greedy."""
 
 Text = Annotated[str, Field(min_length=1, max_length=1000)]
 Anything = Any  # a field that is taken and has no effect
@@ -94,7 +91,7 @@ class ChatRequest(_Strict):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_tokens: Number | None = None
     max_completion_tokens: Number | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    temperature: Annotated[Temperature, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     n: Annotated[int, Field(ge=1, le=MOST_REPLIES)] = 1
     stop: Text | Annotated[list[Text], Field(max_length=16)] = []
@@ -134,13 +131,6 @@ class ChatRequest(_Strict):
         """Clients send null for what they leave out."""
         return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
 
-    @field_validator("temperature")
-    @classmethod
-    def _temperature(cls, value: float) -> float:
-        if 0 < value < SMALLEST_TEMPERATURE:
-            raise ValueError(f"expected 0 (greedy), or from {SMALLEST_TEMPERATURE:g} to 2")
-        return value
-
     @field_validator("adapters")
     @classmethod
     def _some_adapter(cls, mix: dict[str, float] | None) -> dict[str, float] | None:
@@ -159,6 +149,4 @@ class ChatRequest(_Strict):
     def _logprobs(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
-        if not math.isfinite(self.temperature):
-            raise ValueError("temperature is no number")
         return self
