@@ -7,6 +7,7 @@ reply (context, history, tools, weights) makes the source refused, or the record
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,13 +27,16 @@ from qadapter.preferences.propose import proposal
 from qadapter.preferences.records import RawRecord, Reason
 from qadapter.preferences.refusals import sentence_of
 from qadapter.preferences.transcripts import style_of
-from qadapter.preferences.turns import Candidates, UnusableRecord
+from qadapter.preferences.turns import ROLES, Candidates, UnusableRecord
 from qadapter.preferences.unpaired import Pairing
+
+log = logging.getLogger(__name__)
 
 _METADATA = re.compile(
     r"id|.*_id|uid|qid|idx|index|.*source|.*dataset.*|subset|config|split|category|type|tags|lang|language|.*model.*"
     r"|.*policy|license|url|link|date|version|topic|domain|batch|worker|annotator|timestamp|created_at|status|order"
-    r"|.*scores?|.*ratings?|.*rewards?|.*rationales?|.*metadata|ranks|rank_str|generations|margin|.*(hash|sha256|md5)",
+    r"|.*scores?|.*ratings?|.*rewards?|.*rationales?|.*metadata|ranks|rank_str|generations|margin|.*(hash|sha256|md5)"
+    r"|original_.*|raw_.*|labell?ing_.*",
     re.IGNORECASE,
 )
 _CONTEXT = frozenset(
@@ -41,6 +45,10 @@ _CONTEXT = frozenset(
         "question prompt scenario background passage document documents article persona knowledge trajectory "
         "few_shot few_shots"
     ).split()
+)
+# Beside two whole dialogues these only repeat them, or what they were made from.
+_WHOLE = frozenset(
+    "conversation conversations messages dialog dialogue instruction input inputs query question prompt".split()
 )
 _SYSTEM = frozenset({"system", "system_prompt"})
 _NOT_TEXT = frozenset("tools functions images image videos video audios audio".split())
@@ -205,6 +213,8 @@ def _unexplained(record: Mapping[str, Any], file_format: Format, suspects: Itera
                 return key
         elif name in _NOT_TEXT:
             return name
+        elif name in _WHOLE and not file_format.only_texts and _is_whole(record.get("chosen")):
+            continue
         elif (
             isinstance(value, str | list | dict | tuple)
             and not _is_number(value)
@@ -212,6 +222,14 @@ def _unexplained(record: Mapping[str, Any], file_format: Format, suspects: Itera
         ):
             return key
     return None
+
+
+def _is_whole(dialogue: Any) -> bool:
+    """Whether a list of turns begins with the prompt, not with a reply."""
+    first = dialogue[0] if isinstance(dialogue, list) and dialogue else None
+    if not isinstance(first, dict):
+        return False
+    return ROLES.get(str(first.get("role", first.get("from"))).lower(), "assistant") != "assistant"
 
 
 def _says_nothing(value: Any) -> bool:
@@ -261,7 +279,13 @@ def recognise(
     objects = [record for record in records if isinstance(record, dict)]
     cells, structs = columns_of_cells(objects), columns_of_structs(objects)
     if cells or structs:
-        objects = [record for record in map(_opened_or_none(cells, structs), objects) if record is not None]
+        readable = [record for record in map(_opened_or_none(cells, structs), objects) if record is not None]
+        if not readable:
+            raise QAdapterError(
+                f"{where} has messages written out as text ({', '.join(cells)}) that is neither JSON nor a Python "
+                "list, such as numpy writes. Write the data again as JSON: `to_json(orient='records', lines=True)`."
+            )
+        objects = readable
     if context.choices.fields is not None:
         reader = _mapped(objects, context, where, cells, structs)
     else:
@@ -547,6 +571,8 @@ def _parse_all(
                 yield Accepted(file, record.line, candidate)
     for line, reason in reader.finish():
         yield Rejected(file, line, reason)
+    for what, count in reader.counts.items():
+        log.warning("%s: %d pairs with %s; `ties: drop` leaves them out", shown_path(file), count, what)
 
 
 def characters(pair: PreferencePair) -> int:

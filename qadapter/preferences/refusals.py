@@ -51,6 +51,10 @@ def _column_wise(record: Record) -> bool:
 
 NO_PAIRS: tuple[NoPairs, ...] = (
     NoPairs(
+        _column_wise,
+        "is written by columns (pandas' `to_json()`). Write it again with `to_json(orient='records', lines=True)`.",
+    ),
+    NoPairs(
         _has("message_id", "parent_id"),
         "has OpenAssistant's messages one by one, a tree spread over many records. Use its *.trees.jsonl.gz.",
     ),
@@ -118,10 +122,6 @@ NO_PAIRS: tuple[NoPairs, ...] = (
     NoPairs(
         lambda record: is_turns(record.get("messages")) and bool(record.get("messages")) and "chosen" not in record,
         "has single conversations (data for supervised fine-tuning), no pairs. Give two replies to each prompt.",
-    ),
-    NoPairs(
-        _column_wise,
-        "is written by columns (pandas' `to_json()`). Write it again with `to_json(orient='records', lines=True)`.",
     ),
     NoPairs(
         _one_list_inside,

@@ -14,7 +14,7 @@ from qadapter.errors import QAdapterError
 from qadapter.preferences.building import Choices
 from qadapter.preferences.pair import PreferencePair
 from qadapter.preferences.prepare import parse_files
-from qadapter.preferences.reading import Accepted, read_pairs
+from qadapter.preferences.reading import Accepted, read_pairs, recognise
 from qadapter.preferences.records import Reason
 from qadapter.training.encoded_pairs import encode_dataset
 from tests.support.tiny_chat import byte_tokenizer
@@ -228,6 +228,37 @@ def test_fields_that_would_be_ignored_are_refused(tmp_path: Path, extra: dict[st
     plain = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
     parsed = parse_files([lines(file, plain, plain, {**plain, **extra})])
     assert (len(parsed.pairs), [(r.line, r.reason) for r in parsed.rejected]) == (2, [(3, Reason.WRONG_FIELDS)])
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"instruction": "Why?", "output": ["a", "b"]}, "old Alpaca ranking. Set `fields"),
+        ({"query": "Why?", "response": "a", "rejected_response": "b"}, "query form. Set `fields"),
+        (
+            {"prompt": "p", "chosen": {"answer": "a"}, "rejected": {"answer": "b"}},
+            "`chosen` and `rejected`. Set `fields`",
+        ),
+        (
+            {"prompt": "p", "response_a": "x", "response_b": "y", "chosen": "response_b"},
+            "no rejected one. Set `fields`",
+        ),
+        ({"messages": [USER, GOOD]}, "supervised fine-tuning"),
+        ({"prompt": "Why?", "completions": ["a", "b"], "labels": [True, False]}, "stepwise supervision"),
+        ({"chosen": {"0": "a", "1": "c"}, "rejected": {"0": "b", "1": "d"}}, "by columns"),
+        ({"question": "q", "input": "i", "chosen": "a", "rejected": "b"}, "`input`, which would be ignored"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "chosen_messages": [USER]}, "`chosen_messages`"),
+        (
+            {"prompt": "[{'role': 'user'}\n {'role': 'x'}]", "chosen": "x", "rejected": "y"},
+            "Write the data again as JSON",
+        ),
+        ({"data": {"x": 1}, "annotations": [{"result": []}]}, "export of Label Studio"),
+    ],
+)
+def test_what_is_no_pairs_is_refused_with_the_way_out(tmp_path: Path, row: dict[str, Any], words: str) -> None:
+    with pytest.raises(QAdapterError) as caught:
+        recognise([row])
+    assert words in str(caught.value)
 
 
 def test_two_layouts_that_both_fit_are_an_error(tmp_path: Path) -> None:
