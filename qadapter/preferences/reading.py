@@ -27,32 +27,11 @@ from qadapter.preferences.propose import proposal
 from qadapter.preferences.records import RawRecord, Reason
 from qadapter.preferences.refusals import sentence_of
 from qadapter.preferences.transcripts import style_of
-from qadapter.preferences.turns import ROLES, Candidates, UnusableRecord
+from qadapter.preferences.turns import Candidates, UnusableRecord
 from qadapter.preferences.unpaired import Pairing
+from qadapter.preferences.unread_fields import NOT_TEXT, suspects, unexplained
 
 log = logging.getLogger(__name__)
-
-_METADATA = re.compile(
-    r"id|.*_id|uid|qid|idx|index|.*source|.*dataset.*|subset|config|split|category|type|tags|lang|language|.*model.*"
-    r"|.*policy|license|url|link|date|version|topic|domain|batch|worker|annotator|timestamp|created_at|status|order"
-    r"|.*scores?|.*ratings?|.*rewards?|.*rationales?|.*metadata|ranks|rank_str|generations|margin|.*(hash|sha256|md5)"
-    r"|original_.*|raw_.*|labell?ing_.*",
-    re.IGNORECASE,
-)
-_CONTEXT = frozenset(
-    (
-        "context contexts history conversation conversations messages dialog dialogue instruction input inputs query "
-        "question prompt scenario background passage document documents article persona knowledge trajectory "
-        "few_shot few_shots"
-    ).split()
-)
-# Beside two whole dialogues these only repeat them, or what they were made from.
-_WHOLE = frozenset(
-    "conversation conversations messages dialog dialogue instruction input inputs query question prompt".split()
-)
-_SYSTEM = frozenset({"system", "system_prompt"})
-_NOT_TEXT = frozenset("tools functions images image videos video audios audio".split())
-_WEIGHTS = frozenset("weight weights sample_weight loss_weight".split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,13 +144,13 @@ class Reader:
 
     def _check_fields(self, record: Mapping[str, Any], file_format: Format) -> None:
         keys = tuple(record)
-        suspects = self._suspects.get(keys)
-        if suspects is None:
+        names = self._suspects.get(keys)
+        if names is None:
             if len(self._suspects) > 1000:
                 self._suspects.clear()
-            suspects = self._suspects[keys] = tuple(_suspects(keys, file_format))
-        if suspects and (problem := _unexplained(record, file_format, suspects)):
-            raise UnusableRecord(Reason.NOT_TEXT if problem in _NOT_TEXT else Reason.WRONG_FIELDS)
+            names = self._suspects[keys] = tuple(suspects(keys, file_format))
+        if names and (problem := unexplained(record, file_format, names)):
+            raise UnusableRecord(Reason.NOT_TEXT if problem in NOT_TEXT else Reason.WRONG_FIELDS)
 
 
 def _agreeing(record: Mapping[str, Any], file_format: Format, candidates: Candidates) -> Candidates:
@@ -186,75 +165,6 @@ def _agreeing(record: Mapping[str, Any], file_format: Format, candidates: Candid
         else Reason.NO_PREFERENCE
         for candidate in candidates
     ]
-
-
-# ---- fields that a layout does not read ----
-
-
-def _suspects(keys: Iterable[Any], file_format: Format) -> Iterator[str]:
-    """The fields of a record that its layout does not read and that may change its meaning, by their names."""
-    for key in keys:
-        name = str(key).lower()
-        if key in file_format.reads or name in _SYSTEM:
-            continue
-        unknown = file_format.only_texts and not _METADATA.fullmatch(name)
-        if unknown or name in _NOT_TEXT or name in _WEIGHTS or name in _CONTEXT:
-            yield key
-
-
-def _unexplained(record: Mapping[str, Any], file_format: Format, suspects: Iterable[str]) -> str | None:
-    """The first of these fields that says something the layout would ignore."""
-    for key in suspects:
-        value, name = record[key], str(key).lower()
-        if _says_nothing(value):
-            continue
-        if name in _WEIGHTS:
-            if not (isinstance(value, int | float) and value == 1) and str(value) not in ("1", "1.0"):
-                return key
-        elif name in _NOT_TEXT:
-            return name
-        elif name in _WHOLE and not file_format.only_texts and _is_whole(record.get("chosen")):
-            continue
-        elif (
-            isinstance(value, str | list | dict | tuple)
-            and not _is_number(value)
-            and (file_format.only_texts or not _repeats(record, file_format, value))
-        ):
-            return key
-    return None
-
-
-def _is_whole(dialogue: Any) -> bool:
-    """Whether a list of turns begins with the prompt, not with a reply."""
-    first = dialogue[0] if isinstance(dialogue, list) and dialogue else None
-    if not isinstance(first, dict):
-        return False
-    return ROLES.get(str(first.get("role", first.get("from"))).lower(), "assistant") != "assistant"
-
-
-def _says_nothing(value: Any) -> bool:
-    return (
-        value is None or (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null")) or value in ([], {}, ())
-    )
-
-
-def _is_number(value: Any) -> bool:
-    if not isinstance(value, str) or len(value) > 30:
-        return False
-    try:
-        float(value)
-    except ValueError:
-        return value.strip().lower() in ("true", "false")
-    return True
-
-
-def _repeats(record: Mapping[str, Any], file_format: Format, value: Any) -> bool:
-    """Whether a field only repeats texts that the layout reads (`messages` beside a chosen dialogue)."""
-    if any(record.get(name) == value for name in file_format.reads):
-        return True
-    read = {words for name in file_format.reads if name in record for words in texts_of(record[name])}
-    said = texts_of(value)
-    return bool(said) and read.issuperset(said)
 
 
 # ---- recognition ----
@@ -411,7 +321,7 @@ def _refuse_ignored(records: Sequence[dict[str, Any]], file_format: Format, wher
     ignored = Counter(
         field
         for record in records
-        if (field := _unexplained(record, file_format, _suspects(record, file_format))) and field not in _NOT_TEXT
+        if (field := unexplained(record, file_format, suspects(record, file_format))) and field not in NOT_TEXT
     )
     if 2 * sum(ignored.values()) <= len(records):
         return
