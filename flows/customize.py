@@ -23,6 +23,7 @@ from flows.prefect_host.waiting_runs import join_waiting_runs
 from flows.running.launch import Launch, PrefectRun, check_workspace, close_abandoned, launched
 from qadapter.config.customization import PREFERENCES, Customization, load_customization
 from qadapter.config.experiment import Experiment
+from qadapter.config.sources import Source
 from qadapter.files.artifacts import read_json
 from qadapter.files.locks import private_lock
 from qadapter.files.shown import shown
@@ -318,9 +319,9 @@ class _CustomizationLaunch(Launch):
         """Candidate and champion; a check asks about the champion alone, with the part it had when registered."""
         return 2 * super().rows_to_judge(experiment)
 
-    def _check_sources(self, experiment: Experiment, folder: Path | None, remote: bool) -> None:
-        fixed = {name: source for name, source in experiment.sources.items() if name != PREFERENCES}
-        super()._check_sources(experiment.model_copy(update={"sources": fixed}), folder, remote)
+    def fixed_sources(self, experiment: Experiment) -> dict[str, Source]:
+        """All but the growing one."""
+        return {name: source for name, source in experiment.sources.items() if name != PREFERENCES}
 
 
 def launch_of(config: str, customization: Customization, flow_name: str) -> Launch:

@@ -20,6 +20,7 @@ from pydantic import ConfigDict, Field
 from qadapter.config.base import NonNegative, Settings
 from qadapter.evaluation.statistics import LEVEL, RESAMPLES, Interval, mean_interval, paired_difference
 from qadapter.files.artifacts import Manifest, read_json, read_json_lines
+from qadapter.inference.pair_scores import implied_margin, mean_margin, won
 
 Floats = NDArray[np.float64]
 MIN_ITEMS = 30
@@ -125,12 +126,11 @@ class Measured:
         rows = read_json_lines(adaptation / "pairs.jsonl")
         column = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in rows[0]}
         chosen, rejected = column["chosen_log_prob"], column["rejected_log_prob"]
-        before = column["base_chosen_log_prob"] - column["base_rejected_log_prob"]
-        per_token = chosen / np.maximum(column["chosen_tokens"], 1) - rejected / np.maximum(
-            column["rejected_tokens"], 1
-        )
+        per_token = mean_margin(chosen, rejected, column["chosen_tokens"], column["rejected_tokens"])
         margins = {
-            "implied_reward_accuracy": chosen - rejected - before,
+            "implied_reward_accuracy": implied_margin(
+                chosen, rejected, column["base_chosen_log_prob"], column["base_rejected_log_prob"]
+            ),
             "preference_accuracy": chosen - rejected,
             "preference_accuracy_length_normalised": per_token,
         }
@@ -141,7 +141,7 @@ class Measured:
         return cls(
             heldout=Manifest.read(adaptation).inputs["data"],
             pairs=tuple(int(row["pair"]) for row in rows),
-            won={name: (np.sign(margin) + 1) / 2 for name, margin in margins.items()},
+            won={name: won(margin) for name, margin in margins.items()},
             tasks={task: _task_items(task, items, directions) for task, items in by_task.items()},
             metrics={**read_json(adaptation / "metrics.json"), **read_json(retention / "metrics.json")},
         )

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefect import task
 
+from qadapter.evaluation.lm_eval.reads import reads_of
 from qadapter.files.artifacts import read_json_lines
+from qadapter.files.folders import resolve_path
 from qadapter.judging.plan import case_of, judge_of
 from qadapter.judging.table import NO_JUDGE
 from tasks.data import log_pairs
 from tasks.judge import judge_material
-from tasks.stages.context import PROJECT_ROOT, Cell, RunContext, resolve_path
+from tasks.stages.code_version import code_digest
+from tasks.stages.context import Cell, RunContext
 from tasks.stages.logged import StageResult, logged_stage, task_result
 from tasks.stages.store import StageOutput
 from tasks.train import Base
@@ -153,17 +158,22 @@ def _retention(
 ) -> StageResult:
     context = base.within(context)
     experiment = context.experiment
-    # The definitions of the project's own tasks decide a score as much as the policy does.
-    inputs: dict[str, StageOutput | Path] = {**base.inputs(), "tasks": PROJECT_ROOT / "configs" / "lm_eval"}
+    inputs: dict[str, StageOutput | Path] = {**base.inputs()}
     for name, result in (("adapter", trained), ("base_retention", base_retention), ("old_texts", old_texts)):
         if result is not None:
             inputs[name] = result.output
-    if benchmarks is not None:
-        inputs["benchmarks"] = benchmarks.output
     settings = experiment.evaluation.retention
     official = Path(resolve_path(settings.official_data, context.data)) if settings.official_data else None
-    if official is not None:
-        inputs["official_data"] = official
+    # What the tasks are and what they read decides a score as much as the policy does.
+    reads = reads_of(settings.tasks, benchmarks.path if benchmarks else None, official)
+    definitions = {}
+    for name, task_reads in reads.items():
+        inputs |= {f"{name} reads {number}": file for number, file in enumerate(task_reads.files)}
+        definitions[name] = {
+            "settings": task_reads.settings,
+            "code": [code_digest(module) for module in task_reads.modules],
+            "datasets": task_reads.datasets,
+        }
 
     def compute(out: Path, _: Path) -> None:
         from qadapter.evaluation.measure import measure_retention
@@ -188,8 +198,9 @@ def _retention(
         run_name=run_name,
         module="qadapter.evaluation.measure",
         config={
-            # What is in the folder counts (an input), not where it lies.
+            # What the tasks read counts (inputs, and their definitions' digest), not where it lies.
             "settings": settings.model_dump(exclude={"official_data"}),
+            "tasks": hashlib.sha256(json.dumps(definitions, sort_keys=True).encode()).hexdigest(),
             "model": experiment.model.key(),
             "max_length": experiment.training.max_length,
             **base.config(),

@@ -16,6 +16,7 @@ from qadapter.config.customization import Customization
 from qadapter.config.sources import Source
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import read_json, storage_errors, write_json
+from qadapter.files.folders import resolve_path
 from qadapter.files.locks import held
 from qadapter.files.shown import shown
 from qadapter.preferences import sources
@@ -23,7 +24,7 @@ from qadapter.preferences.building import Choices
 from qadapter.preferences.ledger import RECORDS, SUMMARY, Changes
 from tasks.data import unreachable
 from tasks.stages.code_version import code_digest
-from tasks.stages.context import RunContext, resolve_path, workspace
+from tasks.stages.context import RunContext, workspace
 from tasks.stages.logged import StageResult, logged_stage, task_result
 from tasks.stages.store import StageOutput
 

@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -22,18 +22,13 @@ from flows.prefect_host.dead_runs import ended_flow_runs, report_crashed
 from flows.prefect_host.orphans import outlive_worker
 from flows.running.runners import task_runner
 from qadapter.config.experiment import Experiment, load_experiment
+from qadapter.config.sources import Source
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.benchmarks.build import QUESTION_FIELDS
-from qadapter.evaluation.benchmarks.items import read_items
-from qadapter.evaluation.lm_eval.catalog import NAME, check_tasks, expand_suites, find_tasks, local_tasks, needs_data
 from qadapter.files.private import close_to_others, keep_private
 from qadapter.files.shown import guard_logs
-from qadapter.judging.plan import judged_rows, plan_judges
-from qadapter.preferences import sources
-from qadapter.preferences.building import Choices
-from qadapter.preferences.prepare import first_usable_pair
-from qadapter.toyworld import world as toyworld
-from tasks.stages.context import RunContext, resolve_path, workspace
+from qadapter.judging.plan import judged_rows
+from qadapter.planning.preflight import check_experiment
+from tasks.stages.context import RunContext, workspace
 from tasks.stages.remote import RemoteStore
 from tasks.stages.store import StageStore
 from tasks.tracking.tracker import FLOW_RUN_TAG, Tracker
@@ -73,6 +68,10 @@ class Launch:
         """Policies whose answers are judged; the judge's price is of them, and they share its budget."""
         return judged_rows(experiment)
 
+    def fixed_sources(self, experiment: Experiment) -> dict[str, Source]:
+        """The sources whose data have to be there before a run."""
+        return dict(experiment.sources)
+
     def check(self, *, remote: bool = True) -> Experiment:
         """Read the config and look at everything that can be looked at without computing.
 
@@ -97,48 +96,15 @@ class Launch:
                 "data=path/to/folder"
             )
         check_workspace(workspace())
-        if experiment.toy_world is None:
-            self._check_sources(experiment, folder, remote)
-        check_tasks(experiment.evaluation.retention.tasks)
-        if (pretrained := experiment.model.pretrained) and (remote or Path(pretrained).is_dir()):
-            from qadapter.policy.loading import check_pretrained  # transformers takes seconds to import
-
-            retention = experiment.evaluation.retention
-            names, plain = expand_suites(retention.tasks, retention.plain_tasks)
-            check_pretrained(experiment.model, [name for name in names if name not in plain])
-        _check_official_data(experiment, folder)
-        _check_benchmarks(experiment)
-        plan_judges(experiment, self.rows_to_judge(experiment))
+        check_experiment(
+            experiment,
+            folder,
+            fixed=self.fixed_sources(experiment),
+            rows=self.rows_to_judge(experiment),
+            downloads=workspace() / ".qadapter" / "downloads",
+            remote=remote,
+        )
         return experiment
-
-    def _check_sources(self, experiment: Experiment, folder: Path | None, remote: bool) -> None:
-        """Each source is there, of a known format, and has a usable pair."""
-        cache = workspace() / ".qadapter" / "downloads"
-        problems = []
-        for name, source in experiment.sources.items():
-            sides = [(source.path, source.split)]
-            if source.heldout_path or source.heldout_split:
-                sides.append((source.heldout_path or source.path, source.heldout_split))
-            for path, split in sides:
-                try:
-                    where = resolve_path(path, folder)
-                    options = {"split": split, "revision": source.revision, "config_name": source.config_name}
-                    away = "://" in where or where.startswith("hub:")
-                    if remote or not away:
-                        sources.check(where, **options)
-                    if not away:
-                        files = sources.locate(where, cache_dir=cache, **options)
-                        first_usable_pair(files, source.domain, source.max_chars, Choices.of(source))
-                except QAdapterError as error:
-                    problems.append(f"  sources.{name}: {error}")
-        if experiment.built_benchmarks:
-            for name, path in experiment.built_benchmarks.questions.items():
-                try:
-                    read_items(resolve_path(path, folder), QUESTION_FIELDS)
-                except QAdapterError as error:
-                    problems.append(f"  built_benchmarks.questions.{name}: {error}")
-        if problems:
-            raise QAdapterError("the data cannot be used:\n" + "\n".join(dict.fromkeys(problems)))
 
 
 def _refuse_remote_code(experiment: Experiment) -> None:
@@ -180,57 +146,6 @@ def check_workspace(folder: Path) -> None:
         close_to_others(folder / name)
     for database in folder.glob("mlflow.db*"):
         close_to_others(database)
-
-
-def _check_official_data(experiment: Experiment, data: Path | None) -> None:
-    """The files for lm-eval's own tasks, where the user names a folder of them.
-
-    Raises:
-        QAdapterError: there is no such folder, or a file in it is not what its task needs.
-    """
-    retention = experiment.evaluation.retention
-    if retention.official_data is None:
-        return
-    folder = Path(resolve_path(retention.official_data, data))
-    if not folder.is_dir():
-        raise QAdapterError(
-            f"evaluation.retention.official_data: {retention.official_data!r} is no folder; give the folder with the "
-            "files of lm-eval's own tasks (docs/evaluation.md), or leave it out for those of the hub"
-        )
-    from qadapter.evaluation.lm_eval.official_files import check_files  # lm-eval takes seconds to import
-
-    check_files(retention.tasks, folder)
-
-
-def _check_benchmarks(experiment: Experiment) -> None:
-    """Each of the project's own retention tasks has a benchmark that this experiment makes.
-
-    Raises:
-        QAdapterError: naming those that have none.
-    """
-    made = _tasks_made(experiment)
-    tasks, _ = expand_suites(experiment.evaluation.retention.tasks)
-    if lacking := [task for task in needs_data(find_tasks(tasks).local) if task not in made]:
-        known = f"; those it makes are for {', '.join(sorted(made))}" if made else ""
-        raise QAdapterError(
-            f"evaluation.retention.tasks names {', '.join(lacking)}, but this experiment makes no benchmark for that"
-            f"{known}. Leave it out or add to built_benchmarks."
-        )
-
-
-def _tasks_made(experiment: Experiment) -> set[str]:
-    """The project's own tasks whose files this experiment writes."""
-    preference, style = f"{NAME}_preference", f"toy_style_{NAME}"
-    fixed: set[str] = set()
-    names: dict[str, Iterable[str]] = {}
-    if built := experiment.built_benchmarks:
-        of_texts = [*built.replies, *built.questions]
-        names = {template: of_texts for template in local_tasks() if NAME in template and template != style}
-        names[preference] = built.preferences
-    elif experiment.toy_world:
-        fixed = {task for task in local_tasks() if task.startswith("toy_") and NAME not in task}
-        names = {preference: toyworld.PREFERENCES, style: toyworld.DOMAIN_STYLES}
-    return fixed | {template.replace(NAME, name) for template, some in names.items() for name in some}
 
 
 def close_abandoned(tracker: Tracker, experiment_name: str) -> None:

@@ -18,6 +18,7 @@ from qadapter.config.sources import Source
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.old_text import unmeasured_on_old_text
 from qadapter.evaluation.refusals import is_refusal
+from qadapter.files.folders import resolve_path
 from qadapter.judging.plan import judge_training, plan_judges
 from qadapter.methods.method import Need, PairsPlan
 from qadapter.methods.table import METHODS, method_named
@@ -29,7 +30,7 @@ from qadapter.preferences.quality import Quality, sentences
 from qadapter.preferences.reading import Rejected
 from qadapter.report.rows import listed
 from qadapter.toyworld.world import ToyWorld
-from tasks.stages.context import Cell, resolve_path
+from tasks.stages.context import Cell
 
 _MACHINES = (planning.TWO_CORES, planning.ONE_H200)
 

@@ -10,7 +10,7 @@ from qadapter.config.base import Count, Name, Settings, refuse_repeats
 
 
 class RetentionSettings(Settings):
-    """What must not be forgotten: lm-eval tasks, by name (`configs/lm_eval` first, then lm-eval's own).
+    """What must not be forgotten: lm-eval tasks, by name (`qadapter/evaluation/benchmarks` first, then lm-eval's own).
 
     Attributes:
         limit: items per task, None for all.

@@ -1,1 +1,1 @@
-"""Evaluation: what a policy learnt (adaptation) and what it forgot (retention)."""
+"""What a policy learnt and what it kept: measures, statistics, benchmarks."""

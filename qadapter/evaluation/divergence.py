@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +37,7 @@ class Divergence:
 
 
 def kl_per_token(
-    base: torch.nn.Module,
+    base: torch.nn.Module | None,
     policy: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[tuple[Sequence[Message], str]],
@@ -46,28 +48,30 @@ def kl_per_token(
     """KL(base ‖ policy) of the next token, exact over the vocabulary, at every token of given replies.
 
     Args:
-        base: the model before customising; not the module inside a PEFT policy, which carries the adapter.
+        base: the model before customising; not the module inside a PEFT policy, which carries the adapter. None: the
+            policy with its adapter switched off, so that the base is in memory once.
         policy: any policy with the base's vocabulary.
         conversations: a prompt and a reply each, tokenised as in training.
         max_length: tokens of prompt and reply together.
         batch_size: conversations a forward pass of each model.
     """
-    if _carries_adapter_of(base, policy):
+    if base is not None and _carries_adapter_of(base, policy):
         raise ValueError("The base is the module inside the policy, so it carries the adapter. Load the base again.")
     encoded = [encode_reply(prompt, reply, tokenizer, max_length) for prompt, reply in conversations]
     rows = [(prompt + reply, len(reply)) for prompt, reply in encoded]
     sums = np.zeros(len(rows))
-    with evaluating(base, policy):
+    with evaluating(*([policy] if base is None else [base, policy])):
         for some in by_length([len(ids) for ids, _ in rows], batch_size):
             batch = _right_padded([rows[i] for i in some], padding_id(tokenizer))
             sums[some] = _kl_of_batch(base, policy, batch).numpy()
     return Divergence(sums=sums, tokens=np.array([reply for _, reply in rows], dtype=np.int64))
 
 
-def _kl_of_batch(base: torch.nn.Module, policy: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def _kl_of_batch(base: torch.nn.Module | None, policy: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """[R], float64: Σ_t Σ_a π1(a|s_t) · (log π1(a|s_t) - log π(a|s_t)) over each row's reply tokens."""
     sums = torch.zeros(batch["input_ids"].shape[0], dtype=torch.float64)
-    base_logits, base_rows, base_columns, _ = predictions(base, batch)
+    with contextlib.nullcontext() if base is not None else _without_adapter(policy):
+        base_logits, base_rows, base_columns, _ = predictions(policy if base is None else base, batch)
     logits, rows, columns, _ = predictions(policy, batch)
     for part in chunks(len(rows), 2 * logits.shape[-1]):
         log_base = base_logits[base_rows[part], base_columns[part]].float().log_softmax(dim=1)
@@ -75,6 +79,13 @@ def _kl_of_batch(base: torch.nn.Module, policy: torch.nn.Module, batch: dict[str
         kl = (log_base.exp() * (log_base - log_policy)).sum(dim=1)
         sums.index_add_(0, rows[part].cpu(), kl.double().cpu())
     return sums
+
+
+def _without_adapter(policy: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
+    """The policy is its base inside: `PeftModel` and `QAdapterForCausalLM` both can."""
+    disable: Any = policy.disable_adapter
+    found: contextlib.AbstractContextManager[None] = disable()
+    return found
 
 
 def _right_padded(rows: Sequence[tuple[list[int], int]], pad: int) -> dict[str, Tensor]:

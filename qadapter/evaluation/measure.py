@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,12 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from qadapter.config.evaluation import AdaptationSettings, RetentionSettings
 from qadapter.config.model import ModelSettings
+from qadapter.errors import QAdapterError
 from qadapter.evaluation.divergence import kl_per_token
+from qadapter.evaluation.items import items_digests
 from qadapter.evaluation.lm_eval.catalog import expand_suites, require_scores
 from qadapter.evaluation.lm_eval.harness import evaluate_tasks
 from qadapter.evaluation.old_answers import answer_metrics, answer_old_prompts
 from qadapter.evaluation.preference import PairScores, distinct_prompts, preference_metrics, score_pairs
-from qadapter.files.artifacts import read_json, read_json_lines, write_json
+from qadapter.files.artifacts import read_json, read_json_lines, write_json, write_json_lines
 from qadapter.inference.generate import generate_replies
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.preferences.pair import Message, load_pairs
@@ -88,9 +89,9 @@ def measure_adaptation(
         )
         answers, judged = compare(prompts, before, replies)
         metrics |= judged
-        _write_lines(out / "answers.jsonl", answers)
+        write_json_lines(out / "answers.jsonl", answers)
     metrics["adaptation/score"] = metrics.get("adaptation/exact_rule", metrics["adaptation/implied_reward_accuracy"])
-    _write_lines(out / "pairs.jsonl", _pair_rows(scores, base_scores))
+    write_json_lines(out / "pairs.jsonl", _pair_rows(scores, base_scores))
     write_json(out / "metrics.json", metrics)
 
 
@@ -180,6 +181,8 @@ def measure_retention(
     metrics = {f"retention/{name}": value for name, value in scores.metrics.items()}
     directions = {f"retention/{name}": higher for name, higher in scores.higher_is_better.items()}
     items = [{"task": task, **item} for task, rows in scores.samples.items() for item in rows]
+    if base_retention:
+        _refuse_other_items(items, read_json_lines(base_retention / "items.jsonl"))
     headline = {task: headline_metric(task, metrics) for task in tasks}
     accuracies = [metrics[name] for name in headline.values() if name and directions.get(name, True)]
     if accuracies:
@@ -189,7 +192,7 @@ def measure_retention(
         known = base_retention / "old_answers.jsonl" if base_retention else None
         base_answers = [row["reply"] for row in read_json_lines(known)] if known else None
         answers = answer_old_prompts(policy, tokenizer, old_texts, base_answers, settings)
-        _write_lines(out / "old_answers.jsonl", answers)
+        write_json_lines(out / "old_answers.jsonl", answers)
     metrics |= answer_metrics(answers, items)
     directions |= {"retention/answers_identical": True, "retention/over_refusals": False}
     before = read_json(base_retention / "metrics.json") if base_retention else metrics
@@ -200,9 +203,9 @@ def measure_retention(
             metrics[name.replace("retention/", "forgetting/", 1)] = forgotten
     if old_texts is not None:
         metrics["forgetting/kl_per_token"] = (
-            _divergence(base, policy, tokenizer, model, settings, old_texts, max_length) if base_retention else 0.0
+            _divergence(policy, tokenizer, settings, old_texts, max_length) if base_retention and adapter else 0.0
         )
-    _write_lines(out / "items.jsonl", items)
+    write_json_lines(out / "items.jsonl", items)
     write_json(out / "metrics.json", metrics)
     write_json(out / "directions.json", directions)
 
@@ -218,21 +221,23 @@ def headline_metric(task: str, metrics: dict[str, float]) -> str | None:
 
 
 def _divergence(
-    base: str | Path,
-    policy: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    model: ModelSettings,
-    settings: RetentionSettings,
-    old_texts: Path,
-    max_length: int,
+    policy: Any, tokenizer: PreTrainedTokenizerBase, settings: RetentionSettings, old_texts: Path, max_length: int
 ) -> float:
-    """KL(base ‖ policy) per token; the base is loaded again, because the policy's own copy carries the adapter."""
-    untouched, _ = load_base(base, model)
+    """KL(base ‖ policy) per token; the base is the policy without its adapter."""
     conversations = [(pair.prompt, pair.chosen) for pair in load_pairs(old_texts)[: settings.limit]]
     batch_size = 8 if settings.batch_size == "auto" else settings.batch_size
-    divergence = kl_per_token(untouched, policy, tokenizer, conversations, max_length=max_length, batch_size=batch_size)
-    return divergence.per_token
+    return kl_per_token(None, policy, tokenizer, conversations, max_length=max_length, batch_size=batch_size).per_token
 
 
-def _write_lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    file.write_text("".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows), encoding="utf-8")
+def _refuse_other_items(items: Sequence[dict[str, Any]], base_items: Sequence[dict[str, Any]]) -> None:
+    """A difference between scores on different questions is none.
+
+    Raises:
+        QAdapterError: the base was measured on other items.
+    """
+    asked, before = (items_digests(rows) for rows in (items, base_items))
+    if other := sorted(task for task in asked.keys() | before.keys() if asked.get(task) != before.get(task)):
+        raise QAdapterError(
+            f"The base was measured on other items of {', '.join(other)} than the policy: what they read changed "
+            "in between. Start the run anew, so that the base is measured again."
+        )

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.errors import QAdapterError
+from qadapter.inference.pair_scores import implied_margin, mean_margin, won
 from qadapter.inference.score import by_length, evaluating, reply_log_probs
 from qadapter.preferences.pair import Message, PreferencePair
 from qadapter.preferences.tokenize import EncodedPair, UnusablePair, collate_pairs, encode_pair, padding_id
@@ -84,7 +85,7 @@ def score_pairs(
 
 def margins(scores: PairScores, base_scores: PairScores) -> Floats:
     """[n], log-ratio margin log π/π1(chosen) - log π/π1(rejected): the preference's reward that a policy implies."""
-    return (scores.chosen - base_scores.chosen) - (scores.rejected - base_scores.rejected)
+    return implied_margin(scores.chosen, scores.rejected, base_scores.chosen, base_scores.rejected)
 
 
 def preference_metrics(scores: PairScores, base_scores: PairScores) -> dict[str, float]:
@@ -103,13 +104,11 @@ def preference_metrics(scores: PairScores, base_scores: PairScores) -> dict[str,
     if not np.array_equal(scores.indices, base_scores.indices):
         raise ValueError("The policy and the base scored different pairs. Score both with one tokenizer and length.")
     margin = margins(scores, base_scores)
-    normalised = scores.chosen / np.maximum(scores.chosen_tokens, 1) - scores.rejected / np.maximum(
-        scores.rejected_tokens, 1
-    )
+    normalised = mean_margin(scores.chosen, scores.rejected, scores.chosen_tokens, scores.rejected_tokens)
     return {
-        "preference_accuracy": float(_won(scores.chosen - scores.rejected).mean()),
-        "preference_accuracy_length_normalised": float(_won(normalised).mean()),
-        "implied_reward_accuracy": float(_won(margin).mean()),
+        "preference_accuracy": float(won(scores.chosen - scores.rejected).mean()),
+        "preference_accuracy_length_normalised": float(won(normalised).mean()),
+        "implied_reward_accuracy": float(won(margin).mean()),
         "margin": float(margin.mean()),
         "calibration": calibration_error(margin),
         "n": float(len(scores)),
@@ -126,13 +125,8 @@ def calibration_error(margin: Floats, bins: int = CALIBRATION_BINS) -> float:
     size = np.abs(margin)
     confidence = 1 / (1 + np.exp(-size))
     which = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    gap = np.bincount(which, weights=_won(margin) - confidence, minlength=bins)
+    gap = np.bincount(which, weights=won(margin) - confidence, minlength=bins)
     return float(np.abs(gap).sum() / len(margin))
-
-
-def _won(difference: Floats) -> Floats:
-    """1 where positive, ½ where zero, else 0."""
-    return (np.sign(difference) + 1) / 2
 
 
 def distinct_prompts(pairs: Sequence[PreferencePair], limit: int | None = None) -> list[list[Message]]:

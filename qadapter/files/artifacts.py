@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -214,6 +214,27 @@ def read_json_lines(path: Path) -> list[Any]:
         raise QAdapterError(
             f"{path} is not JSON lines (line {number}: {error}). Restore it, or delete it to have it made again."
         ) from error
+
+
+def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Write values as UTF-8 JSON lines, one value per line; the folder is made.
+
+    Args:
+        path: written as a whole.
+        rows: the values; what JSON has no word for is written as its text.
+
+    Raises:
+        QAdapterError: the disk is full or the folder cannot be written to.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as stream:
+            for row in rows:
+                try:
+                    line = json.dumps(row, ensure_ascii=False, default=str).encode()
+                except UnicodeEncodeError:  # half a surrogate pair has no bytes in UTF-8
+                    line = json.dumps(row, default=str).encode()
+                stream.write(line + b"\n")
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from qadapter.config.model import ModelSettings
 from qadapter.evaluation.preference import encode_usable
 from qadapter.evaluation.statistics import Interval, proportion_interval
+from qadapter.inference.pair_scores import won
 from qadapter.inference.score import by_length, device_of, evaluating
 from qadapter.policy.loading import load_base
 from qadapter.preferences.pair import PreferencePair
@@ -71,4 +72,4 @@ def pair_accuracy(
     rows = [pair.prompt_ids + pair.chosen_ids for pair in encoded]
     rows += [pair.prompt_ids + pair.rejected_ids for pair in encoded]
     chosen, rejected = rewards(network, rows, padding_id(tokenizer), batch_size).reshape(2, -1)
-    return proportion_interval(float(((np.sign(chosen - rejected) + 1) / 2).sum()), len(encoded))
+    return proportion_interval(float(won(chosen - rejected).sum()), len(encoded))

@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 from huggingface_hub import HfApi, errors, is_offline_mode, snapshot_download
 
 from qadapter.errors import QAdapterError
+from qadapter.files.folders import refuse_links_out
 from qadapter.files.shown import shown
 from qadapter.preferences import cards, download
 from qadapter.preferences.packed import shown_path
@@ -275,23 +276,8 @@ def _local_files(path: str, kind: Kind, split: str | None, config_name: str | No
     files = _data_files(path, local)
     if split or config_name:
         files = _select(path, local, split, config_name)
-    _refuse_links_out(path, local, files)
+    refuse_links_out(local, files, path)
     return files
-
-
-def _refuse_links_out(path: str, folder: Path, files: Iterable[Path]) -> None:
-    """Who may put files into a folder need not be allowed to read all that the pipeline may read.
-
-    Raises:
-        QAdapterError: naming the first file that lies somewhere else.
-    """
-    inside = folder.resolve()
-    for file in files:
-        if not file.resolve().is_relative_to(inside):
-            raise QAdapterError(
-                f"{shown_path(file)} is, or lies behind, a link that leads out of the folder {path}. Put a copy of the "
-                "file in its place, or name what it leads to as a source."
-            )
 
 
 def _data_files(path: str, folder: Path) -> list[Path]:

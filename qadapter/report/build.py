@@ -18,6 +18,7 @@ from qadapter.report.answers import answers_table, side_by_side
 from qadapter.report.curves import training_curves
 from qadapter.report.figures import retention_against_adaptation
 from qadapter.report.intervals import Measured
+from qadapter.report.items import refuse_other_items
 from qadapter.report.latex import latex
 from qadapter.report.page import data_uri, page
 from qadapter.report.quality import LEGEND as QUALITY_LEGEND
@@ -84,6 +85,7 @@ def build_report(
             `retention_adaptation.png`,
             `training_curves.png` (if curves were logged) and `metrics.json`.
     """
+    refuse_other_items(rows)
     measured = Measured(rows)
     long = comparison(rows)
     to_csv(long, out / "comparison.csv")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from qadapter.evaluation.refusals import is_refusal
+from qadapter.inference.pair_scores import implied_margin, mean_margin, won
 from qadapter.report.items import Floats, Items, agrees, read_lines
 from qadapter.report.rows import Row
 from qadapter.toyworld.world import ToyWorld
@@ -76,22 +77,16 @@ def _of_pairs(row: Row) -> dict[str, Items]:
     chosen, rejected, base_chosen, base_rejected, chosen_n, rejected_n = (
         np.array([pair[name] for pair in pairs], dtype=np.float64) for name in _COLUMNS
     )
-    chosen_n, rejected_n = np.maximum(chosen_n, 1), np.maximum(rejected_n, 1)
-    margin = (chosen - base_chosen) - (rejected - base_rejected)
+    margin = implied_margin(chosen, rejected, base_chosen, base_rejected)
     values = {
-        IMPLIED: _won(margin) - 0.5,
-        PREFERENCE: _won(chosen - rejected) - _won(base_chosen - base_rejected),
-        NORMALISED: _won(chosen / chosen_n - rejected / rejected_n)
-        - _won(base_chosen / chosen_n - base_rejected / rejected_n),
+        IMPLIED: won(margin) - 0.5,
+        PREFERENCE: won(chosen - rejected) - won(base_chosen - base_rejected),
+        NORMALISED: won(mean_margin(chosen, rejected, chosen_n, rejected_n))
+        - won(mean_margin(base_chosen, base_rejected, chosen_n, rejected_n)),
         MARGIN: margin,
     }
     ids = [pair["pair"] for pair in pairs]
     return {name: _shares(ids, value) for name, value in values.items()}
-
-
-def _won(difference: Floats) -> Floats:
-    """1 where positive, ½ where zero, else 0."""
-    return (np.sign(difference) + 1) / 2
 
 
 def _prompts(answers: Sequence[dict[str, Any]]) -> list[str]:

@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qadapter.errors import QAdapterError
+from qadapter.evaluation.items import items_digests
 from qadapter.files.artifacts import read_json, read_json_lines
-from qadapter.report.rows import Row
+from qadapter.inference.pair_scores import implied_margin, won
+from qadapter.report.rows import Row, kind, run_of
 
 Floats = NDArray[np.float64]
 
@@ -69,6 +72,34 @@ def retention_measures(rows: Sequence[Row]) -> list[str]:
     if forgotten:
         return [name.replace("forgetting/", "retention/", 1) for name in forgotten]
     return [name for name in names if name.startswith("retention/")]
+
+
+def refuse_other_items(rows: Sequence[Row]) -> None:
+    """A difference between scores on different questions says nothing about what was kept.
+
+    Raises:
+        QAdapterError: a policy and the base of its domain and run were measured on different items.
+    """
+    digests: dict[Path, dict[str, str]] = {}  # the base's rows of several domains share a folder
+
+    def asked(row: Row) -> dict[str, str]:
+        if row.retention is None:
+            return {}
+        if row.retention not in digests:
+            digests[row.retention] = items_digests(read_lines(row.retention, "items.jsonl"))
+        return digests[row.retention]
+
+    bases = {(row.domain, run_of(row.method)): row for row in rows if kind(row.method) == "base"}
+    for row in rows:
+        base = bases.get((row.domain, run_of(row.method)))
+        if base is None or row is base:
+            continue
+        before, now = asked(base), asked(row)
+        if other := sorted(task for task in before.keys() & now.keys() if before[task] != now[task]):
+            raise QAdapterError(
+                f"{row.domain}, {row.method}: {', '.join(other)} was measured on other items than the base's score, so "
+                "the two cannot be compared. Measure both again with the same items."
+            )
 
 
 def retention_items(row: Row, measures: Sequence[str]) -> dict[str, Items]:
@@ -133,14 +164,9 @@ def adaptation_gain(row: Row, base: Row | None) -> Items | None:
         difference = row.metrics.get(SCORE, math.nan) - base.metrics.get(SCORE, math.nan)
     else:
         pairs = read_lines(row.adaptation, "pairs.jsonl")
-        margins = [
-            pair["chosen_log_prob"]
-            - pair["base_chosen_log_prob"]
-            - pair["rejected_log_prob"]
-            + pair["base_rejected_log_prob"]
-            for pair in pairs
-        ]
-        values = [(float(np.sign(margin)) + 1) / 2 - 0.5 for margin in margins]
+        columns = ("chosen_log_prob", "rejected_log_prob", "base_chosen_log_prob", "base_rejected_log_prob")
+        margins = implied_margin(*(np.array([pair[name] for pair in pairs], dtype=np.float64) for name in columns))
+        values = (won(margins) - 0.5).tolist()
         ids = [pair["pair"] for pair in pairs]
         difference = row.metrics.get(SCORE, math.nan) - 0.5
     if not values:

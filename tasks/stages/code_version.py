@@ -192,7 +192,7 @@ def _data_files(package: str) -> Iterator[tuple[str, str]]:
             if path.is_dir():
                 if path.name != "__pycache__" and not (path / "__init__.py").exists():
                     waiting.append(path)
-            elif path.suffix not in {".py", ".pyc", ".pyi"} and not path.name.startswith("."):
+            elif path.suffix not in {".py", ".pyc", ".pyi", ".md"} and not path.name.startswith("."):
                 status = path.stat()
                 yield path.relative_to(file.parent).as_posix(), _data_digest(path, status.st_mtime_ns, status.st_size)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qadapter.config.experiment import Experiment
-from qadapter.errors import QAdapterError
+from qadapter.files.folders import resolve_path
 from tasks.stages.store import StageStore
 from tasks.tracking.tracker import Tracker
 
@@ -43,22 +43,6 @@ class RunContext:
     def resolve(self, path: str, world: Path | None) -> str:
         """Fill in `{data}`: the toy world's folder, or the folder the user named."""
         return resolve_path(path, world or self.data)
-
-
-def resolve_path(path: str, data: Path | None) -> str:
-    """Fill in `{data}`.
-
-    Raises:
-        QAdapterError: there is no folder to fill in.
-    """
-    if "{data}" not in path:
-        return path
-    if data is None:
-        raise QAdapterError(
-            f"the path {path!r} needs a data folder and none was given; name one, for example "
-            "`make repro PROFILE=mini DATA=path/to/folder` or the deployment parameter data=path/to/folder"
-        )
-    return path.replace("{data}", str(data))
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qadapter.evaluation.benchmarks.items import read_items
-from qadapter.evaluation.benchmarks.preference.build import write_preference_items
-from qadapter.evaluation.benchmarks.reply_matching.build import write_reply_matching
-from qadapter.files.artifacts import write_json
+from qadapter.evaluation.benchmarks.table import GENERATED, Limits, Made
+from qadapter.files.artifacts import write_json, write_json_lines
 from qadapter.preferences.pair import load_pairs
 
 QUESTION_FIELDS = ("question", "answer")
@@ -60,31 +59,21 @@ def write_benchmarks(
         held_out = max(1, int(len(rows) * HELD_OUT_SHARE))
         conversations[name] = rows[:held_out]
         corpus += rows[held_out:]
-    summary = {}
-    for name, pairs in conversations.items():
-        matching = out / "benchmarks" / f"{name}_reply_matching.jsonl"
-        summary[f"{name}_reply_matching"] = write_reply_matching(
-            pairs, matching, seed=seed, max_items=max_items, max_chars=max_chars
-        ).items
-        texts = [reply[:max_chars] for _, reply in pairs[:max_items]]
-        text = out / "benchmarks" / f"{name}_text.jsonl"
-        text.write_text("".join(json.dumps({"text": reply}) + "\n" for reply in texts), encoding="utf-8")
-        summary[f"{name}_text"] = len(texts)
-    for name, file in (preferences or {}).items():
-        written = write_preference_items(
-            load_pairs(file),
-            out / "benchmarks" / f"{name}_preference.jsonl",
-            seed=seed,
-            max_items=max_items,
-            max_chars=max_chars,
-        )
-        counts = {"": written.items, "_multi_turn": written.multi_turn, "_over_long": written.over_long}
-        summary |= {f"{name}_preference{which}": count for which, count in counts.items()}
+    material: dict[Made, Mapping[str, Sequence[Any]]] = {
+        "conversations": conversations,
+        "pairs": {name: load_pairs(file) for name, file in (preferences or {}).items()},
+    }
+    limits = Limits(max_items, max_chars, seed)
+    summary: dict[str, int] = {}
+    for kind, named in material.items():
+        for name, some in named.items():
+            for row in GENERATED:
+                if row.made_of == kind and row.write is not None:
+                    summary |= row.write(name, some, limits, out / "benchmarks")
     turns = [
         [{"role": "user", "content": question}, {"role": "assistant", "content": answer}] for question, answer in corpus
     ]
-    lines = "".join(json.dumps({"messages": messages}) + "\n" for messages in turns)
-    (out / "corpus.jsonl").write_text(lines, encoding="utf-8")
+    write_json_lines(out / "corpus.jsonl", ({"messages": messages} for messages in turns))
     write_json(out / "metrics.json", {f"data/{name}": count for name, count in summary.items()})
 
 

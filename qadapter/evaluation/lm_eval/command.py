@@ -5,7 +5,7 @@
 
 All arguments are lm-eval's, plus
 
-    --data FOLDER            its benchmarks/ has the items of the tasks of configs/lm_eval, and of lm-eval's own
+    --data FOLDER            its benchmarks/ has the items of the project's own tasks, and of lm-eval's own
     --official_data FOLDER   has the items of lm-eval's own tasks (see qadapter.evaluation.lm_eval.official_files)
     --plain_tasks TASK …     those of the tasks that --apply_chat_template does not apply to
 
@@ -29,7 +29,8 @@ from lm_eval.__main__ import cli_evaluate
 
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.lm_eval import model as lm_eval_model  # noqa: F401  # registers the model `qadapter`
-from qadapter.evaluation.lm_eval.catalog import expand_suites, find_tasks, needs_data
+from qadapter.evaluation.lm_eval.catalog import expand_suites, find_tasks
+from qadapter.evaluation.lm_eval.definitions import needs_data
 from qadapter.evaluation.lm_eval.official_files import write_definitions
 
 _TEMPLATE_FLAGS = ("--apply_chat_template", "--fewshot_as_multiturn")

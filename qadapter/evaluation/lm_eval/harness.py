@@ -23,8 +23,8 @@ from qadapter.evaluation.lm_eval.catalog import (
     check_tasks,
     expand_suites,
     find_tasks,
-    needs_data,
 )
+from qadapter.evaluation.lm_eval.definitions import needs_data
 from qadapter.evaluation.lm_eval.model import PolicyLM, require_chat_template
 from qadapter.evaluation.lm_eval.official_files import write_definitions
 
@@ -80,7 +80,7 @@ def evaluate_tasks(
     device: str | torch.device | None = None,
     seed: int = 0,
 ) -> TaskScores:
-    """Score a policy on tasks of `configs/lm_eval` and of lm-eval itself.
+    """Score a policy on tasks of `qadapter/evaluation/benchmarks` and of lm-eval itself.
 
     Args:
         model: any policy: a causal language model, a PEFT model or a Q-Adapter; its training mode is left as it was.

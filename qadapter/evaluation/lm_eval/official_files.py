@@ -21,7 +21,9 @@ import yaml
 
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.benchmarks.items import read_items
-from qadapter.evaluation.lm_eval.catalog import TaskFolders, expand_suites, find_tasks, render_templates
+from qadapter.evaluation.lm_eval.catalog import TaskFolders, expand_suites, find_tasks
+from qadapter.evaluation.lm_eval.definitions import render_definitions
+from qadapter.files.folders import refuse_links_out
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,7 +65,7 @@ def write_definitions(
     """
     from lm_eval.tasks import TaskManager
 
-    render_templates(into, found.local, data)
+    render_definitions(into, found.local, data)
     folder = official_data or (data / "benchmarks" if data else None)
     if found.official and folder is not None and folder.is_dir():
         own = TaskManager(include_path=list(found.official), include_defaults=False)
@@ -138,7 +140,7 @@ def local_files(settings: Mapping[str, Any], folder: Path) -> dict[str, list[Pat
     A split that is not needed (worked examples of a task that shows none) has no files.
 
     Raises:
-        QAdapterError: see `redirect`.
+        QAdapterError: see `redirect`; or a file is a link that leads out of the folder.
     """
     asked = settings.get("test_split") or settings.get("validation_split")
     if "dataset_path" not in settings or asked is None:
@@ -148,10 +150,12 @@ def local_files(settings: Mapping[str, Any], folder: Path) -> dict[str, list[Pat
     files = {asked: _find(places, asked) or _single_file(folder, settings["dataset_path"], configuration)}
     if not files[asked]:
         return {}
+    refuse_links_out(folder, files[asked])
     shown = settings.get("fewshot_split") or settings.get("training_split")
     own_examples = isinstance(settings.get("fewshot_config"), dict) and settings["fewshot_config"].get("samples")
     if shown and shown != asked:
         files[shown] = _find(places, shown)
+        refuse_links_out(folder, files[shown])
         if not files[shown] and settings.get("num_fewshot") and not own_examples:
             raise QAdapterError(
                 f"Task {settings['task']} shows {settings['num_fewshot']} worked examples from the split {shown!r} of "

@@ -18,9 +18,11 @@ from lm_eval.tasks import TaskManager
 
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.benchmarks.items import read_items
-from qadapter.evaluation.lm_eval.catalog import TEMPLATES, find_tasks, local_tasks, render_templates
+from qadapter.evaluation.lm_eval.catalog import find_tasks
+from qadapter.evaluation.lm_eval.definitions import BENCHMARKS, SUITES, local_tasks, render_definitions
 from qadapter.evaluation.lm_eval.harness import check_tasks, evaluate_tasks
 from qadapter.evaluation.lm_eval.model import PolicyLM
+from tests.support.paths import PROJECT_ROOT
 from tests.support.tiny_chat import KINDS, byte_tokenizer, teach, tiny_llama, tiny_policy
 
 KNOWN = [("capital of Aru?", "Bel"), ("3 + 4?", "7"), ("colour of jade?", "green"), ("2 + 2?", "4")]
@@ -101,7 +103,7 @@ def test_same_scores_as_lm_evals_own_hf_model(kind, knowing, tokenizer, data, tm
     model = knowing if kind == "knowing" else tiny_policy(kind, seed=3)
     names = ["toy_facts", "helpful_reply_matching", "helpful_bits_per_byte"]
     ours = evaluate_tasks(model, tokenizer, names, data=data)
-    render_templates(tmp_path, names, data)
+    render_definitions(tmp_path, names, data)
     theirs = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3),
         tasks=names,
@@ -257,7 +259,8 @@ def test_characters_that_only_look_like_the_end_of_a_line_are_text(mark, tmp_pat
 
 def test_every_file_in_configs_is_loaded_or_included() -> None:
     """A config that nothing loads is dead: each is a task, or included by one."""
-    files = {file.name: yaml.safe_load(file.read_text().replace("!function ", "")) for file in TEMPLATES.iterdir()}
+    found = [*BENCHMARKS.glob("*/*.yaml"), *SUITES.glob("*.yaml")]
+    files = {file.name: yaml.safe_load(file.read_text().replace("!function ", "")) for file in found}
     included = {settings.get("include") for settings in files.values()}
     tasks = {file.name for file in local_tasks().values()}
     assert tasks | (included - {None}) == set(files)
@@ -290,5 +293,5 @@ def test_the_preflight_imports_neither_torch_nor_lm_eval() -> None:
         "check_tasks(['toy_facts', 'gsm8k_cot']);"
         "print(sorted({'torch', 'lm_eval', 'datasets'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=TEMPLATES.parents[1])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT_ROOT)
     assert done.stdout.strip() == "[]", done.stderr

@@ -16,7 +16,7 @@ from peft import LoraConfig
 from prefect.logging import disable_run_logger
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from flows.running.launch import Launch, _tasks_made
+from flows.running.launch import Launch
 from flows.running.plan import plan_text
 from qadapter.config.customization import Customization
 from qadapter.config.experiment import Experiment, load_experiment
@@ -24,6 +24,7 @@ from qadapter.config.sweep import load_sweep, merged_overrides
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.benchmarks.build import write_benchmarks
 from qadapter.evaluation.benchmarks.preference.build import write_preference_items
+from qadapter.evaluation.benchmarks.table import tasks_made
 from qadapter.evaluation.lm_eval.command import main
 from qadapter.evaluation.lm_eval.harness import evaluate_tasks
 from qadapter.evaluation.lm_eval.model import PolicyLM
@@ -343,7 +344,8 @@ def test_answers_that_are_no_list_are_refused(tokenizer: PreTrainedTokenizerFast
     ],
 )
 def test_the_preflight_knows_what_an_experiment_makes(profile: str, makes: list[str], does_not: list[str]) -> None:
-    made = _tasks_made(load_experiment(profile))
+    experiment = load_experiment(profile)
+    made = tasks_made(experiment.built_benchmarks, experiment.toy_world is not None)
     assert set(makes) <= made
     assert not set(does_not) & made
 

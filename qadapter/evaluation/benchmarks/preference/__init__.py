@@ -1,1 +1,1 @@
-"""preference"""
+"""Which of two replies is the better one?"""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qadapter.errors import QAdapterError
+from qadapter.files.artifacts import write_json_lines
 from qadapter.preferences.pair import PreferencePair
 
 
@@ -55,10 +55,8 @@ def write_preference_items(
         )
     draw = random.Random(seed)
     kept = sorted(draw.sample(range(len(usable)), min(len(usable), max_items or len(usable))))
-    lines = [json.dumps(_item(usable[i], draw.randrange(2)), ensure_ascii=False) + "\n" for i in kept]
-    out_file.parent.mkdir(parents=True, exist_ok=True)
-    out_file.write_text("".join(lines), encoding="utf-8")
-    return PreferenceItemsSummary(len(lines), multi_turn, over_long)
+    write_json_lines(out_file, (_item(usable[i], draw.randrange(2)) for i in kept))
+    return PreferenceItemsSummary(len(kept), multi_turn, over_long)
 
 
 def _longest(pair: PreferencePair) -> int:

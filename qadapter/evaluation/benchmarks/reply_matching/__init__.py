@@ -1,1 +1,1 @@
-"""reply_matching"""
+"""Which of these replies answers this prompt?"""

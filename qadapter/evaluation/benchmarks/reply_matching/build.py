@@ -6,7 +6,6 @@ does not show there. Telling a prompt's own reply from those to other prompts is
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from qadapter.errors import QAdapterError
+from qadapter.files.artifacts import write_json_lines
 from qadapter.preferences.pair import Message
 
 Prompt = str | Sequence[Message]
@@ -80,15 +80,14 @@ def write_reply_matching(
     questions, answers = list(usable), list(usable.values())
     near = _nearest_in_length([len(answer) for answer in answers], choices - 1)
     chosen = rng.permutation(len(questions))[:max_items]
-    lines = []
+    items = []
     for i in sorted(chosen.tolist()):
         place = int(rng.integers(choices))
         offered = [answers[j] for j in rng.permutation(near[i])]
         offered.insert(place, answers[i])
-        lines.append(json.dumps({"prompt": questions[i], "choices": offered, "answer": place}, ensure_ascii=False))
-    out_file.parent.mkdir(parents=True, exist_ok=True)
-    out_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return ReplyMatchingSummary(len(lines), multi_turn, repeated, over_long)
+        items.append({"prompt": questions[i], "choices": offered, "answer": place})
+    write_json_lines(out_file, items)
+    return ReplyMatchingSummary(len(items), multi_turn, repeated, over_long)
 
 
 def _question(prompt: Prompt) -> str | None:

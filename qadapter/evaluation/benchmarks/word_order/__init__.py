@@ -1,1 +1,1 @@
-"""word_order"""
+"""Which of four texts has its words in order?"""

@@ -1,0 +1,1 @@
+"""Questions about the toy world, with one or several right answers."""

@@ -1,0 +1,183 @@
+"""The project's own task definitions: found, read as data, filled in, and written for lm-eval."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qadapter.files.folders import refuse_links_out
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+"""Folder of the project's own benchmarks, one folder each with its task definitions."""
+
+SUITES = Path(__file__).resolve().parent / "suites"
+"""Folder of the suites: lists of lm-eval's own tasks, asked as a paper asks them."""
+
+DATA = "{data}"
+"""Stands in a template for the absolute path of the data folder."""
+
+NAME = "{name}"
+"""Stands in a template for a benchmark's name: `{name}_bits_per_byte` defines `dsp_bits_per_byte` and all others."""
+
+_PLACEHOLDER = re.compile(f"{re.escape(NAME)}|{re.escape(DATA)}")
+
+DEFINES = re.compile(r"""^["']?(?:task|group)["']?\s*:\s*["']?([^\s"'#\[\]]+)["']?\s*(?:#.*)?$""", re.MULTILINE)
+WORD = re.compile(r"[\w.-]*\w[\w.-]*")
+
+
+class _TolerantLoader(yaml.SafeLoader):
+    """Reads task files without importing the functions that they name."""
+
+
+class FunctionName(str):
+    """The dotted name of a function behind YAML's `!function`."""
+
+    __slots__ = ()
+
+
+_TolerantLoader.add_constructor("!function", lambda _loader, node: FunctionName(node.value))
+
+
+class _TaskDumper(yaml.SafeDumper):
+    """Writes task files: whatever a string holds, it is read as that string again."""
+
+
+_TaskDumper.add_representer(FunctionName, lambda dumper, name: dumper.represent_scalar("!function", str(name)))
+
+
+@functools.cache
+def local_tasks() -> dict[str, Path]:
+    """Name and file of every task and group of the project's own; a name may hold the placeholder `NAME`."""
+    found: dict[str, Path] = {}
+    for file in [*sorted(BENCHMARKS.glob("*/*.yaml")), *sorted(SUITES.glob("*.yaml"))]:
+        for name in DEFINES.findall(file.read_text(encoding="utf-8")):
+            found.setdefault(name, file)
+    return found
+
+
+def template_of(name: str) -> tuple[Path, str] | None:
+    """The template that defines a task, and the benchmark's name that fills its placeholder."""
+    local = local_tasks()
+    if name in local:
+        return local[name], ""
+    for pattern, file in local.items():
+        before, placeholder, after = pattern.partition(NAME)
+        if placeholder and name.startswith(before) and name.endswith(after):
+            benchmark = name[len(before) : len(name) - len(after)]
+            if WORD.fullmatch(benchmark):
+                return file, benchmark
+    return None
+
+
+def settings_of(file: Path) -> dict[str, Any]:
+    """A task file with what it includes, local keys winning."""
+    own: dict[str, Any] = yaml.load(file.read_text(encoding="utf-8"), Loader=_TolerantLoader)
+    include = own.pop("include", None)
+    merged: dict[str, Any] = {}
+    for other in [include] if isinstance(include, str) else include or []:
+        merged |= settings_of(file.parent / other)
+    return merged | own
+
+
+def render_definitions(into: Path, names: Sequence[str], data: Path | None) -> None:
+    """Write the project's own tasks as files for lm-eval to read.
+
+    Each is built as data, includes and placeholders filled in, and dumped: no folder's name can become YAML.
+
+    Args:
+        into: an existing folder; each benchmark gets a folder in it, with the modules beside its definitions.
+        names: tasks that will be asked for, those of lm-eval are left out.
+        data: the data folder.
+
+    Raises:
+        QAdapterError: a benchmark file is a link that leads out of the data folder.
+    """
+    for name in names:
+        found = template_of(name)
+        if found is None:
+            continue
+        settings = definition(name, data)
+        if data is not None:
+            refuse_links_out(data, [file for file in named_files(settings) if file.is_relative_to(data.resolve())])
+        folder = into / found[0].parent.name
+        if not folder.exists():
+            folder.mkdir()
+            for module in found[0].parent.glob("[!_]*.py"):  # for `!function module.function` beside the definition
+                shutil.copy(module, folder)
+        text = yaml.dump(settings, Dumper=_TaskDumper, sort_keys=False, allow_unicode=True)
+        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+
+
+def definition(name: str, data: Path | None) -> dict[str, Any]:
+    """One of the project's own tasks as lm-eval reads it; without `data` its placeholder stays.
+
+    A path in `dataset_kwargs` that exists beside the definition is made absolute.
+
+    Raises:
+        KeyError: the project has no such task.
+    """
+    found = template_of(name)
+    if found is None:
+        raise KeyError(name)
+    file, benchmark = found
+    values = {NAME: benchmark, DATA: str(data.resolve()) if data is not None else DATA}
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, FunctionName) or not isinstance(value, str | list | dict):
+            return value
+        if isinstance(value, dict):
+            return {key: filled(entry) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [filled(entry) for entry in value]
+        return _PLACEHOLDER.sub(lambda match: values[match[0]], value)
+
+    settings: dict[str, Any] = filled(settings_of(file))
+    if "dataset_kwargs" in settings:
+        settings["dataset_kwargs"] = _anchored(settings["dataset_kwargs"], file.parent)
+    return settings
+
+
+def _anchored(value: Any, folder: Path) -> Any:
+    """Paths that exist relative to a folder as absolute ones."""
+    if isinstance(value, dict):
+        return {key: _anchored(entry, folder) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_anchored(entry, folder) for entry in value]
+    relative = isinstance(value, str) and value and not value.startswith(("/", "~", "."))
+    return str(folder / value) if relative and (folder / value).is_file() else value
+
+
+def named_files(settings: Mapping[str, Any]) -> list[Path]:
+    """Files and folders of this machine that a task's `dataset_kwargs` and `dataset_path` name, in order, each once."""
+    found: dict[Path, None] = {}
+
+    def look(value: Any) -> None:
+        if isinstance(value, Mapping):
+            for entry in value.values():
+                look(entry)
+        elif isinstance(value, list):
+            for entry in value:
+                look(entry)
+        elif isinstance(value, str) and not isinstance(value, FunctionName) and "\0" not in value:
+            path = Path(value).expanduser()
+            if len(value) < 4096 and path.exists():
+                found[path.absolute()] = None
+            elif any(sign in value for sign in "*?[") and "://" not in value:
+                found.update((Path(match).absolute(), None) for match in sorted(glob.glob(value, recursive=True)))  # noqa: PTH207
+
+    look(settings.get("dataset_kwargs") or {})
+    if "/" in str(settings.get("dataset_path", "")) or str(settings.get("dataset_path", "")).endswith(".py"):
+        look(settings["dataset_path"])
+    return list(found)
+
+
+def needs_data(names: Iterable[str]) -> list[str]:
+    """Those of the project's own tasks that read a file of the data folder."""
+    return [name for name in names if template_of(name) and DATA in str(definition(name, None).get("dataset_kwargs"))]
