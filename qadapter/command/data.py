@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qadapter.command.options import ShowDataOptions
+from qadapter.files.folders import shown_path
 from qadapter.files.shown import visible
 from qadapter.preferences.building import Choices
-from qadapter.preferences.packed import shown_path
 from qadapter.preferences.pair import PreferencePair
 from qadapter.preferences.prepare import no_usable_pair, stream_files
 from qadapter.preferences.reading import Accepted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,8 +24,8 @@ def refuse_links_out(folder: Path, files: Iterable[Path], name: str | None = Non
     for file in files:
         if not file.resolve().is_relative_to(inside):
             raise QAdapterError(
-                f"{_readable(file)} is, or lies behind, a link that leads out of the folder {name or folder}. Put a copy of the "
-                "file in its place, or name what it leads to."
+                f"{shown_path(file)} is, or lies behind, a link that leads out of the folder {name or folder}. Put a "
+                "copy of the file in its place, or name what it leads to."
             )
 
 
@@ -44,6 +45,6 @@ def resolve_path(path: str, data: Path | None) -> str:
     return path.replace("{data}", str(data))
 
 
-def _readable(file: Path) -> str:
-    """A name that is not UTF-8 cannot be printed as it is."""
-    return str(file).encode(errors="replace").decode()
+def shown_path(file: Path | str) -> str:
+    r"""A path as text that can be printed and stored: bytes that are not UTF-8 appear as `\xff`."""
+    return os.fsencode(file).decode("utf-8", "backslashreplace")

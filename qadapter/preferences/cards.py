@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from qadapter.errors import QAdapterError
+from qadapter.files.folders import shown_path
 from qadapter.files.yaml_text import read_yaml
-from qadapter.preferences.packed import shown_path
 
 MAX_CARD_BYTES = 2**20
 

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import IO, Literal
 
 from qadapter.errors import QAdapterError
+from qadapter.files.folders import shown_path
 from qadapter.preferences import columnar_reader, text_records
-from qadapter.preferences.packed import Budget, BudgetError, DamagedError, shown_path, unpack
+from qadapter.preferences.packed import Budget, BudgetError, DamagedError, unpack
 from qadapter.preferences.records import MAX_RECORD_BYTES, RawRecord, Reason
 
 RECORDS_TO_DETECT = 100

@@ -17,8 +17,8 @@ from typing import Any
 
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import digest_file, read_json, write_json
+from qadapter.files.folders import shown_path
 from qadapter.preferences.building import Choices
-from qadapter.preferences.packed import shown_path
 from qadapter.preferences.pair import PreferencePair
 from qadapter.preferences.reading import Reader, characters, file_records, open_reader
 from qadapter.preferences.records import RawRecord, Reason

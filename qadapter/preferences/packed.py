@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from qadapter.errors import QAdapterError
+from qadapter.files.folders import shown_path
 
 MAX_RECORDS = 20_000_000
 """Records of one file at most; docs/data.md names half of it as the design limit of a source."""
@@ -132,11 +133,6 @@ def unpack(file: Path, raw: IO[bytes], budget: Budget) -> Unpacked:
 def refused(file: Path, what: str, advice: str) -> QAdapterError:
     """The error for a container that is readable and still not read."""
     return QAdapterError(f"{shown_path(file)} {what}, which is not read. {advice}.")
-
-
-def shown_path(file: Path | str) -> str:
-    r"""A path as text that can be printed and stored: bytes that are not UTF-8 appear as `\xff`."""
-    return os.fsencode(file).decode("utf-8", "backslashreplace")
 
 
 def _is_packed(magic: bytes) -> bool:

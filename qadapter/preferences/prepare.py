@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 
 from qadapter.errors import QAdapterError
+from qadapter.files.folders import shown_path
 from qadapter.preferences.building import Choices
 from qadapter.preferences.containers import NoRecordsError
-from qadapter.preferences.packed import shown_path
 from qadapter.preferences.pair import PreferencePair
 from qadapter.preferences.progress import Progress
 from qadapter.preferences.reading import Accepted, Rejected, open_reader, read_pairs

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from qadapter.errors import QAdapterError
+from qadapter.files.folders import shown_path
 from qadapter.preferences.building import Choices, Context, texts_of
 from qadapter.preferences.cells import columns_of_cells, columns_of_structs, opened
 from qadapter.preferences.containers import NoRecordsError, Position, head, iter_records
 from qadapter.preferences.formats import BY_NAME, FORMATS, GROUPS, Format
 from qadapter.preferences.mapping import FieldMapping
-from qadapter.preferences.packed import shown_path
 from qadapter.preferences.pair import PreferencePair
 from qadapter.preferences.propose import proposal
 from qadapter.preferences.records import RawRecord, Reason

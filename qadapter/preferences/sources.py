@@ -20,10 +20,9 @@ from urllib.parse import unquote, urlsplit
 from huggingface_hub import HfApi, errors, is_offline_mode, snapshot_download
 
 from qadapter.errors import QAdapterError
-from qadapter.files.folders import refuse_links_out
+from qadapter.files.folders import refuse_links_out, shown_path
 from qadapter.files.shown import shown
 from qadapter.preferences import cards, download
-from qadapter.preferences.packed import shown_path
 
 _TEXTS, _PACKED = (".json", ".jsonl", ".ndjson", ".csv", ".tsv"), (".gz", ".zst", ".bz2", ".xz")
 DATA_SUFFIXES = (

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from qadapter.errors import QAdapterError
-from qadapter.preferences.packed import BudgetError, DamagedError, shown_path
+from qadapter.files.folders import shown_path
+from qadapter.preferences.packed import BudgetError, DamagedError
 from qadapter.preferences.records import MAX_RECORD_BYTES, MAX_RECORD_VALUES, RawRecord, Reason
 
 HEAD_BYTES = 4096

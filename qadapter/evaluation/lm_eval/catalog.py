@@ -18,6 +18,7 @@ from typing import Any
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.benchmarks.items import read_items
 from qadapter.evaluation.lm_eval.definitions import (
+    DATA,
     DEFINES,
     WORD,
     definition,
@@ -101,11 +102,11 @@ def _members_of(name: str) -> tuple[list[str], list[str]]:
 
 
 def check_tasks(names: Sequence[str], data: Path | None = None) -> None:
-    """Preflight: every task exists and has a score and, if `data` is given, the project's own tasks have sound files.
+    """Preflight: every task exists and has a score, and the files of the project's own tasks are sound.
 
     Args:
         names: of tasks, groups and suites.
-        data: the data folder.
+        data: the data folder; without it files of a data folder are not looked at.
 
     Raises:
         QAdapterError: see `find_tasks`, `require_scores` and `qadapter.evaluation.benchmarks.items.read_items`.
@@ -113,13 +114,14 @@ def check_tasks(names: Sequence[str], data: Path | None = None) -> None:
     tasks, _ = expand_suites(names)
     found = find_tasks(tasks)
     require_scores(tasks)
-    if data is None:
-        return
     for name in found.local:
         source = definition(name, data).get("dataset_kwargs") or {}
-        if "file" in source:
-            refuse_links_out(data, [Path(source["file"])])
-            read_items(source["file"], source.get("fields", ()))
+        file = source.get("file")
+        if file is None or (data is None and DATA in file):
+            continue
+        if data is not None and Path(file).is_relative_to(data.resolve()):
+            refuse_links_out(data, [Path(file)])
+        read_items(file, source.get("fields", ()))
 
 
 def require_scores(names: Sequence[str]) -> None:

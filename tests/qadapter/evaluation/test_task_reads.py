@@ -113,8 +113,9 @@ def test_a_changed_answer_in_an_outside_file_is_measured_anew(
     definition.write_text(definition.read_text() + "num_fewshot: 1\n")
     assert len({stages.run().output.key, first.output.key, second.output.key, third.output.key}) == 4
     # A policy cannot be held against a base that was asked other questions.
-    trained = SimpleNamespace(path=tmp_path, output=tmp_path / "outside", run_id="")
-    toy.train("sft", tmp_path)
+    adapter = toy.train("sft", tmp_path / "sft")
+    trained = SimpleNamespace(path=tmp_path / "sft", output=tmp_path / "outside", run_id="")
+    assert adapter
     with pytest.raises(QAdapterError, match="other items of quiz than the policy"):
         stages.run(trained, first)
 
@@ -177,7 +178,7 @@ def test_a_folders_name_is_never_a_definition(name: str, toy: TinyToy, tmp_path:
     (data / "benchmarks").mkdir(parents=True)
     (data / "benchmarks" / "facts.jsonl").write_text('{"question": "what ?", "answer": "that"}\n')
     network, tokenizer = load_base(toy.base, MODEL)
-    scores = evaluate_tasks(network, tokenizer, ["toy_facts"], data=data, limit=1)
+    scores = evaluate_tasks(network, tokenizer, ["toy_facts"], data=data, limit=1, max_gen_toks=4)
     assert [item["target"] for item in scores.samples["toy_facts"]] == ["that"]
     assert not ran.exists()
 
