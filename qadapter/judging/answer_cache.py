@@ -6,9 +6,8 @@ import json
 import threading
 from pathlib import Path
 
-from filelock import FileLock
-
 from qadapter.files.artifacts import storage_errors
+from qadapter.files.locks import private_lock
 
 
 class AnswerCache:
@@ -51,7 +50,7 @@ class AnswerCache:
             line = json.dumps({"key": key, "text": text}).encode() + b"\n"
             with storage_errors(self._file):
                 self._file.parent.mkdir(parents=True, exist_ok=True)
-                with FileLock(f"{self._file}.lock", mode=0o600), self._file.open("ab+") as stream:
+                with private_lock(Path(f"{self._file}.lock")), self._file.open("ab+") as stream:
                     if (end := stream.seek(0, 2)) and (stream.seek(end - 1), stream.read(1))[1] != b"\n":
                         line = b"\n" + line
                     stream.write(line)
