@@ -115,13 +115,11 @@ def check_tasks(names: Sequence[str], data: Path | None = None) -> None:
     found = find_tasks(tasks)
     require_scores(tasks)
     for name in found.local:
-        source = definition(name, data).get("dataset_kwargs") or {}
-        file = source.get("file")
-        if file is None or (data is None and DATA in file):
+        if (file := own_file(name, data)) is None:
             continue
-        if data is not None and Path(file).is_relative_to(data.resolve()):
-            refuse_links_out(data, [Path(file)])
-        read_items(file, source.get("fields", ()))
+        if data is not None and file.is_relative_to(data.resolve()):
+            refuse_links_out(data, [file])
+        read_items(file, definition(name, data)["dataset_kwargs"].get("fields", ()))
 
 
 def require_scores(names: Sequence[str]) -> None:
@@ -189,10 +187,10 @@ def official_leaves(name: str) -> list[str]:
 
 def own_file(name: str, data: Path | None) -> Path | None:
     """The file with the items of one of the project's own tasks; None if it has none, or needs `data`."""
-    file = _source(name).get("file")
-    if not isinstance(file, str) or (DATA in file and data is None):
+    file = (definition(name, data).get("dataset_kwargs") or {}).get("file") if template_of(name) else None
+    if not isinstance(file, str) or (data is None and DATA in file):
         return None
-    return Path(_fill(file, name, data))
+    return Path(file)
 
 
 def better_when_lower(names: Iterable[str]) -> list[str]:
