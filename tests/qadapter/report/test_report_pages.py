@@ -13,6 +13,8 @@ import matplotlib.image
 import pandas as pd
 import pytest
 
+from qadapter.preferences.pair import Message, PreferencePair
+from qadapter.preferences.quality import Quality
 from qadapter.report import page as page_module
 from qadapter.report.answers import side_by_side
 from qadapter.report.build import build_report
@@ -164,6 +166,18 @@ def test_the_bases_reply_is_taken_from_where_it_is(tmp_path: Path) -> None:
     write_lines(tmp_path / "answers.jsonl", answers)
     (entry,) = side_by_side([Row("d", "dpo", 0, {}, adaptation=tmp_path)])
     assert [(r.method, r.text, r.verdict) for r in entry.replies] == [("base", "before", ""), ("dpo", "after", "")]
+
+
+def test_the_quality_of_the_data_is_a_section(tmp_path: Path) -> None:
+    quality = Quality(lambda reply: False, {"quiz": [["How many legs has a spider?"]]})
+    prompt = Message(role="user", content="How many legs has a spider?")
+    quality.add(PreferencePair((prompt,), "eight legs", "six"))
+    rows = [Row("d", "dpo", 0, {"adaptation/score": 0.5})]
+    build_report(rows, title="T", data={}, quality={"mine": quality.report()}, config={}, out=tmp_path)
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert "mine: training prompts contain 1 of 1 items of quiz (items 1)" in text
+        assert "27 / 10 / 3" in text
 
 
 def test_no_answers_no_section(tmp_path: Path) -> None:
