@@ -40,12 +40,13 @@ def prefect_server() -> Iterator[None]:
     of its own, after a minute of looking for the one of `make serve`.
 
     Raises:
-        QAdapterError: the server that `PREFECT_API_URL` names does not answer or does not know the auth string; or a
-            temporary one did not start.
+        QAdapterError: MLflow's server does not answer; the server that `PREFECT_API_URL` names does not answer or does
+            not know the auth string; or a temporary one did not start.
     """
     from tasks.stages.context import PROJECT_ROOT
 
     keep_private()
+    _wait_for_mlflow()
     home = private_folder(prefect_home(PROJECT_ROOT))
     named = os.environ.get("PREFECT_API_URL")
     url = api_url(PROJECT_ROOT)
@@ -60,6 +61,21 @@ def prefect_server() -> Iterator[None]:
         return
     with _temporary_server(home) as url:
         yield
+
+
+def _wait_for_mlflow() -> None:
+    """Before there is a flow run that would fail for it: MLflow's server, if there is one, answers within a minute.
+
+    Raises:
+        QAdapterError: it does not, or refuses.
+    """
+    from tasks.stages.context import workspace
+    from tasks.tracking.store import MlflowStore
+    from tasks.tracking.tracker import Tracker
+
+    tracker = Tracker.for_project(workspace())
+    if tracker.uri.startswith("http"):
+        MlflowStore(tracker.uri, tracker.artifact_root).call("search_experiments", max_results=1)
 
 
 def usable(url: str, home: Path, found: Standing | None = None, *, otherwise: str = "") -> Standing:
@@ -119,9 +135,9 @@ def _temporary_server(home: Path) -> Iterator[str]:
         logs.addFilter(_no_link)
         try:
             yield url
-            APILogWorker.drain_all(timeout=10)
-            EventsWorker.drain_all(timeout=10)
         finally:
+            APILogWorker.drain_all(timeout=10)  # what a failed run said, too
+            EventsWorker.drain_all(timeout=10)
             logs.removeFilter(_no_link)
 
 

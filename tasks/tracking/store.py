@@ -25,9 +25,8 @@ import requests
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType
 from mlflow.exceptions import InvalidUrlException, MlflowException, RestException
-from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE, MAX_METRICS_PER_BATCH, MAX_PARAM_VAL_LENGTH
@@ -104,7 +103,7 @@ class RefusedError(QAdapterError):
 
 
 @lru_cache(maxsize=8)
-def _client(uri: str, artifact_root: str, _process: int) -> MlflowClient:
+def _client(uri: str, _process: int) -> MlflowClient:
     """One client a process: a database connection must not be shared with a forked child."""
     for name, value in _CLIENT_SETTINGS.items():  # MLflow reads them at each request; the user's own win
         os.environ.setdefault(name, value)
@@ -114,11 +113,9 @@ def _client(uri: str, artifact_root: str, _process: int) -> MlflowClient:
             database.parent.mkdir(parents=True, exist_ok=True)
             with first_use(uri):
                 if not database.exists():
-                    # Some sixty lines about tables, and artifacts below the current directory, whatever that is, are
-                    # what a client that comes first would give us.
-                    for name in ("alembic", "mlflow.store.db.utils"):
+                    for name in ("alembic", "mlflow.store.db.utils"):  # some sixty lines about tables
                         logging.getLogger(name).setLevel(logging.WARNING)
-                    SqlAlchemyStore(uri, artifact_root)
+                    MlflowClient(uri).search_experiments(max_results=1)  # which makes them, under the lock
     return MlflowClient(uri)
 
 
@@ -254,7 +251,7 @@ class MlflowStore:
         """
         for pause in (*_PAUSES, None):
             try:
-                return getattr(_client(self.uri, self.artifact_root, os.getpid()), method)(*arguments, **options)
+                return getattr(_client(self.uri, os.getpid()), method)(*arguments, **options)
             except (MlflowException, requests.RequestException) as error:
                 text = shown(str(error))
                 for sign, advice in _UNWRITABLE.items():
@@ -289,15 +286,22 @@ class MlflowStore:
             return False
 
     def create_experiment(self, name: str) -> Any:
-        """Create an experiment, with its artifacts below `artifact_root`; it is no error if another was faster."""
-        if self.uri.startswith(SQLITE):  # a client would put its artifacts below the current directory
-            SqlAlchemyStore(self.uri, self.artifact_root).create_experiment(name)
-        else:
-            try:
-                self.call("create_experiment", name)
-            except RefusedError as error:  # another machine's process was faster
-                if error.code != "RESOURCE_ALREADY_EXISTS":
-                    raise
+        """Create an experiment; it is no error if another was faster.
+
+        Artifacts of a local store lie below `artifact_root`, in a folder of the experiment's number, as MLflow has it;
+        by default that would be below the current directory. A server has its own place for them. The caller holds
+        `first_use`.
+        """
+        place = {}
+        if self.uri.startswith(SQLITE):
+            known = self.call("search_experiments", view_type=ViewType.ALL, max_results=50_000)
+            number = 1 + max((int(one.experiment_id) for one in known), default=0)
+            place = {"artifact_location": f"{self.artifact_root}/{number}"}
+        try:
+            self.call("create_experiment", name, **place)
+        except RefusedError as error:  # another machine's process was faster
+            if error.code != "RESOURCE_ALREADY_EXISTS":
+                raise
         return self.call("get_experiment_by_name", name)
 
     def write(self, entry: Entry, run: str) -> None:

@@ -619,7 +619,7 @@ def test_stopping_leaves_nothing_behind(served: Served) -> None:
     with sqlite3.connect(served.folder / "prefect" / "prefect.db") as database:
         states = dict(database.execute("SELECT id, state_type FROM flow_run").fetchall())
     assert states[run_id] == "CRASHED"
-    assert others_modes(served.folder / "prefect", served.folder / "home") == {}
+    assert others_modes(served.folder / "prefect", *(served.folder / "home").iterdir()) == {}
     stored = list((served.folder / "prefect" / "storage").glob("*"))
     assert stored, "of the run that failed above"
     assert all(json.loads(file.read_text()).keys() == {"__exc_type__", "message"} for file in stored)

@@ -364,6 +364,23 @@ def test_a_dead_address_is_one_sentence(
     assert not any("Traceback" in line for line in said)
 
 
+@pytest.mark.parametrize("command", ["run", "customize", "check"])
+def test_a_dead_mlflow_is_one_sentence(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before a Prefect server or a flow run is started, and without the address' password."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:pa55word@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("QADAPTER_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
+    monkeypatch.setenv("PREFECT_API_URL", "")
+    assert main([command]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-1].startswith("error: MLflow at http://127.0.0.1:9 does not answer")
+    assert not any("Traceback" in line or "pa55word" in line for line in said)
+    assert not (tmp_path / "prefect").exists()
+
+
 # ---- the auth string
 
 

@@ -91,8 +91,8 @@ def test_parent_and_child(tracker: Tracker, client: MlflowClient, parent: str) -
 
 
 def test_artifacts_lie_where_a_bare_mlflow_ui_looks(tracker: Tracker, client: MlflowClient, parent: str) -> None:
-    """Not below the current directory, for MLflow's `Default` experiment neither."""
-    for experiment in client.search_experiments():
+    """Not below the current directory; MLflow's own `Default` experiment is not used."""
+    for experiment in client.search_experiments(filter_string="name != 'Default'"):
         assert experiment.artifact_location == f"{tracker.artifact_root}/{experiment.experiment_id}"
     assert client.get_run(parent).info.artifact_uri == f"{tracker.artifact_root}/1/{parent}/artifacts"
     assert not (Path.cwd() / "mlruns" / "1" / parent).exists()
@@ -339,7 +339,7 @@ def test_a_locked_database_is_waited_for(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A real lock would hold each attempt for SQLite's own 20 s, so the first two attempts fail by hand."""
-    real, calls = mlflow_store._client(tracker.uri, tracker.artifact_root, os.getpid()), []
+    real, calls = mlflow_store._client(tracker.uri, os.getpid()), []
 
     class Busy:
         def log_batch(self, *arguments: Any, **options: Any) -> None:
