@@ -113,7 +113,7 @@ class ReadingOptions(ReadingSettings):
 
 
 class DataOptions(ReadingOptions):
-    """Preference data, in any of the layouts of docs/data.md."""
+    """Preference data, in any of the formats of docs/data.md."""
 
     data: Place = Field(description="file, folder, URL or hub:owner/name; the format is detected")
 
