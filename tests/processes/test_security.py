@@ -113,7 +113,7 @@ def test_no_secret_is_in_anything_that_a_run_wrote(undisturbed: Undisturbed, pre
     assert {"mlflow.db", "prefect.db", "runs.log", "manifest.json", "server.log"} <= {file.name for file in files}
     assert len(files) > 100
     assert found == {}
-    assert others_modes(*places) == {}
+    assert others_modes(*places).keys() <= {str(prefect_server.log)}, "which this test opened itself"
     fetched = list(undisturbed.home.folder.glob(".qadapter/downloads/urls/*harmless.jsonl"))
     assert len(fetched) == 1, "the source behind the token was read"
 
