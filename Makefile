@@ -19,7 +19,7 @@ STAMP := $(if $(LINKED),,$(VENV)/.installed)
 
 DATA_FLAG := $(if $(DATA),--data "$(DATA)")
 
-.PHONY: help repro plan sweep spread compare test lint ui serve serve-model clean customize announce check history rollback drop
+.PHONY: help repro plan sweep spread compare test lint docs ui serve serve-model clean customize announce check history rollback drop
 
 repro: $(STAMP) ## run the whole experiment: make repro [PROFILE=mini DATA=folder] [SET="training.max_steps=50 seeds=[0,1]"]
 	@$(BIN)/python -m qadapter run --profile "$(PROFILE)" $(DATA_FLAG) $(SET)
@@ -41,6 +41,9 @@ test: $(STAMP) ## run all tests, two files at a time
 
 lint: $(STAMP) ## lint, format check, type check
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+docs: $(STAMP) ## the documentation site in site/, built strictly and without network
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 ui: $(STAMP) ## MLflow's UI on the runs of this folder, http://127.0.0.1:5000
 	@umask 077 && DO_NOT_TRACK=1 MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
@@ -79,9 +82,9 @@ ifndef LINKED
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (about four minutes the first time) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[pipeline,dev]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[pipeline,dev,docs]"
 	@touch $@
 endif
 
 clean: ## remove the environment and caches of tools; results stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis site *.egg-info

@@ -210,7 +210,7 @@ def test_make_installs_into_its_own_environment_only(clone: Path) -> None:
         command = ["make", "--dry-run", "check"]
         return subprocess.run(command, cwd=clone, capture_output=True, text=True, check=True).stdout
 
-    assert 'pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[pipeline,dev]"' in planned()
+    assert 'pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[pipeline,dev,docs]"' in planned()
     (clone / "elsewhere").mkdir()
     (clone / ".venv").symlink_to("elsewhere")
     assert planned().split() == [*".venv/bin/python -m qadapter check --config".split(), '"smoke"']
