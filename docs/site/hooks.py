@@ -6,22 +6,24 @@ Both reference pages are made from the code at each build, so that they cannot f
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import subprocess
 import sys
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+from typing_extensions import TypeAliasType
 
 ROOT = Path(__file__).resolve().parents[2]
 _LINK = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)#\s]+)(?:#[^)\s]*)?\)")
@@ -59,7 +61,8 @@ def config_page() -> str:
 
     parts = [
         "# Config schema",
-        "Made from the code. Every file in `configs/` is one of these; a key that is not listed here is refused.",
+        "Generated from the code. Profiles are the files `configs/*.yaml`, sweeps `configs/sweep/*.yaml`, "
+        "customisations `configs/customize/*.yaml`. Keys that are not listed here are errors.",
     ]
     seen: dict[type[BaseModel], None] = {}
     for title, model in (("Profile", Experiment), ("Sweep", Sweep), ("Customisation", Customization)):
@@ -90,12 +93,12 @@ def _classes(annotation: Any) -> Iterator[type[BaseModel]]:
 def _section(model: type[BaseModel]) -> str:
     doc = inspect.getdoc(model) or ""
     about, _, attributes = doc.partition("Attributes:")
-    told = _attributes(attributes)
+    described = _attributes(attributes)
     rows = ["| key | type | default | |", "| --- | --- | --- | --- |"]
     for name, field in model.model_fields.items():
         rows.append(
-            f"| `{field.alias or name}` | {_type(field)} | {_default(field)} "
-            f"| {_cell(told.get(name, field.description or ''))} |"
+            f"| `{field.alias or name}` | {_cell(_type(field.annotation, field.metadata))} | {_default(field)} "
+            f"| {_cell(described.get(name, field.description or ''))} |"
         )
     return "\n\n".join([f"### {model.__name__}", about.strip(), "\n".join(rows)])
 
@@ -109,21 +112,58 @@ def _attributes(text: str) -> dict[str, str]:
     return found
 
 
-def _type(field: FieldInfo) -> str:
-    text = getattr(field.annotation, "__name__", "") if inspect.isclass(field.annotation) else str(field.annotation)
-    text = re.sub(r"typing\.|qadapter\.[\w.]+\.|<class '([^']+)'>", r"\1", text)
-    return f"`{_cell(text)}`"
+def _type(annotation: Any, limits: Sequence[Any] = ()) -> str:
+    """A type as a reader of YAML would say it, with its limits; sections are links."""
+    if isinstance(annotation, TypeAliasType):
+        return _type(annotation.__value__, limits)
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        inner, *more = arguments
+        own = [limit for each in more for limit in (each.metadata if isinstance(each, FieldInfo) else [each])]
+        return _type(inner, [*limits, *own])
+    if origin is typing.Literal:
+        return " or ".join(f"`{value}`" for value in arguments)
+    if origin in (typing.Union, types.UnionType):
+        kinds = [_type(one, limits) for one in arguments if one is not type(None)]
+        return " or ".join([*kinds, *(["nothing"] if len(kinds) < len(arguments) else [])])
+    if origin is dict:
+        return f"names → {_type(arguments[1])}"
+    if origin in (tuple, list):
+        of = dict.fromkeys(_type(one) for one in arguments if one is not Ellipsis)
+        return f"list of {', '.join(of)}{_limits(limits)}"
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        return f"[{annotation.__name__}](#{annotation.__name__.lower()})"
+    words = {str: "text", int: "integer", float: "number", bool: "true or false", Path: "path"}
+    return words.get(annotation, f"`{getattr(annotation, '__name__', annotation)}`") + _limits(limits)
+
+
+def _limits(limits: Sequence[Any]) -> str:
+    """` ≥ 1`, of pydantic's and annotated_types' metadata; patterns and functions are left to the error message."""
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "length ≥", "max_length": "length ≤"}
+    found = [f"{sign} {getattr(limit, name)}" for limit in limits for name, sign in signs.items() if _has(limit, name)]
+    return f", {', '.join(found)}" if found else ""
+
+
+def _has(limit: Any, name: str) -> bool:
+    return not inspect.isclass(limit) and getattr(limit, name, None) is not None
 
 
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.default if field.default is not PydanticUndefined else field.get_default(call_default_factory=True)
-    return "see its section" if isinstance(value, BaseModel) else f"`{_cell(repr(value))}`"
+    if value is None:
+        return ""
+    if isinstance(value, BaseModel):
+        return "its defaults"
+    plain = TypeAdapter(Any).dump_python(value, mode="json")
+    return f"`{_cell(json.dumps(plain, ensure_ascii=False))}`"
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ").replace("{", "&#123;").replace("<", "&lt;")
+    """Text in a table: no bars, no line ends, no HTML outside code."""
+    pieces = text.replace("|", "\\|").replace("\n", " ").split("`")
+    return "`".join(piece if i % 2 else piece.replace("<", "&lt;") for i, piece in enumerate(pieces))
 
 
 def commands_page() -> str:
@@ -132,7 +172,7 @@ def commands_page() -> str:
     names = re.findall(r"^[│|]?\s{1,4}([a-z][a-z-]+)\s{2,}\S", overview, flags=re.M)
     parts = [
         "# Commands",
-        "Made from the code: what `qadapter --help` and each command's own `--help` print.",
+        "Generated from the code: the output of `qadapter --help` and of each command's `--help`.",
         _block(overview),
     ]
     for name in dict.fromkeys(names):
