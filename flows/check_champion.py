@@ -12,8 +12,9 @@ from prefect import flow
 from prefect.logging import get_run_logger
 from prefect.states import Completed, State
 
-from flows.customize import Step, fetch, launch_of, lay_ground, measuring, one_at_a_time, prepared
-from flows.running.launch import check_workspace, close_abandoned
+from flows.customize import Step, fetch, lay_ground, measuring, one_at_a_time, prepared, request_of
+from flows.running.prefect_run import close_abandoned
+from flows.running.run_request import check_workspace
 from flows.watch_preferences import emit
 from qadapter.config.customization import Customization, load_customization
 from qadapter.gate import Measured, fallen
@@ -22,7 +23,7 @@ from tasks.candidate import METHOD, learnt_by, measured, registry_of
 from tasks.data import generate_toy_world
 from tasks.preferences import Seen, collect_preferences, hold_out, mix_preferences, read_heldout
 from tasks.stages.context import Cell, workspace
-from tasks.stages.logged import StageResult
+from tasks.stages.stage_run import StageResult
 from tasks.stages.store import StageStore
 from tasks.tracking.registry import Registry, Version
 from tasks.tracking.tracker import Tracker
@@ -48,7 +49,7 @@ def check_champion(config: str = "smoke") -> State[Any]:
     registry = registry_of(customization)
     if registry.champion() is None:
         return _ended("NoChampion", f"the registered model {customization.model_name!r} has no champion to check")
-    launch_of(config, customization, NAME).check()
+    request_of(config, customization, NAME).check()
     with one_at_a_time(customization, "checks"):  # each removes what the one before measured
         champion = registry.champion()
         assert champion is not None  # an alias may move, but it is never taken away

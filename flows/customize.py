@@ -20,7 +20,8 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed, State
 
 from flows.prefect_host.waiting_runs import join_waiting_runs
-from flows.running.launch import Launch, PrefectRun, check_workspace, close_abandoned, launched
+from flows.running.prefect_run import PrefectRun, checked_run, close_abandoned
+from flows.running.run_request import RunRequest, check_workspace
 from qadapter.config.customization import PREFERENCES, Customization, load_customization
 from qadapter.config.experiment import Experiment
 from qadapter.config.sources import Source
@@ -56,7 +57,7 @@ from tasks.preferences import (
 )
 from tasks.quality import measure_quality
 from tasks.stages.context import Cell, workspace
-from tasks.stages.logged import StageResult
+from tasks.stages.stage_run import StageResult
 from tasks.tracking.registry import Registry, Version
 from tasks.tracking.tracker import Tracker
 from tasks.train import Base, fine_tune_base, pretrain_base, train_adapter
@@ -81,7 +82,7 @@ def customize_on_new_preferences(config: str = "smoke", force: bool = False) -> 
     check_workspace(workspace())
     close_abandoned(Tracker.for_project(workspace()), NAME)
     if force or fingerprint_of(customization) != Seen.read(customization).fingerprint:
-        launch_of(config, customization, NAME).check()  # what cannot work need not wait for another run's end
+        request_of(config, customization, NAME).check()  # what cannot work need not wait for another run's end
     with one_at_a_time(customization):
         asked_until = datetime.now(UTC)  # it may have waited for a long time
         state = _look(config, customization, force)
@@ -306,8 +307,8 @@ def one_at_a_time(customization: Customization, what: str = "customize") -> Iter
 
 
 @dataclass(frozen=True)
-class _CustomizationLaunch(Launch):
-    """A launch of the reduced experiment: the growing source is looked at by its own stages."""
+class _CustomizationRequest(RunRequest):
+    """A run of the reduced experiment, whose growing source is checked by its own stages."""
 
     customization: Customization | None = None
 
@@ -324,15 +325,15 @@ class _CustomizationLaunch(Launch):
         return {name: source for name, source in experiment.sources.items() if name != PREFERENCES}
 
 
-def launch_of(config: str, customization: Customization, flow_name: str) -> Launch:
-    """What a flow of a customisation launches."""
-    return _CustomizationLaunch(flow_name, config, customization.data, {}, customization)
+def request_of(config: str, customization: Customization, flow_name: str) -> RunRequest:
+    """The run that a flow of a customization asks for."""
+    return _CustomizationRequest(flow_name, config, customization.data, {}, customization)
 
 
 @contextmanager
 def prepared(config: str, customization: Customization, flow_name: str) -> Iterator[tuple[PrefectRun, Step]]:
     """A run of stages and the way to take one step: submit a task, wait for it, hand on its result."""
-    with launched(launch_of(config, customization, flow_name)) as run:
+    with checked_run(request_of(config, customization, flow_name)) as run:
 
         def step(task: Any, **inputs: Any) -> Any:
             return run.result(run(task, **inputs))

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 from prefect import flow
 
-from flows.running.launch import Launch, launched
+from flows.running.prefect_run import checked_run
+from flows.running.run_request import RunRequest
 from qadapter.config.experiment import Experiment
 from qadapter.judging.plan import judge_of
 from qadapter.methods.method import Need
@@ -125,6 +126,6 @@ def full_paper_repro(
         data: folder with the data, where the profile's paths say `{data}`.
         overrides: settings to change, for example {"training.max_steps": 50}.
     """
-    with launched(Launch("full-paper-repro", profile, data, overrides or {})) as run:
+    with checked_run(RunRequest("full-paper-repro", profile, data, overrides or {})) as run:
         report = experiment_stages(run.experiment, run)
         return run.result(report).summary()

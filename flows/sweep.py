@@ -15,7 +15,8 @@ from prefect import flow
 from prefect.logging import get_run_logger
 
 from flows.full_paper_repro import Run, common_stages, evaluation_inputs, needed_stages
-from flows.running.launch import Launch, PrefectRun, StagesFailedError, launched
+from flows.running.prefect_run import PrefectRun, StagesFailedError, checked_run
+from flows.running.run_request import RunRequest
 from qadapter.config.experiment import Experiment
 from qadapter.config.sweep import Sweep, Variant, expand, load_sweep, merged_overrides
 from qadapter.errors import QAdapterError
@@ -35,8 +36,8 @@ class RunOfMany(Run, Protocol):
 
 
 @dataclass(frozen=True)
-class _SweepLaunch(Launch):
-    """A launch of a sweep's experiment: every setting's answers are judged, not every method's."""
+class _SweepRequest(RunRequest):
+    """A run of a sweep: the answers of every setting are judged, not those of every method."""
 
     sweep: Sweep | None = None
 
@@ -50,13 +51,13 @@ class CheckedSweep:
     """A sweep that can start."""
 
     sweep: Sweep
-    launch: Launch
+    request: RunRequest
     experiment: Experiment
     variants: list[Variant]
 
     def judges(self) -> list[str]:
         """Lines on who judges the answers of all settings, and what that costs."""
-        return plan_judges(self.experiment, self.launch.rows_to_judge(self.experiment))
+        return plan_judges(self.experiment, self.request.rows_to_judge(self.experiment))
 
 
 def check_sweep(
@@ -76,15 +77,15 @@ def check_sweep(
     """
     loaded = load_sweep(sweep)
     used = profile or loaded.profile
-    launch = _SweepLaunch("sweep", used, data, merged_overrides(loaded, used, overrides), loaded)
-    experiment = launch.check(remote=remote)
+    request = _SweepRequest("sweep", used, data, merged_overrides(loaded, used, overrides), loaded)
+    experiment = request.check(remote=remote)
     tasks, _ = expand_suites(experiment.evaluation.retention.tasks)
     if better_when_lower(tasks) == tasks:
         raise QAdapterError(
             f"evaluation.retention.tasks has no accuracy, only {', '.join(tasks)}: a sweep weighs what was learnt "
             "against the share of an accuracy that is kept. Add a task that has one, for example <name>_word_order."
         )
-    return CheckedSweep(loaded, launch, experiment, expand(loaded, experiment))
+    return CheckedSweep(loaded, request, experiment, expand(loaded, experiment))
 
 
 def sweep_stages(experiment: Experiment, variants: Sequence[Variant], run: RunOfMany) -> list[Any]:
@@ -130,7 +131,7 @@ def sweep(
     """
     checked = check_sweep(sweep, profile, data, overrides or {})
     get_run_logger().info("judge of the answers: %s", "; ".join(checked.judges()))
-    with launched(checked.launch) as run:
+    with checked_run(checked.request) as run:
         rows = sweep_stages(checked.experiment, checked.variants, run)
         return _report(checked, rows, run)
 

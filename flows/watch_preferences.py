@@ -24,7 +24,7 @@ from prefect.states import Completed, State
 
 from flows.customize import NAME, at_work, fingerprint_of
 from flows.prefect_host.waiting_runs import due_runs
-from flows.running.launch import check_workspace
+from flows.running.run_request import check_workspace
 from qadapter.config.customization import Customization, load_customization
 from qadapter.files.shown import shown
 from tasks.preferences import Seen

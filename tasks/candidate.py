@@ -26,9 +26,9 @@ from qadapter.serving.registered import DamagedError
 from tasks.data import log_pairs
 from tasks.evaluate import Evaluation
 from tasks.stages.context import Cell, RunContext, workspace
-from tasks.stages.launching import Launcher
-from tasks.stages.logged import StageResult, logged_stage, task_result
 from tasks.stages.prefect_artifacts import show
+from tasks.stages.process_launcher import ProcessLauncher
+from tasks.stages.stage_run import StageResult, run_stage, task_result
 from tasks.stages.store import StageOutput, StageStore
 from tasks.tracking.registry import Candidate, Registry, Version
 from tasks.tracking.tracker import Tracker
@@ -169,12 +169,12 @@ def train_candidate(context: RunContext, cell: Cell, base: Base, data: StageResu
     context = base.within(context)
     experiment = context.experiment
     choice, seed = experiment.methods.of(METHOD), experiment.seeds[0]
-    launch = Launcher(experiment.launch)
+    launcher = ProcessLauncher(experiment.launch)
 
     def compute(out: Path, scratch: Path) -> None:
         from qadapter.methods.q_adapter import continue_adapter
 
-        launch(
+        launcher(
             continue_adapter,
             choice,
             base.location,
@@ -190,7 +190,7 @@ def train_candidate(context: RunContext, cell: Cell, base: Base, data: StageResu
     def log(run_id: str, _: StageOutput) -> None:
         log_pairs(context, run_id, experiment.domains[cell.domain].source, data.output, "train")
 
-    result = logged_stage(
+    result = run_stage(
         context,
         "train",
         run_name=f"candidate · {cell.name}",
@@ -202,7 +202,7 @@ def train_candidate(context: RunContext, cell: Cell, base: Base, data: StageResu
             "training": keyed(experiment.training),
             "model": experiment.model.key(),
             "seed": seed,
-            **launch.keyed(),
+            **launcher.keyed(),
             **base.config(),
         },
         params={"domain": cell.domain, "base": base.name},
@@ -224,7 +224,7 @@ def take_adapter(context: RunContext, label: str, folder: Path, run_id: str | No
     def compute(out: Path, _: Path) -> None:
         shutil.copytree(folder, out / "adapter")
 
-    result = logged_stage(
+    result = run_stage(
         context,
         "adapter",
         run_id=run_id,

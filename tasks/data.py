@@ -15,7 +15,7 @@ from qadapter.preferences import sources
 from qadapter.preferences.download import UnreachableError
 from qadapter.toyworld import world as toyworld
 from tasks.stages.context import RunContext
-from tasks.stages.logged import StageResult, logged_stage, task_result
+from tasks.stages.stage_run import StageResult, run_stage, task_result
 from tasks.stages.store import StageOutput
 
 
@@ -39,7 +39,7 @@ def generate_toy_world(context: RunContext) -> Any:
             split_seed=split_seed,
         )
 
-    result = logged_stage(
+    result = run_stage(
         context,
         "toy-world",
         module="qadapter.toyworld.world",
@@ -110,7 +110,7 @@ def prepare_data(context: RunContext, source: str, world: StageResult | None) ->
         counts |= {f"quarantined/{reason}": count for reason, count in summary["quarantined"].items()}
         context.tracker.log_metrics(run_id, {f"data/{name}": count for name, count in counts.items()})
 
-    result = logged_stage(
+    result = run_stage(
         context,
         "prepare",
         label=source,
@@ -173,7 +173,7 @@ def build_benchmarks(context: RunContext, data: Mapping[str, StageResult], world
         for name, file in texts.items():
             sources.refuse_changed([file], before[name], str(file))
 
-    result = logged_stage(
+    result = run_stage(
         context,
         "benchmarks",
         module="qadapter.evaluation.benchmarks.build",

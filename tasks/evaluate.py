@@ -19,7 +19,7 @@ from tasks.data import log_pairs
 from tasks.judge import judge_material
 from tasks.stages.code_version import code_digest
 from tasks.stages.context import Cell, RunContext
-from tasks.stages.logged import StageResult, logged_stage, task_result
+from tasks.stages.stage_run import StageResult, run_stage, task_result
 from tasks.stages.store import StageOutput
 from tasks.train import Base
 
@@ -107,7 +107,7 @@ def evaluate(
         log_pairs(context, run_id, source, data.output, "heldout")
         log_answers(context, run_id, output.path / "answers.jsonl")
 
-    adaptation = logged_stage(
+    adaptation = run_stage(
         context,
         "adaptation",
         run_id=trained.run_id if trained else None,
@@ -191,7 +191,7 @@ def _retention(
             official_data=official,
         )
 
-    return logged_stage(
+    return run_stage(
         context,
         "retention",
         run_id=run_id,

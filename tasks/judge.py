@@ -12,8 +12,8 @@ from qadapter.judging.kind import Material
 from qadapter.judging.plan import judge_of, judge_training, judged_rows
 from tasks.data import log_pairs
 from tasks.stages.context import RunContext
-from tasks.stages.launching import Launcher
-from tasks.stages.logged import StageResult, logged_stage, task_result
+from tasks.stages.process_launcher import ProcessLauncher
+from tasks.stages.stage_run import StageResult, run_stage, task_result
 from tasks.train import Base, keyed
 
 if TYPE_CHECKING:
@@ -31,10 +31,10 @@ def train_judge(context: RunContext, domain: str, base: Base, data: StageResult)
     assert kind.training is not None
     train = import_module(kind.training).train_judge
     source = experiment.domains[domain].source
-    launch = Launcher(experiment.launch)
+    launcher = ProcessLauncher(experiment.launch)
 
     def compute(out: Path, scratch: Path) -> None:
-        launch(
+        launcher(
             train,
             base.location,
             data.path / "judge.jsonl",
@@ -47,7 +47,7 @@ def train_judge(context: RunContext, domain: str, base: Base, data: StageResult)
             scratch=scratch,
         )
 
-    result = logged_stage(
+    result = run_stage(
         context,
         "judge",
         label=domain,
@@ -59,7 +59,7 @@ def train_judge(context: RunContext, domain: str, base: Base, data: StageResult)
             "model": experiment.model.key(),
             "seed": experiment.base_seed,
             **base.config(),
-            **launch.keyed(),
+            **launcher.keyed(),
         },
         params={"base": base.name},
         inputs={**base.inputs(), "data": data.output},

@@ -25,7 +25,7 @@ from qadapter.preferences.ledger import RECORDS, SUMMARY, Changes
 from tasks.data import unreachable
 from tasks.stages.code_version import code_digest
 from tasks.stages.context import RunContext, workspace
-from tasks.stages.logged import StageResult, logged_stage, task_result
+from tasks.stages.stage_run import StageResult, run_stage, task_result
 from tasks.stages.store import StageOutput
 
 
@@ -182,7 +182,7 @@ def collect_preferences(
         counts |= {f"data/quarantined/{reason}": count for reason, count in changes["quarantined"].items()}
         context.tracker.log_metrics(run_id, counts)
 
-    result = logged_stage(
+    result = run_stage(
         context,
         "new-preferences",
         module="qadapter.preferences.ledger",
@@ -240,7 +240,7 @@ def mix_preferences(
         if held and held_before:
             sources.refuse_changed(held, held_before, source.heldout_path or source.path)
 
-    result = logged_stage(
+    result = run_stage(
         context,
         "training-mix",
         module="qadapter.preferences.mixture",
@@ -280,7 +280,7 @@ def read_heldout(context: RunContext, customization: Customization, world: Stage
         write_heldout(files, out, choices=Choices.of(source), **settings)
         sources.refuse_changed(files, before, source.heldout_path or source.path)
 
-    result = logged_stage(
+    result = run_stage(
         context,
         "heldout",
         module="qadapter.preferences.mixture",
@@ -300,7 +300,7 @@ def hold_out(context: RunContext, mixture: StageResult) -> Any:
         kept = {k: v for k, v in read_json(mixture.path / "summary.json").items() if k.startswith("heldout_")}
         write_json(out / "summary.json", kept)
 
-    result = logged_stage(
+    result = run_stage(
         context,
         "heldout",
         module="qadapter.files.artifacts",

@@ -10,7 +10,7 @@ from prefect.logging import get_run_logger
 
 from qadapter.files.artifacts import read_json, write_json
 from tasks.stages.context import PROJECT_ROOT, RunContext, resolve_path
-from tasks.stages.logged import StageResult, logged_stage, task_result
+from tasks.stages.stage_run import StageResult, run_stage, task_result
 from tasks.stages.store import StageOutput
 
 QUALITY = "quality.json"
@@ -59,7 +59,7 @@ def measure_quality(context: RunContext, source: str, data: StageResult, benchma
         inputs["benchmarks"] = own
     if official is not None:
         inputs["official_data"] = official
-    result = logged_stage(
+    result = run_stage(
         context,
         "quality",
         label=source,

@@ -14,8 +14,8 @@ from qadapter.files.artifacts import read_json
 from tasks.evaluate import Evaluation
 from tasks.quality import QUALITY
 from tasks.stages.context import RunContext
-from tasks.stages.logged import StageResult, logged_stage, task_result
 from tasks.stages.prefect_artifacts import show, show_figure, show_page
+from tasks.stages.stage_run import StageResult, run_stage, task_result
 from tasks.stages.store import StageOutput
 
 FIGURES = ("retention_adaptation", "training_curves")
@@ -70,7 +70,7 @@ def write_report(
         ]
         build_report(measured, title=title, data=summaries, quality=found, config=config, out=out)
 
-    result = logged_stage(
+    result = run_stage(
         context,
         "report",
         module="qadapter.report.build",

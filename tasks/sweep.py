@@ -14,8 +14,8 @@ from qadapter.methods.table import knobs
 from tasks.evaluate import Evaluation, evaluate
 from tasks.report import Report, metrics_of
 from tasks.stages.context import Cell, RunContext
-from tasks.stages.logged import StageResult, logged_stage, task_result
 from tasks.stages.prefect_artifacts import show_figure, show_page
+from tasks.stages.stage_run import StageResult, run_stage, task_result
 from tasks.stages.store import StageOutput
 from tasks.train import train_adapter
 
@@ -55,7 +55,7 @@ def move_dial(context: RunContext, cell: SweptCell, trained: StageResult, alpha_
 
         set_alpha_0(trained.path / "adapter", alpha_0, out / "adapter")
 
-    result = logged_stage(
+    result = run_stage(
         context,
         "dial",
         run_name=cell.name,
@@ -115,7 +115,7 @@ def write_sweep(
         ]
         build_sweep_report(measured, [Setting(**entry) for entry in described], expected=expected, title=title, out=out)
 
-    result = logged_stage(
+    result = run_stage(
         context,
         "sweep-report",
         module="qadapter.report.sweep.build",

@@ -17,8 +17,8 @@ from qadapter.methods.method import Need
 from qadapter.methods.table import method_named
 from tasks.data import log_pairs
 from tasks.stages.context import Cell, RunContext
-from tasks.stages.launching import Launcher
-from tasks.stages.logged import StageResult, logged_stage, task_result
+from tasks.stages.process_launcher import ProcessLauncher
+from tasks.stages.stage_run import StageResult, run_stage, task_result
 from tasks.stages.store import StageOutput
 
 
@@ -78,7 +78,7 @@ def pretrain_base(
         corpora["world"] = world.output
     if built is not None:
         corpora["built"] = built.path / "corpus.jsonl"  # not the benchmarks beside it
-    launch = Launcher(experiment.launch)
+    launcher = ProcessLauncher(experiment.launch)
 
     def compute(out: Path, scratch: Path) -> None:
         from qadapter.training.corpus import read_corpus
@@ -86,13 +86,13 @@ def pretrain_base(
 
         folders = [data[name].path for name in settings.corpus_sources]
         folders += [stage.path for stage in (world, built) if stage is not None]
-        launch(pretrain, read_corpus(folders), size, settings, seed=experiment.base_seed, out=out, scratch=scratch)
+        launcher(pretrain, read_corpus(folders), size, settings, seed=experiment.base_seed, out=out, scratch=scratch)
 
-    result = logged_stage(
+    result = run_stage(
         context,
         "pretrain",
         module="qadapter.training.pretraining",
-        config={"size": size.model_dump(), **keyed(settings), "seed": experiment.base_seed, **launch.keyed()},
+        config={"size": size.model_dump(), **keyed(settings), "seed": experiment.base_seed, **launcher.keyed()},
         inputs=corpora,
         compute=compute,
     )
@@ -117,12 +117,12 @@ def fine_tune_base(context: RunContext, base: Base, data: StageResult) -> Any:
     experiment = context.experiment
     settings = experiment.helpful_sft
     assert settings is not None
-    launch = Launcher(experiment.launch)
+    launcher = ProcessLauncher(experiment.launch)
 
     def compute(out: Path, scratch: Path) -> None:
         from qadapter.training.supervised import fine_tune_base as fine_tune
 
-        launch(
+        launcher(
             fine_tune,
             base.location,
             data.path / "train.jsonl",
@@ -134,7 +134,7 @@ def fine_tune_base(context: RunContext, base: Base, data: StageResult) -> Any:
             scratch=scratch,
         )
 
-    result = logged_stage(
+    result = run_stage(
         context,
         "helpful-sft",
         module="qadapter.training.supervised",
@@ -144,7 +144,7 @@ def fine_tune_base(context: RunContext, base: Base, data: StageResult) -> Any:
             "lora_shape": experiment.lora.model_dump() if settings.lora else None,
             "seed": experiment.base_seed,
             **base.config(),
-            **launch.keyed(),
+            **launcher.keyed(),
         },
         inputs={**base.inputs(), "data": data.output},
         compute=compute,
@@ -176,7 +176,7 @@ def prepare_need(context: RunContext, domain: str, need: Need, base: Base, data:
             out=out,
         )
 
-    result = logged_stage(
+    result = run_stage(
         context,
         need.name,
         label=domain,
@@ -203,12 +203,12 @@ def train_adapter(
     method, seed = method_named(cell.method), cast(int, cell.seed)
     choice, training = experiment.methods.of(method.name), experiment.training_of(cell.domain)
     inputs = {**base.inputs(), "data": data.output, **{name: made.output for name, made in needs.items()}}
-    launch = Launcher(experiment.launch)
+    launcher = ProcessLauncher(experiment.launch)
 
     def compute(out: Path, scratch: Path) -> None:
         from qadapter.training.adapt import train_adapter as train
 
-        launch(
+        launcher(
             train,
             method.train,
             choice,
@@ -223,7 +223,7 @@ def train_adapter(
             scratch=scratch,
         )
 
-    result = logged_stage(
+    result = run_stage(
         context,
         "train",
         run_name=cell.name,
@@ -237,7 +237,7 @@ def train_adapter(
             "model": experiment.model.key(),
             "seed": seed,
             **base.config(),
-            **launch.keyed(),
+            **launcher.keyed(),
         },
         params={"domain": cell.domain, "base": base.name},
         log=lambda run_id, _: log_pairs(context, run_id, experiment.domains[cell.domain].source, data.output, "train"),

@@ -54,7 +54,7 @@ def write_comparison(runs: list[str], output: Path, title: str) -> None:
             "place of the runs in QADAPTER_HOME or MLFLOW_TRACKING_URI."
         )
     from qadapter.report.build import build_report
-    from tasks.tracking.recorded import read_runs
+    from tasks.tracking.past_runs import read_runs
 
     with tempfile.TemporaryDirectory(prefix="qadapter-") as files:
         recorded = read_runs(tracker, list(dict.fromkeys(runs)), Path(files))

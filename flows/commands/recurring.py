@@ -31,7 +31,7 @@ def check(config: Config = "smoke") -> int:
 
 def _run_flow(flow: Any, config: str, **parameters: Any) -> int:
     """Call a flow, with the server that answers or one of its own; say how it ended."""
-    from flows.running.launch import check_workspace
+    from flows.running.run_request import check_workspace
     from qadapter.config.customization import load_customization
     from tasks.stages.context import workspace
 

@@ -29,17 +29,18 @@ def run(overrides: Overrides = None, profile: Profile = "smoke", data: Data = No
         QAdapterError: something in the config or the data cannot work.
         CommandFailedError: a stage failed.
     """
-    from flows.running.launch import Launch, StagesFailedError
+    from flows.running.prefect_run import StagesFailedError
+    from flows.running.run_request import RunRequest
     from qadapter.config.experiment import parse_overrides
 
     changes = parse_overrides(overrides or [])
-    launch = Launch("full-paper-repro", profile, data, changes)
-    experiment = launch.check()  # refuse what cannot work before Prefect starts anything
+    request = RunRequest("full-paper-repro", profile, data, changes)
+    experiment = request.check()  # refuse what cannot work before Prefect starts anything
     from flows.full_paper_repro import full_paper_repro
     from tasks.stages.context import workspace
 
     start = time.monotonic()
-    folder = str(launch.data_folder) if launch.data_folder else None
+    folder = str(request.data_folder) if request.data_folder else None
     with prefect_server():
         try:
             summary = full_paper_repro(profile, folder, changes)

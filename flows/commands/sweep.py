@@ -29,7 +29,7 @@ def sweep(
         QAdapterError: something in the sweep, the profile or the data cannot work.
         CommandFailedError: a stage failed.
     """
-    from flows.running.launch import StagesFailedError
+    from flows.running.prefect_run import StagesFailedError
     from flows.running.sweep_plan import plan_text
     from flows.sweep import check_sweep
     from flows.sweep import sweep as run_sweep
@@ -42,7 +42,7 @@ def sweep(
         return
     checked = check_sweep(sweep, profile, data, changes)  # before Prefect starts anything
     start = time.monotonic()
-    folder = str(checked.launch.data_folder) if data else None
+    folder = str(checked.request.data_folder) if data else None
     with prefect_server():
         try:
             summary = run_sweep(sweep, profile, folder, changes)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.full_paper_repro import experiment_stages
-from flows.running.launch import Launch
+from flows.running.run_request import RunRequest
 from qadapter.config.experiment import Experiment
 from qadapter.config.sources import Source
 from qadapter.errors import QAdapterError
@@ -86,15 +86,15 @@ def plan_text(profile: str, data: str | None, overrides: Sequence[str] | Mapping
     """
     from qadapter.config.experiment import parse_overrides
 
-    launch = Launch("full-paper-repro", profile, data, parse_overrides(overrides))
-    experiment = launch.check(remote=False)
+    request = RunRequest("full-paper-repro", profile, data, parse_overrides(overrides))
+    experiment = request.check(remote=False)
     recorder = Recorder()
     experiment_stages(experiment, recorder)
-    plans = {name: _plan_source(experiment, name, launch.data_folder) for name in experiment.sources}
+    plans = {name: _plan_source(experiment, name, request.data_folder) for name in experiment.sources}
     size = planning.model_size(experiment.model)
     model = experiment.model
     held = model.quantization if model.quantization != "none" else model.dtype
-    judges = plan_judges(experiment, launch.rows_to_judge(experiment))
+    judges = plan_judges(experiment, request.rows_to_judge(experiment))
     sections = [
         f"Plan of {experiment.name}: the config is valid, {len(recorder.stages)} stages.",
         "Data\n" + "\n".join(f"  {name:<14}{plan.note}" for name, plan in plans.items()),

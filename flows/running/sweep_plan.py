@@ -28,7 +28,7 @@ def plan_text(checked: CheckedSweep) -> str:
     hours = estimate_hours(sweep, variants, experiment)
     lines = [
         f"Plan of sweep {sweep.name}: {len(variants)} settings, {stages} stages.",
-        f"  profile {checked.launch.profile}, domains {', '.join(experiment.domains)}, "
+        f"  profile {checked.request.profile}, domains {', '.join(experiment.domains)}, "
         f"seeds {', '.join(map(str, experiment.seeds))}",
         "",
         "Settings",

@@ -243,7 +243,7 @@ def atomic_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
 
     The body writes into a temporary sibling; on leaving it, every file is pushed to the disk and the sibling is
     renamed. An exception removes the sibling. A kill leaves it under its hidden name, `.<name>.<random>.tmp`, which
-    no reader takes for a result; `sweep` removes it.
+    no reader takes for a result; `remove_leftovers` removes it.
 
     Args:
         final: the folder's name when whole.
@@ -276,7 +276,7 @@ def atomic_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def sweep(final: Path) -> None:
+def remove_leftovers(final: Path) -> None:
     """Remove what killed `atomic_folder`s of this name left behind. Call it only where nobody else can be writing."""
     for leftover in final.parent.glob(f".{final.name}.*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)

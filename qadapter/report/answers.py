@@ -17,7 +17,7 @@ SHOWN = 20
 
 
 @dataclass(frozen=True)
-class Reply:
+class Answer:
     """One method's answer.
 
     Attributes:
@@ -38,12 +38,12 @@ class SideBySide:
     Attributes:
         domain: of the comparison.
         turns: (role, text) of the prompt's messages.
-        replies: a method each.
+        answers: one per method.
     """
 
     domain: str
     turns: tuple[tuple[str, str], ...]
-    replies: tuple[Reply, ...]
+    answers: tuple[Answer, ...]
 
 
 def side_by_side(rows: Sequence[Row], count: int = SHOWN) -> list[SideBySide]:
@@ -74,10 +74,10 @@ def answers_table(rows: Sequence[Row]) -> pd.DataFrame:
         for prompt in dict.fromkeys(prompt for found in answers.values() for prompt in found):
             entry = _one(domain, {method: found[prompt] for method, found in answers.items() if prompt in found})
             line = {"domain": domain, "prompt": "\n\n".join(f"{role}: {text}" for role, text in entry.turns)}
-            for reply in entry.replies:
-                line[reply.method] = reply.text
-                if kind(reply.method) != "base":
-                    line[f"{reply.method}: verdict"] = reply.verdict
+            for answer in entry.answers:
+                line[answer.method] = answer.text
+                if kind(answer.method) != "base":
+                    line[f"{answer.method}: verdict"] = answer.verdict
             table.append(line)
     return pd.DataFrame(table)
 
@@ -97,9 +97,9 @@ def _answers(row: Row) -> dict[str, dict[str, Any]]:
 
 def _one(domain: str, answers: dict[str, dict[str, Any]]) -> SideBySide:
     some = next(iter(answers.values()))
-    replies = [Reply(m, visible(a["reply"]), "" if kind(m) == "base" else _verdict(a)) for m, a in answers.items()]
+    replies = [Answer(m, visible(a["reply"]), "" if kind(m) == "base" else _verdict(a)) for m, a in answers.items()]
     if "base" in some and not any(kind(method) == "base" for method in answers):
-        replies.insert(0, Reply("base", visible(some["base"])))
+        replies.insert(0, Answer("base", visible(some["base"])))
     turns = tuple((visible(str(turn["role"])), visible(str(turn["content"]))) for turn in some["prompt"])
     return SideBySide(domain, turns, tuple(replies))
 

@@ -52,9 +52,9 @@ def answers(shown: Sequence[SideBySide]) -> str:
     for number, entry in enumerate(shown, start=1):
         before = f" (after {len(entry.turns) - 1} earlier turns)" if len(entry.turns) > 1 else ""
         parts.append(f"**{number}. {plain(entry.domain)}**{before}: {_short(entry.turns[-1][1])}\n")
-        for reply in entry.replies:
-            verdict = f" [{plain(reply.verdict)}]" if reply.verdict else ""
-            parts.append(f"- {plain(reply.method)}{verdict}: {_short(reply.text) or '(nothing)'}")
+        for answer in entry.answers:
+            verdict = f" [{plain(answer.verdict)}]" if answer.verdict else ""
+            parts.append(f"- {plain(answer.method)}{verdict}: {_short(answer.text) or '(nothing)'}")
         parts.append("")
     return "\n".join(parts).strip()
 

@@ -29,8 +29,8 @@ from qadapter.files.artifacts import (
     list_files,
     read_json,
     read_json_lines,
+    remove_leftovers,
     storage_errors,
-    sweep,
 )
 from qadapter.files.locks import holder, private_lock
 from tasks.stages.code_version import code_digest
@@ -208,7 +208,7 @@ class StageStore:
                 aside.parent.mkdir(parents=True, exist_ok=True)
                 folder.rename(aside)
                 _LOGGER.warning("The damaged stage was moved to %s", aside)
-            sweep(folder)
+            remove_leftovers(folder)
 
     def entries(self) -> list[Path]:
         """The folders of all finished stages, the one used last first."""

@@ -32,7 +32,14 @@ from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE, MAX_METRICS_PER_BATCH, MAX_PARAM_VAL_LENGTH
 
 from qadapter.errors import QAdapterError
-from qadapter.files.artifacts import atomic_folder, digest_file, list_files, storage_errors, sweep, write_json
+from qadapter.files.artifacts import (
+    atomic_folder,
+    digest_file,
+    list_files,
+    remove_leftovers,
+    storage_errors,
+    write_json,
+)
 from qadapter.files.locks import held
 from qadapter.files.shown import shown
 from tasks.tracking.spool import Entry
@@ -220,7 +227,7 @@ def downloaded(place: Path, path: str, fetch: Callable[[Path], Any], holds: Call
     lock = place.with_name(f"{place.name}.lock")
     with held(lock, guards=f"the download of {path}", seconds=_DOWNLOAD_SECONDS):
         if not (place / path).exists() or not holds(place / path):
-            sweep(place)
+            remove_leftovers(place)
             with atomic_folder(place, replace=True) as folder:
                 fetch(folder)
     return place / path

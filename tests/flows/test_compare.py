@@ -15,7 +15,7 @@ from qadapter.report.rows import Row
 from qadapter.report.summary import duels, sentences, summary_metrics
 from tasks.stages.context import Cell
 from tasks.sweep import SweptCell
-from tasks.tracking.recorded import find_run, read_runs
+from tasks.tracking.past_runs import find_run, read_runs
 from tasks.tracking.tracker import Tracker
 from tests.support.commands import subcommand
 from tests.support.report_files import prompt, rule_row, toy_rows, write_lines

@@ -24,7 +24,7 @@ from prefect.settings import PREFECT_API_URL
 from trl import DPOTrainer
 
 from flows.full_paper_repro import full_paper_repro
-from flows.running.launch import PrefectRun, StagesFailedError, launched
+from flows.running.prefect_run import PrefectRun, StagesFailedError, checked_run
 from flows.running.sweep_plan import SweepRecorder, plan_text
 from flows.sweep import check_sweep, sweep, sweep_stages
 from qadapter.config.experiment import load_experiment, profiles
@@ -792,7 +792,7 @@ def test_a_judge_is_paid_for_every_setting_of_a_sweep(tmp_path: Path, monkeypatc
     recorder = SweepRecorder()
     sweep_stages(checked.experiment, checked.variants, recorder)
     rows = [stage for stage in recorder.stages if stage.task == "evaluate" and stage.inputs["trained"] is not None]
-    assert checked.launch.rows_to_judge(checked.experiment) == len(rows) == 1040
+    assert checked.request.rows_to_judge(checked.experiment) == len(rows) == 1040
     with pytest.raises(
         QAdapterError, match=r"endpoint\.budget: 40\.00, but judging would cost about 45\.93 \(41600 ca"
     ):
@@ -804,7 +804,7 @@ def test_all_rows_of_a_sweep_together_keep_within_the_budget(tmp_path: Path) -> 
     """Eight settings with two seeds in one domain: sixteen rows, each with a sixteenth of 10."""
     home = Home(tmp_path / "home")
     of_endpoint = overrides() | ENDPOINT | {"evaluation.adaptation.endpoint.budget": 10.0}
-    with home.entered(), launched((checked := check_sweep(write(tmp_path), None, None, of_endpoint)).launch) as run:
+    with home.entered(), checked_run((checked := check_sweep(write(tmp_path), None, None, of_endpoint)).request) as run:
         budgets = []
         for variant in checked.variants:
             for _ in checked.experiment.seeds:
@@ -826,7 +826,7 @@ def test_the_log_of_a_sweep_begins_with_the_price(
     def stop(*_: Any) -> None:
         raise RuntimeError("far enough")
 
-    monkeypatch.setattr("flows.sweep.launched", stop)
+    monkeypatch.setattr("flows.sweep.checked_run", stop)
     monkeypatch.setattr("flows.sweep.get_run_logger", lambda: logging.getLogger("flow run"))
     monkeypatch.setenv("QADAPTER_HOME", str(tmp_path))
     caplog.set_level("INFO", "flow run")

@@ -12,7 +12,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, tempor
 from prefect.states import Cancelled, Completed, Crashed, Failed, Paused, Pending, Running, Scheduled, State
 
 from flows.prefect_host.dead_runs import ended_flow_runs
-from flows.running.launch import close_abandoned
+from flows.running.prefect_run import close_abandoned
 from qadapter.files.process_tags import ProcessTag
 from tasks.tracking.tracker import FLOW_RUN_TAG, Tracker
 

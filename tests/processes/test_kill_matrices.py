@@ -55,11 +55,11 @@ MATRIX = [
 
 
 def stages_of_the_code() -> set[str]:
-    """Names of all stages: what `logged_stage` is called with."""
+    """Names of all stages: what `run_stage` is called with."""
     found = set()
     for file in (PROJECT_ROOT / "tasks").glob("*.py"):
         for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "logged_stage":
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "run_stage":
                 name = call.args[1]
                 assert isinstance(name, ast.Constant), f"{file.name}:{call.lineno}: a stage without a name of its own"
                 found.add(str(name.value))

@@ -28,8 +28,8 @@ from prefect.logging.handlers import APILogHandler
 from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_DATABASE_CONNECTION_URL
 
 from flows.full_paper_repro import experiment_stages, full_paper_repro
-from flows.running.launch import StagesFailedError
 from flows.running.plan import Recorder
+from flows.running.prefect_run import StagesFailedError
 from qadapter.config.experiment import load_experiment
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import MANIFEST

@@ -22,7 +22,7 @@ from tasks.data import prepare_data
 from tasks.quality import measure_quality
 from tasks.report import write_report
 from tasks.stages.context import Cell, RunContext
-from tasks.stages.logged import StageResult
+from tasks.stages.stage_run import StageResult
 from tasks.stages.store import StageOutput, _input_digest, _key, code_digest
 
 JUDGED: dict[str, Any] = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flows.running.launch import Launch
+from flows.running.run_request import RunRequest
 from qadapter.command.parser import main
 from qadapter.errors import QAdapterError
 from qadapter.toyworld.world import ToyWorld
@@ -105,10 +105,10 @@ def test_a_tokenizer_without_a_chat_template_is_refused_first(llama: Path, data:
     home = Home(tmp_path / "home")
     with home.entered():
         with pytest.raises(QAdapterError, match=rf"has no chat template, and gsm8k_cot, {BBH} would be asked with one"):
-            Launch("x", "paper", str(data), overrides(plain)).check()
+            RunRequest("x", "paper", str(data), overrides(plain)).check()
         asked_plain = overrides(plain) | {"evaluation.retention.plain_tasks": ["gsm8k_cot", BBH]}
-        Launch("x", "paper", str(data), asked_plain).check()
-        Launch("x", "paper", str(data), overrides(llama)).check()
+        RunRequest("x", "paper", str(data), asked_plain).check()
+        RunRequest("x", "paper", str(data), overrides(llama)).check()
 
 
 def test_a_model_that_is_not_there_is_refused_first(

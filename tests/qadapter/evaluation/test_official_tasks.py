@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from lm_eval.tasks import TaskManager
 
-from flows.running.launch import Launch
+from flows.running.run_request import RunRequest
 from qadapter.config.evaluation import RetentionSettings
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
@@ -115,7 +115,7 @@ def test_official_tasks_are_found_without_indexing_everything() -> None:
 def check(tasks: list[str], official_data: Path) -> None:
     """The preflight of an experiment with these tasks."""
     changes = {"evaluation.retention.tasks": tasks, "evaluation.retention.official_data": str(official_data)}
-    Launch("x", "smoke", None, changes).check()
+    RunRequest("x", "smoke", None, changes).check()
 
 
 @pytest.mark.parametrize(
@@ -230,4 +230,4 @@ def test_the_pipeline_reads_the_folder_that_is_named(model, tokenizer, shared_da
 
 def test_a_named_folder_that_is_none_is_refused_before_anything_runs(tmp_path) -> None:
     with pytest.raises(QAdapterError, match=r"evaluation\.retention\.official_data: .*nowhere.* is no folder"):
-        Launch("x", "smoke", None, {"evaluation.retention.official_data": str(tmp_path / "nowhere")}).check()
+        RunRequest("x", "smoke", None, {"evaluation.retention.official_data": str(tmp_path / "nowhere")}).check()

@@ -16,8 +16,8 @@ from peft import LoraConfig
 from prefect.logging import disable_run_logger
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from flows.running.launch import Launch
 from flows.running.plan import plan_text
+from flows.running.run_request import RunRequest
 from qadapter.config.customization import Customization
 from qadapter.config.experiment import Experiment, load_experiment
 from qadapter.config.sweep import load_sweep, merged_overrides
@@ -353,9 +353,11 @@ def test_the_preflight_knows_what_an_experiment_makes(profile: str, makes: list[
 def test_a_preference_task_may_be_one_of_an_experiments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("QADAPTER_HOME", str(tmp_path))
     tasks = "evaluation.retention.tasks"
-    Launch("x", "smoke", None, {tasks: ["toy_facts", "academy_preference", "toy_style_academy"]}).check(remote=False)
+    RunRequest("x", "smoke", None, {tasks: ["toy_facts", "academy_preference", "toy_style_academy"]}).check(
+        remote=False
+    )
     with pytest.raises(QAdapterError, match=r"names normal_preference.*makes no benchmark.*academy_preference"):
-        Launch("x", "smoke", None, {tasks: ["normal_preference"]}).check(remote=False)
+        RunRequest("x", "smoke", None, {tasks: ["normal_preference"]}).check(remote=False)
 
 
 def test_the_source_of_a_preference_is_checked_and_stays() -> None:

@@ -22,7 +22,7 @@ from qadapter.policy.loading import load_base
 from qadapter.report.items import refuse_other_items
 from qadapter.report.rows import Row
 from tasks.stages.context import RunContext
-from tasks.stages.logged import StageResult
+from tasks.stages.stage_run import StageResult
 from tasks.stages.store import StageStore
 from tasks.train import Base
 from tests.support.tiny_toy import MODEL, TinyToy, make_tiny_toy
@@ -87,7 +87,7 @@ class Stages:
             self.computed += not output.cached
             return StageResult(output, "")
 
-        monkeypatch.setattr(tasks.evaluate, "logged_stage", stage)
+        monkeypatch.setattr(tasks.evaluate, "run_stage", stage)
 
     def run(self, trained: Any = None, base_retention: StageResult | None = None) -> StageResult:
         return tasks.evaluate._retention(self.context, self.base, trained, base_retention, None, None)

@@ -23,8 +23,8 @@ from qadapter.files.artifacts import (
     digest_tree,
     read_json,
     read_json_lines,
+    remove_leftovers,
     storage_errors,
-    sweep,
     write_json,
 )
 from tests.support.paths import PROJECT_ROOT
@@ -180,14 +180,14 @@ def test_a_kill_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
     assert not final.exists()
     assert all(path.name.startswith(".final.") and path.name.endswith(".tmp") for path in tmp_path.iterdir())
     assert len(list(tmp_path.iterdir())) == 1
-    sweep(final)
+    remove_leftovers(final)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_sweep_spares_neighbours(tmp_path: Path) -> None:
     (tmp_path / ".final2.abc.tmp").mkdir()
     (tmp_path / ".final.abc.tmp").mkdir()
-    sweep(tmp_path / "final")
+    remove_leftovers(tmp_path / "final")
     assert [path.name for path in tmp_path.iterdir()] == [".final2.abc.tmp"]
 
 

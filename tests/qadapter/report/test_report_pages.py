@@ -155,7 +155,7 @@ def test_twenty_prompts_at_even_distances(tmp_path: Path) -> None:
         *(f"a{i}" for i in range(0, 30, 3)),
         *(f"b{i}" for i in range(10)),
     ]
-    assert [(r.method, r.text, r.verdict) for r in shown[1].replies] == [
+    assert [(r.method, r.text, r.verdict) for r in shown[1].answers] == [
         ("base", "baseNone on 3", ""),
         ("dpo", "dpo0 on 3", "tie"),
     ]
@@ -165,7 +165,7 @@ def test_the_bases_reply_is_taken_from_where_it_is(tmp_path: Path) -> None:
     answers = [{"prompt": prompt("q"), "base": "before", "reply": "after", "verdict": "undecided", "judge": "none"}]
     write_lines(tmp_path / "answers.jsonl", answers)
     (entry,) = side_by_side([Row("d", "dpo", 0, {}, adaptation=tmp_path)])
-    assert [(r.method, r.text, r.verdict) for r in entry.replies] == [("base", "before", ""), ("dpo", "after", "")]
+    assert [(r.method, r.text, r.verdict) for r in entry.answers] == [("base", "before", ""), ("dpo", "after", "")]
 
 
 def test_the_quality_of_the_data_is_a_section(tmp_path: Path) -> None:

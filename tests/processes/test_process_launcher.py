@@ -35,8 +35,8 @@ from tasks.candidate import train_candidate
 from tasks.judge import train_judge
 from tasks.stages.code_version import code_digest
 from tasks.stages.context import Cell, RunContext
-from tasks.stages.launching import Launcher, TrainingProcessError
-from tasks.stages.logged import StageResult
+from tasks.stages.process_launcher import ProcessLauncher, TrainingProcessError
+from tasks.stages.stage_run import StageResult
 from tasks.stages.store import StageOutput, StageStore
 from tasks.tracking.tracker import Tracker
 from tasks.train import Base, train_adapter
@@ -44,6 +44,7 @@ from tests.support.paths import PROJECT_ROOT
 from tests.support.tiny_toy import CHOICES, LORA, MODEL, TRAINING, TinyToy, make_tiny_toy, rows
 
 TWO = {"launch.engine": "accelerate", "launch.processes": 2}
+SETTINGS_OF_TWO = LaunchSettings(engine="accelerate", processes=2)
 PAIRS = 8  # a whole number of batches: an epoch's odd end is filled up differently by several processes
 
 
@@ -166,7 +167,7 @@ from pathlib import Path
 from prefect.logging import disable_run_logger
 from qadapter.config.execution import LaunchSettings
 from qadapter.config.training import OptimizerSettings
-from tasks.stages.launching import Launcher
+from tasks.stages.process_launcher import ProcessLauncher
 from tests.support.tiny_toy import CHOICES, LORA, MODEL
 from qadapter.methods.q_adapter import train
 from qadapter.training.adapt import train_adapter
@@ -176,7 +177,7 @@ training = OptimizerSettings(
 )
 out.mkdir(parents=True)
 logging.basicConfig(level=logging.INFO)
-Launcher(LaunchSettings(engine="accelerate", processes=2))(
+ProcessLauncher(LaunchSettings(engine="accelerate", processes=2))(
     train_adapter, train, CHOICES["q-adapter"], base, pairs,
     model=MODEL, lora=LORA, training=training, seed=3, needs={}, out=out, scratch=scratch,
 )
@@ -226,7 +227,7 @@ def test_killed_it_leaves_no_orphan_and_goes_on_where_it_stopped(toy: TinyToy, t
     for name, driver in (("resumed", resumed), ("whole", whole)):
         said[name] = driver.communicate(timeout=900)[1]
         assert driver.returncode == 0, said[name][-3000:]
-    assert len(re.findall(r"INFO:tasks\.launching:.*checkpoint-35 is not whole", said["resumed"])) == 1
+    assert len(re.findall(r"INFO:tasks\.stages\.process_launcher:.*checkpoint-35 is not whole", said["resumed"])) == 1
     assert "is not whole" not in said["whole"]
     a, b = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("resumed", "whole"))
     assert a.keys() == b.keys()
@@ -243,12 +244,12 @@ def test_killed_it_leaves_no_orphan_and_goes_on_where_it_stopped(toy: TinyToy, t
 @pytest.mark.slow
 def test_a_failing_process_reports(toy: TinyToy, tmp_path: Path) -> None:
     """The base is there, its weights are not what they say: the message has the error, not torchrun's summary."""
-    launch = Launcher(LaunchSettings(engine="accelerate", processes=1))
+    launcher = ProcessLauncher(LaunchSettings(engine="accelerate", processes=1))
     broken = tmp_path / "base"
     shutil.copytree(toy.base, broken)
     (broken / "model.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(TrainingProcessError, match=r"ddp\.yaml, 1 process\) ended with code 1") as failed:
-        call(launch, toy, broken, tmp_path)
+        call(launcher, toy, broken, tmp_path)
     assert "Error" in str(failed.value).splitlines()[-1]
     assert "torch.distributed.elastic" not in str(failed.value)
     assert len(str(failed.value).splitlines()) < 60
@@ -256,17 +257,17 @@ def test_a_failing_process_reports(toy: TinyToy, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_a_process_refuses_is_a_refusal_here(toy: TinyToy, tmp_path: Path) -> None:
-    launch = Launcher(LaunchSettings(engine="accelerate", processes=1))
+    launcher = ProcessLauncher(LaunchSettings(engine="accelerate", processes=1))
     with pytest.raises(QAdapterError, match=r"the model '.*nowhere' could not be loaded") as refused:
-        call(launch, toy, tmp_path / "nowhere", tmp_path)
+        call(launcher, toy, tmp_path / "nowhere", tmp_path)
     assert "Traceback" not in str(refused.value)
 
 
-def call(launch: Launcher, toy: TinyToy, base: Path, home: Path, **changes: Any) -> None:
+def call(launcher: ProcessLauncher, toy: TinyToy, base: Path, home: Path, **changes: Any) -> None:
     training = TRAINING.model_copy(update={"max_steps": 2, **changes})
     for name in ("out", "scratch"):
         (home / name).mkdir()
-    launch(
+    launcher(
         train_function,
         sft.train,
         sft.SFTSettings(),
@@ -292,11 +293,13 @@ def test_a_killed_process_has_last_words(
         "import os, sys; print('progress: sft: step 1 of 2, loss 0.5'); print('loading shards'); "
         "print('Killed', file=sys.stderr, flush=True); sys.stdout.flush(); os.kill(os.getpid(), 9)"
     )
-    caplog.set_level(logging.INFO, logger="tasks.stages.launching")
+    caplog.set_level(logging.INFO, logger="tasks.stages.process_launcher")
     original = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda _, **options: original([sys.executable, "-c", script], **options))
     with pytest.raises(TrainingProcessError, match=r"(?s)ended with code -9.*loading shards\nKilled"):
-        Launcher(LaunchSettings(engine="accelerate", processes=2))(train_function, out=tmp_path, scratch=tmp_path)
+        ProcessLauncher(LaunchSettings(engine="accelerate", processes=2))(
+            train_function, out=tmp_path, scratch=tmp_path
+        )
     assert list(tmp_path.iterdir()) == []
     assert caplog.messages == ["sft: step 1 of 2, loss 0.5"]
 
@@ -321,9 +324,11 @@ def test_an_interrupt_ends_the_processes(tmp_path: Path, monkeypatch: pytest.Mon
         raise KeyboardInterrupt
 
     monkeypatch.setattr(subprocess, "Popen", popen)
-    monkeypatch.setattr("tasks.stages.launching._LOGGER.info", interrupt)
+    monkeypatch.setattr("tasks.stages.process_launcher._LOGGER.info", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        Launcher(LaunchSettings(engine="accelerate", processes=2))(train_function, out=tmp_path, scratch=tmp_path)
+        ProcessLauncher(LaunchSettings(engine="accelerate", processes=2))(
+            train_function, out=tmp_path, scratch=tmp_path
+        )
     assert len(family) == 1
     assert started[0].poll() is not None
     assert psutil.wait_procs(family, timeout=10)[1] == []
@@ -357,8 +362,8 @@ def test_a_job_runs_nothing_but_trainings(tmp_path: Path) -> None:
 
 
 def test_in_process_adds_nothing_to_a_key() -> None:
-    assert Launcher(LaunchSettings()).keyed() == {}
-    two, four = (Launcher(LaunchSettings(engine="accelerate", processes=n)).keyed()["launch"] for n in (2, 4))
+    assert ProcessLauncher(LaunchSettings()).keyed() == {}
+    two, four = (ProcessLauncher(LaunchSettings(engine="accelerate", processes=n)).keyed()["launch"] for n in (2, 4))
     assert (two["processes"], four["processes"]) == (2, 4)
     assert two["config"] == four["config"]
     assert two["config"]["distributed_type"] == "MULTI_GPU"
@@ -366,13 +371,15 @@ def test_in_process_adds_nothing_to_a_key() -> None:
 
 
 def test_the_engine_is_no_part_of_the_code_digest() -> None:
-    def digest(launch: Launcher) -> str:
+    def digest(launcher: ProcessLauncher) -> str:
         def compute(out: Path, scratch: Path) -> None:
-            launch(train_function, out=out, scratch=scratch)
+            launcher(train_function, out=out, scratch=scratch)
 
         return code_digest("qadapter.errors", compute)
 
-    assert digest(Launcher(LaunchSettings())) == digest(Launcher(LaunchSettings(engine="accelerate", processes=2)))
+    assert digest(ProcessLauncher(LaunchSettings())) == digest(
+        ProcessLauncher(LaunchSettings(engine="accelerate", processes=2))
+    )
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ class TrainingProcessError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Launcher:
+class ProcessLauncher:
     """Calls a training function where the experiment's `launch` section says.
 
     An instance rather than a function, so that a stage's code digest ends here: the engine is in the key by `keyed`.

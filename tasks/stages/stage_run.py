@@ -30,7 +30,7 @@ class StageResult:
         return self.output.path
 
 
-def logged_stage(
+def run_stage(
     context: RunContext,
     name: str,
     *,

@@ -27,7 +27,7 @@ _DIGESTS = ("digest.train", "digest.adaptation", "digest.retention")
 
 
 @dataclass(frozen=True)
-class Recorded:
+class PastRuns:
     """What a report of recorded runs is made of.
 
     Attributes:
@@ -58,7 +58,7 @@ class _FlowRun:
                 self.cells.setdefault(_cell(other), other)
 
 
-def read_runs(tracker: Tracker, names: Sequence[str], folder: Path) -> Recorded:
+def read_runs(tracker: Tracker, names: Sequence[str], folder: Path) -> PastRuns:
     """Collect runs for a report.
 
     Args:
@@ -99,7 +99,7 @@ def read_runs(tracker: Tracker, names: Sequence[str], folder: Path) -> Recorded:
             known = data.setdefault(source, summary)
             if known != summary:
                 data[f"{source} ({flow_run.label})"] = summary
-    return Recorded(list(rows.values()), data, _config(list(flow_runs.values())))
+    return PastRuns(list(rows.values()), data, _config(list(flow_runs.values())))
 
 
 def find_run(tracker: Tracker, name: str) -> Any:

@@ -1,151 +1,33 @@
-"""Starting a flow run: everything that can be refused is refused here, before there is any run to see."""
+"""A run of stages on a Prefect task runner, inside its MLflow run."""
 
 from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
 from prefect.exceptions import UpstreamTaskError
 from prefect.logging import get_run_logger
-from prefect.runtime import deployment, flow_run
+from prefect.runtime import flow_run
 
 from flows.prefect_host.dead_runs import ended_flow_runs, report_crashed
 from flows.prefect_host.orphans import outlive_worker
+from flows.running.run_request import RunRequest
 from flows.running.runners import task_runner
-from qadapter.config.experiment import Experiment, load_experiment
-from qadapter.config.sources import Source
-from qadapter.errors import QAdapterError
-from qadapter.files.private import close_to_others, keep_private
+from qadapter.config.experiment import Experiment
 from qadapter.files.shown import guard_logs
-from qadapter.judging.plan import judged_rows
-from qadapter.planning.preflight import check_experiment
 from tasks.stages.context import RunContext, workspace
-from tasks.stages.remote import RemoteStore
 from tasks.stages.store import StageStore
 from tasks.tracking.tracker import FLOW_RUN_TAG, Tracker
 
-ALLOW_REMOTE_CODE = "QADAPTER_ALLOW_REMOTE_CODE"
-"""Environment variable of a worker: `1` lets its deployments use `model.trust_remote_code`."""
 _SECONDS_BETWEEN_PROGRESS = 60.0
 _SECONDS_FOR_MLFLOW = 60.0  # to come back at a run's end; what is left then is delivered at the next start
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What a user asks for.
-
-    Attributes:
-        experiment_name: of the MLflow experiment.
-        profile: a name in `configs/`, or a YAML file.
-        data: the data folder, or None.
-        overrides: dotted keys to values.
-    """
-
-    experiment_name: str
-    profile: str
-    data: str | None = None
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def data_folder(self) -> Path | None:
-        """The data folder as an absolute path."""
-        return Path(self.data).expanduser().resolve() if self.data else None
-
-    def load(self) -> Experiment:
-        """Read the config."""
-        return load_experiment(self.profile, self.overrides)
-
-    def rows_to_judge(self, experiment: Experiment) -> int:
-        """Policies whose answers are judged; the judge's price is of them, and they share its budget."""
-        return judged_rows(experiment)
-
-    def fixed_sources(self, experiment: Experiment) -> dict[str, Source]:
-        """The sources whose data have to be there before a run."""
-        return dict(experiment.sources)
-
-    def check(self, *, remote: bool = True) -> Experiment:
-        """Read the config and look at everything that can be looked at without computing.
-
-        Args:
-            remote: ask for sources on the network too; without it only those on this machine are looked at.
-
-        Raises:
-            QAdapterError: with all that is needed to put it right.
-        """
-        experiment = self.load()
-        _refuse_remote_code(experiment)
-        experiment.launch.check(experiment.model.quantization)
-        experiment.runner.check()
-        RemoteStore.from_environment()
-        folder = self.data_folder
-        if folder is not None and not folder.is_dir():
-            raise QAdapterError(f"the data folder {self.data!r} does not exist; give an existing folder")
-        if experiment.needs_data and folder is None:
-            raise QAdapterError(
-                f"the profile {self.profile!r} needs a data folder and none was given; name one, for example "
-                f"`make repro PROFILE={self.profile} DATA=path/to/folder`, or the deployment parameter "
-                "data=path/to/folder"
-            )
-        check_workspace(workspace())
-        check_experiment(
-            experiment,
-            folder,
-            fixed=self.fixed_sources(experiment),
-            rows=self.rows_to_judge(experiment),
-            downloads=workspace() / ".qadapter" / "downloads",
-            remote=remote,
-        )
-        return experiment
-
-
-def _refuse_remote_code(experiment: Experiment) -> None:
-    """A run of a deployment executes no code of a model repository on the word of its parameters alone.
-
-    Whoever may start a deployment may set its parameters; whoever runs the worker sets its environment.
-
-    Raises:
-        QAdapterError: `model.trust_remote_code` is on in a run of a deployment, and the worker does not allow it.
-    """
-    allowed = os.environ.get(ALLOW_REMOTE_CODE) == "1"
-    if experiment.model.trust_remote_code and deployment.get_id() and not allowed:
-        raise QAdapterError(
-            "model.trust_remote_code is on, which a deployment's parameters alone may not ask for: it runs code of "
-            f"the model's repository. Set {ALLOW_REMOTE_CODE}=1 in the worker's environment, or start the run on the "
-            "command line."
-        )
-
-
-def check_workspace(folder: Path) -> None:
-    """Something can be written where results go, and other users cannot read it.
-
-    Raises:
-        QAdapterError: the disk is full or read-only, the place is no folder, or what lies there is open to other users
-            and cannot be closed to them.
-    """
-    keep_private()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(65_536))
-            file.flush()
-    except OSError as error:
-        raise QAdapterError(
-            f"nothing can be written to the workspace {folder}: {error.strerror}. Free some space there, or name "
-            "another folder with the environment variable QADAPTER_HOME."
-        ) from error
-    for name in (".qadapter", "mlruns"):
-        close_to_others(folder / name)
-    for database in folder.glob("mlflow.db*"):
-        close_to_others(database)
 
 
 def close_abandoned(tracker: Tracker, experiment_name: str) -> None:
@@ -161,27 +43,27 @@ def close_abandoned(tracker: Tracker, experiment_name: str) -> None:
 
 
 @contextmanager
-def launched(launch: Launch) -> Iterator[PrefectRun]:
+def checked_run(request: RunRequest) -> Iterator[PrefectRun]:
     """A checked experiment, ready to run stages; its MLflow run ends FINISHED, FAILED or KILLED whatever happens."""
     outlive_worker()
     guard_logs()  # a worker's process begins with Prefect's own command
-    experiment = launch.check()
+    experiment = request.check()
     root = workspace()
     for name in ("qadapter", "tasks"):
         logging.getLogger(name).setLevel(logging.INFO)  # progress of long stages; Prefect passes it on (prefect.toml)
     # Read by torch when it is first imported, here and in every worker process.
     os.environ.setdefault("OMP_NUM_THREADS", str(experiment.threads_per_stage))
     tracker = Tracker.for_project(root)
-    close_abandoned(tracker, launch.experiment_name)
+    close_abandoned(tracker, request.experiment_name)
     parent = tracker.start_parent(
-        launch.experiment_name,
+        request.experiment_name,
         f"{experiment.name} · {flow_run.get_name() or 'run'}",
         params=experiment.model_dump(mode="json", by_alias=True),
-        tags={"stage": "parent", "profile": launch.profile, FLOW_RUN_TAG: flow_run.get_id() or ""},
+        tags={"stage": "parent", "profile": request.profile, FLOW_RUN_TAG: flow_run.get_id() or ""},
     )
     # Whatever is used again is read as a whole: a power cut or a failing disk can change a file and not its size.
     store = StageStore(root / ".qadapter", verify_hashes=True)
-    context = RunContext(experiment, store, tracker, parent, launch.data_folder, launch.rows_to_judge(experiment))
+    context = RunContext(experiment, store, tracker, parent, request.data_folder, request.rows_to_judge(experiment))
     try:
         with tracker.ending(parent), PrefectRun(context) as run:
             yield run

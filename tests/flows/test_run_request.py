@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from flows.running.launch import ALLOW_REMOTE_CODE, Launch
+from flows.running.run_request import ALLOW_REMOTE_CODE, RunRequest
 from qadapter.errors import QAdapterError
 from qadapter.files import shown as module
 from qadapter.files.shown import remember_secret
-from tasks.stages.logged import _masked_errors
+from tasks.stages.stage_run import _masked_errors
 
 
 def test_a_deployments_parameters_run_no_remote_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -18,16 +18,16 @@ def test_a_deployments_parameters_run_no_remote_code(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv(ALLOW_REMOTE_CODE, raising=False)
     checked: list[str] = []
     monkeypatch.setattr("qadapter.config.execution.RunnerSettings.check", lambda _: checked.append("went on"))
-    launch = Launch("full-paper-repro", "smoke", None, {"model.trust_remote_code": True})
+    request = RunRequest("full-paper-repro", "smoke", None, {"model.trust_remote_code": True})
     monkeypatch.setattr("prefect.runtime.deployment.get_id", lambda: "a-deployment")
     with pytest.raises(QAdapterError, match=r"trust_remote_code is on, which a deployment's parameters alone may not"):
-        launch.check(remote=False)
+        request.check(remote=False)
     assert checked == []
     monkeypatch.setenv(ALLOW_REMOTE_CODE, "1")
-    launch.check(remote=False)
+    request.check(remote=False)
     monkeypatch.delenv(ALLOW_REMOTE_CODE)
     monkeypatch.setattr("prefect.runtime.deployment.get_id", lambda: None)
-    launch.check(remote=False)
+    request.check(remote=False)
     assert checked == ["went on"] * 2
 
 
