@@ -22,7 +22,7 @@ from prefect.states import Cancelled, Completed, Crashed
 from flows.check_champion import NAME as CHECK
 from flows.check_champion import check_champion
 from flows.commands.recurring import _run_flow
-from flows.customize import NAME, _remember_what_was_killed, customize_on_new_preferences, launch_of
+from flows.customize import NAME, _remember_what_was_killed, customize_on_new_preferences, request_of
 from flows.prefect_host.waiting_runs import JOINED
 from flows.watch_preferences import ANNOUNCED, watch_preferences
 from qadapter.command.parser import main
@@ -90,11 +90,11 @@ def test_a_customisation_is_checked_like_every_launch(tmp_path: Path, monkeypatc
     """The growing source may be empty; everything else is looked at before anything starts."""
     monkeypatch.setenv("QADAPTER_HOME", str(tmp_path))
     smoke = load_customization("smoke")
-    assert launch_of("smoke", smoke, "test").check() == smoke.experiment()
-    assert launch_of("smoke", smoke, "test").rows_to_judge(smoke.experiment()) == 2  # candidate and champion
+    assert request_of("smoke", smoke, "test").check() == smoke.experiment()
+    assert request_of("smoke", smoke, "test").rows_to_judge(smoke.experiment()) == 2  # candidate and champion
     elsewhere = smoke.model_copy(update={"data": str(tmp_path / "nowhere")})
     with pytest.raises(QAdapterError, match=r"the data folder .* does not exist"):
-        launch_of("smoke", elsewhere, "test").check()
+        request_of("smoke", elsewhere, "test").check()
 
 
 @pytest.mark.parametrize(("state", "code"), [(Completed(), 0), (Crashed(), 1), (Cancelled(), 1)])
