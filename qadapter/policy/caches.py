@@ -1,11 +1,57 @@
-"""The key-value caches of several passes, for adapters that cannot share one pass, as one cache."""
+"""Caches of a model: what it calls them, how many rows they hold, and those of several passes as one cache."""
 
 from __future__ import annotations
 
 import copy
+import inspect
+from typing import Any, Literal
 
 import torch
-from transformers.cache_utils import Cache
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+CacheName = Literal["past_key_values", "cache_params"]
+
+
+def cache_name(base: PreTrainedModel) -> CacheName | None:
+    """How the base's forward calls its cache; None where it has none of transformers' own kind.
+
+    Mamba's is called `cache_params`. RWKV, xLSTM, MiniMax and RecurrentGemma keep their state in a form of their own,
+    and the first GPT keeps none: they generate by reading the whole sequence for each token.
+    """
+    takes = inspect.signature(type(base).forward).parameters
+    if base._supports_default_dynamic_cache():
+        for name in ("past_key_values", "cache_params"):
+            if name in takes:
+                return name  # type: ignore[return-value]
+    return None
+
+
+def rows_of(cache: Cache) -> int:
+    """Rows that a filled cache holds.
+
+    Raises:
+        ValueError: it is empty.
+    """
+    for layer in cache.layers:
+        found: Any = layer
+        states = [getattr(found, "keys", None), getattr(found, "values", None)]
+        for name in ("conv_states", "recurrent_states"):
+            states += getattr(found, name, {}).values()
+        for state in states:
+            if isinstance(state, Tensor) and state.ndim:
+                return len(state)
+    raise ValueError("This cache is empty.")
+
+
+def repeated_rows(value: Any, times: int, count: int) -> Any:
+    """Tensors of `count` rows `times` times over; anything else as it is."""
+    if isinstance(value, dict):
+        return {name: repeated_rows(part, times, count) for name, part in value.items()}
+    if times > 1 and isinstance(value, Tensor) and value.ndim > 1 and len(value) == count:
+        return value.repeat(times, *[1] * (value.ndim - 1))
+    return value
 
 
 class PassCaches(Cache):
@@ -16,18 +62,21 @@ class PassCaches(Cache):
         super().__init__(layers=parts[0].layers)
 
     @classmethod
-    def around(cls, cache: Cache | None, passes: int) -> PassCaches:
+    def around(cls, cache: Cache | None, passes: int, config: PretrainedConfig) -> PassCaches:
         """This cache if it is one already, else new caches like the given, empty one.
+
+        Args:
+            cache: what a caller has.
+            passes: how many caches.
+            config: of the model, which says what its layers keep.
 
         Raises:
             ValueError: a cache of another kind that holds something.
         """
         if isinstance(cache, cls):
             return cache
-        from transformers import DynamicCache
-
-        first = cache if cache is not None else DynamicCache()
-        if first.get_seq_length():
+        first = cache if cache is not None else DynamicCache(config=config)
+        if _holds_something(first):
             raise ValueError("This cache was filled by one pass of another model; start with an empty one.")
         return cls([copy.deepcopy(first) for _ in range(passes)])
 
@@ -49,3 +98,15 @@ class PassCaches(Cache):
         """Forget the last tokens."""
         for cache in self.parts:
             cache.crop(tokens_to_remove)
+
+
+def _holds_something(cache: Cache) -> bool:
+    try:
+        return bool(rows_of(cache)) and any(_length(layer) for layer in cache.layers)
+    except ValueError:
+        return False
+
+
+def _length(layer: Any) -> int:
+    """Tokens that a layer of a cache has seen, or 1 where it keeps a state of them all."""
+    return int(layer.get_seq_length()) if hasattr(layer, "get_seq_length") else int(any(layer.has_previous_state.values()))

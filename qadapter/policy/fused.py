@@ -42,7 +42,7 @@ class VocabularyHead:
         weight: [V, H], frozen.
         bias: [V] or None.
         scale: a factor on the logits (Cohere, Granite).
-        softcap: largest logit (Gemma 2).
+        softcap: largest logit (Gemma 2, RecurrentGemma).
     """
 
     weight: Tensor
@@ -60,7 +60,8 @@ class VocabularyHead:
         config = base.config.get_text_config()
         scale = float(getattr(config, "logit_scale", None) or 1.0)
         divisor = float(getattr(config, "logits_scaling", None) or 1.0)
-        return cls(head.weight, head.bias, scale / divisor, getattr(config, "final_logit_softcapping", None))
+        softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+        return cls(head.weight, head.bias, scale / divisor, softcap)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """[N, V] for hidden states [N, H] of the weight's type; float32 at least.

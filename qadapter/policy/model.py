@@ -16,13 +16,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qadapter.errors import QAdapterError
 from qadapter.policy import files as policy_files
 from qadapter.policy.adapter_rows import BASE
 from qadapter.policy.composition import ComposedAdapters, refuse_unworkable
+from qadapter.policy.frozen import SilencedLayers
 from qadapter.policy.fused import loss_from_scored
 from qadapter.policy.objective import BatchTotals, Objective, PairwiseLoss, pairwise_loss
 from qadapter.policy.pair_passes import PairPasses
@@ -95,6 +95,8 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
         self.generation_config = copy.deepcopy(base.generation_config)
         self._base_arguments = frozenset(inspect.signature(base.forward).parameters)
         self._no_split_modules = getattr(base, "_no_split_modules", None)
+        self._is_stateful = base._is_stateful
+        self._silenced = SilencedLayers()
         self._parameter_count: int | None = None
         self._base_only = False
         self._passes = RowPasses(peft_model)
@@ -189,6 +191,7 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
         """
         self.trained_adapter()
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **options}
+        inputs = {name: value for name, value in inputs.items() if self._base_takes(name)}
         with self._passes.bare(len(input_ids)):
             base_logits = self.peft_model(**inputs).logits
         return self.peft_model(**inputs).logits, base_logits
@@ -291,14 +294,40 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
         return pairwise_loss(q_logits, base_logits, input_ids, response_mask, self.objective, totals)
 
     def _base_takes(self, name: str) -> bool:
-        return name not in ("position_ids", "logits_to_keep", "inputs_embeds") or name in self._base_arguments
+        optional = ("attention_mask", "use_cache", "position_ids", "logits_to_keep", "inputs_embeds")
+        return name not in optional or name in self._base_arguments
 
     # ---- what transformers asks of a model ------------------------------------------------------------------------
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Whether the kernel for experts can be chosen is the base's affair, and was when it was made."""
+        return True
+
+    def _supports_default_dynamic_cache(self) -> bool:  # type: ignore[override]
+        return self._passes.cache_name is not None
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """GenerationMixin's; a base whose cache is none of transformers' reads the whole sequence for each token."""
+        if self._passes.cache_name is None:
+            kwargs["use_cache"] = False
+        return super().generate(*args, **kwargs)  # type: ignore[operator, misc]
+
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """GenerationMixin's, with `up_to_constant`: whatever picks tokens looks at differences of logits."""
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc, arg-type]
-        return {**inputs, "up_to_constant": True}
+        """The base's own, with the dials and `up_to_constant`: whatever picks tokens looks at differences of logits.
+
+        Architectures do things of their own here: a rope that changes with length starts its cache anew (Phi-3), a
+        state-space model takes no mask after the first step.
+        """
+        base: Any = self.peft_model.get_base_model()
+        own = {name: kwargs.pop(name) for name in ("alpha_0", "alpha_tilde", "past_key_values") if name in kwargs}
+        cache = own.pop("past_key_values", None)
+        if cache is not None:
+            kwargs[str(self._passes.cache_name)] = cache
+        inputs = base.prepare_inputs_for_generation(input_ids, **kwargs)
+        if self._passes.cache_name == "cache_params":
+            inputs["past_key_values"] = inputs.pop("cache_params", None)
+        return {**inputs, **own, "use_cache": kwargs.get("use_cache"), "up_to_constant": True}
 
     def _reorder_cache(self, past_key_values: Cache, beam_idx: Tensor) -> Cache:
         """Beam search's hook: sequence i continues `beam_idx[i]`, in each group of rows."""
@@ -309,6 +338,7 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
         """Train or eval mode of the adapters; the base's own dropout stays off in both."""
         super().train(False)
         self.training = mode
+        self._silenced.train(self.peft_model, mode)
         trainable = any(parameter.requires_grad for parameter in self.peft_model.parameters())
         for module in self.peft_model.modules():
             if isinstance(module, BaseTunerLayer):
@@ -316,8 +346,6 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
                 for name, child in module.named_children():
                     if name != "base_layer":
                         child.train(mode)
-            elif isinstance(module, GradientCheckpointingLayer):
-                module.training = mode  # of this module alone: it decides whether to recompute, nothing else
             elif type(module).__module__.startswith("bitsandbytes"):
                 # In eval mode, a 4-bit layer on CPU repacks its weights for a kernel without autograd, for good
                 module.train(mode or trainable)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from qadapter.policy.fused import VocabularyHead
 from qadapter.policy.objective import scored_positions
@@ -101,12 +101,12 @@ class PairPasses:
     def __init__(self, model: PeftModel, passes: RowPasses, share_prompts: bool = True) -> None:
         self._model, self._passes = model, passes
         base: Any = model.get_base_model()
-        self._decoder: Any = base.get_decoder()
+        self._decoder = _decoder_of(base)
         self._config = base.config.get_text_config(decoder=True)
         # Other PEFT methods and LoRA's variants may need what PeftModel.forward does around the model
-        self.usable = passes.rows.supported and VocabularyHead.of(base) is not None
+        self.usable = passes.rows.supported and self._decoder is not None and VocabularyHead.of(base) is not None
         self._tolerance = 5e-2 if getattr(base, "quantization_method", None) is not None else 1e-3
-        takes = inspect.signature(self._decoder.forward).parameters
+        takes = inspect.signature(self._decoder.forward).parameters if self._decoder is not None else {}
         self.share_prompts = share_prompts and {"position_ids", "past_key_values"} <= set(takes)
         self._head_checked = self._cache_checked = False
         self._sharded = dist.is_initialized() and any(
@@ -214,3 +214,14 @@ class PairPasses:
                 use_cache=True,
             )[0]
         return torch.cat([prompts[twice, -1:], replies], dim=1)[shared.where(scored)]
+
+
+def _decoder_of(base: Any) -> Any:
+    """The body of a causal language model, from token ids to hidden states; None where it cannot be told.
+
+    `get_decoder` finds a module by its name, which for ModernBERT's decoder is the vocabulary head.
+    """
+    for body in (base.get_decoder(), getattr(base, base.base_model_prefix, None)):
+        if isinstance(body, PreTrainedModel) and body is not base:
+            return body
+    return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,24 +14,32 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from qadapter.errors import QAdapterError
-from qadapter.policy.adapter_rows import BASE, AdapterRows
-from qadapter.policy.caches import PassCaches
+from qadapter.policy.adapter_rows import BASE, AdapterRows, RowsLostError
+from qadapter.policy.caches import CacheName, PassCaches, cache_name, repeated_rows, rows_of
 
 
 class RowPasses:
     """Passes of a PEFT model through several adapters and the bare base.
 
-    One pass of R · B rows, ordered [first name × B, …], where `AdapterRows.supported` and no gradient is wanted: with
+    One pass of R · B rows, ordered [first name × B, …], where `AdapterRows.mixes` and no gradient is wanted: with
     autograd it would keep the activations of the base's rows too, and recomputing them for gradient checkpointing
     would happen after the rows' names are gone. Otherwise one pass for each name, the base's without autograd.
 
     Attributes:
         rows: the layers' own ability to tell rows apart.
+        cache_name: how the model's forward calls its cache; None for a model without one of transformers' caches.
     """
 
     def __init__(self, model: PeftModel) -> None:
         self._model = model
         self.rows = AdapterRows(model)
+        self.cache_name: CacheName | None = cache_name(model.get_base_model())  # type: ignore[arg-type]
+        base: Any = model.get_base_model()
+        self._config = base.config.get_text_config(decoder=True)
+        self._base_class = type(base)
+        arguments = inspect.signature(self._base_class.forward).parameters
+        self._takes_use_cache = "use_cache" in arguments
+        self._mixed_before = False
 
     def logits(
         self, names: Sequence[str], inputs: dict[str, Any], cache: Cache | None, use_cache: bool
@@ -46,25 +56,47 @@ class RowPasses:
             ValueError: a cache that another model filled.
         """
         count = len(next(inputs[name] for name in ("input_ids", "inputs_embeds") if name in inputs))
-        if self.rows.supported and not torch.is_grad_enabled() and not isinstance(cache, PassCaches):
-            with self.rows.use([name for name in names for _ in range(count)]):
-                output = self._model(
-                    **{name: _repeat_rows(value, len(names), count) for name, value in inputs.items()},
-                    past_key_values=cache,
-                    use_cache=use_cache,
-                )
-            return list(output.logits.chunk(len(names))), output.past_key_values if use_cache else None
+        if use_cache and self.cache_name is None:
+            raise QAdapterError(
+                f"{self._base_class.__name__} keeps its state in a form of its own, which cannot hold a row for the "
+                "base and one for each adapter. Call with use_cache=False."
+            )
+        if self.rows.mixes and not torch.is_grad_enabled() and not isinstance(cache, PassCaches):
+            untouched = copy.deepcopy(cache) if len(names) > 1 and not self._mixed_before else cache
+            try:
+                return self._in_one_pass(names, count, inputs, cache, use_cache)
+            except RowsLostError:
+                if self._mixed_before:
+                    raise
+                self.rows.mixes, cache = False, untouched
 
-        caches = PassCaches.around(cache, len(names)) if use_cache else None
+        caches = PassCaches.around(cache, len(names), self._config) if use_cache else None
         logits = []
         for index, name in enumerate(names):
-            past = caches.part(index) if caches else None
+            past = {} if caches is None else {str(self.cache_name): caches.part(index)}
             with self.bare(count) if name == BASE else self.through(name, count):
-                output = self._model(**inputs, past_key_values=past, use_cache=use_cache)
+                output = self._model(**inputs, **past, **self._whether(use_cache))
             if caches:
-                caches.put(index, output.past_key_values)
+                caches.put(index, output[str(self.cache_name)])
             logits.append(output.logits)
         return logits, caches
+
+    def _in_one_pass(
+        self, names: Sequence[str], count: int, inputs: dict[str, Any], cache: Cache | None, use_cache: bool
+    ) -> tuple[list[Tensor], Cache | None]:
+        past = {} if cache is None else {str(self.cache_name): cache}
+        with self.rows.use([name for name in names for _ in range(count)]):
+            output = self._model(
+                **{name: repeated_rows(value, len(names), count) for name, value in inputs.items()},
+                **past,
+                **self._whether(use_cache),
+            )
+        self._mixed_before |= len(names) > 1
+        return list(output.logits.chunk(len(names))), output[str(self.cache_name)] if use_cache else None
+
+    def _whether(self, use_cache: bool) -> dict[str, bool]:
+        """`use_cache`, for a model that takes it."""
+        return {"use_cache": use_cache} if self._takes_use_cache else {}
 
     @contextmanager
     def bare(self, count: int) -> Iterator[None]:
@@ -110,15 +142,5 @@ def reorder_rows(cache: Cache, beam_idx: Tensor) -> None:
         beam_idx: [B] int64.
     """
     if not isinstance(cache, PassCaches):
-        first: Any = cache.layers[0]
-        beam_idx = torch.cat([beam_idx + start for start in range(0, len(first.keys), len(beam_idx))])
+        beam_idx = torch.cat([beam_idx + start for start in range(0, rows_of(cache), len(beam_idx))])
     cache.reorder_cache(beam_idx)  # type: ignore[arg-type]
-
-
-def _repeat_rows(value: Any, times: int, count: int) -> Any:
-    """Tensors of `count` rows `times` times over; anything else as it is."""
-    if isinstance(value, dict):
-        return {name: _repeat_rows(part, times, count) for name, part in value.items()}
-    if times > 1 and isinstance(value, Tensor) and value.ndim > 1 and len(value) == count:
-        return value.repeat(times, *[1] * (value.ndim - 1))
-    return value
