@@ -109,4 +109,6 @@ def _holds_something(cache: Cache) -> bool:
 
 def _length(layer: Any) -> int:
     """Tokens that a layer of a cache has seen, or 1 where it keeps a state of them all."""
-    return int(layer.get_seq_length()) if hasattr(layer, "get_seq_length") else int(any(layer.has_previous_state.values()))
+    return (
+        int(layer.get_seq_length()) if hasattr(layer, "get_seq_length") else int(any(layer.has_previous_state.values()))
+    )

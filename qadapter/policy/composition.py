@@ -14,9 +14,11 @@ from torch import nn
 
 from qadapter.errors import QAdapterError
 from qadapter.policy import files as policy_files
+from qadapter.policy.adapters import load_adapter, refuse_config
 from qadapter.policy.objective import Objective
 from qadapter.policy.pair_passes import PairPasses
 from qadapter.policy.passes import RowPasses
+from qadapter.policy.ranges import check_weights
 
 
 class ComposedAdapters(nn.Module):
@@ -59,6 +61,7 @@ class ComposedAdapters(nn.Module):
                 f"No adapter is named {', '.join(unknown)}; there are {', '.join(known)}. Attach it first."
             )
         complete = {name: float(weights.get(name, 0.0)) for name in known}
+        check_weights(complete)
         active = [name for name, weight in complete.items() if weight]
         if self.objective.parametrization == "absolute" and abs(sum(complete.values()) - 1) > 1e-6:
             raise QAdapterError(
@@ -88,6 +91,7 @@ class ComposedAdapters(nn.Module):
         if name in self.peft_model.peft_config:
             raise QAdapterError(f"An adapter named {name!r} is there already. Choose another name.")
         settings = policy_files.read_settings(Path(path))
+        place = policy_files.only_adapter(Path(path), settings)
         mine, other = self.objective.parametrization, settings.objective.parametrization
         if mine != other:
             raise QAdapterError(
@@ -96,7 +100,7 @@ class ComposedAdapters(nn.Module):
             )
         weights = {**self._adapter_weights, name: weight or 0.0}
         self._checked(weights, list(weights))  # before anything is loaded
-        self.peft_model.load_adapter(str(path), adapter_name=name, is_trainable=False)
+        load_adapter(self.peft_model, place, name)
         self._passes, self._pair_passes = RowPasses(self.peft_model), None
         self.train(self.training)
         self.set_adapter_weights(weights)
@@ -148,11 +152,7 @@ def refuse_unworkable(peft_model: PeftModel) -> None:
             "adapter config (QAdapterForCausalLM.from_base, or peft_config of the trainer)."
         )
     for name, config in peft_model.peft_config.items():
-        if config.is_prompt_learning:
-            raise QAdapterError(
-                f"Adapter {name} learns a prompt ({config.peft_type}), which moves every position. "
-                "Use one that changes layers, such as LoRA."
-            )
+        refuse_config(config, f"Adapter {name}")
     base: Any = peft_model.get_base_model()
     if base.config.is_encoder_decoder:
         raise QAdapterError(f"{type(base).__name__} is an encoder-decoder model; expected a causal language model.")

@@ -6,8 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
-from qadapter.errors import QAdapterError
 from qadapter.policy.files import SETTINGS_FILE, read_settings
+from qadapter.policy.ranges import check_dials
 
 
 def set_alpha_0(adapter: Path, alpha_0: float, out: Path) -> None:
@@ -21,9 +21,7 @@ def set_alpha_0(adapter: Path, alpha_0: float, out: Path) -> None:
     Raises:
         QAdapterError: it is no Q-Adapter, or `alpha_0` is negative.
     """
-    read_settings(adapter)
-    if not alpha_0 >= 0:
-        raise QAdapterError(f"alpha_0 is {alpha_0}; expected at least 0")
+    check_dials(alpha_0, read_settings(adapter).alpha_tilde)
     shutil.copytree(adapter, out)
     file = out / SETTINGS_FILE
     file.write_text(json.dumps({**json.loads(file.read_text()), "alpha_0": alpha_0}, indent=2) + "\n")

@@ -9,16 +9,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qadapter.errors import QAdapterError
+from qadapter.policy.adapters import ADAPTER_FILE, base_of, load_adapter, set_adapter_tensors
+from qadapter.policy.base import load_network
 from qadapter.policy.objective import Objective
+from qadapter.policy.probe import can_be_probed, logits_of, probe_ids
+from qadapter.policy.ranges import check_dials, check_weights
 
 SETTINGS_FILE = "q_adapter.json"
-ADAPTER_FILE = "adapter_model.safetensors"
 _FORMAT = 1
 _PREFIX = "peft_model."
 
@@ -79,20 +81,28 @@ def read_settings(folder: Path) -> PolicySettings:
         content = json.loads(file.read_text())
         if content["format"] != _FORMAT:
             raise ValueError(f"format is {content['format']}; this version reads {_FORMAT}")
-        return PolicySettings(
+        settings = PolicySettings(
             objective=Objective(**content["objective"]),
             alpha_0=float(content["alpha_0"]),
             alpha_tilde=float(content["alpha_tilde"]),
             adapter_weights={_name(name): float(weight) for name, weight in content["adapter_weights"].items()},
         )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if not settings.adapter_weights:
+            raise ValueError("adapter_weights names no adapter")
+        check_dials(settings.alpha_0, settings.alpha_tilde)
+        check_weights(settings.adapter_weights)
+        return settings
+    except (QAdapterError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise QAdapterError(f"{file} cannot be read: {error!r}. Save the policy again.") from error
 
 
 def load(
     folder: Path, base_model: str | Path | PreTrainedModel | None, *, is_trainable: bool, **base_options: Any
-) -> tuple[PeftModel, PolicySettings]:
-    """Base with adapters, and the settings; see `QAdapterForCausalLM.from_pretrained`."""
+) -> tuple[PeftModel, PolicySettings, Tensor | None]:
+    """Base with adapters, the settings, and the base's logits of `probe.probe_ids` from before it had adapters.
+
+    The rest is as in `QAdapterForCausalLM.from_pretrained`.
+    """
     settings = read_settings(folder)
     for name in settings.adapter_weights:
         if not (_place(folder, name) / ADAPTER_FILE).is_file():
@@ -106,12 +116,24 @@ def load(
         base = base_model
     else:
         base = _load_base(folder, base_model, base_options)
+    expected = logits_of(base, probe_ids(base)) if can_be_probed(base) else None
     first, *others = settings.adapter_weights
-    place = str(_place(folder, first))
-    peft_model = PeftModel.from_pretrained(base, place, adapter_name=first, is_trainable=is_trainable)
+    peft_model = load_adapter(base, _place(folder, first), first, is_trainable=is_trainable)
     for name in others:
-        peft_model.load_adapter(str(_place(folder, name)), adapter_name=name, is_trainable=False)
-    return peft_model, settings
+        load_adapter(peft_model, _place(folder, name), name)
+    return peft_model, settings, expected
+
+
+def only_adapter(folder: Path, settings: PolicySettings) -> Path:
+    """Where the one adapter of a saved policy lies, whatever its name.
+
+    Raises:
+        QAdapterError: it was saved with several.
+    """
+    if len(settings.adapter_weights) > 1:
+        names = ", ".join(settings.adapter_weights)
+        raise QAdapterError(f"The policy in {folder} is made of several adapters ({names}). Give the folder of one.")
+    return _place(folder, next(iter(settings.adapter_weights)))
 
 
 def load_adapter_weights(peft_model: PeftModel, folder: Path, name: str) -> None:
@@ -120,15 +142,7 @@ def load_adapter_weights(peft_model: PeftModel, folder: Path, name: str) -> None
     Raises:
         QAdapterError: no weights in the folder, or weights of another adapter.
     """
-    file = _place(folder, name) / ADAPTER_FILE
-    if not file.is_file():
-        raise QAdapterError(f"{file} is missing. Give a checkpoint folder that the trainer wrote.")
-    outcome: Any = set_peft_model_state_dict(peft_model, load_file(str(file)), adapter_name=name)
-    if outcome.unexpected_keys:
-        raise QAdapterError(
-            f"{file} holds weights for layers that this adapter does not have, such as {outcome.unexpected_keys[0]}. "
-            "Use the adapter config and the base it was trained with."
-        )
+    set_adapter_tensors(peft_model, _place(folder, name) / ADAPTER_FILE, name)
 
 
 def _name(name: str) -> str:
@@ -144,15 +158,18 @@ def _place(folder: Path, name: str) -> Path:
 
 def _load_base(folder: Path, base_model: str | Path | None, options: dict[str, Any]) -> PreTrainedModel:
     named = next(iter(read_settings(folder).adapter_weights))
-    place = base_model or PeftConfig.from_pretrained(str(_place(folder, named))).base_model_name_or_path
+    place = base_model or base_of(_place(folder, named))
     if not place:
         raise QAdapterError(
             f"The adapter in {folder} does not say which base it belongs to. Give base_model (a path or a model)."
         )
+    if "quantization_config" in options:
+        options = {**options, "quantization": options["quantization_config"]}
+        del options["quantization_config"]
     try:
-        return AutoModelForCausalLM.from_pretrained(str(place), **{"use_safetensors": True, **options})
-    except (OSError, ValueError) as error:
+        return load_network(place, **options)
+    except QAdapterError as error:
         raise QAdapterError(
-            f"The base model {place} of the adapter in {folder} cannot be loaded ({type(error).__name__}). "
-            "Give base_model: the path where it lies now, or the model itself."
+            f"The base model {place} of the adapter in {folder} cannot be loaded: {error} "
+            "Or give base_model: the path where it lies now, or the model itself."
         ) from error

@@ -1,8 +1,8 @@
 """A frozen base in training: nothing in it may draw at random, since log π1 is no sample.
 
-Modules in eval mode do not draw. The one exception is gradient checkpointing: transformers' layers recompute in train mode
-only, and some of them (OPT, XGLM, BioGPT, Falcon …) call dropout as a function, with a probability that they keep as an
-attribute or read in their config. Only such a layer is put into train mode, alone, with those probabilities at 0.
+Modules in eval mode do not draw. The one exception is gradient checkpointing: transformers' layers recompute in train
+mode only, and some of them (OPT, XGLM, BioGPT, Falcon …) call dropout as a function, with a probability that they keep
+as an attribute or read in their config. Only such a layer is put into train mode, alone, with those probabilities at 0.
 """
 
 from __future__ import annotations

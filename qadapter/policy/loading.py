@@ -1,4 +1,4 @@
-"""From folders to models: the frozen base, and a policy on top of it, of whatever method."""
+"""From settings to models: the frozen base, and a policy on top of it, whichever method trained it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
-from qadapter.policy.files import ADAPTER_FILE, SETTINGS_FILE
+from qadapter.policy.adapters import adapter_place, load_adapter
+from qadapter.policy.architectures import refuse_architecture
+from qadapter.policy.base import fit_padding, load_config, load_network, load_tokenizer
+from qadapter.policy.files import SETTINGS_FILE
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.preferences.template_settings import configured
 
@@ -24,35 +27,28 @@ def load_base(
     """The base model, in evaluation mode, and its tokenizer (padding on the left, as generation needs it).
 
     Args:
-        model: a folder or a hub id.
+        model: a folder, a GGUF file or a hub id.
         settings: precision, quantization, whether remote code may run; thinking and the chat template's variables.
         architecture: transformers' `Auto…` class of another head on the same body, and that head's settings.
 
     Raises:
-        QAdapterError: the model cannot be reached, or its quantization is not installed.
+        QAdapterError: the model cannot be reached, is not what its config says, or needs what is not installed.
     """
-    quantization = None
-    if settings.quantization != "none":
-        quantization = quantization_config(settings)
-    options = {"trust_remote_code": settings.trust_remote_code, "revision": settings.revision}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", **options)
-        network = architecture.from_pretrained(
-            model,
-            dtype=getattr(torch, settings.dtype),
-            quantization_config=quantization,
-            device_map=_place(),
-            use_safetensors=True,
-            **options,
-            **head,
-        )
-    except OSError as error:
-        raise QAdapterError(_not_loaded(model, error)) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    where = {"trust_remote_code": settings.trust_remote_code, "revision": settings.revision}
+    tokenizer = load_tokenizer(model, **where)  # type: ignore[arg-type]
+    network = load_network(
+        model,
+        architecture=architecture,
+        dtype=settings.dtype,
+        quantization=quantization_config(settings) if settings.quantization != "none" else None,
+        device_map=_place(),
+        **where,  # type: ignore[arg-type]
+        **head,
+    )
+    fit_padding(tokenizer, network)
     thoughts = settings.thoughts if settings.thoughts != "score" else None
     variables = settings.chat_template_kwargs
-    return network.eval(), configured(tokenizer, thinking=settings.thinking, thoughts=thoughts, template=variables)
+    return network, configured(tokenizer, thinking=settings.thinking, thoughts=thoughts, template=variables)
 
 
 def check_pretrained(settings: ModelSettings, templated_tasks: Sequence[str]) -> None:
@@ -63,28 +59,22 @@ def check_pretrained(settings: ModelSettings, templated_tasks: Sequence[str]) ->
         templated_tasks: evaluation tasks that will be asked with the tokenizer's chat template.
 
     Raises:
-        QAdapterError: the model cannot be reached, or its tokenizer has no chat template and tasks need one.
+        QAdapterError: the model cannot be reached or customised, or its tokenizer has no chat template and tasks need
+            one.
     """
     name = str(settings.pretrained)
-    options = {"trust_remote_code": settings.trust_remote_code, "revision": settings.revision}
     try:
-        AutoConfig.from_pretrained(name, **options)
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise QAdapterError(f"model.pretrained: {_not_loaded(name, error)}") from error
+        config = load_config(name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+        refuse_architecture(config, name)
+        tokenizer = load_tokenizer(name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+    except QAdapterError as error:
+        raise QAdapterError(f"model.pretrained: {error}") from error
     if templated_tasks and not getattr(tokenizer, "chat_template", None):
         raise QAdapterError(
             f"model.pretrained: the tokenizer of {name!r} has no chat template, and "
             f"{', '.join(templated_tasks)} would be asked with one. Name a model tuned for conversation, or ask "
             f"without: evaluation.retention.plain_tasks=[{','.join(templated_tasks)}]"
         )
-
-
-def _not_loaded(model: object, error: Exception) -> str:
-    return (
-        f"the model {str(model)!r} could not be loaded ({str(error).splitlines()[0]}); give a folder with "
-        "safetensors weights or a hub id, and for a gated model set HF_TOKEN"
-    )
 
 
 def _place() -> dict[str, int] | None:
@@ -128,15 +118,10 @@ def load_policy(base: PreTrainedModel, adapter: Path | None) -> PreTrainedModel 
         The base, a `PeftModel` (SFT, DPO, replay), or a `QAdapterForCausalLM`, whichever the folder holds.
 
     Raises:
-        QAdapterError: the folder has no safetensors weights.
+        QAdapterError: the folder holds no adapter, or one that is refused (`adapters.load_adapter`).
     """
     if adapter is None:
         return base
-    if not (adapter / ADAPTER_FILE).is_file():
-        raise QAdapterError(
-            f"{adapter} has no {ADAPTER_FILE}, and no other kind of weight file is loaded (a pickle can run code). "
-            "Save the adapter as safetensors."
-        )
     if (adapter / SETTINGS_FILE).is_file():
         return QAdapterForCausalLM.from_pretrained(adapter, base_model=base).eval()
-    return PeftModel.from_pretrained(base, adapter).eval()
+    return load_adapter(base, adapter_place(adapter)).eval()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
@@ -21,12 +21,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from qadapter.errors import QAdapterError
 from qadapter.policy import files as policy_files
 from qadapter.policy.adapter_rows import BASE
+from qadapter.policy.adapters import adapted
 from qadapter.policy.composition import ComposedAdapters, refuse_unworkable
 from qadapter.policy.frozen import SilencedLayers
 from qadapter.policy.fused import loss_from_scored
 from qadapter.policy.objective import BatchTotals, Objective, PairwiseLoss, pairwise_loss
 from qadapter.policy.pair_passes import PairPasses
 from qadapter.policy.passes import RowPasses, reorder_rows
+from qadapter.policy.probe import can_be_probed, logits_of, probe_ids, refuse_other_base
+from qadapter.policy.ranges import check_dials
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +126,10 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
                 "The base model carries an adapter already. Merge and unload it first (merge_and_unload()), "
                 "or pass the PEFT model itself without another adapter config."
             )
-        return cls(get_peft_model(base, peft_config), objective)
+        expected = logits_of(base, probe_ids(base)) if can_be_probed(base) else None
+        policy = cls(adapted(base, peft_config), objective)
+        refuse_other_base(policy, expected)
+        return policy
 
     # ---- files ----------------------------------------------------------------------------------------------------
 
@@ -169,8 +175,11 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
         Raises:
             QAdapterError: no such folder, a file missing in it, or no base found.
         """
-        peft_model, settings = policy_files.load(Path(path), base_model, is_trainable=is_trainable, **base_options)
+        peft_model, settings, expected = policy_files.load(
+            Path(path), base_model, is_trainable=is_trainable, **base_options
+        )
         policy = cls(peft_model, settings.objective, settings.adapter_weights)
+        refuse_other_base(policy, expected)
         policy.config.alpha_0, policy.config.alpha_tilde = settings.alpha_0, settings.alpha_tilde
         return policy.eval()
 
@@ -249,7 +258,7 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
         use_cache = bool(use_cache) or past_key_values is not None
         alpha_0 = self.config.alpha_0 if alpha_0 is None else alpha_0
         alpha_tilde = self.config.alpha_tilde if alpha_tilde is None else alpha_tilde
-        _refuse_dials(alpha_0, alpha_tilde)
+        check_dials(alpha_0, alpha_tilde)
         active = {} if self._base_only else {name: weight for name, weight in self._adapter_weights.items() if weight}
         # α0 · log π1 − Σ w_i · base where each Q_i is a difference to the base
         of_base = alpha_0 - (sum(active.values()) if self.objective.parametrization == "residual" else 0.0)
@@ -380,11 +389,3 @@ def _weighted_sum(rows: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 def _log_normalizer(logits: Tensor) -> Tensor:
     """logsumexp over the vocabulary, [B, T, 1]; row by row, since torch's own makes a copy of what it is given."""
     return torch.stack([row.logsumexp(dim=-1, keepdim=True) for row in logits])
-
-
-def _refuse_dials(alpha_0: float, alpha_tilde: float) -> None:
-    if not alpha_tilde > 0 or not alpha_0 >= 0:
-        raise QAdapterError(
-            f"alpha_0 is {alpha_0} and alpha_tilde {alpha_tilde}; expected at least 0 and above 0. "
-            "Set both in policy.config or in the call."
-        )

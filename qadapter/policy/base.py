@@ -1,0 +1,316 @@
+"""The one way to load a base: its config, tokenizer and weights, from a folder, a hub id or a GGUF file.
+
+A base is what its files say, or it is refused: its own quantisation is used, tensors that are missing, left over or of
+another shape are an error, no code that comes with a checkpoint runs unless asked for, and no pickle is read.
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+from qadapter.errors import QAdapterError
+from qadapter.policy.architectures import refuse_architecture
+from qadapter.policy.probe import refuse_misbehaviour
+
+log = logging.getLogger(__name__)
+
+# Buffers that old checkpoints hold and that are computed anew: nothing is lost with them
+_DERIVED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+_NAMED = 3  # tensors that an error names
+
+
+def load_config(
+    model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False, **changes: Any
+) -> PretrainedConfig:
+    """The config of a base.
+
+    Args:
+        model: a folder, a hub id, a GGUF file or a folder that holds one.
+        revision: of a base of the hub.
+        trust_remote_code: whether code that comes with the base may run.
+        changes: values to set in it.
+
+    Raises:
+        QAdapterError: it cannot be reached or read, or is of an architecture that cannot be customised.
+    """
+    place, gguf = _located(model)
+    options: dict[str, Any] = {
+        "trust_remote_code": trust_remote_code,
+        "revision": revision or "main",
+        **gguf,
+        **changes,
+    }
+    try:
+        config = AutoConfig.from_pretrained(place, **options, **changes)
+    except Exception as error:  # the libraries raise almost every kind here, and all of them are about these files
+        raise _unloadable(model, error) from error
+    return config  # type: ignore[no-any-return]
+
+
+def load_tokenizer(
+    model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base, padding on the left, as generation needs it.
+
+    Args:
+        model, revision, trust_remote_code: as `load_config` takes them.
+
+    Raises:
+        QAdapterError: there is none, it cannot be read, or its chat template is no template.
+    """
+    place, gguf = _located(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            place, padding_side="left", trust_remote_code=trust_remote_code, revision=revision or "main", **gguf
+        )
+    except Exception as error:  # as in `load_config`
+        raise _unloadable(model, error, "its tokenizer") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    _refuse_broken_template(tokenizer, model)
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def load_network(
+    model: str | Path,
+    *,
+    architecture: Any = AutoModelForCausalLM,
+    dtype: str | torch.dtype = "auto",
+    quantization: object | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
+    """The weights of a base, all of them, in eval mode.
+
+    Args:
+        model, revision, trust_remote_code: as `load_config` takes them.
+        architecture: transformers' `Auto…` class. Another head than the vocabulary's starts random.
+        dtype: of the weights; `auto` for what the files hold.
+        quantization: a config of transformers' for weights that are not quantised yet.
+        options: of `from_pretrained`, and values to set in the config.
+
+    Raises:
+        QAdapterError: it cannot be loaded, lacks tensors or holds others, needs a package that is not installed, or
+            is of an architecture that cannot be customised. The message says which.
+    """
+    place, gguf = _located(model)
+    config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
+    causal = architecture is AutoModelForCausalLM
+    if causal:
+        refuse_architecture(config, str(model))
+    _refuse_unknown_quantization(config, model, quantization)
+    if quantization is not None:  # never passed as None: that would make transformers ignore the files' own
+        options["quantization_config"] = quantization
+    options = {"use_safetensors": True, **options, **gguf}
+    try:
+        network, report = architecture.from_pretrained(
+            place,
+            dtype=getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype,
+            revision=revision or "main",
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except QAdapterError:
+        raise
+    except Exception as error:  # as in `load_config`
+        raise _unloadable(model, error) from error
+    _refuse_other_tensors(network, report, model, causal)
+    network = network.eval()
+    if gguf:
+        network = _plain(network, model)
+    if causal:
+        refuse_misbehaviour(network, str(model))
+    return network  # type: ignore[no-any-return]
+
+
+def fit_padding(tokenizer: PreTrainedTokenizerBase, network: PreTrainedModel) -> None:
+    """Give a tokenizer a padding token that the base has an embedding for; padding is masked, so any will do."""
+    embeddings: Any = network.get_input_embeddings()
+    size = int(embeddings.weight.shape[0])
+    pad = tokenizer.pad_token_id
+    if pad is not None and pad >= size:
+        eos = tokenizer.eos_token_id
+        other = eos if eos is not None and eos < size else 0
+        log.warning(
+            "The padding token %r has id %d, but the base has only %d embeddings; %r pads in its place.",
+            tokenizer.pad_token,
+            pad,
+            size,
+            tokenizer.convert_ids_to_tokens(other),
+        )
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(other)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def _located(model: str | Path) -> tuple[str, dict[str, str]]:
+    """What to call `from_pretrained` with: folder or hub id, and `gguf_file` if that is what the base is.
+
+    Raises:
+        QAdapterError: a folder without a model, or with several GGUF files.
+    """
+    path = Path(model).expanduser()
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise QAdapterError(f"There is no file {path}. Give a GGUF file that exists, or a folder that holds one.")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_file():
+        raise QAdapterError(
+            f"The base {path} is a file of unknown kind. Give a folder with safetensors, or a .gguf file."
+        )
+    if not path.is_dir():
+        if path.is_absolute() or str(model).startswith((".", "~")):
+            raise QAdapterError(f"There is no folder {path}. Give a folder with a model, a GGUF file or a hub id.")
+        return str(model), {}
+    if not (path / "config.json").is_file():
+        found = sorted(file.name for file in path.glob("*.gguf"))
+        if len(found) > 1:
+            raise QAdapterError(f"The folder {path} holds several GGUF files ({', '.join(found)}). Name one of them.")
+        if not found:
+            raise QAdapterError(
+                f"the folder {path} is no model: it has no config.json; give one that save_pretrained wrote"
+            )
+        return str(path), {"gguf_file": found[0]}
+    return str(path), {}
+
+
+def _plain(network: PreTrainedModel, model: str | Path) -> PreTrainedModel:
+    """A model out of a GGUF file as one that can be trained and saved: its weights were made plain when read."""
+    config = network.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        fresh = type(network)(config)
+    fresh.load_state_dict(network.state_dict(), assign=True)
+    for name, buffer in network.named_buffers():  # those that no state dict holds
+        owner, _, own = name.rpartition(".")
+        fresh.get_submodule(owner)._buffers[own] = buffer
+    fresh.tie_weights()
+    fresh.generation_config = network.generation_config
+    fresh.config.name_or_path = fresh.name_or_path = str(model)
+    return fresh.eval()
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+def _unloadable(model: str | Path, error: Exception, what: str | None = None) -> QAdapterError:
+    """One sentence for what the libraries raise, with its cause in their own words."""
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if isinstance(error, KeyError):
+        reason = f"unknown key {reason}"
+    part = f" ({what})" if what else ""
+    if "trust_remote_code" in str(error):
+        return QAdapterError(
+            f"the model {str(model)!r} brings code of its own{part}, and none of it was run. If you trust it, turn "
+            "trust_remote_code on."
+        )
+    if isinstance(error, ImportError) or "pip install" in str(error):
+        return QAdapterError(f"the model {str(model)!r} cannot be loaded{part} without a package: {reason}")
+    return QAdapterError(
+        f"the model {str(model)!r} could not be loaded{part} ({reason[:300]}); give a folder with "
+        "safetensors weights, a GGUF file or a hub id, and for a gated model set HF_TOKEN"
+    )
+
+
+def _refuse_unknown_quantization(config: PretrainedConfig, model: str | Path, asked: object | None) -> None:
+    """Refuse what transformers would load as if it were not quantised, and two quantisations at once."""
+    own = getattr(config, "quantization_config", None)
+    if own is None:
+        return
+    own = own if isinstance(own, dict) else own.to_dict()
+    method = str(getattr(own.get("quant_method"), "value", own.get("quant_method")))
+    known = [*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"]
+    if method not in known:
+        raise QAdapterError(
+            f"the model {str(model)!r} is quantised by {method!r}, which transformers does not know; it reads "
+            f"{', '.join(sorted(known))}"
+        )
+    if asked is not None:
+        raise QAdapterError(
+            f"the model {str(model)!r} is quantised already (by {method}), so it cannot be quantised again. Leave "
+            "quantization at none, or give the model in full precision."
+        )
+
+
+def _refuse_other_tensors(network: PreTrainedModel, report: Any, model: str | Path, causal: bool) -> None:
+    """Refuse a checkpoint that is not what the architecture holds: the rest would be random.
+
+    Args:
+        network: as loaded.
+        report: transformers' loading report. It counts tied weights as there.
+        model: for the message.
+        causal: whether the head is the checkpoint's own; another one is new, and the checkpoint's is left over.
+    """
+    body = "" if causal else f"{network.base_model_prefix}."
+    missing = sorted(name for name in report["missing_keys"] if name.startswith(body))
+    unexpected = sorted(name for name in report["unexpected_keys"] if not name.endswith(_DERIVED))
+    if not causal:
+        head = {f"{name.partition('.')[0]}." for name in ("lm_head.weight", "embed_out.weight", "output.weight")}
+        unexpected = [name for name in unexpected if not name.startswith(tuple(head))]
+    mismatched = sorted(str(entry[0]) for entry in report["mismatched_keys"])
+    problems = [
+        f"{len(names)} tensors {fault} ({_some(names)})"
+        for names, fault in ((missing, "are missing"), (unexpected, "fit nowhere"), (mismatched, "have another shape"))
+        if names
+    ]
+    problems += [str(message) for message in report.get("error_msgs") or []]
+    if problems:
+        raise QAdapterError(
+            f"the checkpoint {str(model)!r} does not fit {type(network).__name__}: {'; '.join(problems)}. Layers "
+            "without their weights would be random, so nothing was trained or asked. Save the model again with save_pretrained."
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:_NAMED]) + (" …" if len(names) > _NAMED else "")
+
+
+def _refuse_broken_template(tokenizer: PreTrainedTokenizerBase, model: str | Path) -> None:
+    templates: Any = getattr(tokenizer, "chat_template", None) or {}
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        try:
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": "x"}], chat_template=template, tokenize=False, add_generation_prompt=True
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise QAdapterError(
+                f"the chat template of {str(model)!r} is broken (line {error.lineno}: {error.message}); correct it in "
+                "chat_template.jinja or tokenizer_config.json"
+            ) from error
+        except Exception:  # it refuses this conversation, which is for each row to find out
+            continue
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        QAdapterError: it cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise QAdapterError(f"{file} cannot be read ({error}).") from error
+    if not isinstance(content, dict):
+        raise QAdapterError(f"{file} holds no JSON object.")
+    return content

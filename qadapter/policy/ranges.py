@@ -1,0 +1,39 @@
+"""The dials of a policy, α0, α̃ and the adapters' weights: the values that give numbers, checked in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qadapter.errors import QAdapterError
+
+LARGEST = 1e9
+"""Largest α0 and α̃: beyond it a float32 logit is no longer a number, or says nothing."""
+SMALLEST_ALPHA_TILDE = 1e-6
+LARGEST_WEIGHT = 1e6
+
+
+def check_dials(alpha_0: float, alpha_tilde: float) -> None:
+    """Refuse dials that give no numbers.
+
+    Raises:
+        QAdapterError: NaN, or out of range; the message names the range.
+    """
+    if not 0 <= alpha_0 <= LARGEST or not SMALLEST_ALPHA_TILDE <= alpha_tilde <= LARGEST:  # NaN is in no range
+        raise QAdapterError(
+            f"alpha_0 is {alpha_0} and alpha_tilde {alpha_tilde}; expected at least 0 and above 0: alpha_0 from 0 to "
+            f"{LARGEST:g}, alpha_tilde from {SMALLEST_ALPHA_TILDE:g} to {LARGEST:g}."
+        )
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Refuse weights of adapters that give no numbers.
+
+    Raises:
+        QAdapterError: NaN, or out of range; the message names the range.
+    """
+    for name, weight in weights.items():
+        if not abs(weight) <= LARGEST_WEIGHT:  # NaN is in no range
+            raise QAdapterError(
+                f"The weight of adapter {name} is {weight}; expected a number from {-LARGEST_WEIGHT:g} to "
+                f"{LARGEST_WEIGHT:g}."
+            )
