@@ -17,6 +17,7 @@ from qadapter.errors import QAdapterError, did_you_mean
 from qadapter.inference.generate import longest_reply, reply_text
 from qadapter.inference.score import device_of
 from qadapter.policy.model import QAdapterForCausalLM
+from qadapter.policy.positions import position_limit
 from qadapter.preferences.pair import Message
 from qadapter.preferences.render import end_ids
 from qadapter.preferences.tokenize import padding_id, prompt_ids
@@ -102,7 +103,7 @@ class Chat:
 
     def _stream(self, turns: list[Message], label: str) -> str:
         ids = prompt_ids(self._tokenizer, turns)
-        context = getattr(self._policy.config, "max_position_embeddings", None) or 2**30
+        context = position_limit(self._policy.config) or 2**30
         asked_for = "max_new_tokens" in self._options.model_fields_set
         longest = longest_reply(self._options.max_new_tokens, context, asked_for=asked_for)
         room = context - longest

@@ -7,15 +7,16 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter.command.options import RENDERING, PolicyOptions
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
+from qadapter.policy.adapters import adapter_place, base_of
 from qadapter.policy.files import SETTINGS_FILE, read_settings
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.policy.model import QAdapterForCausalLM
+from qadapter.policy.ranges import check_dials, check_weights
 from qadapter.policy.tokenizer import RECORD, difference, policy_tokenizer, training_record
 from qadapter.preferences.template_settings import configured
 
@@ -56,6 +57,9 @@ def open_policy(options: PolicyOptions) -> tuple[Any, PreTrainedTokenizerBase]:
         trust_remote_code=options.trust_remote_code,
         **{name: value for name, value in numerics.items() if value is not None},
     )
+    if options.alpha_0 is not None or options.alpha_tilde is not None:  # before a large base is read
+        check_dials(options.alpha_0 or 0.0, 1.0 if options.alpha_tilde is None else options.alpha_tilde)
+    check_weights(dict(zip(map(str, options.adapter), weights, strict=True)))
     network, of_base = open_base(base, settings, say=False)
     tokenizer = _tokenizer(options, of_base)
     policy = load_policy(network, first)
@@ -83,10 +87,6 @@ def open_base(
     Raises:
         QAdapterError: no model there.
     """
-    if Path(base).is_dir() and not (Path(base) / "config.json").is_file():
-        raise QAdapterError(
-            f"the folder {base} is no model: it has no config.json; give one that save_pretrained wrote"
-        )
     network, tokenizer = load_base(base, settings)
     if say:
         _say_without_template(tokenizer)
@@ -135,20 +135,18 @@ def _require_adapter(folder: Path) -> None:
         raise QAdapterError(
             f"the training in {folder} is not finished; go on with: qadapter train --config {folder / RECORD} --resume"
         )
-    raise QAdapterError(
-        f"{folder} is no adapter: it has no adapter_config.json; give a folder that training wrote (--output of train)"
-    )
+    adapter_place(folder)
 
 
 def _base_of(folder: Path) -> str:
     """The base that an adapter's own files name."""
-    named = folder
-    if not (folder / "adapter_config.json").is_file():  # PEFT keeps adapters that are not called `default` below
+    named = folder  # PEFT keeps an adapter that is not called `default` below it
+    if (folder / SETTINGS_FILE).is_file() and not (folder / "adapter_config.json").is_file():
         named = folder / next(iter(read_settings(folder).adapter_weights))
-    base = PeftConfig.from_pretrained(str(named)).base_model_name_or_path
+    base = base_of(named)
     if not base:
         raise QAdapterError(f"the adapter in {folder} does not say which base it belongs to; give --base")
-    if Path(base).is_absolute() and not Path(base).is_dir():
+    if Path(base).is_absolute() and not Path(base).exists():
         raise QAdapterError(
             f"the base of {folder} is not at {base} any more; give --base, the folder where it lies now"
         )
@@ -165,7 +163,7 @@ def _compose(policy: QAdapterForCausalLM, others: list[Path], weights: tuple[flo
 
 
 def _turn(policy: QAdapterForCausalLM, options: PolicyOptions) -> None:
-    if options.alpha_0 is not None:
-        policy.config.alpha_0 = options.alpha_0
-    if options.alpha_tilde is not None:
-        policy.config.alpha_tilde = options.alpha_tilde
+    alpha_0 = policy.config.alpha_0 if options.alpha_0 is None else options.alpha_0
+    alpha_tilde = policy.config.alpha_tilde if options.alpha_tilde is None else options.alpha_tilde
+    check_dials(alpha_0, alpha_tilde)
+    policy.config.alpha_0, policy.config.alpha_tilde = alpha_0, alpha_tilde

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter.command.opened import RECORD, note, open_base
@@ -20,6 +21,7 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation.preference import preference_metrics
 from qadapter.files.artifacts import read_json, storage_errors
 from qadapter.files.yaml_text import read_yaml
+from qadapter.policy.adapters import fitted
 from qadapter.preferences.building import Choices
 from qadapter.preferences.pair import PreferencePair, load_pairs
 from qadapter.preferences.prepare import PreparationSummary, first_usable_pair, prepare
@@ -64,6 +66,7 @@ def run(options: TrainOptions) -> None:
         if options.heldout_data or options.heldout_split:
             heldout_files = options.located(options.heldout_data or options.data, options.heldout_split)
     network, tokenizer = open_base(options.base, options.model_settings())
+    fitted(_lora(options), network, "--target-modules")
     if files is not None:  # nothing of an earlier training is deleted before data and base are seen to be usable
         with storage_errors(out):
             _start_anew(out, options)
@@ -98,19 +101,13 @@ def _train(options: TrainOptions, out: Path, network: PreTrainedModel, tokenizer
     settings = options.model_copy(update={"max_steps": steps})
     arguments = trainer_arguments(settings, seed=options.seed, scratch=out / "checkpoints")
     arguments |= {"disable_tqdm": False, "per_device_eval_batch_size": options.micro_batch}
-    lora = LoraSettings(
-        rank=options.lora_rank,
-        alpha=options.lora_alpha,
-        dropout=options.lora_dropout,
-        target_modules=options.target_modules,
-    )
     trainer = QAdapterTrainer(
         model=network,
         args=QAdapterConfig(**options.objective(), **arguments),
         train_dataset=train_set,
         eval_dataset=heldout_set,
         processing_class=tokenizer,
-        peft_config=lora_config(lora),
+        peft_config=_lora(options),
     )
     trainer.add_callback(SealCheckpoints())
     checkpoint = last_checkpoint(out / "checkpoints")
@@ -123,6 +120,16 @@ def _train(options: TrainOptions, out: Path, network: PreTrainedModel, tokenizer
     lengths = [2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in encoded]
     metrics |= train_set.truncation.metrics()
     write_training_record(out, trainer, cost, tokens_seen(lengths, steps, options.batch_size), **metrics)
+
+
+def _lora(options: TrainOptions) -> LoraConfig:
+    settings = LoraSettings(
+        rank=options.lora_rank,
+        alpha=options.lora_alpha,
+        dropout=options.lora_dropout,
+        target_modules=options.target_modules,
+    )
+    return lora_config(settings)
 
 
 def _evaluate(trainer: QAdapterTrainer, heldout: list[PreferencePair], options: TrainOptions) -> dict[str, float]:

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qadapter.errors import QAdapterError
 from qadapter.inference.score import by_length, device_of, evaluating
+from qadapter.policy.positions import position_limit
 from qadapter.preferences.pair import Message
 from qadapter.preferences.render import RenderError, end_ids, turn_end
 from qadapter.preferences.tokenize import padding_id, prompt_ids
@@ -158,4 +159,4 @@ def _settings(
 
 def context_of(model: torch.nn.Module) -> int:
     """Longest sequence of a model, prompt and reply together, in tokens."""
-    return int(getattr(model.config, "max_position_embeddings", None) or 2**30)
+    return position_limit(model.config) or 2**30  # type: ignore[arg-type]

@@ -41,13 +41,13 @@ class RewardJudge:
 
     def verdicts(self, prompts: Prompts, base: Sequence[str], replies: Sequence[str]) -> list[Verdict]:
         """See `AnswerJudge`. A reply without a word is worth less than any other."""
-        from peft import PeftModel  # a config is read without torch
-
+        # a config is read without torch
         from qadapter.judging.rewards import ADAPTER, load_reward_base, rewards
+        from qadapter.policy.adapters import load_adapter
         from qadapter.preferences.tokenize import UnusablePair, encode_reply, padding_id
 
         network, tokenizer = load_reward_base(self.base, self.model)
-        network = PeftModel.from_pretrained(network, self.folder / ADAPTER)  # type: ignore[assignment]
+        network = load_adapter(network, self.folder / ADAPTER)  # type: ignore[assignment]
 
         def encoded(prompt: Sequence[Message], reply: str) -> tuple[int, ...]:
             try:

@@ -87,7 +87,7 @@ def train_judge(
             processing_class=tokenizer,
             peft_config=LoraConfig(
                 r=lora.rank,
-                lora_alpha=int(lora.alpha),
+                lora_alpha=int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,  # type: ignore[arg-type]
                 lora_dropout=lora.dropout,
                 target_modules=modules if isinstance(modules, str) else list(modules),
                 task_type="SEQ_CLS",

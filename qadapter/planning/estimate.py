@@ -55,10 +55,10 @@ def model_size(model: ModelSettings) -> ModelSize:
         return _size_from_scratch(model.from_scratch)
     name = str(model.pretrained)
     try:
-        from transformers import AutoConfig
+        from qadapter.policy.base import load_config
 
-        config = AutoConfig.from_pretrained(name, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    except OSError:
+        config = load_config(name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    except QAdapterError:
         return _size_from_name(name)
     hidden, layers, vocabulary = config.hidden_size, config.num_hidden_layers, config.vocab_size
     inner = getattr(config, "intermediate_size", 4 * hidden)

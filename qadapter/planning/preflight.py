@@ -46,11 +46,13 @@ def check_experiment(
         _check_sources(experiment, fixed, folder, downloads, remote)
     retention = experiment.evaluation.retention
     check_tasks(retention.tasks)
-    if (pretrained := experiment.model.pretrained) and (remote or Path(pretrained).is_dir()):
+    if (pretrained := experiment.model.pretrained) and (remote or Path(pretrained).exists()):
         from qadapter.policy.loading import check_pretrained  # transformers takes seconds to import
+        from qadapter.training.adapt import lora_config
 
         names, plain = expand_suites(retention.tasks, retention.plain_tasks)
-        check_pretrained(experiment.model, [name for name in names if name not in plain])
+        templated = [name for name in names if name not in plain]
+        check_pretrained(experiment.model, templated, lora_config(experiment.lora))
     _check_official_data(experiment, folder)
     _check_benchmarks(experiment)
     plan_judges(experiment, rows)

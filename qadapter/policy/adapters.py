@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import regex
 import torch
@@ -34,6 +34,8 @@ from transformers import PreTrainedModel
 
 from qadapter.errors import QAdapterError, did_you_mean
 from qadapter.policy.base import read_json_object
+
+Config = TypeVar("Config", bound=PeftConfig)
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -136,7 +138,7 @@ def _compiled(pattern: str, where: str) -> Any:
         raise QAdapterError(f"{where}: {pattern[:80]!r} is no regular expression ({error}).") from error
 
 
-def fitted(config: PeftConfig, base: PreTrainedModel, where: str = "The adapter") -> PeftConfig:
+def fitted(config: Config, base: PreTrainedModel, where: str = "The adapter") -> Config:
     """An adapter's config for this base: its layers exist, and are those that PEFT can adapt there.
 
     `all-linear` leaves out layers that PEFT cannot adapt: of a state-space model the projections behind the scan, of a
@@ -180,7 +182,7 @@ def adapted(base: PreTrainedModel, config: PeftConfig, where: str = "The adapter
     """
     config = fitted(config, base, where)
     try:
-        return get_peft_model(base, config)  # type: ignore[return-value]
+        return get_peft_model(base, config)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise QAdapterError(f"{where} does not fit {type(base).__name__}: {_first_line(error)}") from error
 
@@ -225,7 +227,7 @@ def _adaptable(base: PreTrainedModel) -> list[str] | None:
     kind = getattr(base.config, "model_type", None)
     with_experts = any("experts" in name.split(".") for name, _ in base.named_parameters())
     linear = {name: module for name, module in base.named_modules() if isinstance(module, nn.Linear)}
-    odd = [name for name, module in linear.items() if _has_own_forward(module)]
+    odd = [name for name, module in linear.items() if _routes(module)]
     if kind not in _MAMBA and not with_experts and not odd:
         return None
     head = base.get_output_embeddings()
@@ -240,10 +242,9 @@ def _adaptable(base: PreTrainedModel) -> list[str] | None:
     return found
 
 
-def _has_own_forward(module: nn.Module) -> bool:
-    """Whether a model's own subclass of a linear layer does something else (Llama 4's router returns two tensors)."""
-    kind = type(module)
-    return kind.__module__.startswith("transformers.models.") and kind.forward is not nn.Linear.forward
+def _routes(module: nn.Module) -> bool:
+    """Whether it is a linear layer by its class and a router by what it does: Llama 4's returns two tensors."""
+    return "router" in type(module).__name__.lower() and type(module).forward is not nn.Linear.forward
 
 
 def _first_line(error: Exception) -> str:
@@ -304,7 +305,7 @@ def read_config(folder: Path) -> PeftConfig:
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise QAdapterError(f"{file} cannot be read: {_first_line(error)}") from error
     refuse_config(config, f"The adapter in {folder}")
-    return config  # type: ignore[no-any-return]
+    return config
 
 
 def base_of(folder: Path) -> str | None:
@@ -388,7 +389,7 @@ def _weights(file: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _resolved(config: PeftConfig, base: PreTrainedModel, where: str) -> PeftConfig:
+def _resolved(config: Config, base: PreTrainedModel, where: str) -> Config:
     """`config` with its patterns replaced by the names that they fit, in bounded time."""
     names = [name for name, _ in base.named_modules() if name]
     for field in ("target_modules", "exclude_modules"):
@@ -400,7 +401,7 @@ def _resolved(config: PeftConfig, base: PreTrainedModel, where: str) -> PeftConf
 
 def _refuse_other_tensors(model: PeftModel, outcome: Any, name: str, where: str) -> None:
     """Refuse a file that does not hold just this adapter's weights: layers without theirs would be random."""
-    part, own = f".{name}", PEFT_TYPE_TO_PREFIX_MAPPING[model.peft_config[name].peft_type]
+    part, own = f".{name}", PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(model.peft_config[name].peft_type)]
     missing = [
         key
         for key in outcome.missing_keys

@@ -30,8 +30,6 @@ REFUSED = {
     "rwkv": "it takes no attention mask, so that padding in a batch is read as text",
     "reformer": "its training needs sequences of one fixed length",
     "xlnet": "it is trained on permuted orders, and a position sees later ones",
-    "xlm": "its positions see later ones unless it is set up otherwise",
-    "blt": "it takes bytes in patches, which preference pairs do not come in",
     "xlstm": "its state cannot hold a row for the base and one for each adapter",
 }
 """Model types that are refused, with the reason, as it stands in the message."""

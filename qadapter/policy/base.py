@@ -2,6 +2,7 @@
 
 A base is what its files say, or it is refused: its own quantisation is used, tensors that are missing, left over or of
 another shape are an error, no code that comes with a checkpoint runs unless asked for, and no pickle is read.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +29,9 @@ from qadapter.policy.architectures import refuse_architecture
 from qadapter.policy.probe import refuse_misbehaviour
 
 log = logging.getLogger(__name__)
+
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
+"""Any of them makes a folder that of a tokenizer."""
 
 # Buffers that old checkpoints hold and that are computed anew: nothing is lost with them
 _DERIVED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
@@ -59,7 +63,7 @@ def load_config(
         config = AutoConfig.from_pretrained(place, **options, **changes)
     except Exception as error:  # the libraries raise almost every kind here, and all of them are about these files
         raise _unloadable(model, error) from error
-    return config  # type: ignore[no-any-return]
+    return config
 
 
 def load_tokenizer(
@@ -73,7 +77,8 @@ def load_tokenizer(
     Raises:
         QAdapterError: there is none, it cannot be read, or its chat template is no template.
     """
-    place, gguf = _located(model)
+    alone = any((Path(model).expanduser() / name).is_file() for name in TOKENIZER_FILES)  # in an adapter's folder, say
+    place, gguf = (str(Path(model).expanduser()), {}) if alone else _located(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             place, padding_side="left", trust_remote_code=trust_remote_code, revision=revision or "main", **gguf
@@ -83,7 +88,7 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     _refuse_broken_template(tokenizer, model)
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def load_network(
@@ -137,7 +142,7 @@ def load_network(
         network = _plain(network, model)
     if causal:
         refuse_misbehaviour(network, str(model))
-    return network  # type: ignore[no-any-return]
+    return network
 
 
 def fit_padding(tokenizer: PreTrainedTokenizerBase, network: PreTrainedModel) -> None:
@@ -276,7 +281,7 @@ def _refuse_other_tensors(network: PreTrainedModel, report: Any, model: str | Pa
     if problems:
         raise QAdapterError(
             f"the checkpoint {str(model)!r} does not fit {type(network).__name__}: {'; '.join(problems)}. Layers "
-            "without their weights would be random, so nothing was trained or asked. Save the model again with save_pretrained."
+            "without their weights would be random, so nothing was done. Save the model again with save_pretrained."
         )
 
 

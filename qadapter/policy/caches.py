@@ -21,10 +21,13 @@ def cache_name(base: PreTrainedModel) -> CacheName | None:
     and the first GPT keeps none: they generate by reading the whole sequence for each token.
     """
     takes = inspect.signature(type(base).forward).parameters
-    if base._supports_default_dynamic_cache():
-        for name in ("past_key_values", "cache_params"):
-            if name in takes:
-                return name  # type: ignore[return-value]
+    kept_inside = base.config.model_type == "recurrent_gemma"
+    generates: Any = base
+    if generates._supports_default_dynamic_cache() and not kept_inside:
+        if "past_key_values" in takes:
+            return "past_key_values"
+        if "cache_params" in takes:
+            return "cache_params"
     return None
 
 

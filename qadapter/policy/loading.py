@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
-from qadapter.policy.adapters import adapter_place, load_adapter
+from qadapter.policy.adapters import adapter_place, fitted, load_adapter
 from qadapter.policy.architectures import refuse_architecture
 from qadapter.policy.base import fit_padding, load_config, load_network, load_tokenizer
 from qadapter.policy.files import SETTINGS_FILE
@@ -51,12 +51,15 @@ def load_base(
     return network, configured(tokenizer, thinking=settings.thinking, thoughts=thoughts, template=variables)
 
 
-def check_pretrained(settings: ModelSettings, templated_tasks: Sequence[str]) -> None:
-    """Before anything is trained: the named model's config and tokenizer are there, and fit the evaluation.
+def check_pretrained(
+    settings: ModelSettings, templated_tasks: Sequence[str], adapter: PeftConfig | None = None
+) -> None:
+    """Before anything is trained: the named model's config and tokenizer are there, and fit evaluation and adapter.
 
     Args:
         settings: of a pretrained model; its weights are not looked at.
         templated_tasks: evaluation tasks that will be asked with the tokenizer's chat template.
+        adapter: what will be put onto it.
 
     Raises:
         QAdapterError: the model cannot be reached or customised, or its tokenizer has no chat template and tasks need
@@ -66,6 +69,10 @@ def check_pretrained(settings: ModelSettings, templated_tasks: Sequence[str]) ->
     try:
         config = load_config(name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
         refuse_architecture(config, name)
+        if adapter is not None:
+            with torch.device("meta"):  # the layers by name, without a number in them
+                skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
+            fitted(adapter, skeleton, "lora")
         tokenizer = load_tokenizer(name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
     except QAdapterError as error:
         raise QAdapterError(f"model.pretrained: {error}") from error

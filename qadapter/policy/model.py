@@ -320,7 +320,7 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
         """GenerationMixin's; a base whose cache is none of transformers' reads the whole sequence for each token."""
         if self._passes.cache_name is None:
             kwargs["use_cache"] = False
-        return super().generate(*args, **kwargs)  # type: ignore[operator, misc]
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The base's own, with the dials and `up_to_constant`: whatever picks tokens looks at differences of logits.
@@ -329,14 +329,32 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
         state-space model takes no mask after the first step.
         """
         base: Any = self.peft_model.get_base_model()
-        own = {name: kwargs.pop(name) for name in ("alpha_0", "alpha_tilde", "past_key_values") if name in kwargs}
-        cache = own.pop("past_key_values", None)
-        if cache is not None:
-            kwargs[str(self._passes.cache_name)] = cache
+        own = {name: kwargs.pop(name) for name in ("alpha_0", "alpha_tilde") if name in kwargs}
         inputs = base.prepare_inputs_for_generation(input_ids, **kwargs)
         if self._passes.cache_name == "cache_params":
             inputs["past_key_values"] = inputs.pop("cache_params", None)
         return {**inputs, **own, "use_cache": kwargs.get("use_cache"), "up_to_constant": True}
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *arguments: Any, **options: Any
+    ) -> Any:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *arguments, **options)  # type: ignore[misc]
+        self._rename_cache(model_kwargs)
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *arguments: Any, **options: Any
+    ) -> dict[str, Any]:
+        updated: dict[str, Any] = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, *arguments, **options
+        )
+        self._rename_cache(updated)
+        return updated
+
+    def _rename_cache(self, model_kwargs: dict[str, Any]) -> None:
+        """Let `generate` know the cache by the base's name for it: what it does with one depends on the name."""
+        name = self._passes.cache_name
+        if name == "cache_params" and "past_key_values" in model_kwargs:
+            model_kwargs[name] = model_kwargs.pop("past_key_values")
 
     def _reorder_cache(self, past_key_values: Cache, beam_idx: Tensor) -> Cache:
         """Beam search's hook: sequence i continues `beam_idx[i]`, in each group of rows."""

@@ -8,6 +8,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,8 +40,26 @@ def probe_ids(base: PreTrainedModel) -> Tensor:
 @torch.no_grad()
 def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
     """[2, 6, V] float32 logits, on the processor."""
-    output: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    with _as_packed(model):
+        output: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     return output.float().cpu()
+
+
+@contextmanager
+def _as_packed(model: nn.Module) -> Iterator[None]:
+    """Within the block bitsandbytes' layers are in train mode: in eval mode they repack themselves, for good."""
+    layers = [
+        module
+        for module in model.modules()
+        if type(module).__module__.startswith("bitsandbytes") and not module.training
+    ]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
 
 
 def differ(first: Tensor, second: Tensor, model: nn.Module) -> float | None:

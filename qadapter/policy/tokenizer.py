@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from qadapter.errors import QAdapterError
 from qadapter.files.yaml_text import read_yaml
+from qadapter.policy.base import TOKENIZER_FILES, load_tokenizer
 
 RECORD = "train.yaml"  # what the command `train` was asked for; its own --config
-_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def training_record(adapter: Path) -> dict[str, Any]:
@@ -31,16 +31,13 @@ def policy_tokenizer(adapter: Path, of_base: PreTrainedTokenizerBase) -> PreTrai
     Raises:
         QAdapterError: the adapter's files are no tokenizer.
     """
-    if not any((adapter / name).is_file() for name in _FILES):
+    if not any((adapter / name).is_file() for name in TOKENIZER_FILES):
         return of_base
     try:
-        own: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(adapter), padding_side="left", trust_remote_code=False
-        )
-    except Exception as error:  # whatever a tokenizer's files can be wrong in, it is the files' fault
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        own = load_tokenizer(adapter)
+    except QAdapterError as error:
         raise QAdapterError(
-            f"The tokenizer in {adapter} cannot be loaded ({reason}). Delete its files to use the base's, or save the "
+            f"The tokenizer in {adapter} cannot be loaded ({error}). Delete its files to use the base's, or save the "
             "adapter again."
         ) from error
     if own.pad_token_id is None:

@@ -10,16 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
 from qadapter.policy.adapter_rows import AdapterRows
-from qadapter.policy.files import ADAPTER_FILE, SETTINGS_FILE, read_settings
+from qadapter.policy.adapters import ADAPTER_FILE, adapter_place, base_of, load_adapter
+from qadapter.policy.base import load_config
+from qadapter.policy.files import SETTINGS_FILE, read_settings
 from qadapter.policy.loading import load_base
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.objective import Objective
+from qadapter.policy.positions import position_limit
+from qadapter.policy.probe import can_be_probed, logits_of, probe_ids, refuse_other_base
+from qadapter.policy.ranges import check_dials, check_weights
 from qadapter.policy.tokenizer import difference, policy_tokenizer, training_record
 
 log = logging.getLogger(__name__)
@@ -86,11 +91,12 @@ class ServedPolicies:
                 log.warning("The adapter %s brings its own tokenizer, with %s; it is used.", name, other)
         self._served: dict[str, _Served] = {}
         peft_model: PeftModel | None = None
+        expected = logits_of(base, probe_ids(base)) if can_be_probed(base) else None
         for name, folder in adapters.items():
             weights: dict[str, float] = {}
             for place, weight in _places(folder).items():
                 inner = f"served_{len(self._served)}_{len(weights)}"  # a name of PEFT's can hold no dot
-                peft_model = _load(peft_model or base, place, inner)
+                peft_model = load_adapter(peft_model or base, place, inner)
                 weights[inner] = weight
             self._served[name] = _describe(folder, weights)
         assert peft_model is not None
@@ -98,6 +104,7 @@ class ServedPolicies:
         self._chooses_rows = AdapterRows(peft_model).supported
         self._refuse_mixes(first.weights)
         self.policy = QAdapterForCausalLM(peft_model, Objective.preset("residual"), dict(first.weights)).eval()
+        refuse_other_base(self.policy, expected)
 
     @classmethod
     def load(
@@ -124,7 +131,7 @@ class ServedPolicies:
         _refuse_names(adapters)
         folder = next(iter(adapters.values()))
         place = next(iter(_places(folder)))
-        base = base or PeftConfig.from_pretrained(str(place)).base_model_name_or_path
+        base = base or base_of(place)
         if not base:
             raise QAdapterError(f"The adapter in {folder} does not say which base it belongs to. Name it with --base.")
         trained = training_record(folder)
@@ -146,7 +153,7 @@ class ServedPolicies:
     @property
     def context(self) -> int:
         """Longest sequence of the base, prompt and reply together, in tokens."""
-        return int(getattr(self.policy.config.get_text_config(), "max_position_embeddings", None) or 2**30)
+        return position_limit(self.policy.config) or 2**30
 
     @property
     def vocabulary(self) -> int:
@@ -211,8 +218,8 @@ class ServedPolicies:
             own.alpha_0 if alpha_0 is None else alpha_0 + shift,
             own.alpha_tilde if alpha_tilde is None else alpha_tilde,
         )
-        if not chosen.alpha_tilde > 0 or not chosen.alpha_0 >= 0:
-            raise QAdapterError(f"alpha_0 is {alpha_0} and alpha_tilde {alpha_tilde}; expected at least 0 and above 0.")
+        check_dials(chosen.alpha_0, chosen.alpha_tilde)
+        check_weights(chosen.weights)
         return chosen
 
     def _mixed(self, mix: Mapping[str, float], alpha_0: float | None, alpha_tilde: float | None) -> Blend:
@@ -265,7 +272,7 @@ def _places(folder: Path) -> dict[Path, float]:
     Raises:
         QAdapterError: there is no adapter, or one whose weights are no safetensors.
     """
-    places = {folder: 1.0}
+    places = {folder: 1.0} if (folder / SETTINGS_FILE).is_file() else {adapter_place(folder): 1.0}
     if (folder / SETTINGS_FILE).is_file():
         saved = read_settings(folder).adapter_weights
         # PEFT's layout: the adapter `default` lies in the folder itself, others below it
@@ -279,20 +286,6 @@ def _places(folder: Path) -> dict[Path, float]:
     return places
 
 
-def _load(model: PreTrainedModel | PeftModel, place: Path, name: str) -> PeftModel:
-    try:
-        if not isinstance(model, PeftModel):
-            return PeftModel.from_pretrained(model, str(place), adapter_name=name)
-        model.load_adapter(str(place), adapter_name=name, is_trainable=False)
-        return model
-    except (RuntimeError, ValueError, OSError) as error:  # PEFT's ways to say that shapes or layers differ
-        reason = str(error).strip().splitlines()[0]
-        raise QAdapterError(
-            f"The adapter in {place} does not fit this base ({reason}). All adapters of a server must have been "
-            "trained on the base that it serves."
-        ) from error
-
-
 def _describe(folder: Path, weights: Mapping[str, float]) -> _Served:
     if not (folder / SETTINGS_FILE).is_file():
         return _Served(Blend(weights), 0.0)
@@ -304,7 +297,7 @@ def _describe(folder: Path, weights: Mapping[str, float]) -> _Served:
 def _dtype(base: str, revision: str | None) -> str:
     """What the base's own config says its weights are; an unreadable one is for `load_base` to report."""
     try:
-        dtype = AutoConfig.from_pretrained(base, revision=revision or "main").dtype
-    except (OSError, ValueError):
+        dtype = load_config(base, revision=revision).dtype
+    except QAdapterError:
         return "float32"
     return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else "float32"

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 from qadapter.config.model import LoraSettings, ModelSettings
 from qadapter.config.training import OptimizerSettings
 from qadapter.errors import QAdapterError
+from qadapter.policy.adapters import fitted
 from qadapter.policy.loading import load_base
 from qadapter.preferences.pair import PreferencePair, load_pairs
 from qadapter.preferences.tokenize import EncodedPair, encode_pairs, truncation_of
@@ -113,11 +114,11 @@ class Job:
 
 
 def lora_config(settings: LoraSettings) -> LoraConfig:
-    """PEFT's configuration of the adapter."""
+    """PEFT's configuration of the adapter; its alpha may be a fraction."""
     modules = settings.target_modules
     return LoraConfig(
         r=settings.rank,
-        lora_alpha=int(settings.alpha),
+        lora_alpha=int(settings.alpha) if float(settings.alpha).is_integer() else settings.alpha,  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
         target_modules=modules if isinstance(modules, str) else list(modules),
         task_type="CAUSAL_LM",
@@ -167,7 +168,7 @@ def train_adapter(
     job = Job(
         network,
         tokenizer,
-        lora_config(lora),
+        fitted(lora_config(lora), network),
         usable,
         encoded,
         settings,

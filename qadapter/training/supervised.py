@@ -16,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from qadapter.config.model import LoraSettings, ModelSettings
 from qadapter.config.training import HelpfulSettings
+from qadapter.policy.adapters import fitted, load_adapter
 from qadapter.policy.loading import load_base
 from qadapter.preferences.pair import load_pairs
 from qadapter.preferences.tokenize import truncation_of
@@ -95,16 +96,19 @@ def fine_tune_base(
     examples = [(pair.prompt_ids, pair.chosen_ids) for pair in encoded]
     with measured_cost() as cost:
         trainer = train_sft(
-            network, tokenizer, examples, arguments, lora_config(lora) if settings.lora else None, "helpful SFT"
+            network,
+            tokenizer,
+            examples,
+            arguments,
+            fitted(lora_config(lora), network) if settings.lora else None,
+            "helpful SFT",
         )
     if settings.lora:
         # Merging into a quantised base would lose what was learnt to rounding: merge into the unquantised one.
         save_weights(trainer, out / "adapter")
-        from peft import PeftModel
-
         if trainer.is_world_process_zero():  # of several processes, the one that has written the adapter
             whole, _ = load_base(base, model.model_copy(update={"quantization": "none"}))
-            PeftModel.from_pretrained(whole, out / "adapter").merge_and_unload().save_pretrained(out / "model")
+            load_adapter(whole, out / "adapter").merge_and_unload().save_pretrained(out / "model")
     else:
         save_weights(trainer, out / "model")
     tokenizer.save_pretrained(out / "model")

@@ -11,8 +11,6 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -23,8 +21,11 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from qadapter.errors import QAdapterError
 from qadapter.policy import files as policy_files
+from qadapter.policy.base import load_network, load_tokenizer
 from qadapter.policy.model import QAdapterForCausalLM, QAdapterOutput
 from qadapter.policy.objective import BatchTotals, Objective, batch_totals
+from qadapter.policy.positions import position_limit
+from qadapter.policy.probe import refuse_misbehaviour, refuse_wrong_start
 from qadapter.preferences.pair import PreferencePair
 from qadapter.preferences.template_settings import configured
 from qadapter.preferences.tokenize import PreferenceCollator, padding_id
@@ -311,7 +312,8 @@ def _policy(
     peft_config: PeftConfig | None,
 ) -> QAdapterForCausalLM:
     if isinstance(model, str):
-        model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+        model = load_network(model, **(args.model_init_kwargs or {}))
+    fresh = peft_config is not None
     if isinstance(model, (QAdapterForCausalLM, PeftModel)):
         if peft_config is not None:
             raise QAdapterError(
@@ -325,6 +327,7 @@ def _policy(
             "or a PEFT model."
         )
     else:
+        refuse_misbehaviour(model, type(model).__name__)
         policy = QAdapterForCausalLM.from_base(model, peft_config, objective)
     if args.loss_implementation not in ("fused", "readable"):
         raise QAdapterError(f"loss_implementation is {args.loss_implementation!r}; expected 'fused' or 'readable'.")
@@ -334,16 +337,19 @@ def _policy(
         raise QAdapterError(
             "The adapter is frozen: none of its parameters is trainable. Load it with is_trainable=True."
         )
+    refuse_wrong_start(policy, fresh)
     return policy
 
 
 def _tokenizer_of(policy: QAdapterForCausalLM) -> PreTrainedTokenizerBase:
     place = policy.config.name_or_path
     try:
-        return AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
+        if not place:
+            raise QAdapterError("it was made in memory")
+        return load_tokenizer(place)
+    except QAdapterError as error:
         raise QAdapterError(
-            f"No tokenizer lies beside the base ({place or 'made in memory'}). Give processing_class."
+            f"No tokenizer lies beside the base ({place or 'made in memory'}). Give processing_class. ({error})"
         ) from error
 
 
@@ -355,7 +361,7 @@ def _refuse_misfit(policy: QAdapterForCausalLM, pairs: EncodedPairs) -> None:
             f"The tokenizer makes token id {pairs.largest_id}, but the base has only {vocabulary} embeddings. "
             "Use the tokenizer the base was trained with."
         )
-    positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+    positions = position_limit(policy.config)
     if positions is not None and pairs.longest > positions:
         raise QAdapterError(
             f"A pair is {pairs.longest} tokens long, but the base knows only {positions} positions. "

@@ -12,10 +12,11 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
+from qadapter.policy.base import load_tokenizer
 from qadapter.policy.loading import quantization_config
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.tokenizer import difference, policy_tokenizer
@@ -110,12 +111,12 @@ class PolicyLM(HFLM):
             pretrained = QAdapterForCausalLM.from_pretrained(folder, base, device_map={"": place}, **options)
             if tokenizer is None:
                 of_base = {name: options[name] for name in ("revision", "trust_remote_code")}
-                its = AutoTokenizer.from_pretrained(str(pretrained.config.name_or_path), **of_base)
+                its = load_tokenizer(str(pretrained.config.name_or_path), **of_base)
                 tokenizer = policy_tokenizer(Path(folder), its)
                 if (other := difference(tokenizer, its)) is not None:
                     log.warning("The adapter in %s brings its own tokenizer, with %s; it is used.", folder, other)
         if isinstance(tokenizer, str):
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+            tokenizer = load_tokenizer(tokenizer)
         super().__init__(pretrained, tokenizer=tokenizer, backend="causal", **settings)
         self.shortened = 0
         if apply_chat_template:
@@ -203,7 +204,7 @@ def _base_options(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """What `AutoModelForCausalLM.from_pretrained` is told of the base.
+    """How the base is to be loaded, for `QAdapterForCausalLM.from_pretrained`.
 
     Raises:
         QAdapterError: an unknown precision or quantization, two of them, or one that is not installed.

@@ -402,7 +402,7 @@ def test_an_error_of_the_model_is_a_500_and_the_server_goes_on(world: World, mon
 
 def test_adapters_that_do_not_fit_are_refused(tmp_path: Path, world: World) -> None:
     base = {"base": world.folder("base")}
-    with pytest.raises(QAdapterError, match=r"holds no adapter: there is no adapter_model\.safetensors"):
+    with pytest.raises(QAdapterError, match=r"is no adapter: it has no adapter_config\.json"):
         ServedPolicies.load({"x": tmp_path}, **base)
     with pytest.raises(QAdapterError, match="'base' is the name of the base itself"):
         ServedPolicies.load({"base": world.folder("plain")}, **base)
@@ -467,7 +467,7 @@ def test_the_command_refuses_before_it_loads(
     tmp_path: Path, world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["serve", "--adapter", str(tmp_path), "--port", "0"]) == 2
-    assert "holds no adapter" in capsys.readouterr().err
+    assert "is no adapter: it has no adapter_config.json" in capsys.readouterr().err
     twice = ["--adapter", str(world.folder("plain"))] * 2
     assert main(["serve", *twice, "--port", "0"]) == 2
     assert "two adapters have the same name" in capsys.readouterr().err

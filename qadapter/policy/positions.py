@@ -1,0 +1,33 @@
+"""How long a sequence a base can read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+# A rope that is stretched reads `factor` times the length that it was trained on. Some configs give the stretched
+# length itself as `max_position_embeddings`, and the trained one as `original_max_position_embeddings`.
+_STRETCHED = ("linear", "dynamic", "yarn")
+_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len")
+
+
+def position_limit(config: PretrainedConfig) -> int | None:
+    """The longest sequence, in tokens; None where the base knows no limit (state-space models, ALiBi).
+
+    Args:
+        config: of the base, or of a policy on it.
+    """
+    text: Any = config.get_text_config()
+    length = next((value for name in _NAMES if isinstance(value := getattr(text, name, None), int) and value > 0), None)
+    if length is None:
+        return None
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    # one dictionary, or one for each kind of layer
+    ropes = [rope] if "rope_type" in rope or "type" in rope else [one for one in rope.values() if isinstance(one, dict)]
+    stretched = [
+        float(one.get("factor") or 1.0) * (one.get("original_max_position_embeddings") or length)
+        for one in ropes
+        if (one.get("rope_type") or one.get("type")) in _STRETCHED
+    ]
+    return int(max([length, *stretched]))
