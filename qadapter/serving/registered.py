@@ -6,6 +6,7 @@ installed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from qadapter.errors import QAdapterError
@@ -16,20 +17,27 @@ class DamagedError(QAdapterError):
     """Registered files are not what they were, or cannot be read any more."""
 
 
-def refuse_damage(folder: Path, expected: str | None, what: str) -> None:
+def digest_code(folder: Path) -> str:
+    """The digest of a package's source: what Python compiles beside it is left out."""
+    compiled = {path.relative_to(folder).as_posix() for path in folder.rglob("__pycache__/*")}
+    return digest_tree(folder, exclude=compiled)
+
+
+def refuse_damage(folder: Path, expected: str | None, what: str, digest: Callable[[Path], str] = digest_tree) -> None:
     """Read every byte of a folder: seconds for a large base, once at the start.
 
     Args:
         folder: the files as they are now.
         expected: their `digest_tree` when they were registered; None where nobody wrote it down.
         what: whose files they are, for the message.
+        digest: how `expected` was made.
 
     Raises:
         DamagedError: they are others now.
     """
     if expected is None:
         return
-    found = digest_tree(folder)
+    found = digest(folder)
     if found != expected:
         raise DamagedError(
             f"The {what} is damaged: the files in {folder} are not those that were registered (sha256 {found[:12]}…, "

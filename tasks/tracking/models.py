@@ -6,7 +6,7 @@ import hashlib
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -27,7 +27,7 @@ from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import digest_tree, storage_errors, sync_to_disk, sync_tree
 from qadapter.files.shown import shown
-from qadapter.serving.registered import DamagedError, refuse_damage
+from qadapter.serving.registered import DamagedError, digest_code, refuse_damage
 from tasks.stages.context import workspace
 from tasks.stages.hub import commit_of
 from tasks.tracking.store import (
@@ -134,10 +134,11 @@ def log_served_model(
     artifacts = {"adapter": str(adapter.resolve())} | ({"base": str(Path(base).resolve())} if local else {})
     numerics = _numerics(base, local, model)
     digests = {f"{part}_digest": digest_tree(Path(folder)) for part, folder in artifacts.items()}
+    package = Path(str(qadapter.__file__)).parent
+    digests |= {"code_digest": digest_code(package), "loader_digest": digest_tree(_CODE)}
     described = {**numerics, **digests}
     config = {"name": name, **described} if local else {"name": name, "base": str(base), **described}
     packages = (*_PACKAGES, "bitsandbytes") if numerics.get("quantization", "none") != "none" else _PACKAGES
-    package = Path(str(qadapter.__file__)).parent
     with _store() as uri, away_errors(uri), storage_errors(workspace()):
         logged = Model.log(
             artifact_path=None,
@@ -192,6 +193,7 @@ def find_served_model(model: str) -> ServedFiles:
         DamagedError: its files are gone, or others than when it was registered.
     """
     found = _Registered.find(model)
+    found.refuse_other_code()
     return ServedFiles(
         found.name,
         found.base(),
@@ -235,6 +237,7 @@ def check_files(model: str) -> None:
         QAdapterError: as `find_served_model`.
     """
     found = _Registered.find(model)
+    found.refuse_other_code()
     if found.here:
         found.part("adapter")
         found.base()
@@ -331,11 +334,18 @@ class _Registered:
             self.refuse_damage(name, folder)
         return folder
 
-    def refuse_damage(self, part: str, folder: Path) -> None:
+    def refuse_other_code(self) -> None:
+        """Hold the code that `mlflow models serve` would run against what was logged, where its digests were."""
+        with tempfile.TemporaryDirectory(prefix="qadapter-") as folder:
+            for part, path, digest in (("code", "code/qadapter", digest_code), ("loader", _CODE.name, digest_tree)):
+                if self.digest(part) is not None:
+                    self.refuse_damage(part, self.fetch(path, Path(folder)), digest)
+
+    def refuse_damage(self, part: str, folder: Path, digest: Callable[[Path], str] = digest_tree) -> None:
         """Hold a folder against what it must be."""
         uri = shown(tasks.tracking.tracker.tracking_uri(workspace()))
         what = f"{part} of version {self.number} of {self.name!r} in MLflow at {uri}"
-        refuse_damage(folder, self.digest(part), what)
+        refuse_damage(folder, self.digest(part), what, digest)
 
     def fetch(self, path: str, to: Path | None) -> Path:
         """One of its files or folders: where it lies, or where it lies below `to` if it must be fetched."""
