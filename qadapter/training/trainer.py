@@ -21,7 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from qadapter.errors import QAdapterError
 from qadapter.policy import files as policy_files
-from qadapter.policy.base import load_network, load_tokenizer
+from qadapter.policy.base import fit_padding, load_network, load_tokenizer
 from qadapter.policy.model import QAdapterForCausalLM, QAdapterOutput
 from qadapter.policy.objective import BatchTotals, Objective, batch_totals
 from qadapter.policy.positions import position_limit
@@ -97,6 +97,7 @@ class QAdapterTrainer(Trainer):
             thoughts=args.thoughts,  # type: ignore[arg-type]
             template=args.chat_template_kwargs,
         )
+        fit_padding(tokenizer, policy.peft_model.get_base_model())  # type: ignore[arg-type]
         encode = _Encoder(tokenizer, args.max_length)
         train_pairs = None if train_dataset is None else encode(train_dataset, "training", args.allow_truncation)
         eval_pairs: EncodedPairs | dict[str, EncodedPairs] | None = None

@@ -23,6 +23,8 @@ from qadapter.policy.loading import check_pretrained, load_base
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.objective import Objective
 from qadapter.training.adapt import lora_config
+from qadapter.training.config import QAdapterConfig
+from qadapter.training.trainer import QAdapterTrainer
 from tests.support.tiny_chat import byte_tokenizer
 from tests.support.tiny_models import VOCABULARY, lora, tiny_model
 
@@ -258,6 +260,22 @@ def test_a_padding_token_without_embedding_is_replaced():
     before = tokenizer.pad_token_id
     fit_padding(tokenizer, model)
     assert tokenizer.pad_token_id == before
+
+
+def test_the_trainer_pads_with_an_embedding(tmp_path: Path):
+    """`[PAD]` was added to the tokenizer and not to the model: batches hold ids that the base has."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    rows = [{"prompt": "a", "chosen": "b" * length, "rejected": "c"} for length in (1, 9)]
+    trainer = QAdapterTrainer(
+        model=tiny_model(),
+        args=QAdapterConfig(output_dir=str(tmp_path), use_cpu=True, max_steps=1, report_to="none"),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=lora(),
+    )
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(2)])
+    assert int(batch["input_ids"].max()) < VOCABULARY
 
 
 # ---- GGUF ----------------------------------------------------------------------------------------------------------
