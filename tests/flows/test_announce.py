@@ -177,7 +177,7 @@ def test_a_run_begins_behind_its_lock(config: str, tiny: Customization, monkeypa
         note()
         raise InterruptedError("as far as this test goes")
 
-    monkeypatch.setattr("flows.customize.launch_of", note)
+    monkeypatch.setattr("flows.customize.request_of", note)
     monkeypatch.setattr("flows.customize.prepared", stop)
     with pytest.raises(InterruptedError):
         customize_on_new_preferences(config)
