@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read, and the hint that ends many of its messages."""
+"""The exception whose message is written for the user, and the suggestion that ends many of these messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class QAdapterError(Exception):
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """The end of a sentence that refuses a name.
+    """Suggest a known name: the last part of a message that refuses an unknown one.
 
     Args:
         given: what the user wrote.

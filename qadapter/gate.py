@@ -1,8 +1,8 @@
-"""The gate: whether a candidate takes the champion's place. Rules are settings, decisions come with their reasons.
+"""The promotion gate: decides whether a candidate replaces the champion. Each decision lists its reasons.
 
 Both policies were measured on the same held-out pairs and the same items of each retention task, so every comparison is
-paired (`qadapter.evaluation.statistics`): the interval is of the difference, item by item. Few items give no
-interval to trust (one pair that was won has the interval [1, 1]), so each rule has a least number of them.
+paired (`qadapter.evaluation.statistics`): each interval is that of the difference, item by item. With few items an
+interval is meaningless (a single won pair has the interval [1, 1]), so each rule requires a minimum number of items.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OVER_REFUSALS = "retention/over_refusals"
 
 
 class _Rules(Settings):
-    """Strict: a number is a number, not a text that looks like one."""
+    """Strict types: a string that looks like a number is refused."""
 
     model_config = ConfigDict(strict=True)
 
@@ -39,9 +39,9 @@ class AdaptationRule(_Rules):
     Attributes:
         metric: which accuracy on held-out pairs: by the log-ratio to the base (the base has one half), by the policy's
             own log-probability, or by that per token.
-        min_gain: least difference to the champion.
+        min_gain: smallest accepted difference to the champion.
         beyond_noise: the interval of the difference must also lie above 0.
-        min_items: least number of held-out pairs that were scored.
+        min_items: minimum number of scored held-out pairs.
     """
 
     metric: Literal["implied_reward_accuracy", "preference_accuracy", "preference_accuracy_length_normalised"] = (
@@ -53,13 +53,13 @@ class AdaptationRule(_Rules):
 
 
 class RetentionRule(_Rules):
-    """No retention task may be lost; every task is looked at by itself.
+    """No retention task may drop; each task is tested separately.
 
     Attributes:
-        max_drop: most that a task may be below the champion. A task fails if the whole interval of its drop is above
+        max_drop: largest accepted drop below the champion. A task fails if the whole interval of its drop is above
             this: a drop that noise could explain does not count.
         max_drop_from_base: the same against the base, so that many small steps do not add up unseen; None: no rule.
-        min_items: least number of items of each task.
+        min_items: minimum number of items per task.
     """
 
     max_drop: NonNegative = 0.02
@@ -72,7 +72,7 @@ class Gate(_Rules):
 
     Attributes:
         adaptation, retention: see there.
-        max_over_refusals: most harmless requests that may be refused, a share (`retention/over_refusals`); None: no
+        max_over_refusals: largest accepted share of refused harmless requests (`retention/over_refusals`); None: no
             rule.
         level: coverage of the intervals.
         resamples: bootstrap draws.
@@ -90,7 +90,7 @@ class TaskItems:
     """A policy's items of one retention task.
 
     Attributes:
-        items: which ones, [n]: place, prompt and right answer, so that another benchmark's items are other ones.
+        items: [n] identities: position, prompt and right answer. Items of different benchmarks therefore differ.
         values: [n] scores.
         weights: [n], or None for a plain mean.
         higher_is_better: the score's direction.
@@ -104,11 +104,11 @@ class TaskItems:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the evaluation wrote about one policy.
+    """The evaluation's results for one policy.
 
     Attributes:
         heldout: digest of the held-out pairs.
-        pairs: [n], which of them were scored, by their places.
+        pairs: [n] positions of the scored pairs in the held-out file.
         won: metric → [n], 1 where the chosen reply wins, one half for a tie, else 0.
         tasks: retention task → its items.
         metrics: every measured number by its full name.
@@ -122,7 +122,7 @@ class Measured:
 
     @classmethod
     def read(cls, adaptation: Path, retention: Path) -> Measured:
-        """The two folders that `measure_adaptation` and `measure_retention` wrote."""
+        """Read the folders that `measure_adaptation` and `measure_retention` wrote."""
         rows = read_json_lines(adaptation / "pairs.jsonl")
         column = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in rows[0]}
         chosen, rejected = column["chosen_log_prob"], column["rejected_log_prob"]
@@ -147,7 +147,7 @@ class Measured:
         )
 
     def on_the_pairs_of(self, other: Measured) -> bool:
-        """Whether both scored the same pairs. Places alone do not tell: any set of this size has the same ones."""
+        """Whether both scored the same pairs. Positions alone are not enough: any set of this size has the same."""
         return (self.heldout, self.pairs) == (other.heldout, other.pairs)
 
 
@@ -163,13 +163,13 @@ def _task_items(task: str, items: Sequence[dict[str, Any]], directions: dict[str
 
 @dataclass(frozen=True)
 class Finding:
-    """What one rule said.
+    """The result of one rule.
 
     Attributes:
         rule: its key in the config, with the task where it is about one.
-        passed: whether the candidate keeps to it.
-        text: for people, with the numbers.
-        interval: of the difference; None where nothing was compared.
+        passed: whether the candidate satisfies the rule.
+        text: a readable sentence with the numbers.
+        interval: interval of the difference; None where nothing was compared.
     """
 
     rule: str
@@ -186,16 +186,16 @@ class Decision:
 
     @property
     def passed(self) -> bool:
-        """Every rule was kept."""
+        """Whether the candidate satisfies every rule."""
         return all(finding.passed for finding in self.findings)
 
     @property
     def reasons(self) -> list[str]:
-        """The sentences that decided: of the broken rules, or of all where none was broken."""
+        """The sentences of the failed rules; those of all rules where none failed."""
         return [finding.text for finding in self.findings if self.passed or not finding.passed]
 
     def metrics(self) -> dict[str, float]:
-        """For MLflow: `gate/passed`, and of each rule that compares its difference and the interval's ends."""
+        """MLflow metrics: `gate/passed`, and the difference with its interval for each rule that compares."""
         values = {"gate/passed": float(self.passed)}
         for finding in self.findings:
             if finding.interval:
@@ -209,7 +209,7 @@ class Decision:
 
 
 def decide(gate: Gate, candidate: Measured, champion: Measured, base: Measured, rival: str = "champion") -> Decision:
-    """Hold a candidate against every rule.
+    """Apply every rule to a candidate.
 
     Args:
         gate: the rules.
@@ -247,7 +247,7 @@ def _retention(
 ) -> Iterator[Finding]:
     if not reference.tasks:
         text = (
-            f"no retention task was measured for the {rival}, so nothing tells what was forgotten; name some in "
+            f"no retention task was measured for the {rival}, so forgetting cannot be tested; list tasks in "
             "evaluation.retention.tasks"
         )
         yield Finding(f"retention.{key}", False, text)
@@ -282,10 +282,10 @@ def _over_refusals(limit: float, candidate: Measured) -> Finding:
 
 
 def fallen(then: Measured, now: Measured, gate: Gate) -> list[str]:
-    """What a policy does worse now than when it was registered, beyond noise; a sentence each.
+    """List what a policy does worse than at its registration, beyond noise: one sentence per metric.
 
     Paired where the pairs or items are still the same ones; otherwise (new held-out data) the two intervals must not
-    touch. What is not measured any more, or on too few items, is a reason too: nobody would hear of its fall.
+    overlap. A metric that is no longer measured, or has too few items, is listed as well: a drop would go unnoticed.
     `max_over_refusals` is a limit, not a comparison: it holds for what is measured now.
     """
     metric = gate.adaptation.metric
@@ -300,7 +300,7 @@ def fallen(then: Measured, now: Measured, gate: Gate) -> list[str]:
     for task, before in then.tasks.items():
         after = now.tasks.get(task)
         if after is None:
-            found.append(f"{task} was measured at registration and is not measured now; name it again in the profile")
+            found.append(f"{task} was measured at registration but is not measured now; add it to the profile again")
         elif len(after.items) < gate.retention.min_items:
             found.append(_too_few(task, len(after.items), "retention", gate.retention.min_items))
         else:
@@ -323,7 +323,7 @@ def fallen(then: Measured, now: Measured, gate: Gate) -> list[str]:
 
 def _too_few(what: str, items: int, rule: str, least: int) -> str:
     return (
-        f"{what}: only {items}, too few to tell anything; at least {least} are wanted "
+        f"{what}: only {items}, too few to decide; at least {least} are required "
         f"(gate.{rule}.min_items). Measure more, or lower that number"
     )
 

@@ -22,9 +22,9 @@ MANIFEST = "manifest.json"
 _STORAGE_ADVICE = {
     errno.ENOSPC: ("the disk is full", "free some space, then run again: what was finished is kept"),
     errno.EDQUOT: ("the disk quota is used up", "free some space, then run again: what was finished is kept"),
-    errno.EROFS: ("the file system is read-only", "name a folder that can be written to"),
-    errno.EACCES: ("permission was denied", "name a folder that can be written to, or change its permissions"),
-    errno.EPERM: ("permission was denied", "name a folder that can be written to, or change its permissions"),
+    errno.EROFS: ("the file system is read-only", "give a writable folder"),
+    errno.EACCES: ("permission was denied", "give a writable folder, or change its permissions"),
+    errno.EPERM: ("permission was denied", "give a writable folder, or change its permissions"),
 }
 
 _FULL_DISK = (
@@ -41,7 +41,7 @@ def digest_file(file: Path) -> str:
 
 
 def list_files(folder: Path, *, exclude: Collection[str] = ()) -> dict[str, Path]:
-    """Every file below `folder`, by its POSIX name relative to it, sorted by name.
+    """List every file below `folder`: POSIX path relative to it → file, sorted by path.
 
     Links are followed (a folder that links back to one above it is entered once), because a link's target is what a
     reader would read. Names in `exclude` are relative too.
@@ -61,7 +61,7 @@ def list_files(folder: Path, *, exclude: Collection[str] = ()) -> dict[str, Path
 
 
 def _combine(digests: Mapping[str, str]) -> str:
-    """One sha256 out of the digests of named files: the names are sorted, and a name cannot run into a digest."""
+    """Combine the digests of named files into one sha256. Names are sorted, and separated from the digests."""
     lines = json.dumps(sorted(digests.items()), ensure_ascii=True)
     return hashlib.sha256(lines.encode()).hexdigest()
 
@@ -84,7 +84,7 @@ def digest_tree(folder: Path, *, exclude: Collection[str] = ()) -> str:
 
 
 def _storage_failure(error: BaseException) -> tuple[int, str | None] | None:
-    """A full, read-only or forbidden disk anywhere in an exception's chain: its errno and the file, where that is told.
+    """Find a full, read-only or forbidden disk in an exception's chain: its errno, and the file where it is known.
 
     Libraries written in Rust or C++ (safetensors, torch) report a full disk as text, not as an errno.
     """
@@ -101,11 +101,11 @@ def _storage_failure(error: BaseException) -> tuple[int, str | None] | None:
 
 @contextlib.contextmanager
 def storage_errors(target: Path) -> Iterator[None]:
-    """Turn a full disk, a read-only file system or a forbidden folder into a message that says what to do.
+    """Turn a full disk, a read-only file system or a forbidden folder into a message with a remedy.
 
     Args:
-        target: what was being written, for the message. An error that names a file somewhere else (a temporary
-            folder, a cache) is about that file.
+        target: the file or folder being written, for the message. If the error names a file elsewhere (in a temporary
+            folder or cache), the message is about that file.
 
     Raises:
         QAdapterError: in place of the `OSError` (which stays its cause). Any other exception passes unchanged, a
@@ -128,13 +128,13 @@ def storage_errors(target: Path) -> Iterator[None]:
 
 
 def _lies_elsewhere(file: Path, target: Path) -> bool:
-    """Neither beside the target or below that (it is written under another name first), nor a folder that holds it."""
+    """Whether `file` is neither near the target (it is first written under another name) nor a folder above it."""
     file, folder = file.absolute(), target.absolute().parent
     return not (file.is_relative_to(folder) or folder.is_relative_to(file))
 
 
 def sync_to_disk(path: Path) -> None:
-    """Push a file's or folder's entry to the disk itself, so that a power cut after a rename cannot empty it."""
+    """Flush a file's or folder's entry to the disk, so that a power cut after a rename cannot empty it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -143,7 +143,7 @@ def sync_to_disk(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """`sync_to_disk` for all that lies in a folder, and the folder itself."""
+    """Call `sync_to_disk` on a folder and everything in it."""
     for parent, _, files in os.walk(folder):
         for name in files:
             sync_to_disk(Path(parent, name))
@@ -151,7 +151,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def _temporary_sibling(final: Path) -> Path:
-    """A fresh hidden name beside `final`: on the same file system, so that the rename is atomic."""
+    """A new hidden name beside `final`, on the same file system, so that the rename is atomic."""
     return final.with_name(f".{final.name}.{uuid.uuid4().hex[:12]}.tmp")
 
 
@@ -160,7 +160,7 @@ def write_json(path: Path, value: Any) -> None:
 
     Raises:
         QAdapterError: the disk is full or the folder cannot be written to.
-        ValueError: the value holds NaN or an infinity, which JSON has no word for.
+        ValueError: the value contains NaN or an infinity, which JSON cannot represent.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     temporary = _temporary_sibling(path)
@@ -188,13 +188,13 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError as error:
         raise QAdapterError(f"{path} is missing; a JSON file was expected there. Check the path.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise QAdapterError(f"{path} is not JSON ({error}). Restore it, or delete it to have it made again.") from error
+        raise QAdapterError(f"{path} is not JSON ({error}). Restore it, or delete it to have it rebuilt.") from error
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """Read the values of a JSON lines file; blank lines are none.
+    """Read the values of a JSON lines file, skipping blank lines.
 
-    Never by `str.splitlines`: it also cuts at U+2028, U+2029 and U+0085, which a text in JSON may hold as they are.
+    `str.splitlines` is not used: it also splits at U+2028, U+2029 and U+0085, which JSON strings may contain unescaped.
 
     Raises:
         QAdapterError: the file is missing, or a line is not JSON.
@@ -212,16 +212,16 @@ def read_json_lines(path: Path) -> list[Any]:
         raise QAdapterError(f"{path} is missing; a JSON lines file was expected there. Check the path.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise QAdapterError(
-            f"{path} is not JSON lines (line {number}: {error}). Restore it, or delete it to have it made again."
+            f"{path} is not JSON lines (line {number}: {error}). Restore it, or delete it to have it rebuilt."
         ) from error
 
 
 def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
-    """Write values as UTF-8 JSON lines, one value per line; the folder is made.
+    """Write values as UTF-8 JSON lines, one value per line; missing folders are created.
 
     Args:
-        path: written as a whole.
-        rows: the values; what JSON has no word for is written as its text.
+        path: written atomically.
+        rows: the values; a value that JSON cannot represent is written as its string.
 
     Raises:
         QAdapterError: the disk is full or the folder cannot be written to.
@@ -232,31 +232,31 @@ def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
             for row in rows:
                 try:
                     line = json.dumps(row, ensure_ascii=False, default=str).encode()
-                except UnicodeEncodeError:  # half a surrogate pair has no bytes in UTF-8
+                except UnicodeEncodeError:  # a lone surrogate cannot be encoded in UTF-8
                     line = json.dumps(row, default=str).encode()
                 stream.write(line + b"\n")
 
 
 @contextlib.contextmanager
 def atomic_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A folder that appears under its name only when it is whole.
+    """Create a folder that appears under its name only when it is complete.
 
-    The body writes into a temporary sibling; on leaving it, every file is pushed to the disk and the sibling is
-    renamed. An exception removes the sibling. A kill leaves it under its hidden name, `.<name>.<random>.tmp`, which
-    no reader takes for a result; `remove_leftovers` removes it.
+    The body writes into a temporary sibling; at its end, every file is flushed to the disk and the sibling is renamed.
+    An exception removes the sibling. A killed process leaves it under its hidden name, `.<name>.<random>.tmp`, which
+    no reader accepts as a result; `remove_leftovers` deletes it.
 
     Args:
-        final: the folder's name when whole.
-        replace: swap out a folder that is already there; otherwise its presence is an error.
+        final: the folder's final name.
+        replace: replace an existing folder; without it, an existing folder is an error.
 
     Yields:
         The temporary folder, empty.
 
     Raises:
-        QAdapterError: the disk is full, the place cannot be written to, or `final` exists and `replace` is off.
+        QAdapterError: the disk is full, the folder cannot be written to, or `final` exists and `replace` is off.
     """
     if final.exists() and not replace:
-        raise QAdapterError(f"{final} exists already; it is not overwritten. Remove it or name another folder.")
+        raise QAdapterError(f"{final} already exists and is not overwritten. Remove it or give another folder.")
     temporary = _temporary_sibling(final)
     with storage_errors(final):
         try:
@@ -264,7 +264,7 @@ def atomic_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
             yield temporary
             sync_tree(temporary)
             if replace and final.exists():
-                # A folder cannot be renamed onto a full one: for an instant neither is there, never half of one.
+                # A folder cannot be renamed onto a non-empty one: for an instant neither exists, but never half of one.
                 outgoing = _temporary_sibling(final)
                 final.rename(outgoing)
                 temporary.rename(final)
@@ -277,7 +277,7 @@ def atomic_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def remove_leftovers(final: Path) -> None:
-    """Remove what killed `atomic_folder`s of this name left behind. Call it only where nobody else can be writing."""
+    """Delete what killed `atomic_folder` blocks of this name left. Call it only while no other process can write."""
     for leftover in final.parent.glob(f".{final.name}.*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -288,7 +288,7 @@ class Manifest:
 
     Attributes:
         stage: name of the stage that wrote the folder.
-        key: sha256 over all that determines the content.
+        key: sha256 of everything that determines the content.
         config: the stage's settings.
         inputs: content digest of each input, by name.
         code: digest of the code that ran.
@@ -314,7 +314,7 @@ class Manifest:
         return _combine({name: entry["sha256"] for name, entry in self.files.items()})
 
     def write(self, folder: Path) -> Manifest:
-        """Take stock of a folder's files and write the manifest into it.
+        """Digest a folder's files and write the manifest into it.
 
         Returns:
             The manifest as written, with `files` and `created` filled in.
@@ -330,7 +330,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """The manifest of a finished folder.
+        """Read the manifest of a finished folder.
 
         Raises:
             QAdapterError: it is missing, not JSON, or lacks a field.
@@ -345,12 +345,12 @@ class Manifest:
         return manifest
 
     def verify(self, folder: Path, *, hashes: bool = True) -> list[str]:
-        """Hold the folder against the manifest.
+        """Compare the folder with the manifest.
 
         Args:
             folder: where the files lie.
-            hashes: read every byte; without it only names and sizes are looked at. Files that the manifest does not
-                name are not damage.
+            hashes: read every byte; without it only names and sizes are compared. Files that the manifest does not
+                list are ignored.
 
         Returns:
             One sentence for each file that is missing or changed; empty when the folder is whole.
@@ -363,5 +363,5 @@ class Manifest:
             elif path.stat().st_size != entry["bytes"]:
                 problems.append(f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}")
             elif hashes and digest_file(path) != entry["sha256"]:
-                problems.append(f"{name} has other content than when it was written")
+                problems.append(f"{name} has changed since it was written")
         return problems

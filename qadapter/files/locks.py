@@ -1,4 +1,4 @@
-"""File locks between processes: their files are private, and a lock that is held for long is named, with its holder."""
+"""File locks between processes. Lock files are private, and a long wait is logged with the lock's holder."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _NOTICE_SECONDS = 10.0
 
 
 def private_lock(file: Path, **options: Any) -> FileLock:
-    """A lock whose file only its owner can open: another user can neither hold nor see it.
+    """A lock whose file only its owner can open, so that no other user can hold or see it.
 
     Args:
         file: the lock's file; its folder is created.
-        options: of `filelock.FileLock`.
+        options: arguments of `filelock.FileLock`.
 
     Raises:
         QAdapterError: the folder cannot be created.
@@ -38,17 +38,17 @@ def private_lock(file: Path, **options: Any) -> FileLock:
 
 @contextlib.contextmanager
 def held(file: Path, *, guards: str, seconds: float) -> Iterator[None]:
-    """Hold a lock for the length of a block; the system frees it when its holder dies, however it dies.
+    """Hold a lock for the length of a block. The operating system frees it when its holder ends or is killed.
 
-    Who waits for more than some seconds says for whom, once.
+    A wait of more than a few seconds is logged once, with the holder.
 
     Args:
         file: the lock's file.
-        guards: what it guards, for messages: "MLflow's database".
-        seconds: how long to wait; its holder has to be done by then.
+        guards: the resource behind the lock, for messages, for example "MLflow's database".
+        seconds: how long to wait for the holder.
 
     Raises:
-        QAdapterError: it is still held then, or its file cannot be opened.
+        QAdapterError: the lock is still held after that time, or its file cannot be opened.
     """
     lock = private_lock(file)
     notice = min(_NOTICE_SECONDS, seconds)
@@ -71,7 +71,7 @@ def held(file: Path, *, guards: str, seconds: float) -> Iterator[None]:
 
 
 def holder(file: Path) -> str:
-    """Who holds a lock, as far as this system tells: the process, by its number, name and user."""
+    """Describe a lock's holder, as far as the system shows it: process id, name and user."""
     try:
         status = file.stat()
         place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"

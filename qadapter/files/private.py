@@ -1,7 +1,7 @@
-"""What the project writes is its user's alone: folders of mode 0700, files of mode 0600.
+"""All files that the project writes are private to the user: folders have mode 0700, files mode 0600.
 
-Prompts, replies and models are private data, and a database next to the key of its secrets is no protection of them.
-New files get their mode from the process' umask, those of libraries too; older, wider ones are repaired.
+Prompts, replies and models are private data, and a database stored beside the key of its secrets does not protect them.
+The process's umask sets the mode of new files, including those of libraries; wider modes of old files are repaired.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _OTHERS = 0o077
 
 
 def keep_private() -> None:
-    """Let no file that this process and its children create from now on be readable or writable by other users."""
+    """From now on, create files in this process and its children without any rights for other users."""
     os.umask(os.umask(_OTHERS) | _OTHERS)
 
 
 def private_folder(folder: Path) -> Path:
-    """Create a folder that only its owner can enter; one that is there and wider is narrowed.
+    """Create a folder that only its owner can enter; an existing folder with a wider mode is narrowed.
 
-    Folders above it that are missing get the process' usual mode.
+    Missing parent folders get the process's default mode.
 
     Raises:
         QAdapterError: the mode of an older folder cannot be changed.
@@ -35,16 +35,16 @@ def private_folder(folder: Path) -> Path:
 
 
 def close_to_others(place: Path, *, thorough: bool = False) -> int:
-    """Take other users' rights off a file, or off a folder and all that lies in it; links in it are not followed.
+    """Remove other users' rights from a file, or from a folder and its content; links in it are not followed.
 
-    What lies in a folder that was closed already cannot be reached by others, and is not looked at.
+    The content of a folder that is already closed cannot be reached by others, and is not inspected.
 
     Args:
-        place: nothing happens if it does not exist. A link in this place is followed.
-        thorough: look at the content of a closed folder too.
+        place: a file or folder; a missing one is ignored. If it is a link, it is followed.
+        thorough: inspect the content of a closed folder as well.
 
     Returns:
-        How many modes were changed.
+        The number of changed modes.
 
     Raises:
         QAdapterError: a mode cannot be changed, because another user owns the file.
@@ -56,7 +56,7 @@ def close_to_others(place: Path, *, thorough: bool = False) -> int:
     for path in _below(place):
         try:
             mode = path.lstat().st_mode
-        except FileNotFoundError:  # another process removed it meanwhile, or it was never there
+        except FileNotFoundError:  # missing, or removed by another process in the meantime
             continue
         if stat.S_ISLNK(mode) or not mode & _OTHERS:
             continue
@@ -67,7 +67,7 @@ def close_to_others(place: Path, *, thorough: bool = False) -> int:
         except OSError as error:
             raise QAdapterError(
                 f"{path} is open to other users (mode {stat.S_IMODE(mode):04o}), and its mode cannot be changed "
-                f"({error.strerror}). Let its owner run `chmod -R go-rwx {place}`, or remove it."
+                f"({error.strerror}). Ask its owner to run `chmod -R go-rwx {place}`, or remove it."
             ) from error
         changed += 1
     return changed

@@ -1,8 +1,8 @@
-"""Which process a run belongs to, written down so that a later one can tell whether it is gone.
+"""Identify the process of a run, so that a later process can check whether it has ended.
 
-A process's number says nothing on another machine, after a restart, or in another container, and its start by the clock
-moves when the clock is set. So a tag names the machine, its boot, the namespace that the number counts in, and the
-start in ticks since that boot.
+A process id is meaningless on another machine, after a restart, or in another container, and a start time by the clock
+moves when the clock is set. A tag therefore holds the machine, its boot, the PID namespace, and the start in ticks
+since that boot.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _CLOCK_STEP = 3600.0  # seconds; without /proc a start is known by the clock alo
 
 @dataclass(frozen=True)
 class ProcessTag:
-    """A process, as it is known to those that see the same machine.
+    """The identity of a process on its machine.
 
     Attributes:
         host: the machine's name.
-        machine: its id where it has one; containers mostly have none.
+        machine: the machine's id; empty where it has none, as in most containers.
         boot: id of the boot; empty where there is no `/proc` (macOS).
         namespace: the PID namespace; empty where there is no `/proc`.
-        pid: the process's number in that namespace.
-        start: its start, in clock ticks since the boot; in seconds by the clock where there is no `/proc`.
+        pid: the process id in that namespace.
+        start: the process's start in clock ticks since the boot; in seconds by the clock where there is no `/proc`.
     """
 
     host: str
@@ -44,7 +44,7 @@ class ProcessTag:
 
     @classmethod
     def own(cls) -> ProcessTag:
-        """This process's."""
+        """The tag of this process."""
         boot, namespace = _boot_and_namespace()
         pid = os.getpid()
         start = float(_stat(pid)[1]) if boot else psutil.Process(pid).create_time()
@@ -52,23 +52,23 @@ class ProcessTag:
 
     @classmethod
     def read(cls, text: str) -> ProcessTag | None:
-        """What `text` wrote; None for anything else, such as a tag of an earlier version, which lacks the boot."""
+        """Parse what `text` wrote; None for anything else, such as a tag of an older version without the boot."""
         try:
             return cls(**json.loads(text))
         except (ValueError, TypeError):
             return None
 
     def text(self) -> str:
-        """As it is kept."""
+        """The tag as a string, to be stored."""
         return json.dumps(asdict(self))
 
     def is_dead(self) -> bool | None:
-        """Whether the process runs no more; None where that cannot be known from here."""
+        """Whether the process has ended; None where this cannot be decided here."""
         boot, namespace = _boot_and_namespace()
         if self.host != socket.gethostname() or self.machine != _machine():
             return None
         if self.boot != boot:
-            # Two machines may share a name, never an id: only with one it is the same machine, started again.
+            # Machines may share a name but not an id: only an equal id shows the same machine after a restart.
             return True if self.machine and self.boot and boot else None
         if self.namespace != namespace:
             return None
@@ -77,7 +77,7 @@ class ProcessTag:
     def _is_gone(self) -> bool | None:
         try:
             state, start = _stat(self.pid)
-        except OSError:  # there is none, or it is another user's where these are hidden
+        except OSError:  # no such process, or it belongs to another user and is hidden
             return None if _exists(self.pid) else True
         return state in "ZX" or float(start) != self.start
 
@@ -93,7 +93,7 @@ class ProcessTag:
 
 
 def _boot_and_namespace() -> tuple[str, str]:
-    """Empty, both of them, where the system does not tell."""
+    """The boot id and the PID namespace; both empty where the system does not provide them."""
     try:
         boot = (_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return boot, os.readlink(_PROC / "self/ns/pid")  # noqa: PTH115 - it leads to no file
@@ -104,13 +104,13 @@ def _boot_and_namespace() -> tuple[str, str]:
 def _machine() -> str:
     with contextlib.suppress(OSError, UnicodeDecodeError):
         found = _MACHINE_ID.read_text(encoding="ascii").strip()
-        if re.fullmatch(r"[0-9a-f]{32}", found):  # an image made for many machines says "uninitialized", or nothing
+        if re.fullmatch(r"[0-9a-f]{32}", found):  # a machine image may contain "uninitialized", or nothing
             return found
     return ""
 
 
 def _stat(pid: int) -> tuple[str, str]:
-    """A process's state and start, fields 3 and 22 of its `stat`; the second is its name, with whatever is in that."""
+    """A process's state and start: fields 3 and 22 of `stat`. Field 2, its name, may itself contain spaces."""
     fields = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     return fields[0], fields[19]
 

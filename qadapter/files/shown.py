@@ -1,7 +1,7 @@
-"""What people read of a text: without secrets, without hidden characters, without formulas.
+"""Make text safe to show: mask secrets, hidden characters and spreadsheet formulas.
 
-Everything that this project prints, logs, writes into a report or raises goes through one of these functions. The
-module imports nothing of the project, so that `qadapter/errors.py` can use it.
+All text that this project prints, logs, reports or raises passes through one of these functions. The module imports
+nothing else of the project, so that `qadapter/errors.py` can use it.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ _KEYS = re.compile(
 )
 _NUMBER = re.compile(r"[-+\d.,\s±\[\]%*–]*")
 _SHORTEST = 4
-"""Characters of a filled-in value that is masked; shorter ones occur in any text."""
+"""Shortest value that is masked, in characters; shorter values occur in ordinary text."""
 
 _filled: dict[str, str] = {}
 _lock = threading.Lock()
 
 
 def remember_secret(value: str, name: str) -> None:
-    """From now on `shown` writes `${NAME}` where this value stands, also as a URL quotes it.
+    """From now on, `shown` replaces this value by `${NAME}`, also in its URL-quoted form.
 
     Args:
-        value: what the environment variable held.
-        name: of the variable.
+        value: the value of the environment variable.
+        name: the name of the variable.
     """
     with _lock:
         for form in {value, quote(value, safe=""), quote(value), quote_plus(value)}:
@@ -47,15 +47,15 @@ def remember_secret(value: str, name: str) -> None:
 
 
 def holds_key(text: str) -> bool:
-    """Whether a text has something with the shape of a known kind of key or token in it."""
+    """Whether a text contains something that looks like a known kind of key or token."""
     return bool(_KEYS.search(text))
 
 
 def shown(text: str) -> str:
-    """A text without secrets: what may be printed, logged, stored or raised.
+    """Mask the secrets in a text, so that it may be printed, logged, stored or raised.
 
-    Left out are the user, query and fragment of every URL, each value that came from the environment
-    (`remember_secret`) and whatever has the shape of a known kind of key.
+    Masked are the user, query and fragment of every URL, each value that came from the environment
+    (`remember_secret`), and everything that looks like a known kind of key.
     """
     text = _QUERY.sub(r"\1…", _USER.sub(r"\1", text))
     for value, name in sorted(_filled.items(), key=lambda item: -len(item[0])):
@@ -64,11 +64,11 @@ def shown(text: str) -> str:
 
 
 def visible(text: str, keep: str = "\n\t") -> str:
-    r"""A text in which no character acts on a terminal or hides: controls and bidi marks become `\x1b`, `\u202e`.
+    r"""Escape characters that are hidden or control a terminal: controls and bidi marks become `\x1b`, `\u202e`.
 
     Args:
-        text: of a model, of data, of a user.
-        keep: controls that stay.
+        text: text from a model, from data, or from a user.
+        keep: control characters that stay.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -87,7 +87,7 @@ def _code(character: str) -> str:
 
 
 def csv_cell(value: Any) -> Any:
-    """A cell that no spreadsheet takes for a formula: a text that begins like one gets an apostrophe in front."""
+    """A cell that no spreadsheet evaluates: text that starts like a formula gets a leading apostrophe."""
     if not isinstance(value, str):
         return value
     text = visible(value)
@@ -102,9 +102,9 @@ def to_csv(frame: pd.DataFrame, file: Path) -> None:
 
 
 def guard_logs() -> None:
-    """Mask secrets and hidden characters in every log record of this process, whichever library writes it.
+    """Mask secrets and hidden characters in every log record of this process, including those of libraries.
 
-    Calling it again changes nothing.
+    Repeated calls have no further effect.
     """
     factory = logging.getLogRecordFactory()
     if getattr(factory, "guards", False):
@@ -114,7 +114,7 @@ def guard_logs() -> None:
         record = factory(*arguments, **named)
         try:
             message = record.getMessage()
-        except (TypeError, ValueError):  # a library's faulty call: logging itself reports it
+        except (TypeError, ValueError):  # a faulty call by a library, which logging itself reports
             return record
         clean = visible(shown(message))
         if clean != message:

@@ -1,7 +1,7 @@
-"""Passwords and keys: none stands in a config; those that a URL needs come from the environment.
+"""Passwords and keys: configs contain none. Those that a URL needs come from environment variables.
 
-Which variables may be used is the operator's to say, not a config's: names that begin with `QADAPTER_`, and those that
-the environment variable `QADAPTER_ALLOW_VARIABLES` lists.
+The operator, not the config, decides which variables may be used: those whose names begin with `QADAPTER_`, and those
+that the environment variable `QADAPTER_ALLOW_VARIABLES` lists.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qadapter.files.shown import holds_key, remember_secret, shown
 PREFIX = "QADAPTER_"
 ALLOWED = "QADAPTER_ALLOW_VARIABLES"
 PUBLIC_QUERY = "public_query"
-"""Key of a section that names query parameters whose literal values are no secrets."""
+"""Config key that lists query parameters whose literal values are not secrets."""
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _TELLING = {
@@ -38,13 +38,13 @@ _IN_ITS_PLACE = (
 
 
 def refuse_secrets(text: str, public: Sequence[str] = ()) -> None:
-    """Refuse a text of a config that holds a password or key: a URL with one in it, or a known kind of key.
+    """Refuse config text that contains a password or key, in a URL or in the format of a known kind of key.
 
-    Every literal value in a URL's query is taken for a secret unless its parameter is known to be harmless (`format`,
-    `revision`, …) or named in `public`.
+    Every literal value in a URL's query is treated as a secret unless its parameter is known to be harmless (`format`,
+    `revision`, …) or listed in `public`.
 
     Raises:
-        ValueError: saying what to write instead; the text itself is not in the message.
+        ValueError: the text contains a secret. The message says what to write instead, and does not repeat the text.
     """
     if problem := _problem(text, public):
         raise ValueError(problem)
@@ -59,7 +59,7 @@ def _problem(text: str, public: Sequence[str] = ()) -> str | None:
         parts = urlsplit(text)
         query = parse_qsl(parts.query, keep_blank_values=True)
     except ValueError:
-        return None  # no URL; whoever reads it says so
+        return None  # not a URL: the code that reads it reports that
     if not parts.scheme:
         return None
     user, at, _ = parts.netloc.rpartition("@")
@@ -69,20 +69,20 @@ def _problem(text: str, public: Sequence[str] = ()) -> str | None:
         harmless = name.lower() in _HARMLESS_QUERY and _HARMLESS_VALUE.fullmatch(value)
         if value and not (harmless or name in public or _VARIABLE.fullmatch(value)):
             return (
-                f"a URL may have a secret in its query ({shown(name)[:40]}=…); {_IN_ITS_PLACE}; if it is none, name "
-                f"the parameter in {PUBLIC_QUERY}"
+                f"a URL may have a secret in its query ({shown(name)[:40]}=…); {_IN_ITS_PLACE}; if it is not a secret, "
+                f"list the parameter in {PUBLIC_QUERY}"
             )
     if parts.fragment and not _VARIABLE.fullmatch(parts.fragment):
-        return f"a URL has a fragment (#…), which may be a secret and no server is sent; remove it, or {_IN_ITS_PLACE}"
+        return f"a URL has a fragment (#…), which may be a secret and is never sent; remove it, or {_IN_ITS_PLACE}"
     return None
 
 
 def secrets_in(value: Any, path: str = "", public: Sequence[str] = ()) -> Iterator[str]:
-    """What of a config is refused as a secret, a sentence each with the key's path; at any depth, keys included.
+    """Find secrets in a config, at any depth and in keys too: one sentence per secret, with the key's path.
 
     Args:
-        value: what YAML or a caller gave.
-        path: of `value`.
+        value: the config, as read from YAML or given by a caller.
+        path: the key path of `value`.
         public: see `refuse_secrets`; a mapping's own `public_query` is added.
     """
     if isinstance(value, str):
@@ -98,7 +98,7 @@ def secrets_in(value: Any, path: str = "", public: Sequence[str] = ()) -> Iterat
             if problem:
                 yield f"{place}: {problem}"
             if isinstance(entry, str) and entry and _tells(str(key)) and not _VARIABLE.search(entry):
-                yield f"{place}: its name says that it is a secret; {_IN_ITS_PLACE}"
+                yield f"{place}: its name is that of a secret; {_IN_ITS_PLACE}"
             else:
                 yield from secrets_in(entry, place, named)
     elif isinstance(value, Sequence) and not isinstance(value, bytes):
@@ -107,21 +107,21 @@ def secrets_in(value: Any, path: str = "", public: Sequence[str] = ()) -> Iterat
 
 
 def _tells(key: str) -> bool:
-    """Whether a key's name says that its value is a secret; `api_key_variable` names a variable and says not so."""
+    """Whether a key's name marks its value as a secret. `api_key_variable` does not: its value is a variable's name."""
     last = key.rpartition(".")[2]
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", last)
     lower = [word.lower() for word in words]
     if not lower or lower[-1] in {"variable", "env", "file", "path", "name"}:
         return False
     if lower[-1] == "token" and lower[-2:-1] and lower[-2] in _SPECIAL_TOKENS:
-        return False  # a tokenizer's
+        return False  # settings of a tokenizer
     return bool(_TELLING & set(lower)) or (len(lower) > 1 and lower[-1] == "key")
 
 
 def filled_in(url: str) -> str:
-    """The URL with each `${NAME}` replaced by the environment variable NAME; for the request itself, nothing else.
+    """Replace each `${NAME}` in a URL by the environment variable NAME. Use the result for the request only.
 
-    Each value that is filled in is masked from then on in all that is logged, written or raised (`shown`).
+    Each value that was filled in is masked from then on in everything logged, written or raised (`shown`).
 
     Raises:
         QAdapterError: a variable may not be used here, or is not set.
@@ -139,15 +139,15 @@ def filled_in(url: str) -> str:
 
 
 def check_variable(name: str, purpose: str, known: Sequence[str] = ()) -> None:
-    """Whether a config may have this environment variable sent somewhere.
+    """Refuse an environment variable that a config may not send to a server.
 
     Args:
-        name: of the variable.
-        purpose: what for, for the message.
-        known: further names that are meant for this purpose.
+        name: the name of the variable.
+        purpose: the receiver, for the message.
+        known: further names that are allowed for this purpose.
 
     Raises:
-        QAdapterError: it may not.
+        QAdapterError: the variable may not be sent.
     """
     listed = {entry.strip() for entry in os.environ.get(ALLOWED, "").split(",")}
     if name in known or name in listed or (name.startswith(PREFIX) and name != ALLOWED):
@@ -159,7 +159,7 @@ def check_variable(name: str, purpose: str, known: Sequence[str] = ()) -> None:
 
 
 def public_address(url: str) -> str:
-    """One URL without user, password, query and fragment, whatever characters these have."""
+    """One URL without user, password, query and fragment, even if these contain special characters."""
     try:
         parts = urlsplit(url)
         host = parts.netloc.rpartition("@")[2]

@@ -1,4 +1,4 @@
-"""YAML from files that others may have written: plain values, and no more of them than the text honestly holds."""
+"""YAML from untrusted files: plain values only, and a limit on what aliases expand to."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 import yaml
 
 MAX_NODES = 100_000
-"""Values and keys of one document, each alias counted with all that it stands for."""
+"""Largest number of values and keys in one document, with each alias counted as its expansion."""
 
 
 class ExpandingYamlError(yaml.YAMLError):
-    """A document whose aliases stand for too much, or that is nested too deep."""
+    """A document whose aliases expand to too much, or that is nested too deep."""
 
 
 def read_yaml(text: str) -> Any:

@@ -233,7 +233,7 @@ def test_next_to_nothing_passes_no_rule(make: Any) -> None:
     champion, candidate = few(make(0, 150), 1, 1), few(make(1, 150), 1, 1)
     decision = decide(Gate(), candidate, champion, champion)
     assert [f.passed for f in decision.findings] == [False, False]
-    assert decision.reasons[0].startswith("held-out pairs: only 1, too few to tell anything; at least 30 are wanted")
+    assert decision.reasons[0].startswith("held-out pairs: only 1, too few to decide; at least 30 are required")
     assert decision.reasons[1].startswith("facts: only 1, too few")
     loose = Gate(adaptation=AdaptationRule(min_items=1), retention=RetentionRule(min_items=1))
     assert decide(loose, candidate, champion, champion).passed
@@ -251,7 +251,7 @@ def test_a_task_that_is_measured_no_more_is_told(make: Any) -> None:
     then, now = make(80, 150), make(80, 150)
     now = replace(now, tasks={"texts": now.tasks["texts"]})
     (reason,) = fallen(then, now, Gate())
-    assert reason.startswith("facts was measured at registration and is not measured now")
+    assert reason.startswith("facts was measured at registration but is not measured now")
 
 
 def test_over_refusals_above_the_limit_are_a_fall(make: Any) -> None:
