@@ -1,4 +1,4 @@
-"""What every section of a config stands on: the strict base class and the common types."""
+"""The base of every config section: the strict base class and the common types."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _inside: ContextVar[bool] = ContextVar("inside a config that is being validated"
 
 
 class Settings(BaseModel):
-    """A section of a config: unknown keys are refused, secrets too, and nothing changes it after validation."""
+    """A config section. It refuses unknown keys and secrets, and is immutable after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=(), allow_inf_nan=False)
 
     @model_validator(mode="wrap")
     @classmethod
     def _no_secrets(cls, given: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
-        """Look at every string of a config, at any depth, once: in the outermost section that is validated."""
+        """Check every string of a config, at any depth, once: in the outermost section under validation."""
         if _inside.get() or not isinstance(given, Mapping):
             return handler(given)
         if problems := list(secrets_in(given)):
@@ -46,10 +46,10 @@ SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = 1e-3, 1e3
 
 
 def refuse_temperature(value: float) -> float:
-    """A temperature that logits can be divided by, or 0 for the most likely token.
+    """Refuse a temperature that is neither 0 (greedy) nor a usable divisor of logits.
 
     Raises:
-        ValueError: another number; the message names the range.
+        ValueError: the temperature is out of range; the message names the range.
     """
     if value != 0 and not SMALLEST_TEMPERATURE <= value <= LARGEST_TEMPERATURE:  # NaN is in no range
         raise ValueError(f"expected 0 (greedy), or from {SMALLEST_TEMPERATURE:g} to {LARGEST_TEMPERATURE:g}")
@@ -63,7 +63,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
 
 
 def refuse_repeats(key: str, values: Sequence[Any]) -> None:
-    """Raise ValueError if a value stands in a list twice."""
+    """Raise ValueError if a list contains a value twice."""
     repeated = sorted({value for value in values if list(values).count(value) > 1})
     if repeated:
         raise ValueError(f"{key} names {repeated} more than once")

@@ -1,7 +1,7 @@
-"""A recurring customisation: what `configs/customize/*.yaml` may say.
+"""A recurring customization: the schema of `configs/customize/*.yaml`.
 
-It names a profile for everything that does not change from week to week (base, method, training, evaluation), and says
-where preferences arrive, how they are mixed, and what a candidate must achieve to be promoted.
+It refers to a profile for everything that does not change from week to week (base, method, training, evaluation), and
+sets where preferences arrive, how they are mixed, and what a candidate must achieve to be promoted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PREFERENCES = "preferences"
 
 
 class Mix(Settings):
-    """What a re-training reads.
+    """The data of a re-training.
 
     Attributes:
         rows: `all` pairs, or `new` (and changed) ones with a sample of the others. The first training reads all.
@@ -42,19 +42,19 @@ class Mix(Settings):
 
 
 class Customization(Settings):
-    """A recurring customisation.
+    """A recurring customization.
 
     Attributes:
-        name: of this file, in logs and events.
-        model_name: of the registered model; one history each.
+        name: the name in logs and events.
+        model_name: the registered model's name; each model has its own history.
         profile: a profile in `configs/`, or a YAML file: base, training and evaluation. The method is the Q-Adapter.
-        overrides: settings of the profile to change.
+        overrides: changes to the profile's settings.
         data: folder for `{data}` in the profile's paths, where it has no toy world.
-        domain: the profile's domain whose base and style are meant.
-        source: where preferences arrive: a folder that fills, a file that grows, a URL, a hub data set. A relative path
-            starts at the workspace; `{data}` is the toy world (whose preferences never change), or `data`.
-        seed: of the trainings.
-        mix, gate: see there.
+        domain: the profile's domain whose base and style are used.
+        source: where preferences arrive: a folder, a growing file, a URL, or a hub data set. A relative path starts at
+            the workspace; `{data}` is the toy world (whose preferences never change), or `data`.
+        seed: the seed of the trainings.
+        mix, gate: see `Mix` and `qadapter.gate.Gate`.
     """
 
     name: Name
@@ -69,10 +69,10 @@ class Customization(Settings):
     gate: Gate = Gate()
 
     def experiment(self) -> Experiment:
-        """The profile, reduced to one domain whose preferences are this source, and the Q-Adapter.
+        """The profile reduced to the Q-Adapter and one domain, whose preferences come from `source`.
 
         Raises:
-            QAdapterError: the profile cannot be read, or has no such domain.
+            QAdapterError: the profile cannot be read, or does not have the domain.
         """
         whole = load_experiment(self.profile, self.overrides)
         if self.domain not in whole.domains:
@@ -89,7 +89,7 @@ class Customization(Settings):
         fields["methods"]["run"] = [SUBJECT.name]
         fields["seeds"] = [self.seed]
         judge = judge_of(whole, self.domain)
-        if judge and judge.training:  # trained on pairs that a growing source does not set apart
+        if judge and judge.training:  # its training pairs are not set apart in a growing source
             fields["evaluation"]["adaptation"]["judge"] = NO_JUDGE
         return Experiment.model_validate(fields)
 
@@ -100,15 +100,15 @@ def customizations() -> list[str]:
 
 
 def load_customization(config: str) -> Customization:
-    """Read a file, by its name in `configs/customize/` or by its path.
+    """Read a customization by its name in `configs/customize/` or by its path.
 
     Raises:
-        QAdapterError: there is no such file, or something in it cannot be; every problem with its key.
+        QAdapterError: the file is missing or invalid. The message lists every problem with its key.
     """
     file = Path(config) if config.endswith((".yaml", ".yml")) else CONFIG_FOLDER / f"{config}.yaml"
     if not file.is_file():
         hint = did_you_mean(config, customizations())
-        raise QAdapterError(f"there is no customisation {config!r}{hint} A path of a .yaml file may be given too.")
+        raise QAdapterError(f"there is no customization {config!r}{hint} The path of a .yaml file is accepted too.")
     try:
         return Customization.model_validate(read_yaml(file.read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

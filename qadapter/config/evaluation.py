@@ -1,4 +1,4 @@
-"""What is measured: retention, adaptation, judges, own benchmarks."""
+"""Settings of the evaluation: retention, adaptation, judges and generated benchmarks."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from qadapter.config.base import Count, Name, Settings, refuse_repeats
 
 
 class RetentionSettings(Settings):
-    """What must not be forgotten: lm-eval tasks, by name (`qadapter/evaluation/benchmarks` first, then lm-eval's own).
+    """Retention: lm-eval tasks by name, looked up in `qadapter/evaluation/benchmarks` first, then in lm-eval.
 
     Attributes:
         limit: items per task, None for all.
-        batch_size: sequences per forward pass, or `auto` for the most that fit (on a GPU).
-        max_new_tokens: longest generated answer; None: each task's own.
-        plain_tasks: tasks among `tasks` that are asked without chat template (the paper: MMLU).
-        answers: held-out helpful prompts answered greedily, to see which of the base's own answers changed; 0 for none.
-        official_data: folder with the items of lm-eval's own tasks, in place of the hub; `{data}` is the data folder.
+        batch_size: sequences per forward pass, or `auto` for as many as fit (on a GPU).
+        max_new_tokens: longest generated answer in tokens; None: each task's own limit.
+        plain_tasks: members of `tasks` that are prompted without the chat template (the paper: MMLU).
+        answers: number of held-out helpful prompts answered greedily, to count which of the base's own answers changed.
+        official_data: folder with the items of lm-eval's own tasks, instead of the hub; `{data}` is the data folder.
     """
 
     tasks: tuple[str, ...]
@@ -38,19 +38,19 @@ class RetentionSettings(Settings):
 
 
 class AdaptationSettings(Settings):
-    """What was to be learnt, on held-out pairs.
+    """Adaptation: how well the new preference was learnt, measured on held-out pairs.
 
     Attributes:
         batch_size: pairs per forward pass.
-        max_new_tokens: length of the answers generated for reading and, in the toy world, for its exact rules.
-        generate: held-out prompts answered by generation; 0 for none.
-        judge: the judge that says whether an answer is better than the base's (`qadapter.judging.table`): `rule` (the
-            toy world's own), `reward-model` (trained on the sources' `judge_pairs`), `endpoint`, `none`. None: the rule
-            in a toy world, elsewhere a reward model where the domain's source has `judge_pairs`.
-        criteria: domain → what an endpoint is to decide, as the end of "Decide …"; the paper's domains have theirs.
+        max_new_tokens: tokens per answer generated for reading and, in the toy world, for its exact rules.
+        generate: number of held-out prompts answered by generation.
+        judge: the judge that compares an answer with the base's (`qadapter.judging.table`): `rule` (the toy world's
+            own), `reward-model` (trained on the sources' `judge_pairs`), `endpoint`, `none`. None: the rule in a toy
+            world, elsewhere a reward model where the domain's source has `judge_pairs`.
+        criteria: domain → what an endpoint decides, as the end of "Decide …"; defaults exist for the paper's domains.
 
-    The experiment's schema adds a section for each judge that has settings: `reward_model` (how it is trained; without
-    it as the adapters, with `training`) and `endpoint` (the judge to call).
+    The experiment's schema adds one section per judge that has settings: `reward_model` (its training; by default that
+    of the adapters, `training`) and `endpoint` (the judge to call).
     """
 
     batch_size: Count = 32
@@ -60,22 +60,22 @@ class AdaptationSettings(Settings):
     criteria: dict[Name, str] = {}
 
     def measured(self) -> dict[str, Any]:
-        """The settings that a measurement depends on, whichever judge compares the answers; for a cache key."""
+        """The settings that a measurement depends on, independent of the judge; part of a cache key."""
         return self.model_dump(include={"batch_size", "max_new_tokens", "generate"})
 
 
 class BuiltBenchmarks(Settings):
-    """Benchmarks made from the data itself: for models too small for the public suites, and of preferences.
+    """Benchmarks generated from the data: for models too small for the public suites, and for preferences.
 
     Attributes:
-        replies: benchmark name → source; its held-out prompts ask which of four replies belongs to them
-            (task `<name>_reply_matching`), and the chosen replies are texts to predict (`<name>_bits_per_byte`).
-        questions: benchmark name → JSON-lines file of `question` and `answer`; a quarter of it becomes benchmarks like
-            those of `replies`, and the model from scratch learns the rest.
-        preferences: benchmark name → source; its held-out pairs ask which of the two replies is the better one (task
-            `<name>_preference`).
-        max_items: longest benchmark.
-        max_chars: longest prompt or reply used; a model cannot score what its context does not hold.
+        replies: benchmark name → source. For each held-out prompt, task `<name>_reply_matching` asks which of four
+            replies belongs to it; task `<name>_bits_per_byte` scores the chosen replies as texts.
+        questions: benchmark name → JSON lines file of `question` and `answer`. A quarter of it becomes benchmarks like
+            those of `replies`; a model from scratch learns the rest.
+        preferences: benchmark name → source. For each held-out pair, task `<name>_preference` asks which reply is
+            better.
+        max_items: largest number of items per benchmark.
+        max_chars: longest prompt or reply used, in characters; longer ones may not fit the model's context.
     """
 
     replies: dict[Name, Name] = {}
@@ -86,7 +86,7 @@ class BuiltBenchmarks(Settings):
 
     @property
     def sources(self) -> dict[str, str]:
-        """Key of this section → the source it names."""
+        """Key of this section → name of the source that it uses."""
         kinds = {"replies": self.replies, "preferences": self.preferences}
         return {f"{kind}.{name}": source for kind, named in kinds.items() for name, source in named.items()}
 

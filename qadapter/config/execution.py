@@ -1,6 +1,6 @@
-"""The sections of an experiment's config that say where it runs. What it computes is in `qadapter/settings.py`.
+"""The config sections that set where an experiment runs, not what it computes.
 
-They are apart because a stage's cache key holds the code of every module that its work imports.
+They have a module of their own because a stage's cache key covers the code of every module that the stage imports.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from qadapter.files.yaml_text import read_yaml
 
 CONFIG_FOLDER = CONFIGS / "accelerate"
 _KINDS = ("MULTI_GPU", "FSDP", "DEEPSPEED")
-_REPLACED = ("num_processes", "num_machines", "machine_rank", "main_process_port", "debug")  # by us, or no numerics
+# Keys that this project sets itself, or that do not change the numerics.
+_REPLACED = ("num_processes", "num_machines", "machine_rank", "main_process_port", "debug")
 
 
 class LaunchSettings(Settings):
     """How a training stage runs.
 
     Attributes:
-        engine: `in-process`, or `accelerate`: as several processes of this machine, through `accelerate launch`.
+        engine: `in-process`, or `accelerate`: several processes on this machine, through `accelerate launch`.
         config: for accelerate: a file of `configs/accelerate/` by name (`ddp.yaml`, `fsdp.yaml`, `zero2.yaml`,
-            `zero3.yaml`), or the path of one of yours.
-        processes: how many, as a rule one a GPU. They share `batch_size`: each takes `micro_batch_size` examples at a
-            time (None: its whole share). Another split rounds otherwise, so it is part of a stage's cache key.
+            `zero3.yaml`), or the path of your own.
+        processes: number of processes, usually one per GPU. They share `batch_size`: each takes `micro_batch_size`
+            examples at a time (None: its whole share). The split changes rounding, so it is part of a stage's key.
     """
 
     engine: Literal["in-process", "accelerate"] = "in-process"
@@ -47,15 +48,15 @@ class LaunchSettings(Settings):
 
     @property
     def file(self) -> Path:
-        """Accelerate's config file: one of the project's own by its name, else a path."""
+        """Accelerate's config file: one of the project's by its name, or a path."""
         ours = CONFIG_FOLDER / self.config
         return ours if ours.is_file() and Path(self.config).name == self.config else Path(self.config).expanduser()
 
     def accelerate_config(self) -> dict[str, Any]:
-        """What accelerate's config file says, less what this project sets itself.
+        """The content of accelerate's config file, without the keys that this project sets itself.
 
         Raises:
-            QAdapterError: there is no such file, or it is not for several processes of one machine.
+            QAdapterError: the file is missing, or is not for several processes on one machine.
         """
         ours = ", ".join(sorted(file.name for file in CONFIG_FOLDER.glob("*.yaml")))
         if not self.file.is_file():
@@ -76,7 +77,7 @@ class LaunchSettings(Settings):
         return {name: value for name, value in found.items() if name not in _REPLACED}
 
     def contradictions(self, sections: Mapping[str, OptimizerSettings | None]) -> Iterator[str]:
-        """Trainings whose batch the processes cannot share evenly, a sentence each; `sections` by their keys."""
+        """Yield one sentence per training whose batch the processes cannot share evenly; `sections` by their keys."""
         if self.engine == "in-process":
             return
         for name, settings in sections.items():
@@ -91,13 +92,13 @@ class LaunchSettings(Settings):
                 )
 
     def check(self, quantization: str) -> None:
-        """Look at the config file and what it needs, before anything runs.
+        """Check the config file and its requirements before anything runs.
 
         Args:
             quantization: `model.quantization`.
 
         Raises:
-            QAdapterError: what `accelerate_config` raises; or the base is to be split up, and cannot be.
+            QAdapterError: as `accelerate_config`; or the config shards the base, and its weights cannot be sharded.
         """
         if self.engine == "in-process":
             return
@@ -111,13 +112,13 @@ class LaunchSettings(Settings):
 
 
 class RunnerSettings(Settings):
-    """Who runs independent stages side by side.
+    """How independent stages run side by side.
 
     Attributes:
-        engine: `local`: `parallel` processes of this machine. `dask`, `ray`: Prefect's task runner of that name, on a
+        engine: `local`: `parallel` processes on this machine. `dask`, `ray`: Prefect's task runner of that name, on a
             cluster whose machines share `QADAPTER_HOME` (docs/scaling.md).
-        address: of the cluster's scheduler (`tcp://host:8786`, `ray://host:10001`); None: a cluster of this machine,
-            `parallel` workers large, for the length of the run.
+        address: the address of the cluster's scheduler (`tcp://host:8786`, `ray://host:10001`); None: a temporary
+            cluster of `parallel` workers on this machine.
     """
 
     engine: Literal["local", "dask", "ray"] = "local"
@@ -130,7 +131,7 @@ class RunnerSettings(Settings):
         return self
 
     def check(self) -> None:
-        """Raises QAdapterError if the engine is not installed."""
+        """Raise QAdapterError if the engine is not installed."""
         package = f"prefect_{self.engine}"
         if self.engine != "local" and find_spec(package) is None:
             raise QAdapterError(

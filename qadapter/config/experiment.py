@@ -1,7 +1,7 @@
-"""An experiment: what `configs/*.yaml` may say, what contradicts what, and how a config is read.
+"""An experiment: the schema of `configs/*.yaml`, its contradictions, and how a config is read.
 
-A config is complete in itself. Unknown keys, wrong types and contradictions are refused before anything runs, all at
-once, each with the key's path and what was expected.
+Each config is complete. Unknown keys, wrong types and contradictions are refused together, before anything runs, each
+with the key's path and what was expected.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PROFILE_FOLDER = CONFIGS
 
 
 def _known_judge(name: str | None) -> str | None:
-    """Raise ValueError where a config names a judge that the table does not have."""
+    """Raise ValueError if a config names a judge that is not in the table."""
     if name is not None and name not in judge_names():
         raise ValueError(f"there is no such judge{did_you_mean(name, judge_names())}")
     return name
@@ -54,7 +54,7 @@ else:
 
 
 class JudgedEvaluation(EvaluationSettings):
-    """Both halves of the paper's claim, with a section for each judge of `qadapter.judging.table` that has settings."""
+    """Both halves of the paper's claim, with one section per judge of `qadapter.judging.table` that has settings."""
 
     adaptation: JudgedAdaptation = JudgedAdaptation()
 
@@ -64,14 +64,14 @@ class Experiment(Settings):
 
     Attributes:
         name: the MLflow experiment and the profile's name.
-        seeds: one customisation per seed for each domain and method; the base is trained once, with `base_seed`.
+        seeds: one training per seed, domain and method; the base is trained once, with `base_seed`.
         parallel: how many stages run side by side (1: one after the other, in this process).
-        threads: of torch, for each stage; None: the machine's cores shared out among `parallel` stages. A tiny model
-            gains nothing from a second one. The environment's OMP_NUM_THREADS wins.
-        launch: whether trainings run in this process or as several, through `accelerate launch`.
-        runner: who runs stages side by side: processes of this machine, or a Dask or Ray cluster.
-        training: what all methods share: pairs per step, steps, length. A method of single conversations sees two
-            sequences where a pairwise method sees one pair, so that the token budget is the same.
+        threads: torch threads per stage; None: the machine's cores divided by `parallel`. A tiny model gains nothing
+            from a second thread. The environment variable OMP_NUM_THREADS takes precedence.
+        launch: whether trainings run in this process or in several, through `accelerate launch`.
+        runner: where stages run side by side: in processes of this machine, or on a Dask or Ray cluster.
+        training: settings that all methods share: pairs per step, steps, length. A method on single conversations sees
+            two sequences where a pairwise method sees one pair, so that the token budget is the same.
     """
 
     name: Name
@@ -100,7 +100,7 @@ class Experiment(Settings):
         return self
 
     def _contradictions(self) -> Iterator[str]:
-        """What no section can see alone, a sentence each."""
+        """Yield one sentence per contradiction between sections."""
         if repeated := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
             yield f"seeds names {repeated} more than once"
         named = {f"domains.{name}.source": domain.source for name, domain in self.domains.items()}
@@ -122,9 +122,9 @@ class Experiment(Settings):
         if self.model.pretrained and self.helpful_sft and not self.helpful_sft.lora:
             yield "helpful_sft.lora: full fine-tuning is for models from scratch; set it to true"
         if not self.helpful_sft and (needy := [n for n, d in self.domains.items() if d.base == "helpful"]):
-            yield f"domains {needy} want the base 'helpful', but there is no helpful_sft section"
+            yield f"domains {needy} use the base 'helpful', but there is no helpful_sft section"
         if self.training.max_steps and (idle := [name for name, d in self.domains.items() if d.epochs]):
-            yield f"domains.{idle[0]}.epochs says nothing where training.max_steps counts: give one of them"
+            yield f"domains.{idle[0]}.epochs has no effect with training.max_steps: give one of them"
         known = [name for name, domain in self.domains.items() if domain.source in self.sources]
         yield from judges.contradictions(self, known)
         trainings = {"pretraining": self.pretraining, "helpful_sft": self.helpful_sft, "training": self.training}
@@ -139,23 +139,23 @@ class Experiment(Settings):
                     )
 
     def judge_of(self, domain: str) -> str:
-        """Name of the judge of a domain's answers (`AdaptationSettings.judge`)."""
+        """The name of the judge for a domain's answers (`AdaptationSettings.judge`)."""
         kind = judges.judge_of(self, domain)
         return kind.name if kind else NO_JUDGE
 
     def training_of(self, domain: str) -> OptimizerSettings:
-        """The training that a domain's adapters get."""
+        """The training settings of a domain's adapters."""
         epochs = self.domains[domain].epochs
         return self.training if epochs is None else self.training.model_copy(update={"epochs": epochs})
 
     @property
     def threads_per_stage(self) -> int:
-        """torch threads of one stage."""
+        """torch threads per stage."""
         return self.threads or max(1, len(os.sched_getaffinity(0)) // self.parallel)
 
     @property
     def needs_data(self) -> bool:
-        """Whether some path has `{data}` in it that no toy world fills."""
+        """Whether a path contains `{data}` and no toy world provides it."""
         return self.toy_world is None and "{data}" in self.model_dump_json()
 
 
@@ -172,7 +172,8 @@ def load_experiment(profile: str, overrides: Mapping[str, Any] | Sequence[str] =
         overrides: `{"training.max_steps": 5}` or `["training.max_steps=5"]`; values of strings are read as YAML.
 
     Raises:
-        QAdapterError: unknown profile or key, wrong type, contradiction; every problem at once, with its path.
+        QAdapterError: unknown profile or key, wrong type, or contradiction. The message lists every problem with its
+            path.
     """
     file = Path(profile) if profile.endswith((".yaml", ".yml")) else PROFILE_FOLDER / f"{profile}.yaml"
     if not file.is_file():
@@ -185,9 +186,9 @@ def load_experiment(profile: str, overrides: Mapping[str, Any] | Sequence[str] =
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise QAdapterError(shown(f"{file} is not YAML: {error}")) from error
     if not isinstance(settings, dict):
-        raise QAdapterError(f"{file} holds {type(settings).__name__}, expected a mapping of settings")
+        raise QAdapterError(f"{file} contains {type(settings).__name__}; expected a mapping of settings")
     for path, value in parse_overrides(overrides).items():
-        _set(settings, path, deepcopy(value))  # a later override may go into it, and it is the caller's
+        _set(settings, path, deepcopy(value))  # a later override may change it, and the caller keeps the original
     try:
         return Experiment.model_validate(settings)
     except ValidationError as error:
@@ -195,10 +196,10 @@ def load_experiment(profile: str, overrides: Mapping[str, Any] | Sequence[str] =
 
 
 def parse_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
-    """`["training.max_steps=5"]` as `{"training.max_steps": 5}`; a mapping as it is.
+    """Parse `["training.max_steps=5"]` into `{"training.max_steps": 5}`; a mapping is returned unchanged.
 
     Raises:
-        QAdapterError: an override without `=`, or a value that is no YAML.
+        QAdapterError: an override has no `=`, or its value is not YAML.
     """
     if isinstance(overrides, Mapping):
         return dict(overrides)
@@ -217,7 +218,7 @@ def parse_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, A
 
 
 def _yaml_float(text: str) -> str:
-    """YAML 1.1 reads `1e-4` as a string; everybody who types it means the number."""
+    """Read `1e-4` as a number; YAML 1.1 reads it as a string."""
     return str(float(text)) if re.fullmatch(r"\s*[-+]?\d+(\.\d*)?[eE][-+]?\d+\s*", text) else text
 
 
@@ -229,17 +230,17 @@ def _set(settings: dict[str, Any], path: str, value: Any) -> None:
             node[name] = {}
         node = node[name]
         if not isinstance(node, dict):
-            raise QAdapterError(f"override {path}: {'.'.join(parents[: i + 1])} is a value, it has no key {last!r}")
+            raise QAdapterError(f"override {path}: {'.'.join(parents[: i + 1])} is a value and has no key {last!r}")
     node[last] = value
 
 
 def explain_problems(error: ValidationError, file: Path, schema: type[Settings] = Experiment) -> str:
-    """What is wrong with a config, a line a problem: the key's path and what was expected. URLs lose their secrets.
+    """Describe the problems of a config, one per line: the key's path and what was expected. Secrets are masked.
 
     Args:
-        error: pydantic's.
-        file: where the config was read from.
-        schema: what it should have been.
+        error: the error that pydantic raised.
+        file: the file of the config.
+        schema: the expected schema.
     """
     problems = []
     for problem in error.errors():
@@ -263,7 +264,7 @@ def _keys_at(location: Sequence[int | str], settings: type[Settings]) -> list[st
     definitions = schema.get("$defs", {})
 
     def sections(node: Any) -> list[Any]:
-        """The object schemas a node stands for: behind references and unions."""
+        """The object schemas of a node, after resolving references and unions."""
         if "$ref" in node:
             return sections(definitions[node["$ref"].rsplit("/", 1)[1]])
         if "anyOf" in node:

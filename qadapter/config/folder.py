@@ -1,4 +1,4 @@
-"""Where the project's own config files lie: `configs/` of a checkout, or the copy that a wheel carries."""
+"""The folder of the project's config files: `configs/` in a checkout, or its copy in an installed wheel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The section `methods` of an experiment: one section for each method of the table, and which of them run."""
+"""The section `methods` of an experiment: which methods run, and one section of settings per method."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ else:
 
 
 class AnyMethods(Settings):
-    """Every method's own settings; `run` says which of them run."""
+    """The settings of every method; `run` lists the methods that run."""
 
     run: tuple[MethodName, ...] = tuple(method.name for method in METHODS if method.by_default)
 
@@ -32,12 +32,12 @@ class AnyMethods(Settings):
         return settings
 
     def changed(self, method: str, settings: MethodSettings) -> AnyMethods:
-        """The same with other settings of one method."""
+        """A copy with other settings for one method."""
         return self.model_copy(update={method_named(method).attribute: settings})
 
 
 def _section(method: Method[Any]) -> tuple[Any, Any]:
-    """A method's section as a pydantic field, under its name in YAML; required where its settings have no default."""
+    """A method's section as a pydantic field with its name in YAML; required where its settings have no default."""
     if any(entry.is_required() for entry in method.settings.model_fields.values()):
         return method.settings, Field(alias=method.name)
     return method.settings, Field(method.settings(), alias=method.name)

@@ -10,7 +10,7 @@ from qadapter.config.base import Count, Positive, Settings
 
 
 class FromScratch(Settings):
-    """A Llama-architecture model of this size, trained in the run, tokenizer included."""
+    """A Llama-architecture model of this size, trained in the run together with its tokenizer."""
 
     tokenizer: Literal["words", "byte-bpe"] = "byte-bpe"
     vocab_size: Count
@@ -28,14 +28,14 @@ class FromScratch(Settings):
 
 
 class ModelSettings(Settings):
-    """The pre-trained model: one from scratch, or a folder or hub id.
+    """The pre-trained model: trained from scratch, or loaded from a folder or hub id.
 
     Attributes:
-        quantization: how the frozen base is held while adapters train; `int8` and `nf4` need bitsandbytes.
-        trust_remote_code: off unless the user turns it on; code from a model repository runs with the user's rights.
-        thinking: of a thinking model, on or off; None leaves it to its chat template.
-        thoughts: whether the thoughts of replies are scored or left out of them, in training and in scoring.
-        chat_template_kwargs: further variables of the chat template.
+        quantization: precision of the frozen base while adapters train; `int8` and `nf4` need bitsandbytes.
+        trust_remote_code: run code of the model's repository, with the user's rights. Off by default.
+        thinking: turn the thoughts of a thinking model on or off; None: the chat template decides.
+        thoughts: whether thoughts in replies are scored or removed, in training and in scoring.
+        chat_template_kwargs: further variables for the chat template.
     """
 
     from_scratch: FromScratch | None = None
@@ -57,15 +57,15 @@ class ModelSettings(Settings):
         return self
 
     def numerics(self) -> dict[str, Any]:
-        """How the weights are held: what a result depends on besides the weights themselves."""
+        """The precision settings that a result depends on, in addition to the weights."""
         return {"quantization": self.quantization, "dtype": self.dtype, "revision": self.revision}
 
     def rendering(self) -> dict[str, Any]:
-        """How conversations are written, where that is not the chat template's own way."""
+        """The settings that change how the chat template renders conversations."""
         return self.model_dump(include={"thinking", "thoughts", "chat_template_kwargs"}, exclude_defaults=True)
 
     def key(self) -> dict[str, Any]:
-        """What a result depends on besides the weights: how they are held, and how conversations are written."""
+        """The settings that a result depends on, in addition to the weights: `numerics` and `rendering`."""
         return {**self.numerics(), **self.rendering()}
 
 

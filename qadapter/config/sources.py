@@ -1,4 +1,4 @@
-"""Where preference records come from."""
+"""The sources of preference records."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class ToyWorldSettings(Settings):
 
 
 class ReadingSettings(Settings):
-    """What preference data leave open; docs/data.md says where each is needed."""
+    """Choices that preference data leave open; docs/data.md describes when each is needed."""
 
-    fields: dict[str, Any] | None = Field(None, description="where prompt and replies lie, if no layout is recognised")
+    fields: dict[str, Any] | None = Field(None, description="keys of prompt and replies, if no layout is recognised")
     preferred: str | None = Field(None, description="which of two judgements counts: better_response_id")
     score: str | None = Field(None, description="which of several scores counts: fine-grained_score")
     pairing: Literal["all", "first"] | None = Field(None, description="pair single labelled replies by their prompt")
@@ -36,17 +36,17 @@ class Source(ReadingSettings):
 
     Attributes:
         path: file, folder, URL (http, https or any fsspec scheme) or `hub:owner/name`. `{data}` is the data folder;
-            in a URL, `${NAME}` is an environment variable, the place for a password or key.
-        heldout_path: an own source of held-out pairs; without it `heldout` splits `path` by prompt.
-        domain: for DSP records, the style that is preferred.
-        fields, preferred, score, pairing, ranking, ties, min_margin: what the data leave open, see docs/data.md.
-        split, revision, config_name: for a data set of the hub.
-        heldout: share (below 1) or number of prompts kept out of training.
-        max_train_pairs, max_heldout_pairs: cut after the split, None for all.
-        max_chars: longer records (prompt and reply together) are quarantined.
-        judge_pairs: kept from training (whole prompts), so that a reward model can be trained on them to judge answers.
-        public_query: parameters of the URLs' queries whose literal values are no secrets (`id`, say).
-        expected_pairs: how many training pairs a source out of reach is known to have; only `make plan` reads it.
+            `${NAME}` in a URL is an environment variable, for a password or key.
+        heldout_path: a separate source of held-out pairs; without it, `heldout` splits `path` by prompt.
+        domain: for DSP records, the preferred style.
+        fields, preferred, score, pairing, ranking, ties, min_margin: choices that the data leave open (docs/data.md).
+        split, revision, config_name: for a data set on the hub.
+        heldout: share (below 1) or number of prompts that are held out of training.
+        max_train_pairs, max_heldout_pairs: number of pairs kept after the split; None: all.
+        max_chars: records with more characters (prompt and reply together) are quarantined.
+        judge_pairs: number of pairs (whole prompts) set aside to train the reward model that judges answers.
+        public_query: query parameters of the URLs whose literal values are not secrets (for example `id`).
+        expected_pairs: number of training pairs of a source that cannot be read yet; used by `make plan` only.
     """
 
     path: str

@@ -1,4 +1,4 @@
-"""A sweep: what `configs/sweep/*.yaml` may say, and the settings to train and measure that follow from it."""
+"""A sweep: the schema of `configs/sweep/*.yaml`, and the settings to train and measure."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from qadapter.files.yaml_text import read_yaml
 from qadapter.methods.table import METHODS, NAMES, method_named
 
 SWEEP_FOLDER = PROFILE_FOLDER / "sweep"
-PARALLEL_EFFICIENCY = 0.85  # of stages side by side on two cores: they share caches, the database and Prefect's server
+PARALLEL_EFFICIENCY = 0.85  # stages side by side on two cores share caches, the database and Prefect's server
 
 Value = bool | float | str | None
 
 
 class Group(Settings):
-    """Settings of one method that belong together.
+    """A group of settings of one method.
 
     Attributes:
-        method: which method.
-        tuning: the method's own search, as large for every method; else an ablation, which is reported beside it and
-            takes no part in comparing methods.
-        centre: its settings; what is not named is the profile's, or with a `preset` the preset's.
-        one_at_a_time: setting → values: the centre, and the centre with one setting changed.
-        combine: setting → values: every combination. A value of null is the centre's.
-        alpha_0_at_inference: further values of α0 that the centre's trained adapter is measured with.
+        method: the method's name.
+        tuning: whether the group is the method's hyper-parameter search, which has the same size for every method.
+            Otherwise it is an ablation, which is reported separately and not used to compare methods.
+        centre: settings of the centre; others are the profile's, or with a `preset` the preset's.
+        one_at_a_time: setting → values. Variants: the centre, and the centre with one setting changed.
+        combine: setting → values. Variants: every combination. A value of null is the centre's.
+        alpha_0_at_inference: further values of α0 with which the centre's trained adapter is measured.
     """
 
     method: MethodName
@@ -48,7 +48,7 @@ class Group(Settings):
     @model_validator(mode="after")
     def _check(self) -> Group:
         if self.one_at_a_time and self.combine:
-            raise ValueError("one_at_a_time and combine are two ways to go through settings; give one of them")
+            raise ValueError("one_at_a_time and combine exclude each other; give one of them")
         method = method_named(self.method)
         if self.alpha_0_at_inference and not method.moves_alpha_0:
             having = " and ".join(other.name for other in METHODS if other.moves_alpha_0)
@@ -62,7 +62,7 @@ class Group(Settings):
         return self
 
     def changes(self) -> list[dict[str, Value]]:
-        """What each of the group's settings names, the centre first."""
+        """The changes of each of the group's settings, the centre first."""
         found = [dict(self.centre)] if not self.combine else []
         for knob, values in self.one_at_a_time.items():
             found += [{**self.centre, knob: value} for value in values]
@@ -74,17 +74,17 @@ class Group(Settings):
 
 
 class Sweep(Settings):
-    """A whole sweep.
+    """A sweep.
 
     Attributes:
         name: part of titles and of the report's key.
-        profile: the experiment that is varied: a name in `configs/`, or a YAML file.
-        seeds: every setting is trained once a seed.
-        domains: of the profile's, those that are swept.
-        settings: dotted keys of the experiment to change for all, such as `parallel`.
-        groups: what is varied.
-        seconds: measured on two cores, for `--plan` only: `base` (all that is computed once), `dial` (measuring a
-            trained adapter again) and for each method the training and measuring of one adapter.
+        profile: the experiment to vary: a name in `configs/`, or a YAML file.
+        seeds: every setting is trained once per seed.
+        domains: the profile's domains to sweep.
+        settings: changes to the experiment for all settings, by dotted key, such as `parallel`.
+        groups: the groups of settings.
+        seconds: times measured on two cores, used by `--plan` only: `base` (everything computed once), `dial`
+            (measuring a trained adapter again), and per method the training and measuring of one adapter.
     """
 
     name: Name
@@ -108,11 +108,11 @@ class Sweep(Settings):
         tuned = {name: group for name, group in self.groups.items() if group.tuning}
         for method in NAMES:
             if len(own := [name for name, group in tuned.items() if group.method == method]) > 1:
-                yield f"groups {own} are both the tuning of {method}; one group is, the others are ablations"
+                yield f"groups {own} are both the tuning of {method}; keep one and set tuning to false in the others"
         efforts = {group.method: len(group.changes()) for group in tuned.values()}
         if len(set(efforts.values())) > 1:
             counts = ", ".join(f"{method} {effort}" for method, effort in efforts.items())
-            yield f"every method is tuned with the same number of settings; given are {counts}"
+            yield f"every method needs the same number of tuning settings; given are {counts}"
         if lacking := {"base", "dial", *(group.method for group in self.groups.values())} - set(self.seconds):
             yield f"seconds: {sorted(lacking)} are missing"
 
@@ -122,13 +122,13 @@ class Variant:
     """One setting to measure.
 
     Attributes:
-        name: what it is called everywhere: its family and the settings that were named.
+        name: the name everywhere: the family and the changed settings.
         family: the method; for the Q-Adapter its objective.
-        method: its name.
-        groups: the groups it belongs to.
-        tuning: whether one of them is its method's tuning.
+        method: the method's name.
+        groups: the groups that contain it.
+        tuning: whether one of these groups is the method's tuning.
         experiment: the sweep's experiment with this setting.
-        alpha_0: α0 at inference, where it is another than in training.
+        alpha_0: α0 at inference, where it differs from that in training.
         trained_as: the variant whose trained adapter is measured; itself, unless α0 is changed at inference.
     """
 
@@ -149,7 +149,8 @@ def load_sweep(sweep: str) -> Sweep:
         sweep: a name in `configs/sweep/`, or a YAML file.
 
     Raises:
-        QAdapterError: unknown sweep or key, wrong type, contradiction; every problem at once, with its path.
+        QAdapterError: unknown sweep or key, wrong type, or contradiction. The message lists every problem with its
+            path.
     """
     file = Path(sweep) if sweep.endswith((".yaml", ".yml")) else SWEEP_FOLDER / f"{sweep}.yaml"
     known = sorted(entry.stem for entry in SWEEP_FOLDER.glob("*.yaml"))
@@ -166,15 +167,15 @@ def load_sweep(sweep: str) -> Sweep:
 
 
 def merged_overrides(sweep: Sweep, profile: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """What a sweep changes of a profile: seeds, settings, domains, and sources that nobody uses any more.
+    """A sweep's changes to its profile: seeds, settings, domains, and the removal of sources that become unused.
 
     Args:
         sweep: the sweep.
         profile: a profile's name or file.
-        overrides: the user's own, which win.
+        overrides: the user's overrides, which take precedence.
 
     Raises:
-        QAdapterError: the profile cannot be read, or does not have one of the domains.
+        QAdapterError: the profile cannot be read, or lacks one of the domains.
     """
     experiment = load_experiment(profile, overrides)
     if unknown := [name for name in sweep.domains if name not in experiment.domains]:
@@ -198,14 +199,14 @@ def merged_overrides(sweep: Sweep, profile: str, overrides: Mapping[str, Any]) -
 
 
 def expand(sweep: Sweep, experiment: Experiment) -> list[Variant]:
-    """Every setting of a sweep once, in the order of its groups; those that two groups share belong to both.
+    """List every setting of a sweep once, in the order of its groups; a setting of two groups belongs to both.
 
     Args:
         sweep: what to vary.
         experiment: the sweep's experiment, with its overrides.
 
     Raises:
-        QAdapterError: a value that its method does not take.
+        QAdapterError: a method does not accept one of its values.
     """
     found: dict[str, Variant] = {}
     for group_name, group in sweep.groups.items():
@@ -238,7 +239,7 @@ def _join(found: dict[str, Variant], key: str, group: str, tuning: bool) -> None
 
 
 def _with_settings(experiment: Experiment, method: str, change: Mapping[str, Value], where: str) -> Experiment:
-    """The experiment with other settings of one method; equal settings come out equal, whichever way they were said."""
+    """The experiment with other settings of one method; equal settings compare equal, however they were given."""
     section = experiment.methods.of(method)
     start = {} if "preset" in change else section.model_dump()
     try:
@@ -260,7 +261,7 @@ def _names(method: str, change: Mapping[str, Value]) -> tuple[str, str]:
 
 
 def estimate_hours(sweep: Sweep, variants: list[Variant], experiment: Experiment) -> float:
-    """How long a sweep takes from nothing, by the seconds that it names."""
+    """Estimate a sweep's duration in hours without any cached stage, from its `seconds`."""
     cells = len(experiment.seeds) * len(experiment.domains)
     seconds = sum(sweep.seconds["dial" if v.alpha_0 is not None else v.method] for v in variants) * cells
     parallel = experiment.parallel

@@ -1,4 +1,4 @@
-"""How a training runs: optimiser, pre-training, the SFT base, the domains."""
+"""Settings of trainings: optimiser, pre-training, the SFT base, and the domains."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class OptimizerSettings(Settings):
     """How long and how fast one training runs.
 
     Attributes:
-        max_steps: optimiser steps; None: `epochs` decides.
+        max_steps: number of optimiser steps; None: `epochs` decides.
         epochs: passes over the data, used where `max_steps` is None.
         batch_size: examples (conversations; for adapters: preference pairs) per optimiser step.
         micro_batch_size: examples per forward pass; gradients are accumulated up to `batch_size`. None: `batch_size`.
         max_length: tokens; a longer prompt is cut from the left.
-        allow_truncation: train although `max_length` cuts most pairs' replies.
-        save_steps: a checkpoint every so many steps, from which a killed training goes on; None: none.
+        allow_truncation: train even if `max_length` cuts the replies of most pairs.
+        save_steps: steps between checkpoints, from which a killed training resumes; None: no checkpoints.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         bf16: mixed precision.
     """
@@ -57,8 +57,8 @@ class PretrainingSettings(OptimizerSettings):
     """Pre-training from scratch.
 
     Attributes:
-        corpus_sources: preference sources whose training pairs become conversations, both replies of a pair. A toy
-            world brings a corpus of its own; the learnt part of `built_benchmarks.questions` is added too.
+        corpus_sources: preference sources whose training pairs become conversations, one per reply. A toy world has
+            its own corpus; the learnt part of `built_benchmarks.questions` is added too.
     """
 
     corpus_sources: tuple[Name, ...] = ()
@@ -69,7 +69,7 @@ class HelpfulSettings(OptimizerSettings):
 
     Attributes:
         source: name under `sources`.
-        lora: for a pretrained model, train a LoRA and merge it; without it all weights move (models from scratch).
+        lora: for a pretrained model, train a LoRA and merge it; without it, all weights are trained.
     """
 
     source: Name
@@ -77,12 +77,12 @@ class HelpfulSettings(OptimizerSettings):
 
 
 class DomainSettings(Settings):
-    """One customisation: this source's preferences, put onto this base.
+    """One domain: the source of its preferences, and the base that is customized.
 
     Attributes:
         source: name under `sources`.
         base: `pretrained`, or `helpful` for the SFT base.
-        epochs: passes over this domain's data, where they differ from `training.epochs`.
+        epochs: passes over this domain's data, if different from `training.epochs`.
     """
 
     source: Name

@@ -215,7 +215,7 @@ def test_the_process_ends_with_2_and_one_line() -> None:
         ("serve --adapter a --port 70000", "--port: Input should be less than or equal to 65535"),
         ("run --profil smoke", "unknown flag --profil, did you mean '--profile'?"),
         ("run --profile smok", "there is no profile 'smok', did you mean 'smoke'?"),
-        ("customize --config smok", "there is no customisation 'smok', did you mean 'smoke'?"),
+        ("customize --config smok", "there is no customization 'smok', did you mean 'smoke'?"),
         ("rollback --to x", "invalid value for '--to'"),
         ("drop --kind god", "there is no kind 'god', did you mean 'good'?"),
         ("drop --part 3 --out nowhere", "the toy world's preferences come in 2 parts"),

@@ -198,7 +198,7 @@ def test_an_override_that_is_no_yaml() -> None:
 
 
 def test_an_override_below_a_value() -> None:
-    assert "override name.first: name is a value, it has no key 'first'" in refused(["name.first=x"])
+    assert "override name.first: name is a value and has no key 'first'" in refused(["name.first=x"])
 
 
 # ---- refusals
@@ -289,7 +289,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "epochs that do not count": (
         {"domains.academy.epochs": 2},
-        "domains.academy.epochs says nothing where training.max_steps counts",
+        "domains.academy.epochs has no effect with training.max_steps",
     ),
     "a source that nobody uses": (
         {"sources.spare": {"path": "x.jsonl"}},
@@ -399,7 +399,7 @@ def test_a_base_that_is_not_made() -> None:
     sources = {name: source.model_dump() for name, source in load_experiment("smoke").sources.items()}
     del sources["helpful"]
     message = refused({"helpful_sft": None, "sources": sources, "domains.academy.base": "pretrained"})
-    assert "domains ['harmless', 'business', 'entertainment', 'literature'] want the base 'helpful'" in message
+    assert "domains ['harmless', 'business', 'entertainment', 'literature'] use the base 'helpful'" in message
 
 
 def test_contradictions_are_reported_together() -> None:
