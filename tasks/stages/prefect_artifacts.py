@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,12 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.logging import get_run_logger
 
 from qadapter.report.page import data_uri
+from tasks.stages.retries import retrying
 
 LARGEST_IMAGE = 1_000_000
 """Bytes of a figure that is put into Prefect's database; a larger one is in the store and in MLflow only."""
 _PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds between attempts: a restart of the server fits in
+_AWAY = (httpx.TransportError, PrefectHTTPStatusError)
 _FIGURE = re.compile(r"^!\[([^\]]*)\]\(\w+\.png\)$", re.MULTILINE)
 
 
@@ -30,16 +31,11 @@ def show(create: Callable[..., Any], **content: Any) -> None:
         create: one of Prefect's `create_…_artifact`.
         content: its arguments.
     """
-    for pause in (*_PAUSES, None):
-        try:
-            create(**content)
-            return
-        except (httpx.TransportError, PrefectHTTPStatusError) as error:
-            if pause is None:
-                where = "the stage's files and MLflow have it"
-                get_run_logger().warning("Prefect cannot show %r (%s); %s.", content.get("key"), error, where)
-                return
-            time.sleep(pause)
+    try:
+        retrying(_PAUSES, lambda error: isinstance(error, _AWAY))(create, **content)
+    except _AWAY as error:
+        where = "the stage's files and MLflow have it"
+        get_run_logger().warning("Prefect cannot show %r (%s); %s.", content.get("key"), error, where)
 
 
 def show_page(file: Path, key: str, description: str) -> None:

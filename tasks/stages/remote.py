@@ -24,6 +24,7 @@ import fsspec
 
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import MANIFEST, Manifest, atomic_folder, write_json
+from tasks.stages.retries import retrying
 
 _LOGGER = logging.getLogger(__name__)
 _PAUSES = (0.5, 2.0)  # seconds between attempts
@@ -166,25 +167,24 @@ class RemoteStore:
         """
         if time.monotonic() < _away_until.get(self.url, 0.0):
             raise _AwayError
-        for pause in (*_PAUSES, None):
-            try:
-                fs, root = fsspec.url_to_fs(self.url)
-                return action(fs, str(root).rstrip("/"), *arguments)
-            except Exception as error:  # every file system has exceptions of its own
-                if pause is not None:
-                    time.sleep(pause)
-                    continue
-                _away_until[self.url] = time.monotonic() + _AWAY_FOR
-                _LOGGER.warning(
-                    "The store %s does not answer (%s: %s); going on without it for %.0f s. Nothing is lost: what is "
-                    "finished lies here and is pushed by a later run.",
-                    self.url,
-                    type(error).__name__,
-                    str(error).splitlines()[0][:200] if str(error) else "no message",
-                    _AWAY_FOR,
-                )
-                raise _AwayError from error
-        raise AssertionError("unreachable")
+
+        def attempt() -> Result:
+            fs, root = fsspec.url_to_fs(self.url)
+            return action(fs, str(root).rstrip("/"), *arguments)
+
+        try:
+            return retrying(_PAUSES, lambda error: isinstance(error, Exception))(attempt)
+        except Exception as error:  # every file system has exceptions of its own
+            _away_until[self.url] = time.monotonic() + _AWAY_FOR
+            _LOGGER.warning(
+                "The store %s does not answer (%s: %s); going on without it for %.0f s. Nothing is lost: what is "
+                "finished lies here and is pushed by a later run.",
+                self.url,
+                type(error).__name__,
+                str(error).splitlines()[0][:200] if str(error) else "no message",
+                _AWAY_FOR,
+            )
+            raise _AwayError from error
 
 
 class _DamagedError(Exception):

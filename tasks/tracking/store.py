@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,6 +41,7 @@ from qadapter.files.artifacts import (
 )
 from qadapter.files.locks import held
 from qadapter.files.shown import shown
+from tasks.stages.retries import retrying
 from tasks.tracking.spool import Entry
 
 __all__ = [
@@ -233,6 +233,20 @@ def downloaded(place: Path, path: str, fetch: Callable[[Path], Any], holds: Call
     return place / path
 
 
+def _unwritable(error: BaseException) -> str | None:
+    """What to do where an error means that the database cannot be written to; None for any other."""
+    return next((advice for sign, advice in _UNWRITABLE.items() if sign in str(error)), None)
+
+
+def _is_busy(error: BaseException) -> bool:
+    """Whether the next attempt may succeed: the store is busy, or another run wrote the same data set's row first."""
+    return (
+        isinstance(error, MlflowException)
+        and not _unwritable(error)
+        and (error.error_code == "TEMPORARILY_UNAVAILABLE" or "unique constraint" in str(error).lower())
+    )
+
+
 @dataclass(frozen=True)
 class MlflowStore:
     """One MLflow store: a server, or a database in a file.
@@ -256,29 +270,22 @@ class MlflowStore:
             RefusedError: it answered that it will not.
             QAdapterError: the database cannot be written to.
         """
-        for pause in (*_PAUSES, None):
-            try:
-                return getattr(_client(self.uri, os.getpid()), method)(*arguments, **options)
-            except (MlflowException, requests.RequestException) as error:
-                text = shown(str(error))
-                for sign, advice in _UNWRITABLE.items():
-                    if sign in text:
-                        raise QAdapterError(
-                            f"MLflow's database {shown(self.uri)} cannot be written: {advice}, then run again. "
-                            "Finished stages are kept."
-                        ) from error
-                busy = isinstance(error, MlflowException) and (
-                    # another run wrote the same data set's row first: the next try finds it there
-                    error.error_code == "TEMPORARILY_UNAVAILABLE" or "unique constraint" in text.lower()
-                )
-                if busy and pause is not None:
-                    _LOGGER.warning("MLflow is busy; trying again in %.1f s", pause)
-                    time.sleep(pause)
-                elif busy or is_away(error):
-                    raise _away(self.uri, error) from None  # the cause has the address as given, password and all
-                else:
-                    raise _refused(self.uri, method, error) from None
-        raise AssertionError("unreachable")
+        client = retrying(
+            _PAUSES, _is_busy, lambda _, pause: _LOGGER.warning("MLflow is busy; trying again in %.1f s", pause)
+        )
+        try:
+            # The client is looked up in each attempt: it belongs to a process, and a fork may have made this one.
+            return client(lambda: getattr(_client(self.uri, os.getpid()), method)(*arguments, **options))
+        except (MlflowException, requests.RequestException) as error:
+            if advice := _unwritable(error):
+                raise QAdapterError(
+                    f"MLflow's database {shown(self.uri)} cannot be written: {advice}, then run again. "
+                    "Finished stages are kept."
+                ) from error
+            # `from None`: the cause has the address as given, password and all.
+            if _is_busy(error) or is_away(error):
+                raise _away(self.uri, error) from None
+            raise _refused(self.uri, method, error) from None
 
     def is_there(self) -> bool:
         """Whether a server accepts requests, asked once and quickly; a database is taken to be there."""
