@@ -1,4 +1,4 @@
-"""Stages of a candidate: trained on from the champion, measured beside it, judged, registered."""
+"""Stages of a candidate: continue the champion's training, measure, decide, register."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ from tasks.tracking.tracker import Tracker
 from tasks.train import Base, keyed
 
 METHOD = q_adapter.METHOD.name
-LEDGER = "ledger"  # folder among the artifacts of a version's run
+LEDGER = "ledger"  # folder in the artifacts of a version's run
 _SHOWN = ("adaptation/", "retention/", "forgetting/")
 
 
 def registry_of(customization: Customization) -> Registry:
-    """The registered model of a customisation, in this project's MLflow store."""
+    """The registered model of a customization, in this project's MLflow store."""
     lock = workspace() / ".qadapter" / "customize" / f"{customization.model_name}.aliases.lock"
     return Registry(Tracker.for_project(workspace()), customization.model_name, lock)
 
 
 def learnt_by(champion: Version | None, registry: Registry) -> Path | None:
-    """Ledger of the preferences that a version and its parents were trained on; None before the first.
+    """Find the ledger of the preferences that a version and its parents were trained on; None before the first version.
 
-    What came in since then and only rejected candidates were trained on is not in it. MLflow has it, whatever became of
-    the stage that wrote it; while that is there, nothing needs to be fetched.
+    It omits newer preferences on which only rejected candidates were trained. MLflow keeps the ledger even if the stage
+    that wrote it is gone; while that stage exists, nothing is downloaded.
     """
     if champion is None:
         return None
@@ -63,7 +63,7 @@ def learnt_by(champion: Version | None, registry: Registry) -> Path | None:
     if registry.has(champion, LEDGER) and holds(kept := registry.files(champion, LEDGER, holds)):
         return kept
     get_run_logger().warning(
-        "the ledger of version %d is gone or damaged, in MLflow and in %s: every preference counts as new",
+        "the ledger of version %d is missing or damaged, in MLflow and in %s: every preference counts as new",
         champion.number,
         stage,
     )
@@ -71,17 +71,16 @@ def learnt_by(champion: Version | None, registry: Registry) -> Path | None:
 
 
 def _tags(champion: Version, name: str) -> Mapping[str, str]:
-    """The tags of a version that is to be trained on from.
+    """The tags of the version whose training is continued.
 
     Raises:
-        QAdapterError: it has none of this pipeline's: somebody registered it by hand.
+        QAdapterError: the version lacks this pipeline's tags because it was registered by hand.
     """
     if lacking := [tag for tag in ("ledger", "base_digest", "adapter_digest") if tag not in champion.tags]:
         raise QAdapterError(
             f"Version {champion.number} of {name!r}, the champion, was not registered by this pipeline: it lacks the "
-            f"tags {', '.join(lacking)}, which say what it has learnt and which files it is made of. Make a version "
-            "the champion that has them (`make rollback TO=number`; `make history` lists all), or give the config "
-            "another model_name."
+            f"tags {', '.join(lacking)}, which identify its data and files. Make a version with these tags the "
+            "champion (`make rollback TO=number`; `make history` lists all), or give the config another model_name."
         )
     return champion.tags
 
@@ -92,7 +91,7 @@ def _holds_ledger(folder: Path, digest: str | None) -> bool:
 
 
 def config_of(customization: Customization, experiment: Experiment) -> dict[str, Any]:
-    """The whole config, JSON values."""
+    """The whole config as JSON values."""
     return {
         "customization": customization.model_dump(mode="json"),
         "experiment": experiment.model_dump(mode="json", by_alias=True),
@@ -100,15 +99,16 @@ def config_of(customization: Customization, experiment: Experiment) -> dict[str,
 
 
 def champions_base(profile_base: Base, champion: Version | None, model: ModelSettings, name: str) -> Base:
-    """The base that the champion's adapter belongs to: the profile's if that is the same one, else the registered one.
+    """The base of the champion's adapter: the profile's base if it is the same, otherwise the registered one.
 
-    Either is loaded as the version says (commit of a hub id, precision, quantisation), whatever the profile says now.
+    Both are loaded with the version's settings (commit of a hub id, precision, quantization), not the profile's current
+    ones.
 
     Args:
-        profile_base: what the profile makes or names now.
-        champion: the version to go on from; None for the first candidate.
+        profile_base: the base that the profile trains or refers to now.
+        champion: the version whose training is continued; None for the first candidate.
         model: the profile's model section.
-        name: of the registered model.
+        name: name of the registered model.
     """
     if champion is None:
         return profile_base
@@ -125,16 +125,16 @@ def champions_base(profile_base: Base, champion: Version | None, model: ModelSet
     base = replace(profile_base, numerics={**profile_base.numerics, **recorded})
     if base.settings(model).numerics() == profile_base.settings(model).numerics():
         return profile_base
-    get_run_logger().warning("the profile holds the base otherwise now; it stays as version %d's", champion.number)
+    get_run_logger().warning("the profile loads the base differently; version %d's settings are used", champion.number)
     return base
 
 
 def champions_adapter(champion: Version, name: str) -> Path:
-    """The adapter that is trained on from, and measured, as it was registered.
+    """The champion's adapter as registered: its training is continued, and it is measured.
 
     Args:
         champion: the version.
-        name: of the registered model.
+        name: name of the registered model.
     """
     from tasks.tracking.models import find_adapter
 
@@ -144,19 +144,19 @@ def champions_adapter(champion: Version, name: str) -> Path:
 
 
 def _or_finished(find: Callable[[], str], digest: str, folder: str) -> str:
-    """What the registry has; where that is damaged, the folder of a finished stage that it was copied from."""
+    """The registered files; if they are damaged, the folder of the finished stage from which they were copied."""
     try:
         return find()
     except DamagedError as error:
         for stage in StageStore(workspace() / ".qadapter").entries():
             if (stage / folder).is_dir() and digest_tree(stage / folder) == digest:
-                get_run_logger().warning("%s The same files are still in %s, and are used.", error, stage)
+                get_run_logger().warning("%s The same files exist in %s and are used instead.", error, stage)
                 return str(stage / folder)
         raise
 
 
 def base_digest(base: Base, model: ModelSettings) -> str:
-    """What identifies a base: sha256 of its files, or hub id and commit (where that is not to be had, the revision)."""
+    """The identity of a base: sha256 of its files, or hub id and commit (the revision if the commit is unknown)."""
     folder = Path(base.location)
     if folder.is_dir():
         return digest_tree(folder)
@@ -215,10 +215,10 @@ def train_candidate(context: RunContext, cell: Cell, base: Base, data: StageResu
 
 @task(task_run_name="adapter-of-{label}")
 def take_adapter(context: RunContext, label: str, folder: Path, run_id: str | None) -> Any:
-    """An adapter's files alone, as a stage.
+    """A stage that holds only an adapter's files.
 
-    Its digest is the same before it was registered and after, so what was measured of a candidate is found again when
-    it has become the champion.
+    Its digest is the same before and after registration, so the measurements of a candidate are found in the cache
+    when it has become the champion.
     """
 
     def compute(out: Path, _: Path) -> None:
@@ -239,7 +239,7 @@ def take_adapter(context: RunContext, label: str, folder: Path, run_id: str | No
 
 @dataclass(frozen=True)
 class Rows:
-    """The three policies that the gate looks at; `champion` is None before the first promotion."""
+    """The three policies that the gate compares; `champion` is None before the first promotion."""
 
     candidate: Evaluation
     champion: Evaluation | None
@@ -247,13 +247,13 @@ class Rows:
 
 
 def measured(row: Evaluation) -> Measured:
-    """What the evaluation of a row wrote, item by item."""
+    """The item-level results of a row's evaluation."""
     return Measured.read(row.adaptation.path, row.retention.path)
 
 
 @task(task_run_name="gate")
 def judge_candidate(context: RunContext, customization: Customization, rows: Rows, parent: int | None) -> Decision:
-    """Hold the candidate against the champion, or against the base where there is none yet."""
+    """Compare the candidate with the champion, or with the base where there is no champion yet."""
     rival = rows.champion or rows.base
     name = f"champion (version {parent})" if rows.champion else "base"
     decision = decide(customization.gate, measured(rows.candidate), measured(rival), measured(rows.base), name)
@@ -286,17 +286,17 @@ def register_candidate(
     fingerprint: str,
     parent: int | None,
 ) -> Version:
-    """Register the candidate with its whole story; the caller moves the alias."""
+    """Register the candidate with all its tags; the caller moves the alias."""
     summary = read_json(mixture.path / "summary.json")
     data_digest = digest_of({side: summary[f"{side}_sha256"] for side in ("train", "heldout")})
     config = config_of(customization, context.experiment)
     config_digest, base_is = digest_of(config), base_digest(base, context.experiment.model)
     adapter_digest = digest_tree(adapter.path / "adapter")
-    # The run of the training, which the evaluation went on with: metrics, curves and files lie there.
+    # The run of the training, which the evaluation continued: it holds the metrics, curves and files.
     run_id = rows.candidate.adaptation.run_id
     numbers = {**rows.candidate.adaptation.output.metrics(), **rows.candidate.retention.output.metrics()}
     candidate = Candidate(
-        # Judged by other rules, or otherwise, the same files are another candidate: a version's verdict never changes.
+        # With another decision the same files are another candidate: the decision on a version never changes.
         key=digest_of(
             {
                 "adapter": adapter_digest,
@@ -332,7 +332,7 @@ def register_candidate(
         from tasks.tracking.models import log_served_model
 
         context.tracker.log_file(run_id, ledger.path / RECORDS, LEDGER)
-        known = str(context.tracker.call("get_run", run_id).info.run_id)  # not a ticket of a store that was away
+        known = str(context.tracker.call("get_run", run_id).info.run_id)  # not a ticket from an outage of MLflow
         return log_served_model(
             known,
             base=base.location,

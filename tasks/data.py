@@ -24,8 +24,8 @@ def generate_toy_world(context: RunContext) -> Any:
     """Write the toy world's data sets, corpus and benchmarks."""
     settings = context.experiment.toy_world
     assert settings is not None
-    # The world's benchmarks of a style ask about the topics that preparing its source will hold out. All styles are in
-    # the key, so that a run of a few domains shares its world with one of all.
+    # The world's benchmarks of a style ask about the topics that preparing its source will hold out. The key covers all
+    # styles, so that a run of a few domains shares its world with a run of all.
     named = {source.domain: source.heldout for source in context.experiment.sources.values()}
     heldout_topics = {style: named.get(style, toyworld.HELDOUT_TOPICS) for style in toyworld.DOMAIN_STYLES}
     split_seed = context.experiment.base_seed
@@ -51,13 +51,13 @@ def generate_toy_world(context: RunContext) -> Any:
 
 
 def unreachable(_task: Any, _run: Any, state: State[Any]) -> bool:
-    """Whether a task failed for a reason that a second try may mend: a source that did not answer (Prefect's hook)."""
+    """Prefect's retry condition: whether a task failed because a source did not answer."""
     return isinstance(state.data, UnreachableError)
 
 
 @task(task_run_name="prepare-{source}", retries=2, retry_delay_seconds=[5, 30], retry_condition_fn=unreachable)
 def prepare_data(context: RunContext, source: str, world: StageResult | None) -> Any:
-    """Turn one source into validated preference pairs, split by prompt, with a quarantine and a count of everything."""
+    """Turn one source into validated preference pairs, split by prompt, with a quarantine and counts."""
     settings = context.experiment.sources[source]
     cache = context.store.root / "downloads"
 
@@ -105,7 +105,7 @@ def prepare_data(context: RunContext, source: str, world: StageResult | None) ->
             log_pairs(context, run_id, source, output, side)
             log_pairs(context, context.parent_run_id, source, output, side)
         if summary["incomplete_files"]:
-            get_run_logger().warning("%s: these files broke off: %s", source, ", ".join(summary["incomplete_files"]))
+            get_run_logger().warning("%s: truncated files: %s", source, ", ".join(summary["incomplete_files"]))
         counts = {name: value for name, value in summary.items() if isinstance(value, int)}
         counts |= {f"quarantined/{reason}": count for reason, count in summary["quarantined"].items()}
         context.tracker.log_metrics(run_id, {f"data/{name}": count for name, count in counts.items()})
@@ -132,7 +132,7 @@ SIDES = {"train": "training", "heldout": "evaluation", "judge": "judge"}
 
 
 def log_pairs(context: RunContext, run_id: str, source: str, prepared: StageOutput, side: str) -> None:
-    """Record one side of a prepared source, `train`, `heldout` or `judge`, as a data set input of an MLflow run."""
+    """Log one side of a prepared source (`train`, `heldout` or `judge`) as a data set input of an MLflow run."""
     summary = read_json(prepared.path / "summary.json")
     context.tracker.log_dataset(
         run_id,
@@ -146,7 +146,7 @@ def log_pairs(context: RunContext, run_id: str, source: str, prepared: StageOutp
 
 @task(task_run_name="build-benchmarks")
 def build_benchmarks(context: RunContext, data: Mapping[str, StageResult], world: StageResult | None) -> Any:
-    """Make benchmarks from held-out data, and the corpus of what is not held out."""
+    """Build benchmarks from held-out data, and a corpus from the rest."""
     settings = context.experiment.built_benchmarks
     assert settings is not None
     texts = {

@@ -1,4 +1,4 @@
-"""Evaluation stages: what a policy learnt, and what it kept."""
+"""Evaluation stages: adaptation and retention of a policy."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from tasks.train import Base
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One row of the comparison: everything the report reads, as folders.
+    """One row of the comparison: the folders that the report reads.
 
     Attributes:
         cell: domain, method, seed.
         training: the adapter's stage; None for the base.
-        adaptation, retention: the evaluation's two halves.
+        adaptation, retention: the stages of the evaluation's two halves.
     """
 
     cell: Cell
@@ -44,7 +44,7 @@ class Evaluation:
 def measure_base_retention(
     context: RunContext, name: str, base: Base, old_texts: StageResult | None, benchmarks: StageResult | None
 ) -> Any:
-    """Score a base on what must not be forgotten: the other end of every difference."""
+    """Measure a base's retention: the reference of every difference."""
     result = _retention(context, base, None, None, old_texts, benchmarks, run_name=f"retention · {name} base")
     return task_result(result, result)
 
@@ -63,7 +63,7 @@ def evaluate(
     world: StageResult | None,
     judge: StageResult | None,
 ) -> Any:
-    """Measure both halves for one row; the base's own retention is measured once and shown in its rows."""
+    """Measure adaptation and retention for one row. The base's own retention is measured once and used in its rows."""
     context = base.within(context)
     experiment = context.experiment
     source = experiment.domains[cell.domain].source
@@ -71,7 +71,7 @@ def evaluate(
     adapter = trained.path / "adapter" if trained else None
     kind = judge_of(experiment, cell.domain)
     case = case_of(experiment, cell.domain, kind) if kind else None
-    # A plain function of the judge's own module: so the stage's code digest has that judge's code and no other's.
+    # A plain function of the judge's own module, so that the stage's code digest covers that judge's code only.
     open_judge = kind.open if kind else None
     material = judge_material(context, base, judge, world)
     inputs: dict[str, StageOutput | Path] = {**base.inputs(), "data": data.output}
@@ -137,7 +137,7 @@ def evaluate(
 
 
 def log_answers(context: RunContext, run_id: str, file: Path) -> None:
-    """Show judged answers as a table in MLflow, which its UI compares between runs."""
+    """Log judged answers as a table, which MLflow's UI compares across runs."""
     if not file.exists():
         return
     rows = read_json_lines(file)
@@ -164,7 +164,7 @@ def _retention(
             inputs[name] = result.output
     settings = experiment.evaluation.retention
     official = Path(resolve_path(settings.official_data, context.data)) if settings.official_data else None
-    # What the tasks are and what they read decides a score as much as the policy does.
+    # A score depends on the tasks' definitions and on what they read as much as on the policy.
     reads = reads_of(settings.tasks, benchmarks.path if benchmarks else None, official)
     definitions = {}
     for name, task_reads in reads.items():
@@ -198,7 +198,7 @@ def _retention(
         run_name=run_name,
         module="qadapter.evaluation.measure",
         config={
-            # What the tasks read counts (inputs, and their definitions' digest), not where it lies.
+            # The key covers the content that the tasks read and the digest of their definitions, not the paths.
             "settings": settings.model_dump(exclude={"official_data"}),
             "tasks": hashlib.sha256(json.dumps(definitions, sort_keys=True).encode()).hexdigest(),
             "model": experiment.model.key(),

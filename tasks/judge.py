@@ -1,4 +1,4 @@
-"""The judge of a domain's answers: its training where it needs one, and what the evaluation hands to it."""
+"""The judge of a domain's answers: its training, if it needs one, and its inputs from earlier stages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @task(task_run_name="judge-{domain}", tags=["accelerator"])
 def train_judge(context: RunContext, domain: str, base: Base, data: StageResult) -> Any:
-    """Train the domain's judge on the pairs that no policy sees, and measure how far it can be trusted."""
+    """Train the domain's judge on pairs that no policy sees, and measure its agreement with people."""
     context = base.within(context)
     experiment = context.experiment
     kind = judge_of(experiment, domain)
@@ -69,8 +69,8 @@ def train_judge(context: RunContext, domain: str, base: Base, data: StageResult)
     found = result.output.metrics()
     if found["judge/accuracy_low"] <= 0.5:
         get_run_logger().warning(
-            "%s: the judge decides %.2f of held-out pairs as people did (95 %%: %.2f to %.2f), which may be chance: "
-            "its verdicts say little. More judge_pairs, more steps or a larger base may help.",
+            "%s: the judge agrees with people on %.2f of held-out pairs (95 %%: %.2f to %.2f), which may be chance: "
+            "its verdicts are unreliable. More judge_pairs, more steps or a larger base may help.",
             domain,
             found["judge/accuracy"],
             found["judge/accuracy_low"],
@@ -80,10 +80,10 @@ def train_judge(context: RunContext, domain: str, base: Base, data: StageResult)
 
 
 def judge_material(context: RunContext, base: Base, trained: StageResult | None, world: StageResult | None) -> Material:
-    """What the stages before the evaluation of a row made for its judge.
+    """Collect what earlier stages made for the judge of a row.
 
     Args:
-        context: of the flow run.
+        context: the flow run's context.
         base: the domain's base.
         trained: the judge's training, where it has one.
         world: the toy world.

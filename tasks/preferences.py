@@ -1,4 +1,4 @@
-"""Stages of a growing source: what is new in it, what is trained on, what is held out."""
+"""Stages of a growing source: find new preferences, choose the training pairs, hold out pairs."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from tasks.stages.store import StageOutput
 
 @dataclass(frozen=True)
 class Seen:
-    """How far a source has been dealt with; kept in `.qadapter/customize/<model>.json`.
+    """The progress of a recurring customization; stored in `.qadapter/customize/<model>.json`.
 
     Attributes:
-        fingerprint: of what the last run that ended dealt with: source, held-out pairs and config.
-        ledger: folder of the ledger that was made of the source; what it has is not validated again.
-        outcome: what came of it, for people.
-        version: the newest registered version at that run's end; a newer one is of a run that was killed.
-        started: fingerprint of what the last run dealt with that began; `started_at` is when (seconds since 1970).
-        announced: fingerprint that the watcher announced last; `announced_at` is when, 0 if nobody heard of it;
-            `announcements` is how often.
+        fingerprint: fingerprint of source, held-out pairs and config in the last run that ended.
+        ledger: folder of the source's ledger; its records are not validated again.
+        outcome: the outcome of that run, as a readable sentence.
+        version: the newest registered version at that run's end; a newer one belongs to a killed run.
+        started: fingerprint in the last run that started; `started_at` is its start in seconds since 1970.
+        announced: fingerprint that the watcher announced last; `announced_at` is the time, 0 if no announcement
+            succeeded; `announcements` is their number.
     """
 
     fingerprint: str = ""
@@ -55,17 +55,17 @@ class Seen:
 
     @classmethod
     def read(cls, customization: Customization) -> Seen:
-        """What is known; nothing before the first run."""
+        """Read the stored progress; empty before the first run."""
         file = _seen_file(customization)
         return cls(**read_json(file)) if file.exists() else cls()
 
     @classmethod
     def update(cls, customization: Customization, **changes: Any) -> Seen:
-        """Change some of it and keep the rest, whoever else (a run, the watcher) writes at the same time."""
+        """Change some fields and keep the others, safely while a run or the watcher writes too."""
         file = _seen_file(customization)
         with storage_errors(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-            with held(file.with_suffix(".state.lock"), guards=f"what is known of {customization.name}", seconds=60.0):
+            with held(file.with_suffix(".state.lock"), guards=f"the progress of {customization.name}", seconds=60.0):
                 seen = replace(cls.read(customization), **changes)
                 write_json(file, seen.__dict__)
         return seen
@@ -77,18 +77,18 @@ def _seen_file(customization: Customization) -> Path:
 
 @dataclass(frozen=True)
 class Delivered:
-    """What lies in a source now.
+    """The current files of a source.
 
     Attributes:
-        files: its data files, fetched if need be.
-        unread: files in its folder that are no data by their names, with their sizes.
+        files: its data files, downloaded if needed.
+        unread: files in its folder that are not data files by their names, with their sizes.
     """
 
     files: list[Path]
     unread: dict[str, int]
 
     def digests(self) -> dict[str, str]:
-        """sha256 of the contents as `files` and, where something is not read, of its names and sizes as `unread`."""
+        """sha256 of the contents as `files`; if there are unread files, of their names and sizes as `unread`."""
         digests = {"files": sources.fingerprint(self.files)}
         if self.unread:
             digests["unread"] = hashlib.sha256(json.dumps(self.unread).encode()).hexdigest()
@@ -96,19 +96,19 @@ class Delivered:
 
 
 def delivered(source: Source, data: Path | None = None) -> Delivered:
-    """A source as it is now; a relative path starts at the workspace.
+    """List the current files of a source; a relative path starts at the workspace.
 
     Args:
-        source: where to look.
-        data: what `{data}` in its path stands for.
+        source: the source.
+        data: the folder that replaces `{data}` in its path.
 
     Raises:
-        NoDataError: nothing lies there, and it is no mistake to expect something: the folder is empty, or it does not
-            exist in a folder that does, or in the workspace.
-        QAdapterError: the source cannot be read, or its path is a mistake.
+        NoDataError: there is nothing yet, which is not an error: the folder is empty, or only the last part of its path
+            is missing, or it is below the workspace.
+        QAdapterError: the source cannot be read, or its path is wrong.
     """
     where = _where(source.path, data)
-    # Of a data set with a card or splits, these say which of its files are meant.
+    # A data set's card and splits determine which of its files are read.
     whole = source.split is None and source.config_name is None
     try:
         files = _files(source.path, source, source.split, data)
@@ -141,10 +141,10 @@ def _files(path: str, source: Source, split: str | None, data: Path | None) -> l
 
 
 def heldout_files(source: Source, data: Path | None = None) -> list[Path] | None:
-    """The files of the held-out side, fetched if need be; None where it is a share of the source's prompts.
+    """The files of the held-out side, downloaded if needed; None where it is a share of the source's prompts.
 
     Raises:
-        QAdapterError: there are none. Unlike deliveries, held-out pairs are not waited for.
+        QAdapterError: there are none. Held-out pairs must exist, while deliveries may come later.
     """
     if not (source.heldout_path or source.heldout_split):
         return None
@@ -158,7 +158,7 @@ def heldout_files(source: Source, data: Path | None = None) -> list[Path] | None
 def collect_preferences(
     context: RunContext, customization: Customization, previous: str, world: StageResult | None
 ) -> Any:
-    """Validate what is new or changed in the source; what is known keeps its outcome."""
+    """Validate new and changed records of the source; known records keep their outcome."""
     source = customization.source
     found = delivered(source, world.path if world else context.data)
     digests = found.digests()
@@ -198,7 +198,7 @@ def collect_preferences(
 
 
 def changes_of(ledger: StageResult) -> Changes:
-    """What `collect_preferences` found."""
+    """The changes that `collect_preferences` found."""
     return Changes(**read_json(ledger.path / SUMMARY))
 
 
@@ -211,12 +211,12 @@ def mix_preferences(
     world: StageResult | None,
     everything: bool,
 ) -> Any:
-    """Choose what is trained on and what is held out.
+    """Choose the training pairs and the held-out pairs.
 
     Args:
-        context, customization, ledger, world: of the run.
-        learnt: ledger of the champion's version; what it has not is new.
-        everything: whatever `mix.rows` says: for the first training, or where nothing is new.
+        context, customization, ledger, world: those of the run.
+        learnt: ledger of the champion's version; records that it lacks are new.
+        everything: use all pairs regardless of `mix.rows`: in the first training, or where nothing is new.
     """
     source, mix = customization.source, customization.mix
     held = heldout_files(source, world.path if world else context.data)
@@ -257,7 +257,7 @@ def mix_preferences(
 
 @task(task_run_name="heldout-files")
 def read_heldout(context: RunContext, customization: Customization, world: StageResult | None) -> Any:
-    """What `hold_out` gives where the held-out side has files of its own, without a look at the source.
+    """Like `hold_out`, for held-out pairs in files of their own; the source is not read.
 
     Raises:
         QAdapterError: the held-out side is a share of the source.
@@ -265,7 +265,7 @@ def read_heldout(context: RunContext, customization: Customization, world: Stage
     source = customization.source
     files = heldout_files(source, world.path if world else context.data)
     if files is None:
-        raise QAdapterError(f"{customization.name} has no held-out files of its own (source.heldout_path)")
+        raise QAdapterError(f"{customization.name} has no separate held-out files; set source.heldout_path")
     before = sources.fingerprint(files)
     settings: dict[str, Any] = {
         "domain": source.domain,
@@ -293,7 +293,7 @@ def read_heldout(context: RunContext, customization: Customization, world: Stage
 
 @task(task_run_name="heldout")
 def hold_out(context: RunContext, mixture: StageResult) -> Any:
-    """The held-out pairs as a stage of their own: while they stay the same, no policy is measured on them twice."""
+    """The held-out pairs as a separate stage: while they stay the same, no policy is measured on them twice."""
 
     def compute(out: Path, _: Path) -> None:
         shutil.copyfile(mixture.path / "heldout.jsonl", out / "heldout.jsonl")

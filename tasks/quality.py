@@ -1,4 +1,4 @@
-"""The quality stage: what is wrong with the data, shown before anything is trained on them."""
+"""The quality stage: problems of the data, reported before any training on them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ QUALITY = "quality.json"
 
 @task(task_run_name="quality-{source}")
 def measure_quality(context: RunContext, source: str, data: StageResult, benchmarks: StageResult | None) -> Any:
-    """Count what usually makes a customisation fail. No other stage but the report reads it: it re-trains nothing.
+    """Count the usual causes of a failed customization. Only the report reads it, so it never triggers a re-training.
 
     Args:
-        context: of the run.
+        context: the flow run's context.
         source: name of the source.
         data: its prepared pairs.
-        benchmarks: the stage whose folder has the run's own benchmarks, if there is one.
+        benchmarks: the stage that built the run's benchmarks, if there is one.
     """
     retention = context.experiment.evaluation.retention
     folder = benchmarks.path if benchmarks else context.data

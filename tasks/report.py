@@ -23,13 +23,13 @@ FIGURES = ("retention_adaptation", "training_curves")
 
 @dataclass(frozen=True)
 class Report:
-    """Where the report is."""
+    """The location of a report."""
 
     folder: Path
     parent_run_id: str
 
     def summary(self) -> dict[str, Any]:
-        """What the command line prints and the flow returns, as plain values."""
+        """The plain values that the command line prints and the flow returns."""
         return {"report": str(self.folder / "report.md"), "mlflow_run": self.parent_run_id}
 
 
@@ -83,7 +83,7 @@ def write_report(
     context.tracker.log_metrics(context.parent_run_id, result.output.metrics())
     key = context.experiment.name.replace("_", "-")
     show_page(folder / "report.md", f"report-{key}", title)
-    # Not a link: a browser does not follow one from Prefect's page to a file.
+    # Not a link: a browser does not follow links from Prefect's page to local files.
     show(
         create_markdown_artifact,
         key=f"report-page-{key}",
@@ -99,7 +99,7 @@ def write_report(
 
 
 def metrics_of(row: Evaluation) -> dict[str, float]:
-    """Every measurement of a row, from its stages, and how long each took, under the names they have in MLflow."""
+    """All metrics of a row's stages and their durations in seconds, with their names in MLflow."""
     metrics: dict[str, float] = {}
     for stage in filter(None, (row.training, row.adaptation, row.retention)):
         metrics |= stage.output.metrics() | {f"cost/{stage.output.stage}_stage_seconds": stage.output.seconds}

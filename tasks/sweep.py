@@ -1,4 +1,4 @@
-"""Stages of a sweep that the full experiment does not have: α0 moved after training, and the table of all settings."""
+"""Stages that only a sweep has: changing α0 after training, and the table of all settings."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tasks.train import train_adapter
 
 @dataclass(frozen=True)
 class SweptCell(Cell):
-    """A cell with one of a sweep's settings."""
+    """A cell with one setting of a sweep."""
 
     variant: str = ""
     groups: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        """`academy · dpo β=1 · seed 1`."""
+        """The run's name: `academy · dpo β=1 · seed 1`."""
         return f"{self.domain} · {self.variant} · seed {self.seed}"
 
     def tags(self) -> dict[str, str]:
@@ -48,7 +48,7 @@ evaluate_variant = evaluate.with_options(task_run_name="evaluate-{cell.domain}-{
 
 @task(task_run_name="dial-{cell.domain}-{cell.variant}-{cell.seed}")
 def move_dial(context: RunContext, cell: SweptCell, trained: StageResult, alpha_0: float) -> Any:
-    """The same trained adapter with another α0; its MLflow run goes on to hold the evaluation."""
+    """The same trained adapter with another α0; its MLflow run later holds the evaluation."""
 
     def compute(out: Path, _: Path) -> None:
         from qadapter.policy.dial import set_alpha_0
@@ -80,11 +80,11 @@ def write_sweep(
     """Write the table and the figure of all settings.
 
     Args:
-        context: of the flow run.
-        name: the sweep's.
-        variants: what was to be measured.
-        rows: what was: the bases' rows and one a variant, domain and seed.
-        expected: cells that a complete variant has.
+        context: the flow run's context.
+        name: the sweep's name.
+        variants: the planned variants.
+        rows: the measured rows: those of the bases, and one per variant, domain and seed.
+        expected: number of cells of a complete variant.
     """
     title = f"Sweep: {name}"
     inputs: dict[str, StageOutput | Path] = {}
@@ -134,7 +134,7 @@ def write_sweep(
 
 
 def _settings(variant: Variant, rows: Sequence[Evaluation]) -> dict[str, float]:
-    """A variant's numbers: those that its training wrote down (a preset filled in), else those of the config."""
+    """A variant's settings: those that its training recorded (with the preset filled in), else those of the config."""
     given: Mapping[str, Any] = variant.experiment.methods.of(variant.method).model_dump(exclude_none=True)
     found: dict[str, Any] = {"learning_rate": variant.experiment.training.learning_rate, **given}
     for row in rows:

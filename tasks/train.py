@@ -1,4 +1,4 @@
-"""Training stages: the base, its SFT on helpful data, what methods need besides, one adapter per domain and method."""
+"""Training stages: the base, its SFT on helpful data, the needs of methods, one adapter per domain, method and seed."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from tasks.stages.store import StageOutput
 
 @dataclass(frozen=True)
 class Base:
-    """A base model: where it is, and what identifies it in cache keys.
+    """A base model: its location, and its identity in cache keys.
 
     Attributes:
         location: folder, or hub id.
-        output: the stage that made it; None for a model from outside.
+        output: the stage that made it; None for an external model.
         name: `pretrained` or `helpful`.
-        numerics: how its weights are held (`dtype`, `quantization`, `revision`), where that is its own and not what
-            the experiment says: the commit of a hub id, whose branch can move on, and all of a champion's base.
+        numerics: how to load its weights (`dtype`, `quantization`, `revision`), where this differs from the experiment:
+            the commit of a hub id, whose branch can move, and all settings of a champion's base.
     """
 
     location: str
@@ -40,24 +40,24 @@ class Base:
     numerics: Mapping[str, str | None] = field(default_factory=dict)
 
     def inputs(self) -> dict[str, StageOutput | Path]:
-        """The base as a stage's input, where it is made of files."""
+        """The base as a stage's input, if it consists of local files."""
         if self.output is not None:
             return {"base": self.output}
         folder = Path(self.location)
         return {"base": folder} if folder.is_dir() else {}
 
     def config(self) -> dict[str, Any]:
-        """The base as part of a stage's config, where it is a name on a hub."""
+        """The base as part of a stage's config, if it is a hub id."""
         return {} if self.inputs() else {"base": self.location}
 
     def settings(self, model: ModelSettings) -> ModelSettings:
-        """How this base is loaded, where an experiment says `model`."""
+        """The model settings with which this base is loaded, given the experiment's."""
         if not self.numerics:
             return model
         return model.model_copy(update={"from_scratch": None, "pretrained": self.location, **self.numerics})
 
     def within(self, context: RunContext) -> RunContext:
-        """The context for a stage that loads this base: its experiment says how, and so do the stage's keys."""
+        """The context for a stage that loads this base: experiment and stage keys have this base's settings."""
         if not self.numerics:
             return context
         model = self.settings(context.experiment.model)
@@ -68,7 +68,7 @@ class Base:
 def pretrain_base(
     context: RunContext, data: Mapping[str, StageResult], world: StageResult | None, built: StageResult | None
 ) -> Any:
-    """Train tokenizer and base from scratch, or name the pre-trained model that the experiment starts from."""
+    """Train tokenizer and base from scratch, or return the pre-trained model that the experiment starts from."""
     experiment = context.experiment
     size, settings = experiment.model.from_scratch, experiment.pretraining
     if size is None or settings is None:
@@ -77,7 +77,7 @@ def pretrain_base(
     if world is not None:
         corpora["world"] = world.output
     if built is not None:
-        corpora["built"] = built.path / "corpus.jsonl"  # not the benchmarks beside it
+        corpora["built"] = built.path / "corpus.jsonl"  # without the benchmarks in the same folder
     launcher = ProcessLauncher(experiment.launch)
 
     def compute(out: Path, scratch: Path) -> None:
@@ -100,7 +100,7 @@ def pretrain_base(
 
 
 def _named_base(model: ModelSettings) -> Base:
-    """A model from outside; of a hub id the commit is looked up once, and stays that for the whole run."""
+    """An external model. The commit of a hub id is looked up once and kept for the whole run."""
     name = str(model.pretrained)
     if Path(name).is_dir():
         return Base(name, None, "pretrained")
@@ -154,7 +154,7 @@ def fine_tune_base(context: RunContext, base: Base, data: StageResult) -> Any:
 
 @task(task_run_name="{need.name}-{domain}")
 def prepare_need(context: RunContext, domain: str, need: Need, base: Base, data: StageResult) -> Any:
-    """Make what a method needs besides the pairs, such as the base's own answers to the training prompts."""
+    """Make what a method needs in addition to the pairs, such as the base's answers to the training prompts."""
     context = base.within(context)
     experiment = context.experiment
     file = data.path / "train.jsonl"
@@ -197,7 +197,7 @@ def train_adapter(
     data: StageResult,
     needs: Mapping[str, StageResult],
 ) -> Any:
-    """Train one adapter with one method; its MLflow run goes on to hold the evaluation."""
+    """Train one adapter with one method; its MLflow run later holds the evaluation."""
     context = base.within(context)
     experiment = context.experiment
     method, seed = method_named(cell.method), cast(int, cell.seed)
@@ -248,6 +248,6 @@ def train_adapter(
 
 
 def keyed(settings: Any) -> dict[str, Any]:
-    """Settings that a result depends on: how often is logged or saved changes nothing."""
+    """The settings that a result depends on: all but the intervals of logging and saving."""
     kept: dict[str, Any] = settings.model_dump(exclude={"save_steps", "logging_steps", "source", "corpus_sources"})
     return kept

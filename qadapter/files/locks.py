@@ -75,7 +75,7 @@ def holder(file: Path) -> str:
     try:
         status = file.stat()
         place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-        rows = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        rows = [line.split() for line in Path("/proc/locks").read_text().strip().split("\n")]
         numbers = [int(row[4]) for row in rows if len(row) > 5 and row[1] == "FLOCK" and row[5] == place]
         process = psutil.Process(numbers[0])
         return f"process {process.pid} ({process.name()}, user {process.username()})"

@@ -1,4 +1,4 @@
-"""Which version of the code a stage runs: a digest that a reworded comment does not change and a changed line does."""
+"""The version of the code that a stage runs: a digest that depends on the code, not on comments or docstrings."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _OURS = (_LIBRARY, "tasks", "flows")
 
 
 def code_digest(module: str, function: Callable[..., Any] | None = None) -> str:
-    """sha256 over a module, a function, and everything of this project that they can reach.
+    """sha256 of a module, a function, and all code of this project that they can reach.
 
-    The closure is found by reading, not by importing, so it costs no torch. It holds the module, every module of this
-    project named in an `import` anywhere in it (lazy imports inside functions too, those for type checkers alone not)
-    and so on, the packages they lie in, and the data files (YAML, templates) beside them. Python counts by its syntax
-    tree without docstrings: comments and formatting do not matter. Modules go by their dotted names, not by any path.
+    Modules are parsed, not imported, so torch is not loaded. The closure contains the module, every module of this
+    project that it imports (including lazy imports inside functions, excluding those for type checkers only), their
+    imports in turn, their packages, and the data files (YAML, templates) beside them. Python code enters as its syntax
+    tree without docstrings, so comments and formatting do not matter. Modules are identified by dotted name, not path.
 
     Args:
         module: dotted name of the module that does a stage's work, for example `qadapter.training.pretraining`.
-        function: the few lines around it that hand it its arguments. Its own instructions count, those of the
-            functions beside it that it calls, and the modules of `qadapter` that it uses; not the rest of its module.
+        function: the function that calls it. The digest covers its own instructions, those of functions of its module
+            that it calls, and the modules of `qadapter` that it uses, but not the rest of its module.
 
     Raises:
         ModuleNotFoundError: there is no such module.
@@ -56,7 +56,7 @@ def code_digest(module: str, function: Callable[..., Any] | None = None) -> str:
 
 
 def _follow_function(function: Callable[..., Any], digests: dict[str, str]) -> list[str]:
-    """Enter a function and those of ours that it calls into `digests`; return the modules of the library it uses."""
+    """Add a function, and our functions that it calls, to `digests`; return the `qadapter` modules that it uses."""
     while isinstance(function, partial):
         function = function.func
     if not isinstance(function, FunctionType):
@@ -88,7 +88,7 @@ def _follow_function(function: Callable[..., Any], digests: dict[str, str]) -> l
             reached.append(cell.cell_contents)
     for value in reached:
         if not isinstance(value, ModuleType | FunctionType | type):
-            continue  # data: what of it matters is the stage's config to say
+            continue  # data: the stage's config covers what matters of it
         home = value.__name__ if isinstance(value, ModuleType) else value.__module__
         if home.partition(".")[0] == _LIBRARY:
             modules.append(home)
@@ -98,7 +98,7 @@ def _follow_function(function: Callable[..., Any], digests: dict[str, str]) -> l
 
 
 def _code_objects(code: CodeType) -> Iterator[CodeType]:
-    """A function's code and that of what is defined inside it (comprehensions, lambdas)."""
+    """The code of a function and of everything defined inside it (comprehensions, lambdas)."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -141,7 +141,7 @@ def _read(module: str, file: Path, _mtime: int, _size: int) -> tuple[str, tuple[
 
 
 def _imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[str]:
-    """Dotted names that the import statements of a module can load; names that are no module sort themselves out."""
+    """Dotted names that the imports of a module can load. Names that are not modules are ignored later."""
     for node in _executed(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -157,7 +157,7 @@ def _imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[str]:
 
 
 def _executed(tree: ast.AST) -> Iterator[ast.AST]:
-    """Every node but those below `if TYPE_CHECKING:`, which only a type checker reads."""
+    """Every node except those below `if TYPE_CHECKING:`, which only a type checker reads."""
     waiting: list[ast.AST] = [tree]
     while waiting:
         node = waiting.pop()
@@ -181,7 +181,7 @@ def _drop_docstrings(tree: ast.Module) -> None:
 
 
 def _data_files(package: str) -> Iterator[tuple[str, str]]:
-    """Name and digest of the files beside a package's code that are not code, folders without code included."""
+    """Name and digest of a package's data files, including those in folders without code."""
     file = _file_of(package)
     if file is None:
         return

@@ -1,4 +1,4 @@
-"""What every task of one flow run shares: the experiment, where results go, and the MLflow run they belong to."""
+"""The context that all tasks of a flow run share: the experiment, the stores, and the MLflow parent run."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def workspace() -> Path:
 
 @dataclass(frozen=True)
 class RunContext:
-    """Handed to every task; small, immutable and picklable.
+    """The context of a flow run, passed to every task; small, immutable and picklable.
 
     Attributes:
         experiment: the validated config.
-        store: finished stages.
-        tracker: the way to MLflow.
-        parent_run_id: the MLflow run of this flow run.
+        store: the store of finished stages.
+        tracker: writes to MLflow.
+        parent_run_id: id of this flow run's MLflow run.
         data: the user's data folder, if one was given.
-        rows_to_judge: policies whose answers the whole flow run judges; None: those that the experiment names.
+        rows_to_judge: number of policies whose answers the flow run judges; None: derived from the experiment.
     """
 
     experiment: Experiment
@@ -41,7 +41,7 @@ class RunContext:
     rows_to_judge: int | None = None
 
     def resolve(self, path: str, world: Path | None) -> str:
-        """Fill in `{data}`: the toy world's folder, or the folder the user named."""
+        """Replace `{data}` by the toy world's folder, or by the user's data folder."""
         return resolve_path(path, world or self.data)
 
 
@@ -55,7 +55,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """`academy · dpo · seed 1`; the UI sorts and shows runs by it."""
+        """The run's name, by which the UI sorts runs: `academy · dpo · seed 1`."""
         seed = f" · seed {self.seed}" if self.seed is not None else ""
         return f"{self.domain} · {self.method}{seed}"
 

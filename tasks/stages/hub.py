@@ -1,4 +1,4 @@
-"""What a model of the hub is for good: not the branch that was asked for, which moves on, but the commit behind it."""
+"""The immutable identity of a model on the hub: the commit behind a branch, since branches move."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 
 def commit_of(model: str, revision: str | None) -> str | None:
-    """The commit of a hub id, from the hub's cache, or the hub.
+    """Look up the commit of a hub id, in the local cache or on the hub.
 
     Args:
         model: hub id.
         revision: branch, tag or commit; None: main.
 
     Returns:
-        The commit; where it is not to be reached from here `revision`, which is all that is known then.
+        The commit; `revision` if the hub cannot be reached.
     """
     try:
         return extract_commit_hash(cached_file(model, "config.json", revision=revision or "main"), None) or revision

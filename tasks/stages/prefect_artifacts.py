@@ -1,4 +1,4 @@
-"""What Prefect's UI shows of a finished stage. A Prefect server that is away must not fail the stage."""
+"""Prefect artifacts of a finished stage. An unavailable Prefect server must not fail the stage."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from qadapter.report.page import data_uri
 from tasks.stages.retries import retrying
 
 LARGEST_IMAGE = 1_000_000
-"""Bytes of a figure that is put into Prefect's database; a larger one is in the store and in MLflow only."""
-_PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds between attempts: a restart of the server fits in
+"""Largest figure, in bytes, for Prefect's database; larger figures are in the store and in MLflow only."""
+_PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds between attempts: long enough for a restart of the server
 _AWAY = (httpx.TransportError, PrefectHTTPStatusError)
 _FIGURE = re.compile(r"^!\[([^\]]*)\]\(\w+\.png\)$", re.MULTILINE)
 
 
 def show(create: Callable[..., Any], **content: Any) -> None:
-    """Create a Prefect artifact. A server that is away is waited for; one that stays away is only mentioned.
+    """Create a Prefect artifact, waiting for an unavailable server. If it stays unavailable, log a warning.
 
-    Prefect's client waits by itself only for a server that it has reached before, and each task has a new client.
+    Prefect's client waits only for a server that it has reached before, and each task has a new client.
 
     Args:
-        create: one of Prefect's `create_…_artifact`.
+        create: one of Prefect's `create_…_artifact` functions.
         content: its arguments.
     """
     try:
         retrying(_PAUSES, lambda error: isinstance(error, _AWAY))(create, **content)
     except _AWAY as error:
-        where = "the stage's files and MLflow have it"
+        where = "it is in the stage's files and in MLflow"
         get_run_logger().warning("Prefect cannot show %r (%s); %s.", content.get("key"), error, where)
 
 
@@ -45,6 +45,6 @@ def show_page(file: Path, key: str, description: str) -> None:
 
 
 def show_figure(file: Path, key: str, description: str) -> None:
-    """Show a PNG file, itself and not a link to it; one that is missing or larger than `LARGEST_IMAGE` is left out."""
+    """Embed a PNG file (not a link to it); a missing file, or one larger than `LARGEST_IMAGE`, is left out."""
     if file.exists() and file.stat().st_size <= LARGEST_IMAGE:
         show(create_image_artifact, key=key, image_url=data_uri(file), description=description)

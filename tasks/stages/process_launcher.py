@@ -1,4 +1,4 @@
-"""Where a training stage's work is done: in this process, or as several through `accelerate launch`."""
+"""Run a training function in this process, or in several processes through `accelerate launch`."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from qadapter.training.worker import PROGRESS, write_job
 _LOGGER = logging.getLogger(__name__)
 _ROOT = Path(__file__).resolve().parents[2]
 _LAST_LINES = 30
-_GRACE = 10.0  # seconds that processes get to end by themselves
+_GRACE = 10.0  # seconds between SIGTERM and SIGKILL
 
 
 class TrainingProcessError(RuntimeError):
-    """A launched training failed for a reason that is not the user's; the message has its last lines."""
+    """A training process failed for a reason that is not the user's; the message contains its last lines."""
 
 
 @dataclass(frozen=True)
 class ProcessLauncher:
-    """Calls a training function where the experiment's `launch` section says.
+    """Calls a training function in the processes that the experiment's `launch` section asks for.
 
-    An instance rather than a function, so that a stage's code digest ends here: the engine is in the key by `keyed`.
+    An instance rather than a function, so that a stage's code digest ends here: `keyed` adds the engine to the key.
     """
 
     settings: LaunchSettings
 
     def keyed(self) -> dict[str, Any]:
-        """The engine as part of a stage's config; nothing for `in-process`, which is the reference."""
+        """The engine as part of a stage's config; empty for `in-process`, which is the reference."""
         if self.settings.engine == "in-process":
             return {}
         return {"launch": {"processes": self.settings.processes, "config": self.settings.accelerate_config()}}
@@ -50,15 +50,15 @@ class ProcessLauncher:
         """Call `function(*positional, out=out, scratch=scratch, **named)`.
 
         Raises:
-            QAdapterError: what the function refused, in whatever process.
-            TrainingProcessError: a launched process failed or was killed.
+            QAdapterError: the function raised it, in this or another process.
+            TrainingProcessError: a training process failed or was killed.
         """
         named = {**named, "out": out, "scratch": scratch}
         if self.settings.engine == "in-process":
             function(*positional, **named)
             return
         _free_accelerator()
-        folder = scratch / "job"  # it can hold training data: nothing of a killed process may stay elsewhere
+        folder = scratch / "job"  # may contain training data, which a killed process must not leave elsewhere
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         try:
@@ -93,13 +93,13 @@ class ProcessLauncher:
                     _LOGGER.debug("%s", line)
                     last.append(line)
             code = process.wait()
-        finally:  # also when this process is interrupted; if it is killed, the children see that themselves
+        finally:  # also when this process is interrupted; if it is killed, the children notice and end
             _end(process)
         if code:
             raise self._failure(job.parent, code, "\n".join(last))
 
     def _failure(self, folder: Path, code: int, last: str) -> Exception:
-        """What went wrong, from the process that said so first: the others fail because of it."""
+        """The error of the process that failed first; the others fail because of it."""
         told = sorted(folder.glob("failure-*.json"), key=lambda file: file.stat().st_mtime_ns)
         first = read_json(told[0]) if told else {"refused": False, "traceback": last}
         if first["refused"]:
@@ -113,7 +113,7 @@ class ProcessLauncher:
 
 
 def _free_accelerator() -> None:
-    """Give back the GPU memory that earlier stages of this process left with torch."""
+    """Release GPU memory that torch still caches from earlier stages of this process."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         gc.collect()
@@ -121,7 +121,7 @@ def _free_accelerator() -> None:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """End the launcher and all below it. torchrun gives its workers sessions of their own, so no group holds them."""
+    """End the launcher and its descendants. torchrun's workers have their own sessions, so no process group has all."""
     try:
         family = psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:

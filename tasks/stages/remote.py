@@ -1,8 +1,8 @@
-"""Finished stages on a path or object store that several machines share, by URL (fsspec).
+"""Finished stages on a shared path or object store, by URL (fsspec).
 
-Below the URL, `<stage>/<key>.json` is a finished stage: its manifest, and which folder beside it holds its files. That
-one small file is written last, so that a stage whose upload was cut short is never seen. Each upload has a folder of
-its own: two machines that finish the same stage at once cannot mix their files.
+Below the URL, `<stage>/<key>.json` describes a finished stage: its manifest and the name of the folder with its files.
+This small file is written last, so that an interrupted upload is never visible. Each upload has its own folder, so that
+two machines that finish the same stage at the same time cannot mix their files.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from tasks.stages.retries import retrying
 
 _LOGGER = logging.getLogger(__name__)
 _PAUSES = (0.5, 2.0)  # seconds between attempts
-_AWAY_FOR = 120.0  # seconds for which a store that did not answer is left alone
+_AWAY_FOR = 120.0  # seconds during which a store that did not answer is not contacted
 _away_until: dict[str, float] = {}  # URL → time.monotonic(); of this process
 Result = TypeVar("Result")
 
 
 class _AwayError(Exception):
-    """The store does not answer; whoever asked goes on without it."""
+    """The store does not answer; the caller continues without it."""
 
 
 @dataclass(frozen=True)
 class RemoteStore:
-    """Finished stages by key, shared. Holds a string only, so it can be handed to any thread or process.
+    """A shared store of finished stages. It holds only a string, so it can be passed to any thread or process.
 
-    A store that does not answer stops nothing: it is asked again a few times, then a warning is logged and the run
-    goes on with what lies here. Stages that were not pushed then are pushed when a later run finds them.
+    An unavailable store stops no run: after a few attempts a warning is logged and the run continues with the local
+    store. A later run that finds these stages locally pushes them.
 
     Attributes:
         url: any fsspec URL: `s3://bucket/folder`, `gs://…`, `file:///mnt/shared`. Credentials come from the
@@ -53,7 +53,7 @@ class RemoteStore:
 
     @classmethod
     def from_environment(cls) -> RemoteStore | None:
-        """The store that `QADAPTER_STORE` names; None if it is not set.
+        """The store at the URL in `QADAPTER_STORE`; None if that is not set.
 
         Raises:
             QAdapterError: the URL holds credentials, or no installed file system knows its scheme.
@@ -71,7 +71,7 @@ class RemoteStore:
             fsspec.get_filesystem_class(fsspec.utils.get_protocol(url))
         except (ImportError, ValueError) as error:
             raise QAdapterError(
-                f"QADAPTER_STORE is {url!r}, which no installed file system serves: {error}. Install what it names, or "
+                f"QADAPTER_STORE is {url!r}, which no installed file system serves: {error}. Install that package, or "
                 "give a URL such as s3://bucket/folder (pip install s3fs) or file:///mnt/shared."
             ) from error
         return cls(url.rstrip("/"))
@@ -81,11 +81,11 @@ class RemoteStore:
 
         Args:
             name: the stage's name.
-            key: its whole cache key.
-            folder: where to, absent as yet; it appears only when every byte was held against the manifest.
+            key: its full cache key.
+            folder: the target, which must not exist; it appears only after every byte was verified.
 
         Returns:
-            The stage's manifest; None if there is no such stage, it is damaged, or the store is away.
+            The stage's manifest; None if the stage is missing or damaged, or the store is unavailable.
 
         Raises:
             QAdapterError: the local disk is full or read-only.
@@ -104,14 +104,14 @@ class RemoteStore:
         return None
 
     def push(self, manifest: Manifest, folder: Path) -> bool:
-        """Upload a finished stage, unless a whole one is there already.
+        """Upload a finished stage, unless the store already has it complete.
 
         Args:
-            manifest: the stage's.
-            folder: its files.
+            manifest: the stage's manifest.
+            folder: the folder of its files.
 
         Returns:
-            Whether the store holds it now.
+            Whether the store has the stage now.
         """
         upload = posixpath.join(manifest.stage, f"{manifest.key}.{uuid.uuid4().hex[:12]}")
         try:
@@ -153,17 +153,17 @@ class RemoteStore:
             for file in manifest.files:
                 (out / file).parent.mkdir(parents=True, exist_ok=True)
                 self._try(_get, f"{manifest.stage}/{place}/{file}", out / file)
-            if problems := manifest.verify(out):  # a file that was not there is missing here
+            if problems := manifest.verify(out):  # includes files that the store lacks
                 raise _DamagedError("; ".join(problems[:5]))
             write_json(out / MANIFEST, asdict(manifest))
         _LOGGER.info("Stage %s was fetched from %s", manifest.stage, self.url)
         return manifest
 
     def _try(self, action: Callable[..., Result], *arguments: Any) -> Result:
-        """Call `action(file system, root path, *arguments)`; wait and try again where the store fails.
+        """Call `action(file system, root path, *arguments)`, with retries if the store fails.
 
         Raises:
-            _AwayError: it failed every time, or did so a moment ago.
+            _AwayError: every attempt failed, or the store failed recently.
         """
         if time.monotonic() < _away_until.get(self.url, 0.0):
             raise _AwayError
@@ -174,11 +174,11 @@ class RemoteStore:
 
         try:
             return retrying(_PAUSES, lambda error: isinstance(error, Exception))(attempt)
-        except Exception as error:  # every file system has exceptions of its own
+        except Exception as error:  # each file system raises its own exceptions
             _away_until[self.url] = time.monotonic() + _AWAY_FOR
             _LOGGER.warning(
-                "The store %s does not answer (%s: %s); going on without it for %.0f s. Nothing is lost: what is "
-                "finished lies here and is pushed by a later run.",
+                "The store %s does not answer (%s: %s); continuing without it for %.0f s. Nothing is lost: "
+                "finished stages are kept here and pushed by a later run.",
                 self.url,
                 type(error).__name__,
                 str(error).splitlines()[0][:200] if str(error) else "no message",
@@ -188,7 +188,7 @@ class RemoteStore:
 
 
 class _DamagedError(Exception):
-    """What lies in the store is not a whole stage."""
+    """The store's copy of a stage is incomplete or damaged."""
 
 
 def _read(fs: Any, root: str, name: str) -> bytes | None:
@@ -215,7 +215,7 @@ def _put(fs: Any, root: str, file: Path, name: str) -> None:
 
 
 def _replace(fs: Any, root: str, temporary: str, name: str, content: bytes) -> None:
-    """Write a small file so that a reader sees all of it or none: written aside, then moved."""
+    """Write a small file atomically: under a temporary name, then moved."""
     fs.makedirs(posixpath.dirname(f"{root}/{name}"), exist_ok=True)
     fs.pipe_file(f"{root}/{temporary}", content)
     fs.mv(f"{root}/{temporary}", f"{root}/{name}")

@@ -1,4 +1,4 @@
-"""One stage, run or found in the store, and shown in MLflow and Prefect either way."""
+"""Run one stage through the store, and log it to MLflow and Prefect, whether computed or found."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tasks.stages.store import StageOutput
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a task hands on: a finished stage and the MLflow run that shows it."""
+    """The result of a task: a finished stage and its MLflow run."""
 
     output: StageOutput
     run_id: str
@@ -45,19 +45,19 @@ def run_stage(
     params: Mapping[str, Any] | None = None,
     log: Callable[[str, StageOutput], None] | None = None,
 ) -> StageResult:
-    """Run a stage through the store and log it: metrics, curves, parameters and files, also where it was found.
+    """Run a stage through the store and log its metrics, curves, parameters and files, whether computed or found.
 
     Args:
-        context: of the flow run.
-        name, module, config, inputs, compute: of the stage (`StageStore.run`).
-        label: what the stage is about (a source, a domain); part of the MLflow run's name.
-        run_id: an MLflow run to go on with; None starts a child of the flow run's own.
-        run_name: of the child; by default made of name and label.
-        tags, params: of the child, or added to the run that goes on.
-        log: writes more to the run, given its id and the finished stage.
+        context: the flow run's context.
+        name, module, config, inputs, compute: arguments of `StageStore.run`.
+        label: the stage's subject (a source, a domain); part of the MLflow run's name.
+        run_id: an MLflow run to continue; None starts a child of the flow run's MLflow run.
+        run_name: name of the child; by default name and label.
+        tags, params: added to the run.
+        log: logs further content, given the run's id and the finished stage.
 
     Returns:
-        The finished stage and the run that shows it.
+        The finished stage and its MLflow run.
     """
     tracker = context.tracker
     title = run_name or (f"{name} · {label}" if label else name)
@@ -89,7 +89,7 @@ def run_stage(
 
 @contextmanager
 def _masked_errors() -> Iterator[None]:
-    """A library's error may repeat an address with its secret, and Prefect keeps text and traceback."""
+    """Mask secrets in errors of libraries: Prefect stores their text and traceback."""
     try:
         yield
     except QAdapterError:
@@ -101,7 +101,7 @@ def _masked_errors() -> Iterator[None]:
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that say something: None stands for a default, which `params.json` of the stage fills in."""
+    """The settings that are not None. None means a default, which the stage's `params.json` fills in."""
     return {
         name: _given(value) if isinstance(value, Mapping) else value
         for name, value in settings.items()
@@ -110,5 +110,5 @@ def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def task_result(value: Any, *stages: StageResult) -> Any:
-    """What a task returns: `value`, in a state that Prefect shows as `Cached` where every stage was found."""
+    """Wrap a task's return value in a state that Prefect shows as `Cached`, if every stage was found."""
     return Completed(name="Cached", data=value) if all(stage.output.cached for stage in stages) else value

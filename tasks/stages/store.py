@@ -45,7 +45,7 @@ _SHORT = 20  # hex digits of the key in a folder's name: 80 bits
 
 @lru_cache(maxsize=1)
 def library_versions() -> dict[str, str]:
-    """Installed versions of the libraries a result can depend on, read without importing any of them."""
+    """Installed versions of the libraries that a result can depend on, read without importing them."""
     found = {}
     for name in _LIBRARIES:
         try:
@@ -57,15 +57,15 @@ def library_versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class StageOutput:
-    """A finished stage, small enough to hand from task to task and to keep as a Prefect result (JSON).
+    """A finished stage, small enough to pass between tasks and to store as a Prefect result (JSON).
 
     Attributes:
         stage: the stage's name.
-        key: its whole cache key, 64 hex digits.
-        path: the folder that holds its files.
-        digest: content digest of those files; what a following stage's key depends on.
+        key: its full cache key, 64 hex digits.
+        path: the folder of its files.
+        digest: content digest of those files, on which the keys of later stages depend.
         cached: True if it was found, False if this call computed it.
-        seconds: how long computing it took, also when it was found.
+        seconds: duration of the computation, also when it was found.
     """
 
     stage: str
@@ -81,7 +81,7 @@ class StageOutput:
         return {name: float(value) for name, value in read_json(file).items()} if file.exists() else {}
 
     def params(self) -> dict[str, Any]:
-        """The stage's `params.json`: settings as they came out, defaults filled in; empty if it wrote none."""
+        """The stage's `params.json`: its settings with defaults filled in; empty if it wrote none."""
         file = self.path / "params.json"
         return dict(read_json(file)) if file.exists() else {}
 
@@ -93,16 +93,16 @@ class StageOutput:
 
 @dataclass(frozen=True)
 class StageStore:
-    """Finished stages on disk, found by content. Threads, processes and flow runs may share one store.
+    """A content-addressed store of finished stages on disk, safe to share between threads, processes and flow runs.
 
-    Layout below `root`: `stages/<name>/<key>/` finished stages; `scratch/<name>/<key>/` what a stage in progress
-    wants to survive a kill; `locks/`; `damaged/` folders that no longer agree with their manifest.
+    Layout below `root`: `stages/<name>/<key>/` holds finished stages; `scratch/<name>/<key>/` holds files of a stage in
+    progress that survive a kill; `locks/`; `damaged/` holds folders that no longer match their manifest.
 
     Attributes:
         root: folder of the store.
-        verify_hashes: on each hit read every byte of the found stage. Otherwise names and sizes are checked, which
-            sees a lost or cut file but not a flipped bit.
-        remote: finished stages that other machines share, looked at before one is computed; `QADAPTER_STORE` names it.
+        verify_hashes: on each hit, read every byte of the found stage. Without it, only names and sizes are checked,
+            which detects a missing or truncated file but not a flipped bit.
+        remote: shared store of other machines, searched before a stage is computed (`QADAPTER_STORE`).
     """
 
     root: Path
@@ -121,20 +121,20 @@ class StageStore:
         """Find a stage's output, or compute it.
 
         Args:
-            name: the stage's name, letters, digits, dashes and dots; with it two stages never share a key.
-            module: the module that does the work; its code, that of `compute` and of all they import or call in
-                this project is part of the key (`code_digest`).
-            config: every setting the result depends on, as JSON values. No paths: they differ between machines.
-            inputs: what the stage reads, by name: earlier stages, or files and folders (which are digested).
-            compute: called as `compute(out, scratch)`. Writes the result into `out`, an empty folder; may keep
-                checkpoints in `scratch`, which is the same folder again if the stage is killed and run anew.
+            name: the stage's name (letters, digits, dashes, dots); part of the key.
+            module: the module that does the work. The key covers its code, that of `compute`, and all code of this
+                project that they import or call (`code_digest`).
+            config: every setting that the result depends on, as JSON values. No paths: they differ between machines.
+            inputs: name → earlier stage, or file or folder, which is digested.
+            compute: called as `compute(out, scratch)`. It writes the result into `out`, an empty folder, and may keep
+                checkpoints in `scratch`, which is the same folder if the stage is killed and run again.
 
         Returns:
-            The finished stage. If another process is computing the same key, waits for it.
+            The finished stage. If another process is computing the same key, this call waits for it.
 
         Raises:
             QAdapterError: an input is missing, or the disk is full or read-only.
-            TypeError, ValueError: `config` is not plain JSON, or `compute` wrote nothing.
+            TypeError, ValueError: `config` is not plain JSON, or `compute` wrote no file.
         """
         code = code_digest(module, compute)
         digests = {label: _input_digest(source) for label, source in inputs.items()}
@@ -150,14 +150,14 @@ class StageStore:
                 if found is None:
                     manifest = Manifest(name, key, config, digests, code, library_versions(), seconds=0.0)
                     found = self._compute(manifest, folder, scratch, compute)
-        if scratch.exists():  # the run that computed it was killed after the rename, before it cleared up
+        if scratch.exists():  # the computing run was killed after the rename, before it deleted its scratch folder
             shutil.rmtree(scratch, ignore_errors=True)
         if self.remote:
             self.remote.push(Manifest.read(folder), folder)
         return found
 
     def _fetched(self, name: str, folder: Path, key: str) -> StageOutput | None:
-        """The finished stage from the remote store; None if it is not there. The caller holds the stage's lock."""
+        """The finished stage from the remote store; None if it is not available. The caller holds the stage's lock."""
         if self.remote is None:
             return None
         self._make_way(name, folder)
@@ -178,14 +178,14 @@ class StageStore:
         if problems:
             _LOGGER.warning("Stage %s is damaged and will be computed again: %s", folder, "; ".join(problems[:5]))
             return None
-        with contextlib.suppress(OSError):  # `prune` goes by the last use; a read-only store is never pruned
+        with contextlib.suppress(OSError):  # `prune` uses the time of the last use; a read-only store is never pruned
             os.utime(folder / MANIFEST)
         return StageOutput(manifest.stage, key, folder, manifest.digest, cached=True, seconds=manifest.seconds)
 
     def _compute(
         self, manifest: Manifest, folder: Path, scratch: Path, compute: Callable[[Path, Path], None]
     ) -> StageOutput:
-        """Compute a stage; the caller holds its lock, so whatever lies at these places belongs to no living process."""
+        """Compute a stage. The caller holds its lock, so existing files here belong to processes that have ended."""
         self._make_way(manifest.stage, folder)
         with storage_errors(scratch):
             scratch.mkdir(parents=True, exist_ok=True)
@@ -193,7 +193,7 @@ class StageStore:
             start = time.perf_counter()
             compute(out, scratch)
             if not list_files(out):
-                raise ValueError(f"Stage {manifest.stage} wrote no file into the folder it was given.")
+                raise ValueError(f"Stage {manifest.stage} wrote no file into its output folder.")
             manifest = dataclasses.replace(manifest, seconds=round(time.perf_counter() - start, 3)).write(out)
         shutil.rmtree(scratch, ignore_errors=True)
         return StageOutput(
@@ -201,7 +201,7 @@ class StageStore:
         )
 
     def _make_way(self, name: str, folder: Path) -> None:
-        """Move a damaged stage aside and remove what killed runs left half-written."""
+        """Move a damaged stage aside and delete incomplete files of killed runs."""
         with storage_errors(folder):
             if folder.exists():
                 aside = self.root.absolute() / "damaged" / name / f"{folder.name}-{time.time_ns()}"
@@ -211,17 +211,17 @@ class StageStore:
             remove_leftovers(folder)
 
     def entries(self) -> list[Path]:
-        """The folders of all finished stages, the one used last first."""
+        """The folders of all finished stages, most recently used first."""
         found = [file.parent for file in self.root.absolute().glob(f"stages/*/[!.]*/{MANIFEST}")]
         return sorted(found, key=_last_use, reverse=True)
 
     def prune(self, *, unused_days: float) -> list[Path]:
-        """Remove stages that no run has used for so long, and damaged folders and abandoned checkpoints of that age.
+        """Delete stages unused for `unused_days`, and damaged folders and abandoned checkpoints of that age.
 
-        Stages that are being computed are left alone.
+        Stages that are being computed are kept.
 
         Returns:
-            The folders removed.
+            The deleted folders.
         """
         root, limit, removed = self.root.absolute(), time.time() - unused_days * 86_400, []
         for kind in ("stages", "scratch", "damaged"):
@@ -250,20 +250,20 @@ def _input_digest(source: StageOutput | Path) -> str:
 
 
 def _key(name: str, code: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """sha256 of all that determines a stage's result, as canonical JSON.
+    """sha256 of everything that determines a stage's result, as canonical JSON.
 
     Raises:
-        ValueError: the name could not be a folder's, or the settings hold NaN.
-        TypeError: the settings hold something that is not JSON, such as a path.
+        ValueError: the name is not a valid folder name, or the settings contain NaN.
+        TypeError: the settings contain a value that is not JSON, such as a path.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ValueError(f"Stage name {name!r}: letters, digits, dots, dashes and underscores are expected.")
+        raise ValueError(f"Stage name {name!r}: expected letters, digits, dots, dashes and underscores.")
     everything = {"stage": name, "code": code, "config": config, "inputs": inputs, "versions": library_versions()}
     try:
         text = json.dumps(everything, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except TypeError as error:
         raise TypeError(
-            f"Settings of stage {name}: {error}; plain JSON values only, files belong to `inputs`."
+            f"Settings of stage {name}: {error}; expected plain JSON values. Pass files as `inputs`."
         ) from None
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -274,7 +274,7 @@ def _lock_file(lock: Path) -> Path:
 
 @contextlib.contextmanager
 def _locked(lock: Path, name: str) -> Iterator[None]:
-    """Hold a stage's lock, across threads and processes; the system frees it when its holder dies, however it dies."""
+    """Hold a stage's lock, across threads and processes. The system frees it when its holder ends or is killed."""
     with storage_errors(lock):
         held = private_lock(_lock_file(lock), poll_interval=0.2)
         try:

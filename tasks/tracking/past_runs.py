@@ -1,4 +1,4 @@
-"""Runs that MLflow recorded, as the rows of a report: their metrics, and the files behind them."""
+"""Past runs in MLflow as the rows of a report: their metrics and the files behind them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qadapter.report.items import SCORE
 from qadapter.report.rows import SETTING, Row
 from tasks.tracking.tracker import Tracker
 
-# What the report reads of each stage's artifacts; not the adapters.
+# The artifacts of each stage that the report reads.
 _FILES = {
     "train": ("history.jsonl",),
     "adaptation": ("pairs.jsonl", "answers.jsonl"),
@@ -28,12 +28,12 @@ _DIGESTS = ("digest.train", "digest.adaptation", "digest.retention")
 
 @dataclass(frozen=True)
 class PastRuns:
-    """What a report of recorded runs is made of.
+    """The content of a report on past runs.
 
     Attributes:
-        rows: one a policy. A method that several flow runs trained differently is called `dpo (<flow run>)`.
-        data: source to its `summary.json`.
-        config: the parameters that all flow runs share, and for each those that are its own.
+        rows: one per policy. A method that several flow runs trained differently is called `dpo (<flow run>)`.
+        data: source → its `summary.json`.
+        config: the parameters that all flow runs share, and each flow run's own.
     """
 
     rows: list[Row]
@@ -43,7 +43,7 @@ class PastRuns:
 
 @dataclass
 class _FlowRun:
-    """The runs chosen from one flow run: cell to MLflow run."""
+    """The selected runs of one flow run: cell → MLflow run."""
 
     label: str
     parent: Any
@@ -51,7 +51,7 @@ class _FlowRun:
     cells: dict[tuple[str, str, int | None], Any] = field(default_factory=dict)
 
     def add(self, run: Any) -> None:
-        """Choose a run, and the base's run of its domain with it."""
+        """Select a run, together with the base's run of its domain."""
         self.cells[_cell(run)] = run
         for other in self.children:
             if _is_measured(other) and _cell(other)[:2] == (_cell(run)[0], "base"):
@@ -62,12 +62,12 @@ def read_runs(tracker: Tracker, names: Sequence[str], folder: Path) -> PastRuns:
     """Collect runs for a report.
 
     Args:
-        tracker: of the store that recorded them.
-        names: ids or names, of whole flow runs or of runs of a domain and method (their base comes with them).
-        folder: where the files behind the metrics are copied to.
+        tracker: the tracker of the MLflow store.
+        names: ids or names of whole flow runs, or of runs of one domain and method (their base is added).
+        folder: target folder for the files behind the metrics.
 
     Raises:
-        QAdapterError: a run is unknown, its name is not the only one, or it measured nothing.
+        QAdapterError: a run is unknown, its name is ambiguous, or it has no measurements.
     """
     flow_runs: dict[str, _FlowRun] = {}
     for name in names:
@@ -90,7 +90,7 @@ def read_runs(tracker: Tracker, names: Sequence[str], folder: Path) -> PastRuns:
     for flow_run in flow_runs.values():
         for (domain, method, seed), run in flow_run.cells.items():
             name = f"{method} ({flow_run.label})" if method in labelled else method
-            if (domain, name, seed) not in rows:  # else another flow run found the same in the stage store
+            if (domain, name, seed) not in rows:  # otherwise two flow runs share the stages of this cell
                 row = _row(tracker, flow_run, (domain, method, seed), run, folder / run.info.run_id)
                 rows[domain, name, seed] = replace(row, method=name)
     data: dict[str, dict[str, Any]] = {}
@@ -103,10 +103,10 @@ def read_runs(tracker: Tracker, names: Sequence[str], folder: Path) -> PastRuns:
 
 
 def find_run(tracker: Tracker, name: str) -> Any:
-    """A run by its id or its name, in any experiment of the store.
+    """Find a run by its id or its name, in any experiment of the store.
 
     Raises:
-        QAdapterError: there is none, or there are several of that name.
+        QAdapterError: there is no such run, or several have that name.
     """
     experiments = [experiment.experiment_id for experiment in tracker.call("search_experiments")]
     quote = '"' if "'" in name else "'"
@@ -123,7 +123,7 @@ def find_run(tracker: Tracker, name: str) -> Any:
 
 
 def _children(tracker: Tracker, parent: Any) -> list[Any]:
-    """All runs below a flow run, the first one first."""
+    """All child runs of a flow run, by start time."""
     experiment, token, found = [parent.info.experiment_id], None, []
     condition = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
     while True:
@@ -139,7 +139,7 @@ def _is_measured(run: Any) -> bool:
 
 
 def _cell(run: Any) -> tuple[str, str, int | None]:
-    """Domain, method and seed; a sweep's variant is a method of its own: `dpo · β=1`, `q-adapter · residual β=0.1`."""
+    """Domain, method and seed; a sweep's variant counts as a method: `dpo · β=1`, `q-adapter · residual β=0.1`."""
     tags = run.data.tags
     method, variant = tags["method"], tags.get("variant", "").removeprefix(tags["method"]).strip()
     method = f"{method}{SETTING}{variant}" if variant else method
@@ -147,15 +147,15 @@ def _cell(run: Any) -> tuple[str, str, int | None]:
 
 
 def _label(parent: Any, others: Mapping[str, _FlowRun]) -> str:
-    """A flow run's short name: `lazy-fox` of `smoke · lazy-fox`, with some of its id if another is called so."""
+    """A flow run's short name: `lazy-fox` of `smoke · lazy-fox`, with part of its id if the name is taken."""
     label = visible(str(parent.info.run_name), keep="").rpartition(" · ")[2]
-    label = re.sub(r"[()|`*<>\[\]]", "", label)  # what would end a label, or begin something in a table or page
+    label = re.sub(r"[()|`*<>\[\]]", "", label)  # characters with a meaning in Markdown, HTML or our labels
     taken = {flow_run.label for flow_run in others.values()}
     return f"{label} {parent.info.run_id[:6]}" if label in taken else label
 
 
 def _labelled(flow_runs: Sequence[_FlowRun]) -> set[str]:
-    """Methods that differ between flow runs in some cell; all of them, if the bases do."""
+    """Methods that differ between flow runs in some cell; all methods if the bases differ."""
     contents = defaultdict(set)
     for flow_run in flow_runs:
         for cell, run in flow_run.cells.items():
@@ -166,7 +166,7 @@ def _labelled(flow_runs: Sequence[_FlowRun]) -> set[str]:
 
 
 def _row(tracker: Tracker, flow_run: _FlowRun, cell: tuple[str, str, int | None], run: Any, folder: Path) -> Row:
-    """A run's metrics and files; the base's retention is in a run of its own, which stands for all its rows."""
+    """A run's metrics and files. The base's retention is in a separate run, which all its rows share."""
     places = {s: _fetch(tracker, run.info.run_id, s, folder) for s in ("train", "adaptation", "retention")}
     if places["retention"] is None:
         wanted = f"retention · {run.data.params.get('base')} base"
@@ -177,7 +177,7 @@ def _row(tracker: Tracker, flow_run: _FlowRun, cell: tuple[str, str, int | None]
 
 
 def _fetch(tracker: Tracker, run_id: str, stage: str, folder: Path) -> Path | None:
-    """Copy what the report reads of a stage's artifacts; None if there is nothing."""
+    """Copy the artifacts of a stage that the report reads; None if there are none."""
     there = {entry.path for entry in tracker.call("list_artifacts", run_id, stage)}
     place = folder / stage
     place.mkdir(parents=True, exist_ok=True)
@@ -187,7 +187,7 @@ def _fetch(tracker: Tracker, run_id: str, stage: str, folder: Path) -> Path | No
 
 
 def _summaries(tracker: Tracker, flow_run: _FlowRun, folder: Path) -> dict[str, dict[str, Any]]:
-    """What the flow run's data stages counted."""
+    """The counts of the flow run's data stages."""
     found = {}
     for run in flow_run.children:
         if run.data.tags.get("stage") == "prepare":
@@ -198,7 +198,7 @@ def _summaries(tracker: Tracker, flow_run: _FlowRun, folder: Path) -> dict[str, 
 
 
 def _config(flow_runs: Sequence[_FlowRun]) -> dict[str, Any]:
-    """Parameters of the flow runs: the shared ones, then each run's own."""
+    """Parameters of the flow runs: the shared ones, and each run's own."""
     everything = [flow_run.parent.data.params for flow_run in flow_runs]
     shared = {k: v for k, v in sorted(everything[0].items()) if all(params.get(k) == v for params in everything)}
     runs = {

@@ -126,8 +126,8 @@ def test_read_json_lines_explains(tmp_path: Path, content: bytes | None, message
         read_json_lines(tmp_path / "a.jsonl")
 
 
-def test_nobody_cuts_a_files_text_where_a_reply_may_break_it() -> None:
-    """`splitlines` on a file's text is how JSON lines were cut into pieces; `read_json_lines` is there for them."""
+def test_no_module_splits_a_files_text_with_splitlines() -> None:
+    """`splitlines` also splits inside JSON strings; `read_json_lines` does not."""
     files = [file for floor in ("qadapter", "tasks", "flows") for file in (PROJECT_ROOT / floor).rglob("*.py")]
     cutting = re.compile(r"read_text\([^()]*\)\.splitlines\(")
     assert [file.name for file in files if cutting.search(file.read_text(encoding="utf-8"))] == []
