@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 
 from qadapter.config.base import NonNegative, Settings
+from qadapter.evaluation.speech import SPEAKS, faults_of
 from qadapter.evaluation.statistics import LEVEL, RESAMPLES, Interval, mean_interval, paired_difference
 from qadapter.files.artifacts import Manifest, read_json, read_json_lines
 from qadapter.inference.pair_scores import implied_margin, mean_margin, won
@@ -112,6 +113,7 @@ class Measured:
         won: metric → [n], 1 where the chosen reply wins, one half for a tie, else 0.
         tasks: retention task → its items.
         metrics: every measured number by its full name.
+        faults: what is wrong with the generated replies, with an example; empty where nothing is.
     """
 
     heldout: str
@@ -119,6 +121,7 @@ class Measured:
     won: dict[str, Floats]
     tasks: dict[str, TaskItems]
     metrics: dict[str, float]
+    faults: str = ""
 
     @classmethod
     def read(cls, adaptation: Path, retention: Path) -> Measured:
@@ -144,6 +147,7 @@ class Measured:
             won={name: won(margin) for name, margin in margins.items()},
             tasks={task: _task_items(task, items, directions) for task, items in by_task.items()},
             metrics={**read_json(adaptation / "metrics.json"), **read_json(retention / "metrics.json")},
+            faults=faults_of(adaptation),
         )
 
     def on_the_pairs_of(self, other: Measured) -> bool:
@@ -209,14 +213,14 @@ class Decision:
 
 
 def decide(gate: Gate, candidate: Measured, champion: Measured, base: Measured, rival: str = "champion") -> Decision:
-    """Apply every rule to a candidate.
+    """Apply every rule to a candidate, and refuse one that does not speak.
 
     Args:
         gate: the rules.
         candidate, champion, base: measured on the same pairs and items. For a first candidate the base is the champion.
         rival: what to call the champion in sentences.
     """
-    findings = [_adaptation(gate, candidate, champion, rival)]
+    findings = [*_speech(candidate), _adaptation(gate, candidate, champion, rival)]
     findings += _retention(gate, candidate, champion, "max_drop", gate.retention.max_drop, rival)
     if gate.retention.max_drop_from_base is not None:
         limit = gate.retention.max_drop_from_base
@@ -268,6 +272,17 @@ def _retention(
         yield Finding(name, drop.low <= limit, text, drop)
 
 
+def _speech(candidate: Measured) -> Iterator[Finding]:
+    """A policy whose replies are broken is no candidate, whatever the pairs say; nothing where none were generated."""
+    if SPEAKS not in candidate.metrics:
+        return
+    if candidate.metrics[SPEAKS] > 0:
+        share = candidate.metrics.get("adaptation/broken_replies", 0.0)
+        yield Finding("speech", True, f"answers in language: {100 * share:.0f} % of its replies are broken")
+    else:
+        yield Finding("speech", False, f"does not speak: {candidate.faults or 'most of its replies are broken'}")
+
+
 def _over_refusals(limit: float, candidate: Measured) -> Finding:
     name = "max_over_refusals"
     value = candidate.metrics.get(OVER_REFUSALS)
@@ -316,6 +331,7 @@ def fallen(then: Measured, now: Measured, gate: Gate) -> list[str]:
             fell, shown = new.high < old.low, f"{old.estimate - new.estimate:+.3f} on other items"
         if fell:
             found.append(f"{name} fell by {shown}")
+    found += [finding.text for finding in _speech(now) if not finding.passed]
     if gate.max_over_refusals is not None and not (finding := _over_refusals(gate.max_over_refusals, now)).passed:
         found.append(finding.text)
     return found

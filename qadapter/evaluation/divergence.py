@@ -1,8 +1,9 @@
-"""How far a policy has moved from its base on text of the old distribution."""
+"""How far a policy has moved from its base: on text of the old distribution, and in the replies that it writes itself."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qadapter.inference.score import by_length, chunks, evaluating, predictions
+from qadapter.inference.score import by_length, chunks, evaluating, predictions, reply_log_probs
 from qadapter.preferences.pair import Message
-from qadapter.preferences.tokenize import encode_reply, padding_id
+from qadapter.preferences.tokenize import UnusablePair, encode_reply, padding_id
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,41 @@ def kl_per_token(
             batch = _right_padded([rows[i] for i in some], padding_id(tokenizer))
             sums[some] = _kl_of_batch(base, policy, batch).numpy()
     return Divergence(sums=sums, tokens=np.array([reply for _, reply in rows], dtype=np.int64))
+
+
+def replies_nll(
+    policy: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[tuple[Sequence[Message], str]],
+    *,
+    max_length: int,
+    batch_size: int,
+) -> list[float]:
+    """Mean negative log-likelihood of each reply's tokens under the base, in nats per token.
+
+    Args:
+        policy: the base itself, or any policy: its adapter is switched off.
+        conversations: a prompt and a reply each, tokenised as in training.
+        max_length: tokens of prompt and reply together.
+        batch_size: conversations per forward pass.
+
+    Returns:
+        n values; NaN for a reply without a token and for a prompt that has no rendering.
+    """
+    found = [math.nan] * len(conversations)
+    places, rows = [], []
+    for place, (prompt, reply) in enumerate(conversations):
+        with contextlib.suppress(UnusablePair):
+            before, after = encode_reply(prompt, reply, tokenizer, max_length)
+            places.append(place)
+            rows.append((before + after, len(after)))
+    base = _without_adapter(policy) if hasattr(policy, "disable_adapter") else contextlib.nullcontext()
+    with evaluating(policy), base:
+        for some in by_length([len(ids) for ids, _ in rows], batch_size):
+            batch = _right_padded([rows[i] for i in some], padding_id(tokenizer))
+            for i, value in zip(some, reply_log_probs(policy, batch).tolist(), strict=True):
+                found[places[i]] = -value / rows[i][1]
+    return found
 
 
 def _kl_of_batch(base: torch.nn.Module | None, policy: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,14 +14,15 @@ from transformers import PreTrainedTokenizerBase
 from qadapter.config.evaluation import AdaptationSettings, RetentionSettings
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.divergence import kl_per_token
+from qadapter.evaluation.divergence import kl_per_token, replies_nll
 from qadapter.evaluation.items import items_digests
 from qadapter.evaluation.lm_eval.catalog import expand_suites, require_scores
 from qadapter.evaluation.lm_eval.harness import evaluate_tasks
 from qadapter.evaluation.old_answers import answer_metrics, answer_old_prompts
 from qadapter.evaluation.preference import PairScores, distinct_prompts, preference_metrics, score_pairs
+from qadapter.evaluation.speech import SPEECH, Speech, listen
 from qadapter.files.artifacts import read_json, read_json_lines, write_json, write_json_lines
-from qadapter.inference.generate import generate_replies
+from qadapter.inference.generate import Generated, generate_replies, generate_with_ends
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.preferences.pair import Message, load_pairs
 from qadapter.toyworld.rules import exact_measures
@@ -59,8 +61,9 @@ def measure_adaptation(
         world: folder of the toy world the data is from, None for real data.
         style: the domain's style in the toy world, None for harmless.
         compare: compares the policy's answers with the base's (`qadapter.judging.verdicts.comparison`).
-        out: gets `metrics.json` (`adaptation/…`, `cost/…`), `pairs.jsonl` (per pair: log-probs, margin) and
-            `answers.jsonl` (prompt, the base's reply, reply, verdict, judge; as `compare` gives them).
+        out: gets `metrics.json` (`adaptation/…`, `cost/…`), `pairs.jsonl` (per pair: log-probs, margin),
+            `answers.jsonl` (prompt, the base's reply, reply, verdict, judge; as `compare` gives them) and
+            `speech.jsonl` (per reply: whether it ended, its likelihood under the base, why it is broken).
 
     `adaptation/score` is the headline: the exact rule where there is one, else the share of pairs whose implied reward
     (the log-ratio to the base) prefers the chosen reply; a tie counts one half, so the base has 0.5.
@@ -76,10 +79,11 @@ def measure_adaptation(
         # The first pass pays for what is set up once; the answers are few and short, so it would be much of the time.
         generate_replies(policy, tokenizer, prompts[:1], max_new_tokens=2, batch_size=1)
         start = time.perf_counter()
-        replies = generate_replies(
+        generated_replies = generate_with_ends(
             policy, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
         )
         seconds = time.perf_counter() - start
+        replies = [reply.text for reply in generated_replies]
         generated = sum(len(row) + 1 for row in tokenizer(replies, add_special_tokens=False)["input_ids"])
         metrics["cost/decoding_tokens_per_second"] = generated / seconds
         if world is not None:
@@ -90,9 +94,61 @@ def measure_adaptation(
         answers, judged = compare(prompts, before, replies)
         metrics |= judged
         write_json_lines(out / "answers.jsonl", answers)
+        speech = heard(
+            policy,
+            tokenizer,
+            prompts,
+            generated_replies,
+            _read_replies(base_adaptation) if base_adaptation else None,
+            max_length=max_length,
+            batch_size=settings.batch_size,
+        )
+        write_json_lines(out / SPEECH, speech.rows())
+        metrics |= {f"adaptation/{name}": value for name, value in speech.metrics().items()}
     metrics["adaptation/score"] = metrics.get("adaptation/exact_rule", metrics["adaptation/implied_reward_accuracy"])
     write_json_lines(out / "pairs.jsonl", _pair_rows(scores, base_scores))
     write_json(out / "metrics.json", metrics)
+
+
+def heard(
+    policy: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[Message]],
+    replies: Sequence[Generated],
+    base: tuple[Sequence[str], Sequence[float]] | None,
+    *,
+    max_length: int,
+    batch_size: int,
+) -> Speech:
+    """Whether a policy speaks, by the replies that it generated and their likelihood under its base (one pass).
+
+    Args:
+        policy: that generated them; its adapter is switched off for the likelihood.
+        prompts, replies: n of each.
+        base: the base's n replies to the same prompts and their likelihoods, nats per token; None where the policy is
+            the base.
+        max_length, batch_size: as for the pairs.
+    """
+    texts = [reply.text for reply in replies]
+    likelihood = replies_nll(
+        policy, tokenizer, list(zip(prompts, texts, strict=True)), max_length=max_length, batch_size=batch_size
+    )
+    base_texts, base_likelihood = (texts, likelihood) if base is None else base
+    return listen(
+        texts,
+        base_texts,
+        ended=[reply.ended for reply in replies],
+        nll=likelihood,
+        base_nll=base_likelihood,
+        vocabulary=len(tokenizer),
+    )
+
+
+def _read_replies(base_adaptation: Path) -> tuple[list[str], list[float]]:
+    """The base's replies and their likelihoods, as `measure_adaptation` wrote them."""
+    replies = [row["reply"] for row in read_json_lines(base_adaptation / "answers.jsonl")]
+    likelihood = [row["nll"] for row in read_json_lines(base_adaptation / SPEECH)]
+    return replies, [math.nan if value is None else value for value in likelihood]
 
 
 def _pair_rows(scores: PairScores, base_scores: PairScores) -> list[dict[str, float]]:

@@ -7,10 +7,21 @@ does not speak.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qadapter.files.artifacts import read_json_lines
+from qadapter.files.shown import visible
+
+SPEECH = "speech.jsonl"
+"""File beside `answers.jsonl`: a row per reply."""
+SPEAKS = "adaptation/speaks"
+"""Metric: 1, or 0 where the policy does not answer in language."""
 
 BROKEN_SHARE = 0.5
 """A policy does not speak if at least this share of its replies is broken …"""
@@ -22,6 +33,7 @@ _FEW_WORDS = 8
 _SHORTEST = 8  # characters; a shorter reply ("No.", "42") repeats nothing
 _REPEATS = 0.5
 _TOWARDS_RANDOM = 0.7
+_SHOWN = 60  # characters of a broken reply that is shown
 
 
 @dataclass(frozen=True)
@@ -34,6 +46,7 @@ class Speech:
         repetition: mean share of a reply that repeats itself.
         ended: share of replies that ended by themselves; None where that is not known.
         nll: mean negative log-likelihood of a reply's token under the base, nats; None where it was not measured.
+        of_each: of each reply, (whether it ended, its likelihood); None where that is not known.
     """
 
     faults: tuple[tuple[str, ...], ...]
@@ -41,6 +54,7 @@ class Speech:
     repetition: float
     ended: float | None
     nll: float | None
+    of_each: tuple[tuple[bool | None, float | None], ...] = ()
 
     @property
     def broken(self) -> float:
@@ -54,8 +68,14 @@ class Speech:
 
     def reasons(self) -> str:
         """The faults and how many replies have each: `9 of 12 repeat themselves, 3 of 12 are empty`."""
-        counts = Counter(fault for faults in self.faults for fault in faults)
-        return ", ".join(f"{count} of {len(self.faults)} {fault}" for fault, count in counts.most_common())
+        return reasons(self.faults)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per reply, JSON values."""
+        return [
+            {"ended": ended, "nll": nll, "faults": list(faults)}
+            for faults, (ended, nll) in zip(self.faults, self.of_each, strict=True)
+        ]
 
     def metrics(self) -> dict[str, float]:
         """The measures by their names in MLflow, without the prefix."""
@@ -107,7 +127,30 @@ def listen(
         repetition=_mean([repetition(reply) for reply in replies], 0.0),
         ended=None if ended is None else _mean(ended, 0.0),
         nll=_mean(measured, 0.0) if measured else None,
+        of_each=tuple(
+            (None if ended is None else ended[i], None if math.isnan(value) else value) for i, value in enumerate(own)
+        ),
     )
+
+
+def reasons(faults: Sequence[Sequence[str]]) -> str:
+    """How many replies have each fault: `9 of 12 repeat themselves, 3 of 12 are empty`; nothing where none has any."""
+    counts = Counter(fault for of_one in faults for fault in of_one)
+    return ", ".join(f"{count} of {len(faults)} {fault}" for fault, count in counts.most_common())
+
+
+def faults_of(adaptation: Path | None) -> str:
+    """What is wrong with the replies in an evaluation's folder, and one of them; nothing where it has no such files."""
+    if adaptation is None or not (adaptation / SPEECH).is_file():
+        return ""
+    faults = [entry["faults"] for entry in read_json_lines(adaptation / SPEECH)]
+    replies = [answer["reply"] for answer in read_json_lines(adaptation / "answers.jsonl")]
+    broken = [reply for reply, found in zip(replies, faults, strict=True) if found]
+    if not broken:
+        return ""
+    example = visible(broken[0])
+    example = example if len(example) <= _SHOWN else example[:_SHOWN] + " …"
+    return f"of its replies {reasons(faults)}, for example {json.dumps(example, ensure_ascii=False)}"
 
 
 def repetition(text: str) -> float:

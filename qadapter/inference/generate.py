@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -18,6 +19,13 @@ from qadapter.preferences.tokenize import padding_id, prompt_ids
 log = logging.getLogger(__name__)
 
 
+class Generated(NamedTuple):
+    """A generated reply: its text, and whether it ended by itself, before the longest reply's length cut it off."""
+
+    text: str
+    ended: bool
+
+
 def generate_replies(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -28,6 +36,29 @@ def generate_replies(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[str]:
+    """The texts of `generate_with_ends`, which see."""
+    found = generate_with_ends(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        temperature=temperature,
+        seed=seed,
+    )
+    return [reply.text for reply in found]
+
+
+def generate_with_ends(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[Message]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[Generated]:
     """One reply to each prompt, in the prompts' order, without the end-of-turn token and white space around it.
 
     Args:
@@ -51,7 +82,7 @@ def generate_replies(
         )
     settings = _settings(model, tokenizer, max_new_tokens, temperature)
     ids = _readable(tokenizer, prompts, room)
-    replies = [""] * len(prompts)
+    replies = [Generated("", ended=False)] * len(prompts)
     device = device_of(model)
     with evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -60,18 +91,24 @@ def generate_replies(
             batch = _left_padded([ids[i] for i in some], settings.pad_token_id, device)
             output = model.generate(**batch, generation_config=settings)  # type: ignore[operator]
             for i, row in zip(some, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-                replies[i] = reply_text(tokenizer, row, settings.eos_token_id)
+                replies[i] = _generated(tokenizer, row, settings.eos_token_id)
     return replies
 
 
 def reply_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ends: Sequence[int]) -> str:
     """The text of generated tokens up to the first end of a turn, without white space around it."""
+    return _generated(tokenizer, ids, ends).text
+
+
+def _generated(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ends: Sequence[int]) -> Generated:
     stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
     text = str(tokenizer.decode(list(ids[:stop]), skip_special_tokens=True))
+    ended = stop < len(ids)
     closing = turn_end(tokenizer)
     if closing.token is None and closing.text:
-        text = text.partition(closing.text.strip())[0]
-    return text.strip()
+        text, found, _ = text.partition(closing.text.strip())
+        ended = ended or bool(found)
+    return Generated(text.strip(), ended)
 
 
 def longest_reply(wanted: int, context: int, *, asked_for: bool) -> int:

@@ -17,6 +17,7 @@ from qadapter.methods.table import METHODS
 from qadapter.report.front import pareto_front, stairs
 from qadapter.report.intervals import Measured
 from qadapter.report.rows import kind
+from qadapter.report.speaking import silent_methods
 from qadapter.report.summary import points
 
 STYLES = {"base": ("#000000", "*")} | {method.name: (method.look.colour, method.look.marker) for method in METHODS}
@@ -90,7 +91,8 @@ def retention_against_adaptation(measured: Measured, file: Path, title: str) -> 
         )
         for method, (colour, marker) in styles.items()
     ]
-    fronts = [_front(panel, found) for panel, found in panels.items()]
+    silent = silent_methods(measured.rows)
+    fronts = [_front(panel, {m: at for m, at in found.items() if m not in silent}) for panel, found in panels.items()]
     if any(fronts):
         handles.append(Line2D([], [], color="#666666", linestyle="--", linewidth=1, label=_FRONT))
     if any(kind(method) == "base" for found in panels.values() for method in found):

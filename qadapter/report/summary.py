@@ -14,6 +14,7 @@ from qadapter.report.front import pareto_front
 from qadapter.report.intervals import Measured
 from qadapter.report.items import SCORE, WIN_RATE
 from qadapter.report.rows import Row, kind, listed, methods_of, spread, spread_over
+from qadapter.report.speaking import silent_methods, speech_sentences
 from qadapter.report.tables import bracket, number
 
 OURS = SUBJECT.name
@@ -178,14 +179,16 @@ def sentences(
     """
     config = config or {}
     rows = measured.rows
-    result = coverage_sentences(measured)
-    result += [_portrait(measured, method) for method in measured.methods if kind(method) == OURS]
+    silent = silent_methods(rows)
+    result = speech_sentences(rows) + coverage_sentences(measured)
+    result += [_portrait(measured, m) for m in measured.methods if kind(m) == OURS and m not in silent]
     fought = duels(measured) if fought is None else fought
+    fought = [one for one in fought if one.method not in silent and one.baseline not in silent]
     for one in fought[:_MOST_DUELS]:
         result += [line for line in (_duel_sentence(measured, one), _by_domain(measured, one)) if line]
     if len(fought) > _MOST_DUELS:
         result.append(f"{len(fought) - _MOST_DUELS} further pairs of settings are compared in metrics.json.")
-    found = points(rows, None)
+    found = {method: place for method, place in points(rows, None).items() if method not in silent}
     if len(found) > 1:
         front = [m for m in pareto_front(found) if kind(m) != "base"]
         result.append(
@@ -200,7 +203,8 @@ def sentences(
             )
     for subject, metric in (("Learnt most", SCORE), ("Kept most", "retention/mean")):
         values = {m: spread(rows, metric, None, m).mean for m in measured.methods if kind(m) != "base"}
-        ranked = sorted((m for m in values if not math.isnan(values[m])), key=lambda m: -values[m])
+        ranked = [m for m in values if not math.isnan(values[m]) and m not in silent]
+        ranked.sort(key=lambda m: -values[m])
         if len(ranked) > 1:
             result.append(f"{subject}, best first: " + ", ".join(f"{m} {number(values[m])}" for m in ranked) + ".")
     result += chance_sentences(measured)

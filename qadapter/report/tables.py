@@ -12,6 +12,7 @@ from qadapter.evaluation.statistics import Interval
 from qadapter.report.intervals import Measured
 from qadapter.report.items import SCORE, WIN_RATE
 from qadapter.report.rows import Row, Spread, comparable_domains, kind, methods_of, ordered, spread, spread_over
+from qadapter.report.speaking import silent_methods
 
 # Column of the long table → metric. Forgetting is base minus policy: positive is forgotten.
 COLUMNS = {
@@ -46,6 +47,11 @@ FURTHER = {
     "adaptation/margin": "margin of the implied reward, nats",
     "adaptation/calibration": "calibration error of the implied reward ↓",
     "adaptation/exact_rule": "answers that follow the exact rule ↑",
+    "adaptation/speaks": "answers in language (1) or not (0) ↑",
+    "adaptation/broken_replies": "replies that are broken ↓",
+    "adaptation/repetition": "replies' share that repeats itself ↓",
+    "adaptation/replies_ended": "replies that ended by themselves ↑",
+    "adaptation/reply_nll": "replies' surprise for the base, nats per token",
     "adaptation/well_formed": "answers with the right attributes, in any style ↑",
     "adaptation/win_rate": "win rate of answers against the base ↑",
     "adaptation/ties": "ties, answers",
@@ -189,7 +195,7 @@ def main_table(measured: Measured) -> Table:
         ("Kept: retention, mean over domains", len(kept)),
         *([("Won", len(won))] if won else []),
     )
-    return Table("method", groups, tuple(columns), _marked(rows))
+    return Table("method", groups, tuple(columns), _marked(rows, silent_methods(measured.rows)))
 
 
 def domain_table(measured: Measured, domain: str) -> Table:
@@ -204,7 +210,7 @@ def domain_table(measured: Measured, domain: str) -> Table:
         rows.append((method, scores))
     columns = ["score", *(_task(measured, name) for name in measured.measures), "mean", "KL/token ↓"]
     groups = (("Learnt", 1), ("Kept", len(measured.measures) + 1), ("Distance", 1))
-    return Table("method", groups, tuple(columns), _marked(rows))
+    return Table("method", groups, tuple(columns), _marked(rows, silent_methods(measured.rows)))
 
 
 def _task(measured: Measured, name: str) -> str:
@@ -215,15 +221,19 @@ def _task(measured: Measured, name: str) -> str:
 
 
 def _marked(
-    rows: Sequence[tuple[str, list[tuple[Spread, Interval | None, bool]]]],
+    rows: Sequence[tuple[str, list[tuple[Spread, Interval | None, bool]]]], silent: Sequence[str]
 ) -> tuple[tuple[str, tuple[Cell, ...]], ...]:
-    """Cells with the best method of each column marked (the base is not in the race), ties all of them."""
+    """Cells with the best method of each column marked, ties all of them.
+
+    Neither the base nor a method that does not speak is compared.
+    """
+    ranked = [method for method, _ in rows if kind(method) != "base" and method not in silent]
     marked = []
     for method, scores in rows:
         cells = []
         for column, (found, interval, higher) in enumerate(scores):
-            rivals = [round(row[column][0].mean, 3) for m, row in rows if kind(m) != "base" and row[column][0].n]
-            best = bool(rivals) and found.n > 0 and kind(method) != "base" and len(rivals) > 1
+            rivals = [round(row[column][0].mean, 3) for m, row in rows if m in ranked and row[column][0].n]
+            best = bool(rivals) and found.n > 0 and method in ranked and len(rivals) > 1
             best = best and round(found.mean, 3) == (max(rivals) if higher else min(rivals))
             text = number(found.mean)
             if interval is None and not math.isnan(found.deviation):

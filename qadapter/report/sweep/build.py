@@ -49,7 +49,7 @@ def build_sweep_report(
         out: an empty folder.
     """
     points = points_of(rows, settings, expected)
-    compared = [point for point in points if point.complete]
+    compared = [point for point in points if point.complete and point.speaks]
     base_rows = [row for row in rows if row.method == BASE]
     to_csv(_all_rows(rows, settings), out / "sweep.csv")
     write_json(out / "settings.json", [asdict(setting) for setting in settings])
@@ -57,10 +57,12 @@ def build_sweep_report(
     base = {name: spread(base_rows, name, None, BASE) for name in MEASURED}
     ends = (base["adaptation/score"], base["retention/mean"])
     draw_sweep(compared, front, ends, out / "sweep.png", title)
-    missing = [s.name for s in settings if s.name not in {point.setting.name for point in compared}]
+    silent = [point.setting.name for point in points if not point.speaks]
+    missing = [s.name for s in settings if s.name not in {*silent, *(point.setting.name for point in compared)}]
     sections = [
         f"# {title}",
         *([f"Not complete, so listed but not compared: {', '.join(missing)}."] if missing else []),
+        *([f"Do not answer in language, so listed but not compared: {', '.join(silent)}."] if silent else []),
         f"{len(compared)} settings, each with {expected} trainings (domains × seeds). The base: adaptation "
         f"{ends[0].text()}, retention {ends[1].text()}.",
         "![retention against adaptation](sweep.png)",
@@ -211,7 +213,9 @@ def _table(
                 "front": "●" if point.setting.name in on_front else "",
                 "cells": str(point.cells),
             }
-            for point in sorted(points, key=lambda p: (not p.complete, *(-n for n in rank(p.trade, p.kl.mean))))
+            for point in sorted(
+                points, key=lambda p: (not (p.complete and p.speaks), *(-n for n in rank(p.trade, p.kl.mean)))
+            )
         ]
     )
     return pd.concat([table, pd.DataFrame([of_base])], ignore_index=True).fillna("")

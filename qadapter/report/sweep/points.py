@@ -12,6 +12,7 @@ from qadapter.evaluation.statistics import Interval, across_seeds
 from qadapter.report.front import pareto_front
 from qadapter.report.items import RULE as RULE
 from qadapter.report.rows import Row, Spread, spread
+from qadapter.report.speaking import speaks
 
 BASE = "base"
 MEASURED = (
@@ -80,6 +81,7 @@ class Point:
         by_seed: seed → what it came to.
         cells: how many domains and seeds were measured.
         complete: whether all were; a setting that lacks some is listed but not compared.
+        speaks: whether all answer in language; a setting of which one does not is listed but not compared.
     """
 
     setting: Setting
@@ -93,6 +95,7 @@ class Point:
     by_seed: dict[int | None, OfSeed]
     cells: int
     complete: bool
+    speaks: bool = True
 
     @property
     def trade(self) -> float:
@@ -167,6 +170,7 @@ def points_of(rows: Sequence[Row], settings: Sequence[Setting], expected: int) -
                 by_seed=by_seed,
                 cells=len(own),
                 complete=len(own) == expected,
+                speaks=all(map(speaks, own)),
             )
         )
     return found

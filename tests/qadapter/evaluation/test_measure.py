@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,12 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation import measure, old_answers
 from qadapter.evaluation.benchmarks.build import write_benchmarks
 from qadapter.evaluation.divergence import kl_per_token
+from qadapter.evaluation.divergence import replies_nll
 from qadapter.evaluation.lm_eval.harness import TaskScores
 from qadapter.evaluation.measure import headline_metric, measure_adaptation, measure_retention
 from qadapter.evaluation.old_answers import answer_metrics
 from qadapter.evaluation.preference import distinct_prompts, preference_metrics, score_pairs
-from qadapter.inference.generate import generate_replies
+from qadapter.inference.generate import Generated, generate_replies
 from qadapter.judging.rule import RuleJudge
 from qadapter.judging.verdicts import comparison
 from qadapter.policy.loading import load_base, load_policy
@@ -45,6 +47,10 @@ ADAPTATION_KEYS = {
     "adaptation/n",
     "adaptation/left_out",
     "adaptation/score",
+}
+
+SPEECH_KEYS = {
+    f"adaptation/{name}" for name in ("broken_replies", "repetition", "replies_ended", "reply_nll", "speaks")
 }
 
 
@@ -131,6 +137,7 @@ def test_the_measures_have_the_same_names_for_everyone(measured: Measured) -> No
     names = {name: set(metrics(folder)) for name, folder in measured.adaptation.items()}
     extra = {"adaptation/exact_rule", "cost/decoding_tokens_per_second"}
     extra |= {"adaptation/win_rate", "adaptation/ties", "adaptation/undecided"}
+    extra |= SPEECH_KEYS
     assert names == dict.fromkeys(("base", "sft", "q-adapter"), ADAPTATION_KEYS | extra)
     kept = {name: set(metrics(folder)) for name, folder in measured.retention.items()}
     measured_tasks = {"toy_facts/exact_match", "toy_sums/exact_match", "mean", "over_refusals"}
@@ -203,7 +210,7 @@ def test_real_data_has_no_exact_rule(measured: Measured, tmp_path: Path, generat
     settings = ADAPTATION.model_copy(update={"generate": generate})
     out = adaptation(measured.toy, None, None, tmp_path / "o", settings=settings, world=None)
     found = metrics(out)
-    speed = {"cost/decoding_tokens_per_second"} if answered else set()
+    speed = {"cost/decoding_tokens_per_second", *SPEECH_KEYS} if answered else set()
     assert set(found) == ADAPTATION_KEYS | speed
     assert found["adaptation/score"] == found["adaptation/implied_reward_accuracy"] == 0.5
     assert (out / "answers.jsonl").exists() == bool(answered)
@@ -223,7 +230,9 @@ def test_a_reply_that_looks_like_several_lines(
     def fake(policy: Any, tokenizer: Any, prompts: list[Any], **_: Any) -> list[str]:
         return [f"{BREAKING} {i}" for i in range(len(prompts))]
 
-    monkeypatch.setattr(measure, "generate_replies", fake)
+    monkeypatch.setattr(
+        measure, "generate_with_ends", lambda *a, **k: [Generated(t, ended=True) for t in fake(*a, **k)]
+    )
     monkeypatch.setattr(old_answers, "generate_replies", fake)
     base = adaptation(measured.toy, None, None, tmp_path / "base", world=None)
     out = adaptation(measured.toy, measured.adapters["sft"], base, tmp_path / "out", world=None)
@@ -235,6 +244,37 @@ def test_a_reply_that_looks_like_several_lines(
     assert BREAKING in (base / "old_answers.jsonl").read_text(encoding="utf-8")
     out = retention(measured.toy, None, base, tmp_path / "still", settings=settings)
     assert metrics(out)["retention/answers_identical"] == 1
+
+
+def test_a_policys_replies_are_as_likely_as_the_base_says(measured: Measured) -> None:
+    """Scored here by the base alone; the measurement used the policy with its adapter switched off."""
+    folder = measured.adaptation["sft"]
+    network, tokenizer = load_base(measured.toy.base, MODEL)
+    answers, found = rows(folder / "answers.jsonl"), rows(folder / "speech.jsonl")
+    conversations = [(row["prompt"], row["reply"]) for row in answers]
+    expected = replies_nll(network, tokenizer, conversations, max_length=LENGTH, batch_size=3)
+    for row, value in zip(found, expected, strict=True):
+        assert (math.nan if row["nll"] is None else row["nll"]) == pytest.approx(value, nan_ok=True, abs=1e-5)
+    said = [value for value in expected if not math.isnan(value)]
+    assert metrics(folder)["adaptation/reply_nll"] == pytest.approx(np.mean(said), abs=1e-5)
+    assert metrics(folder)["adaptation/replies_ended"] == np.mean([row["ended"] for row in found])
+
+
+def test_a_policy_that_repeats_one_word_does_not_speak(
+    measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake(policy: Any, tokenizer: Any, prompts: list[Any], **_: Any) -> list[Generated]:
+        return [Generated("no " * 12, ended=False) for _ in prompts]
+
+    said = [Generated("take a feather and work twice .", ended=True)] * 3
+    monkeypatch.setattr(measure, "generate_with_ends", lambda *_, **__: said)
+    base = adaptation(measured.toy, None, None, tmp_path / "base", world=None)
+    assert metrics(base)["adaptation/speaks"] == 1
+    monkeypatch.setattr(measure, "generate_with_ends", fake)
+    found = metrics(adaptation(measured.toy, measured.adapters["sft"], base, tmp_path / "out", world=None))
+    assert found["adaptation/speaks"] == 0
+    assert (found["adaptation/broken_replies"], found["adaptation/replies_ended"]) == (1, 0)
+    assert found["adaptation/repetition"] == pytest.approx(8 / 9)  # 12 words: 9 sequences of four, all the same
 
 
 def test_a_domain_is_judged_by_its_style(measured: Measured, tmp_path: Path) -> None:
