@@ -9,10 +9,10 @@ import shutil
 from typing import Any
 
 from prefect import flow
-from prefect.logging import get_run_logger
-from prefect.states import Completed, State
+from prefect.states import State
 
 from flows.customize import Step, fetch, lay_ground, measuring, one_at_a_time, prepared, request_of
+from flows.running.outcomes import ended
 from flows.running.prefect_run import close_abandoned
 from flows.running.run_request import check_workspace
 from flows.watch_preferences import emit
@@ -38,7 +38,7 @@ def check_champion(config: str = "smoke") -> State[Any]:
 
     Compared with what was measured when it was registered: new held-out rows show that the preferences moved on, the
     same rows that files, libraries or the machine changed. A champion whose registered files are damaged fell, and is
-    not measured. Ends as `NoChampion`, `Steady` or `Fell`; with `Fell` goes the event `qadapter.champion.fell`.
+    not measured. Ends as `NoChampion` or `Steady`, or fails as `Fell`, with the event `qadapter.champion.fell`.
 
     Args:
         config: a name in `configs/customize/`, or a YAML file.
@@ -48,17 +48,17 @@ def check_champion(config: str = "smoke") -> State[Any]:
     close_abandoned(Tracker.for_project(workspace()), NAME)
     registry = registry_of(customization)
     if registry.champion() is None:
-        return _ended("NoChampion", f"the registered model {customization.model_name!r} has no champion to check")
+        return ended("NoChampion", f"the registered model {customization.model_name!r} has no champion to check")
     request_of(config, customization, NAME).check()
     with one_at_a_time(customization, "checks"):  # each removes what the one before measured
         champion = registry.champion()
         assert champion is not None  # an alias may move, but it is never taken away
         reasons = _damage(customization, champion) or _what_fell(config, customization, registry, champion)
     if not reasons:
-        return _ended("Steady", f"version {champion.number} of {customization.model_name} is as good as it was")
+        return ended("Steady", f"version {champion.number} of {customization.model_name} is as good as it was")
     message = f"version {champion.number} of {customization.model_name}: " + "; ".join(reasons)
     emit(FELL, f"qadapter.model.{customization.model_name}", {"version": champion.number, "reasons": reasons})
-    return _ended("Fell", message)
+    return ended("Fell", message)
 
 
 def _damage(customization: Customization, champion: Version) -> list[str]:
@@ -118,8 +118,3 @@ def _heldout(
     )
     heldout = step(hold_out, mixture=mixture)
     return heldout
-
-
-def _ended(name: str, message: str) -> State[Any]:
-    (get_run_logger().warning if name == "Fell" else get_run_logger().info)("%s: %s", name, message)
-    return Completed(name=name, message=message, data={"outcome": name, "message": message})

@@ -17,9 +17,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 from prefect import flow
 from prefect.logging import get_run_logger
-from prefect.states import Completed, Failed, State
+from prefect.states import State
 
 from flows.prefect_host.waiting_runs import join_waiting_runs
+from flows.running.outcomes import ended
 from flows.running.prefect_run import PrefectRun, checked_run, close_abandoned
 from flows.running.run_request import RunRequest, check_workspace
 from qadapter.config.customization import PREFERENCES, Customization, load_customization
@@ -29,6 +30,7 @@ from qadapter.files.artifacts import read_json
 from qadapter.files.locks import private_lock
 from qadapter.files.shown import shown
 from qadapter.preferences import sources
+from qadapter.preferences.ledger import Changes
 from qadapter.preferences.mixture import unlearnt
 from tasks.candidate import (
     METHOD,
@@ -46,6 +48,7 @@ from tasks.candidate import (
 )
 from tasks.data import build_benchmarks, generate_toy_world, prepare_data
 from tasks.evaluate import evaluate, measure_base_retention
+from tasks.new_rows import look_at_new_rows
 from tasks.preferences import (
     Seen,
     changes_of,
@@ -113,15 +116,15 @@ def _look(config: str, customization: Customization, force: bool) -> State[Any]:
     versions = registry.versions()
     version = versions[-1].number if versions else 0
     Seen.update(customization, fingerprint=fingerprint, ledger=ledger, outcome=outcome, version=version)
-    return _ended(name, outcome)
+    return ended(name, outcome)
 
 
 def _nothing(customization: Customization, left: Version | None, finished: list[int], what: str) -> State[Any]:
     """Nothing is to be trained; but a run that was killed may have left something, which was finished before."""
     if left is None:
-        return _ended("NothingNew", what)
+        return ended("NothingNew", what)
     name = "Promoted" if left.number in finished else "NothingNew"
-    return _ended(name, f"what a killed run had left was finished; {Seen.read(customization).outcome}")
+    return ended(name, f"what a killed run had left was finished; {Seen.read(customization).outcome}")
 
 
 def _remember_what_was_killed(customization: Customization, registry: Registry) -> Version | None:
@@ -140,14 +143,6 @@ def _remember_what_was_killed(customization: Customization, registry: Registry) 
         version=last.number,
     )
     return last
-
-
-def _ended(name: str, message: str) -> State[Any]:
-    if name == "Quarantined":
-        get_run_logger().error("%s: %s", name, message)
-        return Failed(name=name, message=message)
-    get_run_logger().info("%s: %s", name, message)
-    return Completed(name=name, message=message, data={"outcome": name, "message": message})
 
 
 def _customize(
@@ -195,7 +190,17 @@ def _customize(
     adapter = step(take_adapter, label="candidate", folder=trained.path / "adapter", run_id=trained.run_id)
     rows = Rows(measure(cell, adapter, base_row), champion_row, base_row)
     parent = champion.number if champion else None
-    decision = step(judge_candidate, customization=customization, rows=rows, parent=parent)
+    new_rows = None
+    if read_json(mixture.path / "summary.json")["fresh_pairs"]:
+        new_rows = step(
+            look_at_new_rows,
+            base=ground.base,
+            candidate=adapter,
+            champion=champion_adapter,
+            champion_row=champion_row,
+            mixture=mixture,
+        )
+    decision = step(judge_candidate, customization=customization, rows=rows, parent=parent, new_rows=new_rows)
     version = step(
         register_candidate,
         customization=customization,
@@ -208,12 +213,21 @@ def _customize(
         fingerprint=fingerprint,
         parent=parent,
     )
-    outcome = f"version {version.number}, {changes.text()}: " + "; ".join(decision.reasons)
+    outcome = f"version {version.number}, {_trained_on(changes, waiting)}: " + "; ".join(decision.reasons)
     if not decision.passed:
         return "Rejected", outcome, place
     if left_alone := registry.promote(version):
         return "Superseded", f"{left_alone}; {outcome}", place
     return "Promoted", outcome, place
+
+
+def _trained_on(changes: Changes, waiting: int) -> str:
+    """What is new; where nothing was delivered since the last run, what was trained on all the same."""
+    if changes.new or changes.changed or changes.removed:
+        return changes.text()
+    if waiting:
+        return f"no delivery since the last run; {waiting} pairs of earlier ones that the champion has not learnt"
+    return "no delivery since the last run; trained on all known pairs once more"
 
 
 def _complaint(customization: Customization, ledger: StageResult) -> str:

@@ -43,6 +43,9 @@ class AdaptationRule(_Rules):
         min_gain: smallest accepted difference to the champion.
         beyond_noise: the interval of the difference must also lie above 0.
         min_items: minimum number of scored held-out pairs.
+
+    Where the champion is at the ceiling (a candidate that won every pair would not pass), the rule is instead that the
+    candidate is not worse beyond noise.
     """
 
     metric: Literal["implied_reward_accuracy", "preference_accuracy", "preference_accuracy_length_normalised"] = (
@@ -184,9 +187,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether the candidate passed, and why (not)."""
+    """Whether the candidate passed, and why (not).
+
+    Attributes:
+        findings: of each rule.
+        notes: what else was measured that a reader of the verdict should know.
+    """
 
     findings: tuple[Finding, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -195,8 +204,8 @@ class Decision:
 
     @property
     def reasons(self) -> list[str]:
-        """The sentences of the failed rules; those of all rules where none failed."""
-        return [finding.text for finding in self.findings if self.passed or not finding.passed]
+        """The sentences of the failed rules (those of all rules where none failed), then the notes."""
+        return [*(f.text for f in self.findings if self.passed or not f.passed), *self.notes]
 
     def metrics(self) -> dict[str, float]:
         """MLflow metrics: `gate/passed`, and the difference with its interval for each rule that compares."""
@@ -239,11 +248,23 @@ def _adaptation(gate: Gate, candidate: Measured, champion: Measured, rival: str)
     interval = paired_difference(
         candidate.won[rule.metric], champion.won[rule.metric], level=gate.level, resamples=gate.resamples
     )
-    passed = interval.estimate >= rule.min_gain and (interval.low > 0 or not rule.beyond_noise)
-    wanted = f"at least {rule.min_gain:+.3f}" + (" and beyond noise" if rule.beyond_noise else "")
+    wanted = f"wanted at least {rule.min_gain:+.3f}" + (" and beyond noise" if rule.beyond_noise else "")
+    passed = _gained(rule, interval)
+    before_all = champion.won[rule.metric]
+    best = paired_difference(np.ones_like(before_all), before_all, level=gate.level, resamples=gate.resamples)
+    if not _gained(rule, best):
+        passed = interval.high >= 0
+        wanted = (
+            f"wanted not worse beyond noise, because the {rival} is at the ceiling: winning every pair would be no "
+            f"gain of {rule.min_gain:+.3f}" + (" beyond noise" if rule.beyond_noise else "")
+        )
     now, before = candidate.won[rule.metric].mean(), champion.won[rule.metric].mean()
-    text = f"{rule.metric} {now:.3f} after {before:.3f} of the {rival}: {_shown(interval)}, wanted {wanted}"
+    text = f"{rule.metric} {now:.3f} after {before:.3f} of the {rival}: {_shown(interval)}, {wanted}"
     return Finding(name, bool(passed), text, interval)
+
+
+def _gained(rule: AdaptationRule, interval: Interval) -> bool:
+    return interval.estimate >= rule.min_gain and (interval.low > 0 or not rule.beyond_noise)
 
 
 def _retention(
@@ -268,8 +289,17 @@ def _retention(
         drop = paired_difference(
             worse.values, better.values, weights=before.weights, level=gate.level, resamples=gate.resamples
         )
-        text = f"{task} down from the {rival} by {_shown(drop)}, allowed {limit:.3f} beyond noise"
+        text = f"{task} down from the {rival} by {_shown(drop)}, {_against(limit, drop)}"
         yield Finding(name, drop.low <= limit, text, drop)
+
+
+def _against(limit: float, drop: Interval) -> str:
+    """How a drop compares with what is allowed, so that a drop that passed reads as one."""
+    if drop.low > limit:
+        return f"allowed {limit:.3f}: all of the interval is above it"
+    if drop.estimate > limit:
+        return f"allowed {limit:.3f}: passed, because the interval reaches down to what is allowed; it may be noise"
+    return f"allowed {limit:.3f}"
 
 
 def _speech(candidate: Measured) -> Iterator[Finding]:

@@ -18,6 +18,7 @@ from qadapter.config.customization import Customization
 from qadapter.config.experiment import Experiment
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
+from qadapter.evaluation.new_rows import new_rows_sentence
 from qadapter.files.artifacts import digest_file, digest_tree, read_json
 from qadapter.gate import Decision, Measured, decide
 from qadapter.methods import q_adapter
@@ -252,16 +253,21 @@ def measured(row: Evaluation) -> Measured:
 
 
 @task(task_run_name="gate")
-def judge_candidate(context: RunContext, customization: Customization, rows: Rows, parent: int | None) -> Decision:
+def judge_candidate(
+    context: RunContext, customization: Customization, rows: Rows, parent: int | None, new_rows: StageResult | None
+) -> Decision:
     """Compare the candidate with the champion, or with the base where there is no champion yet."""
     rival = rows.champion or rows.base
     name = f"champion (version {parent})" if rows.champion else "base"
     decision = decide(customization.gate, measured(rows.candidate), measured(rival), measured(rows.base), name)
+    if new_rows is not None:
+        decision = replace(decision, notes=(new_rows_sentence(new_rows.path),))
     run_id = rows.candidate.adaptation.run_id
     context.tracker.log_metrics(run_id, decision.metrics())
     context.tracker.log_tags(run_id, {"gate": "passed" if decision.passed else "rejected"})
     context.tracker.log_text(run_id, json.dumps([asdict(f) for f in decision.findings], indent=2), "gate.json")
     lines = [f"| {'kept' if f.passed else '**broken**'} | {f.rule} | {f.text} |" for f in decision.findings]
+    lines += [f"| note | | {note} |" for note in decision.notes]
     verdict = "promoted" if decision.passed else "rejected"
     show(
         create_markdown_artifact,

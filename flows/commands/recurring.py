@@ -16,14 +16,14 @@ def customize(
     config: Config = "smoke",
     force: Annotated[bool, typer.Option("--force", help="train and judge although nothing is new")] = False,
 ) -> int:
-    """Look for new preferences; returns 0, or 1 where the flow did not complete."""
+    """Look for new preferences; returns the exit code of `flows.running.outcomes`."""
     from flows.customize import customize_on_new_preferences
 
     return _run_flow(customize_on_new_preferences, config, force=force)
 
 
 def check(config: Config = "smoke") -> int:
-    """Measure the champion again; returns 0, or 1 where the flow did not complete."""
+    """Measure the champion again; returns the exit code of `flows.running.outcomes`."""
     from flows.check_champion import check_champion
 
     return _run_flow(check_champion, config)
@@ -31,6 +31,7 @@ def check(config: Config = "smoke") -> int:
 
 def _run_flow(flow: Any, config: str, **parameters: Any) -> int:
     """Call a flow, with the server that answers or one of its own; say how it ended."""
+    from flows.running.outcomes import exit_code
     from flows.running.run_request import check_workspace
     from qadapter.config.customization import load_customization
     from tasks.stages.context import workspace
@@ -39,9 +40,9 @@ def _run_flow(flow: Any, config: str, **parameters: Any) -> int:
     check_workspace(workspace())
     with prefect_server():
         state = flow(config, **parameters, return_state=True)
-    done = state.is_completed()  # not merely "did not fail": it may have crashed or been cancelled
-    (sys.stdout if done else sys.stderr).write(f"{state.name}: {state.message}\n")
-    return 0 if done else 1
+    code = exit_code(state)
+    (sys.stderr if code else sys.stdout).write(f"{state.name}: {state.message}\n")
+    return code
 
 
 def announce(config: Config = "smoke") -> None:

@@ -194,7 +194,15 @@ class TrainingOptions(OptimizerSettings):
     seed: int = Field(0, description="of split, weights, order and dropout")
 
 
-class TrainOptions(SplitOptions, BaseOptions, ObjectiveOptions, AdapterOptions, TrainingOptions):
+class AnswerOptions(Settings):
+    """What is looked at beside the pairs."""
+
+    answers: Annotated[int, Field(ge=0)] = Field(
+        8, description="prompts that the policy answers, to see whether it answers in language; 0: none"
+    )
+
+
+class TrainOptions(SplitOptions, AnswerOptions, BaseOptions, ObjectiveOptions, AdapterOptions, TrainingOptions):
     """Train a Q-Adapter."""
 
     base: Place = Field(description="folder or hub id of a causal language model")
@@ -254,7 +262,7 @@ class GenerateOptions(PolicyOptions, DecodingOptions, FileOptions):
     compare_base: bool = Field(False, description="also let the base answer")
 
 
-class ScoreOptions(PolicyOptions, DataOptions, FileOptions):
+class ScoreOptions(PolicyOptions, DataOptions, AnswerOptions, FileOptions):
     """Score preference pairs."""
 
     batch_size: Count = Field(8, description="pairs per forward pass")

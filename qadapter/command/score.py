@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from qadapter.command.opened import as_base, note, open_policy, training_record
 from qadapter.command.options import ScoreOptions
 from qadapter.command.results import require_free, writing
+from qadapter.command.speaking import look_at_answers
 from qadapter.evaluation.preference import PairScores, margins, preference_metrics, score_pairs
 from qadapter.preferences.building import Choices
 from qadapter.preferences.pair import PreferencePair
@@ -45,9 +46,13 @@ def run(options: ScoreOptions) -> None:
         for values in zip(*columns.values(), strict=True):
             row = dict(zip(columns, values, strict=True))
             write({**row, **pairs[row["pair"]].to_trl()})
+    speech = look_at_answers(
+        policy, tokenizer, pairs, count=options.answers, max_length=max_length, batch_size=options.batch_size
+    )
     result = {
         "policy": preference_metrics(scores, base_scores),
         "base": preference_metrics(base_scores, base_scores),
+        "answers": speech,
         "max_length": max_length,
     }
     print(json.dumps(result, indent=2))

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qadapter.command.opened import RECORD, note, open_base
 from qadapter.command.options import TrainOptions
 from qadapter.command.score import score_both
+from qadapter.command.speaking import look_at_answers
 from qadapter.config.model import LoraSettings
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.preference import preference_metrics
@@ -151,7 +152,15 @@ def _evaluate(trainer: QAdapterTrainer, heldout: list[PreferencePair], options: 
         trainer.policy, tokenizer, heldout, max_length=options.max_length, batch_size=options.micro_batch
     )
     metrics |= {f"adaptation/{name}": value for name, value in preference_metrics(scores, base_scores).items()}
-    return metrics
+    speech = look_at_answers(
+        trainer.policy,
+        tokenizer,
+        heldout,
+        count=options.answers,
+        max_length=options.max_length,
+        batch_size=options.micro_batch,
+    )
+    return metrics | {f"adaptation/{name}": value for name, value in speech.items()}
 
 
 # ---- the output folder ------------------------------------------------------------------------------------------

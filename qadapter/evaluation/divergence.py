@@ -1,4 +1,4 @@
-"""How far a policy has moved from its base: on text of the old distribution, and in the replies that it writes itself."""
+"""How far a policy has moved from its base: on text of the old distribution, and in its own replies."""
 
 from __future__ import annotations
 

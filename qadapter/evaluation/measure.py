@@ -14,15 +14,16 @@ from transformers import PreTrainedTokenizerBase
 from qadapter.config.evaluation import AdaptationSettings, RetentionSettings
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.divergence import kl_per_token, replies_nll
+from qadapter.evaluation.divergence import kl_per_token
+from qadapter.evaluation.hearing import heard
 from qadapter.evaluation.items import items_digests
 from qadapter.evaluation.lm_eval.catalog import expand_suites, require_scores
 from qadapter.evaluation.lm_eval.harness import evaluate_tasks
 from qadapter.evaluation.old_answers import answer_metrics, answer_old_prompts
 from qadapter.evaluation.preference import PairScores, distinct_prompts, preference_metrics, score_pairs
-from qadapter.evaluation.speech import SPEECH, Speech, listen
+from qadapter.evaluation.speech import SPEECH
 from qadapter.files.artifacts import read_json, read_json_lines, write_json, write_json_lines
-from qadapter.inference.generate import Generated, generate_replies, generate_with_ends
+from qadapter.inference.generate import generate_replies, generate_with_ends
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.preferences.pair import Message, load_pairs
 from qadapter.toyworld.rules import exact_measures
@@ -108,40 +109,6 @@ def measure_adaptation(
     metrics["adaptation/score"] = metrics.get("adaptation/exact_rule", metrics["adaptation/implied_reward_accuracy"])
     write_json_lines(out / "pairs.jsonl", _pair_rows(scores, base_scores))
     write_json(out / "metrics.json", metrics)
-
-
-def heard(
-    policy: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[Message]],
-    replies: Sequence[Generated],
-    base: tuple[Sequence[str], Sequence[float]] | None,
-    *,
-    max_length: int,
-    batch_size: int,
-) -> Speech:
-    """Whether a policy speaks, by the replies that it generated and their likelihood under its base (one pass).
-
-    Args:
-        policy: that generated them; its adapter is switched off for the likelihood.
-        prompts, replies: n of each.
-        base: the base's n replies to the same prompts and their likelihoods, nats per token; None where the policy is
-            the base.
-        max_length, batch_size: as for the pairs.
-    """
-    texts = [reply.text for reply in replies]
-    likelihood = replies_nll(
-        policy, tokenizer, list(zip(prompts, texts, strict=True)), max_length=max_length, batch_size=batch_size
-    )
-    base_texts, base_likelihood = (texts, likelihood) if base is None else base
-    return listen(
-        texts,
-        base_texts,
-        ended=[reply.ended for reply in replies],
-        nll=likelihood,
-        base_nll=base_likelihood,
-        vocabulary=len(tokenizer),
-    )
 
 
 def _read_replies(base_adaptation: Path) -> tuple[list[str], list[float]]:

@@ -37,8 +37,9 @@ def write_mixture(
 
     Args:
         ledger: folder that `ledger.update` wrote.
-        out: gets `train.jsonl`, `heldout.jsonl` (a pair a line) and `summary.json`: pairs, prompts and sha256 of either
-            side, and how many of the training pairs are `fresh_pairs` and `old_pairs`.
+        out: gets `train.jsonl`, `heldout.jsonl` (one pair per line), `fresh.jsonl` (the new ones among the training
+            pairs) and `summary.json`: pairs, prompts and sha256 of either side, and how many of the training pairs are
+            `fresh_pairs` and `old_pairs`.
         learnt: ledger of what the policy that is trained on has learnt; None: nothing. What is not in it is fresh, also
             if an earlier training read it whose policy was rejected.
         rows: `all` trains on everything; `new` on the fresh pairs and a sample of the others.
@@ -63,8 +64,9 @@ def write_mixture(
         max_heldout_pairs=max_heldout_pairs,
     )
     train = [pair for pair in split.train if rows == "all" or _text(pair) in fresh or _drawn(pair, seed, old_share)]
-    fresh_pairs = sum(_text(pair) in fresh for pair in train)
-    summary: dict[str, int | str] = {"fresh_pairs": fresh_pairs, "old_pairs": len(train) - fresh_pairs}
+    new = [pair for pair in train if _text(pair) in fresh]
+    summary: dict[str, int | str] = {"fresh_pairs": len(new), "old_pairs": len(train) - len(new)}
+    (out / "fresh.jsonl").write_text(_lines(new), encoding="utf-8")
     for side, chosen in {"train": train, "heldout": split.heldout}.items():
         summary |= _write_side(out, side, chosen)
     write_json(out / "summary.json", summary)
@@ -100,13 +102,17 @@ def write_heldout(
 
 def _write_side(out: Path, side: str, pairs: Sequence[PreferencePair]) -> dict[str, int | str]:
     """Write a side's file; its part of the summary."""
-    text = "".join(json.dumps(pair.to_row(), ensure_ascii=False) + "\n" for pair in pairs)
+    text = _lines(pairs)
     (out / f"{side}.jsonl").write_text(text, encoding="utf-8")
     return {
         f"{side}_pairs": len(pairs),
         f"{side}_prompts": len({pair.prompt_digest for pair in pairs}),
         f"{side}_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
+
+
+def _lines(pairs: Sequence[PreferencePair]) -> str:
+    return "".join(json.dumps(pair.to_row(), ensure_ascii=False) + "\n" for pair in pairs)
 
 
 def unlearnt(ledger: Path, learnt: Path | None) -> set[str]:

@@ -44,7 +44,8 @@ def _silent(rows: Sequence[Row], method: str) -> str:
     domains = ordered(row.domain for row in broken)
     every = len(broken) == len(own)
     where = "" if every and len(own) == 1 else " in all domains" if every else f" in {listed(domains)}"
+    why = faults_of(broken[0].adaptation) or "most of its replies are broken"
     return (
-        f"{method} does not speak{where}: {faults_of(broken[0].adaptation) or 'most of its replies are broken'}. It has no place on the front, in the rankings or in the "
-        "comparisons below."
+        f"{method} does not speak{where}: {why}. It has no place on the front, in the rankings or in the comparisons "
+        "below."
     )

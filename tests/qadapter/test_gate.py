@@ -158,6 +158,50 @@ def test_small_steps_down_add_up_against_the_base(make: Any) -> None:
     assert "down from the base by +0.105" in decision.reasons[0]
 
 
+def test_at_the_ceiling_not_worse_is_enough(make: Any) -> None:
+    """1.000 after 1.000 can be no gain; a good second delivery passes, and one of flipped labels does not."""
+    gate = Gate(adaptation=AdaptationRule(min_gain=0.005))
+    champion, base = make(100, 150), make(50, 150)
+    same = decide(gate, make(100, 150), champion, base)
+    assert same.passed
+    assert "wanted not worse beyond noise, because the champion is at the ceiling" in same.reasons[0]
+    assert decide(gate, make(99, 150), champion, base).passed  # one pair of 100: the interval reaches 0
+    flipped = decide(gate, make(0, 150), champion, base)
+    assert not flipped.passed
+    assert "0.000 after 1.000 of the champion: -1.000" in flipped.reasons[0]
+    assert not decide(gate, make(90, 150), champion, base).passed  # 10 of 100 lost: -0.10 ± 0.059
+    below = decide(gate, make(95, 150), make(90, 150), base).findings[0]  # room for a gain: the rule is a gain
+    assert "ceiling" not in below.text
+
+
+def test_a_drop_that_passed_says_why(make: Any) -> None:
+    """10 items of 200 are 0.05 ± 0.030: above 0.03, and yet it may be noise."""
+    champion = make(60, 150)
+    gate = Gate(retention=RetentionRule(max_drop=0.03))
+    (finding,) = [
+        f for f in decide(gate, make(90, 140), champion, champion).findings if f.rule == "retention.max_drop.facts"
+    ]
+    assert finding.passed
+    assert "allowed 0.030: passed, because the interval reaches down to what is allowed" in finding.text
+    gate = Gate(retention=RetentionRule(max_drop=0.001))
+    (reason,) = decide(gate, make(90, 140), champion, champion).reasons
+    assert reason.endswith("allowed 0.001: all of the interval is above it")
+
+
+def test_a_policy_that_does_not_speak_is_rejected_with_an_example(make: Any, tmp_path: Path) -> None:
+    champion, candidate = make(60, 150), make(90, 150)
+    answers = tmp_path / "1" / "a"
+    (answers / "answers.jsonl").write_text(json.dumps({"reply": "=========="}) + "\n")
+    (answers / "speech.jsonl").write_text(json.dumps({"faults": ["repeat themselves"]}) + "\n")
+    (answers / "metrics.json").write_text(json.dumps({"adaptation/speaks": 0.0, "adaptation/broken_replies": 1.0}))
+    silent = Measured.read(answers, tmp_path / "1" / "r")
+    (reason,) = decide(Gate(), silent, champion, champion).reasons
+    assert reason == 'does not speak: of its replies 1 of 1 repeat themselves, for example "=========="'
+    assert reason in fallen(candidate, silent, Gate())
+    speaking = replace(candidate, metrics={**candidate.metrics, "adaptation/speaks": 1.0})
+    assert decide(Gate(), speaking, champion, champion).passed
+
+
 def test_over_refusals_are_limited_and_must_be_measured(make: Any) -> None:
     champion = make(60, 150)
     gate = Gate(max_over_refusals=0.1)

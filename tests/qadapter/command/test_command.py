@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -29,9 +30,12 @@ from qadapter.command.flags import from_flags
 from qadapter.command.generate import read_prompts
 from qadapter.command.options import TrainOptions
 from qadapter.command.parser import COMMANDS, main
+from qadapter.command.speaking import LONGEST_ANSWER
 from qadapter.config.model import LoraSettings, ModelSettings
 from qadapter.config.training import OptimizerSettings
-from qadapter.evaluation.preference import preference_metrics, score_pairs
+from qadapter.evaluation.preference import distinct_prompts, preference_metrics, score_pairs
+from qadapter.evaluation.speech import repetition
+from qadapter.inference.generate import generate_replies
 from qadapter.methods import q_adapter
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.policy.model import QAdapterForCausalLM
@@ -318,6 +322,7 @@ def test_the_heldout_measures_are_those_of_the_saved_adapter(place: Path, policy
     expected = {f"adaptation/{name}": value for name, value in preference_metrics(scores, base_scores).items()}
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert metrics["adaptation/n"] == len(pairs) > 2
+    assert metrics["adaptation/speaks"] in (0, 1)
     # `residual` with α0 = α̃ = 1: the objective's reward is the log-ratio to the base
     assert metrics["heldout/rewards/margins"] == pytest.approx(expected["adaptation/margin"], rel=1e-4)
     assert metrics["heldout/rewards/margins"] > 0.1
@@ -528,6 +533,10 @@ def test_score_is_preference_metrics_of_policy_and_base(
     assert printed["policy"] == pytest.approx(preference_metrics(scores, base_scores), rel=1e-6)
     assert printed["base"] == pytest.approx(preference_metrics(base_scores, base_scores), rel=1e-6)
     assert printed["max_length"] == 96  # as in training
+    prompts = distinct_prompts(pairs, 8)
+    replies = generate_replies(policy, TOKENIZER, prompts, max_new_tokens=LONGEST_ANSWER, batch_size=8)
+    assert printed["answers"]["repetition"] == pytest.approx(np.mean([repetition(reply) for reply in replies]))
+    assert {"broken_replies", "replies_ended", "reply_nll", "speaks"} <= printed["answers"].keys()
     written = rows(tmp_path / "scores.jsonl")
     assert [row["chosen_log_prob"] for row in written] == pytest.approx(scores.chosen.tolist(), rel=1e-6)
     assert [row["base_rejected_log_prob"] for row in written] == pytest.approx(base_scores.rejected.tolist(), rel=1e-6)

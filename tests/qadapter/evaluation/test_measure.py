@@ -17,8 +17,7 @@ from qadapter.config.experiment import load_experiment
 from qadapter.errors import QAdapterError
 from qadapter.evaluation import measure, old_answers
 from qadapter.evaluation.benchmarks.build import write_benchmarks
-from qadapter.evaluation.divergence import kl_per_token
-from qadapter.evaluation.divergence import replies_nll
+from qadapter.evaluation.divergence import kl_per_token, replies_nll
 from qadapter.evaluation.lm_eval.harness import TaskScores
 from qadapter.evaluation.measure import headline_metric, measure_adaptation, measure_retention
 from qadapter.evaluation.old_answers import answer_metrics

@@ -1,0 +1,115 @@
+"""What the champion and a candidate make of the pairs that a delivery brought, and which labels may be flipped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qadapter.config.model import ModelSettings
+from qadapter.evaluation.preference import Floats, PairScores, margins, score_pairs
+from qadapter.files.artifacts import read_json, read_json_lines, write_json, write_json_lines
+from qadapter.inference.pair_scores import implied_margin, won
+from qadapter.policy.loading import load_base, load_policy
+from qadapter.preferences.pair import load_pairs
+
+NEW_ROWS = "new_rows.jsonl"
+MOST = 200
+"""New pairs that are scored; of more, some at even distances."""
+_SHOWN = 3
+_PROMPT = 60  # characters
+
+
+def measure_new_rows(
+    base: str | Path,
+    champion: Path | None,
+    candidate: Path,
+    fresh: Path,
+    champion_adaptation: Path | None,
+    *,
+    model: ModelSettings,
+    max_length: int,
+    batch_size: int,
+    out: Path,
+) -> None:
+    """Score the new training pairs by champion and candidate.
+
+    A label is suspected to be flipped where the champion prefers the rejected reply by more than its median margin of
+    the held-out pairs that it gets right: it is as sure of the opposite as it usually is of what is right.
+
+    Args:
+        base, champion, candidate: folder or hub id of the base, folders of the adapters; no champion before the first.
+        fresh: the new pairs (`fresh.jsonl` of the mixture).
+        champion_adaptation: folder that `measure_adaptation` wrote for the champion; None where there is none.
+        model: of the experiment.
+        max_length, batch_size: as for the held-out pairs.
+        out: gets `new_rows.jsonl` (pair, margins of both, whether its label is suspected) and `metrics.json`
+            (`new_rows/…`).
+
+    Raises:
+        QAdapterError: not one pair can be scored.
+    """
+    pairs = load_pairs(fresh)
+    if len(pairs) > MOST:
+        pairs = [pairs[i * len(pairs) // MOST] for i in range(MOST)]
+
+    def scores(adapter: Path | None) -> PairScores:
+        network, tokenizer = load_base(base, model)
+        policy = load_policy(network, adapter)
+        return score_pairs(policy, tokenizer, pairs, max_length=max_length, batch_size=batch_size)
+
+    of_base = scores(None)
+    of_candidate = margins(scores(candidate), of_base)
+    of_champion = margins(scores(champion), of_base) if champion else None
+    suspected = np.zeros(len(of_base), dtype=bool)
+    if of_champion is not None and champion_adaptation is not None:
+        right = [margin for margin in _heldout_margins(champion_adaptation) if margin > 0]
+        if right:
+            suspected = of_champion < -float(np.median(right))
+    rows = [
+        {
+            **pairs[place].to_row(),
+            "candidate_margin": of_candidate[i].item(),
+            "champion_margin": None if of_champion is None else of_champion[i].item(),
+            "suspected": bool(suspected[i]),
+        }
+        for i, place in enumerate(of_base.indices)
+    ]
+    metrics = {"new_rows/n": float(len(rows)), "new_rows/candidate_accuracy": float(won(of_candidate).mean())}
+    if of_champion is not None:
+        metrics |= {
+            "new_rows/champion_accuracy": float(won(of_champion).mean()),
+            "new_rows/suspected_flips": float(suspected.sum()),
+        }
+    write_json_lines(out / NEW_ROWS, rows)
+    write_json(out / "metrics.json", metrics)
+
+
+def new_rows_sentence(folder: Path) -> str:
+    """What `measure_new_rows` found, for people."""
+    metrics = read_json(folder / "metrics.json")
+    count, of_candidate = int(metrics["new_rows/n"]), metrics["new_rows/candidate_accuracy"]
+    text = f"of {count} new pairs the candidate prefers the chosen reply in {of_candidate:.3f}"
+    if "new_rows/champion_accuracy" not in metrics:
+        return text
+    text += f", the champion in {metrics['new_rows/champion_accuracy']:.3f}"
+    suspected = [row for row in read_json_lines(folder / NEW_ROWS) if row["suspected"]]
+    if not suspected:
+        return text
+    shown = ", ".join(repr(_last_turn(row)) for row in suspected[:_SHOWN])
+    return (
+        f"{text}; {len(suspected)} labels may be flipped, because the champion is sure of the opposite, for example of "
+        f"{shown} (all of them: {NEW_ROWS} among the files of the candidate's MLflow run)"
+    )
+
+
+def _last_turn(row: dict[str, Any]) -> str:
+    text = " ".join(str(row["prompt"][-1]["content"]).split())
+    return text if len(text) <= _PROMPT else text[:_PROMPT] + " …"
+
+
+def _heldout_margins(adaptation: Path) -> Floats:
+    rows = read_json_lines(adaptation / "pairs.jsonl")
+    columns = ("chosen_log_prob", "rejected_log_prob", "base_chosen_log_prob", "base_rejected_log_prob")
+    return implied_margin(*(np.array([row[name] for row in rows], dtype=np.float64) for name in columns))

@@ -1,0 +1,70 @@
+"""New pairs under champion and candidate, and labels that the champion is sure are the other way round."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qadapter.evaluation import new_rows
+from qadapter.evaluation.new_rows import measure_new_rows, new_rows_sentence
+from qadapter.evaluation.preference import score_pairs
+from qadapter.policy.loading import load_base, load_policy
+from qadapter.preferences.pair import load_pairs
+from tests.support.tiny_toy import MODEL, TRAINING, make_tiny_toy, pair, rows, write_pairs
+
+
+def heldout_margins(folder: Path, margins: list[float]) -> Path:
+    """A champion's `pairs.jsonl` with these margins."""
+    folder.mkdir()
+    columns = {"rejected_log_prob": 0.0, "base_chosen_log_prob": 0.0, "base_rejected_log_prob": 0.0}
+    lines = [json.dumps({"chosen_log_prob": margin, **columns}) for margin in margins]
+    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_flipped_labels_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters trained for a moment; every margin is scored here too, and the threshold is set between two of them."""
+    toy = make_tiny_toy(tmp_path / "toy")
+    training = TRAINING.model_copy(update={"learning_rate": 5e-2, "max_steps": 8, "save_steps": None})
+    champion = toy.train("q-adapter", tmp_path / "champion", training=training) / "adapter"
+    candidate = toy.train("sft", tmp_path / "candidate", training=training) / "adapter"
+    good = load_pairs(toy.heldout)[:6]
+    flipped = [pair(str(p.prompt[-1]["content"]), p.rejected, p.chosen) for p in good]
+    fresh = write_pairs(tmp_path / "fresh.jsonl", [*good, *flipped])
+    expected = {}
+    for name, adapter in {"base": None, "champion": champion, "candidate": candidate}.items():
+        network, tokenizer = load_base(toy.base, MODEL)
+        policy = load_policy(network, adapter)
+        found = score_pairs(policy, tokenizer, load_pairs(fresh), max_length=64, batch_size=4)
+        expected[name] = found.chosen - found.rejected
+    of_champion = expected["champion"] - expected["base"]
+    # A pair and its reverse have opposite margins: exactly the surest half is suspected at their median.
+    adaptation = heldout_margins(tmp_path / "adaptation", np.abs(of_champion[:6]).tolist())
+    threshold = float(np.median(np.abs(of_champion[:6])))
+    out = tmp_path / "out"
+    out.mkdir()
+    measure_new_rows(
+        toy.base, champion, candidate, fresh, adaptation, model=MODEL, max_length=64, batch_size=4, out=out
+    )
+    written = rows(out / "new_rows.jsonl")
+    assert [row["champion_margin"] for row in written] == pytest.approx(of_champion.tolist(), abs=1e-4)
+    of_candidate = expected["candidate"] - expected["base"]
+    assert [row["candidate_margin"] for row in written] == pytest.approx(of_candidate.tolist(), abs=1e-4)
+    assert [row["suspected"] for row in written] == [margin < -threshold for margin in of_champion]
+    assert sum(row["suspected"] for row in written) == 3
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["new_rows/champion_accuracy"] == 0.5
+    assert metrics["new_rows/suspected_flips"] == 3
+    text = new_rows_sentence(out)
+    assert "of 12 new pairs the candidate prefers the chosen reply in 0." in text
+    assert "the champion in 0.500; 3 labels may be flipped" in text
+
+    monkeypatch.setattr(new_rows, "MOST", 4)
+    first = tmp_path / "first"
+    first.mkdir()
+    measure_new_rows(toy.base, None, candidate, fresh, None, model=MODEL, max_length=64, batch_size=4, out=first)
+    assert [row["champion_margin"] for row in rows(first / "new_rows.jsonl")] == [None] * 4
+    assert "champion" not in new_rows_sentence(first)
