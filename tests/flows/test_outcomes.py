@@ -51,14 +51,15 @@ def test_other_ends_are_failures_unless_completed(state: Any, code: int) -> None
 def test_the_command_exits_with_the_outcomes_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    import flows.running.run_request
+
     import flows.check_champion
-    import flows.running.launch
 
     def fell(config: str, *, return_state: bool) -> Any:
         return Failed(name="Fell", message=f"version 2 of {config}: retention fell")
 
     monkeypatch.setattr(recurring, "prefect_server", nullcontext)
     monkeypatch.setattr(flows.check_champion, "check_champion", fell)
-    monkeypatch.setattr(flows.running.launch, "check_workspace", lambda folder: None)
+    monkeypatch.setattr(flows.running.run_request, "check_workspace", lambda folder: None)
     assert recurring.check("smoke") == 5
     assert capsys.readouterr().err == "Fell: version 2 of smoke: retention fell\n"
