@@ -51,9 +51,8 @@ def test_other_ends_are_failures_unless_completed(state: Any, code: int) -> None
 def test_the_command_exits_with_the_outcomes_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import flows.running.run_request
-
     import flows.check_champion
+    import flows.running.run_request
 
     def fell(config: str, *, return_state: bool) -> Any:
         return Failed(name="Fell", message=f"version 2 of {config}: retention fell")
