@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefect import task
 
-from qadapter.evaluation.lm_eval.reads import reads_of
 from qadapter.files.artifacts import read_json_lines
 from qadapter.files.folders import resolve_path
 from qadapter.judging.plan import case_of, judge_of
 from qadapter.judging.table import NO_JUDGE
 from tasks.data import log_pairs
 from tasks.judge import judge_material
-from tasks.stages.code_version import code_digest
 from tasks.stages.context import Cell, RunContext
 from tasks.stages.stage_run import StageResult, run_stage, task_result
 from tasks.stages.store import StageOutput
+from tasks.stages.task_reads import task_reads
 from tasks.train import Base
 
 
@@ -165,15 +162,8 @@ def _retention(
     settings = experiment.evaluation.retention
     official = Path(resolve_path(settings.official_data, context.data)) if settings.official_data else None
     # A score depends on the tasks' definitions and on what they read as much as on the policy.
-    reads = reads_of(settings.tasks, benchmarks.path if benchmarks else None, official)
-    definitions = {}
-    for name, task_reads in reads.items():
-        inputs |= {f"{name} reads {number}": file for number, file in enumerate(task_reads.files)}
-        definitions[name] = {
-            "settings": task_reads.settings,
-            "code": [code_digest(module) for module in task_reads.modules],
-            "datasets": task_reads.datasets,
-        }
+    read, definitions = task_reads(settings.tasks, benchmarks.path if benchmarks else None, official)
+    inputs |= read
 
     def compute(out: Path, _: Path) -> None:
         from qadapter.evaluation.measure import measure_retention
@@ -200,7 +190,7 @@ def _retention(
         config={
             # The key covers the content that the tasks read and the digest of their definitions, not the paths.
             "settings": settings.model_dump(exclude={"official_data"}),
-            "tasks": hashlib.sha256(json.dumps(definitions, sort_keys=True).encode()).hexdigest(),
+            "tasks": definitions,
             "model": experiment.model.key(),
             "max_length": experiment.training.max_length,
             **base.config(),

@@ -10,7 +10,7 @@ from prefect import task
 from qadapter.config.experiment import Experiment
 from tasks.evaluate import Evaluation
 from tasks.stages.context import RunContext
-from tasks.stages.logged import StageResult, logged_stage, task_result
+from tasks.stages.stage_run import StageResult, run_stage, task_result
 from tasks.stages.store import StageOutput
 from tasks.train import Base
 
@@ -53,7 +53,7 @@ def look_at_new_rows(
             out=out,
         )
 
-    result = logged_stage(
+    result = run_stage(
         context,
         "new_rows",
         run_id=candidate.run_id,

@@ -9,9 +9,10 @@ from prefect import task
 from prefect.logging import get_run_logger
 
 from qadapter.files.artifacts import read_json, write_json
-from tasks.stages.context import PROJECT_ROOT, RunContext, resolve_path
+from tasks.stages.context import RunContext, resolve_path
 from tasks.stages.stage_run import StageResult, run_stage, task_result
 from tasks.stages.store import StageOutput
+from tasks.stages.task_reads import task_reads
 
 QUALITY = "quality.json"
 
@@ -52,7 +53,8 @@ def measure_quality(context: RunContext, source: str, data: StageResult, benchma
             run_id, {"figure": names, "value": [numbers[name] for name in names]}, f"quality-{source}.json"
         )
 
-    inputs: dict[str, Any] = {"data": data.output, "tasks": PROJECT_ROOT / "configs" / "lm_eval"}
+    read, definitions = task_reads(retention.tasks, folder, official)
+    inputs: dict[str, Any] = {"data": data.output, **read}
     if benchmarks is not None:
         inputs["benchmarks"] = benchmarks.output
     elif context.data is not None and (own := context.data / "benchmarks").is_dir():
@@ -64,7 +66,7 @@ def measure_quality(context: RunContext, source: str, data: StageResult, benchma
         "quality",
         label=source,
         module="qadapter.preferences.quality",
-        config={"tasks": list(retention.tasks)},
+        config={"tasks": list(retention.tasks), "definitions": definitions},
         inputs=inputs,
         compute=compute,
         log=log,
