@@ -1,4 +1,4 @@
-"""What an evaluation's tasks read, as inputs and settings of a stage: its key follows their contents, not their paths."""
+"""What an evaluation's tasks read, as inputs of a stage: its key follows their contents, not their paths."""
 
 from __future__ import annotations
 
