@@ -1,4 +1,4 @@
-"""A base with its adapter as an MLflow model that `mlflow models serve` can serve, and the way back to its files."""
+"""Log a base with its adapter as an MLflow model for `mlflow models serve`, and find the files of a registered one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from tasks.tracking.store import (
 )
 
 _GLOBALS = threading.Lock()
-_PREFIX = "qadapter."  # of what the metadata says of base and adapter
+_PREFIX = "qadapter."  # of metadata keys about base and adapter
 _CODE = Path(__file__).with_name("served_policy.py")
 _PACKAGES = (
     "mlflow",
@@ -75,20 +75,20 @@ SIGNATURE = ModelSignature(
         ]
     ),
 )
-"""What the scoring server takes: `messages`, and these fields of a chat request beside it."""
+"""Input of the scoring server: `messages`, and these further fields of a chat request."""
 
 
 @dataclass(frozen=True)
 class ServedFiles:
-    """What a registered version is made of.
+    """The parts of a registered version.
 
     Attributes:
-        name: of the registered model.
-        base: folder or hub id.
-        adapter: folder.
-        numerics: how the base is to be loaded, `dtype`, `quantization` and `revision`, as far as it was recorded.
-        version: its number.
-        base_digest: the same for versions on the same base, wherever it lies; empty where nobody wrote it down.
+        name: name of the registered model.
+        base: the base's folder or hub id.
+        adapter: the adapter's folder.
+        numerics: how to load the base: `dtype`, `quantization` and `revision`, as far as they were recorded.
+        version: number of the version.
+        base_digest: digest of the base, equal for versions on the same base; empty if it was not recorded.
     """
 
     name: str
@@ -110,23 +110,23 @@ def log_served_model(
 ) -> str:
     """Log a base and its adapter to a run as a model that can be registered and served without this project.
 
-    The model's folder holds copies of the adapter, of the base if that is a folder, and of `qadapter`'s source, and
-    names the versions of the packages it needs. It holds no pickle. The digests of both stand in it, and where the
-    store is on this machine, it has reached the disk when this returns.
+    The model's folder contains copies of the adapter, of the base if that is a folder, and of `qadapter`'s source,
+    their digests, and the versions of the required packages. It contains no pickle. If the store is on this machine,
+    the folder is flushed to the disk when this returns.
 
     Args:
-        run_id: the run of the store in `workspace()` or `MLFLOW_TRACKING_URI`.
-        base: folder, or hub id, which is then only named, with the commit that is used here now.
-        adapter: what a training wrote.
-        name: of the logged model, and of the customised policy in its answers.
-        model: how the base was loaded when the policy was trained and measured; it is then served so.
-        metadata: further values of its MLmodel file.
+        run_id: a run of the store in `workspace()` or `MLFLOW_TRACKING_URI`.
+        base: folder, or hub id. A hub id is not copied but recorded, with its current commit.
+        adapter: folder that a training wrote.
+        name: name of the logged model, and of the customized policy in its answers.
+        model: settings with which the base was loaded in training and measuring, and will be served.
+        metadata: further values of the MLmodel file.
 
     Returns:
-        What to register: `create_model_version(…, source=…)`.
+        The URI to register: `create_model_version(…, source=…)`.
 
     Raises:
-        QAdapterError: the adapter folder is missing, or the store is full, read-only or away, or refuses a file.
+        QAdapterError: the adapter folder is missing, or the store is full, read-only or unavailable, or refuses a file.
     """
     if not adapter.is_dir():
         raise QAdapterError(f"There is no adapter folder {adapter}. Give the folder that a training wrote.")
@@ -158,12 +158,12 @@ def log_served_model(
             },
         )
         _push_to_disk(Path(logged.artifact_path))
-        # A client of a database looks `models:/…` up in MLflow's global store, which need not be this one.
+        # A database client resolves `models:/…` in MLflow's global store, which may be another one.
         return str(logged.model_uri if uri.startswith("http") else logged.artifact_path)
 
 
 def _numerics(base: Path | str, local: bool, model: ModelSettings | None) -> dict[str, str]:
-    """How to load the base again: precision as it was trained with, and for a hub id the commit behind its revision."""
+    """How to load the base again: the precision in training and, for a hub id, the commit of its revision."""
     found: dict[str, str] = {} if model is None else {"dtype": model.dtype, "quantization": model.quantization}
     if local:
         return found
@@ -172,8 +172,8 @@ def _numerics(base: Path | str, local: bool, model: ModelSettings | None) -> dic
 
 
 def _push_to_disk(folder: Path) -> None:
-    """Before anything names it: a power cut must not leave a registered version whose files were never written."""
-    if not folder.is_dir():  # a server has it
+    """Flush a folder before it is registered: a power cut must not leave a version without its files."""
+    if not folder.is_dir():  # it is on a server
         return
     sync_tree(folder)
     for above in folder.parents[:4]:  # the model's folder, `models`, the experiment's, `mlruns`: they may be new
@@ -181,16 +181,16 @@ def _push_to_disk(folder: Path) -> None:
 
 
 def find_served_model(model: str) -> ServedFiles:
-    """The files behind a registered version, downloaded once if the store is not on this machine.
+    """Find the files of a registered version; they are downloaded once if the store is on another machine.
 
-    Every byte is read once: what is not what was registered is refused.
+    Every byte is verified against the registered digests.
 
     Args:
         model: `NAME@ALIAS` or `NAME/VERSION`.
 
     Raises:
-        QAdapterError: there is no such version, it was not logged by `log_served_model`, or MLflow is away.
-        DamagedError: its files are gone, or others than when it was registered.
+        QAdapterError: there is no such version, it was not logged by `log_served_model`, or MLflow is unavailable.
+        DamagedError: its files are missing or have changed since registration.
     """
     found = _Registered.find(model)
     found.refuse_other_code()
@@ -205,33 +205,33 @@ def find_served_model(model: str) -> ServedFiles:
 
 
 def version_of(model: str) -> int:
-    """The number of the version that a name stands for now, as `find_served_model` would find it.
+    """The number of the version that `find_served_model` would find now.
 
     Raises:
-        QAdapterError: there is none, or MLflow is away.
+        QAdapterError: there is none, or MLflow is unavailable.
     """
     return int(_version_of(model)[1].version)
 
 
 def find_adapter(model: str) -> Path:
-    """As `find_served_model`, the adapter's folder alone: a base can be large, and is not downloaded."""
+    """As `find_served_model`, but only the adapter's folder: the base, which may be large, is not downloaded."""
     return _Registered.find(model).part("adapter")
 
 
 def find_base(model: str) -> str:
-    """As `find_served_model`, the base alone: its folder or hub id."""
+    """As `find_served_model`, but only the base: its folder or hub id."""
     return _Registered.find(model).base()
 
 
 def find_numerics(model: str) -> Mapping[str, str]:
-    """As `find_served_model`, `ServedFiles.numerics` alone: no file of the policy is fetched."""
+    """As `find_served_model`, but only `ServedFiles.numerics`: no file of the policy is downloaded."""
     return _Registered.find(model).numerics()
 
 
 def check_files(model: str) -> None:
-    """Hold what is registered against its digests; a base only where it lies on this machine, it is not downloaded.
+    """Verify a registered version against its digests; the base only if it is on this machine.
 
-    Copies that were downloaded before say nothing about what the store has now, and are left out.
+    Copies downloaded earlier are ignored: they show nothing about the store's files.
 
     Raises:
         QAdapterError: as `find_served_model`.
@@ -248,15 +248,15 @@ def check_files(model: str) -> None:
 
 @dataclass(frozen=True)
 class _Registered:
-    """A registered version, of which only the description was fetched.
+    """A registered version, of which only the description was downloaded.
 
     Attributes:
-        name: of the registered model.
-        number: of the version.
+        name: name of the registered model.
+        number: number of the version.
         place: address of its files.
-        tags: of the version.
-        parts: of the model, by name, each with its `path` in the model's folder.
-        metadata: of the MLmodel file.
+        tags: tags of the version.
+        parts: parts of the model by name, each with its `path` in the model's folder.
+        metadata: metadata of the MLmodel file.
     """
 
     name: str
@@ -279,43 +279,42 @@ class _Registered:
                 described = Model.load(str(file))
             except (yaml.YAMLError, TypeError, ValueError, MlflowException):
                 raise DamagedError(
-                    f"Version {number} of {name!r} in MLflow at {shown(store.uri)} is damaged: {file} is no "
-                    "description of a model. Restore it from a backup, or roll back to another version "
-                    "(`make rollback`)."
+                    f"Version {number} of {name!r} in MLflow at {shown(store.uri)} is damaged: {file} does not "
+                    "describe a model. Restore it from a backup, or roll back to another version (`make rollback`)."
                 ) from None
         parts = (described.flavors.get("python_function") or {}).get("artifacts", {})
         metadata = described.metadata or {}
         if _PREFIX + "base" not in metadata or "adapter" not in parts:
             raise QAdapterError(
-                f"The model {model!r} is no base with an adapter. Register what log_served_model logged."
+                f"The model {model!r} is not a base with an adapter. Register a model that log_served_model logged."
             )
         return replace(found, parts=parts, metadata=metadata)
 
     @property
     def here(self) -> bool:
-        """Whether its files lie on this machine; then they are used where they are."""
+        """Whether its files are on this machine; they are then used in place."""
         return local_path(self.place) is not None
 
     def base(self) -> str:
-        """Hub id, or the folder, fetched and whole."""
+        """The base's hub id, or its verified folder, downloaded if needed."""
         base = str(self.metadata[_PREFIX + "base"])
         return str(self.part("base")) if base == "artifact" else base
 
     def numerics(self) -> dict[str, str]:
-        """What was recorded of how the base is to be loaded."""
+        """The recorded settings for loading the base."""
         names = ("dtype", "quantization", "revision")
         return {name: str(self.metadata[_PREFIX + name]) for name in names if _PREFIX + name in self.metadata}
 
     def digest(self, part: str) -> str | None:
-        """What `adapter` or `base` must be: the version's tag, which says what was judged.
+        """The expected digest of `adapter` or `base`: the version's tag, which the gate's decision refers to.
 
-        A model that was registered by hand has only its own word.
+        A model registered by hand has no such tag; its own metadata is used.
         """
         key = f"{part}_digest"
         return self.tags.get(key) or self.metadata.get(_PREFIX + key)
 
     def part(self, name: str) -> Path:
-        """The folder of `adapter` or `base`, fetched and whole."""
+        """The verified folder of `adapter` or `base`, downloaded if needed."""
         path, expected, whole = self.parts[name]["path"], self.digest(name), False
         if self.here:
             folder = self.fetch(path, None)
@@ -330,25 +329,25 @@ class _Registered:
                 return whole
 
             folder = downloaded(place, path, lambda at: self.fetch(path, at), holds)
-        if not whole:  # a large base is read once, not twice
+        if not whole:  # otherwise it was verified above: a large base is read only once
             self.refuse_damage(name, folder)
         return folder
 
     def refuse_other_code(self) -> None:
-        """Hold the code that `mlflow models serve` would run against what was logged, where its digests were."""
+        """Verify the code that `mlflow models serve` would run, if its digests were logged."""
         with tempfile.TemporaryDirectory(prefix="qadapter-") as folder:
             for part, path, digest in (("code", "code/qadapter", digest_code), ("loader", _CODE.name, digest_tree)):
                 if self.digest(part) is not None:
                     self.refuse_damage(part, self.fetch(path, Path(folder)), digest)
 
     def refuse_damage(self, part: str, folder: Path, digest: Callable[[Path], str] = digest_tree) -> None:
-        """Hold a folder against what it must be."""
+        """Verify a folder against the registered digest."""
         uri = shown(tasks.tracking.tracker.tracking_uri(workspace()))
         what = f"{part} of version {self.number} of {self.name!r} in MLflow at {uri}"
         refuse_damage(folder, self.digest(part), what, digest)
 
     def fetch(self, path: str, to: Path | None) -> Path:
-        """One of its files or folders: where it lies, or where it lies below `to` if it must be fetched."""
+        """Locate one of its files or folders; it is downloaded below `to` if needed."""
         at = None if self.here or to is None else str(to)
         with _store() as uri, away_errors(uri):
             try:
@@ -357,14 +356,14 @@ class _Registered:
                         mlflow.artifacts.download_artifacts(f"models:/{self.name}/{self.number}/{path}", dst_path=at)
                     )
             except QAdapterError as error:
-                raise QAdapterError(str(error)) from None  # the cause may have the store's address as given
+                raise QAdapterError(str(error)) from None  # the cause may contain the store's unmasked address
             except (MlflowException, FileNotFoundError, requests.HTTPError) as error:
                 status = status_of(error)
-                # A server says 500 where a file is gone, and what it is asked before and after is answered.
+                # A server answers 500 for a missing file, while it answers other requests.
                 if (is_away(error) and status != 500) or status in (401, 403):
                     raise
                 raise DamagedError(
-                    f"MLflow at {shown(uri)} knows version {self.number} of {self.name!r}, but its {path} cannot be "
+                    f"MLflow at {shown(uri)} has version {self.number} of {self.name!r}, but its {path} cannot be "
                     f"read ({shown(str(error)).splitlines()[0]}). Restore the artifacts of that version, or register "
                     "it again."
                 ) from None
@@ -376,11 +375,11 @@ def _version_of(model: str) -> tuple[MlflowStore, Any]:
     if not at:
         name, _, number = model.partition("/")
     if not name or name == model:
-        raise QAdapterError(f"{model!r} names no version. Give NAME@ALIAS or NAME/VERSION, such as policy@champion.")
+        raise QAdapterError(f"{model!r} is not a version. Give NAME@ALIAS or NAME/VERSION, such as policy@champion.")
     tracker = tasks.tracking.tracker.Tracker.for_project(workspace())
     store = MlflowStore(tracker.uri, tracker.artifact_root)
     try:
-        if at:  # an alias can move between two downloads, a version cannot
+        if at:  # an alias may move between two downloads, a version may not
             return store, store.call("get_model_version_by_alias", name, alias)
         return store, store.call("get_model_version", name, number)
     except RefusedError as error:
@@ -388,16 +387,16 @@ def _version_of(model: str) -> tuple[MlflowStore, Any]:
         what = "has no" if unknown else "does not hand out the"
         raise QAdapterError(
             f"MLflow at {shown(tracker.uri)} {what} model {model!r} ({error.reason}). `mlflow ui` lists the registered "
-            "models; QADAPTER_HOME or MLFLOW_TRACKING_URI say which store is read."
+            "models; QADAPTER_HOME or MLFLOW_TRACKING_URI select the store."
         ) from None
 
 
 @contextmanager
 def _store() -> Iterator[str]:
-    """MLflow's fluent calls read the store from globals: the project's within the block, what was there behind it.
+    """Point MLflow's fluent calls, which read the store from globals, to the project's store within the block.
 
     Yields:
-        The project's tracking URI, which is a secret if it has a password: `shown` makes it fit for a message.
+        The project's tracking URI. It may contain a password: pass it through `shown` in messages.
     """
     with _GLOBALS:
         variable = os.environ.get("MLFLOW_TRACKING_URI")
@@ -406,6 +405,6 @@ def _store() -> Iterator[str]:
         try:
             yield uri
         finally:
-            mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # unsets it, and the variable too
+            mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # unsets the variable too
             if variable is not None:
                 os.environ["MLFLOW_TRACKING_URI"] = variable

@@ -1,8 +1,8 @@
-"""The model registry: versions with their whole story, the aliases `champion` and `previous`, and the way back.
+"""The model registry: versions with all their tags, the aliases `champion` and `previous`, and rollbacks.
 
-Every step leaves a registry that serves: a version is registered with all its tags in one call, a promotion sets
-`previous` before `champion`, and what a kill left undone is finished by `finish` or by rolling back again. Whoever
-moves aliases looks first at who is champion, under a lock. MLflow is reached through `tasks/tracking/tracker.py`.
+Every step leaves a usable registry: a version is registered with all its tags in one call, a promotion sets `previous`
+before `champion`, and `finish` or another rollback completes what a killed process left undone. Aliases are moved under
+a lock, after checking which version is the champion. All calls to MLflow go through `tasks/tracking/tracker.py`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from tasks.tracking.tracker import Tracker
 
 CHAMPION, PREVIOUS = "champion", "previous"
 _LOGGED_MODEL = "models:/"
-_LOCK_SECONDS = 600.0  # moving aliases on a server that is away for a while
+_LOCK_SECONDS = 600.0  # long enough to move aliases despite a short outage of the server
 _PROMOTE, _REJECT = "promote", "reject"
-_UNDER_WAY = "rolling_back_from"  # stands on the target until both aliases have moved
-# Bytes that every database of MLflow's takes: a VARCHAR(5000) of PostgreSQL and MySQL, and a TEXT of MySQL (65,535),
-# which is less than the 100,000 characters that MLflow itself allows. SQLite would take anything.
+_UNDER_WAY = "rolling_back_from"  # tag of the target until both aliases have moved
+# Bytes that all of MLflow's databases accept: VARCHAR(5000) in PostgreSQL and MySQL, and TEXT in MySQL (65,535), which
+# is less than the 100,000 characters that MLflow itself allows. SQLite has no limit.
 _DESCRIPTION, _TAG = 5_000, 60_000
 
 
@@ -36,13 +36,13 @@ class Version:
     """One registered version.
 
     Attributes:
-        number: counts from 1.
-        run_id: MLflow run of the training and evaluation behind it.
+        number: the version's number, from 1.
+        run_id: MLflow run of its training and evaluation.
         source: the model's URI.
-        tags: what is recorded about it (`docs/recurring.md`).
-        aliases: those that point to it now.
-        created: seconds since the epoch.
-        description: for people.
+        tags: its tags (`docs/recurring.md`).
+        aliases: the aliases that point to it now.
+        created: time of registration in seconds since the epoch.
+        description: readable description.
     """
 
     number: int
@@ -55,28 +55,28 @@ class Version:
 
     @property
     def rejected(self) -> bool:
-        """The gate refused it."""
+        """Whether the gate rejected it."""
         return self.tags.get("decision") == _REJECT
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What was measured before it was registered, or as many of a very long list as fit into a tag."""
+        """Its metrics at registration, or as many of a very long list as fit into a tag."""
         return dict(json.loads(self.tags.get("metrics", "{}")))
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is to be registered.
+    """A candidate for registration.
 
     Attributes:
-        key: names this candidate; the same one is never registered twice.
+        key: identifies the candidate; it is never registered twice.
         run_id: its MLflow run.
-        passed: what the gate said.
-        reasons: why.
-        parent: number of the version it was trained on; None for the first.
-        facts: tags: digests of data and config, the base, …; like the config's, their URLs lose password and query.
-        metrics: what was measured.
-        config: the whole config, JSON values.
+        passed: the gate's decision.
+        reasons: the reasons for the decision.
+        parent: number of the version whose training was continued; None for the first.
+        facts: further tags: digests of data and config, the base, …; secrets in URLs are masked, as in `config`.
+        metrics: its metrics.
+        config: the whole config as JSON values.
     """
 
     key: str
@@ -93,7 +93,7 @@ class Candidate:
         tags = {
             "candidate": self.key,
             "decision": _PROMOTE if self.passed else _REJECT,
-            "reasons": _fitting(self.reasons, _TAG, "… and {} more: gate.json among the run's artifacts has all"),
+            "reasons": _fitting(self.reasons, _TAG, "… and {} more: see gate.json among the run's artifacts"),
             "parent": str(self.parent or ""),
             "metrics": _fitting_metrics(self.metrics),
             "config": _fitting([shown(json.dumps(dict(self.config), sort_keys=True))], _TAG, "too long for a tag"),
@@ -102,7 +102,7 @@ class Candidate:
         return tags if self.passed else {**tags, "rejected": "true"}
 
     def description(self) -> str:
-        """The version's story for people, cut to what every database takes; the run's `gate.json` has all of it."""
+        """The version's description, cut to what every database accepts; `gate.json` of the run is complete."""
         origin = f"Trained on from version {self.parent}." if self.parent else "The first candidate, from the base."
         verdict = "Promoted" if self.passed else "Rejected"
         head = f"{verdict} by the gate. {origin}\n\n"
@@ -116,10 +116,10 @@ class Registry:
     """One registered model of an MLflow store.
 
     Attributes:
-        tracker: the way to MLflow.
-        name: of the registered model.
-        lock: file that processes of this machine lock while they move aliases. Not the lock of a whole flow run: who
-            rolls back must not wait for a training.
+        tracker: calls MLflow.
+        name: name of the registered model.
+        lock: file that processes of this machine lock while they move aliases. It differs from the lock of a flow run,
+            since a rollback must not wait for a training.
     """
 
     tracker: Tracker
@@ -127,7 +127,7 @@ class Registry:
     lock: Path
 
     def versions(self) -> list[Version]:
-        """All versions, the oldest first; none where the model does not exist yet."""
+        """All versions, the oldest first; empty if the model does not exist yet."""
         aliases: dict[int, list[str]] = {}
         for alias, number in self._aliases().items():
             aliases.setdefault(number, []).append(alias)
@@ -151,11 +151,11 @@ class Registry:
         return next((version for version in self.versions() if CHAMPION in version.aliases), None)
 
     def register(self, candidate: Candidate, log_model: Callable[[], str]) -> Version:
-        """Register a candidate with everything that is to be read about it; the aliases stay where they are.
+        """Register a candidate with all its tags; the aliases do not move.
 
         Args:
-            candidate: what to register. One that a killed run registered already is found again.
-            log_model: logs the model that is registered and returns its place; called only if needed.
+            candidate: the candidate. If a killed run already registered it, that version is returned.
+            log_model: logs the model and returns its URI; called only if needed.
         """
         known = next((v for v in self.versions() if v.tags.get("candidate") == candidate.key), None)
         if known is not None:
@@ -170,18 +170,18 @@ class Registry:
             run_id=candidate.run_id,
             tags=candidate.tags(),
             description=candidate.description(),
-            # A server takes a logged model as source only if it is told that it is one.
+            # A server accepts a logged model as source only if the request declares it as one.
             model_id=source.removeprefix(_LOGGED_MODEL) if source.startswith(_LOGGED_MODEL) else None,
         )
         return next(version for version in self.versions() if version.number == int(created.version))
 
     def promote(self, version: Version) -> str | None:
-        """Let the aliases follow a version that passed. Repeating it after a kill changes nothing that is done.
+        """Move the aliases to a version that passed the gate. It is idempotent, so it can be repeated after a kill.
 
-        A champion that somebody has moved while the version was made (a rollback) is left where it is.
+        If the champion has changed since the candidate was compared with it (by a rollback), the aliases do not move.
 
         Returns:
-            Why the aliases were left alone; None where the version is the champion now.
+            Why the aliases were not moved; None if the version is the champion now.
         """
         with self._moving():
             return self._promote(version.number)
@@ -211,12 +211,12 @@ class Registry:
         return None
 
     def finish(self) -> list[int]:
-        """Promote what passed the gate in a run that was killed before it could move the alias.
+        """Promote versions that passed the gate in a run that was killed before it moved the alias.
 
-        A champion that somebody has moved since then (a rollback) is left where it is.
+        If the champion has changed since then (by a rollback), the aliases do not move.
 
         Returns:
-            Numbers of the versions that were promoted.
+            The numbers of the promoted versions.
         """
         finished = []
         with self._moving():
@@ -231,18 +231,18 @@ class Registry:
     def roll_back(self, to: int | None = None, *, even_rejected: bool = False) -> tuple[Version, Version]:
         """Make an earlier version the champion again; the champion becomes `previous`.
 
-        The old champion is marked as `superseded_at`: no run that was killed, or finds the same candidate again, takes
-        the decision back. A rollback that was killed half-way is finished by the next one.
+        The old champion gets the tag `superseded_at`, so that no killed or repeated run promotes it again. The next
+        rollback completes one that was killed.
 
         Args:
-            to: the version; None: the one with the alias `previous`.
-            even_rejected: also take a version that the gate rejected.
+            to: number of the version; None: the one with the alias `previous`.
+            even_rejected: also accept a version that the gate rejected.
 
         Returns:
-            The champion before and the champion now.
+            The old and the new champion.
 
         Raises:
-            QAdapterError: there is no such version, it was rejected, or nothing to go back to.
+            QAdapterError: there is no such version, it was rejected, or there is no earlier champion.
         """
         with self._moving():
             if (finished := self._finish_rollback()) and to in (None, finished[1].number):
@@ -250,7 +250,7 @@ class Registry:
             return self._roll_back(to, even_rejected)
 
     def _finish_rollback(self) -> tuple[Version, Version] | None:
-        """Where one was killed after it had moved the champion: set `previous`, and say so."""
+        """Complete a rollback that was killed after moving the champion: set `previous` and the tags."""
         now = self.champion()
         if now is None or _UNDER_WAY not in now.tags:
             return None
@@ -281,10 +281,10 @@ class Registry:
         if versions[target].rejected and not even_rejected:
             raise QAdapterError(
                 f"version {target} of {self.name!r} was rejected by the gate "
-                f"({'; '.join(versions[target].tags['reasons'].splitlines())}). Name another version, or say "
-                "--even-rejected to make it the champion all the same."
+                f"({'; '.join(versions[target].tags['reasons'].splitlines())}). Give another version, or use "
+                "--even-rejected to make it the champion anyway."
             )
-        # First what a retry needs: until the champion has moved, a kill leaves everything as it was.
+        # First write what a retry needs: until the champion has moved, a kill leaves the registry unchanged.
         if "promoted_at" not in champion.tags:
             self._tag(champion.number, "promoted_at", _now())
         self._tag(champion.number, "superseded_at", f"{_now()} by a rollback to version {target}")
@@ -294,7 +294,7 @@ class Registry:
         return champion, versions[target]
 
     def has(self, version: Version, folder: str) -> bool:
-        """Whether there is such a folder among the artifacts of a version's run; not where the run is gone."""
+        """Whether the artifacts of a version's run contain this folder; False if the run was deleted."""
         try:
             return bool(self.tracker.call("list_artifacts", version.run_id, folder))
         except RefusedError as error:
@@ -303,15 +303,15 @@ class Registry:
             return False
 
     def files(self, version: Version, folder: str, holds: Callable[[Path], bool] = Path.is_dir) -> Path:
-        """A folder of the artifacts of a version's run, where it lies; fetched once if that is another machine.
+        """Locate a folder in the artifacts of a version's run; it is downloaded once if it is on another machine.
 
         Args:
-            version: whose run.
-            folder: its name among the artifacts.
-            holds: whether a copy that was fetched before is still good.
+            version: the version.
+            folder: name of the folder in the run's artifacts.
+            holds: whether a copy downloaded earlier is still valid.
 
         Raises:
-            QAdapterError: the run is gone.
+            QAdapterError: the run was deleted.
         """
         try:
             run = self.tracker.call("get_run", version.run_id)
@@ -332,7 +332,7 @@ class Registry:
 
     @contextmanager
     def _moving(self) -> Iterator[None]:
-        """Between looking at the champion and moving the aliases nobody else moves them."""
+        """Hold the lock of the aliases while the champion is checked and the aliases are moved."""
         with held(self.lock, guards=f"the aliases of {self.name}", seconds=_LOCK_SECONDS):
             yield
 
@@ -348,7 +348,7 @@ class Registry:
 
 
 def _fitting(lines: Sequence[str], room: int, rest: str) -> str:
-    """As many lines as fit into so many bytes, and behind them how many do not."""
+    """As many lines as fit into `room` bytes, followed by the number of the omitted ones."""
     kept, text = len(lines), "\n".join(lines)
     while len(text.encode()) > room:
         kept -= 1
@@ -357,7 +357,7 @@ def _fitting(lines: Sequence[str], room: int, rest: str) -> str:
 
 
 def _fitting_metrics(metrics: Mapping[str, float]) -> str:
-    """JSON of as many metrics as a tag takes, those of the shortest paths first: means before single tasks."""
+    """JSON of as many metrics as fit into a tag, those with the shortest paths first: means before single tasks."""
     kept: dict[str, float] = {}
     room = _TAG
     for name in sorted(metrics, key=lambda name: (name.count("/"), name)):

@@ -1,6 +1,6 @@
-"""Models-from-code: MLflow keeps a copy of this file beside a logged model and runs it to load that model.
+"""Models-from-code: MLflow stores a copy of this file with a logged model and runs it to load the model.
 
-It knows `qadapter` only, whose source `tasks/tracking/models.py` puts beside it; nothing is pickled.
+It imports `qadapter` only, whose source `tasks/tracking/models.py` stores with it; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from mlflow.pyfunc import PythonModel
 
 
 class ServedPolicy(PythonModel):
-    """A base and an adapter that answer chat messages with an OpenAI chat completion."""
+    """A base with an adapter, which answers chat messages with an OpenAI chat completion."""
 
     def load_context(self, context: Any) -> None:
-        """Load base and adapter from the model's own folder (a base of the hub from there).
+        """Load base and adapter from the model's folder; a base with a hub id is loaded from the hub.
 
         Raises:
-            DamagedError: their files are not those that were logged.
+            DamagedError: their files have changed since they were logged.
         """
         from qadapter.serving.generator import Generator
         from qadapter.serving.policies import ServedPolicies
@@ -41,9 +41,9 @@ class ServedPolicy(PythonModel):
         """Answer one conversation.
 
         Args:
-            context: MLflow's.
+            context: the context that MLflow passes.
             model_input: one row with `messages`.
-            params: fields of `qadapter.serving.protocol.ChatRequest`, null where not given.
+            params: fields of `qadapter.serving.protocol.ChatRequest`, null if not given.
 
         Returns:
             OpenAI's chat completion, a dict.
@@ -71,7 +71,7 @@ class ServedPolicy(PythonModel):
         except (RequestError, ValidationError) as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
         except Exception:
-            # MLflow answers any other exception with its traceback: paths of this machine, and lines of code.
+            # For any other exception, MLflow returns the traceback, with paths of this machine and lines of code.
             logging.getLogger(__name__).exception("A request could not be answered")
             raise MlflowException("The model could not answer; the server's log says why.") from None
 

@@ -1,4 +1,4 @@
-"""What a server could not be told while it was away: kept in a file, in order, until it can be told."""
+"""A file of pending writes: it keeps them in order while the server is unavailable, until they are delivered."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from qadapter.files.artifacts import storage_errors, sync_to_disk
 from qadapter.files.locks import held
 
 Entry = dict[str, Any]
-_LOCK_SECONDS = 900.0  # a delivery tells all that was missed, and its holder may wait a minute for a server
+_LOCK_SECONDS = 900.0  # a delivery sends all pending writes, and may wait a minute for the server
 
 
 class Spool:
     """JSON lines that threads, processes and later runs share.
 
-    Whoever delivers says what is left when it is done: a killed delivery is begun again, so delivering an entry twice
-    must do no harm.
+    A delivery records what is left only at its end. A killed delivery is repeated, so the entries must be idempotent.
 
     Attributes:
-        file: the entries; absent while nothing waits.
-        refused: those that no later attempt can deliver, each with its reason.
+        file: the pending entries; absent if there are none.
+        refused: entries that no later attempt can deliver, each with its reason.
     """
 
     def __init__(self, file: Path) -> None:
@@ -34,7 +33,7 @@ class Spool:
 
     @property
     def waiting(self) -> bool:
-        """Whether anything is to be delivered."""
+        """Whether any entry is pending."""
         return self.file.exists()
 
     @contextlib.contextmanager
@@ -53,18 +52,18 @@ class Spool:
             _append(self.file, entry)
 
     def entries(self) -> list[Entry]:
-        """All entries in order; a line that a power cut left unfinished is none."""
+        """All entries in order; a line that a power cut left incomplete is skipped."""
         return _read(self.file)
 
     def refuse(self, entry: Entry, reason: str) -> None:
-        """Put an entry aside that no later attempt can deliver either."""
+        """Move an entry that no later attempt can deliver to the file of refused ones."""
         _append(self.refused, {"reason": reason, **entry})
 
     def keep(self, entries: Sequence[Entry]) -> None:
-        """Everything was delivered but these; only under `locked`.
+        """Keep only these entries, after all others were delivered; call it only under `locked`.
 
         Raises:
-            QAdapterError: the disk is full or cannot be written to; then all that was there still is.
+            QAdapterError: the disk is full or read-only; the file is then unchanged.
         """
         if not entries:
             self.file.unlink(missing_ok=True)
@@ -79,11 +78,11 @@ class Spool:
             sync_to_disk(self.file.parent)
 
     def name(self, ticket: str, identity: str) -> None:
-        """Remember what something is called since it was delivered that had only a ticket before."""
+        """Remember the id that a ticket received on delivery."""
         _append(self._names, {"ticket": ticket, "identity": identity})
 
     def identity_of(self, ticket: str) -> str | None:
-        """What a ticket became; None before it was delivered."""
+        """The id behind a ticket; None before its delivery."""
         return {row["ticket"]: str(row["identity"]) for row in _read(self._names)}.get(ticket)
 
 

@@ -1,4 +1,4 @@
-"""The way to MLflow, the only file that imports it: it waits, says what is wrong, and knows MLflow's entities."""
+"""Calls to an MLflow store: retries, error messages, and conversion to MLflow's entities."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import pandas as pd
 import requests
 
-# MLflow decides at its import whether it reports usage to its makers; a user who wants that sets the variable.
+# MLflow decides at import whether it sends telemetry. It is off unless the user sets the variable.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 from mlflow import MlflowClient
@@ -64,44 +64,44 @@ __all__ = [
 _LOGGER = logging.getLogger(__name__)
 SQLITE = "sqlite:///"
 _CLIENT_SETTINGS = {
-    # It waits 2, 4, ... 32 s for a server that is away: a minute, where its default is four. Then the spool helps.
+    # Wait 2, 4, ... 32 s for an unavailable server: a minute instead of four by default. Then writes are queued.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-    # A line with the address of each run that ends: a flow run has dozens.
+    # One log line with the address of each run at its end: a flow run has dozens.
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 NOT_FOUND = "RESOURCE_DOES_NOT_EXIST"
-"""MLflow's code of an error about something that it does not know."""
-# The client asks again after 408, 429, 500, 502, 503 and 504, and tells the last of them in the first of these ways.
+"""MLflow's error code for an unknown entity."""
+# The client retries after 408, 429, 500, 502, 503 and 504, and reports the last status in the first of these forms.
 _STATUS = re.compile(r"too many (\d{3}) error responses|failed with error code (\d{3})")
-# The last is a page of somebody in between, such as a login.
+# The last is a page of a proxy, such as a login page.
 _NO_ANSWER = re.compile(r"failed with (timeout )?exception|not in a valid JSON format")
 _WANTS_LOGIN, _LATER = 401, (401, 408, 429)
 _LOGIN = "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
 _ADVICE = {
-    403: f" {_LOGIN} to those of somebody who may do that.",
+    403: f" {_LOGIN} to those of a user with this permission.",
     413: " A proxy before it limits the size of what is sent: raise the limit (nginx: client_max_body_size).",
 }
 _UNWRITABLE = {
     "disk is full": "the disk is full; free some space",
-    "readonly database": "it is read-only; change its permissions or name another folder",
+    "readonly database": "it is read-only; change its permissions or give another folder",
 }
 _PROBE_SECONDS = 3.0
 _LOCK_SECONDS = 300.0  # creating the tables takes seconds
-_DOWNLOAD_SECONDS = 7200.0  # a model over a slow line
+_DOWNLOAD_SECONDS = 7200.0  # enough for a model over a slow connection
 _PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between attempts; SQLite itself waits 20 s for a lock before each
 
 
 class AwayError(QAdapterError):
-    """MLflow did not answer for longer than is waited for, or only that it cannot now (5xx, 408, 429, 401)."""
+    """MLflow did not answer in time, or answered that it cannot now (5xx, 408, 429, 401)."""
 
 
 class RefusedError(QAdapterError):
-    """MLflow, or somebody between here and there, will not take or give what was asked, however often.
+    """MLflow, or a proxy, refuses a request; repeating it does not help.
 
     Attributes:
-        code: MLflow's name for the error, such as `NOT_FOUND`; empty where only a status of HTTP was answered.
-        reason: what was answered, without the advice around it.
+        code: MLflow's error code, such as `NOT_FOUND`; empty if there was only an HTTP status.
+        reason: the answer, without our advice.
     """
 
     def __init__(self, message: str, code: str = "", reason: str = "") -> None:
@@ -111,8 +111,8 @@ class RefusedError(QAdapterError):
 
 @lru_cache(maxsize=8)
 def _client(uri: str, _process: int) -> MlflowClient:
-    """One client a process: a database connection must not be shared with a forked child."""
-    for name, value in _CLIENT_SETTINGS.items():  # MLflow reads them at each request; the user's own win
+    """One client per process: a database connection must not be shared with a forked child."""
+    for name, value in _CLIENT_SETTINGS.items():  # MLflow reads them at each request; the user's take precedence
         os.environ.setdefault(name, value)
     if uri.startswith(SQLITE):
         database = Path(uri.removeprefix(SQLITE))
@@ -127,14 +127,14 @@ def _client(uri: str, _process: int) -> MlflowClient:
 
 
 def first_use(uri: str) -> contextlib.AbstractContextManager[Any]:
-    """A lock between processes: MLflow creates tables and experiments without one, and two doing so at once collide."""
+    """A lock between processes that create tables and experiments, which MLflow itself does without a lock."""
     if not uri.startswith(SQLITE):
         return contextlib.nullcontext()
     return held(Path(f"{uri.removeprefix(SQLITE)}.lock"), guards="MLflow's database", seconds=_LOCK_SECONDS)
 
 
 def status_of(error: Exception) -> int | None:
-    """The HTTP status behind what MLflow's client raised; None where there was none, or none is told."""
+    """The HTTP status behind an error of MLflow's client; None if there was none or it is unknown."""
     if isinstance(error, requests.RequestException):
         return None if error.response is None else error.response.status_code
     found = None if isinstance(error, RestException) else _STATUS.search(str(error))
@@ -142,10 +142,10 @@ def status_of(error: Exception) -> int | None:
 
 
 def is_away(error: Exception) -> bool:
-    """Whether MLflow's client raised this because its server does not answer, or cannot answer now.
+    """Whether MLflow's client raised this error because the server does not answer, or cannot answer now.
 
-    A status below 500 is a refusal, but for those that say "later" or "who are you?"; MLflow's own errors of 5xx never
-    come as a `RestException`, because its client asks again.
+    A status below 500 is a refusal, except those that ask to wait or to log in. MLflow's own 5xx errors never arrive as
+    a `RestException`, because its client retries them.
     """
     if (status := status_of(error)) is not None:
         return status >= 500 or status in _LATER
@@ -155,18 +155,18 @@ def is_away(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, on one line and without what is secret in an address."""
+    """The first line of an error's message, with secrets in addresses masked."""
     return " ".join(shown(str(error)).split())[:300] or type(error).__name__
 
 
 def _away(uri: str, error: Exception) -> AwayError:
     status, where = status_of(error), f"MLflow at {shown(uri)}"
     if status == _WANTS_LOGIN:
-        return AwayError(f"{where} asks who is there (status 401). {_LOGIN}, then run again: finished stages are kept.")
+        return AwayError(f"{where} requires a login (status 401). {_LOGIN}, then run again: finished stages are kept.")
     if status is not None:
         return AwayError(
-            f"{where} answers with an error of its own (status {status}), again and again. Look into its server's log, "
-            "then run again: finished stages are kept."
+            f"{where} repeatedly answers with a server error (status {status}). Check the log of its server, then run "
+            "again: finished stages are kept."
         )
     return AwayError(
         f"{where} does not answer ({_reason(error)}). Start its server or correct MLFLOW_TRACKING_URI, then run again: "
@@ -188,41 +188,41 @@ def _refused(uri: str, what: str, error: MlflowException | requests.RequestExcep
 
 @contextlib.contextmanager
 def away_errors(uri: str) -> Iterator[None]:
-    """For MLflow's fluent calls, which `MlflowStore.call` cannot make: say when the server is away or refuses.
+    """Translate errors of MLflow's fluent calls, which `MlflowStore.call` cannot make, into ours.
 
     Args:
-        uri: of the store that they speak to; its password is in no message.
+        uri: the URI of their store; messages mask its password.
 
     Raises:
-        AwayError: in place of what MLflow or its HTTP client raised.
-        RefusedError: the same, where the server answered; exceptions of others pass unchanged.
+        AwayError: the server is unavailable.
+        RefusedError: the server refused the request. Exceptions of other libraries pass unchanged.
     """
     try:
         yield
     except (MlflowException, requests.RequestException) as error:
-        # The cause has the address as given, password and all.
+        # The cause contains the address with its password.
         raise (_away(uri, error) if is_away(error) else _refused(uri, "this", error)) from None
 
 
 def local_path(artifact_uri: str) -> Path | None:
-    """Where artifacts lie on this machine, to be read there and not copied; None if they must be fetched."""
+    """The local path of artifacts, which are then read in place; None if they must be downloaded."""
     return Path(local_file_uri_to_path(artifact_uri)) if urlsplit(artifact_uri).scheme in ("", "file") else None
 
 
 def downloaded(place: Path, path: str, fetch: Callable[[Path], Any], holds: Callable[[Path], bool]) -> Path:
-    """Artifacts of another machine: fetched once, kept, and only ever there whole.
+    """Download artifacts of another machine once and keep them; the folder appears only when it is complete.
 
     Args:
-        place: folder that keeps them, named after what they are.
-        path: of the artifacts, as MLflow knows it.
-        fetch: has them copied below the folder that it is given, where MLflow puts them: under `path`.
-        holds: whether what is kept is still good; if not, it is fetched again.
+        place: the folder that keeps them.
+        path: MLflow's path of the artifacts.
+        fetch: downloads them below the given folder, where MLflow puts them under `path`.
+        holds: whether the kept copy is still valid; if not, it is downloaded again.
 
     Returns:
-        Where they lie now.
+        The local path of the artifacts.
 
     Raises:
-        QAdapterError: the disk is full or cannot be written to; or what `fetch` raises.
+        QAdapterError: the disk is full or read-only; or as `fetch` raises.
     """
     lock = place.with_name(f"{place.name}.lock")
     with held(lock, guards=f"the download of {path}", seconds=_DOWNLOAD_SECONDS):
@@ -253,22 +253,21 @@ class MlflowStore:
 
     Attributes:
         uri: MLflow's tracking URI.
-        artifact_root: folder below which a local store keeps artifacts; a server has its own and ignores it.
+        artifact_root: folder of a local store's artifacts; ignored for a server, which has its own.
     """
 
     uri: str
     artifact_root: str
 
     def call(self, method: str, *arguments: Any, **options: Any) -> Any:
-        """Call the client; wait and try again while the store is busy.
+        """Call a method of the client, with retries while the store is busy.
 
-        A server that does not answer, or with an error of its own, is waited for by MLflow's own client, a locked
-        SQLite file here.
+        MLflow's client waits for a server that does not answer or fails; a locked SQLite file is waited for here.
 
         Raises:
-            AwayError: the store stayed away for longer than that.
-            RefusedError: it answered that it will not.
-            QAdapterError: the database cannot be written to.
+            AwayError: the store stayed unavailable for longer.
+            RefusedError: the store refused the request.
+            QAdapterError: the database is not writable.
         """
         client = retrying(
             _PAUSES, _is_busy, lambda _, pause: _LOGGER.warning("MLflow is busy; trying again in %.1f s", pause)
@@ -288,19 +287,19 @@ class MlflowStore:
             raise _refused(self.uri, method, error) from None
 
     def is_there(self) -> bool:
-        """Whether a server accepts requests, asked once and quickly; a database is taken to be there."""
+        """Whether a server accepts requests, checked once with a short timeout; a database counts as available."""
         if not self.uri.startswith("http"):
             return True
         try:
             with urllib.request.urlopen(f"{self.uri.rstrip('/')}/health", timeout=_PROBE_SECONDS):
                 return True
         except urllib.error.HTTPError as error:
-            return error.code < 500  # it answers; whether it has a page of this name does not matter
+            return error.code < 500  # it answers; the page itself does not matter
         except (OSError, ValueError):
             return False
 
     def create_experiment(self, name: str) -> Any:
-        """Create an experiment; it is no error if another was faster.
+        """Create an experiment; it is not an error if another process creates it first.
 
         Artifacts of a local store lie below `artifact_root`, in a folder of the experiment's number, as MLflow has it;
         by default that would be below the current directory. A server has its own place for them. The caller holds
@@ -313,23 +312,23 @@ class MlflowStore:
             place = {"artifact_location": f"{self.artifact_root}/{number}"}
         try:
             self.call("create_experiment", name, **place)
-        except RefusedError as error:  # another machine's process was faster
+        except RefusedError as error:  # a process on another machine was faster
             if error.code != "RESOURCE_ALREADY_EXISTS":
                 raise
         return self.call("get_experiment_by_name", name)
 
     def write(self, entry: Entry, run: str) -> None:
-        """Do one write of `tracking.Tracker`, at once or out of its spool; doing it again changes nothing.
+        """Do one write of `tracking.Tracker`, directly or from its spool; writes are idempotent.
 
         Args:
-            entry: what to write.
+            entry: the write.
             run: id of the run.
 
         Raises:
-            AwayError: the store is away.
-            RefusedError: it will not take that; of a folder, all files were sent that it takes.
-            FileNotFoundError: the file or folder to send is gone.
-            QAdapterError: a disk of this machine is full or cannot be written to.
+            AwayError: the store is unavailable.
+            RefusedError: the store refuses the write; of a folder, all accepted files were sent.
+            FileNotFoundError: the file or folder to send does not exist any more.
+            QAdapterError: a disk of this machine is full or read-only.
         """
         match entry["what"]:
             case "batch":
@@ -357,13 +356,13 @@ class MlflowStore:
             case "table":
                 self._write_table(run, entry["columns"], entry["artifact_file"])
             case unknown:
-                raise ValueError(f"{unknown!r} is nothing that could be told to MLflow.")
+                raise ValueError(f"{unknown!r} is not a kind of write.")
 
     def _write_table(self, run: str, columns: Mapping[str, Sequence[Any]], artifact_file: str) -> None:
-        """Store a table as MLflow's `log_table` does, but whole: that one appends, and a repeat doubles the rows."""
+        """Store a table like MLflow's `log_table`, but atomically: that one appends, and a repeat doubles rows."""
         text = pd.DataFrame(dict(columns)).to_json(orient="split", index=False, date_format="iso")
         self._store("log_text", run, text, artifact_file)
-        # The UI finds the tables of a run by this tag.
+        # The UI finds the tables of a run through this tag.
         tables = json.loads(self.call("get_run", run).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
         table = {"path": artifact_file, "type": "table"}
         if table not in tables:
@@ -398,12 +397,12 @@ class MlflowStore:
             self._send(run_id, Path(staging), artifact_path)
 
     def _send(self, run_id: str, folder: Path, artifact_path: str | None) -> None:
-        """Send a folder; where one of its files is refused, the others all the same."""
+        """Send a folder; if one file is refused, the others are still sent."""
         try:
             self._store("log_artifacts", run_id, str(folder), artifact_path)
             return
         except RefusedError as error:
-            if error.code:  # what MLflow itself says is about the run, not about a file
+            if error.code:  # an error of MLflow itself concerns the run, not one file
                 raise
         refused = {}
         for name, file in list_files(folder).items():

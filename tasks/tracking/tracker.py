@@ -1,6 +1,6 @@
-"""Runs in MLflow. Every call names its run, so threads and processes cannot mix them up.
+"""Runs in MLflow. Every call has an explicit run id, so threads and processes cannot mix up runs.
 
-A server that is away is waited for (`store.py`); one that stays away stops no run (`outbox.py`).
+Calls wait for an unavailable server (`store.py`); if it stays unavailable, writes are queued (`outbox.py`).
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ _PATIENCE = 60.0  # seconds
 _PROCESS_TAG = "qadapter.process"
 _PARENT_TAG = "mlflow.parentRunId"
 FLOW_RUN_TAG = "prefect.flow_run_id"
-"""On a run that stands for a flow run: that one's id in Prefect."""
+"""Tag of a parent run: the Prefect id of its flow run."""
 
 Row = Mapping[str, float]
 
 
 def tracking_uri(project_root: Path) -> str:
-    """Where runs are recorded: `MLFLOW_TRACKING_URI`, or MLflow's own default file made absolute.
+    """The URI of the MLflow store: `MLFLOW_TRACKING_URI`, or MLflow's default file as an absolute path.
 
-    The default is what a bare `mlflow ui` in the project root opens.
+    `mlflow ui` in the project root opens the default.
     """
     return os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{project_root.resolve().as_posix()}/mlflow.db"
 
@@ -53,7 +53,7 @@ def tracking_uri(project_root: Path) -> str:
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested settings as MLflow parameters: dotted names, lists as compact JSON, long values cut at MLflow's limit.
 
-    URLs lose user, password and query.
+    User, password and query of URLs are removed.
     """
     flat: dict[str, str] = {}
     for name, value in values.items():
@@ -69,11 +69,11 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Tracker:
-    """Writes runs to one MLflow store. Holds two strings only, so it can be handed to any thread or process.
+    """Writes runs to one MLflow store. It holds only two strings, so it can be passed to any thread or process.
 
     Attributes:
         uri: MLflow's tracking URI.
-        artifact_root: folder below which a local store keeps artifacts; a server has its own and ignores it.
+        artifact_root: folder of a local store's artifacts; ignored for a server, which has its own.
     """
 
     uri: str
@@ -81,7 +81,7 @@ class Tracker:
 
     @classmethod
     def for_project(cls, project_root: Path) -> Tracker:
-        """The tracker of a project folder: `mlflow.db` and `mlruns/` there, or what `MLFLOW_TRACKING_URI` names."""
+        """The tracker of a project folder: its `mlflow.db` and `mlruns/`, or the store at `MLFLOW_TRACKING_URI`."""
         return cls(tracking_uri(project_root), str(project_root.resolve() / "mlruns"))
 
     # ---- runs
@@ -93,13 +93,13 @@ class Tracker:
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, Any] | None = None,
     ) -> str:
-        """Start the run that stands for a whole flow run, creating the experiment if needed.
+        """Start the parent run of a flow run, creating the experiment if needed.
 
         Returns:
             The run's id.
 
         Raises:
-            AwayError: MLflow does not answer. A run is not started without it: its address may be wrong.
+            AwayError: MLflow does not answer. The flow run does not start, since the address may be wrong.
         """
         self.deliver()
         experiment_id = self.experiment_id(experiment)
@@ -113,10 +113,10 @@ class Tracker:
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, Any] | None = None,
     ) -> str:
-        """Start a run below another one, in the same experiment.
+        """Start a child run of another run, in the same experiment.
 
         Returns:
-            The run's id, or while MLflow is away a ticket that stands for it in all methods of this class.
+            The run's id; while MLflow is unavailable, a ticket that all methods of this class accept instead.
         """
         ticket = f"{TICKET}{uuid.uuid4().hex}"
         run_id = self._outbox.record(
@@ -141,14 +141,14 @@ class Tracker:
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, Any] | None = None,
     ) -> Iterator[str]:
-        """`start_child` for a `with` block, which always ends the run: FAILED on an error, KILLED on an interrupt."""
+        """`start_child` as a context manager. It always ends the run: FAILED on an error, KILLED on an interrupt."""
         run_id = self.start_child(parent_run_id, run_name, params, tags)
         with self.ending(run_id):
             yield run_id
 
     @contextlib.contextmanager
     def ending(self, run_id: str) -> Iterator[str]:
-        """End an open run when the block is left, as `child` does."""
+        """End an open run at the end of the block, like `child`."""
         try:
             yield run_id
         except BaseException as error:
@@ -160,19 +160,19 @@ class Tracker:
         self.finish(run_id)
 
     def close_abandoned(self, experiment: str, ended: Callable[[set[str]], set[str]] = lambda _: set()) -> list[str]:
-        """Mark runs as KILLED that were left open: their process was killed, or their flow run has ended.
+        """Mark open runs as KILLED if their process was killed or their flow run has ended.
 
-        If the end of such a run is told later, out of another machine's spool, that is what counts.
+        A status that another machine's spool delivers later takes precedence.
 
         Args:
-            experiment: its name.
-            ended: given ids of flow runs, those that have ended. It is asked about runs whose process cannot be judged
-                from here: another machine's, another container's, an earlier version's.
+            experiment: name of the experiment.
+            ended: returns, of the given ids of flow runs, those that have ended. It is called for runs whose process
+                cannot be checked here: of another machine or container, or of an older version.
 
         Returns:
-            The ids of those runs.
+            The ids of the marked runs.
         """
-        self.deliver()  # an end that MLflow has not been told of yet
+        self.deliver()  # a pending write may end one of these runs
         found = self._store.call("get_experiment_by_name", experiment)
         if found is None:
             return []
@@ -192,7 +192,7 @@ class Tracker:
         return closed
 
     def _flow_runs_of(self, runs: Sequence[Any], experiment_id: str) -> dict[str, str]:
-        """Run id → id of the flow run that it, or its parent, stands for; without those that have none."""
+        """Run id → id of its (or its parent's) flow run; runs without a flow run are omitted."""
         tags = {run.info.run_id: run.data.tags for run in runs}
         parents = {found[_PARENT_TAG] for found in tags.values() if _PARENT_TAG in found} - tags.keys()
         known = dict(tags)
@@ -211,7 +211,7 @@ class Tracker:
         return dict(self._store.call("get_run", run_id).data.tags)
 
     def experiment_id(self, name: str) -> str:
-        """The id of an experiment, created on first use; safe when several processes do so at once.
+        """The id of an experiment, which is created on first use; safe for concurrent processes.
 
         Raises:
             QAdapterError: it was deleted in the UI.
@@ -253,13 +253,13 @@ class Tracker:
         tags: Mapping[str, Any] | None = None,
         history: Iterable[Row] = (),
     ) -> None:
-        """Record settings, tags and curves in as few calls as MLflow takes: each one is several transactions.
+        """Log settings, tags and curves in as few calls as possible, since each call is several transactions.
 
         Args:
             run_id: the run.
             params: settings; see `flatten` for how nested ones are named.
             tags: name → value.
-            history: curves, each row {"step": n, metric name: value, ...}; steps need not be complete.
+            history: curves, each row {"step": n, metric name: value, ...}; rows need not contain every metric.
         """
         now = _now()
         waiting: dict[str, list[Any]] = {
@@ -274,13 +274,13 @@ class Tracker:
         }
         while any(waiting.values()):
             batch = {name: waiting[name][:_NAMES_PER_BATCH] for name in ("params", "tags")}
-            room = MAX_METRICS_PER_BATCH - sum(map(len, batch.values()))  # MLflow's limit is on all three together
+            room = MAX_METRICS_PER_BATCH - sum(map(len, batch.values()))  # MLflow limits the sum of all three
             batch["metrics"] = waiting["metrics"][:room]
             waiting = {name: entries[len(batch[name]) :] for name, entries in waiting.items()}
             self._outbox.record("batch", run_id, **{name: entries for name, entries in batch.items() if entries})
 
     def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
-        """Record settings; see `flatten` for how nested ones are named."""
+        """Log settings; `flatten` names nested ones."""
         self.log(run_id, params=params)
 
     def log_tags(self, run_id: str, tags: Mapping[str, Any]) -> None:
@@ -288,11 +288,11 @@ class Tracker:
         self.log(run_id, tags=tags)
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Record one value for each metric."""
+        """Log one value per metric."""
         self.log(run_id, history=[{"step": step, **metrics}])
 
     def log_history(self, run_id: str, rows: Iterable[Row]) -> None:
-        """Record curves; see `log`."""
+        """Log curves; see `log`."""
         self.log(run_id, history=rows)
 
     def log_dataset(
@@ -304,14 +304,14 @@ class Tracker:
         context: str = "training",
         profile: Mapping[str, Any] | None = None,
     ) -> None:
-        """Record a data set as an input of a run.
+        """Log a data set as an input of a run.
 
         Args:
             run_id: the run.
-            name: what the UI calls it.
-            source: where it came from: path, URL (recorded without password and query) or hub id.
-            digest: of its content; MLflow keeps the first 36 characters.
-            context: what it was used for: training, evaluation, ...
+            name: its name in the UI.
+            source: its origin: path, URL (logged without password and query) or hub id.
+            digest: digest of its content; MLflow keeps the first 36 characters.
+            context: its use: training, evaluation, ...
             profile: small facts about it, such as the number of rows.
         """
         self._outbox.record(
@@ -330,14 +330,14 @@ class Tracker:
     def log_folder(
         self, run_id: str, path: Path, artifact_path: str | None = None, max_bytes_per_file: int | None = None
     ) -> None:
-        """Copy a folder's files into a run's artifacts. It must stay where it is until it was delivered.
+        """Copy a folder's files into a run's artifacts. The folder must not move before its delivery.
 
         Args:
             run_id: the run.
             path: the folder.
-            artifact_path: folder among the artifacts; their root if None.
-            max_bytes_per_file: a larger file is not copied but listed in `references.json` beside the others, with
-                its name, size, sha256 and where it lies. None copies all.
+            artifact_path: target folder in the artifacts; None: their root.
+            max_bytes_per_file: a larger file is not copied, but listed in `references.json` with its name, size, sha256
+                and location. None copies all files.
         """
         self._outbox.record(
             "folder", run_id, path=str(path.absolute()), artifact_path=artifact_path, max_bytes=max_bytes_per_file
@@ -352,15 +352,15 @@ class Tracker:
         self._outbox.record("text", run_id, text=text, artifact_file=artifact_file)
 
     def log_table(self, run_id: str, columns: Mapping[str, Sequence[Any]], artifact_file: str) -> None:
-        """Store a table (column name to values; the file ends in `.json`) that the UI can show across runs."""
+        """Store a table (column name → values; the file ends in `.json`), which the UI can compare across runs."""
         table = {name: list(values) for name, values in columns.items()}
         self._outbox.record("table", run_id, columns=table, artifact_file=artifact_file)
 
-    # ---- the way there
+    # ---- access
 
     @property
     def downloads(self) -> Path:
-        """Folder that keeps what was fetched from a store of another machine."""
+        """Folder of the artifacts downloaded from a store on another machine."""
         return Path(self.artifact_root).parent / ".qadapter" / "downloads"
 
     @property
@@ -372,17 +372,17 @@ class Tracker:
         return Outbox(self._store)
 
     def deliver(self, patience: float = 0.0) -> bool:
-        """Tell MLflow what it missed while it was away; see `Outbox.deliver`."""
+        """Deliver pending writes to MLflow; see `Outbox.deliver`."""
         return self._outbox.deliver(patience)
 
     def call(self, method: str, *arguments: Any, **options: Any) -> Any:
-        """Call a method of MLflow's client by its name (for `registry.py`), after all that waits to be told.
+        """Call a method of MLflow's client by its name (for `registry.py`), after delivering pending writes.
 
         Tickets among the arguments become run ids.
 
         Raises:
             AwayError: MLflow does not answer.
-            RefusedError: it will not, or a ticket stands for a run that it refused to start.
+            RefusedError: MLflow refuses the call, or refused to start the run behind a ticket.
         """
         self.deliver(_PATIENCE)
         run_of = self._outbox.run_of
@@ -397,5 +397,5 @@ def _now() -> int:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (OSError, KeyError):  # no name for this user id, as in many containers
+    except (OSError, KeyError):  # this user id has no name, as in many containers
         return "unknown"

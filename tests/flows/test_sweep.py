@@ -206,7 +206,7 @@ def group(**changes: Any) -> dict[str, Any]:
         (group(method="dpo", combin={}), ["groups.extra.combin: unknown key, did you mean 'combine'?"]),
         (
             {"groups": {**GROUPS, "dpo": {"method": "dpo", "tuning": True, "combine": {"beta": [1, 2, 3]}}}},
-            ["same number of settings", "dpo 3", "replay 2"],
+            ["same number of tuning settings", "dpo 3", "replay 2"],
         ),
         (group(method="dpo", tuning=True), ["both the tuning of dpo"]),
         (group(method="dpo", centre={"alpha_0": 1}), ["centre names ['alpha_0']; dpo has beta, learning_rate"]),

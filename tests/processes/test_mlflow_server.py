@@ -248,7 +248,7 @@ def test_a_server_that_fails_for_a_while_gets_everything_later(
         entries = tracker._outbox.spool.entries()
         assert [entry["what"] for entry in entries] == ["start", "batch", "folder", "batch", "finish"]
         assert entries[0]["tries"] >= 7
-    assert "answers with an error of its own (status 500)" in caplog.text
+    assert "answers with a server error (status 500)" in caplog.text
     assert tracker.deliver()
     client = MlflowClient(proxied.url)
     child = client.get_run(tracker._outbox.run_of(run))

@@ -153,7 +153,7 @@ def test_what_it_refuses_is_put_aside(server: Server, tmp_path: Path, caplog: py
     outbox.spool.append({"what": "batch", "run": parent, "tags": [["good", "yes"]]})
     assert tracker.deliver()
     assert MlflowClient(server.url).get_run(parent).data.tags["good"] == "yes"
-    assert "refused what it had missed" in caplog.text
+    assert "refused a pending write" in caplog.text
     refused = [json.loads(line) for line in outbox.spool.file.with_suffix(".refused.jsonl").read_text().splitlines()]
     assert [entry["run"] for entry in refused] == ["0" * 32]
 

@@ -139,7 +139,7 @@ def test_the_files_behind_a_version(registered: Registered) -> None:
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        ("policy", "names no version"),
+        ("policy", "is not a version"),
         ("policy@nobody", "has no model 'policy@nobody'"),
         ("other/1", "no model 'other/1'"),
     ],

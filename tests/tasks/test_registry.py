@@ -136,7 +136,7 @@ def test_a_long_story_is_cut_to_what_every_database_takes(registry: Registry) ->
     many = replace(new, key="longer", reasons=10 * reasons)
     version = registry.register(many, logged(registry, many.run_id))
     lines = version.tags["reasons"].splitlines()
-    assert lines[-1] == f"… and {2000 - (len(lines) - 1)} more: gate.json among the run's artifacts has all"
+    assert lines[-1] == f"… and {2000 - (len(lines) - 1)} more: see gate.json among the run's artifacts"
     assert lines[:-1] == (10 * reasons)[: len(lines) - 1]
 
 

@@ -358,7 +358,7 @@ def test_a_locked_database_is_waited_for(
     calls.clear()
     monkeypatch.setattr(mlflow_store, "_PAUSES", (0.01,))
     tracker.log_metrics(parent, {"patience": 2.0})
-    assert "It will be told later" in caplog.text
+    assert "The write is queued" in caplog.text
     assert client.get_run(parent).data.metrics["patience"] == 1.0
     assert tracker.deliver()
     assert client.get_run(parent).data.metrics["patience"] == 2.0
