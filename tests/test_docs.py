@@ -47,6 +47,21 @@ def fenced_yaml(page: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page: str) -> None:
+    prose = re.sub(r"^ *```.*?^ *```", "", PAGES[page], flags=re.M | re.S)
+    generated = {"config.md", "commands.md"}  # by docs/site/hooks.py
+    for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", prose):
+        file = (PROJECT_ROOT / page).parent / target
+        assert file.exists() or file.name in generated, f"{page} links to {target}"
+
+
+def test_the_site_has_every_page() -> None:
+    nav = re.findall(r"[\w/-]+\.md", (PROJECT_ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    written = {page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")}
+    assert sorted(nav) == sorted({*written, "reference/config.md", "reference/commands.md"})
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_every_make_target_exists(page: str) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (PROJECT_ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
     found = (re.match(r"\s*(?:\$ )?(?:.* && )?make ([a-z][a-z-]*)", line) for line in commands_of(PAGES[page]))
