@@ -20,22 +20,21 @@ def silent_methods(rows: Sequence[Row]) -> list[str]:
 
 
 def speech_sentences(rows: Sequence[Row]) -> list[str]:
-    """Who does not answer in language, with the reason and an example; then whether the answers were judged."""
-    result = [_silent(rows, method) for method in silent_methods(rows)]
+    """Which methods do not answer in language, with the reason and an example."""
+    return [_silent(rows, method) for method in silent_methods(rows)]
+
+
+def judged_sentences(rows: Sequence[Row]) -> list[str]:
+    """That the answers were not judged, where no judge and no exact rule compared any; nothing where one did."""
     trained = [row for row in rows if kind(row.method) != "base"]
-    unjudged = [row for row in trained if WIN_RATE not in row.metrics and RULE not in row.metrics]
-    if len(unjudged) < len(trained) or not trained:
-        return result
+    if not trained or any(WIN_RATE in row.metrics or RULE in row.metrics for row in trained):
+        return []
     if any(SPEAKS in row.metrics for row in trained):
-        result.append(
+        return [
             "Answers not judged: no judge compared the generated answers with the base's, so what was learnt is how "
             "the policies score given replies, not how they answer."
-        )
-    else:
-        result.append(
-            "No answers were generated or judged, so it is not known whether the policies answer in language."
-        )
-    return result
+        ]
+    return ["Answers not judged: none are recorded, so it is not known whether the policies answer in language."]
 
 
 def _silent(rows: Sequence[Row], method: str) -> str:

@@ -14,7 +14,7 @@ from qadapter.report.front import pareto_front
 from qadapter.report.intervals import Measured
 from qadapter.report.items import SCORE, WIN_RATE
 from qadapter.report.rows import Row, kind, listed, methods_of, spread, spread_over
-from qadapter.report.speaking import silent_methods, speech_sentences
+from qadapter.report.speaking import judged_sentences, silent_methods, speech_sentences
 from qadapter.report.tables import bracket, number
 
 OURS = SUBJECT.name
@@ -208,6 +208,7 @@ def sentences(
         if len(ranked) > 1:
             result.append(f"{subject}, best first: " + ", ".join(f"{m} {number(values[m])}" for m in ranked) + ".")
     result += chance_sentences(measured)
+    result += judged_sentences(rows)
     result += judge_sentences(measured)
     result += undecided_sentences(measured)
     result += unmeasured_on_old_text(config)
