@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -47,9 +48,10 @@ def run(overrides: Overrides = None, profile: Profile = "smoke", data: Data = No
         except StagesFailedError as error:
             raise CommandFailedError(str(error)) from error
     report = Path(summary["report"])
+    latest = link_latest(report.parent, workspace())
     sys.stdout.write(_comparison(report) + "\n\n")
     sys.stdout.write(f"{experiment.name}: finished in {time.monotonic() - start:.0f} s\n")
-    sys.stdout.write(f"report:  {report}\nfigure:  {report.parent / 'retention_adaptation.png'}\n")
+    sys.stdout.write(f"report:  {latest / 'report.html'}\nfolder:  {report.parent}\n")
     sys.stdout.write(f"compare the runs: make ui   (MLflow on {workspace() / 'mlflow.db'})\n")
 
 
@@ -57,3 +59,22 @@ def _comparison(report: Path) -> str:
     """The table of the report, as it stands there."""
     text = report.read_text(encoding="utf-8")
     return text.split("## Comparison\n\n")[1].split("\n\n*adaptation*")[0]
+
+
+def link_latest(report: Path, workspace: Path) -> Path:
+    """Lead `reports/latest` of the workspace to a folder; returns it, or the folder where a link cannot be made.
+
+    Something else that lies there, which is not a link, is left alone.
+    """
+    link = workspace / "reports" / "latest"
+    fresh = link.with_name(f".latest.{os.getpid()}")
+    try:
+        link.parent.mkdir(exist_ok=True)
+        if link.exists() and not link.is_symlink():
+            return report
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(report.resolve(), target_is_directory=True)
+        fresh.replace(link)  # in one step: a reader finds the old report or the new one
+    except OSError:
+        return report
+    return link

@@ -16,6 +16,7 @@ from qadapter.files.shown import to_csv
 from qadapter.report import markdown
 from qadapter.report.answers import answers_table, side_by_side
 from qadapter.report.curves import training_curves
+from qadapter.report.decision import Decision, decide_for_reader
 from qadapter.report.figures import retention_against_adaptation
 from qadapter.report.intervals import Measured
 from qadapter.report.items import refuse_other_items
@@ -24,7 +25,7 @@ from qadapter.report.page import data_uri, page
 from qadapter.report.quality import LEGEND as QUALITY_LEGEND
 from qadapter.report.quality import quality_table, quality_warnings
 from qadapter.report.rows import Row
-from qadapter.report.summary import duels, sentences, summary_metrics
+from qadapter.report.summary import duels, first_sentences, summary_metrics
 from qadapter.report.tables import (
     comparison,
     cost_table,
@@ -97,9 +98,12 @@ def build_report(
     has_curves = training_curves(rows, out / CURVES, title)
     main, fought = main_table(measured), duels(measured)
     (out / "report.tex").write_text(latex(main, f"{title}. {MAIN_LEGEND}"), encoding="utf-8")
+    first, further = first_sentences(measured, config, fought)
     content = {
         "title": title,
-        "sentences": sentences(measured, config, fought),
+        "decision": decide_for_reader(measured),
+        "sentences": first,
+        "notes": further,
         "main": main,
         "forgetting": forgetting_table(measured),
         "further": further_table(measured),
@@ -132,6 +136,7 @@ def _sections(content: Mapping[str, Any], has_curves: bool) -> list[tuple[str, s
     """Anchor and name of each section of the page."""
     return [
         ("comparison", "Comparison"),
+        *([("notes", "In sentences")] if content["notes"] else []),
         ("forgotten", "Forgotten"),
         ("trade", "Learnt against kept"),
         *([("curves", "Training curves")] if has_curves else []),
@@ -148,6 +153,7 @@ def _markdown(content: Mapping[str, Any], long: pd.DataFrame, has_curves: bool) 
     quarantined = content["quarantined"]
     sections = [
         f"# {content['title']}",
+        _decision(content["decision"]),
         "\n".join(f"- {sentence}" for sentence in content["sentences"]),
         "## Main table",
         markdown.table(content["main"]),
@@ -155,6 +161,7 @@ def _markdown(content: Mapping[str, Any], long: pd.DataFrame, has_curves: bool) 
         "## Comparison",
         markdown.frame(long),
         LEGEND,
+        *(["## In sentences", "\n".join(f"- {sentence}" for sentence in content["notes"])] if content["notes"] else []),
         "## Forgotten",
         markdown.table(content["forgetting"]),
         FORGETTING_LEGEND,
@@ -177,6 +184,13 @@ def _markdown(content: Mapping[str, Any], long: pd.DataFrame, has_curves: bool) 
         f"```yaml\n{content['config']}```",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _decision(found: Decision) -> str:
+    """The box as a quotation."""
+    return "\n>\n".join(
+        [f"> **Recommendation.** {found.recommendation}", *(f"> **{about}.** {text}" for about, text in found.lines)]
+    )
 
 
 def _quality(content: Mapping[str, Any]) -> list[str]:

@@ -177,52 +177,95 @@ def sentences(
         config: the experiment's settings, where they are known.
         fought: its `duels`, where somebody has them already.
     """
+    return [line for lines in _by_subject(measured, config, fought).values() for line in lines]
+
+
+def first_sentences(
+    measured: Measured, config: Mapping[str, Any] | None = None, fought: Sequence[Duel] | None = None
+) -> tuple[list[str], list[str]]:
+    """The summary in at most `LONGEST_SUMMARY` sentences, and the further ones; arguments as of `sentences`.
+
+    The subjects come first in the order of `_FIRST`; the rest keep the order of `sentences`.
+    """
+    found = _by_subject(measured, config, fought)
+    wanted = [line for subject in _FIRST for line in found[subject]]
+    first = wanted[:LONGEST_SUMMARY]
+    return first, [line for lines in found.values() for line in lines if line not in first]
+
+
+LONGEST_SUMMARY = 6
+_FIRST = ("speech", "judged", "portraits", "ranking", "coverage", "seeds")
+
+
+def _by_subject(
+    measured: Measured, config: Mapping[str, Any] | None, fought: Sequence[Duel] | None
+) -> dict[str, list[str]]:
+    """The sentences by what they are about, in the order of the summary."""
     config = config or {}
     rows = measured.rows
     silent = silent_methods(rows)
-    result = speech_sentences(rows) + coverage_sentences(measured)
-    result += [_portrait(measured, m) for m in measured.methods if kind(m) == OURS and m not in silent]
-    fought = duels(measured) if fought is None else fought
+    labels = [m for m in measured.methods if kind(m) != "base"]
+    setting = []
+    if len(labels) > 1 and len({kind(m) for m in labels}) == len(labels):
+        setting.append(
+            f"Each method is shown at one setting{_settings(config, labels)}, not at the best of a search: another "
+            "setting may learn or keep more."
+        )
+    seeds = []
+    if single := [m for m in labels if len(measured.seeds(m)) == 1]:
+        seeds.append(
+            f"One seed only ({listed(single)}): such intervals say how the choice of held-out items matters, not how "
+            "another training would come out."
+        )
+    return {
+        "speech": speech_sentences(rows),
+        "coverage": coverage_sentences(measured),
+        "portraits": [_portrait(measured, m) for m in measured.methods if kind(m) == OURS and m not in silent],
+        "duels": _told_duels(measured, silent, duels(measured) if fought is None else fought),
+        "front": _front_sentences(measured, silent),
+        "ranking": _rankings(measured, silent),
+        "chance": chance_sentences(measured),
+        "judged": judged_sentences(rows),
+        "judge": judge_sentences(measured) + undecided_sentences(measured) + unmeasured_on_old_text(config),
+        "setting": setting,
+        "seeds": seeds,
+    }
+
+
+def _told_duels(measured: Measured, silent: Sequence[str], fought: Sequence[Duel]) -> list[str]:
+    """The duels of methods that speak, the first ones in full."""
     fought = [one for one in fought if one.method not in silent and one.baseline not in silent]
-    for one in fought[:_MOST_DUELS]:
-        result += [line for line in (_duel_sentence(measured, one), _by_domain(measured, one)) if line]
+    told = [(_duel_sentence(measured, one), _by_domain(measured, one)) for one in fought[:_MOST_DUELS]]
+    result = [line for lines in told for line in lines if line]
     if len(fought) > _MOST_DUELS:
         result.append(f"{len(fought) - _MOST_DUELS} further pairs of settings are compared in metrics.json.")
-    found = {method: place for method, place in points(rows, None).items() if method not in silent}
-    if len(found) > 1:
-        front = [m for m in pareto_front(found) if kind(m) != "base"]
-        result.append(
-            f"On the Pareto front (of the means; no other method{_with_every_domain(measured)} has at least as much of "
-            f"both): {listed(front)}."
-            if front
-            else "No method is on the Pareto front: the base itself has at least as much of both."
-        )
-        if bare := [method for method in front if not _above_base(measured, method)]:
-            result.append(
-                f"On that front, but not above the base in what was learnt, beyond the noise: {listed(bare)}."
-            )
+    return result
+
+
+def _front_sentences(measured: Measured, silent: Sequence[str]) -> list[str]:
+    found = {method: place for method, place in points(measured.rows, None).items() if method not in silent}
+    if len(found) < 2:
+        return []
+    front = [m for m in pareto_front(found) if kind(m) != "base"]
+    if not front:
+        return ["No method is on the Pareto front: the base itself has at least as much of both."]
+    result = [
+        f"On the Pareto front (of the means; no other method{_with_every_domain(measured)} has at least as much of "
+        f"both): {listed(front)}."
+    ]
+    if bare := [method for method in front if not _above_base(measured, method)]:
+        result.append(f"On that front, but not above the base in what was learnt, beyond the noise: {listed(bare)}.")
+    return result
+
+
+def _rankings(measured: Measured, silent: Sequence[str]) -> list[str]:
+    result = []
     for subject, metric in (("Learnt most", SCORE), ("Kept most", "retention/mean")):
-        values = {m: spread(rows, metric, None, m).mean for m in measured.methods if kind(m) != "base"}
+        values = {m: spread(measured.rows, metric, None, m).mean for m in measured.methods if kind(m) != "base"}
         ranked = [m for m in values if not math.isnan(values[m]) and m not in silent]
         ranked.sort(key=lambda m: -values[m])
         if len(ranked) > 1:
             result.append(f"{subject}, best first: " + ", ".join(f"{m} {number(values[m])}" for m in ranked) + ".")
-    result += chance_sentences(measured)
-    result += judged_sentences(rows)
-    result += judge_sentences(measured)
-    result += undecided_sentences(measured)
-    result += unmeasured_on_old_text(config)
-    labels = [m for m in measured.methods if kind(m) != "base"]
-    if len(labels) > 1 and len({kind(m) for m in labels}) == len(labels):
-        result.append(
-            f"Each method is shown at one setting{_settings(config, labels)}, not at the best of a search: another "
-            "setting may learn or keep more."
-        )
-    if single := [m for m in measured.methods if kind(m) != "base" and len(measured.seeds(m)) == 1]:
-        result.append(
-            f"One seed only ({listed(single)}): such intervals say how the choice of held-out items matters, not how "
-            "another training would come out."
-        )
     return result
 
 

@@ -429,7 +429,9 @@ def test_the_command_prints_table_and_places(first: Ran, second: Ran) -> None:
     table = [line for line in lines if line.startswith("|")]
     assert len(table) == 2 + 3 * 5  # heading, line, and five rows for each domain and their mean
     assert all(line in report.read_text(encoding="utf-8") for line in table)
-    assert f"report:  {report}" in lines
+    latest = second.home.folder / "reports" / "latest"
+    assert f"report:  {latest / 'report.html'}" in lines
+    assert latest.resolve() == report.parent.resolve()
     assert any("make ui" in line for line in lines)
 
 

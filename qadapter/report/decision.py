@@ -1,0 +1,250 @@
+"""The report's opening box: what to use, what it gains, loses and costs, and how sure that is. In everyday words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qadapter.evaluation.statistics import Interval
+from qadapter.report.intervals import Measured, Sample
+from qadapter.report.items import RULE, SCORE
+from qadapter.report.rows import kind, listed, spread_over
+from qadapter.report.speaking import silent_methods
+from qadapter.report.summary import adherence_gained
+from qadapter.report.tables import number
+
+POWER = ((1.96 + 0.84) / 1.96) ** 2
+"""Times the items whose 95 % interval reaches just to zero: with so many, 80 % of the tries find the effect."""
+SEEDS = 3
+"""Trainings from which the spread between trainings can be told at all."""
+MOST_ITEMS = 100_000
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a reader who decides needs.
+
+    Attributes:
+        recommendation: which method to use, or why none and what to measure to tell.
+        lines: (what it is about, sentence): gained, lost, how sure, cost.
+    """
+
+    recommendation: str
+    lines: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    method: str
+    gained: float
+    gain: Interval | None
+    loss: Interval | None
+    lost: float
+
+    @property
+    def worth(self) -> float:
+        """What was gained less what was lost; both are shares of questions answered right."""
+        return self.gained - (0.0 if math.isnan(self.lost) else self.lost)
+
+    @property
+    def surely_gains(self) -> bool:
+        return self.gained > 0 and (self.gain is None or self.gain.low > 0)
+
+
+def decide_for_reader(measured: Measured) -> Decision:
+    """The box of a comparison.
+
+    The recommended method is the one with the highest gain less loss among those that answer in language and gain
+    something beyond noise; a second one that cannot be told from it is named with what would tell.
+    """
+    silent = silent_methods(measured.rows)
+    trained = [method for method in measured.methods if kind(method) != "base"]
+    found = [_candidate(measured, method) for method in trained if method not in silent]
+    found = sorted((c for c in found if not math.isnan(c.gained)), key=lambda c: -c.worth)
+    if not trained:
+        return Decision("Nothing was trained: this report shows the base alone.", ())
+    broken = f" {listed(silent)} {'does' if len(silent) == 1 else 'do'} not answer in language." if silent else ""
+    if not found:
+        return Decision(f"Use none of these.{broken or ' Nothing was measured that tells what was learnt.'}", ())
+    best = next((c for c in found if c.surely_gains), None)
+    if best is None:
+        return Decision(_not_enough(measured, found[0]) + broken, _lines(measured, found[0]))
+    second = next((c for c in found if c is not best), None)
+    text = f"Use {best.method}.{broken}"
+    if second is not None and second.surely_gains:
+        text += _against(measured, best, second)
+    return Decision(text, _lines(measured, best))
+
+
+def _candidate(measured: Measured, method: str) -> _Candidate:
+    gained, gain = adherence_gained(measured, method)
+    domains = measured.domains_of(method, measured.base_of(method))
+    sample = measured.forgetting(method, domains) if domains else None
+    loss = sample.interval if sample else None
+    lost = spread_over(measured.rows, "forgetting/mean", domains, method).mean if domains else math.nan
+    return _Candidate(method, gained, gain, loss, loss.estimate if loss else lost)
+
+
+def items_needed(interval: Interval, effect: float, items: int) -> int | None:
+    """How many items tell an effect from nothing in 80 % of the tries, at 95 %.
+
+    An interval's width falls with the root of the number of items.
+
+    Args:
+        interval: of the effect, over `items` items.
+        effect: its size.
+        items: how many were measured.
+
+    Returns:
+        The number of items; None where the effect is nearly nothing, so that no reasonable number would do.
+    """
+    half = (interval.high - interval.low) / 2
+    if abs(effect) < 1e-9 or half <= 0:
+        return None
+    wanted = math.ceil(items * POWER * (half / abs(effect)) ** 2)
+    return max(items, _round_up(wanted)) if wanted <= MOST_ITEMS else None
+
+
+def _round_up(n: int) -> int:
+    """Two digits, upwards: nobody plans 1,037 pairs."""
+    step = 10 ** max(0, len(str(n)) - 2)
+    return math.ceil(n / step) * step
+
+
+def _items(sample: Sample | None) -> int:
+    return sum(part.shape[1] for part in sample.parts) if sample else 0
+
+
+def _kind_of_items(measured: Measured) -> str:
+    return "prompts" if any(RULE in row.metrics for row in measured.rows) else "held-out pairs"
+
+
+def _seeds(measured: Measured, method: str) -> str:
+    count = len(measured.seeds(method))
+    return "one training" if count == 1 else f"{count} trainings"
+
+
+def _not_enough(measured: Measured, best: _Candidate) -> str:
+    """No method gains beyond noise: how many pairs would tell."""
+    domains = measured.domains_of(best.method, measured.base_of(best.method))
+    sample = measured.gain(best.method, domains) if domains else None
+    items, what = _items(sample), _kind_of_items(measured)
+    text = f"Not enough data to recommend a method: {items} {what}, {_seeds(measured, best.method)}."
+    if best.gained <= 0:
+        return f"{text} None of them gained anything on these {what}; check the data and the training first."
+    needed = items_needed(best.gain, best.gained, items) if best.gain else None
+    more = f"about {needed:,} {what}" if needed else f"many more {what}"
+    return f"{text} Get {more} and {SEEDS} seeds to tell {best.method} from the base."
+
+
+def _against(measured: Measured, best: _Candidate, second: _Candidate) -> str:
+    """Whether the second best can be told from the best; what would tell, where it cannot."""
+    domains = measured.domains_of(best.method, second.method)
+    gains = [measured.gain(c.method, domains) if domains else None for c in (best, second)]
+    losses = [measured.forgetting(c.method, domains) if domains else None for c in (second, best)]
+    learnt = gains[0].minus(gains[1]) if gains[0] and gains[1] else None
+    kept = losses[0].minus(losses[1]) if losses[0] and losses[1] else None
+    found = [sample for sample in (learnt, kept) if sample is not None]
+    if not found:
+        return f" {second.method} is next; without the scores of single items the difference cannot be judged."
+    if any(sample.interval.low > 0 for sample in found):
+        ahead = []
+        if learnt is not None and learnt.interval.low > 0:
+            ahead.append("learnt more")
+        if kept is not None and kept.interval.low > 0:
+            ahead.append("forgot less")
+        return f" It {listed(ahead)} than {second.method}, the next best, beyond chance."
+    sample = max(found, key=lambda s: abs(s.estimate))
+    items = _items(sample)
+    needed = items_needed(sample.interval, sample.estimate, items)
+    what = _kind_of_items(measured) if sample is learnt else "questions about old abilities"
+    more = (
+        f"about {needed:,} {what} (now {items:,})"
+        if needed
+        else f"more than {MOST_ITEMS:,} {what}, if they differ at all"
+    )
+    return f" It cannot be told from {second.method} with these data: that takes {more} and {SEEDS} seeds."
+
+
+def _lines(measured: Measured, chosen: _Candidate) -> tuple[tuple[str, str], ...]:
+    method = chosen.method
+    domains = measured.domains_of(method, measured.base_of(method))
+    base = measured.base_of(method)
+    before = spread_over(measured.rows, SCORE, domains, base).mean
+    now = spread_over(measured.rows, SCORE, domains, method).mean
+    rule = any(RULE in row.metrics for row in measured.rows)
+    what = "follows the new rule in" if rule else "prefers the better of two given replies in"
+    times = "of its answers" if rule else "of the held-out pairs"
+    gained = f"{method} {what} {_percent(now)} {times}; the base in {_percent(before)}."
+    return (
+        ("Gained", gained),
+        ("Lost", _lost(measured, chosen, domains)),
+        ("How sure", _sure(measured, chosen, domains)),
+        *((("Cost", cost),) if (cost := _cost(measured, method, domains)) else ()),
+    )
+
+
+def _lost(measured: Measured, chosen: _Candidate, domains: Sequence[str]) -> str:
+    method, base = chosen.method, measured.base_of(chosen.method)
+    before = spread_over(measured.rows, "retention/mean", domains, base).mean
+    now = spread_over(measured.rows, "retention/mean", domains, method).mean
+    if math.isnan(now) or math.isnan(before):
+        return "not known: no test of the base's old abilities was run."
+    text = (
+        f"{_percent(now)} of the questions about old abilities are answered right; the base answers {_percent(before)}."
+    )
+    if chosen.loss is not None and not chosen.loss.excludes_zero:
+        return f"{text} That difference may be chance."
+    worst: tuple[float, str] = (0.0, "")
+    for name in measured.accuracies:
+        drop = (
+            spread_over(measured.rows, name, domains, base).mean
+            - spread_over(measured.rows, name, domains, method).mean
+        )
+        worst = max(worst, (drop, name.split("/")[1])) if not math.isnan(drop) else worst
+    if worst[1] and len(measured.accuracies) > 1:
+        text += f" Most was lost in {worst[1]}: {100 * worst[0]:.0f} points."
+    return text
+
+
+def _sure(measured: Measured, chosen: _Candidate, domains: Sequence[str]) -> str:
+    parts = []
+    items = _items(measured.gain(chosen.method, domains) if domains else None)
+    if chosen.gain is not None:
+        ends = f"{100 * chosen.gain.low:+.0f} to {100 * chosen.gain.high:+.0f} points"
+        parts.append(f"the gain lies between {ends} (95 %, {items:,} {_kind_of_items(measured)})")
+    if chosen.loss is not None:
+        parts.append(f"the loss between {100 * chosen.loss.low:+.0f} and {100 * chosen.loss.high:+.0f} points")
+    seeds = len(measured.seeds(chosen.method))
+    parts.append(
+        f"{seeds} trainings"
+        if seeds > 1
+        else f"one training only, so another one may come out otherwise ({SEEDS} tell)"
+    )
+    return f"{'; '.join(parts)}."
+
+
+def _cost(measured: Measured, method: str, domains: Sequence[str]) -> str:
+    def value(name: str, who: str = method) -> float:
+        return spread_over(measured.rows, f"cost/{name}", domains, who).mean
+
+    parts = []
+    if not math.isnan(seconds := value("train_seconds")):
+        parts.append(f"training took {_time(seconds)} per domain")
+    if not math.isnan(size := value("adapter_bytes")):
+        parts.append(f"the adapter takes {number(size / 1e6, 1)} MB")
+    speed, of_base = value("decoding_tokens_per_second"), value("decoding_tokens_per_second", measured.base_of(method))
+    if speed > 0 and of_base > 0:
+        parts.append(f"it answers at {speed / of_base:.1f} times the base's speed")
+    return f"{'; '.join(parts)}." if parts else ""
+
+
+def _percent(share: float) -> str:
+    return "–" if math.isnan(share) else f"{100 * share:.0f} %"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,143 @@
+"""The report's opening box: a clear winner, noise, and a policy that does not speak."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from flows.commands.run import link_latest
+from qadapter.evaluation.statistics import Interval
+from qadapter.report.build import build_report
+from qadapter.report.decision import decide_for_reader, items_needed
+from qadapter.report.intervals import Measured
+from qadapter.report.rows import Row
+from qadapter.report.summary import LONGEST_SUMMARY, first_sentences, sentences
+from tests.support.report_files import rule_row, write_lines
+
+WORDS = ("Pareto", "nats", "implied reward")
+
+
+def rows_of(root: Path, follows: dict[str, int], right: dict[str, int], n: int = 200, tasks: int = 200) -> list[Row]:
+    """Of n answers how many follow the rule, of as many questions how many are right, of each method and the base."""
+    base = [int(i < follows["base"]) for i in range(n)]
+    base_kept = {"facts": [int(i < right["base"]) for i in range(tasks)]}
+    return [
+        rule_row(
+            root,
+            "academy",
+            method,
+            None if method == "base" else 0,
+            follows=[int(i < follows[method]) for i in range(n)],
+            kept={"facts": [int(i < right[method]) for i in range(tasks)]},
+            base_follows=base,
+            base_kept=base_kept,
+        )
+        for method in follows
+    ]
+
+
+def silenced(row: Row) -> Row:
+    assert row.adaptation is not None
+    write_lines(row.adaptation / "speech.jsonl", [{"faults": ["repeat themselves"]} for _ in range(200)])
+    return replace(row, metrics={**row.metrics, "adaptation/speaks": 0.0, "adaptation/broken_replies": 1.0})
+
+
+def test_a_clear_winner_is_recommended(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, {"base": 4, "q-adapter": 180, "dpo": 120}, {"base": 190, "q-adapter": 186, "dpo": 100})
+    found = decide_for_reader(Measured(rows))
+    assert (
+        found.recommendation == "Use q-adapter. It learnt more and forgot less than dpo, the next best, beyond chance."
+    )
+    lines = dict(found.lines)
+    assert lines["Gained"] == "q-adapter follows the new rule in 90 % of its answers; the base in 2 %."
+    assert lines["Lost"].startswith(
+        "93 % of the questions about old abilities are answered right; the base answers 95 %"
+    )
+    assert "one training only" in lines["How sure"]
+    assert lines["Cost"] == "training took 2 s per domain."
+    assert not any(word in f"{found.recommendation} {lines}" for word in WORDS)
+
+
+def test_noise_is_no_recommendation(tmp_path: Path) -> None:
+    """1 of 12 answers more than the base: 8 %, an interval that reaches below 0."""
+    rows = rows_of(tmp_path, {"base": 3, "q-adapter": 4}, {"base": 10, "q-adapter": 10}, n=12, tasks=12)
+    found = decide_for_reader(Measured(rows))
+    assert found.recommendation.startswith(
+        "Not enough data to recommend a method: 12 prompts, one training. Get about "
+    )
+    assert found.recommendation.endswith("prompts and 3 seeds to tell q-adapter from the base.")
+    nothing = decide_for_reader(Measured(rows_of(tmp_path, {"base": 3, "dpo": 3}, {"base": 10, "dpo": 10}, n=12)))
+    assert "None of them gained anything" in nothing.recommendation
+
+
+def test_two_that_cannot_be_told_apart(tmp_path: Path) -> None:
+    same = {"base": 150, "q-adapter": 150, "dpo": 150}
+    rows = rows_of(tmp_path, {"base": 4, "q-adapter": 100, "dpo": 99}, same)
+    found = decide_for_reader(Measured(rows))
+    assert found.recommendation.startswith(
+        "Use q-adapter. It cannot be told from dpo with these data: that takes about "
+    )
+    assert "prompts (now 200) and 3 seeds" in found.recommendation
+
+
+def test_a_policy_that_does_not_speak_wins_nothing(tmp_path: Path) -> None:
+    """DPO has the highest score of all and answers `==========`."""
+    follows = {"base": 4, "q-adapter": 100, "sft": 90, "dpo": 200}
+    rows = rows_of(tmp_path, follows, dict.fromkeys(follows, 190))
+    rows = [silenced(row) if row.method == "dpo" else row for row in rows]
+    measured = Measured(rows)
+    found = decide_for_reader(measured)
+    assert found.recommendation.startswith("Use q-adapter. dpo does not answer in language.")
+    first, further = first_sentences(measured)
+    assert first[0] == (
+        'dpo does not speak: of its replies 200 of 200 repeat themselves, for example "a reply". It has no place on '
+        "the front, in the rankings or in the comparisons below."
+    )
+    assert len(first) <= LONGEST_SUMMARY
+    assert sorted([*first, *further]) == sorted(sentences(measured))
+    assert not any("dpo" in line for line in [*first[1:], *further] if "One" not in line and "setting" not in line)
+    out = tmp_path / "out"
+    out.mkdir()
+    build_report(rows, title="t", data={}, config={}, out=out)
+    text = (out / "report.md").read_text(encoding="utf-8")
+    assert text.startswith("# t\n\n> **Recommendation.** Use q-adapter. dpo does not answer")
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.index("Use q-adapter. dpo does not") < page.index("dpo does not speak") < page.index('id="comparison"')
+    alone = decide_for_reader(Measured([row for row in rows if row.method in ("base", "dpo")]))
+    assert alone.recommendation == "Use none of these. dpo does not answer in language."
+
+
+@pytest.mark.parametrize("effect", [0.1, 0.05])
+def test_the_items_that_tell_an_effect_tell_it(effect: float) -> None:
+    """Simulated: coins of that many items, of which about 80 % have an interval above zero."""
+    p, n = 0.5 + effect, 100
+    half = 1.96 * math.sqrt(p * (1 - p) / n)
+    needed = items_needed(Interval(effect, effect - half, effect + half, half / 1.96, n), effect, n)
+    assert needed is not None
+    rng, found, tries = random.Random(0), 0, 600
+    for _ in range(tries):
+        share = sum(rng.random() < p for _ in range(needed)) / needed
+        found += share - 0.5 > 1.96 * math.sqrt(share * (1 - share) / needed)
+    assert found / tries == pytest.approx(0.8, abs=0.06)
+
+
+def test_no_number_of_items_tells_nothing() -> None:
+    assert items_needed(Interval(0.0, -0.1, 0.1, 0.05, 100), 0.0, 100) is None
+    assert items_needed(Interval(1e-4, -0.1, 0.1, 0.05, 100), 1e-4, 100) is None
+
+
+def test_the_latest_report_has_a_stable_place(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        folder = tmp_path / "stages" / name
+        folder.mkdir(parents=True)
+        (folder / "report.html").write_text(name)
+        link = link_latest(folder, tmp_path)
+        assert link == tmp_path / "reports" / "latest"
+        assert (link / "report.html").read_text() == name
+    other = tmp_path / "other"
+    (other / "reports" / "latest").mkdir(parents=True)
+    assert link_latest(folder, other) == folder, "a folder of the user's is left alone"
