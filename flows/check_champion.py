@@ -36,9 +36,9 @@ FELL = "qadapter.champion.fell"
 def check_champion(config: str = "smoke") -> State[Any]:
     """Measure the champion on today's held-out preferences and the retention tasks; nothing is trained or promoted.
 
-    Compared with what was measured when it was registered: new held-out rows show that the preferences moved on, the
-    same rows that files, libraries or the machine changed. A champion whose registered files are damaged fell, and is
-    not measured. Ends as `NoChampion` or `Steady`, or fails as `Fell`, with the event `qadapter.champion.fell`.
+    The result is compared with the measurements at registration. A drop on new held-out rows shows that the preferences
+    changed; a drop on the same rows, that files, libraries or the machine changed. A champion with damaged files counts
+    as fallen and is not measured. Ends as `NoChampion` or `Steady`, or fails as `Fell`, with the event `qadapter.champion.fell`.
 
     Args:
         config: a name in `configs/customize/`, or a YAML file.
@@ -52,7 +52,7 @@ def check_champion(config: str = "smoke") -> State[Any]:
     request_of(config, customization, NAME).check()
     with one_at_a_time(customization, "checks"):  # each removes what the one before measured
         champion = registry.champion()
-        assert champion is not None  # an alias may move, but it is never taken away
+        assert champion is not None  # an alias may move, but is never removed
         reasons = _damage(customization, champion) or _what_fell(config, customization, registry, champion)
     if not reasons:
         return ended("Steady", f"version {champion.number} of {customization.model_name} is as good as it was")
@@ -62,7 +62,7 @@ def check_champion(config: str = "smoke") -> State[Any]:
 
 
 def _damage(customization: Customization, champion: Version) -> list[str]:
-    """What is wrong with the registered files; a stage that still has them, as training uses it, is not served."""
+    """Problems of the registered files. Training may fall back to a stage with the same files; serving cannot."""
     from tasks.tracking.models import check_files
 
     try:
@@ -83,7 +83,7 @@ def _what_fell(config: str, customization: Customization, registry: Registry, ch
         adapter = fetch(step, customization, champion)
         base_row = measuring(step, ground, heldout, world)(Cell(customization.domain, "base"), None, None)
 
-        # A check that finds last week's answer checks nothing: the champion's own measurements are not looked up.
+        # Cached measurements would make the check pointless, so the champion is always measured anew.
         fresh = run.storing_in(StageStore(checks))
 
         def again(task: Any, **inputs: Any) -> Any:
@@ -100,7 +100,7 @@ def _what_fell(config: str, customization: Customization, registry: Registry, ch
 def _heldout(
     step: Step, customization: Customization, registry: Registry, champion: Version, world: StageResult | None
 ) -> StageResult:
-    """Today's held-out pairs; files of their own are all that is read then: the source may be empty or away."""
+    """Today's held-out pairs. If they have separate files, the source is not read and may be empty or unavailable."""
     source = customization.source
     heldout: StageResult
     if source.heldout_path or source.heldout_split:
@@ -114,7 +114,7 @@ def _heldout(
         ledger=ledger,
         learnt=learnt_by(champion, registry),
         world=world,
-        everything=True,  # of no matter here: only the held-out side is used
+        everything=True,  # irrelevant here: only the held-out side is used
     )
     heldout = step(hold_out, mixture=mixture)
     return heldout

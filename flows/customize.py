@@ -1,4 +1,4 @@
-"""New preferences arrive: validate them, train the champion further, measure both, promote or reject.
+"""Process new preferences: validate them, train the champion further, measure both, promote or reject.
 
 qadapter customize --config smoke
 prefect deployment run customize-on-new-preferences/smoke
@@ -73,13 +73,13 @@ NAME = "customize-on-new-preferences"
 def customize_on_new_preferences(config: str = "smoke", force: bool = False) -> State[Any]:
     """Look for new preferences; if there are any, train, compare with the champion, promote or reject.
 
-    Other held-out pairs or another config are looked at like new preferences. A source in which no data file lies has
-    nothing new, whatever was there before. Ends as `NothingNew`, `Promoted`, `Rejected`, `Superseded` (passed, but
-    somebody moved the champion meanwhile), or, where a delivery holds nothing usable, fails as `Quarantined`.
+    Changed held-out pairs or a changed config count as new preferences. A source without data files has nothing new.
+    Ends as `NothingNew`, `Promoted`, `Rejected`, `Superseded` (it passed, but the champion was moved in the meantime),
+    or fails as `Quarantined` if a delivery contains nothing usable.
 
     Args:
         config: a name in `configs/customize/`, or a YAML file.
-        force: train and judge although nothing is new.
+        force: train and judge even if nothing is new.
     """
     customization = load_customization(config)
     check_workspace(workspace())
@@ -87,15 +87,15 @@ def customize_on_new_preferences(config: str = "smoke", force: bool = False) -> 
     if force or fingerprint_of(customization) != Seen.read(customization).fingerprint:
         request_of(config, customization, NAME).check()  # what cannot work need not wait for another run's end
     with one_at_a_time(customization):
-        asked_until = datetime.now(UTC)  # it may have waited for a long time
+        asked_until = datetime.now(UTC)  # after the wait for the lock
         state = _look(config, customization, force)
         for name in join_waiting_runs({"config": config, "force": False}, asked_until, str(state.name)):
-            get_run_logger().info("%s was asked for before this run read the data, and has nothing left to do", name)
+            get_run_logger().info("%s was requested before this run read the data, so it has nothing left to do", name)
         return state
 
 
 def _look(config: str, customization: Customization, force: bool) -> State[Any]:
-    """One run's work, while no other run of this customisation is at work."""
+    """The work of one run, while no other run of this customization is in progress."""
     registry = registry_of(customization)
     finished = registry.finish()
     left = _remember_what_was_killed(customization, registry)
@@ -105,14 +105,14 @@ def _look(config: str, customization: Customization, force: bool) -> State[Any]:
         if force:
             raise
         return _nothing(customization, left, finished, f"no data file in {_shown_source(customization)} now: {error}")
-    # Behind the lock: what the watcher finds begun, ended or at work is then of this very run.
+    # Under the lock, so that the state that the watcher sees is that of this run.
     seen = Seen.update(customization, started=fingerprint, started_at=time.time())
     if fingerprint == seen.fingerprint and not force:
         what = f"nothing new in {_shown_source(customization)}; the last time: {seen.outcome}"
         return _nothing(customization, left, finished, what)
     with prepared(config, customization, NAME) as (run, step):
         name, outcome, ledger = _customize(run.experiment, step, customization, seen.ledger, fingerprint, force)
-    # Last: a run that is killed before this is done again, out of finished stages.
+    # Last, so that a run killed earlier is repeated, from finished stages.
     versions = registry.versions()
     version = versions[-1].number if versions else 0
     Seen.update(customization, fingerprint=fingerprint, ledger=ledger, outcome=outcome, version=version)
@@ -120,7 +120,7 @@ def _look(config: str, customization: Customization, force: bool) -> State[Any]:
 
 
 def _nothing(customization: Customization, left: Version | None, finished: list[int], what: str) -> State[Any]:
-    """Nothing is to be trained; but a run that was killed may have left something, which was finished before."""
+    """The outcome if there is nothing to train: nothing new, or the completed work of a killed run."""
     if left is None:
         return ended("NothingNew", what)
     name = "Promoted" if left.number in finished else "NothingNew"
@@ -128,9 +128,9 @@ def _nothing(customization: Customization, left: Version | None, finished: list[
 
 
 def _remember_what_was_killed(customization: Customization, registry: Registry) -> Version | None:
-    """A run was killed between registering its version and remembering that: the version says what it dealt with.
+    """Restore the progress of a run that was killed after registering its version, from the version's tags.
 
-    Versions that somebody registered by hand are not of a run of ours, and say nothing.
+    Versions registered by hand have no such tags and are ignored.
     """
     last = next((version for version in reversed(registry.versions()) if "candidate" in version.tags), None)
     if last is None or last.number <= Seen.read(customization).version:
@@ -148,7 +148,7 @@ def _remember_what_was_killed(customization: Customization, registry: Registry) 
 def _customize(
     experiment: Experiment, step: Step, customization: Customization, previous: str, fingerprint: str, force: bool
 ) -> tuple[str, str, str]:
-    """Name and sentence of the outcome, and the ledger's folder."""
+    """The outcome's name and sentence, and the ledger's folder."""
     registry = registry_of(customization)
     world = step(generate_toy_world) if experiment.toy_world else None
     ledger = step(collect_preferences, customization=customization, previous=previous, world=world)
@@ -156,7 +156,7 @@ def _customize(
     place = str(ledger.path)
     champion = registry.champion()
     learnt = learnt_by(champion, registry)
-    # Not what is new since the last run: what a rejected candidate was trained on, the champion has not learnt.
+    # Compared with the champion, not with the last run: the champion has not learnt a rejected candidate's data.
     waiting = len(unlearnt(ledger.path, learnt))
     broken = bool(changes.fresh_quarantined) and not changes.fresh_pairs
     if not force and (waiting == 0 or (broken and not changes.removed)):
@@ -231,23 +231,23 @@ def _trained_on(changes: Changes, waiting: int) -> str:
 
 
 def _complaint(customization: Customization, ledger: StageResult) -> str:
-    """What is wrong with a delivery of which nothing can be used, and what to do."""
+    """The message about a delivery without any usable record: the reasons, and what to do."""
     changes = changes_of(ledger)
     reasons = "; ".join(f"{reason}: {count}" for reason, count in changes.fresh_quarantined.items())
     files = "".join(f"\n  {name}: {reason}" for name, reason in changes.refused_files.items())
     return (
-        f"nothing of what is new in {_shown_source(customization)} can be used ({reasons}), so nothing was trained and "
-        f"the champion stays. Correct or remove it; line by line: {ledger.path / 'quarantine.jsonl'}{files}"
+        f"no new record in {_shown_source(customization)} is usable ({reasons}), so nothing was trained and the "
+        f"champion stays. Correct or remove them; each record: {ledger.path / 'quarantine.jsonl'}{files}"
     )
 
 
-# ---- shared with the other flows of a customisation
+# ---- shared with the other flows of a customization
 
 
 def fingerprint_of(customization: Customization) -> str:
-    """sha256 over what decides a verdict: the source's files and the held-out ones as they are now, and the config.
+    """sha256 of what determines the outcome: the current files of the source, the held-out files, and the config.
 
-    Where no data file lies in the source, nothing is new: the fingerprint is that of what was dealt with last.
+    If the source has no data file, nothing is new: the fingerprint is that of the last run.
     """
     try:
         return _fingerprint(customization)
@@ -260,14 +260,14 @@ def _fingerprint(customization: Customization) -> str:
     """As `fingerprint_of`.
 
     Raises:
-        NoDataError: no data file lies in the source.
+        NoDataError: the source has no data file.
         QAdapterError: the source, the held-out files or the profile cannot be read.
     """
     data = Path(customization.data).expanduser().resolve() if customization.data else None
     source, experiment = customization.source, customization.experiment()
 
     def made(path: str | None) -> bool:
-        """What the toy world writes follows from the config, and need not be there yet."""
+        """Whether the toy world generates the path's data, which then follow from the config."""
         return experiment.toy_world is not None and "{data}" in (path or "")
 
     now = {"files": "the toy world"} if made(source.path) else delivered(source, data).digests()
@@ -292,7 +292,7 @@ def _lock(customization: Customization, what: str) -> FileLock:
 
 
 def at_work(customization: Customization) -> bool:
-    """Whether a run of this customisation is at work on this machine."""
+    """Whether a run of this customization is in progress on this machine."""
     try:
         with _lock(customization, "customize").acquire(timeout=0):
             return False
@@ -302,17 +302,17 @@ def at_work(customization: Customization) -> bool:
 
 @contextmanager
 def one_at_a_time(customization: Customization, what: str = "customize") -> Iterator[None]:
-    """Runs of one customisation follow each other, however they were started; a lock of a dead process is free.
+    """Serialize the runs of one customization, however they were started. The lock of a dead process is free.
 
     Args:
-        customization: whose runs.
-        what: runs of which kind.
+        customization: the customization.
+        what: the kind of runs.
     """
     lock = _lock(customization, what)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        get_run_logger().info("another run of %s is at work; waiting for it", customization.name)
+        get_run_logger().info("another run of %s is in progress; waiting for it", customization.name)
         lock.acquire()
     try:
         yield
@@ -331,11 +331,11 @@ class _CustomizationRequest(RunRequest):
         return self.customization.experiment()
 
     def rows_to_judge(self, experiment: Experiment) -> int:
-        """Candidate and champion; a check asks about the champion alone, with the part it had when registered."""
+        """Candidate and champion. A check judges the champion only, with the share it had at registration."""
         return 2 * super().rows_to_judge(experiment)
 
     def fixed_sources(self, experiment: Experiment) -> dict[str, Source]:
-        """All but the growing one."""
+        """All sources except the growing one."""
         return {name: source for name, source in experiment.sources.items() if name != PREFERENCES}
 
 
@@ -346,7 +346,7 @@ def request_of(config: str, customization: Customization, flow_name: str) -> Run
 
 @contextmanager
 def prepared(config: str, customization: Customization, flow_name: str) -> Iterator[tuple[PrefectRun, Step]]:
-    """A run of stages and the way to take one step: submit a task, wait for it, hand on its result."""
+    """A run of stages, and a function that submits one task, waits for it, and returns its result."""
     with checked_run(request_of(config, customization, flow_name)) as run:
 
         def step(task: Any, **inputs: Any) -> Any:
@@ -357,7 +357,7 @@ def prepared(config: str, customization: Customization, flow_name: str) -> Itera
 
 @dataclass(frozen=True)
 class Ground:
-    """What candidate and champion stand on: their base, its own retention, what it is measured with."""
+    """What candidate and champion share: their base, its retention, and the data of the measurements."""
 
     base: Base
     base_retention: StageResult
@@ -368,7 +368,7 @@ class Ground:
 def lay_ground(
     experiment: Experiment, step: Step, world: StageResult | None, champion: Version | None, model_name: str
 ) -> Ground:
-    """Base and benchmarks, as the full experiment makes them (found, unless something changed)."""
+    """Make base and benchmarks as in the full experiment; they are found in the store unless something changed."""
     data = {name: step(prepare_data, source=name, world=world) for name in experiment.sources if name != PREFERENCES}
     built = step(build_benchmarks, data=data, world=world) if experiment.built_benchmarks else None
     (domain,) = experiment.domains.values()
@@ -384,7 +384,7 @@ def lay_ground(
 
 
 def measuring(step: Step, ground: Ground, heldout: StageResult, world: StageResult | None) -> Step:
-    """How one policy is measured: called with its cell, its adapter (None: the base) and the base's row."""
+    """A function that measures one policy, given its cell, its adapter (None: the base) and the base's row."""
 
     def measure(cell: Cell, adapter: StageResult | None, base_row: Any) -> Any:
         return step(

@@ -1,4 +1,4 @@
-"""What every command and worker process sets up before it imports Prefect or transformers."""
+"""Process setup of every command and worker, before it imports Prefect or transformers."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _ENVIRONMENT = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "qadapter,tasks",
-    "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",  # what Prefect keeps of a failed run is no pickle
+    "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",  # Prefect stores results of failed runs without pickle
     "TQDM_DISABLE": "1",
-    # Its warnings here are about prompts that are cut to the context on purpose.
+    # Its warnings are about prompts that we cut to the context on purpose.
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
 
 
 def prepare_environment() -> None:
-    """What every command of the project sets before it imports Prefect or transformers; the user's own settings win.
+    """Set the environment of a command before it imports Prefect or transformers; the user's settings take precedence.
 
-    From then on, what the process and its children write is its user's alone.
+    From then on, files that the process and its children write are private to the user.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -36,8 +36,8 @@ def prepare_environment() -> None:
 
 
 def quiet_libraries() -> None:
-    """Leave out warnings of libraries about what nobody here can change; for every process that trains."""
+    """Silence library warnings that neither the project nor the user can fix, in every process that trains."""
     # TRL 1.16 and PEFT 0.21 use names that transformers 5.23 deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
-    # Without a GPU, it warns at its import (by PEFT) that a kernel of the hub is not there, and has one of its own.
+    # Without a GPU, it warns at import (by PEFT) that a kernel of the hub is missing, and uses its own.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

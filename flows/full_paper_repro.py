@@ -29,15 +29,15 @@ from tasks.train import fine_tune_base, prepare_need, pretrain_base, train_adapt
 
 
 class Run(Protocol):
-    """How a stage is run: submitted to Prefect, or (for `make plan`) only written down."""
+    """Runs stages: submits them to Prefect or, for `make plan`, only records them."""
 
     def __call__(self, task: Any, **inputs: Any) -> Any:
-        """Run `task` when its inputs are there; returns what stands for its result."""
+        """Run `task` when its inputs are available; returns a placeholder of its result."""
 
 
 @dataclass(frozen=True)
 class Common:
-    """What every customisation of an experiment stands on; each entry stands for a stage's result."""
+    """The stages that all cells of an experiment share; each entry is the placeholder of a stage's result."""
 
     world: Any
     data: Mapping[str, Any]
@@ -49,7 +49,7 @@ class Common:
 
 
 def common_stages(experiment: Experiment, run: Run) -> Common:
-    """Data, bases, and what the bases can do: computed once for all domains, methods and seeds."""
+    """Data, bases, and the bases' retention: computed once for all domains, methods and seeds."""
     world = run(generate_toy_world) if experiment.toy_world else None
     data = {source: run(prepare_data, source=source, world=world) for source in experiment.sources}
     built = run(build_benchmarks, data=data, world=world) if experiment.built_benchmarks else None
@@ -68,7 +68,7 @@ def common_stages(experiment: Experiment, run: Run) -> Common:
 
 
 def evaluation_inputs(experiment: Experiment, run: Run, common: Common, name: str) -> dict[str, Any]:
-    """What every row of a domain is measured with."""
+    """The inputs of the evaluation that all rows of a domain share."""
     domain = experiment.domains[name]
     base, pairs = common.bases[domain.base], common.data[domain.source]
     kind = judge_of(experiment, name)
@@ -86,7 +86,7 @@ def evaluation_inputs(experiment: Experiment, run: Run, common: Common, name: st
 def needed_stages(
     experiment: Experiment, run: Run, method: str, made: dict[Need, Any], **inputs: Any
 ) -> dict[str, Any]:
-    """The stages that a method needs, by name; each is run once and kept in `made`, which is one domain's."""
+    """The stages that a method needs, by name. Each runs once per domain; `made` keeps those of one domain."""
     needs = method_named(method).needs(experiment.methods.of(method))
     for need in needs:
         if need not in made:
@@ -95,7 +95,7 @@ def needed_stages(
 
 
 def experiment_stages(experiment: Experiment, run: Run) -> Any:
-    """Every stage of the experiment and what feeds it; returns the report's."""
+    """Run every stage of the experiment, each with its inputs; returns the report's placeholder."""
     common = common_stages(experiment, run)
     rows = []
     for name in experiment.domains:
@@ -119,7 +119,7 @@ def experiment_stages(experiment: Experiment, run: Run) -> Any:
 def full_paper_repro(
     profile: str = "smoke", data: str | None = None, overrides: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Customise a base to new preferences with Q-Adapter and the baselines; compare what was learnt and forgotten.
+    """Customize a base to new preferences with Q-Adapter and the baselines; compare what was learnt and forgotten.
 
     Args:
         profile: smoke (toy world), mini (real rows from `data`), paper (Llama-3.1-8B), or a YAML file.

@@ -29,10 +29,10 @@ from tasks.sweep import cell_of, evaluate_variant, move_dial, train_variant, wri
 
 
 class RunOfMany(Run, Protocol):
-    """How a stage is run, under settings that differ from stage to stage."""
+    """Runs stages whose settings differ."""
 
     def of(self, experiment: Experiment) -> Run:
-        """The same with an experiment's settings."""
+        """The same run with another experiment's settings."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class _SweepRequest(RunRequest):
 
 @dataclass(frozen=True)
 class CheckedSweep:
-    """A sweep that can start."""
+    """A sweep that passed all checks."""
 
     sweep: Sweep
     request: RunRequest
@@ -56,7 +56,7 @@ class CheckedSweep:
     variants: list[Variant]
 
     def judges(self) -> list[str]:
-        """Lines on who judges the answers of all settings, and what that costs."""
+        """Lines on the judges of all settings' answers and their cost."""
         return plan_judges(self.experiment, self.request.rows_to_judge(self.experiment))
 
 
@@ -67,13 +67,13 @@ def check_sweep(
 
     Args:
         sweep: a name in `configs/sweep/`, or a YAML file.
-        profile: in place of the sweep's own.
+        profile: replaces the sweep's own profile.
         data: the data folder.
         overrides: settings to change for all.
-        remote: look at sources on the network too.
+        remote: also check sources on the network.
 
     Raises:
-        QAdapterError: with all that is needed to put it right.
+        QAdapterError: the sweep is invalid; the message says what to correct.
     """
     loaded = load_sweep(sweep)
     used = profile or loaded.profile
@@ -82,14 +82,14 @@ def check_sweep(
     tasks, _ = expand_suites(experiment.evaluation.retention.tasks)
     if better_when_lower(tasks) == tasks:
         raise QAdapterError(
-            f"evaluation.retention.tasks has no accuracy, only {', '.join(tasks)}: a sweep weighs what was learnt "
-            "against the share of an accuracy that is kept. Add a task that has one, for example <name>_word_order."
+            f"evaluation.retention.tasks has no task with an accuracy, only {', '.join(tasks)}: a sweep compares "
+            "adaptation with the retained share of an accuracy. Add such a task, for example <name>_word_order."
         )
     return CheckedSweep(loaded, request, experiment, expand(loaded, experiment))
 
 
 def sweep_stages(experiment: Experiment, variants: Sequence[Variant], run: RunOfMany) -> list[Any]:
-    """Every stage up to the last measurement, and what feeds it; returns those whose results are rows of the table."""
+    """Run every stage up to the last measurement; returns the placeholders of the table's rows."""
     common = common_stages(experiment, run)
     rows = []
     for domain in experiment.domains:
@@ -137,10 +137,10 @@ def sweep(
 
 
 def _report(checked: CheckedSweep, rows: Sequence[Any], run: PrefectRun) -> dict[str, Any]:
-    """The table of what was measured, also where some of it failed.
+    """Write the table of all measured settings, even if some stages failed.
 
     Raises:
-        StagesFailedError: naming what failed and, if a base could be measured, where the table of the others is.
+        StagesFailedError: a stage failed. The message lists the failures and, if there is one, the table's path.
     """
     failed = run.settle()
     measured = run.finished(rows)

@@ -1,4 +1,4 @@
-"""New preferences are announced by a Prefect event, which starts `customize-on-new-preferences` where it is deployed.
+"""Announce new preferences by a Prefect event, which starts the deployment of `customize-on-new-preferences`.
 
 qadapter announce --config smoke
 """
@@ -31,22 +31,22 @@ from tasks.preferences import Seen
 from tasks.stages.context import workspace
 
 ANNOUNCED = "qadapter.preferences.announced"
-# Seconds. An automation asks for a run within moments, and what waits for its turn is seen in Prefect: after an hour
-# with neither, the event was lost, for example by a server that was killed or because nobody listened.
+# Seconds. An automation requests a run at once, and waiting runs are visible in Prefect. If there is neither after an
+# hour, the event was lost, for example because the server was killed or no automation was active.
 _LOST_AFTER = 3600.0
-# A run that was killed is asked for again at once; one that came to no end twice may never come to one.
+# A killed run is requested again at once; after a second failure the intervals grow, since it may never succeed.
 _FAILED_TWICE = 1800.0
 _LONGEST = 86400.0
 
 
 def distance(times: int, *, begun: bool) -> float:
-    """Seconds that must lie between an announcement and the next one of the same content.
+    """The minimum seconds between two announcements of the same content.
 
-    They double with each one, up to a day: 0, 30 min, 1 h, 2 h … where a run of it had begun, else 1 h, 2 h, 4 h …
+    They double each time, up to a day: 0, 30 min, 1 h, 2 h … if a run had started, else 1 h, 2 h, 4 h …
 
     Args:
         times: how often the content has been announced.
-        begun: a run of it had begun since, and came to no end.
+        begun: whether a run of it has started since and did not finish.
     """
     if begun and times <= 1:
         return 0.0
@@ -55,12 +55,12 @@ def distance(times: int, *, begun: bool) -> float:
 
 
 def announce(customization: Customization) -> None:
-    """Say that new preferences of a customisation have arrived. `prefect.yaml` says which deployments listen."""
+    """Announce new preferences of a customization. `prefect.yaml` configures the deployments that react."""
     emit(ANNOUNCED, f"qadapter.preferences.{customization.name}", {"config": customization.name})
 
 
 def emit(event: str, resource: str, payload: Mapping[str, Any]) -> None:
-    """Send an event and wait until the server has it: Prefect's own `emit_event` may lose one at a process's end."""
+    """Send an event and wait until the server has it; Prefect's `emit_event` may lose one when the process ends."""
 
     async def send() -> None:
         async with get_events_client(checkpoint_every=1) as client:
@@ -75,9 +75,9 @@ def emit(event: str, resource: str, payload: Mapping[str, Any]) -> None:
 def watch_preferences(config: str = "smoke") -> State[Any]:
     """Look at the source (folder, file, URL or hub revision) and announce it if its content changed.
 
-    The held-out pairs and the config count too. A change is announced once, and again if the run that it started did
-    not come to an end, or if after an hour none has begun or is about to; further ones come more and more seldom
-    (`distance`). Ends as `NothingNew` or `Announced`.
+    Changes of held-out pairs and config count too. A change is announced once, and again if its run did not finish, or
+    if no run has started or is waiting after an hour; the intervals of further announcements grow (`distance`). Ends as
+    `NothingNew` or `Announced`.
 
     Args:
         config: a name in `configs/customize/`, or a YAML file.
@@ -89,7 +89,7 @@ def watch_preferences(config: str = "smoke") -> State[Any]:
     if why := _why_announce(config, customization, fingerprint):
         seen = Seen.read(customization)
         before = seen.announcements if fingerprint == seen.announced else 0
-        # Before the event: the run that it starts may begin at once, and is then one that began after it.
+        # Stored before the event is sent, since its run may start at once and must count as started afterwards.
         Seen.update(customization, announced=fingerprint, announced_at=time.time(), announcements=before + 1)
         try:
             announce(customization)
@@ -104,9 +104,9 @@ def watch_preferences(config: str = "smoke") -> State[Any]:
 
 
 def _why_announce(config: str, customization: Customization, fingerprint: str) -> str | None:
-    """What is said of the source when it is announced; None if it need not be."""
-    # A run begins and ends behind its lock. One that had begun before the lock was found free and has not written down
-    # an end after that, has come to none.
+    """The reason for announcing the source; None if there is none."""
+    # A run starts and ends under its lock. If the lock is free, a run that started earlier without recording its end did
+    # not finish.
     begun = Seen.read(customization)
     busy = at_work(customization)
     seen = Seen.read(customization)
@@ -117,18 +117,18 @@ def _why_announce(config: str, customization: Customization, fingerprint: str) -
     if busy:
         return None
     failed = fingerprint == begun.started and begun.started_at > seen.announced_at
-    # A clock that was set back is no reason to wait.
+    # Do not wait if the clock was set back.
     if 0 <= time.time() - seen.announced_at < distance(seen.announcements, begun=failed):
         return None
     if failed:
-        return "announced again: the run of this content did not come to an end"
-    return None if _is_about_to_run(config) else "announced again: no run of this content has begun since"
+        return "announced again: the run of this content did not finish"
+    return None if _is_about_to_run(config) else "announced again: no run of this content has started since"
 
 
 def _is_about_to_run(config: str) -> bool:
-    """Whether a run waits for its turn, as Prefect knows; a server that does not answer knows of none.
+    """Whether a run is waiting according to Prefect; False if the server does not answer.
 
-    Runs that Prefect takes for running are not asked for: they have the lock, or are dead.
+    Runs in the state running are ignored: they hold the lock, or are dead.
     """
     of_this_flow = FlowFilter(name=FlowFilterName(any_=[NAME]))
     try:

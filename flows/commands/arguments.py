@@ -11,7 +11,7 @@ from qadapter.config.folder import CONFIGS
 
 
 def _names(folder: str, incomplete: str) -> list[str]:
-    """The names of config files that begin like what is being typed."""
+    """The names of config files that start with the typed text."""
     return sorted(file.stem for file in (CONFIGS / folder).glob("*.yaml") if file.stem.startswith(incomplete))
 
 
@@ -36,15 +36,15 @@ Config = Annotated[
 Host = Annotated[
     str,
     typer.Option(
-        help="address to listen on; on loopback only this machine's own names are answered to, and those in "
-        "QADAPTER_ALLOWED_HOSTS=name,other"
+        help="address to listen on; on loopback, only requests to this machine's own names are answered, and to those "
+        "in QADAPTER_ALLOWED_HOSTS=name,other"
     ),
 ]
-Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="port to listen on; 0 picks a free one")]
 CorsOrigins = Annotated[
     list[str] | None,
     typer.Option(
         "--cors-origin",
-        help="a page that may ask from a browser, as http://localhost:3000; can be given several times",
+        help="origin of a page that may send requests from a browser, as http://localhost:3000; may be repeated",
     ),
 ]

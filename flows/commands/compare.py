@@ -27,7 +27,7 @@ def compare(
     """Write the report and print its summary.
 
     Raises:
-        QAdapterError: nothing was recorded yet, a run cannot be used, or the folder is in use.
+        QAdapterError: there are no runs yet, a run has no measurements, or the folder is not empty.
     """
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     write_comparison(runs, output, title)
@@ -39,7 +39,7 @@ def write_comparison(runs: list[str], output: Path, title: str) -> None:
     """Write the report of recorded runs into a folder.
 
     Raises:
-        QAdapterError: nothing was recorded yet, a run cannot be used, or the folder is in use.
+        QAdapterError: there are no runs yet, a run has no measurements, or the folder is not empty.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise QAdapterError(f"the output {str(output)!r} exists and is not an empty folder; name another one")
@@ -50,8 +50,8 @@ def write_comparison(runs: list[str], output: Path, title: str) -> None:
     database = Path(tracker.uri.removeprefix("sqlite:///"))
     if tracker.uri.startswith("sqlite:///") and not database.is_file():
         raise QAdapterError(
-            f"there are no runs yet: {database} does not exist. Run an experiment first (`make repro`), or name the "
-            "place of the runs in QADAPTER_HOME or MLFLOW_TRACKING_URI."
+            f"there are no runs yet: {database} does not exist. Run an experiment first (`make repro`), or set "
+            "QADAPTER_HOME or MLFLOW_TRACKING_URI to the store of the runs."
         )
     from qadapter.report.build import build_report
     from tasks.tracking.past_runs import read_runs

@@ -20,7 +20,7 @@ def drop(
     part: Annotated[int, typer.Option(help="which part of the data, 1 or 2")] = 1,
     out: Annotated[Path, typer.Option(help="folder that gets the file")] = Path("preferences/incoming"),
 ) -> None:
-    """Write one file and say where.
+    """Write one file and print its path.
 
     Raises:
         QAdapterError: there is no such kind or part.

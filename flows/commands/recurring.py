@@ -1,4 +1,4 @@
-"""`qadapter customize`, `announce`, `check`, `history`, `rollback`: the commands of a recurring customisation."""
+"""`qadapter customize`, `announce`, `check`, `history`, `rollback`: the commands of a recurring customization."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check(config: Config = "smoke") -> int:
 
 
 def _run_flow(flow: Any, config: str, **parameters: Any) -> int:
-    """Call a flow, with the server that answers or one of its own; say how it ended."""
+    """Run a flow on the available server or a temporary one, and print its final state."""
     from flows.running.outcomes import exit_code
     from flows.running.run_request import check_workspace
     from qadapter.config.customization import load_customization
@@ -46,7 +46,7 @@ def _run_flow(flow: Any, config: str, **parameters: Any) -> int:
 
 
 def announce(config: Config = "smoke") -> None:
-    """Send the event that starts a customisation where it is deployed.
+    """Send the event that starts the customization's deployment.
 
     Raises:
         QAdapterError: no Prefect server answers.
@@ -64,7 +64,7 @@ def announce(config: Config = "smoke") -> None:
 
 
 def history(config: Config = "smoke") -> None:
-    """Print every version, from the registry alone."""
+    """Print every version of the registered model."""
     from qadapter.config.customization import load_customization
     from tasks.candidate import registry_of
 

@@ -1,8 +1,8 @@
-"""`qadapter up` (`make serve`): all that `prefect deployment run` needs on this machine, until Ctrl-C.
+"""`qadapter up` (`make serve`): everything that `prefect deployment run` needs on this machine, until Ctrl-C.
 
-A deployment's run is executed only while a server and a worker are up. This starts a server if none answers at the
-configured address, creates the work pool, deploys everything in `prefect.yaml`, starts a worker and waits. A server
-that answers is used only if it knows the auth string of this project (`flows/prefect_host/access.py`).
+Runs of deployments need a server and a worker. This command starts a server if none answers at the configured address,
+creates the work pool, deploys everything in `prefect.yaml`, starts a worker and waits. An existing server is used only
+if it knows this project's auth string (`flows/prefect_host/access.py`).
 """
 
 from __future__ import annotations
@@ -44,31 +44,31 @@ if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
-_START_SECONDS = 180  # a first start creates the database; a busy laptop takes its time
+_START_SECONDS = 180  # the first start creates the database, which takes long on a busy laptop
 _STOP_SECONDS = 20
-_QUICK_DEATH_SECONDS = 10  # what is killed sooner than this would be killed again
+_QUICK_DEATH_SECONDS = 10  # a process killed sooner than this is not started again
 
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class _StopRequest(BaseException):
-    """Somebody asked this command to end (Ctrl-C, TERM or HUP)."""
+    """A request to end this command (Ctrl-C, TERM or HUP)."""
 
 
 class PartError(RuntimeError):
-    """A part of what `serve` runs did not start or died; the message says where its log is."""
+    """A server or worker did not start or died; the message gives the path of its log."""
 
 
 def serve(root: Path, *, limit: int = 1) -> None:
-    """Bring server, work pool, deployments and worker up; return when stopped, with everything down again.
+    """Start server, work pool, deployments and worker; when stopped, end them and return.
 
-    A server that was already running is used if it knows the auth string, and left running. A worker or server of its
-    own that is killed is started again. Both end with this process, however it ends.
+    A server that was already running is used if it knows the auth string, and keeps running. A server or worker started
+    here is restarted if it is killed, and ends with this process, even if that is killed.
 
     Args:
-        root: the project folder; `prefect.yaml` and `prefect.toml` lie there, Prefect's database below it.
-        limit: how many flow runs the worker executes at the same time. More than one on a laptop makes all slow.
+        root: the project folder, with `prefect.yaml`, `prefect.toml` and, below it, Prefect's database.
+        limit: number of flow runs that the worker executes at the same time. On a laptop, more than one slows all down.
 
     Raises:
         QAdapterError: a server cannot be started at the configured address, or does not know the auth string.
@@ -129,16 +129,16 @@ def serve(root: Path, *, limit: int = 1) -> None:
             name, child = next((name, child) for name, child in children.items() if child.poll() is not None)
             if child.returncode >= 0 or time.monotonic() - started[name] < _QUICK_DEATH_SECONDS:
                 break
-            # Killed (by the system, for memory, or by hand). Flow runs are processes of their own and go on, without
-            # their worker; without a server they wait for another one.
+            # Killed by the system (out of memory) or by hand. Flow runs are separate processes and continue without
+            # their worker; without a server they wait for the next one.
             _say(f"The Prefect {name} was killed (signal {-child.returncode}) and is started again.")
             start[name]()
         where = log if name == "server" else "Its output above"
-        raise PartError(f"The Prefect {name} ended by itself with code {child.returncode}. {where} says why.")
+        raise PartError(f"The Prefect {name} ended unexpectedly with code {child.returncode}. {where} shows why.")
 
 
 def _client(url: str, auth: str | None) -> SyncPrefectClient:
-    """Prefect's client of the server at an address; a key for a server of another machine is the user's setting."""
+    """Prefect's client for the server at an address. A key for a server on another machine is the user's setting."""
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_KEY
 
@@ -156,15 +156,15 @@ def _has_pool(client: SyncPrefectClient, pool: str) -> bool:
 
 
 def _close_dead_runs(client: SyncPrefectClient, url: str, *, no_worker_is_up: bool) -> None:
-    """Report runs whose process is gone as crashed; on this machine only."""
+    """Report runs as crashed whose process on this machine has ended."""
     from flows.prefect_host.dead_runs import close_dead_runs
 
     if is_loopback(url) and (dead := close_dead_runs(client, no_worker_is_up=no_worker_is_up)):
-        _say(f"Reported as crashed, because their process is gone: {', '.join(dead)}")
+        _say(f"Reported as crashed, because their process has ended: {', '.join(dead)}")
 
 
 def _deploy(root: Path, environment: dict[str, str], client: SyncPrefectClient, home: Path) -> None:
-    """Deploy all that `prefect.yaml` names; schedules stay paused or awake as somebody left them on the server."""
+    """Deploy everything in `prefect.yaml`. Schedules stay active or paused as they are on the server."""
     plan = _plan(root)
     note = home / "deployed-schedules.json"
     written = {_name(entry, schedule): _is_active(schedule) for entry, schedule in _schedules(plan)}
@@ -174,8 +174,8 @@ def _deploy(root: Path, environment: dict[str, str], client: SyncPrefectClient, 
         for entry, schedule in _schedules({"deployments": _deployed(client)})
     }
     for name in keep_schedules(plan, on_server, deployed):
-        _say(f"Schedule of {name}: {'awake' if on_server[name] else 'paused'} as it was, unlike in prefect.yaml")
-    # A file, and not changes after the deployment: a command that is killed in between would forget them.
+        _say(f"Schedule of {name}: stays {'active' if on_server[name] else 'paused'}, unlike in prefect.yaml")
+    # Written to a file before the deployment, since changes afterwards would be lost if the command were killed.
     merged = home / "deployed.yaml"
     merged.write_text(yaml.safe_dump(plan, allow_unicode=True, sort_keys=False), encoding="utf-8")
     _run(root, environment, "--no-prompt", "deploy", "--all", "--prefect-file", str(merged))
@@ -183,16 +183,16 @@ def _deploy(root: Path, environment: dict[str, str], client: SyncPrefectClient, 
 
 
 def keep_schedules(plan: dict[str, Any], on_server: Mapping[str, bool], deployed: Mapping[str, bool]) -> list[str]:
-    """Let the schedules of a plan be active where the server's are.
+    """Set a plan's schedules active or paused like those on the server.
 
     Args:
-        plan: what `prefect.yaml` says; changed in place.
-        on_server: schedule → whether it is active on the server; those that it does not have begin as the file says.
-        deployed: schedule → what the file said when it was deployed last. Where it says something else now, somebody
-            has changed it since, and the file holds.
+        plan: the content of `prefect.yaml`; changed in place.
+        on_server: schedule → whether it is active on the server. A schedule that it lacks starts as in the file.
+        deployed: schedule → whether it was active in the file at the last deployment. If the file has changed since, it
+            takes precedence.
 
     Returns:
-        The schedules that are now unlike in the file.
+        The schedules whose state now differs from the file.
     """
     kept = []
     for entry, schedule in _schedules(plan):
@@ -204,24 +204,24 @@ def keep_schedules(plan: dict[str, Any], on_server: Mapping[str, bool], deployed
 
 
 def _deployed(client: SyncPrefectClient) -> Any:
-    """The deployments that a server has, in its own form."""
+    """The deployments on a server, in the server's format."""
     return client.request("POST", "/deployments/filter", json={}).raise_for_status().json()
 
 
 def _schedules(plan: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """(deployment, schedule) of all of them, in the file's and the server's form."""
+    """All (deployment, schedule) pairs, in the file's or the server's format."""
     return [(entry, schedule) for entry in plan["deployments"] for schedule in entry.get("schedules") or []]
 
 
 def _name(deployment: Mapping[str, Any], schedule: Mapping[str, Any]) -> str:
-    """What a schedule is known by, in the file and on the server: whose it is, and when it starts runs."""
+    """The identity of a schedule in the file and on the server: its deployment, and when it starts runs."""
     when = next((schedule[key] for key in ("slug", "cron", "rrule", "interval") if schedule.get(key)), "")
     flow = str(deployment["entrypoint"]).rpartition(":")[2].replace("_", "-")
     return f"{flow}/{deployment['name']} ({f'{when:g}' if isinstance(when, float | int) else when})"
 
 
 def _is_active(schedule: Mapping[str, Any]) -> bool:
-    return schedule.get("active") is not False  # as Prefect takes one that says nothing
+    return schedule.get("active") is not False  # Prefect's default is active
 
 
 def _plan(root: Path) -> dict[str, Any]:
@@ -233,25 +233,25 @@ def _pool_name(root: Path) -> str:
 
 
 def _address(url: str) -> tuple[str, int]:
-    """Host and port of a server that is to be started at an address.
+    """Host and port for a server to be started at an address.
 
     Raises:
         QAdapterError: it is not on this machine's loopback interface, or not an address.
     """
     if not is_loopback(url):
         raise QAdapterError(
-            f"No Prefect server answers at {url}, and one is started on this machine's loopback address only. "
+            f"No Prefect server answers at {url}, and this command starts one on a loopback address only. "
             "Start it there, or unset PREFECT_API_URL."
         )
     try:
         parts = urlsplit(url)
         port = parts.port or 80
     except ValueError as error:
-        raise QAdapterError(f"PREFECT_API_URL: {url} is no address of a server ({error}).") from error
+        raise QAdapterError(f"PREFECT_API_URL: {url} is not the address of a server ({error}).") from error
     if parts.scheme != "http" or parts.path.rstrip("/") != "/api":
         raise QAdapterError(
-            f"No Prefect server answers at {url}, and one can be started at addresses of the form "
-            "http://127.0.0.1:4200/api only. Correct PREFECT_API_URL."
+            f"No Prefect server answers at {url}, and this command starts one only at addresses of the form "
+            "http://127.0.0.1:4200/api. Correct PREFECT_API_URL."
         )
     return ("::1" if parts.hostname == "::1" else "127.0.0.1"), port
 
@@ -259,7 +259,7 @@ def _address(url: str) -> tuple[str, int]:
 def _start(
     root: Path, environment: dict[str, str], words: Sequence[str], *, output: int | IO[bytes] | None = None
 ) -> subprocess.Popen[bytes]:
-    """Start a process in a group of its own, so that Ctrl-C reaches it through us, in order."""
+    """Start a process in its own process group, so that Ctrl-C ends the processes in our order."""
     return subprocess.Popen(
         words,
         cwd=root,
@@ -289,7 +289,7 @@ def _wait_for_server(url: str, home: Path, server: subprocess.Popen[bytes], log:
     deadline = time.monotonic() + _START_SECONDS
     while standing(url, home) is not Standing.OURS:
         if server.poll() is not None:
-            raise PartError(f"The Prefect server did not start (code {server.returncode}). {log} says why.")
+            raise PartError(f"The Prefect server did not start (code {server.returncode}). See {log}.")
         if time.monotonic() > deadline:
             raise PartError(f"The Prefect server did not answer at {url} within {_START_SECONDS} s. See {log}.")
         time.sleep(0.2)
@@ -311,7 +311,7 @@ def _next_steps(root: Path, url: str, home: Path) -> str:
 
 @contextlib.contextmanager
 def _stopping_on_signals() -> Iterator[None]:
-    """Turn the first Ctrl-C, TERM or HUP into an orderly end; further ones are ignored while that is under way."""
+    """Turn the first Ctrl-C, TERM or HUP into an orderly shutdown, and ignore further ones during it."""
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         _ignore_signals()
@@ -334,7 +334,7 @@ def _ignore_signals() -> None:
 
 @contextlib.contextmanager
 def _stopping(children: dict[str, subprocess.Popen[bytes]]) -> Iterator[None]:
-    """End all children when the block is left, the worker before the server that it reports to."""
+    """End all children at the end of the block: the worker first, then the server that it reports to."""
     try:
         yield
     finally:
@@ -345,10 +345,10 @@ def _stopping(children: dict[str, subprocess.Popen[bytes]]) -> Iterator[None]:
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
-    """End a child and all it started, within twice `_STOP_SECONDS`.
+    """End a child and its descendants within twice `_STOP_SECONDS`.
 
-    What it started goes first: a flow run that gets TERM while its worker and server still live reports that it was
-    stopped. A worker that is stopped first leaves it `Running` in the database for ever.
+    Descendants are ended first: a flow run that receives TERM while its worker and server still run can report that it
+    was stopped. If the worker ended first, the run would stay `Running` in the database for ever.
     """
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(child.pid)
@@ -358,7 +358,7 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
 
 
 def _end(processes: list[psutil.Process]) -> None:
-    """TERM for each, KILL for those that are still there after a while."""
+    """Send TERM to each process, and KILL to those that do not end in time."""
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()

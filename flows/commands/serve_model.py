@@ -1,8 +1,8 @@
 """`qadapter serve-model`: registered versions with OpenAI's chat API (`make serve-model MODEL=policy@champion`).
 
-The adapter answers under the registered model's name, the base beside it as `base`; several versions on one base
-answer under what was given for each. A version is found when the server starts: if an alias moves on, the server says
-so and goes on with what it has. docs/serving.md.
+The adapter is served under the registered model's name, its base as `base`; with several versions, each is served under
+the name given for it. Versions are resolved when the server starts: if an alias moves later, the server logs that and
+keeps its version (docs/serving.md).
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def serve_model(
         for model, other in others:
             if (other.base_digest or other.base, other.numerics) != (one.base_digest or one.base, one.numerics):
                 raise QAdapterError(
-                    f"{first} and {model} stand on different bases, or hold them in different precision, and one "
-                    "server has one base. Serve them with two servers, each with a --port of its own."
+                    f"{first} and {model} have different bases, or bases in different precision, and one server has "
+                    "one base. Serve them with two servers, each with its own --port."
                 )
         names = {model: model if others else each.name for model, each in found.items()}
         adapters = {names[model]: each.adapter for model, each in found.items()}
@@ -58,12 +58,12 @@ def serve_model(
 
 
 def watch(served: Mapping[str, int], over: threading.Event, every: float = _LOOK_SECONDS) -> None:
-    """Say on stderr when an alias has moved away from the version that is served, and when it has come back.
+    """Print on stderr when an alias moves away from the served version, and when it moves back.
 
     Args:
-        served: `NAME@ALIAS` to the number of the version that is in memory.
-        over: set where nobody needs to know any more.
-        every: seconds between two looks. A store that is away is asked again at the next one.
+        served: `NAME@ALIAS` → number of the served version.
+        over: set to stop watching.
+        every: seconds between two checks. An unavailable store is skipped until the next check.
     """
     from tasks.tracking.models import version_of
 

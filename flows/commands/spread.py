@@ -1,7 +1,7 @@
-"""`qadapter spread`: one experiment over a work pool, each method as a deployment run of its own, then the comparison.
+"""`qadapter spread`: one experiment over a work pool: one deployment run per method, then the comparison.
 
-The first method's run makes the base; the others begin when it is done. They find each other's finished stages in the
-workspace or store that they share, so the last run computes only what compares them.
+The first method's run trains the base; the others start when it has finished. The runs share finished stages through
+the workspace or store, so the last run computes only the comparison.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ def spread(
     profile: Annotated[str, typer.Option(help="a name in configs/, or a YAML file that the runs can read")] = "smoke",
     data: Annotated[str | None, typer.Option(help="folder with the data, as the runs see it")] = None,
 ) -> int:
-    """Run the methods of an experiment apart, then the whole of it; returns 0, or 1 where a run did not complete."""
+    """Run each method of an experiment separately, then the whole; returns 0, or 1 if a run did not complete."""
     from qadapter.config.experiment import parse_overrides
 
     return asyncio.run(spread_methods(deployment, profile, data, parse_overrides(overrides or [])))
 
 
 async def spread_methods(deployment: str, profile: str, data: str | None, overrides: Mapping[str, Any]) -> int:
-    """Run the methods of an experiment apart, then the whole of it; 0, or 1 where a run did not complete.
+    """Run each method of an experiment separately, then the whole; returns 0, or 1 if a run did not complete.
 
     Args:
         deployment: `flow/deployment` on the server of `PREFECT_API_URL`.
-        profile: as `full-paper-repro` takes it, and so `data` and `overrides`.
+        profile: profile of `full-paper-repro`.
         data: the data folder.
         overrides: dotted keys to values.
 
     Raises:
-        QAdapterError: the config cannot work, no server answers, or it has no such deployment.
+        QAdapterError: the config is invalid, no server answers, or it has no such deployment.
     """
     from flows.prefect_host.server import server_access
     from qadapter.config.experiment import load_experiment
@@ -79,13 +79,13 @@ async def _spread(deployment: str, methods: Sequence[str], parameters: Mapping[s
 
 
 async def _completed(deployment: str, name: str, parameters: Mapping[str, Any]) -> bool:
-    """Ask for a run, wait for its end, and say how it ended."""
+    """Request a run, wait for its end, and print its final state."""
     from prefect.client.schemas.objects import FlowRun
     from prefect.deployments.flow_runs import arun_deployment
     from prefect.flow_runs import wait_for_flow_run
 
     asked = await arun_deployment(deployment, parameters=dict(parameters), timeout=0, as_subflow=False)
-    _say(f"{name}: flow run {asked.name} is asked for")
+    _say(f"{name}: requested flow run {asked.name}")
     ended: FlowRun = await wait_for_flow_run(asked.id, timeout=None, poll_interval=2)
     state = ended.state
     assert state is not None

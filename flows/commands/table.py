@@ -1,4 +1,4 @@
-"""Every subcommand that a checkout adds to `qadapter` (`[tool.qadapter]` in `pyproject.toml` names this file)."""
+"""The subcommands that a checkout adds to `qadapter` (`[tool.qadapter]` in `pyproject.toml` refers to this file)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SECTION = "Commands of the pipeline"
 
 
 class PipelineCommand(NamedTuple):
-    """A subcommand: its function, what it does, and lines of its help."""
+    """A subcommand: its function, its description, and examples for its help."""
 
     function: Callable[..., int | None]
     summary: str
@@ -68,7 +68,7 @@ COMMANDS: dict[str, PipelineCommand] = {
     ),
     "announce": PipelineCommand(
         recurring.announce,
-        "tell the running server that there are new preferences",
+        "announce new preferences to the running server",
         """\
   qadapter announce --config smoke""",
     ),
@@ -80,7 +80,7 @@ COMMANDS: dict[str, PipelineCommand] = {
     ),
     "history": PipelineCommand(
         recurring.history,
-        "show every version of a registered model and why it is what it is",
+        "show every version of a registered model and why it was promoted or rejected",
         """\
   qadapter history --config smoke""",
     ),

@@ -1,8 +1,8 @@
 """Access to the Prefect servers of this project: the generated auth string, and the proof that a server knows it.
 
-Every server that the project starts asks for the auth string (`PREFECT_SERVER_API_AUTH_STRING`); every client of it
-sends it (`PREFECT_API_AUTH_STRING`). Any user of the machine can listen on a loopback port, so a client first lets the
-server prove that it knows the string (an HMAC over a random challenge), and sends the string only then.
+Every server that the project starts requires the auth string (`PREFECT_SERVER_API_AUTH_STRING`); its clients send it
+(`PREFECT_API_AUTH_STRING`). Any user of the machine can listen on a loopback port. A client therefore sends the string
+only after the server has proved that it knows it, by an HMAC over a random challenge.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ _PROBE_SECONDS = 5.0
 
 
 class Standing(Enum):
-    """What answers at an address."""
+    """The kind of server at an address."""
 
     ABSENT = "nothing answers"
     OURS = "a server of this machine that knows the auth string"
-    REMOTE = "a server of another machine, which the user named"
+    REMOTE = "a server on another machine, which the user configured"
     FOREIGN = "something else"
 
 
 def prefect_home(root: Path) -> Path:
-    """The folder of Prefect's database and of the auth string: `PREFECT_HOME`, else what `prefect.toml` names.
+    """The folder of Prefect's database and of the auth string: `PREFECT_HOME`, or the folder in `prefect.toml`.
 
     Args:
         root: the project folder.
@@ -71,7 +71,7 @@ def api_url(root: Path) -> str:
 
 
 def is_loopback(url: str) -> bool:
-    """Whether an address is one of this machine's loopback names; False for what is no URL."""
+    """Whether an address has a loopback name of this machine; False if it is not a URL."""
     try:
         return urlsplit(url).hostname in LOOPBACK
     except ValueError:
@@ -79,7 +79,7 @@ def is_loopback(url: str) -> bool:
 
 
 def auth_string(home: Path) -> str:
-    """The auth string: the user's own (`PREFECT_API_AUTH_STRING`), else that of the project, generated at first use.
+    """The auth string: the user's (`PREFECT_API_AUTH_STRING`), or the project's, which is generated at first use.
 
     Args:
         home: Prefect's home folder; the string lies there in a file with mode 0600.
@@ -91,7 +91,7 @@ def auth_string(home: Path) -> str:
 
 
 def generated_auth_string(home: Path) -> str:
-    """As `auth_string`, whatever the environment says."""
+    """As `auth_string`, but without the environment variable."""
     file = home / AUTH_FILE
     with storage_errors(file):
         if not file.exists():
@@ -100,7 +100,7 @@ def generated_auth_string(home: Path) -> str:
 
 
 def _generate(file: Path) -> None:
-    """Write a new string; of several processes that do so at once, the first one's string holds."""
+    """Write a new string; if several processes do so at the same time, the first one's string is kept."""
     private_folder(file.parent)
     temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
@@ -129,23 +129,23 @@ def _read(file: Path) -> str:
 
 
 def proof(auth: str, challenge: str, port: int) -> str:
-    """What a server answers to a challenge; the port keeps another listener from passing a challenge on.
+    """A server's answer to a challenge. It contains the port, so that another listener cannot forward the challenge.
 
     Args:
         auth: the auth string.
-        challenge: random text of the asker.
-        port: that the server listens on.
+        challenge: random text from the client.
+        port: the server's port.
     """
     text = f"qadapter prefect server\n{challenge}\n{port}"
     return hmac.new(auth.encode(), text.encode(), hashlib.sha256).hexdigest()
 
 
 def standing(url: str, home: Path) -> Standing:
-    """What answers at the address of a Prefect API.
+    """Find out what kind of server answers at the address of a Prefect API.
 
-    A server of this machine has to know the auth string. One that this project started proves it without being sent
-    the string. One that the user started himself is asked with the string only where the user has set one
-    (`PREFECT_API_AUTH_STRING`). A server of another machine is the user's choice.
+    A server on this machine must know the auth string. One that this project started proves it without receiving the
+    string. One that the user started is sent the string only if the user has set it (`PREFECT_API_AUTH_STRING`). A
+    server on another machine is the user's choice.
 
     Args:
         url: of the API, with its path.
@@ -170,16 +170,16 @@ def standing(url: str, home: Path) -> Standing:
 
 
 def not_ours(url: str) -> str:
-    """The sentence about a server that does not know the auth string."""
+    """The message about a server that does not know the auth string."""
     return (
         f"The server that answers at {url} does not know this project's auth string, so it is not used: it may be "
-        f"another user's. Stop it or name another address in PREFECT_API_URL; for a server of your own, set "
-        f"{AUTH_VARIABLE} to the string that it asks for."
+        f"another user's. Stop it or set PREFECT_API_URL to another address; for a server of your own, set "
+        f"{AUTH_VARIABLE} to its auth string."
     )
 
 
 def _asks_for(url: str, auth: str) -> bool:
-    """Whether a server refuses those without the auth string, and those with it not."""
+    """Whether a server accepts requests with the auth string, and refuses those without."""
     path = f"{url}/admin/version"
     return _get(path).status_code == 401 and _get(path, auth=_Basic(auth)).status_code == 200
 
@@ -204,7 +204,7 @@ class _Basic(httpx.Auth):
 
 
 def _get(url: str, **options: Any) -> httpx.Response:
-    # Without the environment's proxies: what answers on this machine is asked about.
+    # Without the environment's proxies: only a server on this machine is meant.
     verify = options.pop("verify", False)
     with httpx.Client(trust_env=verify, verify=verify, timeout=_PROBE_SECONDS) as client:
         return client.get(url, **options)

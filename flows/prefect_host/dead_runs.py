@@ -1,7 +1,7 @@
-"""Flow runs whose process died with its worker, by a power cut or `kill -9`: nobody is left to report them.
+"""Flow runs whose process and worker both died, by a power cut or `kill -9`, so that no process reports their end.
 
-Prefect keeps such a run in `Running` for ever, and with it the place it takes in its deployment's concurrency limit:
-every later run of that deployment would wait behind it.
+Prefect keeps such a run in `Running` for ever, together with its slot in the deployment's concurrency limit, for which
+every later run of the deployment would wait.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
 _PAGE = 200
-_MESSAGE = "Its process ended without a word. Finished stages are kept: run it again."
+_MESSAGE = "Its process ended without reporting. Finished stages are kept: run it again."
 
 
 def close_dead_runs(client: SyncPrefectClient, *, no_worker_is_up: bool) -> list[str]:
-    """Report runs of deployments as crashed whose process on this machine is gone.
+    """Report runs of deployments as crashed whose process on this machine has ended.
 
-    Only what can be judged from here is judged: runs of process pools, by the id of their process. What a container or
-    another infrastructure calls its own is left to its worker.
+    Only runs of process pools are checked, by their process id. Runs on other infrastructure, such as containers, are
+    left to their worker.
 
     Args:
-        client: of a Prefect server whose workers all run on this machine.
-        no_worker_is_up: the server was just started: runs that never got as far as having a process are dead too.
+        client: client of a Prefect server whose workers all run on this machine.
+        no_worker_is_up: the server was just started, so runs without a process are dead as well.
 
     Returns:
-        Names of the runs.
+        The names of the reported runs.
     """
     from prefect.client.schemas.filters import (
         FlowRunFilter,
@@ -62,7 +62,7 @@ def close_dead_runs(client: SyncPrefectClient, *, no_worker_is_up: bool) -> list
 
 
 def _all(read: Callable[..., list[Any]], **filters: Any) -> list[Any]:
-    """Everything that a filter finds; Prefect's server gives 200 at a time."""
+    """All results of a filter; Prefect's server returns 200 at a time."""
     found: list[Any] = []
     while page := read(**filters, offset=len(found), limit=_PAGE):
         found += page
@@ -70,7 +70,7 @@ def _all(read: Callable[..., list[Any]], **filters: Any) -> list[Any]:
 
 
 def end_with_parent() -> None:
-    """Let this worker process end when the flow run that started it was killed: nobody else would ever end it."""
+    """End this worker process when the flow run that started it is killed; no other process would end it."""
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
@@ -82,10 +82,10 @@ def end_with_parent() -> None:
 
 
 def report_crashed(flow_run_ids: Iterable[str]) -> None:
-    """Report flow runs as crashed, those of no deployment too, that are known to be dead and have not ended.
+    """Report dead flow runs as crashed, with or without a deployment, unless they have a final state.
 
     Args:
-        flow_run_ids: as Prefect names them; those that this server does not know are passed over.
+        flow_run_ids: Prefect's ids; unknown ones are ignored.
     """
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
@@ -100,11 +100,10 @@ def report_crashed(flow_run_ids: Iterable[str]) -> None:
 
 
 def ended_flow_runs(flow_run_ids: Iterable[str]) -> set[str]:
-    """Those of some flow runs that have ended in whatever way; none where the server does not answer.
+    """The given flow runs that have ended in any state; empty if the server does not answer.
 
     Args:
-        flow_run_ids: as Prefect names them; those that this server does not know are passed over, and what is more than
-            it tells of at a time.
+        flow_run_ids: Prefect's ids; unknown ones, and those beyond the server's page size, are ignored.
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import (
@@ -130,7 +129,7 @@ def ended_flow_runs(flow_run_ids: Iterable[str]) -> set[str]:
 
 
 def _runs_prefect(pid: str) -> bool:
-    """Whether this is the id of a living Prefect process, and not of another one that was given the number since."""
+    """Whether a process id is that of a running Prefect process, not of another process that reuses the id."""
     try:
         process = psutil.Process(int(pid))
         return process.status() != psutil.STATUS_ZOMBIE and any("prefect" in word for word in process.cmdline())

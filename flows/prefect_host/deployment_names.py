@@ -1,11 +1,11 @@
-"""A Prefect plugin: it gives Prefect's processes in this folder the auth string, and completes deployment names.
+"""A Prefect plugin: provides the auth string to Prefect's processes in this folder, and completes deployment names.
 
 Prefect's public plugin hook runs when Prefect is imported, before its command line reads the arguments. Prefect loads
 this one through the entry point in `pyproject.toml`, where plugins are switched on (`prefect.toml`).
 
-- `prefect deployment run full-paper-repro` means its default deployment; Prefect wants `<flow>/<deployment>`.
-- The server of `make serve` asks for an auth string, which lies below Prefect's home folder. It is handed to a server
-  of this machine that proves to know it, and to no other.
+- `prefect deployment run full-paper-repro` means its default deployment; Prefect requires `<flow>/<deployment>`.
+- The server of `make serve` requires an auth string, which is stored in Prefect's home folder. It is sent only to a
+  server on this machine that proves to know it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from qadapter.errors import QAdapterError
 from qadapter.files.private import keep_private
 
 DEFAULT_DEPLOYMENTS = {"full-paper-repro": "smoke"}
-"""The deployment that a bare flow name stands for. A test holds it against `prefect.yaml`."""
+"""Flow → its default deployment. A test compares it with `prefect.yaml`."""
 
 _PROGRAMS = {"prefect", "prefect.exe"}
 _GLOBAL_OPTIONS_WITH_VALUE = {"--profile"}
@@ -47,7 +47,7 @@ def expand(arguments: Sequence[str]) -> list[str]:
         arguments: a command line, the program first (`sys.argv`).
 
     Returns:
-        The command line, changed in one word or not at all.
+        The command line, with at most one word changed.
     """
     words = list(arguments)
     position = _skip_options(words, 1, flags_end=True)
@@ -60,7 +60,7 @@ def expand(arguments: Sequence[str]) -> list[str]:
 
 
 def _skip_options(words: Sequence[str], position: int, *, flags_end: bool) -> int:
-    """The place of the next word that is no option and no option's value.
+    """The index of the next word that is neither an option nor an option's value.
 
     Before the command nearly all options are flags; after `run` nearly all take a value.
     """
@@ -76,12 +76,12 @@ def setup_environment(*, ctx: HookContext) -> SetupResult | None:
     """Prefect's hook: runs in every process that imports Prefect in this folder.
 
     Raises:
-        SystemExit: a command of Prefect's command line would speak to a server that does not know the auth string.
+        SystemExit: a command of Prefect's command line would contact a server that does not know the auth string.
     """
     is_command_line = bool(sys.argv) and _is_prefect(Path(sys.argv[0]))
     if is_command_line:
         sys.argv[:] = expand(sys.argv)
-        keep_private()  # a worker that is started by hand hands it on to its runs
+        keep_private()  # flow runs of a worker that was started by hand inherit it
     try:
         found = _auth_of(ctx.api_url, sys.argv if is_command_line else ())
     except QAdapterError as error:
@@ -105,7 +105,7 @@ def _auth_of(url: str | None, command_line: Sequence[str]) -> dict[str, str]:
         command_line: of a command of Prefect; empty for other processes.
 
     Raises:
-        QAdapterError: a command would speak to a server that does not know the auth string.
+        QAdapterError: the command would contact a server that does not know the auth string.
     """
     home = Path(get_current_settings().home).absolute()
     position = _skip_options(command_line, 1, flags_end=True)
@@ -121,5 +121,5 @@ def _auth_of(url: str | None, command_line: Sequence[str]) -> dict[str, str]:
             raise QAdapterError(not_ours(url))
         return {}
     if found is Standing.ABSENT and not words:
-        return {}  # what may answer there later has proved nothing; a command that waits for it is asked to
+        return {}  # no server has proved that it knows the string; a command that waits for one checks it later
     return {AUTH_VARIABLE: generated_auth_string(home)}

@@ -1,4 +1,4 @@
-"""An ASGI middleware for servers that listen on a loopback address: only their own pages and names reach them.
+"""An ASGI middleware for loopback servers: it accepts only their own host names and pages.
 
 A page that is open in the same browser can send requests to any port of this machine. Its requests carry its origin
 (`Origin`), or, where the page's own name was given the address 127.0.0.1 (DNS rebinding), that name (`Host`). Neither
@@ -20,7 +20,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _NAMES = ("127.0.0.1", "localhost", "[::1]")
 _HEADERS = [
-    (b"x-frame-options", b"DENY"),  # no other page shows this one in a frame, to have its buttons clicked
+    (b"x-frame-options", b"DENY"),  # no other page may embed this one, which would allow clickjacking
     (b"x-content-type-options", b"nosniff"),
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"referrer-policy", b"same-origin"),
@@ -37,7 +37,7 @@ class Guard:
     """Refuses requests (403) and web sockets for a foreign `Host` or from a foreign `Origin`.
 
     Attributes:
-        app: what answers the others.
+        app: the app that answers accepted requests.
     """
 
     def __init__(self, app: App, *, auth: str | None = None) -> None:
@@ -45,13 +45,13 @@ class Guard:
 
         Args:
             app: an ASGI app that listens on a loopback address.
-            auth: the auth string of a Prefect server; it is proved at `access.PROOF_PATH`, never told.
+            auth: the auth string of a Prefect server; it is proved at `access.PROOF_PATH`, never sent.
         """
         self.app = app
         self._auth = auth
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer as ASGI apps do."""
+        """Answer a request; the ASGI interface."""
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return

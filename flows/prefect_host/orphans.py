@@ -1,4 +1,4 @@
-"""A flow run that outlives its worker: started through a pipe, it goes on when nobody reads its output any more."""
+"""Let a flow run outlive its worker: it continues when the pipe that takes its output is closed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ STARTED_BY_A_WORKER = "PREFECT__FLOW_RUN_ID"
 
 
 def outlive_worker() -> None:
-    """Let this process go on when the worker that reads its output was killed.
+    """Let this process continue when the worker that reads its output is killed.
 
-    Prefect's worker passes a run's output on through a pipe. When it dies, the next line of the log would end the run
-    (rich, which Prefect logs with, leaves the process when its pipe breaks). What is logged still goes to Prefect's
-    server. Only for runs of a worker: `make repro | head` ends as every command does.
+    Prefect's worker reads a run's output from a pipe. When the worker dies, the next log line would end the run: rich,
+    which Prefect logs with, exits when its pipe breaks. Log records still reach Prefect's server. This applies only to
+    runs of a worker: `make repro | head` ends like every command.
     """
     if STARTED_BY_A_WORKER not in os.environ or not hasattr(select, "poll"):
         return
@@ -27,7 +27,7 @@ def outlive_worker() -> None:
 
 
 def _watch(number: int) -> None:
-    """Wait until a pipe's other end is closed; then write into nothing instead."""
+    """Wait until the other end of a pipe is closed, then discard the output."""
     poll = select.poll()
     poll.register(number, 0)  # POLLERR is always reported: the reader is gone
     poll.poll()

@@ -1,4 +1,4 @@
-"""The Prefect server that a command runs against: the one that is up and knows the auth string, or a temporary one."""
+"""The Prefect server of a command: an existing one that knows the auth string, or a temporary one."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _LOGGER = logging.getLogger(__name__)
 
 @contextmanager
 def prefect_server() -> Iterator[None]:
-    """The server that the user names or that is up; where none is, one of our own for the length of the block.
+    """Use the configured or running server within the block, or start a temporary one.
 
-    That one is started here and named in the environment, for worker processes (`parallel: 2`): each would start one
-    of its own, after a minute of looking for the one of `make serve`.
+    A temporary server is started here and put into the environment for worker processes (`parallel: 2`). Each of them
+    would otherwise start its own, after searching for that of `make serve` for a minute.
 
     Raises:
         QAdapterError: MLflow's server does not answer; the server that `PREFECT_API_URL` names does not answer or does
@@ -54,7 +54,7 @@ def prefect_server() -> Iterator[None]:
     if named:
         usable(url, home, found)
     elif found is Standing.FOREIGN:
-        _LOGGER.warning("%s This run has a temporary server of its own.", not_ours(url))
+        _LOGGER.warning("%s This run uses a temporary server.", not_ours(url))
     if found in (Standing.OURS, Standing.REMOTE):
         with _environment(_credentials(url, home, found)):
             yield
@@ -64,10 +64,10 @@ def prefect_server() -> Iterator[None]:
 
 
 def _wait_for_mlflow() -> None:
-    """Before there is a flow run that would fail for it: MLflow's server, if there is one, answers within a minute.
+    """Wait up to a minute for MLflow's server, if one is configured, before a flow run starts that would fail.
 
     Raises:
-        QAdapterError: it does not, or refuses.
+        QAdapterError: it does not answer, or refuses the request.
     """
     from tasks.stages.context import workspace
     from tasks.tracking.store import MlflowStore
@@ -79,16 +79,16 @@ def _wait_for_mlflow() -> None:
 
 
 def usable(url: str, home: Path, found: Standing | None = None, *, otherwise: str = "") -> Standing:
-    """What answers at an address, which has to be a server that may be used.
+    """Require a usable server at an address, and return its kind.
 
     Args:
-        url: of the API.
+        url: the address of the API.
         home: Prefect's home folder.
-        found: what `standing` said, if it was asked already.
+        found: the result of `standing`, if it is already known.
         otherwise: what the user can do without a server, for the message.
 
     Raises:
-        QAdapterError: nothing answers, or a server that does not know the auth string.
+        QAdapterError: no server answers, or it does not know the auth string.
     """
     found = found or standing(url, home)
     if found is Standing.ABSENT:
@@ -103,7 +103,7 @@ def usable(url: str, home: Path, found: Standing | None = None, *, otherwise: st
 
 @contextmanager
 def server_access(otherwise: str = "") -> Iterator[str]:
-    """The address of the server that is up, with the auth string in the environment; for commands that only ask it.
+    """The address of the running server, with the auth string in the environment, for commands that only query it.
 
     Args:
         otherwise: what the user can do without a server, for the message.
@@ -125,7 +125,7 @@ def _credentials(url: str, home: Path, found: Standing) -> dict[str, str]:
 
 @contextmanager
 def _temporary_server(home: Path) -> Iterator[str]:
-    # Imported only where a server is started: that takes seconds.
+    # Imported only if a server is started, since it takes seconds.
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
 
@@ -136,14 +136,14 @@ def _temporary_server(home: Path) -> Iterator[str]:
         try:
             yield url
         finally:
-            APILogWorker.drain_all(timeout=10)  # what a failed run said, too
+            APILogWorker.drain_all(timeout=10)  # including the log of a failed run
             EventsWorker.drain_all(timeout=10)
             logs.removeFilter(_no_link)
 
 
 @contextmanager
 def _started(home: Path, auth: str) -> Iterator[str]:
-    """A server process of our own on a free port, which is bound here: no other process can take it in between."""
+    """A temporary server process on a free port. The port is bound here, so that no other process can take it."""
     from prefect.settings import get_current_settings
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -161,7 +161,7 @@ def _started(home: Path, auth: str) -> Iterator[str]:
             cwd=Path(__file__).resolve().parents[2],
             stdin=subprocess.DEVNULL,
             pass_fds=[listener.fileno()],
-            start_new_session=True,  # Ctrl-C ends the run, which then still reports how it ended
+            start_new_session=True,  # Ctrl-C ends the run, which then still reports its state
         )
     try:
         deadline = time.monotonic() + _START_SECONDS
@@ -183,7 +183,7 @@ def _started(home: Path, auth: str) -> Iterator[str]:
 
 @contextmanager
 def _environment(changes: Mapping[str, str]) -> Iterator[None]:
-    """Variables for the length of a block, for this process' threads that send logs and events too."""
+    """Set environment variables within the block, also for threads that send logs and events."""
     from prefect.context import refresh_global_settings_context
 
     before = {name: os.environ.get(name) for name in changes}
@@ -202,5 +202,5 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
 
 
 def _no_link(record: logging.LogRecord) -> bool:
-    """Prefect's "View at": its own server for the length of a run has no pages."""
+    """Drop Prefect's "View at" messages: a temporary server has no pages."""
     return not record.getMessage().startswith("View at ")

@@ -19,7 +19,7 @@ from flows.prefect_host.guard import Guard, own_origins
 from qadapter.files.private import keep_private
 
 SECONDS_TO_END = 5.0
-"""How long a server may take to end in order once its parent is gone; then it ends at once."""
+"""Seconds that a server has for an orderly shutdown after its parent has ended; then it exits at once."""
 
 _LOOK_AGAIN_SECONDS = 0.25
 _NAME = "flows.prefect_host.server_process"
@@ -36,21 +36,21 @@ def command(
     """The command line of a server.
 
     Args:
-        parent: id of the process that starts it, and that it ends with.
-        host, port: where it listens; or
-        listener: number of a listening socket that it inherits.
-        temporary: without pages and schedules, as Prefect has it for the length of a run.
+        parent: id of the process that starts the server; the server ends with it.
+        host, port: the address to listen on; or
+        listener: file descriptor of an inherited listening socket.
+        temporary: without pages and schedules, like Prefect's own temporary server.
     """
     where = ["--host", host, "--port", str(port)] if listener is None else ["--listener", str(listener)]
     return [sys.executable, "-m", _NAME, *where, "--parent", str(parent), *(["--temporary"] if temporary else [])]
 
 
 def end_with(parent: int, stop: Callable[[], None]) -> None:
-    """Stop when the parent process ends, however it does: by a signal that it cannot handle, too.
+    """Stop when the parent process ends, even if it is killed.
 
     Args:
-        parent: its id.
-        stop: asks this process to end; if it still lives after `SECONDS_TO_END`, it is ended.
+        parent: its process id.
+        stop: requests the end of this process; after `SECONDS_TO_END` it exits in any case.
     """
 
     def watch() -> None:
@@ -64,7 +64,7 @@ def end_with(parent: int, stop: Callable[[], None]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Serve until told to stop, or until the parent is gone."""
+    """Serve until stopped, or until the parent has ended."""
     parser = argparse.ArgumentParser(prog="python -m flows.prefect_host.server_process", description=__doc__)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--port", type=int, help="port to listen on")

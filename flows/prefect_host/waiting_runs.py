@@ -1,7 +1,7 @@
-"""Flow runs that wait behind one that has already done what they were started for.
+"""Waiting flow runs whose work another run has already done.
 
-Two triggers at once (schedule and event, or an announcement sent twice) are two flow runs of a deployment, and its
-concurrency limit lets one work. Where that one read the data after the others were asked for, they have nothing to do.
+Two triggers at the same time (schedule and event, or a repeated announcement) start two flow runs of a deployment. Its
+concurrency limit admits one. If that one reads the data after the others were requested, they have nothing to do.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ JOINED = "Joined"
 
 
 def due_runs(client: SyncPrefectClient, until: datetime, *states: StateType, **filters: Any) -> list[FlowRun]:
-    """Runs in one of some states that were to start by then: not those that a schedule has planned for later.
+    """Runs in the given states that were due by `until`, excluding those scheduled for later.
 
     Args:
-        client: of the server to ask.
-        until: with time zone.
-        states: types of state.
-        filters: further ones, as `read_flow_runs` takes them.
+        client: client of the server.
+        until: a time with time zone.
+        states: types of states.
+        filters: further filters of `read_flow_runs`.
     """
     wanted = FlowRunFilter(
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states))),
@@ -47,19 +47,18 @@ def due_runs(client: SyncPrefectClient, until: datetime, *states: StateType, **f
 
 
 def join_waiting_runs(same: Mapping[str, Any], asked_until: datetime, outcome: str) -> list[str]:
-    """End the waiting runs of this run's deployment that this run has done the work of.
+    """End the waiting runs of this run's deployment whose work this run has done.
 
-    To be called last: until then they wait, and if this run is killed, the next of them does its work.
+    Call it last: until then they wait, and if this run is killed, the next of them does the work.
 
     Args:
-        same: parameter → value that a run must have been given (or left out) to be one of them; runs with further
-            parameters are left alone.
-        asked_until: when this run began to read its data, with time zone: a run asked for later may be for newer data.
-        outcome: what this run came to; the others say it too.
+        same: parameter → value that a run must have (or leave out) to be ended; runs with further parameters are kept.
+        asked_until: when this run started to read its data, with time zone; later requests may be for newer data.
+        outcome: this run's outcome, which is also reported for the others.
 
     Returns:
-        Names of the runs; they end as `Joined`. None without a deployment. A server that does not answer is no reason
-        to fail: the runs then start, and find nothing new.
+        The names of the ended runs; their state is `Joined`. Empty without a deployment, or if the server does not
+        answer: the runs then start and find nothing new.
     """
     if deployment.id is None:
         return []
@@ -70,9 +69,9 @@ def join_waiting_runs(same: Mapping[str, Any], asked_until: datetime, outcome: s
             for run in due_runs(client, asked_until, StateType.SCHEDULED, deployment_filter=own):
                 if not run.parameters.items() <= same.items():
                     continue
-                message = f"{flow_run.name} read the same data and came to: {outcome}"
+                message = f"{flow_run.name} read the same data; its outcome: {outcome}"
                 client.set_flow_run_state(run.id, State(type=StateType.CANCELLED, name=JOINED, message=message))
                 joined.append(run.name)
     except (httpx.TransportError, PrefectHTTPStatusError) as error:
-        logging.getLogger(__name__).warning("runs that wait for this one could not be looked at: %s", error)
+        logging.getLogger(__name__).warning("runs that wait for this one could not be read: %s", error)
     return joined

@@ -1,6 +1,6 @@
 """Prefect's command line as a child that ends with its parent: `… worker_process --parent PID worker start --pool …`.
 
-`make serve` starts its worker this way. Its flow runs are processes of their own, and go on without a worker.
+`make serve` starts its worker this way. Its flow runs are separate processes and continue without a worker.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ _NAME = "flows.prefect_host.worker_process"
 
 
 def command(*arguments: str, parent: int) -> list[str]:
-    """The command line of one of Prefect's commands that ends with a process.
+    """The command line of a Prefect command that ends with another process.
 
     Args:
-        arguments: what follows `prefect`.
+        arguments: the arguments of `prefect`.
         parent: id of the process that starts it.
     """
     return [sys.executable, "-m", _NAME, "--parent", str(parent), *arguments]
@@ -30,7 +30,7 @@ def main() -> None:
     if option != "--parent" or not parent.isdecimal():
         sys.exit(f"usage: python -m {_NAME} --parent PID arguments-of-prefect ...")
     keep_private()
-    end_with(int(parent), lambda: os._exit(1))  # not by TERM: a worker that is asked to end takes its runs along
+    end_with(int(parent), lambda: os._exit(1))  # not by TERM: a worker that receives it also ends its runs
     sys.argv[:] = ["prefect", *arguments]
     from prefect.cli import app
 

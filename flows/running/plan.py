@@ -47,12 +47,12 @@ class PlannedStage:
 
 @dataclass
 class Recorder:
-    """Takes Prefect's place: writes each stage down, in the order of submission."""
+    """Replaces Prefect: records each stage in the order of submission."""
 
     stages: list[PlannedStage] = field(default_factory=list)
 
     def __call__(self, task: Any, **inputs: Any) -> PlannedStage:
-        """A stage that stands for its own result."""
+        """Record a stage, and return it as the placeholder of its result."""
         named = task.task_run_name.format(**inputs)
         stage = PlannedStage(task.fn.__name__, named, inputs, tuple(dict.fromkeys(_stages_in(inputs.values()))))
         self.stages.append(stage)
@@ -71,7 +71,7 @@ def _stages_in(values: Iterable[Any]) -> Iterable[PlannedStage]:
 
 @dataclass(frozen=True)
 class SourcePlan:
-    """What is known of a source beforehand: pairs to train on, tokens of a sequence, and how it is known."""
+    """What is known about a source before a run: training pairs, tokens per sequence, and the basis of both."""
 
     train_pairs: int
     tokens_per_sequence: float
@@ -82,7 +82,7 @@ def plan_text(profile: str, data: str | None, overrides: Sequence[str] | Mapping
     """The plan of an experiment.
 
     Raises:
-        QAdapterError: the config or the data cannot work; a source that is only out of reach is reported in the plan.
+        QAdapterError: the config or the data are invalid; a source that is only unreachable is reported in the plan.
     """
     from qadapter.config.experiment import parse_overrides
 
@@ -105,7 +105,7 @@ def plan_text(profile: str, data: str | None, overrides: Sequence[str] | Mapping
         _costs(experiment, recorder.stages, plans, size),
         "Judge of the answers\n" + "\n".join(f"  {line}" for line in judges),
         _assumptions(experiment),
-        "Stages (each after those it feeds on)\n" + "\n".join(_dag(recorder.stages)),
+        "Stages (each with its inputs)\n" + "\n".join(_dag(recorder.stages)),
     ]
     return "\n\n".join(sections)
 
@@ -140,7 +140,7 @@ def _of_set(source: Source) -> dict[str, str | None]:
 
 
 def _plan_local(source: Source, longest: int, files: Sequence[Path]) -> SourcePlan:
-    """Read the source's files to their end; nothing of them is held."""
+    """Read the source's files as a stream, without keeping them in memory."""
     quality, characters, rejected = Quality(is_refusal), 0.0, Counter[str]()
     pairs = 0
     options: dict[str, Any] = {"domain": source.domain, "max_chars": source.max_chars, "choices": Choices.of(source)}
@@ -173,7 +173,7 @@ def _plan_local(source: Source, longest: int, files: Sequence[Path]) -> SourcePl
 def _costs(
     experiment: Experiment, stages: Sequence[PlannedStage], plans: Mapping[str, SourcePlan], size: planning.ModelSize
 ) -> str:
-    """One line a kind of stage that computes: how many, steps, tokens, memory, hours on each machine."""
+    """One line per kind of computing stage: number of runs, steps, tokens, memory, hours on each machine."""
     header = f"  {'stage':<22}{'runs':>5}{'steps':>10}{'tokens':>16}{'memory GB':>11}" + "".join(
         f"{'h on ' + machine.name:>19}" for machine in _MACHINES
     )
@@ -210,7 +210,7 @@ def _kind(stage: PlannedStage) -> str:
 def _estimate(
     experiment: Experiment, stage: PlannedStage, plans: Mapping[str, SourcePlan], size: planning.ModelSize
 ) -> tuple[int, float, float, float] | None:
-    """Steps, tokens, operations and GB of a stage; None where it computes nothing to speak of."""
+    """Steps, tokens, operations and GB of a stage; None if its cost is negligible."""
     training = experiment.training
     weights = planning.weights_gb(size, experiment.model)
     if stage.task == "pretrain_base" and experiment.pretraining:
@@ -248,7 +248,7 @@ def _estimate(
         passes = method_named(cell.method).passes
         memory = planning.training_memory_gb(size, experiment.model, experiment.lora, training)
         return steps, tokens, planning.training_flops(size, tokens, passes), memory
-    measures = stage.task == "measure_base_retention"  # the base's rows show what was measured once
+    measures = stage.task == "measure_base_retention"  # the base's rows reuse this measurement
     if measures or (stage.task == "evaluate" and isinstance(cell, Cell) and cell.method != "base"):
         retention = experiment.evaluation.retention
         tokens = planning.benchmark_items(retention.tasks, retention.limit) * training.max_length

@@ -27,26 +27,26 @@ from tasks.stages.store import StageStore
 from tasks.tracking.tracker import FLOW_RUN_TAG, Tracker
 
 _SECONDS_BETWEEN_PROGRESS = 60.0
-_SECONDS_FOR_MLFLOW = 60.0  # to come back at a run's end; what is left then is delivered at the next start
+_SECONDS_FOR_MLFLOW = 60.0  # wait for MLflow at a run's end; later, pending writes are delivered at the next start
 
 
 def close_abandoned(tracker: Tracker, experiment_name: str) -> None:
-    """End what nobody else will end.
+    """Close the runs of killed processes, in MLflow and in Prefect.
 
-    Killed processes of this machine leave MLflow runs and flow runs open; and from wherever an MLflow run is, it is
-    over once Prefect says that its flow run is.
+    Killed processes on this machine leave MLflow runs and flow runs open. An MLflow run of another machine has ended if
+    Prefect reports that its flow run has ended.
     """
     if abandoned := tracker.close_abandoned(experiment_name, ended_flow_runs):
         logging.getLogger(__name__).warning("%d runs that were left open were closed as KILLED", len(abandoned))
         flows = {flow for run in abandoned if (flow := tracker.tags(run).get(FLOW_RUN_TAG))}
-        report_crashed(flows - {flow_run.get_id()})  # it may be this one, tried again: then only its first try is dead
+        report_crashed(flows - {flow_run.get_id()})  # a retry of this flow run has the same id and is still running
 
 
 @contextmanager
 def checked_run(request: RunRequest) -> Iterator[PrefectRun]:
-    """A checked experiment, ready to run stages; its MLflow run ends FINISHED, FAILED or KILLED whatever happens."""
+    """Check a request, open its MLflow run (which always ends FINISHED, FAILED or KILLED), and yield the run."""
     outlive_worker()
-    guard_logs()  # a worker's process begins with Prefect's own command
+    guard_logs()  # the process of a worker starts with Prefect's own command
     experiment = request.check()
     root = workspace()
     for name in ("qadapter", "tasks"):
@@ -61,7 +61,7 @@ def checked_run(request: RunRequest) -> Iterator[PrefectRun]:
         params=experiment.model_dump(mode="json", by_alias=True),
         tags={"stage": "parent", "profile": request.profile, FLOW_RUN_TAG: flow_run.get_id() or ""},
     )
-    # Whatever is used again is read as a whole: a power cut or a failing disk can change a file and not its size.
+    # Found stages are verified byte by byte: a power cut or a failing disk can change a file but not its size.
     store = StageStore(root / ".qadapter", verify_hashes=True)
     context = RunContext(experiment, store, tracker, parent, request.data_folder, request.rows_to_judge(experiment))
     try:
@@ -72,7 +72,7 @@ def checked_run(request: RunRequest) -> Iterator[PrefectRun]:
 
 
 class PrefectRun:
-    """Submits stages to a Prefect task runner; those whose inputs are there run side by side, `parallel` at a time."""
+    """Submits stages to a Prefect task runner; up to `parallel` stages with available inputs run side by side."""
 
     def __init__(self, context: RunContext) -> None:
         self.experiment = context.experiment
@@ -89,34 +89,34 @@ class PrefectRun:
         self._runner.__exit__(*error)
 
     def __call__(self, task: Any, **inputs: Any) -> Any:
-        """A future of the task's result."""
+        """Submit a task; returns a future of its result."""
         future = self._runner.submit(task, {"context": self._context, **inputs})
         self._futures.append(future)
         return future
 
     def of(self, experiment: Experiment) -> PrefectRun:
-        """The same run with other settings: its stages join those of this one."""
+        """The same run with other settings; it waits for the stages of both."""
         other = copy(self)
         other.experiment = experiment
         other._context = replace(self._context, experiment=experiment)
         return other
 
     def storing_in(self, store: StageStore) -> PrefectRun:
-        """The same run with another store: what this one would find is computed again."""
+        """The same run with another store, in which stages of this one are not found."""
         other = copy(self)
         other._context = replace(self._context, store=store)
         return other
 
     def settle(self) -> StagesFailedError | None:
-        """Wait for every stage, saying once a minute how far it is; returns what failed, if anything did."""
+        """Wait for every stage, logging the progress once a minute; returns the failures, if there are any."""
         reasons = []
         told = time.monotonic()
         for place, future in enumerate(self._futures):
             try:
                 future.wait()
-            except UpstreamTaskError:  # a process pool says so this way that another stage's failure stopped this one
+            except UpstreamTaskError:  # raised by a process pool if another stage's failure stopped this one
                 continue
-            except Exception as error:  # such as a worker process that the system killed
+            except Exception as error:  # for example a worker process killed by the system
                 reasons.append(f"{type(error).__name__}: {error}")
                 continue
             if future.state.is_completed():
@@ -124,7 +124,7 @@ class PrefectRun:
             elif future.state.is_failed() or future.state.is_crashed():
                 reasons.append(future.state.message)
             if time.monotonic() - told > _SECONDS_BETWEEN_PROGRESS:
-                get_run_logger().info("%d of %d stages are through", place + 1, len(self._futures))
+                get_run_logger().info("%d of %d stages have finished", place + 1, len(self._futures))
                 told = time.monotonic()
         if not reasons:
             return None
@@ -134,7 +134,7 @@ class PrefectRun:
         )
 
     def finished(self, futures: Sequence[Any]) -> list[Any]:
-        """After `settle`: the results of those stages that were completed."""
+        """The results of completed stages; call it after `settle`."""
         return [future.result() for future in futures if future.task_run_id in self._completed]
 
     def result(self, future: Any) -> Any:
@@ -143,7 +143,7 @@ class PrefectRun:
         A failed stage stops only those that need it; what was finished is kept for the next run.
 
         Raises:
-            StagesFailedError: naming each stage that failed and why.
+            StagesFailedError: a stage failed; the message lists each failed stage with its reason.
         """
         if failed := self.settle():
             raise failed

@@ -1,4 +1,4 @@
-"""What a user asks a flow to run, and every reason to refuse it before there is a run."""
+"""A user's request for a flow run, and the checks that refuse it before the run starts."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ ALLOW_REMOTE_CODE = "QADAPTER_ALLOW_REMOTE_CODE"
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What a user asks for.
+    """A user's request for a flow run.
 
     Attributes:
-        experiment_name: of the MLflow experiment.
+        experiment_name: name of the MLflow experiment.
         profile: a name in `configs/`, or a YAML file.
         data: the data folder, or None.
         overrides: dotted keys to values.
@@ -50,21 +50,21 @@ class RunRequest:
         return load_experiment(self.profile, self.overrides)
 
     def rows_to_judge(self, experiment: Experiment) -> int:
-        """Policies whose answers are judged; the judge's price is of them, and they share its budget."""
+        """Number of policies whose answers are judged: they determine the judge's price and share its budget."""
         return judged_rows(experiment)
 
     def fixed_sources(self, experiment: Experiment) -> dict[str, Source]:
-        """The sources whose data have to be there before a run."""
+        """The sources whose data must exist before a run."""
         return dict(experiment.sources)
 
     def check(self, *, remote: bool = True) -> Experiment:
-        """Read the config and look at everything that can be looked at without computing.
+        """Read the config and check everything that can be checked without computing.
 
         Args:
-            remote: ask for sources on the network too; without it only those on this machine are looked at.
+            remote: also check sources on the network.
 
         Raises:
-            QAdapterError: with all that is needed to put it right.
+            QAdapterError: the request is invalid; the message says what to correct.
         """
         experiment = self.load()
         _refuse_remote_code(experiment)
@@ -76,7 +76,7 @@ class RunRequest:
             raise QAdapterError(f"the data folder {self.data!r} does not exist; give an existing folder")
         if experiment.needs_data and folder is None:
             raise QAdapterError(
-                f"the profile {self.profile!r} needs a data folder and none was given; name one, for example "
+                f"the profile {self.profile!r} needs a data folder and none was given; give one, for example "
                 f"`make repro PROFILE={self.profile} DATA=path/to/folder`, or the deployment parameter "
                 "data=path/to/folder"
             )
@@ -93,9 +93,9 @@ class RunRequest:
 
 
 def _refuse_remote_code(experiment: Experiment) -> None:
-    """A run of a deployment executes no code of a model repository on the word of its parameters alone.
+    """Refuse to run code of a model repository if only the parameters of a deployment's run ask for it.
 
-    Whoever may start a deployment may set its parameters; whoever runs the worker sets its environment.
+    Every user who may start a deployment sets its parameters, but only the operator sets the worker's environment.
 
     Raises:
         QAdapterError: `model.trust_remote_code` is on in a run of a deployment, and the worker does not allow it.
@@ -110,11 +110,11 @@ def _refuse_remote_code(experiment: Experiment) -> None:
 
 
 def check_workspace(folder: Path) -> None:
-    """Something can be written where results go, and other users cannot read it.
+    """Check that the workspace is writable, and make it private to the user.
 
     Raises:
-        QAdapterError: the disk is full or read-only, the place is no folder, or what lies there is open to other users
-            and cannot be closed to them.
+        QAdapterError: the disk is full or read-only, the path is not a folder, or its content is open to other users
+            and cannot be made private.
     """
     keep_private()
     try:
@@ -124,8 +124,8 @@ def check_workspace(folder: Path) -> None:
             file.flush()
     except OSError as error:
         raise QAdapterError(
-            f"nothing can be written to the workspace {folder}: {error.strerror}. Free some space there, or name "
-            "another folder with the environment variable QADAPTER_HOME."
+            f"nothing can be written to the workspace {folder}: {error.strerror}. Free some space there, or set the "
+            "environment variable QADAPTER_HOME to another folder."
         ) from error
     for name in (".qadapter", "mlruns"):
         close_to_others(folder / name)

@@ -1,4 +1,4 @@
-"""Which of Prefect's task runners an experiment's independent stages go to."""
+"""The Prefect task runner that runs an experiment's independent stages."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def task_runner(experiment: Experiment) -> Any:
 
 
 def begin_worker() -> None:
-    """What a worker process does first."""
+    """Set up a worker process before its first stage."""
     quiet_libraries()
     guard_logs()
     outlive_worker()

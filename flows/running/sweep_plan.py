@@ -1,4 +1,4 @@
-"""`make sweep PLAN=1`: the settings, how many stages they are, and about how long they take, without running any."""
+"""`make sweep PLAN=1`: the settings, the number of stages and the estimated time, without running any stage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qadapter.config.sweep import PARALLEL_EFFICIENCY, estimate_hours
 
 
 class SweepRecorder(Recorder):
-    """Writes stages down, under whatever settings."""
+    """Records stages with any settings."""
 
     def of(self, _: Experiment) -> SweepRecorder:
         """The same recorder."""

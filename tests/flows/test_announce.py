@@ -93,7 +93,7 @@ def test_an_announcement_that_came_to_nothing_is_repeated(
     ask_for(prefect_client, Pending(), config="another")
     ask_for(prefect_client, Running(), config=config)
     ask_for(prefect_client, Completed(), config=config)
-    assert look(config) == ("Announced", "incoming announced again: no run of this content has begun since")
+    assert look(config) == ("Announced", "incoming announced again: no run of this content has started since")
     Seen.update(tiny, announced_at=time.time() - 2 * HOUR + 60)
     assert look(config)[0] == "NothingNew", "and then waited for longer"
     for state in (Scheduled(), Pending()):
@@ -147,7 +147,7 @@ def test_only_a_run_that_began_after_it_and_has_no_end_is_a_reason_at_once(
     Seen.update(tiny, started=fingerprint, started_at=time.time())
     with one_at_a_time(tiny):
         assert look(config)[0] == "NothingNew", "it is at work"
-    assert look(config) == ("Announced", "incoming announced again: the run of this content did not come to an end")
+    assert look(config) == ("Announced", "incoming announced again: the run of this content did not finish")
     Seen.update(tiny, started=fingerprint, started_at=time.time(), fingerprint=fingerprint)
     assert look(config)[0] == "NothingNew", "it came to its end"
 
@@ -161,7 +161,7 @@ def test_an_announcement_that_failed_is_tried_again_at_once(
     with monkeypatch.context() as patch:
         patch.setattr(flows.watch_preferences, "announce", refuse)
         assert watch_preferences(config, return_state=True).is_failed()
-    assert look(config) == ("Announced", "incoming announced again: no run of this content has begun since")
+    assert look(config) == ("Announced", "incoming announced again: no run of this content has started since")
     assert [seen.announcements for seen in heard] == [1], "nobody heard of the first"
 
 

@@ -757,7 +757,7 @@ def test_a_sweep_without_an_accuracy_is_refused_before_it_trains(
     monkeypatch.setenv("QADAPTER_HOME", str(tmp_path))
     built = {"built_benchmarks": {"replies": {"helpful": "helpful"}}}
     only = {"evaluation.retention.tasks": ["helpful_bits_per_byte", "wikitext"]}
-    with pytest.raises(QAdapterError, match="has no accuracy, only helpful_bits_per_byte, wikitext: a sweep weighs"):
+    with pytest.raises(QAdapterError, match="no task with an accuracy, only helpful_bits_per_byte, wikitext: a sweep"):
         check_sweep(write(tmp_path), None, None, overrides() | built | only)
     both = {"evaluation.retention.tasks": ["helpful_bits_per_byte", "helpful_word_order"]}
     assert check_sweep(write(tmp_path), None, None, overrides() | built | both).variants

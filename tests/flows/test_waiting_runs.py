@@ -59,7 +59,7 @@ def test_runs_that_wait_for_the_same_are_ended(prefect_client: SyncPrefectClient
     joined = join_waiting_runs(SAME, datetime.now(UTC), "Promoted")
     assert sorted(joined) == sorted(run.name for run in waiting)
     for run in waiting:
-        message = "busy-bee read the same data and came to: Promoted"
+        message = "busy-bee read the same data; its outcome: Promoted"
         assert state_of(prefect_client, run) == (StateType.CANCELLED, JOINED, message)
     assert [state_of(prefect_client, run) for run in others] == before
     assert join_waiting_runs(SAME, datetime.now(UTC), "Promoted") == []
@@ -82,4 +82,4 @@ def test_a_server_that_is_away_is_no_failure(
 ) -> None:
     with prefect_away():
         assert join_waiting_runs(SAME, datetime.now(UTC), "Promoted") == []
-    assert "could not be looked at" in caplog.text
+    assert "could not be read" in caplog.text

@@ -198,7 +198,7 @@ def test_the_watcher_announces_a_change_once(story: Story) -> None:
 def test_the_watcher_announces_again_what_a_run_did_not_finish(story: Story) -> None:
     step = story.steps["watch after the kill"]
     assert step.name == "Announced"
-    assert "the run of this content did not come to an end" in step.message
+    assert "the run of this content did not finish" in step.message
 
 
 def test_a_kill_between_registering_and_promoting_leaves_the_champion(story: Story) -> None:
@@ -260,7 +260,7 @@ def test_the_broken_delivery_is_quarantined_and_trains_nothing(story: Story) -> 
     assert "4-broken.jsonl has no JSON object" in step.message.replace(str(story.home / "incoming") + "/", "")
     assert len(step.versions) == 5
     assert step.aliases == {"champion": 2, "previous": 1}
-    quarantine = Path(step.message.split("line by line: ")[1].split("\n")[0])
+    quarantine = Path(step.message.split("each record: ")[1].split("\n")[0])
     assert json.loads(quarantine.read_text())["file"] == "4-broken.jsonl"
     assert story.steps["broken again"].name == "NothingNew", "it is reported once"
 

@@ -173,8 +173,8 @@ def test_two_announcements_at_once_make_one_run_and_a_later_one_another(served: 
     assert sorted(run["state_name"] for run in found) == [JOINED, "Quarantined"], served.log[-6000:]
     joined, ran = sorted(found, key=lambda run: str(run["state_name"]) == "Quarantined")
     assert joined["run_count"] == 0, "it never ran"
-    assert joined["state"]["message"] == f"{ran['name']} read the same data and came to: Quarantined"
-    assert f"{joined['name']} was asked for before this run read the data" in served.log
+    assert joined["state"]["message"] == f"{ran['name']} read the same data; its outcome: Quarantined"
+    assert f"{joined['name']} was requested before this run read the data" in served.log
 
     announce_at_once(served, 1)
     last = ended_runs(served, 3)[-1]

@@ -548,8 +548,8 @@ def test_schedules_that_were_paused_and_resumed_outlive_a_new_start(served: Serv
         assert process.wait(timeout=60) == 0, log.read_text(errors="replace")
     said = log.read_text(errors="replace")
     assert "using the one that answers" in said
-    assert f"Schedule of {WATCH}: awake as it was, unlike in prefect.yaml" in said
-    assert f"Schedule of {CHECK}: paused as it was, unlike in prefect.yaml" in said
+    assert f"Schedule of {WATCH}: stays active, unlike in prefect.yaml" in said
+    assert f"Schedule of {CHECK}: stays paused, unlike in prefect.yaml" in said
     assert [schedule(flow)[1]["active"] for flow in ("watch-preferences", "check-champion")] == [True, False]
     written = json.loads((served.folder / "prefect" / "deployed-schedules.json").read_text())
     assert (len(written), written[WATCH], written[CHECK]) == (4, False, True), "what the file says"

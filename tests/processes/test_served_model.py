@@ -293,7 +293,7 @@ def test_versions_on_one_base_are_served_side_by_side(
     assert policies.names == ["two@champion", "two/1", "base"]
 
     assert main(["two/1", "two/3"]) == 2
-    assert "two/1 and two/3 stand on different bases, or hold them in different precision" in capsys.readouterr().err
+    assert "two/1 and two/3 have different bases, or bases in different precision" in capsys.readouterr().err
     assert len(served) == 1
 
 
