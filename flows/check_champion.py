@@ -38,7 +38,8 @@ def check_champion(config: str = "smoke") -> State[Any]:
 
     The result is compared with the measurements at registration. A drop on new held-out rows shows that the preferences
     changed; a drop on the same rows, that files, libraries or the machine changed. A champion with damaged files counts
-    as fallen and is not measured. Ends as `NoChampion` or `Steady`, or fails as `Fell`, with the event `qadapter.champion.fell`.
+    as fallen and is not measured. Ends as `NoChampion` or `Steady`, or fails as `Fell`, with the event
+    `qadapter.champion.fell`.
 
     Args:
         config: a name in `configs/customize/`, or a YAML file.

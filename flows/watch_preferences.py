@@ -105,8 +105,8 @@ def watch_preferences(config: str = "smoke") -> State[Any]:
 
 def _why_announce(config: str, customization: Customization, fingerprint: str) -> str | None:
     """The reason for announcing the source; None if there is none."""
-    # A run starts and ends under its lock. If the lock is free, a run that started earlier without recording its end did
-    # not finish.
+    # A run starts and ends under its lock. If the lock is free, a run that started earlier but recorded no end did not
+    # finish.
     begun = Seen.read(customization)
     busy = at_work(customization)
     seen = Seen.read(customization)
