@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from prefect.events import EventTrigger
 
 from flows.commands.table import COMMANDS as PIPELINE_COMMANDS
 from qadapter.command.options import TrainOptions
@@ -110,6 +111,8 @@ def test_every_yaml_block_is_valid(page: str) -> None:
         if block.startswith("# prefect.yaml"):
             deployments = yaml.safe_load((PROJECT_ROOT / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]
             assert all(content.keys() <= deployment.keys() for deployment in deployments)
+        elif set(content) == {"trigger"}:
+            EventTrigger.model_validate(content["trigger"])
         elif "base" in content:
             TrainOptions.model_validate(content)
         elif "fields" in content:

@@ -776,6 +776,7 @@ def test_what_the_guide_names_exists() -> None:
     text = DOCS.read_text(encoding="utf-8")
     flags = {"--" + name.replace("_", "-") for command in COMMANDS.values() for name in command.options.model_fields}
     flags |= {"--config", "--lr", "--traceback", "--help", "--install-completion"}
+    flags |= {f"--no-{name[2:]}" for name in flags}
     for named in re.findall(r"`(?:qadapter )?(--[a-z0-9-]+)", text):
         assert named in flags, named
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
