@@ -1,4 +1,4 @@
-"""Replies of a policy to many prompts, in batches."""
+"""Generate a policy's replies to many prompts, in batches."""
 
 from __future__ import annotations
 
@@ -59,17 +59,17 @@ def generate_with_ends(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[Generated]:
-    """One reply to each prompt, in the prompts' order, without the end-of-turn token and white space around it.
+    """Generate one reply per prompt, in the prompts' order, without the end-of-turn token and surrounding white space.
 
     Args:
         model: any policy that can `generate`.
         prompts: conversations whose last turn is the user's.
-        max_new_tokens: longest reply; what is longer is cut off. A prompt that leaves no room for it in the model's
-            context loses its beginning; how many do is logged. A prompt that has no rendering (its chat template
-            refuses it, say) gets an empty reply; how many do is logged, with the first one's reason.
-        batch_size: prompts a batch; batches are of similar length.
-        temperature: 0 takes the most likely token at each step, above 0 samples from the whole distribution.
-        seed: of the sampling; the same seed, prompts and batch size give the same replies.
+        max_new_tokens: longest reply in tokens; longer ones are cut off. A prompt that leaves no room for the reply in
+            the model's context loses its beginning. A prompt that cannot be rendered (because its chat template refuses
+            it, for example) gets an empty reply. The numbers of both are logged, the second with a reason.
+        batch_size: prompts per batch; a batch contains prompts of similar length.
+        temperature: 0 takes the most likely token at each step; above 0, tokens are sampled from the full distribution.
+        seed: seed of the sampling; the same seed, prompts and batch size give the same replies.
 
     Raises:
         QAdapterError: the model's context is not longer than a reply.
@@ -117,11 +117,11 @@ def longest_reply(wanted: int, context: int, *, asked_for: bool) -> int:
     Args:
         wanted: the setting's value.
         context: tokens of prompt and reply together.
-        asked_for: whether somebody named the value; a default that leaves too little for a prompt becomes half the
+        asked_for: whether the user set the value. A default that leaves too little room for a prompt becomes half the
             context.
 
     Raises:
-        QAdapterError: somebody asked for more than the context holds.
+        QAdapterError: the user asked for more tokens than fit into the context.
     """
     if wanted < context and (asked_for or wanted <= context // 2):
         return wanted
@@ -134,7 +134,7 @@ def longest_reply(wanted: int, context: int, *, asked_for: bool) -> int:
 
 
 def why_not(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -> str | None:
-    """Why a prompt has no rendering; None where it has one."""
+    """The reason why a prompt cannot be rendered; None if it can."""
     try:
         prompt_ids(tokenizer, prompt)
     except RenderError as error:
@@ -145,7 +145,7 @@ def why_not(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -> st
 def _readable(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[Message]], room: int
 ) -> dict[int, list[int]]:
-    """Token ids of the prompts that have a rendering, by place; says what was cut and what is left out."""
+    """Index → token ids of the prompts that can be rendered; logs how many were cut or skipped."""
     ids: dict[int, list[int]] = {}
     refused: list[str] = []
     shortened = 0
@@ -182,7 +182,7 @@ def _left_padded(rows: Sequence[list[int]], pad: int, device: torch.device) -> d
 def _settings(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float
 ) -> GenerationConfig:
-    """Generation settings that leave nothing to a model's own defaults but its further end tokens."""
+    """Generation settings that override all of a model's defaults except its additional end tokens."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     return GenerationConfig(

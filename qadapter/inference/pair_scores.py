@@ -1,4 +1,4 @@
-"""A pair's margins and what it is to win, defined once for evaluation, judges, reports and the gate."""
+"""Margins of a pair, and when a pair is won: the definitions for evaluation, judges, reports and the gate."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ Floats = NDArray[np.float64]
 
 
 def implied_margin(chosen: Floats, rejected: Floats, base_chosen: Floats, base_rejected: Floats) -> Floats:
-    """[n], log π/π1(chosen) - log π/π1(rejected) in nats: the preference's reward that a policy implies.
+    """[n], log π/π1(chosen) - log π/π1(rejected) in nats: the reward margin that a policy implies.
 
     Args:
         chosen, rejected: [n], the policy's summed log-probability of each reply.
-        base_chosen, base_rejected: [n], the base's.
+        base_chosen, base_rejected: [n], the same of the base.
     """
     return (chosen - base_chosen) - (rejected - base_rejected)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from qadapter.policy.objective import scored_positions
 
 CHUNK_ELEMENTS = 2**24
-"""Logits that are held in float32 at a time (64 MiB)."""
+"""Largest number of logits converted to float32 at a time (64 MiB)."""
 
 
 def reply_log_probs(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -37,9 +37,9 @@ def reply_log_probs(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tens
 
 
 def predictions(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One forward pass, and where in it the tokens of the replies are predicted.
+    """Run one forward pass, and locate the predictions of the reply tokens in it.
 
-    Position t predicts token t + 1; which positions count is the objective's to say, as in training.
+    Position t predicts token t + 1; `objective.scored_positions` selects the positions, as in training.
 
     Returns:
         logits [R, K, V] in the model's own dtype, K ≤ T (prompts that no row needs are not computed where the model
@@ -64,7 +64,7 @@ def chunks(n: int, vocabulary: int) -> Iterator[slice]:
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Batches of indices, the longest items first: little padding, and memory runs out at once or not at all."""
+    """Batches of indices, longest items first: little padding, and a lack of memory shows in the first batch."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
@@ -72,7 +72,7 @@ def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
 
 @contextmanager
 def evaluating(*models: torch.nn.Module) -> Iterator[None]:
-    """No gradients and evaluation mode inside; each model's own mode afterwards."""
+    """Disable gradients and set evaluation mode within the block; restore each model's mode afterwards."""
     modes = [model.training for model in models]
     for model in models:
         model.eval()
@@ -85,12 +85,12 @@ def evaluating(*models: torch.nn.Module) -> Iterator[None]:
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
-    """Where the model's inputs belong."""
+    """The device of the model's inputs."""
     return next(model.parameters()).device
 
 
 def _leaves_out_prompts(model: torch.nn.Module) -> bool:
-    """Whether the policy's forward takes `logits_to_keep` (PEFT hands on to the model it wraps)."""
+    """Whether the policy's forward accepts `logits_to_keep` (PEFT passes arguments on to the wrapped model)."""
     wrapped: Callable[[], Any] | None = getattr(model, "get_base_model", None)
     inner = wrapped() if callable(wrapped) else model
     return "logits_to_keep" in inspect.signature(inner.forward).parameters

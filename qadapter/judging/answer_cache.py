@@ -1,4 +1,4 @@
-"""A judge's earlier answers in one file that several threads and processes add to at a time."""
+"""A file of a judge's earlier answers, safe for several threads and processes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from qadapter.files.locks import private_lock
 class AnswerCache:
     """Answers by the digest of their question, as JSON lines.
 
-    Lines are added under a file lock, each in one write; before a question counts as new, the lines that other
-    processes have added are read. A line that a crash cut off is ignored, and the next one begins on a line of its own.
+    Each line is appended in one write under a file lock. Before a question counts as new, lines of other processes are
+    read. A line truncated by a crash is ignored, and the next answer starts a new line.
     """
 
     def __init__(self, file: Path | None) -> None:
-        """Read what is there.
+        """Read the existing answers.
 
         Args:
-            file: made with its first answer; None keeps the answers in memory only.
+            file: created with the first answer; None keeps the answers in memory only.
         """
         self._file = file
         self._answers: dict[str, str] = {}
@@ -30,14 +30,14 @@ class AnswerCache:
         self._read_new()
 
     def get(self, key: str) -> str | None:
-        """The answer to a question, from this or any other process; None if there is none yet."""
+        """The answer to a question, from any process; None if there is none yet."""
         with self._lock:
             if key not in self._answers:
                 self._read_new()
             return self._answers.get(key)
 
     def put(self, key: str, text: str) -> None:
-        """Keep an answer.
+        """Store an answer.
 
         Raises:
             QAdapterError: the disk is full, or the file cannot be written.
@@ -46,7 +46,7 @@ class AnswerCache:
             self._answers[key] = text
             if self._file is None:
                 return
-            # ASCII: a judge may send half a surrogate pair, which no encoding has bytes for.
+            # ASCII: a judge may send a lone surrogate, which no encoding can represent.
             line = json.dumps({"key": key, "text": text}).encode() + b"\n"
             with storage_errors(self._file):
                 self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -56,18 +56,18 @@ class AnswerCache:
                     stream.write(line)
 
     def _read_new(self) -> None:
-        """Read the whole lines that were added since the last time."""
+        """Read the complete lines that were added since the last read."""
         if self._file is None or not self._file.is_file():
             return
         with self._file.open("rb") as stream:
             if stream.seek(0, 2) < self._read_to:
-                self._read_to = 0  # the file was put in place anew
+                self._read_to = 0  # the file was replaced
             stream.seek(self._read_to)
             whole, newline, _ = stream.read().rpartition(b"\n")
         self._read_to += len(whole) + len(newline)
         for line in whole.split(b"\n"):
             try:
-                row = json.loads(line.decode(errors="replace"))  # a crash can cut a character in two
+                row = json.loads(line.decode(errors="replace"))  # a crash may truncate within a character
                 self._answers[row["key"]] = row["text"]
             except (ValueError, KeyError, TypeError, RecursionError):
                 continue

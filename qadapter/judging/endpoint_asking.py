@@ -1,8 +1,8 @@
-"""Which of two policies answers better, by the verdicts of a language model.
+"""Compare the answers of two policies by the verdicts of a language model.
 
-Every pair of answers is judged twice, once in each order, because judges favour a place (Zheng et al., 2023, "Judging
-LLM-as-a-judge"). A win counts only if both orders agree on it; what they disagree on is a tie. A question that got no
-usable answer is undecided: it is counted and kept, and the win rate is over the rest.
+Every pair of answers is judged twice, once in each order, because judges favour one position (Zheng et al., 2023,
+"Judging LLM-as-a-judge"). A win counts only if both orders agree; otherwise it is a tie. A question without a usable
+answer is undecided: it is counted, and the win rate covers the other questions.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _MARK = re.compile(r"\[\[\s*([ABC])\s*\]\]", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two answers to a prompt and what was said of them.
+    """Two answers to a prompt, and the judge's verdict.
 
     Attributes:
         prompt: the conversation, as text.
         answer_a, answer_b: the two policies' answers.
-        verdict: on answer A, by both orders together.
-        orders: what each order said of answer A (wherever it stood); empty where none was asked.
+        verdict: the verdict on answer A from both orders.
+        orders: the verdict on answer A in each order; empty if the judge was not asked.
         reason: why it is undecided.
     """
 
@@ -57,10 +57,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a judgement will take, where every answer can be used: `calls` to be made, `cached` answers, `price`.
+    """The expected cost of a judgement: `calls` to be made, `cached` answers, `price`.
 
-    The price is of estimated tokens and of answers of the full length; None without prices. An answer that is nonsense
-    costs one call more, the reminder, which nobody can count beforehand; the budget holds for it too.
+    The price assumes estimated tokens and answers of the full length; None without prices. An unusable answer costs one
+    more call, the reminder. These calls cannot be predicted, but count towards the budget.
     """
 
     calls: int
@@ -68,7 +68,7 @@ class Estimate:
     price: float | None
 
     def text(self) -> str:
-        """For people to read: `24 calls (and 0 known answers), about 0.01, reminders …`."""
+        """A readable summary: `24 calls (and 0 known answers), about 0.01, reminders …`."""
         cost = "at an unknown price" if self.price is None else f"about {self.price:.4f}"
         return f"{self.calls} calls (and {self.cached} known answers), {cost}, reminders after nonsense not counted"
 
@@ -79,7 +79,7 @@ class Judgement:
 
     Attributes:
         rows: in the prompts' order.
-        estimate: what it was expected to take.
+        estimate: the expected cost.
         usage: calls, cached answers, retries, cost and the last error.
     """
 
@@ -88,27 +88,27 @@ class Judgement:
     usage: Usage = field(default_factory=Usage)
 
     def count(self, verdict: Verdict) -> int:
-        """How many comparisons ended so."""
+        """The number of comparisons with this verdict."""
         return sum(row.verdict == verdict for row in self.rows)
 
     @property
     def undecided_reasons(self) -> dict[str, int]:
-        """How many comparisons each reason left undecided."""
+        """Reason → number of comparisons that it left undecided."""
         return dict(Counter(row.reason for row in self.rows if row.verdict == "undecided"))
 
     @property
     def win_rate(self) -> Interval | None:
         """Share of the decided comparisons that policy A wins, ties counted one half; None if nothing was decided.
 
-        With Wilson's interval: a bootstrap of six wins in six would be sure of a seventh.
+        The interval is Wilson's: a bootstrap of six wins in six would have zero width.
         """
         values = [WORTH[row.verdict] for row in self.rows if row.verdict in WORTH]
         return proportion_interval(sum(values), len(values)) if values else None
 
     def metrics(self) -> dict[str, float]:
-        """Figures to log: win_rate (with its interval, absent if nothing was decided), counts, and what was used.
+        """Metrics to log: win_rate (with its interval, absent if nothing was decided), counts and usage.
 
-        `order_agreement` is the share of judged comparisons in which both orders say the same.
+        `order_agreement` is the share of judged comparisons with the same verdict in both orders.
         """
         judged = [row for row in self.rows if len(row.orders) == 2 and row.verdict != "undecided"]
         figures = {
@@ -128,22 +128,22 @@ class Judgement:
 
 
 class OverBudgetError(QAdapterError):
-    """The judge would cost more than it may; no call has been made."""
+    """The judge would exceed its budget; no call was made."""
 
 
 class EndpointJudge:
-    """A language model that is asked which of two answers is better, and keeps count of what that took."""
+    """A language model that compares two answers, with a count of its usage."""
 
     name: ClassVar[str] = NAME
     free: ClassVar[bool] = False
 
     def __init__(self, settings: EndpointSettings, criterion: str, cache: Path | None = None) -> None:
-        """Nothing is called yet.
+        """Create the judge without calling it.
 
         Args:
-            settings: the judge.
-            criterion: what to decide, as the end of "Decide …"; see `qadapter.judging.endpoint.CRITERIA`.
-            cache: file of earlier answers; a judgement that was cut off goes on where it stopped.
+            settings: the judge's settings.
+            criterion: the end of "Decide …"; see `qadapter.judging.endpoint.CRITERIA`.
+            cache: file of earlier answers; an interrupted judgement resumes where it stopped.
         """
         self.settings, self.criterion, self.cache = settings, criterion, cache
         self.last: Judgement | None = None
@@ -151,7 +151,7 @@ class EndpointJudge:
     def estimate(
         self, prompts: Sequence[Sequence[Message]], answers_a: Sequence[str], answers_b: Sequence[str]
     ) -> Estimate:
-        """What `judge` with the same arguments will take, found without a call; see `Estimate`."""
+        """The expected cost of `judge` with the same arguments, computed without a call; see `Estimate`."""
         with contextlib.closing(JudgeClient(self.settings, self.cache)) as client:
             return _estimate(client, self._questions(prompts, answers_a, answers_b))
 
@@ -162,12 +162,12 @@ class EndpointJudge:
 
         Args:
             prompts: n conversations.
-            answers_a, answers_b: n answers of each policy. Equal answers are a tie that nobody is asked about.
+            answers_a, answers_b: n answers of each policy. Equal answers are a tie without asking the judge.
 
         Raises:
             OverBudgetError: the estimate is above the budget.
-            QAdapterError: settings that cannot work; no call has been made then either. Nothing that happens later is
-                an error: what the judge does not answer is undecided.
+            QAdapterError: the settings are invalid; no call was made. Later failures are not errors: questions without
+                an answer are undecided.
         """
         if not len(prompts) == len(answers_a) == len(answers_b):
             raise ValueError(f"{len(prompts)} prompts, but {len(answers_a)} and {len(answers_b)} answers.")
@@ -178,7 +178,7 @@ class EndpointJudge:
             if self.settings.budget is not None and (expected.price or 0) > self.settings.budget:
                 raise OverBudgetError(
                     f"The judge would cost about {expected.price:.2f} for {expected.calls} calls, and its budget is "
-                    f"{self.settings.budget:.2f}. Raise the budget, judge fewer prompts or take a cheaper model."
+                    f"{self.settings.budget:.2f}. Raise the budget, judge fewer prompts or use a cheaper model."
                 )
             with ThreadPoolExecutor(max_workers=self.settings.parallel) as pool:
                 answers = list(pool.map(lambda messages: _ask(client, messages), (m for two in questions for m in two)))
@@ -192,7 +192,7 @@ class EndpointJudge:
     def verdicts(
         self, prompts: Sequence[Sequence[Message]], base: Sequence[str], replies: Sequence[str]
     ) -> list[Verdict]:
-        """See `qadapter.judging.verdicts.AnswerJudge`; over budget, everything is undecided."""
+        """See `qadapter.judging.verdicts.AnswerJudge`; if the budget is too small, everything is undecided."""
         try:
             judgement = self.judge(prompts, replies, base)
         except OverBudgetError as error:
@@ -222,7 +222,7 @@ class EndpointJudge:
     def _questions(
         self, prompts: Sequence[Sequence[Message]], answers_a: Sequence[str], answers_b: Sequence[str]
     ) -> list[list[Messages]]:
-        """For each comparison the questions in both orders, none where the answers are equal."""
+        """The questions of each comparison in both orders; none if the answers are equal."""
         return [
             [_question(prompt, a, b, self.criterion), _question(prompt, b, a, self.criterion)]
             if a.strip() != b.strip()
@@ -232,7 +232,7 @@ class EndpointJudge:
 
 
 def parse_verdict(text: str) -> Literal["A", "B", "C"] | None:
-    """The last mark of a judge's answer, or the answer itself if it is a mark without brackets; else None."""
+    """The last mark in a judge's answer, or the answer itself if it is a mark without brackets; otherwise None."""
     marks = _MARK.findall(text)
     last = marks[-1].upper() if marks else text.strip().strip(".").upper()
     found: dict[str, Literal["A", "B", "C"]] = {"A": "A", "B": "B", "C": "C"}
@@ -259,7 +259,7 @@ def _estimate(client: JudgeClient, questions: Sequence[Sequence[Messages]]) -> E
 
 
 def _ask(client: JudgeClient, messages: Messages) -> str:
-    """A mark, or a reason in lower case why there is none."""
+    """A mark, or the reason, in lower case, why there is none."""
     try:
         return client.ask(messages, parse_verdict, _REMINDER)
     except UnansweredError as error:
@@ -282,5 +282,5 @@ def _comparison(prompt: str, a: str, b: str, answers: Sequence[str]) -> Comparis
 
 
 def as_text(prompt: Sequence[Message]) -> str:
-    """A conversation for people and judges to read."""
+    """A conversation as readable text."""
     return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in prompt)

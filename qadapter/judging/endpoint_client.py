@@ -1,7 +1,7 @@
 """Calls to a judge behind an OpenAI-compatible endpoint: cached, retried, within a budget, never fatal.
 
-The requests go through the `openai` client; its own retries are off, because a judge's budget, its waits and the point
-at which it is given up hold for all threads together.
+Requests go through the `openai` client. Its own retries are off, because a judge's budget, its waits and the decision
+to give up apply to all threads together.
 """
 
 from __future__ import annotations
@@ -34,36 +34,35 @@ Messages = Sequence[dict[str, str]]
 Parsed = TypeVar("Parsed")
 
 CHARACTERS_A_TOKEN = 3.5
-"""For estimates only; English text has about four, other languages fewer."""
+"""Characters per token, for estimates only; English text has about four, other languages fewer."""
 
 LONGEST_WAIT = 60.0
-"""Seconds between two attempts at most, whatever the server asks for."""
+"""Largest wait in seconds between two attempts, even if the server asks for more."""
 
 GIVE_UP_AFTER = 3
-"""Calls in a row that no retry could save, after which the judge is taken to be gone."""
+"""Consecutive failed calls after which the judge is considered unavailable."""
 
 MOST_TOKENS = 1e9
-"""No call uses more; a server that counts more does not count."""
+"""Largest plausible number of tokens per call; larger counts of a server are ignored."""
 
 LARGEST_RESPONSE = 4 * 2**20
-"""Bytes of a response, as sent and as unpacked: a verdict takes a few hundred, a bomb unpacks to gigabytes."""
+"""Largest response in bytes, compressed and decompressed: a verdict has a few hundred, a zip bomb gigabytes."""
 
 _NO_RESPONSE = (httpx.HTTPError, httpx.InvalidURL, OSError, OverflowError, ValueError)
-"""What an attempt fails with where an address, a network or a server is to blame, not this program; a ValueError is
-what TLS and codecs raise at a name."""
+"""Exceptions caused by an address, a network or a server rather than by this program. TLS and codecs raise ValueError
+for an invalid name."""
 
 
 def check_endpoint(settings: EndpointSettings) -> None:
-    """Refuse what can be seen to be wrong before any call.
+    """Refuse invalid settings before any call.
 
     Raises:
-        QAdapterError: no http(s) address, no key in the environment or one that no header can carry, a budget without
-            prices.
+        QAdapterError: the address is not http(s), the key is missing or not valid in a header, or there is a budget but
+            no prices.
     """
     if not _is_base(settings.url):
         raise QAdapterError(
-            "The judge's url is not one that can be used. Give the endpoint's base, http(s)://…/v1, without a name or "
-            "password in it."
+            "The judge's url cannot be used. Give the endpoint's base, http(s)://…/v1, without a user name or password."
         )
     _key_of(settings)
     if settings.budget is not None and (settings.input_price is None or settings.output_price is None):
@@ -80,10 +79,10 @@ def _is_base(url: str) -> bool:
 
 
 def _key_of(settings: EndpointSettings) -> str:
-    """The key without the line end that a mounted secret often has; empty for a server that wants none.
+    """The key without the newline that a mounted secret often has; empty for a server without keys.
 
     Raises:
-        QAdapterError: there is none, or it cannot stand in a header; the key is not shown.
+        QAdapterError: the key is missing or not valid in a header; the message does not contain it.
     """
     variable = settings.api_key_variable
     if variable is None:
@@ -93,18 +92,18 @@ def _key_of(settings: EndpointSettings) -> str:
     if not key:
         raise QAdapterError(
             f"The judge's key is expected in the environment variable {variable}, which is not set or empty. Set it, "
-            "or set api_key_variable to null for a server that wants no key."
+            "or set api_key_variable to null for a server without keys."
         )
     if not (key.isascii() and key.isprintable()):
         raise QAdapterError(
-            f"The judge's key in the environment variable {variable} has a character that no header can carry: a line "
-            "end or another control character inside it, or one that is not ASCII. Copy the key again."
+            f"The judge's key in the environment variable {variable} has a character that a header cannot contain: a "
+            "newline or other control character, or one that is not ASCII. Copy the key again."
         )
     return key
 
 
 def price(settings: EndpointSettings, input_tokens: float, output_tokens: float) -> float | None:
-    """What so many tokens cost, in the prices' currency; None where the prices are not known."""
+    """The cost of tokens, in the prices' currency; None if the prices are unknown."""
     if settings.input_price is None or settings.output_price is None:
         return None
     return (input_tokens * settings.input_price + output_tokens * settings.output_price) / 1e6
@@ -116,14 +115,14 @@ class UnansweredError(Exception):
 
 @dataclass
 class Usage:
-    """What was used.
+    """A judge's usage.
 
     Attributes:
-        calls: questions that were answered, nonsense included.
-        cached: answers that were known.
-        retries: further attempts.
+        calls: answered questions, including unusable answers.
+        cached: answers from the cache.
+        retries: number of retries.
         cost: in the prices' currency; 0 without prices.
-        last_error: what went wrong last, for people to read.
+        last_error: the last error, as readable text.
     """
 
     calls: int = 0
@@ -134,18 +133,18 @@ class Usage:
 
 
 class JudgeClient:
-    """One judge for one evaluation; safe to use from several threads.
+    """A judge for one evaluation; safe to use from several threads.
 
     Attributes:
-        usage: what was used so far.
+        usage: the usage so far.
     """
 
     def __init__(self, settings: EndpointSettings, cache: Path | None = None) -> None:
         """Check the settings and read the cache.
 
         Args:
-            settings: the judge.
-            cache: JSON lines of earlier answers, added to; a line that was cut off by a crash is ignored.
+            settings: the judge's settings.
+            cache: JSON lines of earlier answers, to be extended; a line truncated by a crash is ignored.
         """
         check_endpoint(settings)
         key = _key_of(settings)
@@ -158,17 +157,17 @@ class JudgeClient:
         self._reserved = 0.0
         self._lost_in_a_row = 0
         self._stopped: str | None = None
-        # As it is and as it is quoted, in Python or JSON; the longest first, so that no part of one is left.
+        # The key as it is and as quoted in Python or JSON, the longest first, so that no part remains unmasked.
         self._secrets = sorted({key, repr(key)[1:-1], json.dumps(key)[1:-1]} - {""}, key=len, reverse=True)
-        # A client's timeout is for each read, so that a server could send a byte now and then for ever. A coroutine can
-        # be ended at any point; the loop runs in a thread of its own, so that `ask` can be called from any.
+        # A client's timeout applies to each read, so a server could send single bytes for ever. A coroutine can be
+        # cancelled at any point; its loop runs in a separate thread, so that any thread can call `ask`.
         self._http = _BoundedClient(key)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="judge", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Close the connections; the client is of no use any more."""
+        """Close the connections; the client cannot be used afterwards."""
         if self._loop.is_closed():
             return
         asyncio.run_coroutine_threadsafe(self._http.aclose(), self._loop).result()
@@ -177,12 +176,12 @@ class JudgeClient:
         self._loop.close()
 
     def ask(self, messages: Messages, parse: Callable[[str], Parsed | None], reminder: str) -> Parsed:
-        """The judge's answer to one question.
+        """Ask the judge one question.
 
         Args:
             messages: the question.
-            parse: makes an answer of the judge's text, None if it is none.
-            reminder: what is said to a judge whose text was no answer, once.
+            parse: parses the judge's text; returns None if it is not an answer.
+            reminder: message that is sent once to a judge whose text was not an answer.
 
         Raises:
             UnansweredError: no answer: "nonsense", "timeout", "unreachable", "server error", "rate limit", "refused",
@@ -215,7 +214,7 @@ class JudgeClient:
                 self.usage.cached += 1
             return known
         text = self._call(messages)
-        if parse(text) is not None:  # nonsense is not kept: another attempt, another day, may do better
+        if parse(text) is not None:  # unusable answers are not cached: a later attempt may succeed
             self._answers.put(key, text)
         return text
 
@@ -232,7 +231,7 @@ class JudgeClient:
         try:
             body = self._attempts(messages)
         finally:
-            with self._lock:  # at once: between the two another thread could take what is spent for free
+            with self._lock:  # both together: otherwise another thread could overspend in between
                 self._reserved -= expected
                 if body is not None:
                     self.usage.calls += 1
@@ -240,14 +239,14 @@ class JudgeClient:
         try:
             return str(body["choices"][0]["message"]["content"] or "")
         except (KeyError, IndexError, TypeError):
-            return ""  # an answer, but without a text: nonsense
+            return ""  # an answer without text is unusable
 
     def _attempts(self, messages: Messages) -> dict[str, Any]:
-        """The response's body, after as many attempts as are allowed."""
+        """The response's body, after at most the allowed number of attempts."""
         reason, wait = "unreachable", self.settings.backoff
         for attempt in range(self.settings.retries + 1):
             if attempt:
-                time.sleep(wait * random.uniform(0.75, 1.0))  # apart from each other, not all at once
+                time.sleep(wait * random.uniform(0.75, 1.0))  # jitter, so that threads do not retry together
                 with self._lock:
                     self.usage.retries += 1
             if self._stopped:
@@ -258,7 +257,7 @@ class JudgeClient:
             except (TimeoutError, httpx.TimeoutException):
                 reason = self._note("timeout", f"no answer within {self.settings.timeout} s")
                 continue
-            except httpx.DecodingError as error:  # a body not compressed as its header says
+            except httpx.DecodingError as error:  # the body is not compressed as its header says
                 reason = self._note("server error", str(error))
                 continue
             except (*_NO_RESPONSE, ExceptionGroup) as error:
@@ -272,12 +271,12 @@ class JudgeClient:
                     continue
                 self._lost_in_a_row = 0
                 return body if isinstance(body, dict) else {}
-            # Not `response.text`: the server names the encoding, and Python knows some that no text has.
+            # Not `response.text`: the server names the encoding, and Python has codecs that are not for text.
             text = response.content.decode(errors="replace")
             self._note(f"status {response.status_code}", text)
             if response.status_code == 402 or "insufficient_quota" in text:
                 raise self._stop("quota")
-            if response.status_code in (401, 403, 404):  # the key or the name is wrong: no question will fare better
+            if response.status_code in (401, 403, 404):  # the key or the name is wrong, so every question would fail
                 raise self._stop("refused")
             if response.status_code not in (408, 409, 429) and response.status_code < 500:
                 raise UnansweredError("refused")
@@ -290,14 +289,14 @@ class JudgeClient:
         raise UnansweredError(reason)
 
     async def _post(self, messages: Messages) -> httpx.Response:
-        """One attempt, its last byte read in time.
+        """One attempt, with the whole response read in time.
 
         Raises:
             TimeoutError: it took longer than the settings allow.
-            Exception: one of `_NO_RESPONSE`, alone or in a group: no whole response came.
+            Exception: one of `_NO_RESPONSE`, alone or in a group: the response is missing or incomplete.
         """
         url = httpx.URL(f"{self.settings.url.rstrip('/')}/chat/completions")
-        question = json.dumps(self._body(messages)).encode()  # not the client's own, which fails at half a surrogate
+        question = json.dumps(self._body(messages)).encode()  # the client's own encoding fails at a lone surrogate
         try:
             async with asyncio.timeout(self.settings.timeout):
                 return await self._openai().post(
@@ -312,7 +311,7 @@ class JudgeClient:
             raise (error.__cause__ or error) from None
 
     def _openai(self) -> openai.AsyncOpenAI:
-        """A client for one request; what goes out with it is `_BoundedClient`'s to say."""
+        """A client for one request; `_BoundedClient` decides what is sent."""
         return openai.AsyncOpenAI(
             api_key="of the endpoint",
             base_url=self.settings.url,
@@ -331,13 +330,13 @@ class JudgeClient:
         return reason
 
     def _masked(self, text: str) -> str:
-        """Without the key: some servers repeat a wrong one in their refusal."""
+        """Mask the key in a text: some servers repeat a wrong key in their refusal."""
         for secret in self._secrets:
             text = text.replace(secret, "…")
         return text
 
     def _cost(self, used: Any, expected: float) -> float:
-        """What a call cost by the server's own count of tokens; the estimate where it does not tell."""
+        """The cost of a call by the server's count of tokens; the estimate if the server gives none."""
         if not isinstance(used, dict):
             return expected
         read, written = (_count(used.get(name)) for name in ("prompt_tokens", "completion_tokens"))
@@ -363,19 +362,19 @@ _SENT_HEADERS = {"host", "accept", "connection", "content-length", "content-type
 
 
 class _BoundedClient(httpx.AsyncClient):
-    """An HTTP client that sends what belongs to a question and reads no response beyond `LARGEST_RESPONSE`.
+    """An HTTP client that sends only what a question needs, and reads at most `LARGEST_RESPONSE` bytes.
 
     The `openai` client adds headers from environment variables that are meant for api.openai.com (organisation,
     project, admin key, custom headers); they are not sent to other servers.
     """
 
     def __init__(self, key: str) -> None:
-        """A client that authenticates with this key; an empty one for a server that wants none."""
+        """Create a client that authenticates with this key; an empty key is for a server without keys."""
         super().__init__(timeout=None)
         self._key = key
 
     async def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
-        """As the parent's, with the body read and unpacked.
+        """As the parent's method, with the body read and decompressed.
 
         Raises:
             httpx.DecodingError: the body is too large, or not compressed as its header says.
@@ -398,24 +397,24 @@ class _BoundedClient(httpx.AsyncClient):
             content = _unpacked(bytes(body), response.headers.get("content-encoding", ""))
         except (zlib.error, ValueError) as error:
             raise httpx.DecodingError(str(error), request=request) from error
-        # Without the server's word for the encoding of the text: Python knows some that no text has.
+        # Without the server's name of the text encoding: Python has codecs that are not for text.
         dropped = ("content-encoding", "content-length", "transfer-encoding", "content-type")
         headers = [(name, value) for name, value in response.headers.multi_items() if name not in dropped]
         return httpx.Response(response.status_code, headers=headers, content=content, request=request)
 
 
 def _unpacked(body: bytes, encoding: str) -> bytes:
-    """A response's body without its compression.
+    """A response's decompressed body.
 
     Raises:
-        ValueError: an encoding that was not asked for, or more than `LARGEST_RESPONSE` bytes.
-        zlib.error: the body is not compressed so.
+        ValueError: an encoding that was not requested, or more than `LARGEST_RESPONSE` bytes.
+        zlib.error: the body is not compressed in this way.
     """
     named = encoding.strip().lower()
     if named in ("", "identity"):
         return body
     if named not in ("gzip", "x-gzip", "deflate"):
-        raise ValueError(f"the response is compressed as {named[:40]!r}, gzip or deflate was asked for")
+        raise ValueError(f"the response is compressed as {named[:40]!r}; expected gzip or deflate")
     reader = zlib.decompressobj(wbits=47)  # zlib's header or gzip's
     content = reader.decompress(body, LARGEST_RESPONSE + 1)
     if len(content) > LARGEST_RESPONSE:
@@ -424,13 +423,13 @@ def _unpacked(body: bytes, encoding: str) -> bytes:
 
 
 def _count(value: Any) -> float | None:
-    """A server's count of tokens; None for what is none."""
+    """A server's count of tokens; None if it is not a valid count."""
     known = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MOST_TOKENS
     return float(value) if known else None
 
 
 def _asked_wait(response: httpx.Response, otherwise: float) -> float:
-    """Seconds that the server asks to wait for, if it names a length of time that there is."""
+    """Seconds that the server asks to wait, if it gives a valid time."""
     try:
         asked = float(response.headers["retry-after"])
     except (KeyError, ValueError):
@@ -439,10 +438,10 @@ def _asked_wait(response: httpx.Response, otherwise: float) -> float:
 
 
 def _cause(error: Exception) -> Exception:
-    """What is behind a group of exceptions, as the connection attempts to several addresses end with.
+    """The error behind a group of exceptions, which connection attempts to several addresses may raise.
 
     Raises:
-        ExceptionGroup: something in it is a mistake of this program.
+        ExceptionGroup: the group contains an error of this program.
     """
     if not isinstance(error, ExceptionGroup):
         return error

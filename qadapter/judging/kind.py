@@ -1,6 +1,6 @@
-"""What a judge is to the rest of the project: one record, which each judge's own file fills in.
+"""The record that describes a judge to the rest of the project; each judge's file creates one.
 
-This module and the judges' files know neither the table nor the whole schema, so that adding a judge changes no stage
+This module and the judges' files import neither the table nor the whole schema, so that adding a judge changes no stage
 key of the others.
 """
 
@@ -19,21 +19,21 @@ from qadapter.judging.verdicts import AnswerJudge
 
 @dataclass(frozen=True)
 class Case:
-    """What a judge may know of an experiment: one domain whose answers are compared.
+    """One domain of an experiment whose answers are compared, as a judge sees it.
 
     Attributes:
         domain, source: names of the domain and of its source of preferences.
-        asked: whether the config names this judge (and not only its section).
-        settings: the judge's own section of `evaluation.adaptation`, validated; None where the config has none.
+        asked: whether the config selects this judge (and not only has its section).
+        settings: the judge's validated section of `evaluation.adaptation`; None if the config has none.
         toy_world: whether the data come from the toy world.
         style: the domain's style in the toy world; None for harmless.
-        judge_pairs: preference pairs that the source sets apart for training a judge.
-        generate: answers that are compared for each policy.
-        max_new_tokens: the longest answer.
+        judge_pairs: number of preference pairs that the source sets aside for training a judge.
+        generate: number of compared answers per policy.
+        max_new_tokens: longest answer in tokens.
         batch_size: sequences per forward pass.
-        training: how the domain's adapters are trained.
-        context: tokens that a model from scratch holds; None for a pretrained model.
-        criterion: what the config says is to be decided in this domain, as the end of "Decide …".
+        training: training settings of the domain's adapters.
+        context: context of a model from scratch in tokens; None for a pretrained model.
+        criterion: the config's criterion for this domain, as the end of "Decide …".
     """
 
     domain: str
@@ -53,7 +53,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Material:
-    """What the stages before the evaluation made, for a judge that compares answers now.
+    """The outputs of earlier stages for a judge.
 
     Attributes:
         world: folder of the toy world; None for other data.
@@ -61,7 +61,7 @@ class Material:
         base: folder or hub id of the domain's base model.
         model: the base's precision.
         cache: folder for files that all rows and runs share.
-        rows: policies whose answers the whole run judges; they share a budget.
+        rows: number of policies whose answers the whole run judges; they share a budget.
     """
 
     world: Path | None
@@ -90,20 +90,20 @@ def _free_of_charge(_cases: Sequence[Case], _rows: int) -> list[str]:
 
 @dataclass(frozen=True)
 class JudgeKind:
-    """One judge.
+    """A judge.
 
     Attributes:
-        name: the word for `evaluation.adaptation.judge`.
-        open: the judge itself, ready to compare answers.
+        name: the value of `evaluation.adaptation.judge`.
+        open: creates the judge, ready to compare answers.
         section: name of the judge's settings in `evaluation.adaptation`; None for a judge without settings.
         settings: the schema of that section.
         training: dotted name of a module whose `train_judge` trains the judge before the evaluation; None for a judge
             without training.
-        is_default: whether the judge is taken where the config names none; the table's order decides between several.
-        contradictions: what in the config keeps this judge from judging the case, one sentence per problem.
-        plan: lines on the price for all cases and rows together; raises `QAdapterError` where the judge cannot work
-            (no key, over budget). Nothing is called.
-        cache_key: what of the settings a verdict depends on.
+        is_default: whether the judge is used if the config selects none; the first such judge of the table is taken.
+        contradictions: problems in the config that prevent this judge from judging, one sentence each.
+        plan: lines on the price for all cases and rows together. It makes no call, and raises `QAdapterError` if the
+            judge cannot work (no key, over budget).
+        cache_key: the settings that a verdict depends on.
     """
 
     name: str
@@ -118,6 +118,6 @@ class JudgeKind:
 
 
 def no_answers(case: Case, name: str) -> Iterable[str]:
-    """The contradiction of a judge that is asked for where no answer is generated."""
+    """The contradiction of a judge that is selected although no answers are generated."""
     if case.asked and not case.generate:
         yield f"evaluation.adaptation.generate: 0 leaves evaluation.adaptation.judge {name!r} no answers to judge"

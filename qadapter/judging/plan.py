@@ -1,4 +1,4 @@
-"""Which judge compares an experiment's answers, what that costs and whether it can work, before anything runs."""
+"""The judges of an experiment's answers, their cost, and the checks before anything runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def case_of(experiment: Experiment, domain: str, kind: JudgeKind) -> Case:
-    """What a judge may know of one of an experiment's domains, whose source exists."""
+    """The case of one of an experiment's domains, whose source exists."""
     name = experiment.domains[domain].source
     source = experiment.sources[name]
     adaptation = experiment.evaluation.adaptation
@@ -35,18 +35,18 @@ def case_of(experiment: Experiment, domain: str, kind: JudgeKind) -> Case:
 
 
 def judge_of(experiment: Experiment, domain: str) -> JudgeKind | None:
-    """The judge of a domain's answers: the one that the config names, else the first whose default fits."""
+    """The judge of a domain's answers: the one that the config selects, otherwise the first default that applies."""
     if named := experiment.evaluation.adaptation.judge:
         return find_judge(named)
     return next((kind for kind in JUDGES if kind.is_default(case_of(experiment, domain, kind))), None)
 
 
 def contradictions(experiment: Experiment, domains: list[str]) -> list[str]:
-    """What keeps the judges from judging, one sentence per problem.
+    """The problems that prevent judges from judging, one sentence each.
 
     Args:
         experiment: the config.
-        domains: those whose source exists.
+        domains: the domains whose source exists.
     """
     by_source = sorted(domains, key=lambda domain: experiment.domains[domain].source)
     found = [
@@ -59,7 +59,7 @@ def contradictions(experiment: Experiment, domains: list[str]) -> list[str]:
 
 
 def judge_training(experiment: Experiment, domain: str) -> OptimizerSettings:
-    """How the judge of a domain is trained: by its own section, else as the adapters.
+    """The training settings of a domain's judge: its own section, otherwise those of the adapters.
 
     Raises:
         ValueError: the domain's judge needs no training.
@@ -72,12 +72,12 @@ def judge_training(experiment: Experiment, domain: str) -> OptimizerSettings:
 
 
 def judged_rows(experiment: Experiment) -> int:
-    """Policies whose answers an experiment judges; a base against itself needs no judge."""
+    """Number of policies whose answers an experiment judges; the base is not compared with itself."""
     return len(experiment.domains) * len(experiment.methods.run) * len(experiment.seeds)
 
 
 def plan_judges(experiment: Experiment, rows: int) -> list[str]:
-    """Lines on which judge compares which domain's answers, and what that costs.
+    """Lines on the judge of each domain's answers, and its cost.
 
     Args:
         experiment: the config.

@@ -1,4 +1,4 @@
-"""Customise a base to preferences with one of the methods: the same adapter, data and token budget for each."""
+"""Customize a base to preferences with one method. All methods use the same adapter shape, data and token budget."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ Conversation = tuple[list[int], list[int]]
 
 
 class Job:
-    """One training of an adapter, as a method finds it. Each method sees two sequences per pair.
+    """One training of an adapter: what a method is given. Each method reads two sequences per pair.
 
-    A method takes its examples from `on_pairs` or `on_conversations`, which also give the trainer's arguments: how
-    many of these examples a step reads follows from what they are.
+    A method takes its examples from `on_pairs` or `on_conversations`. They also return the trainer's arguments, since
+    the number of examples per step depends on their kind.
 
     Attributes:
         network, tokenizer: the frozen base.
         lora: the adapter's shape.
         pairs, encoded: the N usable pairs, as text and as token ids.
-        max_length: most tokens of a sequence.
+        max_length: largest number of tokens per sequence.
         needs: name of a stage that the method needs → its folder.
         out: the folder of the results.
         steps: optimiser steps.
@@ -81,7 +81,7 @@ class Job:
             examples: two for each pair, so that epochs and batches are as large as those of methods that see pairs.
 
         Raises:
-            ValueError: they are not two for each pair.
+            ValueError: there are not two per pair.
         """
         if len(examples) != 2 * len(self.encoded):
             raise ValueError(f"{len(examples)} conversations for {len(self.encoded)} pairs; expected two for each pair")
@@ -97,10 +97,10 @@ class Job:
         return [(pair.prompt_ids, pair.rejected_ids) for pair in self.encoded]
 
     def tokens(self) -> int:
-        """Tokens that the training reads, padding not counted.
+        """Tokens that the training reads, without padding.
 
         Raises:
-            ValueError: the method took its examples from elsewhere, so nothing is known of its budget.
+            ValueError: the method took its examples from elsewhere, so that its budget is unknown.
         """
         if not self._per_step:
             raise ValueError("a method has to take its examples from Job.on_pairs or Job.on_conversations")
@@ -142,18 +142,18 @@ def train_adapter(
     """Train one adapter and write it.
 
     Args:
-        train: the method's own function (`Method.train`).
-        choice: the method's own settings.
+        train: the method's training function (`Method.train`).
+        choice: the method's settings.
         base: folder or hub id of the base model.
         pairs_file: prepared preference pairs, one per line.
-        model, lora, training: what all methods share. A step takes `batch_size` pairs, or twice as many single
-            conversations, so that every method sees the same number of sequences.
-        seed: of weights, order and dropout.
+        model, lora, training: settings that all methods share. A step takes `batch_size` pairs, or twice as many single
+            conversations, so that every method reads the same number of sequences.
+        seed: seed of weights, data order and dropout.
         needs: name of a stage that the method needs → its folder.
         out: gets `adapter/` (PEFT's files; for the Q-Adapter its objective too), for the Q-Adapter `params.json` (its
             objective, defaults filled in), `history.jsonl`, `metrics.json` and
             `unused.jsonl` (pairs without a response token after truncation, with the reason).
-        scratch: checkpoints; training goes on from the newest whole one.
+        scratch: folder of checkpoints; training resumes from the newest complete one.
 
     Raises:
         QAdapterError: no pair is left after truncation.
@@ -184,9 +184,9 @@ def train_adapter(
 
 
 def with_steps(training: OptimizerSettings, examples: int, learning_rate: float | None) -> OptimizerSettings:
-    """The settings with the number of steps written out, and with a method's own learning rate where it has one.
+    """The settings with an explicit number of steps, and with the method's own learning rate if it has one.
 
-    An explicit number of steps gives every method the same budget, whatever its trainer calls an epoch.
+    An explicit number of steps gives every method the same budget, however its trainer defines an epoch.
     """
     steps = training.max_steps or math.ceil(examples / training.batch_size * training.epochs)
     return training.model_copy(update={"max_steps": steps, "learning_rate": learning_rate or training.learning_rate})
@@ -198,7 +198,7 @@ def lengths_of_pairs(encoded: Sequence[EncodedPair]) -> list[int]:
 
 
 def write_adapter(out: Path, trainer: Trainer, cost: Cost, tokens: int, encoded: Sequence[EncodedPair]) -> None:
-    """Write a trained adapter, `out/adapter`, and what every training records."""
+    """Write a trained adapter to `out/adapter`, with the records of every training."""
     save_weights(trainer, out / "adapter")
     adapter_bytes = sum(file.stat().st_size for file in (out / "adapter").glob("*.safetensors"))
     extra = {"cost/adapter_bytes": adapter_bytes, **truncation_of(encoded).metrics()}
@@ -212,10 +212,10 @@ def encode_usable(
     unused: Path,
     allow_truncation: bool,
 ) -> tuple[list[int], list[EncodedPair]]:
-    """Token ids of the usable pairs and those pairs' indices; the others are written down with the reason.
+    """Token ids and indices of the usable pairs; the others are recorded with the reason.
 
     Raises:
-        QAdapterError: no pair can be used, or the data should not be trained on (see `refuse_unlearnable`).
+        QAdapterError: no pair is usable, or the data are not fit for training (`refuse_unlearnable`).
     """
     found = encode_pairs(pairs, tokenizer, max_length)
     rows = [{"pair": index, "reason": reason} for index, reason in found.unusable]

@@ -1,4 +1,4 @@
-"""From an experiment's optimiser settings to transformers' Trainer's arguments, and what every training records."""
+"""Turn optimiser settings into arguments of transformers' Trainer, and write the records of every training."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def trainer_arguments(
 
     Args:
         settings: batch size, steps, learning rate and so on.
-        seed: of weights, data order and dropout.
-        scratch: folder for checkpoints; one that is there already is where training goes on.
-        sequences_per_example: rows the trainer sees for one example of `settings`: 2 where a pair's budget is spent on
-            single conversations (SFT, replay).
+        seed: seed of weights, data order and dropout.
+        scratch: folder of checkpoints; training resumes from an existing one.
+        sequences_per_example: trainer rows per example of `settings`: 2 if a pair's budget is spent on single
+            conversations (SFT, replay).
 
-    `batch_size` is that of all processes together: each accumulates over its share.
+    `batch_size` covers all processes together; each accumulates over its share.
 
     Raises:
-        QAdapterError: the batch cannot be shared out evenly among the processes that a launcher started.
+        QAdapterError: the batch cannot be divided evenly between the started processes.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))  # of torch.distributed; absent where there is one process
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # set by torch.distributed; absent for a single process
     micro = settings.micro_batch_size or max(1, settings.batch_size // processes)
     if settings.batch_size % (micro * processes):
         raise QAdapterError(
@@ -78,14 +78,14 @@ def trainer_arguments(
 
 
 def for_trl(arguments: dict[str, Any]) -> dict[str, Any]:
-    """TRL 1.16 turns checkpointing on by default, and only under the name that transformers 5.23 deprecates."""
+    """Adapt arguments to TRL 1.16, which enables checkpointing by default, by a name that transformers deprecates."""
     return {**arguments, "gradient_checkpointing": arguments["activation_checkpointing"]}
 
 
 class ProgressLog(TrainerCallback):
-    """Says where a training is, at most every `seconds`: a log line survives where a progress bar does not.
+    """Logs a training's progress, at most every `seconds`. Unlike a progress bar, log lines are kept.
 
-    It takes the place of the callback that prints every logged step.
+    It replaces the callback that prints every logged step.
     """
 
     def __init__(self, name: str, seconds: float = 15.0) -> None:
@@ -113,11 +113,11 @@ class ProgressLog(TrainerCallback):
 
 @dataclass
 class Cost:
-    """What a piece of work took.
+    """The cost of a piece of work.
 
     Attributes:
         seconds: wall time.
-        peak_memory_mb: highest CUDA allocation, or without CUDA how far the process grew beyond its size at the start.
+        peak_memory_mb: largest CUDA allocation in MB; without CUDA, the growth of the process since the start.
     """
 
     seconds: float = 0.0
@@ -134,7 +134,7 @@ def measured_cost() -> Iterator[Cost]:
         yield cost
         cost.peak_memory_mb = torch.cuda.max_memory_allocated() / 2**20
     else:
-        gc.collect()  # what is garbage at the start would hide as much of the growth when it goes
+        gc.collect()  # garbage that exists at the start would hide growth when it is freed
         process, done = psutil.Process(), Event()
         before = peak = process.memory_info().rss
 
@@ -155,32 +155,32 @@ def measured_cost() -> Iterator[Cost]:
 
 
 def train_to_end(trainer: AnyTrainer, name: str) -> AnyTrainer:
-    """Train from the newest checkpoint in the trainer's folder, or from the start, with lines of progress.
+    """Train from the newest checkpoint in the trainer's folder, or from the start, and log the progress.
 
     Args:
-        trainer: of transformers or TRL; its `output_dir` holds the checkpoints.
-        name: what is trained, for the lines of progress.
+        trainer: a trainer of transformers or TRL; its `output_dir` has the checkpoints.
+        name: name of the training in log lines.
 
     Returns:
-        The trainer, trained.
+        The same trainer, after the training.
     """
     ProgressLog.on(trainer, name)
     trainer.add_callback(SealCheckpoints())
     checkpoint = last_checkpoint(str(trainer.args.output_dir))
     if checkpoint:
-        log.info("%s: goes on after step %s, where it was stopped", name, checkpoint.rpartition("-")[2])
+        log.info("%s: resumes after step %s, where it was stopped", name, checkpoint.rpartition("-")[2])
     trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
 
 
 def save_weights(trainer: Trainer, folder: Path) -> None:
-    """Save a trained model without Trainer's pickle of its own arguments, which nobody reads and nobody should load."""
+    """Save a trained model without Trainer's pickle of its arguments, which is not used and unsafe to load."""
     trainer.save_model(str(folder))
     (folder / "training_args.bin").unlink(missing_ok=True)
 
 
 def tokens_seen(lengths: Sequence[int], steps: int, batch_size: int) -> int:
-    """Tokens that so many steps read; the last step of an epoch takes what is left of the examples.
+    """Tokens read in a number of steps; the last step of an epoch takes the remaining examples.
 
     Args:
         lengths: tokens of each example.
@@ -192,20 +192,20 @@ def tokens_seen(lengths: Sequence[int], steps: int, batch_size: int) -> int:
 
 
 def write_training_record(out: Path, trainer: Trainer, cost: Cost, tokens: int, **extra: float) -> None:
-    """Write `history.jsonl` (training curves, a row a logged step) and `metrics.json` (`train/…`, `cost/…`).
+    """Write `history.jsonl` (training curves, one row per logged step) and `metrics.json` (`train/…`, `cost/…`).
 
     Args:
         out: the stage's folder.
-        trainer: after training.
-        cost: of the training.
-        tokens: tokens that went through the trained model, padding not counted.
-        extra: further metrics under their full names.
+        trainer: the trainer after training.
+        cost: cost of the training.
+        tokens: tokens read by the trained model, without padding.
+        extra: further metrics by their full names.
     """
     model = trainer.model
     assert model is not None
     rows: list[dict[str, float]] = []
     for entry in trainer.state.log_history:
-        # Sorted: a resumed training reads its past in another order. And TRL counts tokens anew when it resumes.
+        # Sorted, since a resumed training reads its history in another order. TRL restarts its token count on resuming.
         named = ((name, value) for name, value in sorted(entry.items()) if name not in ("step", "epoch", "num_tokens"))
         values = {f"train/{name}": value for name, value in named}
         if "train/loss" in values:

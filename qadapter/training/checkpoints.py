@@ -1,4 +1,4 @@
-"""Checkpoints that a killed training can trust: sealed when they are whole, and checked before they are used."""
+"""Reliable checkpoints for killed trainings: sealed when they are complete, and verified before use."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from qadapter.files.artifacts import digest_file, list_files, read_json, write_j
 log = logging.getLogger(__name__)
 
 SEAL = "whole.json"
-"""Written last into a checkpoint: the sha256 of every file in it, by name."""
+"""Written last into a checkpoint: file name → sha256."""
 
 
 class SealCheckpoints(TrainerCallback):
-    """Marks each checkpoint as whole once all its files are on the disk itself.
+    """Seals each checkpoint once all its files are flushed to the disk.
 
-    transformers writes a checkpoint file by file and leaves it to the system when they reach the disk: after a kill a
-    file may be missing, after a power cut any of them may be cut or empty.
+    transformers writes a checkpoint file by file without flushing. After a kill a file may be missing; after a power
+    cut any of them may be truncated or empty.
     """
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

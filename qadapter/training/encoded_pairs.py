@@ -1,4 +1,4 @@
-"""From a preference data set in Python to token ids, with what could not be used set aside."""
+"""Encode a preference data set given in Python as token ids, setting unusable rows aside."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class EncodedPairs(Dataset[EncodedPair]):
 
     @property
     def truncation(self) -> Truncation:
-        """What `max_length` took."""
+        """What `max_length` removed."""
         return truncation_of(self._pairs)
 
     @property
@@ -74,20 +74,20 @@ def encode_dataset(
     choices: Choices | None = None,
     allow_truncation: bool | None = None,
 ) -> EncodedPairs:
-    """Tokenise every row; the ones that cannot be used are counted, named and left out.
+    """Tokenise every row; unusable rows are counted, logged and skipped.
 
     Args:
         rows: `PreferencePair`s, or records in any layout that is read from files (docs/data.md), as a list, a
-            `datasets.Dataset` or a pandas DataFrame. One that scores several replies gives several pairs.
+            `datasets.Dataset` or a pandas DataFrame. A row that scores several replies gives several pairs.
         tokenizer: as in `encode_pair`.
         max_length: as in `encode_pair`.
-        name: what to call the data in messages.
+        name: name of the data in messages.
         domain, choices: as in `qadapter.preferences.reading.recognise`.
-        allow_truncation: for data to train on, whether `max_length` may cut most replies; None for other data, of which
-            only is said what was cut.
+        allow_truncation: for training data, whether `max_length` may cut most replies; None for other data, for which
+            cuts are only logged.
 
     Raises:
-        QAdapterError: rows of no known layout, no row can be used, or the data should not be trained on (see
+        QAdapterError: the rows have no known layout, no row is usable, or the data are not fit for training (see
             `refuse_unlearnable`).
     """
     pairs: list[EncodedPair] = []
@@ -125,7 +125,7 @@ def encode_dataset(
 
 
 def report_truncation(name: str, truncation: Truncation, max_length: int) -> None:
-    """Warn where more than a few per cent of the pairs lost tokens to `max_length`."""
+    """Warn if `max_length` cut tokens of more than a few per cent of the pairs."""
     if max(truncation.prompts, truncation.replies) > _NOTEWORTHY * truncation.pairs:
         log.warning(
             "max_length %d cuts %d of %d %s pairs: %d lose the beginning of their prompt, %d the end of a reply",
@@ -146,38 +146,38 @@ def refuse_unlearnable(
     max_length: int,
     allow_truncation: bool,
 ) -> None:
-    """Stop before a training whose data are mostly not what was meant.
+    """Refuse a training on data that are mostly unusable.
 
     Args:
         name: what to call the data.
-        quarantined: (index, reason) of the pairs that were left out.
-        unrenderable: how many of them have no rendering with this tokenizer and template.
-        truncation: of the other pairs.
-        max_length: that they were cut to.
+        quarantined: (index, reason) of the skipped pairs.
+        unrenderable: how many of them cannot be rendered with this tokenizer and template.
+        truncation: the cuts of the other pairs.
+        max_length: the length that they were cut to.
         allow_truncation: whether most replies may be cut.
 
     Raises:
-        QAdapterError: more than half of the pairs have no rendering, or lost the end of a reply.
+        QAdapterError: more than half of the pairs cannot be rendered, or lost the end of a reply.
     """
     total = truncation.pairs + len(quarantined)
     if 2 * unrenderable > total:
         reasons = Counter(reason for _, reason in quarantined)
         raise QAdapterError(
-            f"{unrenderable} of {total} {name} pairs have no form with this tokenizer and chat template, most because "
-            f"{reasons.most_common(1)[0][0]}. Nothing was trained."
+            f"{unrenderable} of {total} {name} pairs cannot be rendered with this tokenizer and chat template, "
+            f"most because {reasons.most_common(1)[0][0]}. Nothing was trained."
         )
     if 2 * truncation.replies > truncation.pairs and not allow_truncation:
         raise QAdapterError(
             f"max_length {max_length} cuts a reply of {truncation.replies} of {truncation.pairs} {name} pairs, so that "
             "a policy would learn answers without an end. Nothing was trained. Raise max_length, or set "
-            "allow_truncation to train all the same."
+            "allow_truncation to train anyway."
         )
 
 
 def _candidates(
     rows: Iterator[Any], where: str, domain: str | None, choices: Choices | None
 ) -> Iterator[tuple[int, PreferencePair | Reason]]:
-    """The candidate pairs of rows, by the reader that files are read with."""
+    """The candidate pairs of rows, from the reader that also reads files."""
     first = list(itertools.islice(rows, RECORDS_TO_DETECT))
     records = [plain(row) for row in first if isinstance(row, Mapping)]
     reader = recognise(records, where=where, domain=domain, choices=choices) if records else None

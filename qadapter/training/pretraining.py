@@ -114,13 +114,13 @@ def pretrain(
     """Train tokenizer and model from scratch on conversations, all tokens scored.
 
     Writes `model/` (weights as safetensors, config, tokenizer), `history.jsonl` and `metrics.json` to `out`.
-    Goes on from the newest checkpoint in `scratch`.
+    Resumes from the newest checkpoint in `scratch`.
 
     Raises:
         QAdapterError: there is no conversation.
     """
     if not conversations:
-        raise QAdapterError("there is no conversation to pre-train on: every source is empty; name one that is not")
+        raise QAdapterError("there is no conversation to pre-train on: every source is empty; add one that is not")
     tokenizer = train_tokenizer(conversations, size)
     model = model_from_scratch(size, tokenizer, seed)
     rows = [

@@ -40,10 +40,10 @@ def train_sft(
     lora: LoraConfig | None,
     name: str,
 ) -> SFTTrainer:
-    """Fine-tune on replies; the prompt is read, not scored.
+    """Fine-tune on replies; prompts are not scored.
 
     Args:
-        model: the base; a LoRA is put onto it, or, with `lora=None`, all its weights are trained.
+        model: the base; a LoRA is added to it, or, with `lora=None`, all its weights are trained.
         tokenizer: its tokenizer.
         examples: (prompt ids, reply ids).
         arguments: of `trainer_arguments`.
@@ -104,7 +104,7 @@ def fine_tune_base(
             "helpful SFT",
         )
     if settings.lora:
-        # Merging into a quantised base would lose what was learnt to rounding: merge into the unquantised one.
+        # Merging into a quantized base would lose the training to rounding, so merge into the unquantized one.
         save_weights(trainer, out / "adapter")
         if trainer.is_world_process_zero():  # of several processes, the one that has written the adapter
             whole, _ = load_base(base, model.model_copy(update={"quantization": "none"}))

@@ -1,4 +1,4 @@
-"""Training a Q-Adapter: transformers' `Trainer` with another loss."""
+"""The Q-Adapter trainer: transformers' `Trainer` with another loss."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ Rows = Iterable[Mapping[str, Any] | PreferencePair] | EncodedPairs
 
 
 class QAdapterTrainer(Trainer):
-    """Trains a Q-Adapter on preference pairs; shaped like TRL's `DPOTrainer`.
+    """Trains a Q-Adapter on preference pairs; its interface is that of TRL's `DPOTrainer`.
 
-    Only the loss is its own. It is a mean over the pairs and response tokens of a whole optimiser step, so that 8
-    pairs at once, 8 times one pair and two processes with 4 pairs each give the same gradient (with `shift_mask`; the
-    published code's mask depends on how far a batch is padded).
+    Only the loss differs. It is a mean over the pairs and response tokens of a whole optimiser step, so that 8 pairs at
+    once, 8 times one pair and two processes with 4 pairs each give the same gradient (with `shift_mask`; the published
+    code's mask depends on the padding of the batch).
 
     Logged beside Trainer's own: `rewards/chosen`, `rewards/rejected`, `rewards/accuracies`, `rewards/margins`,
     `loss/preference`, `loss/regularization` and `kl/base`, means since the last log; in evaluation the same with the
@@ -66,7 +66,7 @@ class QAdapterTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ) -> None:
-        """Make the policy and tokenise the data.
+        """Create the policy and tokenise the data.
 
         Args:
             model: a base (or its name) together with `peft_config`, a PEFT model with a trainable adapter, or a policy.
@@ -79,14 +79,14 @@ class QAdapterTrainer(Trainer):
             optimizers: Trainer's.
 
         Raises:
-            QAdapterError: something that cannot be trained; the message says what and the way out.
+            QAdapterError: the model or data cannot be trained; the message says why and what to change.
         """
         if train_dataset is None and eval_dataset is None:
             raise QAdapterError("Neither training nor evaluation data were given. Give train_dataset.")
         if args.n_gpu > 1:
             raise QAdapterError(
-                f"{args.n_gpu} GPUs in one process would tear pairs apart (DataParallel). "
-                "Start with `accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES."
+                f"{args.n_gpu} GPUs in one process would split pairs (DataParallel). "
+                "Start with `accelerate launch`, or select one GPU with CUDA_VISIBLE_DEVICES."
             )
         objective = _objective(args)
         set_seed(args.seed)  # PEFT draws the adapter's weights
@@ -181,7 +181,7 @@ class QAdapterTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Only the loss: nobody wants the logits of a whole evaluation set."""
+        """Return only the loss: the logits of a whole evaluation set are not needed."""
         inputs = self._without_repeated_pairs(self._prepare_inputs(inputs))
         if len(inputs["input_ids"]) == 0:
             return torch.zeros((), device=self.args.device), None, None
@@ -191,7 +191,7 @@ class QAdapterTrainer(Trainer):
         return loss.detach(), None, None
 
     def _without_repeated_pairs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """This process's batch less the pairs that the last round repeats to give each process a batch as large."""
+        """This process's batch without the pairs that are repeated in the last round to equalize batch sizes."""
         state, processes = self.accelerator.gradient_state, self.accelerator.num_processes
         if processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return inputs
@@ -207,7 +207,7 @@ class QAdapterTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Trainer's loop; its metrics get the method's own, and the loss becomes that of the whole set."""
+        """Trainer's loop, with the method's metrics added and the loss replaced by that of the whole set."""
         self._eval_sums.reset()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         metrics = self._eval_sums.take(self.accelerator)
@@ -223,7 +223,7 @@ class QAdapterTrainer(Trainer):
         super().log(logs, start_time)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """A checkpoint holds the adapter, not the base."""
+        """Load the adapter; a checkpoint does not contain the base."""
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
@@ -241,13 +241,13 @@ class QAdapterTrainer(Trainer):
 
 
 class _Sums:
-    """Sums of what is logged, as one tensor: nothing waits for the device before a log is written."""
+    """Sums of logged values as one tensor, so that the host waits for the device only when a log is written."""
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None
 
     def reset(self) -> None:
-        """Back to nothing."""
+        """Set all sums to zero."""
         self._sums = None
 
     def add(self, output: QAdapterOutput, own: BatchTotals, divisors: BatchTotals) -> None:
@@ -350,7 +350,7 @@ def _tokenizer_of(policy: QAdapterForCausalLM) -> PreTrainedTokenizerBase:
         return load_tokenizer(place)
     except QAdapterError as error:
         raise QAdapterError(
-            f"No tokenizer lies beside the base ({place or 'made in memory'}). Give processing_class. ({error})"
+            f"There is no tokenizer with the base ({place or 'made in memory'}). Give processing_class. ({error})"
         ) from error
 
 

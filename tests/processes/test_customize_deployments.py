@@ -253,7 +253,7 @@ def waited(served: Served) -> Waited:
     names = [wait_for_end(served, runs[0])]
     step = max(int(file.parent.name.split("-")[1]) for file in checkpoints(served))
 
-    wait_until(lambda: "goes on after step" in served.log, 400, "a training that goes on", served)
+    wait_until(lambda: "resumes after step" in served.log, 400, "a training that goes on", served)
     second = hold(served, runs[1])
     deliver(home, "2-better.jsonl", evasions()[:46])
     runs.append(ask(served, NAME, config))
@@ -268,7 +268,7 @@ def test_a_killed_runs_work_is_done_by_the_one_that_waits_behind_it(served: Serv
     """Both were asked for at once: had the first come to its end, it would have ended the other one as joined."""
     assert waited.while_killed == ["RUNNING", "SCHEDULED"]
     assert waited.names[:2] == ["Crashed", "Promoted"], served.log[-6000:]
-    assert f"goes on after step {waited.step}, where it was stopped" in served.log
+    assert f"resumes after step {waited.step}, where it was stopped" in served.log
     with sqlite3.connect(waited.home / "mlflow.db") as database:
         ended = dict(
             database.execute(

@@ -461,7 +461,7 @@ def test_a_killed_run_goes_on_and_a_killed_worker_is_started_again(served: Serve
     step = max(int(file.parent.name.split("-")[1]) for file in checkpoints(served))
 
     last = served.post(f"/deployments/{smoke}/create_flow_run", body)["id"]
-    goes_on = f"pre-training: goes on after step {step}, where it was stopped"
+    goes_on = f"pre-training: resumes after step {step}, where it was stopped"
     wait_until(lambda: goes_on in served.log, 180, "a training that goes on", served)
     wait_until_old_enough(child_of(served, "worker"))
     child_of(served, "worker").kill()

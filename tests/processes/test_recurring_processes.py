@@ -183,7 +183,7 @@ def test_a_killed_training_went_on_at_a_whole_checkpoint(killed: Killed) -> None
     """Killed while it wrote step 8's, twice passed over: on from step 4. That one is cut after the next kill: anew."""
     passed_over = [line for line in killed.home.printed().splitlines() if "is not whole and is passed over" in line]
     assert sum("scratch/train" in line for line in passed_over) == 3
-    assert killed.home.printed().count("goes on after step 4, where it was stopped") == 1
+    assert killed.home.printed().count("resumes after step 4, where it was stopped") == 1
     assert not list(killed.home.store.glob("scratch/*/*"))
     assert not list(killed.home.store.glob("stages/*/.*"))
 

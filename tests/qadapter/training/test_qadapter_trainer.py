@@ -348,13 +348,13 @@ def test_refuses_early_what_cannot_work(tmp_path: Path):
         make_trainer(tmp_path, objective="dpo")
     with pytest.raises(QAdapterError, match="loss_implementation is 'quick'; expected 'fused' or 'readable'"):
         make_trainer(tmp_path, loss_implementation="quick")
-    with pytest.raises(QAdapterError, match="No tokenizer lies beside the base"):
+    with pytest.raises(QAdapterError, match="There is no tokenizer with the base"):
         make_trainer(tmp_path, processing_class=None)
 
 
 def test_refuses_several_gpus_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(QAdapterConfig, "n_gpu", 2)
-    with pytest.raises(QAdapterError, match=r"2 GPUs in one process would tear pairs apart.*accelerate launch"):
+    with pytest.raises(QAdapterError, match=r"2 GPUs in one process would split pairs.*accelerate launch"):
         make_trainer(tmp_path)
 
 
