@@ -176,7 +176,9 @@ class TrainingOptions(OptimizerSettings):
     """How long and how fast."""
 
     learning_rate: Positive = Field(3e-4, description="the highest one of the schedule")
-    epochs: Positive = Field(1.0, description="passes over the data, unless --max-steps is given")
+    epochs: Positive | None = Field(  # type: ignore[assignment]  # a number as soon as the data are read
+        None, description="passes over the data, unless --max-steps is given (default: 1, for few pairs up to 10)"
+    )
     max_steps: Count | None = Field(None, description="optimiser steps")
     batch_size: Count = Field(16, description="pairs per optimiser step")
     micro_batch_size: Count | None = Field(None, description="pairs per forward pass, a divisor of --batch-size")

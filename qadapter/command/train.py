@@ -40,6 +40,9 @@ from qadapter.training.encoded_pairs import EncodedPairs, encode_dataset
 from qadapter.training.trainer import QAdapterTrainer
 
 METRICS = "metrics.json"  # written last: a folder that has it is finished
+ENOUGH_STEPS, FEW_STEPS, MOST_EPOCHS = 30, 10, 10
+FEW_HELDOUT = 20
+LARGE_KL = 0.5  # nats per token; trainings that keep what the base could do lie below 0.2 (docs/findings.md)
 _NO_PART_OF_THE_RESULT = {"output", "resume", "overwrite", "logging_steps", "save_steps"}
 
 
@@ -98,8 +101,10 @@ def _train(options: TrainOptions, out: Path, network: PreTrainedModel, tokenizer
     heldout_set = encode_dataset(heldout, tokenizer, options.max_length, "held-out") if heldout else None
     _write_unused(out / "unused.jsonl", train_set, heldout_set)
     # As in the pipeline: an explicit number of steps, the last one of an epoch with what is left of the pairs.
-    steps = options.max_steps or math.ceil(len(train_set) / options.batch_size * options.epochs)
-    settings = options.model_copy(update={"max_steps": steps})
+    epochs = options.epochs or fitting_epochs(len(train_set), options.batch_size)
+    steps = options.max_steps or math.ceil(len(train_set) / options.batch_size * epochs)
+    say_small(options, len(train_set), len(heldout), steps, epochs)
+    settings = options.model_copy(update={"max_steps": steps, "epochs": epochs})
     arguments = trainer_arguments(settings, seed=options.seed, scratch=out / "checkpoints")
     arguments |= {"disable_tqdm": False, "per_device_eval_batch_size": options.micro_batch}
     trainer = QAdapterTrainer(
@@ -121,6 +126,29 @@ def _train(options: TrainOptions, out: Path, network: PreTrainedModel, tokenizer
     lengths = [2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in encoded]
     metrics |= train_set.truncation.metrics()
     write_training_record(out, trainer, cost, tokens_seen(lengths, steps, options.batch_size), **metrics)
+
+
+def fitting_epochs(pairs: int, batch_size: int) -> float:
+    """Passes over the data where none are named: one, or for few pairs as many as give `ENOUGH_STEPS`, at most 10."""
+    return float(min(MOST_EPOCHS, max(1, math.ceil(ENOUGH_STEPS * batch_size / pairs))))
+
+
+def say_small(options: TrainOptions, train: int, heldout: int, steps: int, epochs: float) -> None:
+    """Before a training that is too small to show anything: what is small, and what to set."""
+    if not options.max_steps and options.epochs is None and epochs > 1:
+        note(f"{train} pairs are few: {epochs:g} passes over them make {steps} steps (--epochs sets another number)")
+    if steps < FEW_STEPS:
+        note(
+            f"WARNING: {steps} steps of {options.batch_size} pairs hardly change a model; give --epochs "
+            f"{math.ceil(ENOUGH_STEPS * options.batch_size / train)}, or a smaller --batch-size"
+        )
+    if heldout < FEW_HELDOUT:
+        note(
+            f"WARNING: {heldout} held-out pairs tell nothing (an accuracy is a multiple of 1/{max(heldout, 1)}); hold "
+            f"out at least {FEW_HELDOUT} prompts with --heldout {FEW_HELDOUT}, or give --heldout-data"
+        )
+    if steps < options.logging_steps:
+        note(f"  fewer steps than --logging-steps {options.logging_steps}: give --logging-steps 1 for a curve")
 
 
 def _lora(options: TrainOptions) -> LoraConfig:
@@ -146,6 +174,12 @@ def _evaluate(trainer: QAdapterTrainer, heldout: list[PreferencePair], options: 
         raise QAdapterError(
             f"the training diverged: the held-out loss is {metrics['heldout/loss']}; lower --learning-rate and start "
             "again with --overwrite"
+        )
+    if (moved := metrics.get("heldout/kl/base", 0.0)) > LARGE_KL:
+        note(
+            f"WARNING: the policy is far from its base (KL {moved:.2f} per token; trainings that keep the base's "
+            "abilities lie below 0.2). It may have lost what the base could do: lower --learning-rate, train fewer "
+            "steps, or take --preset residual."
         )
     tokenizer: Any = trainer.processing_class
     scores, base_scores = score_both(

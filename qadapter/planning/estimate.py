@@ -12,6 +12,7 @@ from qadapter.config.training import OptimizerSettings
 from qadapter.errors import QAdapterError
 
 CHARS_PER_TOKEN = 4.0  # English text and a vocabulary of 32,000 or more; a small vocabulary has fewer
+_LLAMA_VOCABULARY = 128_256
 BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "nf4": 0.55}
 
 
@@ -36,13 +37,21 @@ ONE_H200 = Machine("1 H100/H200", 0.4 * 790e12)
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Parameters of a model and what its activations are made of; `assumption` says where the numbers are from."""
+    """Parameters of a model and what its activations are made of.
+
+    Attributes:
+        parameters: all of them.
+        hidden_size, layers, vocab_size: of the config.
+        assumption: where the numbers are from.
+        unquantized: of the parameters, those that stay in the model's own precision: embeddings and head.
+    """
 
     parameters: float
     hidden_size: int
     layers: int
     vocab_size: int
     assumption: str
+    unquantized: float = 0.0
 
 
 def model_size(model: ModelSettings) -> ModelSize:
@@ -65,7 +74,8 @@ def model_size(model: ModelSettings) -> ModelSize:
     shared = getattr(config, "num_key_value_heads", config.num_attention_heads) / config.num_attention_heads
     per_layer = hidden**2 * (2 + 2 * shared) + 3 * hidden * inner
     embeddings = vocabulary * hidden * (1 if config.tie_word_embeddings else 2)
-    return ModelSize(layers * per_layer + embeddings, hidden, layers, vocabulary, f"from the config of {name}")
+    whole = layers * per_layer + embeddings
+    return ModelSize(whole, hidden, layers, vocabulary, f"from the config of {name}", unquantized=embeddings)
 
 
 def _size_from_scratch(size: FromScratch) -> ModelSize:
@@ -88,8 +98,9 @@ def _size_from_name(name: str) -> ModelSize:
         parameters,
         hidden,
         max(1, hidden // 128),
-        128_256,
+        _LLAMA_VOCABULARY,
         f"guessed from the name {name!r}: its config is out of reach",
+        unquantized=min(parameters / 2, 2.0 * _LLAMA_VOCABULARY * hidden),
     )
 
 
@@ -116,7 +127,7 @@ def training_flops(size: ModelSize, tokens: float, passes: float) -> float:
 
 def training_memory_gb(size: ModelSize, model: ModelSettings, lora: LoraSettings, settings: OptimizerSettings) -> float:
     """Peak of a training: frozen weights, adapter with gradient and two moments, activations, scored logits."""
-    weights = size.parameters * BYTES_PER_PARAMETER[model.quantization if model.quantization != "none" else model.dtype]
+    weights = weights_gb(size, model) * 2**30
     adapter = adapter_parameters(size, lora) * 4 * 4
     tokens = 2 * settings.micro_batch * settings.max_length
     per_token = size.hidden_size * size.layers * (2 if settings.gradient_checkpointing else 34)
@@ -144,6 +155,9 @@ def benchmark_items(tasks: Sequence[str], limit: int | None) -> int:
 
 
 def weights_gb(size: ModelSize, model: ModelSettings) -> float:
-    """Memory of the frozen weights."""
-    held = model.quantization if model.quantization != "none" else model.dtype
-    return size.parameters * BYTES_PER_PARAMETER[held] / 2**30
+    """Memory of the frozen weights; a quantised model keeps embeddings and head in its own precision."""
+    whole = BYTES_PER_PARAMETER[model.dtype]
+    if model.quantization == "none":
+        return size.parameters * whole / 2**30
+    packed = (size.parameters - size.unquantized) * BYTES_PER_PARAMETER[model.quantization]
+    return (packed + size.unquantized * whole) / 2**30

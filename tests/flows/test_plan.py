@@ -117,6 +117,27 @@ def test_operations_and_memory_by_hand() -> None:
     assert (whole * 2**30, half * 2**30, eight * 2**30) == pytest.approx((4e6, 2e6, 1e6))
 
 
+def test_a_4_bit_model_keeps_embeddings_and_head(tmp_path: Path) -> None:
+    """Llama-3.1-8B: 128,256 · 4,096 numbers in the embeddings and as many in the head, in bfloat16; the rest in nf4."""
+    LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        tie_word_embeddings=False,
+    ).save_pretrained(tmp_path)
+    model = ModelSettings(pretrained=str(tmp_path), dtype="bfloat16", quantization="nf4")
+    size = planning.model_size(model)
+    outside = 2 * 128_256 * 4096
+    expected = (size.parameters - outside) * 0.55 + outside * 2
+    assert planning.weights_gb(size, model) * 2**30 == pytest.approx(expected)
+    assert 5.4 < planning.weights_gb(size, model) < 5.7  # 4.1 GiB if all of it were in 4 bits
+    guessed = ModelSettings(pretrained="nobody/Llama-3.1-8B", dtype="bfloat16", quantization="nf4")
+    assert planning.weights_gb(planning.model_size(guessed), guessed) == pytest.approx(expected / 2**30, rel=0.1)
+
+
 def test_memory_grows_with_what_costs_memory() -> None:
     size = planning.ModelSize(8e9, 4096, 32, 128_256, "test")
     model, lora = ModelSettings(pretrained="x/8B", dtype="bfloat16", quantization="int8"), LoraSettings()

@@ -31,6 +31,7 @@ from qadapter.command.generate import read_prompts
 from qadapter.command.options import TrainOptions
 from qadapter.command.parser import COMMANDS, main
 from qadapter.command.speaking import LONGEST_ANSWER
+from qadapter.command.train import fitting_epochs, say_small
 from qadapter.config.model import LoraSettings, ModelSettings
 from qadapter.config.training import OptimizerSettings
 from qadapter.evaluation.preference import distinct_prompts, preference_metrics, score_pairs
@@ -515,6 +516,31 @@ def test_a_prompt_is_a_line_of_a_text_file(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes("\ufeffone\u2028still one\r\n \r\ntwo\x85still two\nthree".encode())
     prompts = [turn["content"] for turns in read_prompts(tmp_path / "prompts.txt") for turn in turns]
     assert prompts == ["one\u2028still one", "two\x85still two", "three"]
+
+
+# ---- small trainings --------------------------------------------------------------------------------------------
+
+
+def test_few_pairs_are_read_more_often() -> None:
+    """54 pairs of 60, 16 per step: nine passes are ⌈54/16 · 9⌉ = 31 steps; many pairs are read once."""
+    assert fitting_epochs(54, 16) == 9
+    assert fitting_epochs(480, 16) == 1
+    assert fitting_epochs(16, 16) == 10
+
+
+def test_what_is_too_small_is_said_with_what_to_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = TrainOptions(base="base", data="pairs.jsonl", output=str(tmp_path / "out"))
+    say_small(options, 54, 2, 31, 9.0)
+    said = capsys.readouterr().err
+    assert "54 pairs are few: 9 passes over them make 31 steps" in said
+    assert "2 held-out pairs tell nothing (an accuracy is a multiple of 1/2); hold out at least 20 prompts" in said
+    assert "hardly change a model" not in said
+    say_small(options.model_copy(update={"max_steps": 4}), 54, 40, 4, 1.0)
+    said = capsys.readouterr().err
+    assert "4 steps of 16 pairs hardly change a model; give --epochs 9, or a smaller --batch-size" in said
+    assert "held-out" not in said
+    say_small(options.model_copy(update={"epochs": 1.0}), 1000, 100, 63, 1.0)
+    assert capsys.readouterr().err == ""
 
 
 # ---- score ------------------------------------------------------------------------------------------------------
