@@ -64,17 +64,18 @@ def decide_for_reader(measured: Measured) -> Decision:
     found = sorted((c for c in found if not math.isnan(c.gained)), key=lambda c: -c.worth)
     if not trained:
         return Decision("Nothing was trained: this report shows the base alone.", ())
-    broken = f" {listed(silent)} {'does' if len(silent) == 1 else 'do'} not answer in language." if silent else ""
+    they = "it does" if len(silent) == 1 else "they do"
+    broken = f" Do not use {listed(silent)}: {they} not answer in language." if silent else ""
     if not found:
         return Decision(f"Use none of these.{broken or ' Nothing was measured that tells what was learnt.'}", ())
     best = next((c for c in found if c.surely_gains), None)
     if best is None:
         return Decision(_not_enough(measured, found[0]) + broken, _lines(measured, found[0]))
     second = next((c for c in found if c is not best), None)
-    text = f"Use {best.method}.{broken}"
+    text = f"Use {best.method}."
     if second is not None and second.surely_gains:
         text += _against(measured, best, second)
-    return Decision(text, _lines(measured, best))
+    return Decision(text + broken, _lines(measured, best))
 
 
 def _candidate(measured: Measured, method: str) -> _Candidate:
@@ -194,6 +195,8 @@ def _lost(measured: Measured, chosen: _Candidate, domains: Sequence[str]) -> str
     text = (
         f"{_percent(now)} of the questions about old abilities are answered right; the base answers {_percent(before)}."
     )
+    if round(before - now, 3) <= 0:
+        return f"{text} These tests show no loss."
     if chosen.loss is not None and not chosen.loss.excludes_zero:
         return f"{text} That difference may be chance."
     worst: tuple[float, str] = (0.0, "")
@@ -212,7 +215,7 @@ def _sure(measured: Measured, chosen: _Candidate, domains: Sequence[str]) -> str
     parts = []
     items = _items(measured.gain(chosen.method, domains) if domains else None)
     if chosen.gain is not None:
-        ends = f"{100 * chosen.gain.low:+.0f} to {100 * chosen.gain.high:+.0f} points"
+        ends = f"{100 * chosen.gain.low:+.0f} and {100 * chosen.gain.high:+.0f} points"
         parts.append(f"the gain lies between {ends} (95 %, {items:,} {_kind_of_items(measured)})")
     if chosen.loss is not None:
         parts.append(f"the loss between {100 * chosen.loss.low:+.0f} and {100 * chosen.loss.high:+.0f} points")
@@ -220,7 +223,7 @@ def _sure(measured: Measured, chosen: _Candidate, domains: Sequence[str]) -> str
     parts.append(
         f"{seeds} trainings"
         if seeds > 1
-        else f"one training only, so another one may come out otherwise ({SEEDS} tell)"
+        else f"one training only: another may come out otherwise (set {SEEDS} seeds to see)"
     )
     return f"{'; '.join(parts)}."
 

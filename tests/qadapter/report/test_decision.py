@@ -91,7 +91,10 @@ def test_a_policy_that_does_not_speak_wins_nothing(tmp_path: Path) -> None:
     rows = [silenced(row) if row.method == "dpo" else row for row in rows]
     measured = Measured(rows)
     found = decide_for_reader(measured)
-    assert found.recommendation.startswith("Use q-adapter. dpo does not answer in language.")
+    assert found.recommendation == (
+        "Use q-adapter. It learnt more than sft, the next best, beyond chance. "
+        "Do not use dpo: it does not answer in language."
+    )
     first, further = first_sentences(measured)
     assert first[0] == (
         'dpo does not speak: of its replies 200 of 200 repeat themselves, for example "a reply". It has no place on '
@@ -104,11 +107,11 @@ def test_a_policy_that_does_not_speak_wins_nothing(tmp_path: Path) -> None:
     out.mkdir()
     build_report(rows, title="t", data={}, config={}, out=out)
     text = (out / "report.md").read_text(encoding="utf-8")
-    assert text.startswith("# t\n\n> **Recommendation.** Use q-adapter. dpo does not answer")
+    assert text.startswith("# t\n\n> **Recommendation.** Use q-adapter. It learnt more than sft")
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert page.index("Use q-adapter. dpo does not") < page.index("dpo does not speak") < page.index('id="comparison"')
+    assert page.index("Do not use dpo: it does not") < page.index("dpo does not speak") < page.index('id="comparison"')
     alone = decide_for_reader(Measured([row for row in rows if row.method in ("base", "dpo")]))
-    assert alone.recommendation == "Use none of these. dpo does not answer in language."
+    assert alone.recommendation == "Use none of these. Do not use dpo: it does not answer in language."
 
 
 @pytest.mark.parametrize("effect", [0.1, 0.05])
