@@ -133,7 +133,7 @@ def _require_adapter(folder: Path) -> None:
         return
     if (folder / RECORD).is_file():
         raise QAdapterError(
-            f"the training in {folder} is not finished; go on with: qadapter train --config {folder / RECORD} --resume"
+            f"the training in {folder} is not finished; resume it: qadapter train --config {folder / RECORD} --resume"
         )
     adapter_place(folder)
 

@@ -214,7 +214,7 @@ class TrainOptions(SplitOptions, AnswerOptions, BaseOptions, ObjectiveOptions, A
     dtype: DType = Field("float32", description="of the base's weights")
     quantization: Quantization = Field("none", description="of the base; int8 and nf4 need bitsandbytes")
     revision: str | None = Field(None, description="of a base from the hub")
-    resume: bool = Field(False, description="go on from the last checkpoint in --output, if there is one")
+    resume: bool = Field(False, description="continue from the last checkpoint in --output, if there is one")
     overwrite: bool = Field(False, description="train anew: delete the training that lies in --output")
 
     def model_settings(self) -> ModelSettings:
@@ -258,7 +258,7 @@ class GenerateOptions(PolicyOptions, DecodingOptions, FileOptions):
 
     prompt: Strings = Field((), description="a prompt; may be given several times")
     prompts: str | None = Field(
-        None, description=".txt with a prompt a line, or JSON lines with `prompt` (text or messages) or `messages`"
+        None, description=".txt with one prompt per line, or JSON lines with `prompt` (text or messages) or `messages`"
     )
     batch_size: Count = Field(16, description="prompts at once")
     compare_base: bool = Field(False, description="also let the base answer")

@@ -50,7 +50,7 @@ COMMANDS: dict[str, LibraryCommand] = {
   qadapter train --base base --data pairs.jsonl --output out --epochs 3
   qadapter train --config train.yaml --learning-rate 1e-3     the flag wins
   qadapter train --config train.yaml --resume                 after it was stopped""",
-        "; the same command with --resume goes on from the last checkpoint",
+        "; the same command with --resume continues from the last checkpoint",
     ),
     "generate": LibraryCommand(
         options.GenerateOptions,

@@ -33,7 +33,7 @@ def require_free(options: FileOptions) -> Path | None:
 
 @contextmanager
 def writing(file: Path | None) -> Iterator[Callable[[Row], None]]:
-    """A function that writes a row; the file gets its name when the block ends without an error.
+    """Yield a function that writes a row; the file appears when the block ends without an error.
 
     Until then the rows are in `<name>.partial`, which stays if the block fails: it may be hours of work.
     """

@@ -201,7 +201,7 @@ def _evaluate(trainer: QAdapterTrainer, heldout: list[PreferencePair], options: 
 
 
 def _check_output(out: Path, options: TrainOptions) -> bool:
-    """Whether to go on with what lies in the folder.
+    """Whether to resume an existing training in the folder.
 
     Raises:
         QAdapterError: it holds something that must not be touched, or a training with other settings.
@@ -217,7 +217,7 @@ def _check_output(out: Path, options: TrainOptions) -> bool:
         return (out / "data" / "summary.json").is_file()  # written when the data are whole
     finished, begun = (out / METRICS).is_file(), last_checkpoint(out / "checkpoints") is not None
     if (finished or begun) and not options.overwrite:
-        what, way = ("a finished training", "") if finished else ("an unfinished training", "--resume to go on, ")
+        what, way = ("a finished training", "") if finished else ("an unfinished training", "--resume to continue, ")
         raise QAdapterError(f"{out} holds {what}; add {way}--overwrite to train anew, or give another --output")
     return False
 

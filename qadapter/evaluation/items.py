@@ -10,7 +10,7 @@ from typing import Any
 
 
 def items_digests(items: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Each task's digest of its questions and right answers, whatever was answered.
+    """Each task's digest of its questions and right answers, independent of the given answers.
 
     Args:
         items: rows of `items.jsonl`, {task, doc_id, prompt, target, …}.

@@ -135,7 +135,7 @@ def mean_of_tasks_interval(
 
 
 def across_seeds(values: ArrayLike, *, items: int = 0, level: float = LEVEL) -> Interval:
-    """Student's interval of the mean of one score a seed: mean ± t_{S-1} · s/√S.
+    """Student's interval of the mean of one score per seed: mean ± t_{S-1} · s/√S.
 
     Args:
         values: [S]. A single seed has no spread: the interval is the value itself, its standard error not a number.
@@ -143,7 +143,7 @@ def across_seeds(values: ArrayLike, *, items: int = 0, level: float = LEVEL) -> 
     """
     scores = np.asarray(values, dtype=np.float64)
     if scores.ndim != 1 or len(scores) == 0:
-        raise ValueError(f"Expected one score a seed, an array of one dimension; got shape {scores.shape}.")
+        raise ValueError(f"Expected one score per seed, an array of one dimension; got shape {scores.shape}.")
     mean, n = float(scores.mean()), len(scores)
     if n == 1:
         return Interval(mean, mean, mean, float("nan"), items, 1)

@@ -56,7 +56,7 @@ def train_judge(
             `judge/accuracy` (share of held-out pairs it decides as people did; chance is one half), its interval
             `judge/accuracy_low`, `judge/accuracy_high` and pairs `judge/accuracy_n`, `judge/train_pairs`,
             `train/…`, `cost/…`.
-        scratch: checkpoints; training goes on from the newest whole one.
+        scratch: folder of checkpoints; training resumes from the newest complete one.
 
     Raises:
         QAdapterError: no pair can be used within `max_length`.

@@ -68,7 +68,7 @@ class PairsPlan:
 
 @dataclass(frozen=True)
 class Work:
-    """The work of a stage, for `make plan`: optimiser steps (0: none), tokens, and forward passes' worth per token."""
+    """The work of a stage, for `make plan`: optimiser steps (0: none), tokens, and passes per token."""
 
     steps: int
     tokens: float

@@ -77,7 +77,7 @@ def continue_adapter(
         model, training: of the experiment.
         seed: of order and dropout.
         out: gets `adapter/`, `params.json`, `history.jsonl` and `metrics.json`, as from `train_adapter`.
-        scratch: checkpoints; training goes on from the newest whole one.
+        scratch: folder of checkpoints; training resumes from the newest complete one.
 
     Raises:
         QAdapterError: the folder holds no Q-Adapter, or no pair is left after truncation.

@@ -1,4 +1,4 @@
-"""All that can be refused before a run: data, tasks, the model, files of benchmarks, and the judge's key and price."""
+"""The checks before a run: data, tasks, the model, files of benchmarks, and the judge's key and price."""
 
 from __future__ import annotations
 

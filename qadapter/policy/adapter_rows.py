@@ -2,7 +2,7 @@
 
 PEFT's LoRA layers take `adapter_names`, one name per row ("__base__" for none). PEFT's own way to hand the names in
 (`model(..., adapter_names=…)`) refuses train mode and leaves its hooks behind when the pass fails, which breaks every
-later call; so the hooks are set here, removed whatever happens, and only where they are known to work.
+later call; so the hooks are set here, always removed, and used only where they are known to work.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class AdapterRows:
     """Sends rows of a batch through adapters by name.
 
     Attributes:
-        supported: whether every adapter layer can be told an adapter: plain LoRA, nothing merged (DoRA and the other
+        supported: whether every adapter layer can select an adapter: plain LoRA, nothing merged (DoRA and the other
             variants cannot). Where it is False, take one pass for each adapter and `PeftModel.disable_adapter`.
         mixes: whether rows of one batch may go through different adapters. Set to False by `RowPasses` for a model
             that hands its layers something else than rows (OPT flattens batch and time, experts get single tokens).

@@ -32,7 +32,7 @@ REFUSED = {
     "xlnet": "it is trained on permuted orders, and a position sees later ones",
     "xlstm": "its state cannot hold a row for the base and one for each adapter",
 }
-"""Model types that are refused, with the reason, as it stands in the message."""
+"""Model type that is refused → the reason in the message."""
 
 
 def refuse_architecture(config: PretrainedConfig, name: str) -> None:

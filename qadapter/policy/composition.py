@@ -45,12 +45,12 @@ class ComposedAdapters(nn.Module):
     def set_adapter_weights(self, weights: Mapping[str, float]) -> None:
         """Say how much of each adapter's Q goes into the policy; adapters not named are switched off.
 
-        With `residual`, every combination means something: Q_i is what preference i adds, zero weights give
+        With `residual`, every combination is valid: Q_i is the contribution of preference i, zero weights give
         π1^(α0/α̃), which is the base at α0 = α̃. With `absolute` each Q_i is a full row of logits, so that the weights
         must sum to 1; `as_residual` turns such a policy into the same one in the other form.
 
         Raises:
-            QAdapterError: an adapter that is not there, or weights that mean nothing in this parametrisation.
+            QAdapterError: an unknown adapter, or weights that are invalid in this parametrisation.
         """
         self._adapter_weights = self._checked(weights, list(self.peft_model.peft_config))
 
@@ -86,7 +86,7 @@ class ComposedAdapters(nn.Module):
 
         Raises:
             QAdapterError: the name is taken, the folder is no Q-Adapter, it was trained in the other parametrisation,
-                or the weights then mean nothing in this one.
+                or the weights are then invalid in this one.
         """
         if name in self.peft_model.peft_config:
             raise QAdapterError(f"An adapter named {name!r} is there already. Choose another name.")
@@ -117,7 +117,7 @@ class ComposedAdapters(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within the block this model is the base: its logits are the base's, whatever the dials say."""
+        """Within the block this model is the base: its logits are the base's, independent of the dials."""
         before = self._base_only
         self._base_only = True
         try:
@@ -161,7 +161,7 @@ def refuse_unworkable(peft_model: PeftModel) -> None:
     if base.config.get_text_config().tie_word_embeddings and adapted:
         raise QAdapterError(
             "The base ties its input and output embeddings and the adapter changes one of them, so that base and "
-            "adapted model cannot be told apart. Leave embeddings and head out of target_modules and modules_to_save."
+            "adapted model cannot be separated. Leave embeddings and head out of target_modules and modules_to_save."
         )
     if any(getattr(module, "merged_adapters", None) for module in peft_model.modules()):
         raise QAdapterError(

@@ -125,7 +125,7 @@ def load(
 
 
 def only_adapter(folder: Path, settings: PolicySettings) -> Path:
-    """Where the one adapter of a saved policy lies, whatever its name.
+    """The folder of a saved policy's only adapter, independent of its name.
 
     Raises:
         QAdapterError: it was saved with several.

@@ -93,7 +93,7 @@ def _place() -> dict[str, int] | None:
 
 
 def quantization_config(settings: ModelSettings) -> object:
-    """How transformers is told to hold a base in fewer bits: int8, or nf4 computed in the model's dtype.
+    """The quantization config for transformers: int8, or nf4 with computation in the model's dtype.
 
     Raises:
         QAdapterError: bitsandbytes is not installed.

@@ -323,7 +323,7 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The base's own, with the dials and `up_to_constant`: whatever picks tokens looks at differences of logits.
+        """The base's own, with the dials and `up_to_constant`, since sampling depends on differences of logits only.
 
         Architectures do things of their own here: a rope that changes with length starts its cache anew (Phi-3), a
         state-space model takes no mask after the first step.

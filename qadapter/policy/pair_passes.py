@@ -217,7 +217,7 @@ class PairPasses:
 
 
 def _decoder_of(base: Any) -> Any:
-    """The body of a causal language model, from token ids to hidden states; None where it cannot be told.
+    """The body of a causal language model, from token ids to hidden states; None if it cannot be identified.
 
     `get_decoder` finds a module by its name, which for ModernBERT's decoder is the vocabulary head.
     """

@@ -1,4 +1,4 @@
-"""What a model is held to before it is trained or asked: measured on a few tokens, in a fraction of a second.
+"""Checks of a model before training or generation, measured on a few tokens in a fraction of a second.
 
 - Of a base: two passes agree, and no position sees a later one.
 - Of a policy: with the adapter off it is the base, to numerical noise, in train mode too; and an adapter that has not

@@ -1,4 +1,4 @@
-"""The dials of a policy, α0, α̃ and the adapters' weights: the values that give numbers, checked in one place."""
+"""Valid ranges of a policy's dials: α0, α̃ and the adapters' weights."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from qadapter.errors import QAdapterError
 
 LARGEST = 1e9
-"""Largest α0 and α̃: beyond it a float32 logit is no longer a number, or says nothing."""
+"""Largest α0 and α̃: beyond it, float32 logits overflow or lose all precision."""
 SMALLEST_ALPHA_TILDE = 1e-6
 LARGEST_WEIGHT = 1e6
 
 
 def check_dials(alpha_0: float, alpha_tilde: float) -> None:
-    """Refuse dials that give no numbers.
+    """Refuse dials that are out of range.
 
     Raises:
         QAdapterError: NaN, or out of range; the message names the range.
@@ -26,7 +26,7 @@ def check_dials(alpha_0: float, alpha_tilde: float) -> None:
 
 
 def check_weights(weights: Mapping[str, float]) -> None:
-    """Refuse weights of adapters that give no numbers.
+    """Refuse weights of adapters that are out of range.
 
     Raises:
         QAdapterError: NaN, or out of range; the message names the range.

@@ -1,4 +1,4 @@
-"""From what a format finds in a record (a prompt, replies, scores) to candidate pairs: the same for all formats."""
+"""Build candidate pairs from what a format finds in a record (a prompt, replies, scores); shared by all formats."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def history_messages(value: Any, roles: Mapping[str, Role] = ROLES) -> list[Mess
 
 
 def system_of(record: Record) -> Any:
-    """The system text beside a prompt: `system` or `system_prompt`; None where both are empty.
+    """The system text of a prompt: `system` or `system_prompt`; None if both are empty.
 
     Raises:
         UnusableRecord: WRONG_FIELDS, they say different things.
@@ -138,7 +138,7 @@ def system_of(record: Record) -> Any:
 
 
 def side(value: Any, roles: Mapping[str, Role] = ROLES) -> str | list[Message]:
-    """What stands for one of the two replies: its text, or the whole dialogue that it ends."""
+    """The value of one of the two replies: its text, or the whole dialogue that it ends."""
     if isinstance(value, str):
         return text(value)
     if isinstance(value, dict):
@@ -169,7 +169,7 @@ def decision(
         chosen, rejected: text, a turn, a list of one, or a whole dialogue.
         system, history: what stands before the prompt.
         margin: of the pair.
-        style: how the prompt is written out, if its format says so.
+        style: how the prompt is written, if its format defines it.
         roles: names of speakers.
 
     Raises:

@@ -1,6 +1,6 @@
 """Data set cards: which files a card may name, looked at before a library reads it.
 
-A card is a `README.md` that whoever made the data set wrote. `datasets` would follow a URL in it, and expand YAML
+A card is a `README.md` written by the data set's author. `datasets` would follow a URL in it, and expand YAML
 aliases without end.
 """
 

@@ -1,4 +1,4 @@
-"""Structures that a file holds as text (CSV) or by columns (older Parquet exports), as the lists they stand for."""
+"""Restore lists from structures that a file stores as text (CSV) or by columns (older Parquet exports)."""
 
 from __future__ import annotations
 

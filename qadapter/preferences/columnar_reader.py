@@ -105,7 +105,7 @@ def main(kind: str, file: str, limits: Limits) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limits.address_space,) * 2)
     resource.setrlimit(resource.RLIMIT_CPU, (limits.cpu_seconds,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    out, written, rows, told = sys.stdout.buffer, 0, 0, 0.0
+    out, written, rows, reported = sys.stdout.buffer, 0, 0, 0.0
     try:
         for batch, share in _batches(kind, file):
             for row in batch.to_pylist(maps_as_pydicts="lossy"):
@@ -115,8 +115,8 @@ def main(kind: str, file: str, limits: Limits) -> None:
                 if rows > limits.rows or written > limits.output_bytes:
                     raise _StopError("!budget")
                 out.write((b"!long" if len(line) > limits.record_bytes else line) + b"\n")
-            if share >= told + 0.001:
-                told = share
+            if share >= reported + 0.001:
+                reported = share
                 out.write(f"#{share:.4f}\n".encode())
         raise _StopError("!end")
     except _StopError as end:

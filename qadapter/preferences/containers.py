@@ -1,4 +1,4 @@
-"""Files as streams of raw records, whatever container they come in, without trusting the container.
+"""Read files of any supported container as streams of raw records, without trusting the container.
 
 The container is recognised by its first bytes: JSON lines, JSON lists and CSV, plain or packed with gzip, zstd, bzip2,
 xz or zip; Parquet; Arrow (file and stream). Nothing here knows what a record means; that is `formats.py`.

@@ -1,6 +1,6 @@
 """Preference files that grow: which records are new, and what each one gave, so that none is validated twice.
 
-A ledger is a folder. `records.jsonl` has a line a record: where it stands, the digest of its content, what came of it
+A ledger is a folder. `records.jsonl` has one line per record: its position, the digest of its content, its outcome
 (pairs, or the reason why there is none) and whether it is fresh, that is new or changed since the ledger before.
 """
 
@@ -26,9 +26,9 @@ from qadapter.preferences.sources import DATA_ENDINGS
 
 RECORDS, SUMMARY, QUARANTINE = "records.jsonl", "summary.json", "quarantine.jsonl"
 REFUSED_FILE = "the whole file: no known format"
-"""Reason of the one entry that stands for a file of which nothing can be read."""
+"""Reason of the single entry for a file that cannot be read."""
 UNREAD_FILE = "the whole file: its name has no ending of a data file"
-"""Reason of the one entry that stands for a file that is not opened (`sources.unread_files`)."""
+"""Reason of the single entry for a file that is not opened (`sources.unread_files`)."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ def update(
         previous: the ledger before; None for the first.
         out: an empty folder; gets `records.jsonl`, `quarantine.jsonl` (file, line, reason) and `summary.json`.
         domain, max_chars: as in `qadapter.preferences.prepare.prepare`.
-        rules: whatever names the way records are validated (code, domain, limit). A ledger of other rules is not used.
+        rules: everything that determines how records are validated (code, domain, limit). A ledger of other rules is
+            not used.
         choices: what the data leave open (`fields`, `score`, `pairing` …).
         unread: files beside them that are no data by their names, with their sizes: refused without being opened.
     """

@@ -55,7 +55,7 @@ class FieldMapping:
         Args:
             fields: the keys of `docs/data.md`, section "A mapping".
             preset: it describes a layout: a `system` field and the scores beside `chosen` and `rejected` are read too.
-            prompt_style: how prompts are written out, where a layout says so.
+            prompt_style: how prompts are written, if the layout defines it.
 
         Raises:
             QAdapterError: an unknown key, a value of the wrong kind, a bad expression, no form or two.
@@ -129,7 +129,7 @@ class FieldMapping:
     # ---- reading
 
     def records(self, record: Record) -> Sequence[Any]:
-        """The records inside a record, where `records` says where they lie; else the record itself."""
+        """The records nested in a record, if `records` gives their key; otherwise the record itself."""
         if "records" not in self._get:
             return (record,)
         inner = self._get["records"](record)
@@ -325,7 +325,7 @@ def _gives(key: str, value: Any) -> bool:
 
 
 def label_text(label: Any) -> str:
-    """A label as text, whatever it was written as: `1`, `1.0` and `"1"` are one label, `true` and `True` another."""
+    """A label as text, independent of its type: `1`, `1.0` and `"1"` are one label, `true` and `True` another."""
     if isinstance(label, bool):
         return "true" if label else "false"
     if isinstance(label, float) and label.is_integer():

@@ -48,7 +48,7 @@ class NearDuplicates:
         self._known: set[bytes] = set()
 
     def add(self, digest: bytes, text: str, held_out: bool) -> None:
-        """Take a prompt; one that was added before is left out.
+        """Add a prompt; a repeated one is ignored.
 
         Args:
             digest: decides whether it is in the sample.

@@ -87,7 +87,7 @@ class PreparationSummary:
         train_prompts, heldout_prompts: distinct prompts among them.
         train_sha256, heldout_sha256: digests of the two files.
         formats: the detected format of every file, by the name it has in `quarantine.jsonl`.
-        incomplete_files: names of files that broke off or are damaged, so that nobody knows what else they held.
+        incomplete_files: names of files that are truncated or damaged, so that part of their content is unknown.
         judge_pairs, judge_prompts, judge_sha256: of `judge.jsonl`; 0 and empty where no pair was set apart, and then
             not in `summary.json`.
     """
@@ -152,7 +152,7 @@ def prepare(
 ) -> PreparationSummary:
     """Validates preference files, splits them by prompt and writes the result.
 
-    Writes to `out_dir`: `train.jsonl` and `heldout.jsonl` (a pair a line, `PreferencePair.to_row`), `quarantine.jsonl`
+    Writes to `out_dir`: `train.jsonl`, `heldout.jsonl` (one pair per line, `PreferencePair.to_row`), `quarantine.jsonl`
     (file, line and reason of every rejected candidate, no contents), `summary.json` and, if pairs are set apart for a
     judge, `judge.jsonl`. None of them is left behind if it raises.
 
@@ -334,7 +334,7 @@ class _Output:
         self._stream.close()
 
     def add(self, row: Row) -> None:
-        """Write a pair, unless there are enough."""
+        """Write a pair, unless the limit is reached."""
         if self._limit is not None and self._taken >= self._limit:
             return
         self._taken += 1

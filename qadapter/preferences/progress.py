@@ -40,7 +40,7 @@ class Progress:
         return self.position
 
     def count(self) -> None:
-        """Count a row, and log where it is time."""
+        """Count a row, and log the progress if it is due."""
         self.rows += 1
         if self.rows % 256 == 0 and time.monotonic() - self._told >= EVERY_SECONDS:
             self._told = time.monotonic()

@@ -16,7 +16,7 @@ _NUMBERED = re.compile(r"(.*?)[_ -]?([01234]|[abAB]|left|right)")
 
 
 def proposal(records: Sequence[Any]) -> str | None:
-    """The `fields` of a config, as YAML on one line; None where the names say nothing.
+    """Propose the `fields` of a config, as YAML on one line; None if the names do not suggest any.
 
     Args:
         records: the first ones of a source.

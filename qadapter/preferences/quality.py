@@ -172,7 +172,7 @@ def sentences(report: Mapping[str, Any]) -> list[str]:
     contamination, near = report["contamination"], report["near"]
     shared = sum(counts["shared"] for counts in (contamination or {}).values())
     return [
-        f"median length {length['prompt']:,} characters a prompt, {length['chosen']:,} chosen, "
+        f"median length {length['prompt']:,} characters per prompt, {length['chosen']:,} chosen, "
         f"{length['rejected']:,} rejected; the chosen reply is longer in {report['longer_chosen']:.0%} of the pairs",
         f"{report['prompts']:,} prompts, {near['near_duplicates']:,} of {near['compared']:,} nearly repeat another; "
         f"none is on both sides, {near['across']:,} held-out ones nearly repeat a training one",

@@ -281,7 +281,7 @@ def _set_styles(
     """Decide how conversations are written out; the name of the layout with its style."""
     name = file_format.name
     if name in ("hh-dialogues", "transcript"):
-        # A record that lacks a mark votes for bare texts; it is one of these all the same.
+        # A record without a mark votes for bare texts, but is still read as one of these.
         alike = [r for r in objects if isinstance(r.get("chosen"), str) and isinstance(r.get("rejected"), str)]
         columns = [[record[side] for record in alike] for side in ("chosen", "rejected")]
         styles = [style_of(column) for column in columns]
@@ -314,7 +314,7 @@ def _refuse_meaningless(
                 "score": "It selects a score of ultrafeedback-raw only",
                 "pairing": "It pairs rows of one reply and a label only",
             }[name]
-            raise QAdapterError(f"{where} has {layout}, for which `{name}: {value}` means nothing. {uses}; remove it.")
+            raise QAdapterError(f"{where} has {layout}, which does not support `{name}: {value}`. {uses}; remove it.")
 
 
 def _refuse_ignored(records: Sequence[dict[str, Any]], file_format: Format, where: str) -> None:
@@ -403,7 +403,7 @@ def _list_name(choices: Choices | None) -> str | None:
 
 
 def open_reader(file: Path, *, domain: str | None = None, choices: Choices | None = None) -> Reader:
-    """The reader for a file, from its first records; see `recognise`.
+    """Choose the reader of a file from its first records; see `recognise`.
 
     Raises:
         QAdapterError: as `recognise`, or the file cannot be read or has no record.

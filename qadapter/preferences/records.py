@@ -18,7 +18,7 @@ MAX_RECORD_VALUES = 200_000
 
 
 class Reason(StrEnum):
-    """Why a record, or one candidate pair of it, is not used.
+    """The reason why a record, or one of its candidate pairs, is not used.
 
     The values are what users read. They become names of metrics too: letters, spaces, dashes and colons only.
     """
@@ -48,7 +48,7 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RawRecord:
-    """One record of a file.
+    """A record of a file.
 
     Attributes:
         line: line number in JSON lines, else the record's number; both count from 1.

@@ -152,7 +152,7 @@ def _otherwise(
     end: TurnEnd,
     template: Mapping[str, Any],
 ) -> str:
-    """The reply's form where a finished conversation does not simply go on behind the generation prompt."""
+    """The reply's form if a finished conversation does not simply continue after the generation prompt."""
     mark = _MARK
     while any(mark in text for text in (prompt, whole)):
         mark += "."
@@ -265,7 +265,7 @@ def _templated(
         text = tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=open_turn, **dict(template)
         )
-    except Exception as error:  # a template is a program of its own; whatever stops it is its way to refuse
+    except Exception as error:  # a template is a program, and may refuse a conversation by any exception
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RenderError(f"the chat template refuses these messages: {reason[:300]}") from error
     return _encodable(str(text))

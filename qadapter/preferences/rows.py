@@ -1,4 +1,4 @@
-"""Rows of a data set in Python as the plain records that the reader takes: the same values as from a file."""
+"""Convert rows of a data set in Python into plain records for the reader, with the same values as in files."""
 
 from __future__ import annotations
 

@@ -194,7 +194,7 @@ def _check_arguments(path: str, *, split: str | None, revision: str | None, conf
                 f"{name} '{value}' of {path} is not a name; letters, digits, '-', '_' and '.' were expected."
             )
         if kind in ("file", "url") or (name == "revision" and kind == "folder"):
-            raise QAdapterError(f"{name} '{value}' means nothing for the {kind} {path}; leave it out.")
+            raise QAdapterError(f"`{name}: {value}` is not supported for {kind} source {path}; remove it.")
     return kind
 
 
@@ -209,7 +209,7 @@ def _kind(path: str) -> Kind:
 def _local(path: str) -> Path:
     """A local path that exists; else an error that names its nearest neighbours."""
     if not path.strip():
-        raise QAdapterError("The path of a source is empty; a file, a folder, a URL or hub:owner/name was expected.")
+        raise QAdapterError("The path of a source is empty; give a file, a folder, a URL or hub:owner/name.")
     try:
         local = _plain(path)
         if local.is_file() or local.is_dir():
@@ -242,7 +242,7 @@ def _urls(path: str) -> list[str]:
     try:
         urls = download.files_below(path, lambda name: _is_data(PurePosixPath(name)))
     except download.UnreachableError:
-        return [path]  # of a file, there may be a copy of an earlier download
+        return [path]  # a file may have a copy from an earlier download
     if not urls:
         raise NoDataError(f"{shown(path)} has no data files. Files ending in {DATA_ENDINGS} were expected in it.")
     return urls
@@ -291,7 +291,7 @@ def _data_files(path: str, folder: Path) -> list[Path]:
 
 def _select(path: str, folder: Path, split: str | None, config_name: str | None) -> list[Path]:
     """The files of one split and config, as the data set's card or its file names declare them."""
-    from datasets import load_dataset_builder  # takes a second, which runs on files need not wait for
+    from datasets import load_dataset_builder  # takes a second to import, which runs on files do not need
 
     folder = folder.resolve()
     cards.check(path, folder)

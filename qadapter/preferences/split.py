@@ -60,7 +60,7 @@ class Drawn:
         return len(self._orders) // DIGEST_BYTES
 
     def add(self, row: Row) -> None:
-        """Note a pair."""
+        """Count a pair."""
         self._orders += row.order
         self._prompts += row.prompt
 

@@ -108,7 +108,7 @@ def _at_end(stream: io.BufferedReader[Any]) -> bool:
 
 
 ASKS = frozenset("prompt question instruction query input context user_input info messages history contents".split())
-"""An object that has one of these is a record, whatever lists it holds."""
+"""An object with one of these keys is a record, even if it contains lists."""
 
 
 def _refuse_one_object(value: dict[str, Any], file: Path) -> None:
@@ -200,7 +200,7 @@ class _Characters:
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._at)
-                if end < len(self._text) or self._ended:  # a number can go on behind the end of what was read
+                if end < len(self._text) or self._ended:  # a number may continue beyond the text read so far
                     size = end - self._at
                     if _too_many_values(self._text[self._at : end]):
                         raise _TooLongError

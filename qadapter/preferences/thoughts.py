@@ -38,7 +38,7 @@ class Thought:
     closed: bool
 
     def continued_by(self, reply: str) -> str:
-        """A reply with a thought as it goes on behind the opening, which is not written twice."""
+        """A reply with a thought as it continues after the opening, which is not repeated."""
         body = reply.strip()
         if body.startswith(self.tag):
             body = body.removeprefix(self.tag)

@@ -102,8 +102,8 @@ def _tagged(name: str, opening: str, closing: str, *, first: str = "", roles: st
 
     Args:
         name: of the style.
-        opening: pattern of the tag that begins a turn; `{}` is where its role stands.
-        closing: the token that ends a turn, as it is.
+        opening: pattern of the tag that begins a turn; `{}` is the place of the role.
+        closing: the literal token that ends a turn.
         first: pattern of a token that may stand before everything.
         roles: pattern of a role.
     """
@@ -305,7 +305,7 @@ def style_of_prompt(text: str) -> Style | None:
 
 
 def has_marks(text: str) -> bool:
-    """Whether a text holds a turn mark of any style at the beginning of a line, or a chat template's token."""
+    """Whether a text contains a turn mark of any style at the start of a line, or a token of a chat template."""
     return _ANY_MARK.search(text) is not None
 
 

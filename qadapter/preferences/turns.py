@@ -1,4 +1,4 @@
-"""From the values of a record's fields to turns, and from turns to a pair: the same for all formats."""
+"""Turn the values of a record's fields into turns, and turns into a pair; shared by all formats."""
 
 from __future__ import annotations
 
@@ -167,8 +167,8 @@ def score(value: Any) -> float:
 def joined(turns: Sequence[Message]) -> list[Message]:
     """Neighbouring turns of the same speaker as one.
 
-    In some HH records a reply goes on in a second `Assistant:` turn. Joined, such a pair has one prompt and two replies
-    as it was collected; unjoined, its prompts would differ, and many chat templates refuse such turns.
+    In some HH records a reply continues in a second `Assistant:` turn. If joined, the pair has one prompt and two
+    replies, as collected; otherwise its prompts would differ, and many chat templates refuse such turns.
     """
     result: list[Message] = []
     for turn in turns:
@@ -210,7 +210,7 @@ def with_system(prompt: list[Message], value: Any) -> list[Message]:
     """A prompt with the text of a `system` field as its first turn; empty or null: as it is.
 
     Raises:
-        UnusableRecord: WRONG_FIELDS, also beside a system turn that says something else.
+        UnusableRecord: WRONG_FIELDS, also if there is a different system turn.
     """
     if value is None:
         return prompt
@@ -240,7 +240,7 @@ def make_pair(prompt: list[Message], chosen: str, rejected: str, margin: float |
 
 
 def _without_end(reply: str) -> str:
-    """A reply without the token that ends a turn: the tokenizer adds its own."""
+    """A reply without the token that ends a turn, since the tokenizer adds its own."""
     if reply.endswith(END_TOKENS):
         token = next(token for token in END_TOKENS if reply.endswith(token))
         return reply[: -len(token)].rstrip()

@@ -45,7 +45,7 @@ def suspects(keys: Iterable[Any], file_format: Format) -> Iterator[str]:
 
 
 def unexplained(record: Mapping[str, Any], file_format: Format, names: Iterable[str]) -> str | None:
-    """The first of these fields that says something the layout would ignore."""
+    """The first of these fields whose content the layout would ignore."""
     for key in names:
         value, name = record[key], str(key).lower()
         if _says_nothing(value):

@@ -23,7 +23,7 @@ class Answer:
     Attributes:
         method: whose; `base` comes first.
         text: the answer.
-        verdict: `win`, `tie`, `loss` or `undecided` against the base; empty for the base and where nobody judged.
+        verdict: `win`, `tie`, `loss` or `undecided` against the base; empty for the base and without a judge.
     """
 
     method: str
@@ -33,7 +33,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """One held-out prompt and everybody's answer to it.
+    """One held-out prompt and each method's answer to it.
 
     Attributes:
         domain: of the comparison.
@@ -105,5 +105,5 @@ def _one(domain: str, answers: dict[str, dict[str, Any]]) -> SideBySide:
 
 
 def _verdict(answer: dict[str, Any]) -> str:
-    """What was judged; `undecided` by nobody is no verdict."""
+    """The judge's verdict; empty if there was no judge."""
     return str(answer.get("verdict") or "") if answer.get("judge") != "none" else ""

@@ -77,7 +77,7 @@ def build_report(
     """Write `report.md`, `report.html` (one file, complete in itself), `report.tex`, tables, figures and metrics.
 
     Args:
-        rows: one a policy.
+        rows: one per policy.
         title: of the report.
         data: source to its `summary.json`: counts, reasons of the quarantine, digests.
         quality: source to its quality report (`qadapter.preferences.quality`).

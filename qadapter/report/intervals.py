@@ -43,7 +43,7 @@ class Sample:
     Attributes:
         seeds: S of them; (None,) for the base.
         ids: of each part.
-        parts: [S, n_k] for each part k (a domain, a task).
+        parts: [S, n_k] for each part k (one domain or task).
         weights: [n_k] for each.
         grain: how much one changed answer moves an item: 1, or 1/D where an item is a mean over D domains. 0 where an
             item is no yes or no (bits per byte).
@@ -117,7 +117,7 @@ class Measured:
     """All rows of a comparison with their item scores, read once.
 
     Attributes:
-        rows: one a policy.
+        rows: one per policy.
         domains, methods: in order.
         measures: `retention/<task>/<metric>`, one a task.
         higher: metric to whether higher is better.

@@ -56,7 +56,7 @@ def read_lines(folder: Path | None, name: str) -> list[dict[str, Any]]:
 
 
 def directions_of(rows: Sequence[Row]) -> dict[str, bool]:
-    """Metric name to whether higher is better, for those that say so."""
+    """Metric name → whether higher is better, for metrics with a known direction."""
     found: dict[str, bool] = {}
     for row in rows:
         file = row.retention / "directions.json" if row.retention else None
@@ -75,7 +75,7 @@ def retention_measures(rows: Sequence[Row]) -> list[str]:
 
 
 def refuse_other_items(rows: Sequence[Row]) -> None:
-    """A difference between scores on different questions says nothing about what was kept.
+    """Refuse to compare scores on different questions, whose difference does not measure retention.
 
     Raises:
         QAdapterError: a policy and the base of its domain and run were measured on different items.

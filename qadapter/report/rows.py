@@ -1,4 +1,4 @@
-"""The rows of a comparison: one a domain, method and seed, and what they say together."""
+"""The rows of a comparison, one per domain, method and seed, and their summaries."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Spread:
         if not self.n:
             return "–"
         deviation = "" if math.isnan(self.deviation) else f" ± {self.deviation:.{digits}f}"
-        return f"{round(self.mean, digits) + 0.0:.{digits}f}{deviation}"  # + 0.0: nobody wants to read -0.000
+        return f"{round(self.mean, digits) + 0.0:.{digits}f}{deviation}"  # + 0.0: avoids -0.000
 
 
 def ordered(values: Iterable[str], order: Sequence[str] = ()) -> list[str]:
@@ -77,7 +77,7 @@ def kind(method: str) -> str:
 
 
 def run_of(method: str) -> str:
-    """What a label says of its run, ` (first run)`; nothing where it says nothing."""
+    """The part of a label about its run, ` (first run)`; empty if there is none."""
     found = method.rfind(" (")
     return method[found:] if found >= 0 and method.endswith(")") else ""
 
@@ -110,7 +110,7 @@ def comparable_domains(rows: Sequence[Row], metric: str) -> list[list[str]]:
 
     Returns:
         One group, the domains in which every method that has the metric at all has it; if there is no such domain,
-        every domain in which any has it, each by itself. Nothing if nobody has it.
+        every domain in which any has it, separately. Empty if no method has it.
     """
     having = {row.method for row in rows if metric in row.metrics}
     measured: dict[tuple[str, str], bool] = {}

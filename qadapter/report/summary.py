@@ -32,7 +32,7 @@ class Duel:
         avoided: degradation avoided: the baseline's forgetting minus the method's.
         share: `avoided` as a share of the baseline's forgetting; NaN where that is not larger than its noise, and
             without intervals.
-        adaptation_interval, avoided_interval: 95 %, None where item scores are missing or nobody asked for them.
+        adaptation_interval, avoided_interval: 95 %; None if item scores are missing or intervals were not requested.
     """
 
     method: str
@@ -54,7 +54,7 @@ def adherence_gained(measured: Measured, method: str) -> tuple[float, Interval |
     gained = spread_over(measured.rows, SCORE, domains, method).mean - before
     if sample is None:
         return gained, None
-    found = sample.interval  # a score is a share: nobody gains more than what the base lacks
+    found = sample.interval  # a score is a share, so a gain is at most what the base lacks
     return gained, replace(found, low=max(found.low, -before), high=min(found.high, 1 - before))
 
 
@@ -127,7 +127,7 @@ def points(rows: Sequence[Row], domain: str | None) -> dict[str, tuple[float, fl
 
 
 def summary_metrics(measured: Measured, fought: Sequence[Duel] | None = None) -> dict[str, float]:
-    """Each method's means over domains and the single figures, for the run that stands for the whole comparison.
+    """Each method's means over domains and the single figures, for the MLflow run of the whole comparison.
 
     Args:
         fought: its `duels`, where somebody has them already.

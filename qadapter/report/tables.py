@@ -164,10 +164,10 @@ def task_details(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def main_table(measured: Measured) -> Table:
-    """The paper's shape: a row a method; what it learnt in each domain, then what it kept of each task.
+    """The paper's table: one row per method, with its adaptation per domain, then its retention per task.
 
     Tasks that are averaged only; those in other units (bits per byte) are in the tables below it. A method that lacks a
-    domain has no mean over domains, and where nobody has them all, the win rate is shown domain by domain.
+    domain has no mean over domains; if no method has all domains, the win rate is shown per domain.
     """
     learnt: list[str | None] = [*measured.domains, *([None] if len(measured.domains) > 1 else [])]
     kept: list[str | None] = [*measured.accuracies, None]
@@ -199,7 +199,7 @@ def main_table(measured: Measured) -> Table:
 
 
 def domain_table(measured: Measured, domain: str) -> Table:
-    """One domain: a row a method."""
+    """The table of one domain: one row per method."""
     rows = []
     for method in methods_of(row for row in measured.rows if row.domain == domain):
         scores = [(spread(measured.rows, SCORE, domain, method), measured.score(method, domain), True)]
@@ -265,7 +265,7 @@ def difference_cell(value: float, interval: Interval | None) -> Cell:
 
 
 def further_table(measured: Measured) -> Table:
-    """Whatever else was measured of learning and forgetting, a row a measure, mean over domains and seeds."""
+    """All other measures of learning and forgetting: one row per measure, means over domains and seeds."""
     shown = {SCORE, "retention/mean", "forgetting/mean", *measured.measures}
     names = ordered(
         (name for row in measured.rows for name in row.metrics if name.startswith(("adaptation/", "retention/"))),

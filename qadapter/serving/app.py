@@ -28,7 +28,7 @@ _LOOK_SECONDS = 0.2  # how often it is looked whether a client is still there
 
 
 class ClientGoneError(Exception):
-    """Nobody waits for the answer any more."""
+    """The client no longer waits for the answer."""
 
 
 def create_app(
@@ -43,7 +43,7 @@ def create_app(
 
     Args:
         generator: what answers.
-        api_key: bearer token that every request below `/v1` must carry; None: none is asked for.
+        api_key: bearer token that every request below `/v1` must have; None: no token is required.
         hosts: names and addresses under which it may be asked (the `Host` of a request, without port); None: any.
         cors_origins: the pages, as `https://name:port`, that may ask from a browser. Others are refused.
         most_bytes: of a request's body.
@@ -135,7 +135,7 @@ class _Answer:
     async def pieces(self) -> AsyncIterator[tuple[int, str]]:
         """Number of the choice and its next piece of text; `replies` is filled behind the last one.
 
-        The generator is told to stop when this iterator is left early.
+        If the caller leaves this iterator early, generation stops.
 
         Raises:
             ClientGoneError: the client closed its connection.
@@ -187,7 +187,7 @@ def _model(name: str) -> dict[str, Any]:
 
 
 def _speak_openai(app: FastAPI) -> None:
-    """Every error as OpenAI's body, whoever raised it."""
+    """Return every error in OpenAI's format."""
 
     @app.exception_handler(RequestError)
     async def refused(_: Request, error: RequestError) -> Response:

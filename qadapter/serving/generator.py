@@ -52,7 +52,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Turn:
-    """One reply to make: from which blend, and the seed of its sampling (None: whatever comes)."""
+    """One reply to generate: its blend, and the seed of its sampling (None: random)."""
 
     blend: Blend
     seed: int | None = None
@@ -85,7 +85,7 @@ class BusyError(Exception):
 
 
 class Generator:
-    """The only one who runs the model: requests wait in a queue, so that no request's dials reach another's reply.
+    """Runs the model for all requests. They wait in a queue, so that one request's dials cannot affect another's reply.
 
     Attributes:
         policies: what is served.
@@ -129,8 +129,8 @@ class Generator:
             for number, turn in enumerate(turns):
                 if stop.is_set():
                     break
-                told = partial(on_text, number)
-                replies.append(self._reply(turn, prompt, sampling, told, stop, tokenizer or self.policies.tokenizer))
+                report = partial(on_text, number)
+                replies.append(self._reply(turn, prompt, sampling, report, stop, tokenizer or self.policies.tokenizer))
             return replies
 
         try:
@@ -210,7 +210,7 @@ class _Scores(LogitsProcessor):
 
 
 class ReplyReader(StoppingCriteria):
-    """Reads one reply while it is generated, and ends it at a stop text or when nobody wants it any more.
+    """Reads one reply while it is generated, and ends it at a stop text or when its client has disconnected.
 
     In place of transformers' `TextIteratorStreamer`, which hands on whole words, so that a stop text is seen late, and
     decodes anew after each line break, where some tokenizers then lose a space. Here the pieces always join to the
@@ -235,7 +235,7 @@ class ReplyReader(StoppingCriteria):
     ) -> None:
         self._tokenizer = tokenizer
         self._ends, self._scores = set(ends), scores
-        # Special tokens are no part of a reply's text; those that stop texts name are looked for all the same.
+        # Special tokens are not part of a reply's text, but those in stop texts are still detected.
         named = [text for text in special_texts(tokenizer) if any(text in one for one in stop)] if stop else []
         ids: Any = tokenizer.convert_tokens_to_ids(named) if named else []
         self._named: dict[int, str] = dict(zip(ids, named, strict=True))

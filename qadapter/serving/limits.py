@@ -147,10 +147,10 @@ def host_name(header: str) -> str:
 
 
 class BoundedConnection(H11Protocol):
-    """uvicorn's connection, ended when it sends no headers in time, leaves answers unread, or stands in others' way.
+    """uvicorn's connection, closed when it sends no headers in time, leaves answers unread, or blocks other clients.
 
     At the limit, the connection that has waited longest without a request makes room for a new one, so that idle and
-    half-open ones never keep anybody out; those that are being answered stay.
+    half-open connections never block other clients; those that are being answered stay.
     """
 
     most_connections = min(MOST_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)

@@ -1,4 +1,4 @@
-"""One base and all adapters of a server in memory, and what each name a client can ask for stands for."""
+"""The base and all adapters of a server in memory, and the policy behind each model name."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class ServedPolicies:
     all kinds can be served, and mixed, side by side.
 
     Attributes:
-        policy: the model; its adapter weights belong to whoever is inside `speaking`.
+        policy: the model; code inside `speaking` owns its adapter weights.
         tokenizer: the base's own.
     """
 
@@ -123,7 +123,7 @@ class ServedPolicies:
             dtype: float32, bfloat16 or float16; without it as in the training of the first adapter, where that is on
                 record, else what the base's config says.
             quantization: none, int8 or nf4; the last two need bitsandbytes. Without it as in that training, else none.
-            revision: of a base of the hub, best a commit; without it whatever the hub's main branch is by now.
+            revision: revision of a base on the hub, preferably a commit; without it, the current main branch.
 
         Raises:
             QAdapterError: as the constructor, or a base that cannot be loaded.

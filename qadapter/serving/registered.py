@@ -14,7 +14,7 @@ from qadapter.files.artifacts import digest_tree
 
 
 class DamagedError(QAdapterError):
-    """Registered files are not what they were, or cannot be read any more."""
+    """Registered files have changed or cannot be read."""
 
 
 def digest_code(folder: Path) -> str:
@@ -28,7 +28,7 @@ def refuse_damage(folder: Path, expected: str | None, what: str, digest: Callabl
 
     Args:
         folder: the files as they are now.
-        expected: their `digest_tree` when they were registered; None where nobody wrote it down.
+        expected: their digest at registration; None if it was not recorded.
         what: whose files they are, for the message.
         digest: how `expected` was made.
 

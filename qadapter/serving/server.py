@@ -77,7 +77,7 @@ def serve(
         generator = Generator(policies)
         where = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         if not _is_loopback(host) and key is None:
-            _say(f"warning: everyone who reaches {host} can use this server; set {API_KEY_VARIABLE} to ask for a token")
+            _say(f"warning: any client can use this server at {host}; set {API_KEY_VARIABLE} to require a token")
         _say(f"Serving {', '.join(policies.names)} at {where}/v1   Stop: Ctrl-C")
         _say(f"precision {policies.policy.dtype}, temperature 1 where a request names none; fields: {where}/docs")
         app = create_app(generator, key, allowed_hosts(host), cors_origins=cors_origins)
@@ -111,7 +111,7 @@ def allowed_hosts(host: str) -> set[str] | None:
     """The names under which a server that listens on `host` may be asked; None: any.
 
     They are those of `QADAPTER_ALLOWED_HOSTS`, and of this machine itself. Without the variable only a server on
-    loopback is limited: what others reach is reached by names that nobody here knows.
+    loopback is limited: on other addresses, the names that clients use are unknown here.
     """
     given = {name.strip().lower() for name in os.environ.get(HOSTS_VARIABLE, "").split(",")} - {""}
     return given | _LOOPBACK | {host.lower()} if given or _is_loopback(host) else None

@@ -27,7 +27,7 @@ def exact_measures(
 
     Returns:
         `adaptation/exact_rule`: in the style *and* with the right attributes, or refused word for word;
-        for a domain also `adaptation/well_formed`: right attributes in whatever style.
+        for a domain also `adaptation/well_formed`: right attributes in any style.
     """
     measures = {"adaptation/exact_rule": _share(follows_rule(world, style, prompts, replies))}
     if style is not None:

@@ -45,7 +45,7 @@ def write_benchmarks(
     corpus = []
     for name, file in replies.items():
         seen = _turns(file.with_name("train.jsonl"))
-        # one reply a prompt: the pairs of DSP repeat the chosen one
+        # one reply per prompt: the pairs of DSP repeat the chosen one
         distinct = {
             pair.prompt_digest: (pair.prompt[-1]["content"], pair.chosen)
             for pair in load_pairs(file)

@@ -35,7 +35,7 @@ class GeneratedBenchmark:
     """One benchmark whose items this project writes.
 
     Attributes:
-        task: its task; `{name}` stands for the names that a config gives.
+        task: its task; `{name}` is replaced by the names in the config.
         made_of: the material.
         write: writes the items; None where another row's or the toy world's file is read.
         of_world: names for which the toy world writes it; an empty one for a task without `{name}`.

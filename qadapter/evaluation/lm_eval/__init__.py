@@ -1,1 +1,1 @@
-"""lm-eval: which tasks there are, how they are asked of a policy, what they read."""
+"""lm-eval: the available tasks, how a policy is evaluated on them, and what they read."""

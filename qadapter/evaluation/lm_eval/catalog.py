@@ -123,7 +123,7 @@ def check_tasks(names: Sequence[str], data: Path | None = None) -> None:
 
 
 def require_scores(names: Sequence[str]) -> None:
-    """Every name stands for one score: what is forgotten of it can be told, and it has its share of the mean.
+    """Require that every name has exactly one score, so that its forgetting can be measured and weighted in the mean.
 
     Raises:
         QAdapterError: a name is a tag of lm-eval, or a group that is not averaged; the message has its members.
@@ -132,13 +132,13 @@ def require_scores(names: Sequence[str]) -> None:
         if template_of(name) is None and (members := _loose_members(name, official_tasks())) is not None:
             advice = f"Name those tasks in its place: {', '.join(members)}." if members else "Leave it out."
             raise QAdapterError(
-                f"{name!r} stands for several evaluation tasks, and lm-eval gives no score for them together, so it "
-                f"could not be told how much of it is forgotten. {advice}"
+                f"{name!r} contains several evaluation tasks, and lm-eval has no common score for them, so forgetting "
+                f"cannot be measured. {advice}"
             )
 
 
 def _loose_members(name: str, known: _Official) -> list[str] | None:
-    """What a tag, or a group without a score of its own, stands for; None for anything else."""
+    """The members of a tag, or of a group without its own score; None for anything else."""
     if name in known.tags and name not in known.files:
         return _tagged(name, known)
     settings = settings_of(known.files[name]) if name in known.files else {}
@@ -162,12 +162,12 @@ def _listed(members: Any, known: _Official) -> Iterator[str]:
             yield from _listed(child, known)
         elif (loose := _loose_members(child, known)) is not None:
             yield from loose
-        elif child in known.files:  # a group can define tasks in its own file, which nobody else knows by name
+        elif child in known.files:  # a group may define tasks in its own file that have no name elsewhere
             yield child
 
 
 def official_leaves(name: str) -> list[str]:
-    """The tasks with a file of their own that one of lm-eval's tasks, groups or tags stands for."""
+    """The tasks with their own files that belong to one of lm-eval's tasks, groups or tags."""
     known = official_tasks()
     if name in known.tags and name not in known.files:
         return _tagged(name, known)

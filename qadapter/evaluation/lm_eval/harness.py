@@ -90,8 +90,8 @@ def evaluate_tasks(
         official_data: folder with files of lm-eval's own tasks (`qadapter.evaluation.lm_eval.official_files`), by
             default `<data>/benchmarks`; what is not there comes from the hub.
         limit: use only the first items of each task.
-        batch_size: prompts a batch, or "auto" for the largest that fits (found by trying, so meant for a GPU).
-        plain_tasks: those of `tasks` that are asked without chat template, besides those a suite says so of.
+        batch_size: prompts per batch, or "auto" for the largest that fits (found by trial, so meant for a GPU).
+        plain_tasks: members of `tasks` prompted without chat template, in addition to those that a suite lists.
         fewshot_as_multiturn: give worked examples as turns of the conversation; needs the chat template.
         num_fewshot: worked examples in place of each task's own number (tasks that fix 0 keep it).
         max_gen_toks: the longest answer in tokens, in place of each task's own.

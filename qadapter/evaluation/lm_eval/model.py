@@ -86,7 +86,7 @@ class PolicyLM(HFLM):
         Args:
             pretrained: the policy; or, from a command line, the folder of a Q-Adapter.
             tokenizer: the policy's; by default the one that lies with the adapter, else the base's.
-            device: where a policy that is loaded goes; the processor where there is no GPU, whatever is asked for.
+            device: device of a loaded policy; without a GPU, always the CPU.
             apply_chat_template: whether prompts will come out of a chat template.
             settings: of `hf`, those that matter for a model in memory (`batch_size`, `max_length` …); with a folder
                 also what is loaded as its base, and how: `base` (folder or hub id; the one that the folder names by
@@ -102,7 +102,7 @@ class PolicyLM(HFLM):
         known = (*_OF_THE_BASE, *_OF_HF) if isinstance(pretrained, str) else _OF_HF
         _refuse_ignored([name for name in settings if name not in known], known)
         if isinstance(pretrained, str):
-            # lm-eval's command line asks for a GPU unless told otherwise, and so does `hf` fall back.
+            # lm-eval's command line requests a GPU by default; `hf` falls back to the CPU in the same way.
             place = torch.device(device or "cuda") if torch.cuda.is_available() else torch.device("cpu")
             loading = {name: settings.pop(name) for name in _OF_THE_BASE if name in settings}
             base = loading.pop("base", None)
@@ -179,7 +179,7 @@ class PolicyLM(HFLM):
                     f"{self.max_length}. Leave such items out of the benchmark, or use a model with a longer context."
                 )
             self.shortened += len(context) + len(continuation) > self.max_length + 1
-        # The parent's rolling likelihood asks for a bar with every batch, whatever it was told itself.
+        # The parent's rolling likelihood shows a progress bar for every batch, regardless of its own setting.
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
 
 

@@ -179,7 +179,7 @@ def lm_eval_dataset(files: Mapping[str, Sequence[str]], fields: Sequence[str], *
 
 
 def leaves(name: str, index: Mapping[str, Any]) -> Iterator[str]:
-    """Tasks that a task, tag or group of lm-eval's index stands for."""
+    """The tasks behind a task, tag or group of lm-eval's index."""
     entry = index.get(name)
     if entry is None:
         return

@@ -42,8 +42,8 @@ def build_sweep_report(
     """Write `sweep.md`, `sweep.csv` (every measurement), `settings.json`, `sweep.png` and `metrics.json`.
 
     Args:
-        rows: one a domain, setting (as `method`) and seed, and the base's.
-        settings: all of the sweep's, also those without a row.
+        rows: one per domain, setting (as `method`) and seed, and those of the base.
+        settings: all settings of the sweep, including those without a row.
         expected: rows that a complete setting has.
         title: of page and figure.
         out: an empty folder.
@@ -178,7 +178,7 @@ def _choices(compared: Sequence[Point], tuned: Mapping[str, list[Point]], metric
 def _table(
     points: Sequence[Point], front: Sequence[Point], base: Mapping[str, Spread], base_rows: Sequence[Row]
 ) -> pd.DataFrame:
-    """A line a setting, the best trade first, and the base's below them."""
+    """One line per setting, the best trade first, and the base's below them."""
     on_front = {point.setting.name for point in front}
     knobs = {label: knob for label, knob in _KNOBS.items() if any(knob in p.setting.settings for p in points)}
     adaptation, win_rate, retention, forgetting, kl = (base[name].text() for name in MEASURED)
@@ -222,7 +222,7 @@ def _table(
 
 
 def _all_rows(rows: Sequence[Row], settings: Sequence[Setting]) -> pd.DataFrame:
-    """One line a domain, setting and seed with every measurement, for other people's plots."""
+    """One line per domain, setting and seed with every measurement, for further plots."""
     by_name = {setting.name: setting for setting in settings}
     names = ordered(name for row in rows for name in row.metrics)
     table = []

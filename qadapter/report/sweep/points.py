@@ -128,7 +128,7 @@ def points_of(rows: Sequence[Row], settings: Sequence[Setting], expected: int) -
     """Every setting that was measured at least once.
 
     Args:
-        rows: one a domain, setting (as `method`) and seed, and the base's.
+        rows: one per domain, setting (as `method`) and seed, and those of the base.
         settings: those of the sweep.
         expected: rows that a complete setting has.
     """
@@ -236,7 +236,7 @@ def differences(point: Point, other: Point) -> dict[str, Interval]:
 
 
 def edges(best: Point, tried: Sequence[Point]) -> dict[str, Literal["lowest", "highest"]]:
-    """The knobs of which a point has the lowest or highest value that was tried, whatever the other knobs were.
+    """The knobs of which a point has the lowest or highest tried value, independent of the other knobs.
 
     A knob of one value was not tuned. A value of 0 is no edge: no knob goes below it.
 

@@ -57,7 +57,7 @@ def difference_table(best: Point, tuned: Mapping[str, Point], tried: int) -> lis
         tried: the number of settings that `best` was chosen from.
 
     Returns:
-        Heading line, table and what to read it with; nothing if there is nobody to compare with.
+        Heading line, table and a note on reading it; empty if there is no method to compare with.
     """
     others = {method: point for method, point in tuned.items() if point.setting.name != best.setting.name}
     if not others:
@@ -90,4 +90,4 @@ def _difference(interval: Interval) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{round(value, 3) + 0.0:+.3f}"  # + 0.0: nobody wants to read -0.000
+    return f"{round(value, 3) + 0.0:+.3f}"  # + 0.0: avoids -0.000

@@ -350,15 +350,15 @@ def test_a_stopped_training_goes_on_bitwise(
     with monkeypatch.context() as patched:
         patched.setattr(QAdapterTrainer, "training_step", stop_in_step_6)
         assert main(command) == 130
-    assert "--resume goes on" in capsys.readouterr().err
+    assert "--resume continues" in capsys.readouterr().err
     assert sorted(folder.name for folder in (tmp_path / "out/checkpoints").iterdir()) == [
         "checkpoint-2",
         "checkpoint-4",
     ]
 
-    assert "holds an unfinished training; add --resume to go on" in refused(*command)
+    assert "holds an unfinished training; add --resume to continue" in refused(*command)
     assert "beta was 0.2 and is 0.3" in refused(*command, "--resume", "--beta", "0.3")
-    assert "is not finished; go on with" in refused("chat", "--adapter", str(tmp_path / "out"))
+    assert "is not finished; resume it" in refused("chat", "--adapter", str(tmp_path / "out"))
 
     with monkeypatch.context() as patched:
         patched.setattr(QAdapterTrainer, "training_step", lambda *a, **o: (taken.append(0), step(*a, **o))[1])

@@ -172,7 +172,7 @@ def test_a_suites_files_are_looked_at_before_anything_runs(made_up, tmp_path, ca
 )
 def test_names_without_a_score_of_their_own_are_refused_before_anything_runs(name, members, tmp_path) -> None:
     """A tag or a group that is not averaged: nothing would be told to be forgotten, and it would be in no mean."""
-    message = f"'{name}' stands for several .*Name those tasks in its place: .*{members}"
+    message = f"'{name}' contains several .*Name those tasks in its place: .*{members}"
     with pytest.raises(QAdapterError, match=message):
         check_tasks(["toy_facts", name])
     with pytest.raises(QAdapterError, match=message):

@@ -112,7 +112,7 @@ def test_students_interval_over_seeds() -> None:
     alone = across_seeds([0.4])
     assert (alone.low, alone.estimate, alone.high) == (0.4, 0.4, 0.4)
     assert math.isnan(alone.stderr)
-    with pytest.raises(ValueError, match="one score a seed"):
+    with pytest.raises(ValueError, match="one score per seed"):
         across_seeds([])
 
 

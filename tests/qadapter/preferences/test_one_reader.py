@@ -281,5 +281,5 @@ def test_a_judgement_and_a_decision_must_agree(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "value"), [("preferred", "x"), ("score", "x"), ("pairing", "all")])
 def test_a_choice_that_selects_nothing_is_refused(tmp_path: Path, name: str, value: Any) -> None:
     file = lines(tmp_path / "rows.jsonl", {"prompt": "Why?", "chosen": "Because.", "rejected": "No."})
-    with pytest.raises(QAdapterError, match=rf"`{name}: {value}` means nothing.*remove it"):
+    with pytest.raises(QAdapterError, match=rf"does not support `{name}: {value}`.*remove it"):
         parse_files([file], choices=Choices(**{name: value}))

@@ -253,11 +253,11 @@ def test_names_are_names(tmp_path: Path, name: str) -> None:
 
 def test_arguments_without_meaning_are_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl")
-    with pytest.raises(QAdapterError, match="split 'train' means nothing for the file"):
+    with pytest.raises(QAdapterError, match="`split: train` is not supported for file source"):
         check(str(file), split="train")
-    with pytest.raises(QAdapterError, match="config_name 'x' means nothing for the url"):
+    with pytest.raises(QAdapterError, match="`config_name: x` is not supported for url source"):
         check("https://localhost/a", config_name="x")
-    with pytest.raises(QAdapterError, match="revision 'main' means nothing for the folder"):
+    with pytest.raises(QAdapterError, match="`revision: main` is not supported for folder source"):
         check(str(tmp_path), revision="main")
 
 
