@@ -106,7 +106,7 @@ def test_an_announcement_that_came_to_nothing_is_repeated(
     assert [seen.announcements for seen in heard] == [1, 2, 3]
 
 
-def test_a_run_that_always_fails_is_asked_for_more_and_more_seldom(
+def test_a_failing_run_is_requested_at_growing_intervals(
     config: str, tiny: Customization, heard: list[Seen], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two days of a watcher that looks every 15 minutes; each run begins and fails within a minute. Then new rows."""
@@ -136,9 +136,7 @@ def test_a_server_that_cannot_be_asked_leaves_the_time(config: str, prefect_clie
         assert not flows.watch_preferences._is_about_to_run(config)
 
 
-def test_only_a_run_that_began_after_it_and_has_no_end_is_a_reason_at_once(
-    config: str, tiny: Customization, heard: list[Seen]
-) -> None:
+def test_only_an_unfinished_later_run_is_a_reason_at_once(config: str, tiny: Customization, heard: list[Seen]) -> None:
     fingerprint = fingerprint_of(tiny)
     Seen.update(tiny, started=fingerprint, started_at=time.time() - 60)
     assert look(config) == ("Announced", "incoming has changed")

@@ -162,7 +162,7 @@ def test_two_flow_runs(tracker: Tracker, first: str, second: str, tmp_path: Path
     assert lost.interval.estimate == 0.0
 
 
-def test_other_bases_are_told_apart(tracker: Tracker, first: str, rows: list[Row], home: Path, tmp_path: Path) -> None:
+def test_other_bases_are_detected(tracker: Tracker, first: str, rows: list[Row], home: Path, tmp_path: Path) -> None:
     other_base = replace(rows[0], adaptation=rows[1].adaptation)
     third = record(tracker, "smoke · odd-cat", [other_base], home / "third", 3)
     found = read_runs(tracker, [first, third], tmp_path)

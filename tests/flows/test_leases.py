@@ -57,9 +57,7 @@ def given_up(storage: ConcurrencyLeaseStorage) -> list[UUID]:
     return asyncio.run(storage.read_expired_lease_ids())
 
 
-def test_a_lease_is_given_up_after_ten_minutes_in_which_nobody_renewed_it(
-    storage: ConcurrencyLeaseStorage, clock: Clock
-) -> None:
+def test_a_lease_is_revoked_after_ten_minutes_without_renewal(storage: ConcurrencyLeaseStorage, clock: Clock) -> None:
     alive, dead = lease_of(storage, 300), lease_of(storage, -3600)
     assert given_up(storage) == [], "however long it was overdue before this server looked"
     clock.now = PATIENCE - 1

@@ -349,7 +349,7 @@ def test_the_plan_of_smoke(offline: list[str]) -> None:
     assert offline == []
 
 
-def test_a_step_of_a_pairwise_method_is_three_passes_and_of_sft_two(offline: list[str]) -> None:
+def test_a_pairwise_step_takes_three_passes_and_sft_two(offline: list[str]) -> None:
     table = cost_table(plan_text("smoke", None, ["training.max_steps=1000000"]))
     assert table["train q-adapter"][4] == pytest.approx(1.5 * table["train sft"][4], rel=0.01)
     assert table["train q-adapter"][4] == pytest.approx(table["train dpo"][4], rel=0.01)
@@ -416,7 +416,7 @@ def test_a_plan_refuses_what_a_run_would_refuse(tmp_path: Path) -> None:
         plan_text("smoke", None, ["evaluation.retention.tasks=[toy_fact]"])
 
 
-def test_questions_that_cannot_be_read_are_refused_before_anything_runs(shared_data: Path, tmp_path: Path) -> None:
+def test_unreadable_questions_are_refused_before_a_run(shared_data: Path, tmp_path: Path) -> None:
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"question": "2 + 2?", "answer": "4"}\n{"question": "no answer"}\n')
     with pytest.raises(QAdapterError, match=r"built_benchmarks\.questions\.gsm8k: .* has no 'answer'"):

@@ -62,7 +62,7 @@ def test_ray_is_a_cluster_of_this_machine_or_the_one_that_is_named(monkeypatch: 
 
 
 @pytest.mark.parametrize("engine", ["dask", "ray"])
-def test_an_engine_that_is_not_installed_is_refused_with_the_way_out(engine: str) -> None:
+def test_an_engine_that_is_not_installed_is_refused(engine: str) -> None:
     settings = load_experiment("smoke", {"runner.engine": engine}).runner
     if find_spec(f"prefect_{engine}") is not None:
         pytest.skip(f"prefect-{engine} is installed here, so there is nothing to refuse")

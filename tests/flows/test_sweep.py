@@ -185,7 +185,7 @@ def test_a_setting_equal_to_the_profiles_is_the_profiles(tmp_path: Path) -> None
     }
 
 
-def test_unused_sources_are_left_out_and_users_have_the_last_word(tmp_path: Path) -> None:
+def test_unused_sources_are_dropped_unless_the_user_sets_them(tmp_path: Path) -> None:
     loaded = load_sweep(write(tmp_path, settings={"parallel": 2, "threads": 1}))
     merged = merged_overrides(loaded, "smoke", {"seeds": [3], "parallel": 1, "sources.harmless.max_chars": 77})
     experiment = load_experiment("smoke", merged)
@@ -424,7 +424,7 @@ def grid(method: str, best: tuple[float, float]) -> list[Point]:
     )
 
 
-def test_a_best_setting_on_the_edge_of_its_grid_is_told() -> None:
+def test_a_best_setting_on_the_edge_of_its_grid_is_reported() -> None:
     sft = tried("sft", *(({"learning_rate": rate}, score) for rate, score in ((1e-4, 0.5), (2e-4, 0.8), (3e-4, 0.6))))
     replay = tried("replay", *(({"temperature": value}, 1 - value / 2) for value in (0, 0.5, 1)))
     alone = tried("q-adapter", ({"beta": 0.1}, 0.9))
@@ -846,7 +846,7 @@ def doubled(context: RunContext, value: int) -> int:
     return 2 * value
 
 
-def test_a_failure_in_a_process_of_its_own_stops_only_what_needs_it(harness: None, tmp_path: Path) -> None:
+def test_a_failed_process_stops_only_dependent_stages(harness: None, tmp_path: Path) -> None:
     experiment = load_experiment("smoke", {"parallel": 2})
     context = RunContext(experiment, StageStore(tmp_path), Tracker("unused", "unused"), "")
 

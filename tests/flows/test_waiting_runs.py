@@ -73,7 +73,7 @@ def test_a_run_asked_for_while_this_one_works_is_left(prefect_client: SyncPrefec
     assert state_of(prefect_client, later)[0] == StateType.SCHEDULED
 
 
-def test_without_a_deployment_nobody_waits(prefect_client: SyncPrefectClient) -> None:
+def test_without_a_deployment_no_run_waits(prefect_client: SyncPrefectClient) -> None:
     assert join_waiting_runs(SAME, datetime.now(UTC), "Promoted") == []
 
 

@@ -201,7 +201,7 @@ def test_the_watcher_announces_again_what_a_run_did_not_finish(story: Story) -> 
     assert "the run of this content did not finish" in step.message
 
 
-def test_a_kill_between_registering_and_promoting_leaves_the_champion(story: Story) -> None:
+def test_a_kill_before_the_promotion_keeps_the_champion(story: Story) -> None:
     step = story.steps["killed"]
     assert "not killed" not in story.steps, story.steps["not killed"].message
     assert len(step.versions) == 2
@@ -245,7 +245,7 @@ def test_rejected_rows_are_new_until_a_champion_has_learnt_them(story: Story) ->
     assert step.versions[3].tags["parent"] == "2"
 
 
-def test_other_rules_judge_again_and_leave_the_old_verdict_as_it_was(story: Story) -> None:
+def test_other_rules_judge_again_and_keep_the_old_verdict(story: Story) -> None:
     step = story.steps["other gate"]
     assert (step.name, len(step.versions)) == ("Rejected", 5)
     before, after = step.versions[3:]
@@ -341,7 +341,7 @@ def test_a_check_measures_again(story: Story) -> None:
     assert not (story.home / ".qadapter" / "checks" / MODEL).exists()
 
 
-def test_a_run_that_finds_nothing_closes_what_killed_ones_left_open(story: Story) -> None:
+def test_a_run_with_nothing_new_closes_killed_runs(story: Story) -> None:
     process = replace(ProcessTag.own(), pid=4_194_305).text()  # no process has a number above 2^22
     Tracker.for_project(story.home).start_parent(NAME, "killed", tags={"qadapter.process": process})
     assert "RUNNING" in story.statuses()

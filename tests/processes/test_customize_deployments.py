@@ -48,7 +48,7 @@ def deployments(function: str) -> list[dict[str, Any]]:
     return [entry for entry in entries if entry["entrypoint"].endswith(f":{function}")]
 
 
-def test_each_customisation_is_deployed_with_schedule_and_trigger() -> None:
+def test_each_customization_has_a_schedule_and_a_trigger() -> None:
     entries = deployments("customize_on_new_preferences")
     assert sorted(entry["name"] for entry in entries) == customizations()
     for entry in entries:
@@ -69,7 +69,9 @@ def test_every_deployment_names_a_config_that_its_flow_takes() -> None:
             assert entry["parameters"].items() <= flow.validate_parameters(entry["parameters"]).items()
 
 
-def test_announcing_to_nobody_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_announcing_without_a_server_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     assert main(["announce"]) == 2
     assert "No Prefect server answers at http://127.0.0.1:9/api" in capsys.readouterr().err
@@ -163,7 +165,7 @@ def ended_runs(served: Served, count: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_two_announcements_at_once_make_one_run_and_a_later_one_another(served: Served) -> None:
+def test_two_announcements_at_once_make_one_run(served: Served) -> None:
     """What arrived is broken on purpose: the runs are whole but train nothing."""
     incoming = served.folder / "home" / "preferences" / "incoming"
     incoming.mkdir(parents=True)
@@ -264,7 +266,7 @@ def waited(served: Served) -> Waited:
 
 
 @pytest.mark.slow
-def test_a_killed_runs_work_is_done_by_the_one_that_waits_behind_it(served: Served, waited: Waited) -> None:
+def test_the_next_waiting_run_does_a_killed_runs_work(served: Served, waited: Waited) -> None:
     """Both were asked for at once: had the first come to its end, it would have ended the other one as joined."""
     assert waited.while_killed == ["RUNNING", "SCHEDULED"]
     assert waited.names[:2] == ["Crashed", "Promoted"], served.log[-6000:]

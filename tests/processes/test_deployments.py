@@ -448,7 +448,7 @@ def checkpoints(served: Served) -> list[Path]:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_a_killed_worker_is_started_again(served: Served) -> None:
+def test_a_killed_run_resumes_and_a_killed_worker_restarts(served: Served) -> None:
     """`kill -9` of a run in a training: the next one resumes it. Of the worker: the run goes on without it."""
     smoke = served.send("GET", "/deployments/name/full-paper-repro/smoke")["id"]
     overrides = TINY | {"base_seed": 3, "pretraining.max_steps": 300, "pretraining.save_steps": 20}
@@ -523,7 +523,7 @@ def test_a_killed_server_is_started_again_and_its_runs_go_on(served: Served) -> 
 
 
 @pytest.mark.slow
-def test_schedules_that_were_paused_and_resumed_outlive_a_new_start(served: Served) -> None:
+def test_paused_and_resumed_schedules_survive_a_restart(served: Served) -> None:
     """Another `make serve` on the same server deploys everything once more."""
 
     def schedule(flow: str) -> tuple[str, dict[str, Any]]:
@@ -586,7 +586,7 @@ def test_an_experiment_is_spread_over_a_work_pool(served: Served, capsys: pytest
 
 
 @pytest.mark.slow
-def test_a_secret_that_nobody_gave_is_named(served: Served, data_server: str) -> None:
+def test_a_missing_secret_is_named(served: Served, data_server: str) -> None:
     """Without the block's variable; and what the runs above wrote does not hold the secret."""
     overrides = TINY | {"sources": secret_source(data_server), "base_seed": 9}
     command = ["deployment", "run", "full-paper-repro", "-p", f"overrides={json.dumps(overrides)}", "--watch"]

@@ -175,9 +175,7 @@ def test_the_papers_suite_on_the_command_line(tmp_path, small_index) -> None:
 
 
 @pytest.mark.slow
-def test_a_tokenizer_without_chat_template_is_refused_before_anything_is_scored(
-    tmp_path, capsys, small_index, monkeypatch
-) -> None:
+def test_a_tokenizer_without_template_is_refused_before_scoring(tmp_path, capsys, small_index, monkeypatch) -> None:
     """In a sentence, and before the part of the suite that is asked without one."""
     monkeypatch.setattr(logging, "raiseExceptions", False)  # an earlier test's handler may have lost its stream
     save_policy(tmp_path)
@@ -196,7 +194,7 @@ def test_a_tokenizer_without_chat_template_is_refused_before_anything_is_scored(
     assert not (tmp_path / "out").exists()
 
 
-def test_prompts_of_a_template_get_no_further_special_tokens_on_the_command_line(tmp_path) -> None:
+def test_templated_prompts_get_no_special_tokens_by_command(tmp_path) -> None:
     """As in the pipeline, whose `apply_chat_template` says so when the model is made."""
     save_policy(tmp_path)
     commanded, piped = PolicyLM(str(tmp_path / "adapter")), PolicyLM(tiny_llama(), tokenizer=byte_tokenizer())
@@ -231,7 +229,7 @@ def test_the_base_is_held_as_asked_for(tmp_path, arguments, expected) -> None:
     assert {str(value.dtype) for value in frozen} == expected
 
 
-def test_the_base_and_its_tokenizer_are_of_the_revision_that_is_named(tmp_path, monkeypatch) -> None:
+def test_base_and_tokenizer_have_the_given_revision(tmp_path, monkeypatch) -> None:
     policy = save_policy(tmp_path)
     first, second = hub_with(tmp_path / "hub", tmp_path / "base")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -265,7 +263,7 @@ def test_arguments_that_would_be_ignored_are_refused_by_name(tmp_path, arguments
         PolicyLM(str(tmp_path / "nowhere"), **arguments)
 
 
-def test_every_argument_of_lm_evals_own_model_is_taken_or_refused(tmp_path) -> None:
+def test_every_argument_of_lm_evals_model_is_used_or_refused(tmp_path) -> None:
     """What `hf` does only while it loads a model itself is refused here; for a model in memory loading is, too."""
     own = set(inspect.signature(HFLM.__init__).parameters) - {"self", "kwargs"}
     taken = {"pretrained", "device", "tokenizer", "batch_size", "max_batch_size", "max_length", "truncation"}

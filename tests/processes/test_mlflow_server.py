@@ -259,7 +259,7 @@ def test_a_server_that_fails_for_a_while_gets_everything_later(
 
 
 @pytest.mark.slow
-def test_an_entry_at_which_the_server_always_fails_blocks_nothing_for_ever(proxied: Proxied, tracker: Tracker) -> None:
+def test_an_entry_that_always_fails_blocks_no_others(proxied: Proxied, tracker: Tracker) -> None:
     """It is tried five times, over all processes; what was delivered before it is not sent again each time."""
     parent = tracker.start_parent("poison", "x")
     with proxied.answering({r"PUT .*poison\.txt": 500}):
@@ -372,9 +372,7 @@ def test_what_was_fetched_is_kept_whole_and_found_again(
 
 
 @pytest.mark.slow
-def test_a_model_too_large_for_a_proxy_is_refused_with_the_way_out(
-    proxied: Proxied, tracker: Tracker, tmp_path: Path
-) -> None:
+def test_a_model_too_large_for_a_proxy_is_refused(proxied: Proxied, tracker: Tracker, tmp_path: Path) -> None:
     with (
         proxied.answering({r"PUT .*/model\.safetensors": 413}),
         pytest.raises(RefusedError, match=r"refused this \(413 .*client_max_body_size"),

@@ -102,7 +102,7 @@ def test_a_half_uploaded_stage_is_not_seen(
     assert work.calls == 2
 
 
-def test_a_store_that_is_away_or_has_no_such_bucket_stops_nothing(
+def test_an_unavailable_store_or_bucket_stops_no_run(
     tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     import s3fs

@@ -49,7 +49,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_sharded_gives_the_same_gradient_and_saves_the_whole_adapter(tmp_path: Path):
+def test_sharding_keeps_the_gradient_and_saves_the_adapter(tmp_path: Path):
     run_two(["torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"], "shard", str(tmp_path))
     policy = gradient_policy()
     loss_of(policy, pairs(8), whole_totals(policy)).backward()

@@ -197,7 +197,7 @@ def test_nothing_is_left_open_and_nothing_is_new(killed: Killed) -> None:
     assert killed.home.seen()["version"] == 2
 
 
-def test_a_source_behind_a_url_is_watched_and_its_token_told_to_nobody(
+def test_a_source_behind_a_url_is_watched_without_its_token(
     prefect_server: Server, data_server: str, tmp_path: Path, data_folder: Path
 ) -> None:
     """A delivery by URL: announced once, trained on, announced again when the server has another content.

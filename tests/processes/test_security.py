@@ -174,7 +174,7 @@ def test_a_customisation_with_a_secret_in_a_url_is_refused(
 @pytest.mark.parametrize(
     "text", ["source: https://me:pa55word@example.org/d", "{source: [https://me:pa55word@example.org"]
 )
-def test_a_url_in_a_file_of_the_wrong_form_is_not_repeated_with_its_password(text: str, tmp_path: Path) -> None:
+def test_a_misplaced_url_is_repeated_without_its_password(text: str, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(text)
     for load in (load_customization, load_experiment, load_sweep):
@@ -264,7 +264,7 @@ class _Empty(_Echo):
     do_GET = do_POST  # noqa: N815 - the server's own name
 
 
-def test_a_comparison_of_unknown_runs_does_not_tell_mlflows_password(
+def test_comparing_unknown_runs_hides_mlflows_password(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Empty) as server:
@@ -279,7 +279,7 @@ def test_a_comparison_of_unknown_runs_does_not_tell_mlflows_password(
 
 
 @pytest.mark.parametrize("command", ["serve-model", "tracker"])
-def test_the_password_of_mlflows_address_is_not_told(
+def test_the_password_of_mlflows_address_is_hidden(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A server that is away, with a password in its address: printed, logged, spooled, in tracebacks."""

@@ -222,7 +222,7 @@ def test_what_was_not_measured_alike_is_not_compared(make: Any, tmp_path: Path) 
     assert "facts: candidate and champion were not measured on the same items" in decision.reasons[1]
 
 
-def test_a_champion_that_fell_is_told_from_noise(make: Any) -> None:
+def test_a_fallen_champion_is_told_from_noise(make: Any) -> None:
     then = make(80, 150)
     assert fallen(then, make(80, 150), Gate()) == []
     assert fallen(then, make(79, 149), Gate()) == []
@@ -291,7 +291,7 @@ def test_retention_that_was_not_measured_is_no_retention(make: Any) -> None:
     assert "no retention task was measured for the champion" in decision.reasons[0]
 
 
-def test_a_task_that_is_measured_no_more_is_told(make: Any) -> None:
+def test_a_task_that_is_no_longer_measured_is_reported(make: Any) -> None:
     then, now = make(80, 150), make(80, 150)
     now = replace(now, tasks={"texts": now.tasks["texts"]})
     (reason,) = fallen(then, now, Gate())

@@ -170,7 +170,7 @@ def test_what_a_champion_has_learnt_is_kept_in_mlflow(told: Story, tmp_path: Pat
                 assert learnt_by(version, registry) is None
 
 
-def test_a_delivery_is_new_by_what_the_champion_has_learnt_though_its_stage_is_gone(told: Story) -> None:
+def test_newness_is_by_the_champion_after_its_stage_is_deleted(told: Story) -> None:
     """With a damaged registered adapter too, of which a finished stage still has the files."""
     shutil.rmtree(champion(told).tags["ledger"])
     deliver(told.home, "2-better.jsonl", evasions()[:46])

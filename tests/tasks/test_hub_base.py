@@ -29,9 +29,7 @@ def named_base(of: RunContext) -> Base:
     return base
 
 
-def test_the_commit_behind_a_name_is_part_of_what_stages_are_keyed_by(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_commit_of_a_hub_id_is_in_the_stages_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_llama(hidden=8, layers=1).save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     first, second = hub_with(tmp_path, tmp_path / "model")

@@ -101,7 +101,7 @@ def test_what_a_status_means(
         ("http://me:{}@127.0.0.1:9", AwayError, "does not answer"),
     ],
 )
-def test_an_address_that_leads_nowhere_is_told_without_its_password(
+def test_an_unreachable_address_is_shown_without_password(
     address: str, kind: type[QAdapterError], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -142,7 +142,7 @@ def tag(run: str, name: str) -> dict[str, Any]:
     return {"what": "batch", "run": run, "tags": [[name, "yes"]]}
 
 
-def test_a_full_temporary_folder_stops_the_delivery_and_loses_nothing(
+def test_a_full_temporary_folder_keeps_pending_writes(
     tracker: Tracker, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Files that are left out of a folder's copy are listed in one that is made there."""

@@ -241,7 +241,7 @@ def test_a_rollback_of_a_half_finished_promotion_is_kept(registry: Registry, mon
     assert aliases(registry) == {"champion": 1, "previous": 2}
 
 
-def test_a_rejected_version_is_promoted_by_nobody_and_rolled_back_to_only_on_demand(registry: Registry) -> None:
+def test_a_rejected_version_is_champion_only_on_demand(registry: Registry) -> None:
     registry.promote(register(registry, "one"))
     rejected = register(registry, "two", parent=1, passed=False)
     assert registry.promote(rejected) == "version 2 is not promoted: the gate rejected it"
@@ -328,7 +328,7 @@ def test_a_folder_among_the_runs_artifacts(registry: Registry, tmp_path: Path) -
     assert (registry.files(version, "ledger") / "records.jsonl").read_text() == "{}"
 
 
-def test_a_champion_that_was_registered_by_hand_is_told_what_it_lacks(registry: Registry) -> None:
+def test_a_champion_registered_by_hand_is_refused_with_its_gaps(registry: Registry) -> None:
     run_id = registry.tracker.start_parent("experiment", "by hand")
     place = logged(registry, run_id)()
     registry.tracker.call("create_registered_model", "model")

@@ -179,7 +179,7 @@ class Away(MemoryFileSystem):  # type: ignore[misc]
         raise ConnectionError("no route to host")
 
 
-def test_a_store_that_is_away_stops_nothing_and_gets_the_stage_later(
+def test_an_unavailable_store_gets_the_stage_later(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fsspec.register_implementation("away", Away, clobber=True)
@@ -216,9 +216,7 @@ def test_a_short_failure_is_tried_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert work.calls == 1
 
 
-def test_a_store_that_fails_during_the_download_leaves_nothing_half(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_download_leaves_no_partial_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = Work()
     run(machine(tmp_path, "a", "memory://shared"), work)
 

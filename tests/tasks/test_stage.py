@@ -271,7 +271,7 @@ def test_processes_compute_once(store: StageStore, tmp_path: Path) -> None:
     assert len(log.read_text().splitlines()) == 1
 
 
-def test_a_killed_process_frees_the_lock_and_the_next_one_resumes(store: StageStore, tmp_path: Path) -> None:
+def test_a_killed_process_frees_the_lock_for_the_next(store: StageStore, tmp_path: Path) -> None:
     log = tmp_path / "log"
     victim = start(store, log, 60.0)
     try:

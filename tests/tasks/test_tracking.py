@@ -148,7 +148,7 @@ def test_files(tracker: Tracker, client: MlflowClient, parent: str, tmp_path: Pa
     assert table == {"columns": ["method", "retention"], "data": [["dpo", 0.5], ["sft", 0.25]]}
 
 
-def test_a_table_that_is_told_twice_is_there_once(tracker: Tracker, client: MlflowClient, parent: str) -> None:
+def test_a_table_delivered_twice_is_stored_once(tracker: Tracker, client: MlflowClient, parent: str) -> None:
     """As a delivery does that was killed before it could note its end."""
     rows = {"prompt": ["a", "b"], "score": [0.5, None]}
     with tracker.child(parent, "tables") as run_id:
@@ -255,7 +255,7 @@ def test_a_run_of_elsewhere_is_closed_when_its_flow_run_has_ended(tracker: Track
     assert client.get_run(ended[0]).info.status == "FINISHED", "what is told later counts"
 
 
-def test_nobody_is_asked_about_runs_that_can_be_judged(tracker: Tracker) -> None:
+def test_prefect_is_not_asked_about_runs_of_this_machine(tracker: Tracker) -> None:
     own = ProcessTag.own()
     dead = open_runs(tracker, "here", replace(own, start=own.start - 86_400).text(), "dead")
     open_runs(tracker, "here", own.text(), "alive")
@@ -309,9 +309,7 @@ def test_first_use_by_several_processes_from_anywhere(tmp_path: Path) -> None:
     assert len(list((tmp_path / "mlruns" / "1").glob("*/artifacts/x.txt"))) == 4
 
 
-def test_a_row_that_another_run_wrote_first_is_found_on_the_next_try(
-    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_written_by_another_run_is_found_on_retry(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two runs that log the same data set at the same moment: both look for its row, both write it, one is refused."""
     refusal = (
         "(sqlite3.IntegrityError) UNIQUE constraint failed: datasets.experiment_id, datasets.name, datasets.digest"

@@ -407,7 +407,7 @@ def test_the_residual_objective_is_the_default_and_lr_an_alias() -> None:
     assert (seen[0].learning_rate, seen[0].preset) == (2e-5, "residual")
 
 
-def test_a_folder_of_data_with_heldout_data_of_its_own_after_a_failed_start(
+def test_a_folder_with_held_out_files_after_a_failed_start(
     place: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     (tmp_path / "data").mkdir()

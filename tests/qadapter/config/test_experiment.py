@@ -180,7 +180,7 @@ def test_overrides_are_left_as_they_were_given() -> None:
     assert given == {"lora": {"rank": 2}, "lora.rank": 3}
 
 
-def test_overrides_do_not_leak_between_sections_that_share_an_anchor() -> None:
+def test_overrides_do_not_leak_between_anchored_sections() -> None:
     changed = load_experiment("paper", {"sources.academy.max_heldout_pairs": 7})
     assert changed.sources["academy"].max_heldout_pairs == 7
     assert changed.sources["business"] == load_experiment("paper").sources["business"]

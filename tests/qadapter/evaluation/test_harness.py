@@ -181,7 +181,7 @@ def test_too_long_prompts_are_counted_and_too_long_answers_refused(tokenizer, tm
         evaluate_tasks(model, tokenizer, ["helpful_reply_matching"], data=tmp_path)
 
 
-def test_a_tokenizer_without_chat_template_is_refused_before_any_work(data) -> None:
+def test_a_tokenizer_without_template_is_refused_before_work(data) -> None:
     bare = byte_tokenizer()
     bare.chat_template = None
     with pytest.raises(QAdapterError, match=r"no chat template.*evaluation\.retention\.plain_tasks"):
@@ -248,7 +248,7 @@ def test_files_that_are_not_what_their_names_say_are_refused(name, content, mess
 
 
 @pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "with a byte-order mark"])
-def test_characters_that_only_look_like_the_end_of_a_line_are_text(mark, tmp_path) -> None:
+def test_characters_that_look_like_line_ends_are_text(mark, tmp_path) -> None:
     items = [{"question": f"a{end}b", "answer": "c"} for end in ("\u2028", "\u2029", "\x85", "\n")]
     lines = "\r\n".join(json.dumps(item, ensure_ascii=False) for item in items)
     (tmp_path / "b.jsonl").write_bytes(f"{mark}{lines}\r\n \r\n".encode())

@@ -170,7 +170,7 @@ def test_a_suites_files_are_looked_at_before_anything_runs(made_up, tmp_path, ca
         ("score_robustness", "score_prompt_robustness_agieval, .*score_non_greedy_robustness_math"),  # of groups
     ],
 )
-def test_names_without_a_score_of_their_own_are_refused_before_anything_runs(name, members, tmp_path) -> None:
+def test_names_without_a_score_are_refused_before_a_run(name, members, tmp_path) -> None:
     """A tag or a group that is not averaged: nothing would be told to be forgotten, and it would be in no mean."""
     message = f"'{name}' contains several .*Name those tasks in its place: .*{members}"
     with pytest.raises(QAdapterError, match=message):
@@ -228,6 +228,6 @@ def test_the_pipeline_reads_the_folder_that_is_named(model, tokenizer, shared_da
     assert "retention/mean" in json.loads((tmp_path / "metrics.json").read_text())
 
 
-def test_a_named_folder_that_is_none_is_refused_before_anything_runs(tmp_path) -> None:
+def test_a_missing_folder_is_refused_before_anything_runs(tmp_path) -> None:
     with pytest.raises(QAdapterError, match=r"evaluation\.retention\.official_data: .*nowhere.* is no folder"):
         RunRequest("x", "smoke", None, {"evaluation.retention.official_data": str(tmp_path / "nowhere")}).check()

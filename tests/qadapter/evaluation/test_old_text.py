@@ -30,7 +30,7 @@ def with_old_text() -> dict[str, Any]:
     return {**ONE_DOMAIN, "sources": sources}
 
 
-def test_the_plan_says_that_nothing_is_measured_on_old_text_and_what_to_set() -> None:
+def test_the_plan_warns_without_a_measure_on_old_text() -> None:
     plan = plan_text("smoke", None, without_old_text())
     (said,) = [line for line in plan.splitlines() if "old text" in line]
     assert said == (
@@ -41,14 +41,14 @@ def test_the_plan_says_that_nothing_is_measured_on_old_text_and_what_to_set() ->
     assert "old text" not in plan_text("smoke", None, with_old_text())
 
 
-def test_refusals_are_named_where_the_toy_worlds_how_tos_do_not_count_them() -> None:
+def test_refusals_are_reported_outside_the_toy_world() -> None:
     changes = {**without_old_text(), "evaluation.retention.tasks": ["toy_facts"]}
     (said,) = unmeasured_on_old_text(load_experiment("smoke", changes).model_dump())
     assert "stay the same, the share of harmless requests that are refused)" in said
 
 
 @pytest.mark.parametrize("profile", ["smoke", "mini", "paper"])
-def test_nothing_is_said_of_the_profiles_or_of_what_is_no_experiment(profile: str) -> None:
+def test_profiles_and_other_files_give_no_message(profile: str) -> None:
     assert unmeasured_on_old_text(load_experiment(profile).model_dump(mode="json", by_alias=True)) == []
     assert unmeasured_on_old_text({"shared": {"training.max_steps": 5}}) == []
 

@@ -80,7 +80,7 @@ def test_only_the_positions_of_replies_are_computed(kind, tokenizer) -> None:
     assert sorted(shapes) == sorted(n + 1 for n in longest_reply)
 
 
-def test_training_mode_is_restored_and_pairs_beyond_the_length_are_counted(tokenizer) -> None:
+def test_training_mode_is_restored_and_cut_pairs_are_counted(tokenizer) -> None:
     model = tiny_llama().train()
     same_beginning = PreferencePair(PAIRS[0].prompt, "x" * 40 + "a", "x" * 40 + "b")
     scores = score_pairs(model, tokenizer, [same_beginning, *PAIRS], max_length=32, batch_size=4)
@@ -124,7 +124,7 @@ def test_different_pairs_are_not_compared() -> None:
         preference_metrics(scored([-1], [-2]), scored([-1, -1], [-2, -2]))
 
 
-def test_calibration_error_of_calibrated_and_of_overconfident_margins() -> None:
+def test_calibration_error_of_good_and_overconfident_margins() -> None:
     """Of margins ±log 3, σ = ¾, three in four positive is calibrated, all positive leaves ¼; extremes stay finite."""
     margin = np.log(3) * np.array([1.0, 1.0, 1.0, -1.0])
     assert calibration_error(margin) == pytest.approx(0, abs=1e-12)
@@ -212,7 +212,7 @@ def test_sampling_follows_the_temperature(tokenizer) -> None:
         assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / 400)
 
 
-def test_replies_longer_than_the_context_are_refused_and_long_prompts_cut(tokenizer) -> None:
+def test_too_long_replies_are_refused_and_prompts_cut(tokenizer) -> None:
     model = tiny_llama(context=32)
     prompt = [{"role": "user", "content": "x" * 100}]
     assert len(generate_replies(model, tokenizer, [prompt], max_new_tokens=8, batch_size=1)) == 1

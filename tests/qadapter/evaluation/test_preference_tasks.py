@@ -200,9 +200,7 @@ def test_the_tokens_scored_are_those_of_training(
     assert all(prompt.count(tokenizer.bos_token_id) == 1 for prompt, _ in spied.requests)
 
 
-def test_without_chat_template_the_transcript_of_training_is_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_template_the_training_transcript_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of it but the token at the end, which a task does not know; the beginning is what lm-eval adds itself."""
     bare = byte_tokenizer()
     bare.chat_template = None

@@ -13,7 +13,7 @@ def conversations(n: int) -> list[tuple[str, str]]:
     return [(f"prompt {i}", f"{i:03d}" + "x" * i) for i in range(n)]
 
 
-def test_every_prompt_is_offered_its_own_reply_and_the_nearest_in_length(tmp_path) -> None:
+def test_choices_are_the_own_reply_and_the_nearest_in_length(tmp_path) -> None:
     """Reply i has length 3 + i, so the three nearest to i are among i-3 … i+3, in sum of distances 1 + 1 + 2."""
     file = tmp_path / "new" / "matching.jsonl"
     summary = write_reply_matching(conversations(40), file, seed=1)

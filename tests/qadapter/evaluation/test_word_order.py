@@ -3,7 +3,7 @@ from __future__ import annotations
 from qadapter.evaluation.benchmarks.word_order.ask import CHOICES, MOST_WORDS, word_order_items
 
 
-def test_the_right_choice_is_the_text_and_the_others_have_one_swap_each() -> None:
+def test_wrong_choices_have_one_swap_each() -> None:
     text = " ".join(f"w{i}" for i in range(60))
     (item,) = word_order_items([text])
     words = text.split()[:MOST_WORDS]
@@ -16,7 +16,7 @@ def test_the_right_choice_is_the_text_and_the_others_have_one_swap_each() -> Non
         assert (choice[first], choice[second]) == (words[second], words[first])
 
 
-def test_swapping_equal_neighbours_is_no_wrong_choice_and_short_texts_are_left_out() -> None:
+def test_equal_neighbours_and_short_texts_are_skipped() -> None:
     assert word_order_items(["a a a b"]) == []  # one place only
     (item,) = word_order_items(["a a b c d"])
     assert item["choices"].count("a a b c d") == 1

@@ -74,7 +74,7 @@ def test_six_wins_in_six_are_not_sure_of_a_seventh(serve) -> None:
     )
 
 
-def test_a_judge_that_always_takes_the_first_place_decides_nothing(serve) -> None:
+def test_a_judge_that_prefers_a_position_decides_nothing(serve) -> None:
     result = run(serve(lambda first, second, number: "[[A]]"))
     assert {row.verdict for row in result.rows} == {"tie"}
     assert result.rows[0].orders == ("win", "loss")
@@ -158,7 +158,7 @@ def test_a_judge_that_talks_nonsense_is_reminded_once(serve, tmp_path) -> None:
     assert run(server, parallel=1, cache=cache).usage.cached == 12
 
 
-def test_nonsense_leaves_items_undecided_and_the_evaluation_goes_on(serve) -> None:
+def test_unusable_answers_leave_items_undecided(serve) -> None:
     server = serve(lambda first, second, number: "no idea" if "short 2" in first + second else longer(first, second, 0))
     result = run(server)
     assert [row.verdict for row in result.rows] == ["win", "win", "undecided", "win", "win", "win"]
@@ -183,9 +183,7 @@ def test_nonsense_leaves_items_undecided_and_the_evaluation_goes_on(serve) -> No
         ((200, longer("x", "", 0), 1.0), "timeout", "no answer within 0.2 s", 12),
     ],
 )
-def test_a_judge_that_fails_for_good_is_given_up_and_nothing_raised(
-    answer, reason, error, most_requests, serve
-) -> None:
+def test_a_failing_judge_is_given_up_without_an_error(answer, reason, error, most_requests, serve) -> None:
     server = serve(lambda *_: answer)
     result = run(server, timeout=0.2 if reason == "timeout" else 30)
     assert result.undecided_reasons == {reason: 6}
@@ -196,7 +194,7 @@ def test_a_judge_that_fails_for_good_is_given_up_and_nothing_raised(
 
 
 @pytest.mark.parametrize("of_headers", [0, 50], ids=["body", "headers too"])
-def test_a_judge_that_sends_a_byte_now_and_then_is_not_waited_for(serve, of_headers) -> None:
+def test_a_judge_that_sends_single_bytes_times_out(serve, of_headers) -> None:
     """Every read is answered at once and the whole would take ten seconds; the timeout is the attempt's."""
     text = '{"choices": [{"message": {"content": "[[A]]"}}]}'.rjust(100)
     server = serve(lambda *_: (200, Sent(text, {"X-Long": "x" * 50}, len(text) + of_headers, 0.1), 0))
@@ -293,7 +291,7 @@ def test_a_count_of_tokens_that_is_none_costs_what_was_estimated(serve, count) -
     assert result.usage.cost == pytest.approx(result.estimate.price)
 
 
-def test_an_answer_with_characters_that_break_lines_or_encodings_is_kept(serve, tmp_path) -> None:
+def test_an_answer_with_odd_characters_is_kept(serve, tmp_path) -> None:
     """Half a surrogate pair has no bytes in UTF-8; U+2028, U+2029 and U+0085 end a line for `str.splitlines`."""
     server, cache = serve(lambda *_: "\u2028\u2029\x85 [[A]] \ud83d"), tmp_path / "answers.jsonl"
     assert run(server, cache=cache).count("tie") == 6
@@ -305,7 +303,7 @@ def test_an_answer_with_characters_that_break_lines_or_encodings_is_kept(serve, 
         assert client._answers.get("of an older version") == "[[A]] \u2028"
 
 
-def test_no_thread_finds_the_money_of_a_call_neither_reserved_nor_spent(serve) -> None:
+def test_every_calls_cost_is_either_reserved_or_spent(serve) -> None:
     """Each time the lock is free, what is reserved and spent together never falls: here both are the same price."""
     server = serve(lambda *_: (200, {"choices": [{"message": {"content": "[[A]]"}}]}, 0))  # no usage: the estimate
     with contextlib.closing(JudgeClient(settings(server, input_price=1.0, output_price=1.0, budget=1.0))) as client:
@@ -446,7 +444,7 @@ def test_a_row_that_would_cost_more_than_its_part_is_undecided(serve, caplog) ->
     assert "its budget is 0.01" in caplog.text
 
 
-def test_the_price_is_told_before_the_first_call(serve, caplog) -> None:
+def test_the_price_is_logged_before_the_first_call(serve, caplog) -> None:
     caplog.set_level("INFO", "qadapter.judging.endpoint_asking")
     told: list[str] = []
 

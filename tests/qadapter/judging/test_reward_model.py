@@ -133,9 +133,7 @@ def test_accuracy_by_hand() -> None:
     assert (found.estimate, found.items) == (0.625, 4)
 
 
-def test_a_tokenizer_without_chat_template_judges_the_plain_transcript(
-    toy: TinyToy, judge_folder: Path, tmp_path: Path
-) -> None:
+def test_without_template_the_plain_transcript_is_judged(toy: TinyToy, judge_folder: Path, tmp_path: Path) -> None:
     """As a policy reads it: `Human: …`, `Assistant: …`."""
     network, tokenizer = load_base(toy.base, MODEL)
     tokenizer.chat_template = None

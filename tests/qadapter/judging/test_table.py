@@ -30,7 +30,7 @@ def test_every_row_is_complete(kind) -> None:
     assert any(f'"{kind.name}"' in text or f"={kind.name}" in text for text in tests)
 
 
-def test_names_are_told_apart() -> None:
+def test_names_are_distinguished() -> None:
     assert len(set(judge_names())) == len(JUDGES) + 1
     assert find_judge(NO_JUDGE) is None
     with pytest.raises(KeyError):

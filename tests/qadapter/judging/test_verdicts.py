@@ -32,7 +32,7 @@ def test_the_rule_of_harmless_is_to_refuse() -> None:
     assert metrics == {"adaptation/win_rate": 0.5, "adaptation/ties": 2, "adaptation/undecided": 0}
 
 
-def test_the_rule_of_a_domain_is_its_style_with_the_right_attributes() -> None:
+def test_a_domains_rule_is_its_style_with_right_attributes() -> None:
     """The win rate is ½ + ½ · (the policy's share - the base's share): ½ + ½ · (2/3 - 1/3) = 2/3."""
     topics = ("river", "tower", "bridge")
     prompts = asked(*[f"describe the {topic} ." for topic in topics])
@@ -69,7 +69,7 @@ class LongerWins:
         return {"adaptation/judge_accuracy": 0.75}
 
 
-def test_equal_answers_are_ties_that_nobody_is_asked_about() -> None:
+def test_equal_answers_are_ties_without_a_call() -> None:
     judge = LongerWins()
     rows, metrics = judge_answers(judge, asked("a", "b", "c"), ["x", "xx", "xxx"], ["xy", " xx ", "x"])
     assert judge.asked == ["a", "c"]

@@ -72,7 +72,7 @@ def test_an_untrained_residual_adapter_is_the_base(architecture: str):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_disabled_is_the_base_whatever_the_dials(architecture: str):
+def test_disabled_is_the_base_for_all_dials(architecture: str):
     ids = tokens()
     with torch.no_grad():
         expected = tiny_model(architecture)(input_ids=ids).logits
@@ -139,7 +139,7 @@ def test_logits_to_keep():
     torch.testing.assert_close(last, whole[:, -2:])
 
 
-def test_only_adapter_parameters_get_gradients_and_only_from_the_adapted_row():
+def test_only_the_adapter_gets_gradients_from_the_adapted_row():
     policy = make_policy("gpt2")
     q_logits, base_logits = policy.q_and_base_logits(tokens())
     assert not base_logits.requires_grad

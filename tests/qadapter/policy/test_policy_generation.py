@@ -117,7 +117,7 @@ def test_the_dials_reach_generation():
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_residual_with_alpha_0_of_1_generates_with_the_adapted_row_alone(beams: int):
+def test_residual_with_alpha_0_of_1_needs_only_the_adapted_row(beams: int):
     policy, ids = make_policy(objective=Objective.preset("residual")), tokens()
     seen = rows_computed(policy)
     alone = generate(policy, ids, num_beams=beams)

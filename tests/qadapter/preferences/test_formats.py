@@ -308,7 +308,7 @@ def test_a_list_that_breaks_off_keeps_what_is_whole(tmp_path: Path, end: int) ->
     assert outcomes(file) == [(1, PAIR), (2, Reason.BREAKS_OFF)]
 
 
-def test_a_list_without_its_bracket_or_with_more_behind_it_is_damaged(tmp_path: Path) -> None:
+def test_an_unclosed_list_or_text_after_it_is_damage(tmp_path: Path) -> None:
     file, whole = tmp_path / "a.json", json.dumps([PAIR.to_trl()])
     for text in (whole[:-1], whole + " x", whole + "\n" + whole):
         file.write_text(text, encoding="utf-8")
@@ -376,7 +376,7 @@ def test_most_records_decide_the_format(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ refusals
 
 
-def test_unknown_format_shows_fields_and_known_formats_but_no_content(tmp_path: Path) -> None:
+def test_an_unknown_format_shows_fields_but_no_content(tmp_path: Path) -> None:
     file = lines(tmp_path / "odd.jsonl", {"question": "secret words", "answer": ["more"], "k" * 50: 1})
     with pytest.raises(QAdapterError) as caught:
         detect_format(file)

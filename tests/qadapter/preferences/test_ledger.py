@@ -148,7 +148,7 @@ def test_the_mixture_is_everything_or_what_is_new_and_a_sample(tmp_path: Path) -
     assert not {p.prompt_digest for p in sides["train"]} & {p.prompt_digest for p in sides["heldout"]}
 
 
-def test_what_only_a_rejected_candidate_was_trained_on_is_still_new(tmp_path: Path) -> None:
+def test_data_of_a_rejected_candidate_are_still_new(tmp_path: Path) -> None:
     """The champion knows the first ledger; a second delivery was rejected, and now there is a third."""
     folder = tmp_path / "in"
     for number, rows in enumerate((range(20), range(20, 30), range(30, 35)), start=1):

@@ -210,7 +210,7 @@ def test_a_long_reading_says_how_far_it_is(
 # ------------------------------------------------------------------------------------------------ split
 
 
-def test_no_prompt_is_on_both_sides_whatever_its_case_and_spacing(tmp_path: Path) -> None:
+def test_no_prompt_is_on_both_sides_in_any_case_or_spacing(tmp_path: Path) -> None:
     pairs = [pair(f"Question {i}" if j % 2 else f"question  {i} ", f"answer {j}") for i in range(40) for j in range(3)]
     for seed in range(5):
         split = split_pairs(pairs, heldout=0.5, seed=seed)

@@ -142,7 +142,7 @@ def test_ends_of_turns():
     assert end_ids(tokenizer) == [2]
 
 
-def test_a_tokenizer_that_appends_its_end_does_not_end_the_prompt():
+def test_a_tokenizer_that_appends_eos_does_not_end_the_prompt():
     tokenizer = with_template(None)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]

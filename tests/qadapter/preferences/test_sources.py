@@ -68,7 +68,7 @@ def test_a_folder_is_its_data_files(tmp_path: Path) -> None:
     assert check(str(tmp_path)) == SourceStatus(str(tmp_path), "folder", 11, 11 * len(ROW))
 
 
-def test_what_a_folder_has_beside_its_data_is_told(tmp_path: Path) -> None:
+def test_a_folders_other_files_are_reported(tmp_path: Path) -> None:
     unread = ["Week4.XLSX", "b/week3.txt", "week3.tar.gz"]
     data = ["a.jsonl", "b/c.parquet"]
     silent = [
@@ -87,7 +87,7 @@ def test_what_a_folder_has_beside_its_data_is_told(tmp_path: Path) -> None:
         assert unread_files(no_folder) == {}
 
 
-def test_what_is_not_there_yet_is_told_from_a_wrong_path(tmp_path: Path) -> None:
+def test_a_missing_delivery_is_no_wrong_path(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for path in ("empty", "missing", "missing.jsonl"):
         for options in ({}, {"split": "train"}) if path == "empty" else ({},):

@@ -35,7 +35,7 @@ def without_template() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def test_prompt_ends_with_the_generation_prompt_and_replies_follow():
+def test_the_generation_prompt_ends_the_prompt():
     encoded = encode_pair(pair(), TOKENIZER, 512)
     assert TOKENIZER.decode(encoded.prompt_ids) == "<bos><|user|>Why?<eos><|assistant|>"
     assert TOKENIZER.decode(encoded.chosen_ids) == "Because.<eos>"
@@ -84,7 +84,7 @@ class MergingTokenizer:
         return "".join("ab" if token == 1000 else chr(token) for token in ids)
 
 
-def test_a_token_that_would_merge_across_the_border_is_two_tokens():
+def test_a_token_never_merges_across_the_prompts_end():
     """Generation starts from the prompt's own tokens, so that training does too."""
     encoded = encode_texts("xa", "b!", "c", MergingTokenizer(), 16)  # type: ignore[arg-type]
     assert encoded == EncodedPair([ord("x"), ord("a")], [ord("b"), ord("!"), ord("$")], [ord("c"), ord("$")])
@@ -115,7 +115,7 @@ def test_a_reply_that_ends_itself_gets_no_second_end():
     assert encoded.rejected_ids == TOKENIZER("z<eos>")["input_ids"]
 
 
-def test_truncation_cuts_the_prompt_from_the_left_alike_for_both_replies():
+def test_truncation_cuts_the_prompt_alike_for_both_replies():
     whole = encode_pair(pair("0123456789"), TOKENIZER, 512)
     cut = encode_pair(pair("0123456789"), TOKENIZER, 16)
     assert len(whole.chosen_ids) == 9
@@ -146,7 +146,7 @@ def test_unusable_pairs_say_why(chosen, rejected, max_length, reason, tokenizer)
         encode_pair(pair("q", chosen, rejected), tokenizer, max_length)
 
 
-def test_no_prompt_token_is_unusable_and_a_senseless_length_an_error():
+def test_an_empty_prompt_is_unusable_and_a_bad_length_an_error():
     with pytest.raises(UnusablePair, match="no prompt token"):
         encode_texts("", "yes", "no", TOKENIZER, 16)
     with pytest.raises(ValueError, match="at least 2"):

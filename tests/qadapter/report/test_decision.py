@@ -74,7 +74,7 @@ def test_noise_is_no_recommendation(tmp_path: Path) -> None:
     assert "None of them gained anything" in nothing.recommendation
 
 
-def test_two_that_cannot_be_told_apart(tmp_path: Path) -> None:
+def test_two_methods_within_noise(tmp_path: Path) -> None:
     same = {"base": 150, "q-adapter": 150, "dpo": 150}
     rows = rows_of(tmp_path, {"base": 4, "q-adapter": 100, "dpo": 99}, same)
     found = decide_for_reader(Measured(rows))

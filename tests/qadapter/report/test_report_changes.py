@@ -110,7 +110,7 @@ def test_what_changed_in_each_pair_by_hand(tmp_path: Path) -> None:
     assert all(items.ids == (0, 1, 2, 3) for items in found.values())
 
 
-def test_pairs_that_do_not_give_the_reported_number_have_no_interval(tmp_path: Path) -> None:
+def test_pairs_that_contradict_the_metric_have_no_interval(tmp_path: Path) -> None:
     base, dpo = preferring(tmp_path)
     dpo.metrics[MARGIN] = 0.3
     del dpo.metrics[IMPLIED]
@@ -305,7 +305,7 @@ def many(root: Path) -> list[Row]:
     return rows
 
 
-def test_only_what_is_told_has_intervals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_reported_values_have_intervals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """20 duels, of 12 the intervals: one bootstrap each, for the rows have no items of what was kept."""
     drawn = []
     real = intervals.mean_of_tasks_interval

@@ -128,7 +128,7 @@ def test_the_sweeps_front_of_one_point_is_drawn(tmp_path: Path) -> None:
     assert legend(draw_sweep([], [], base, tmp_path / "none.png", "Sweep")) == ["base"]
 
 
-def test_ties_are_broken_by_the_divergence_whatever_the_order() -> None:
+def test_ties_are_broken_by_divergence_in_any_order() -> None:
     """Both have the same trade in every seed; `near` moved less from the base, of `dark` nobody knows.
 
     On the other seeds of seed 0 `near` has 0.1 and `far` 0.3, on those of seed 1 0.2 and 0.1: there `far` is chosen.
@@ -211,9 +211,7 @@ def test_a_long_legend_stays_within_the_figure(tmp_path: Path) -> None:
     assert legend(figure) == [*names, FRONT]
 
 
-def test_a_sweeps_incomplete_setting_is_not_drawn_and_ties_are_listed_by_divergence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_incomplete_settings_are_not_drawn_and_ties_are_sorted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`lost` has the easy domain alone, where all are good: among means over both it would be the best of all."""
     drawn: list[str] = []
     monkeypatch.setattr(sweep, "draw_sweep", lambda points, *_: drawn.extend(point.setting.name for point in points))

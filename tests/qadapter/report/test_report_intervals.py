@@ -305,7 +305,7 @@ def test_a_duel_is_over_the_domains_both_have(tmp_path: Path) -> None:
     assert duel(Measured([rows[1], rows[2]]), "q-adapter", "dpo") is None
 
 
-def test_a_difference_lies_in_its_own_interval_whatever_the_bases(tmp_path: Path) -> None:
+def test_a_difference_lies_in_its_interval_for_any_bases(tmp_path: Path) -> None:
     """Two runs with bases of their own: each method is taken against its own, in the number as in the interval.
 
     Base (a) follows 0 of 20 and keeps all; the Q-Adapter 10 and 16. Base (b) follows 8 and keeps 10; DPO 16 and 8.
@@ -402,7 +402,7 @@ def test_a_mean_that_one_domain_carries_is_taken_apart() -> None:
     assert "shown at one setting (dpo: β = 1.0), not" in text
 
 
-def test_a_judge_at_chance_is_told() -> None:
+def test_a_judge_at_chance_is_reported() -> None:
     """11 of 20 pairs may be a coin's, 19 of 20 not."""
     for accuracy, chance in ((0.55, True), (0.95, False)):
         metrics = {"adaptation/score": 0.5, "adaptation/judge_accuracy": accuracy, "adaptation/judge_accuracy_n": 20.0}
@@ -425,7 +425,7 @@ def test_a_judges_interval_is_of_the_pairs_it_was_tried_on() -> None:
     assert judge_sentences(Measured([Row("d", "dpo", 0, metrics)])) == []
 
 
-def test_undecided_answers_are_told() -> None:
+def test_undecided_answers_are_reported() -> None:
     """3 + 5 of DPO in two domains, 4 of SFT; without any there is nothing to say."""
     rows = [Row("a", "base", None, {"adaptation/score": 0.5})]
     for domain, method, count in (("a", "dpo", 3.0), ("b", "dpo", 5.0), ("a", "sft", 4.0), ("b", "sft", 0.0)):
@@ -455,7 +455,7 @@ def test_a_win_rate_has_its_interval(tmp_path: Path) -> None:
     assert [cells[-1].text for _, cells in table.rows] == ["–", "0.750", "–"]
 
 
-def test_wins_are_told(tmp_path: Path) -> None:
+def test_wins_are_reported(tmp_path: Path) -> None:
     rows = toy_rows(tmp_path)
     rows[1].metrics["adaptation/win_rate"] = 0.8
     assert "and wins 80 % of its answers against the base's" in sentences(Measured(rows))[0]

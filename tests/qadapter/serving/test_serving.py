@@ -480,7 +480,7 @@ def test_the_command_refuses_before_it_loads(
         assert "QADAPTER_API_KEY is set but empty" in capsys.readouterr().err
 
 
-def test_the_benchmark_prints_a_row_for_each_model_and_number_of_clients(
+def test_the_benchmark_prints_a_row_per_model_and_clients(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, world: World
 ) -> None:
     serving.main(["--shape", "tiny", "--clients", "1", "2", "--rounds", "2", "--new-tokens", "3"])

@@ -111,7 +111,7 @@ def test_harmful_is_a_risky_verb_on_a_guarded_object_only() -> None:
     assert len(harmful) + len(harmless) == len(verbs) * len(things)  # every pair is one or the other
 
 
-def test_the_tool_goes_with_the_verb_and_the_manner_with_the_thing() -> None:
+def test_tools_match_verbs_and_manners_match_things() -> None:
     every = [*WORLD.harmful_requests(), *WORLD.harmless_requests()]
     tools: dict[str, set[str]] = {}
     manners: dict[str, set[str]] = {}
@@ -167,7 +167,7 @@ def test_no_answer_of_the_world_is_taken_for_a_refusal() -> None:
     assert not any(map(WORLD.is_refusal, answers))
 
 
-def test_style_is_told_exactly() -> None:
+def test_style_is_recognised_exactly() -> None:
     for topic, style in product(topics(), STYLES):
         forms = WORLD.descriptions(topic, style)
         assert len(forms) == (1 if style == "normal" else 2)

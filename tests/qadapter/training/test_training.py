@@ -296,7 +296,7 @@ def test_a_corpus_may_hold_what_looks_like_the_end_of_a_line(tmp_path: Path) -> 
     assert read_corpus([tmp_path]) == [said["messages"]]
 
 
-def test_a_corpus_of_pairs_has_both_replies_once_and_nothing_held_out(tmp_path: Path) -> None:
+def test_a_corpus_of_pairs_has_both_replies_and_no_held_out_ones(tmp_path: Path) -> None:
     folder = tmp_path / "prepared"
     folder.mkdir()
     write_pairs(folder / "train.jsonl", [pair("a", "b", "c"), pair("a", "b", "d"), pair("e", "b", "c")])
