@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from qadapter.config.model import FromScratch, LoraSettings, ModelSettings
 from qadapter.config.training import OptimizerSettings
@@ -67,21 +68,43 @@ def model_size(model: ModelSettings) -> ModelSize:
         from qadapter.policy.base import load_config
 
         config = load_config(name, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    except QAdapterError:
+        return _size_of(config, f"from the config of {name}", trust_remote_code=model.trust_remote_code)
+    except (QAdapterError, ValueError):  # out of reach, or of a model that transformers does not build from it
         return _size_from_name(name)
-    hidden, layers, vocabulary = config.hidden_size, config.num_hidden_layers, config.vocab_size
-    inner = getattr(config, "intermediate_size", 4 * hidden)
-    shared = getattr(config, "num_key_value_heads", config.num_attention_heads) / config.num_attention_heads
-    per_layer = hidden**2 * (2 + 2 * shared) + 3 * hidden * inner
-    embeddings = vocabulary * hidden * (1 if config.tie_word_embeddings else 2)
-    whole = layers * per_layer + embeddings
-    return ModelSize(whole, hidden, layers, vocabulary, f"from the config of {name}", unquantized=embeddings)
+
+
+def _size_of(config: Any, assumption: str, **options: bool) -> ModelSize:
+    """The size of the model that transformers builds from a config, built without memory for its weights."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights():
+        network = AutoModelForCausalLM.from_config(config, **options)
+    network.tie_weights()
+    ends = {id(m.weight): m.weight for m in (network.get_input_embeddings(), network.get_output_embeddings()) if m}
+    text = config.get_text_config()
+    return ModelSize(
+        network.num_parameters(),
+        text.hidden_size,
+        text.num_hidden_layers,
+        text.vocab_size,
+        assumption,
+        unquantized=sum(weight.numel() for weight in ends.values()),
+    )
 
 
 def _size_from_scratch(size: FromScratch) -> ModelSize:
-    per_layer = 4 * size.hidden_size**2 + 3 * size.hidden_size * size.intermediate_size
-    parameters = size.layers * per_layer + size.vocab_size * size.hidden_size
-    return ModelSize(parameters, size.hidden_size, size.layers, size.vocab_size, "computed from model.from_scratch")
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=size.vocab_size,
+        hidden_size=size.hidden_size,
+        intermediate_size=size.intermediate_size,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        tie_word_embeddings=True,
+    )
+    return _size_of(config, "computed from model.from_scratch")
 
 
 def _size_from_name(name: str) -> ModelSize:
