@@ -1,1 +1,1 @@
-"""What a policy learnt and what it kept: measures, statistics, benchmarks."""
+"""Evaluation of adaptation and retention: measures, statistics, benchmarks."""

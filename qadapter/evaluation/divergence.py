@@ -24,8 +24,8 @@ class Divergence:
     """KL(base ‖ policy), in nats, summed over the reply tokens of each conversation.
 
     Attributes:
-        sums: [n], one sum a conversation.
-        tokens: [n], reply tokens of each.
+        sums: [n], sum per conversation in nats.
+        tokens: [n], number of reply tokens per conversation.
     """
 
     sums: NDArray[np.float64]
@@ -54,7 +54,7 @@ def kl_per_token(
         policy: any policy with the base's vocabulary.
         conversations: a prompt and a reply each, tokenised as in training.
         max_length: tokens of prompt and reply together.
-        batch_size: conversations a forward pass of each model.
+        batch_size: conversations per forward pass.
     """
     if base is not None and _carries_adapter_of(base, policy):
         raise ValueError("The base is the module inside the policy, so it carries the adapter. Load the base again.")

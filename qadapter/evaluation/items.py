@@ -1,4 +1,4 @@
-"""Which items a policy was measured on: two scores can be compared only where these are the same."""
+"""The identity of benchmark items: two scores are comparable only on the same items."""
 
 from __future__ import annotations
 

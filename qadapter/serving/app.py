@@ -24,7 +24,7 @@ from qadapter.serving.protocol import Prepared, prepare, read_request
 from qadapter.serving.reference import chat_description, describe, page
 
 log = logging.getLogger(__name__)
-_LOOK_SECONDS = 0.2  # how often it is looked whether a client is still there
+_LOOK_SECONDS = 0.2  # interval of checking whether a client is still connected
 
 
 class ClientGoneError(Exception):
@@ -42,11 +42,11 @@ def create_app(
     """The server's application.
 
     Args:
-        generator: what answers.
+        generator: generates the replies.
         api_key: bearer token that every request below `/v1` must have; None: no token is required.
-        hosts: names and addresses under which it may be asked (the `Host` of a request, without port); None: any.
-        cors_origins: the pages, as `https://name:port`, that may ask from a browser. Others are refused.
-        most_bytes: of a request's body.
+        hosts: accepted names and addresses (the `Host` of a request, without port); None: any.
+        cors_origins: origins of pages, as `https://name:port`, that may send requests from a browser.
+        most_bytes: largest body of a request in bytes.
     """
     spare_the_log()
     app = FastAPI(title="Q-Adapter", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
@@ -105,7 +105,7 @@ def create_app(
 
 
 class _Answer:
-    """One request under way in the generator, as the event loop sees it."""
+    """A request in progress in the generator, as seen from the event loop."""
 
     def __init__(self, generator: Generator, prepared: Prepared, request: Request) -> None:
         self._request = request
@@ -124,16 +124,16 @@ class _Answer:
             )
         except BusyError as error:
             raise RequestError(
-                "Too many requests wait for this server's model. Ask again later.", 429, "server_busy"
+                "Too many requests are waiting for this server's model. Try again later.", 429, "server_busy"
             ) from error
         self._work.add_done_callback(lambda _: self._put("done"))
 
     def _put(self, item: tuple[int, str] | Literal["done", "gone"]) -> None:
-        with contextlib.suppress(RuntimeError):  # the server was stopped meanwhile: its loop is closed
+        with contextlib.suppress(RuntimeError):  # the server was stopped in the meantime, and its loop is closed
             self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
     async def pieces(self) -> AsyncIterator[tuple[int, str]]:
-        """Number of the choice and its next piece of text; `replies` is filled behind the last one.
+        """Yield the number of a choice and its next piece of text; `replies` is set after the last one.
 
         If the caller leaves this iterator early, generation stops.
 
@@ -167,7 +167,7 @@ async def _events(prepared: Prepared, answer: _Answer, count: bool) -> AsyncIter
             yield _event(prepared.text_chunk(number, text))
     except ClientGoneError:
         return
-    except Exception:  # the status was sent long ago: the stream itself has to say it
+    except Exception:  # the status was already sent, so the stream has to report the error
         log.exception("A streamed request failed")
         yield _event(error_body("The server failed while answering.", 500))
         return
@@ -191,7 +191,7 @@ def _speak_openai(app: FastAPI) -> None:
 
     @app.exception_handler(RequestError)
     async def refused(_: Request, error: RequestError) -> Response:
-        # What is left of a body that was too long or too slow is not read.
+        # The rest of a body that was too long or too slow is not read.
         headers = {"Connection": "close"} if error.status in (408, 413) else {}
         return JSONResponse(error.body(), error.status, headers)
 

@@ -1,4 +1,4 @@
-"""Refusals of the server, in OpenAI's form."""
+"""Errors of the server, in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 
 class RequestError(Exception):
-    """A request that cannot be answered, as OpenAI's error body says it.
+    """A request that cannot be answered, with the fields of OpenAI's error body.
 
     Attributes:
-        status: of HTTP.
-        code: for programs, such as `context_length_exceeded`.
-        param: the field at fault, if one is.
+        status: the HTTP status.
+        code: machine-readable code, such as `context_length_exceeded`.
+        param: the invalid field, if there is one.
     """
 
     def __init__(self, message: str, status: int = 400, code: str | None = None, param: str | None = None) -> None:
@@ -26,5 +26,5 @@ class RequestError(Exception):
 def error_body(message: str, status: int, code: str | None = None, param: str | None = None) -> dict[str, Any]:
     """OpenAI's error body."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
-    text = message.encode(errors="replace").decode()  # half a surrogate pair of a request cannot be sent back
+    text = message.encode(errors="replace").decode()  # a lone surrogate in a request cannot be sent back
     return {"error": {"message": text[:2000], "type": kind, "param": param, "code": code}}

@@ -1,4 +1,4 @@
-"""Replies of served policies, one at a time in the order they were asked for, handed on as they grow."""
+"""Generate replies of served policies, one at a time in the order of the requests, and stream them."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ MOST_WAITING = 64
 """Requests that may wait for the model."""
 
 OnText = Callable[[int, str], None]
-"""Told about every piece of text as it comes: number of the reply, the piece."""
+"""Callback for each new piece of text: number of the reply, the piece."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are picked.
+    """Sampling settings.
 
     Attributes:
-        max_tokens: longest reply.
+        max_tokens: longest reply in tokens.
         temperature: 0 takes the most likely token, above 0 samples.
         top_p: share of the probability to sample from.
         stop: texts that end a reply; they are not part of it.
-        top_logprobs: how many of the most likely tokens to name beside each token's own log-probability; None: no
+        top_logprobs: number of most likely tokens to return with each token's log-probability; None: no
             log-probabilities.
     """
 
@@ -69,9 +69,9 @@ class ScoredToken:
 
 @dataclass(frozen=True)
 class Reply:
-    """A finished reply: its text, how many tokens were made for it (an end token included), and why it ended.
+    """A finished reply: its text, the number of generated tokens (including an end token), and why it ended.
 
-    `scored` holds the tokens of the text where log-probabilities were asked for.
+    `scored` contains the tokens of the text if log-probabilities were requested.
     """
 
     text: str
@@ -81,7 +81,7 @@ class Reply:
 
 
 class BusyError(Exception):
-    """So many requests wait that a further one would wait too long."""
+    """Too many requests are waiting."""
 
 
 class Generator:
@@ -110,15 +110,15 @@ class Generator:
         """Queue the replies of one request.
 
         Args:
-            turns: the replies to make, one after the other.
+            turns: the replies to generate, one after the other.
             prompt: token ids.
-            sampling: for all of them.
+            sampling: settings for all replies.
             on_text: called from the generator's thread.
-            cancelled: once set, the reply under way ends at the next token and the others are not begun.
-            tokenizer: that the prompt was written with; the base's by default.
+            cancelled: if set, the current reply ends at the next token and the others are not started.
+            tokenizer: the tokenizer of the prompt; by default the base's.
 
         Raises:
-            BusyError: `MOST_WAITING` requests wait already.
+            BusyError: `MOST_WAITING` requests are already waiting.
         """
         if not self._waiting.acquire(blocking=False):
             raise BusyError
@@ -142,7 +142,7 @@ class Generator:
         return work_done
 
     def close(self) -> None:
-        """Let the reply under way end and refuse further ones."""
+        """Refuse further replies, and wait for the current one."""
         self._thread.shutdown(cancel_futures=True)
 
     def _reply(
@@ -190,19 +190,19 @@ class Generator:
 
 
 class _Scores(LogitsProcessor):
-    """Keeps the policy's log-probabilities of the next token, as they are before temperature and top_p."""
+    """Records the policy's log-probabilities of the next token, before temperature and top_p."""
 
     def __init__(self, top: int) -> None:
         self._top = top
         self._log_probs = torch.empty(0)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Look, and change nothing. [1, T], [1, V]."""
+        """Record the scores and return them unchanged. [1, T], [1, V]."""
         self._log_probs = scores[0].float().log_softmax(dim=-1)
         return scores
 
     def of(self, token: int, tokenizer: PreTrainedTokenizerBase) -> ScoredToken:
-        """What it was for the token that was picked."""
+        """The log-probability of the sampled token."""
         found = self._log_probs.topk(self._top) if self._top else None
         pairs = [] if found is None else zip(found.indices.tolist(), found.values.tolist(), strict=True)
         top = tuple((str(tokenizer.decode([one])), float(value)) for one, value in pairs)
@@ -218,9 +218,9 @@ class ReplyReader(StoppingCriteria):
 
     Attributes:
         ids: tokens so far.
-        text: what was handed on so far.
+        text: the text streamed so far.
         stopped: whether a stop text ended it.
-        scored: its tokens with their log-probabilities, if they are asked for; end tokens and stop texts are not in it.
+        scored: its tokens with log-probabilities, if requested; without end tokens and stop texts.
     """
 
     def __init__(
@@ -239,7 +239,7 @@ class ReplyReader(StoppingCriteria):
         named = [text for text in special_texts(tokenizer) if any(text in one for one in stop)] if stop else []
         ids: Any = tokenizer.convert_tokens_to_ids(named) if named else []
         self._named: dict[int, str] = dict(zip(ids, named, strict=True))
-        self._hidden: list[bool] = []  # of each character that is held: a special token's
+        self._hidden: list[bool] = []  # for each held character, whether it belongs to a special token
         self._prompt_length = prompt_length
         self._stop = stop
         self._on_text = on_text
@@ -252,7 +252,7 @@ class ReplyReader(StoppingCriteria):
         self.scored: list[ScoredToken] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """Take the new token; True where the reply is to end. [1] bool."""
+        """Add the new token; returns whether the reply ends. [1] bool."""
         for token in input_ids[0, self._prompt_length + len(self.ids) :].tolist():
             self.ids.append(token)
             if token in self._ends and token not in self._named:
@@ -271,7 +271,7 @@ class ReplyReader(StoppingCriteria):
         return torch.full((len(input_ids),), end, dtype=torch.bool, device=input_ids.device)
 
     def close(self) -> None:
-        """No token comes any more: hand on what was held back."""
+        """After the last token, stream the text that was held back."""
         if self.stopped:
             return
         ended = bool(self.ids) and self.ids[-1] in self._ends
@@ -280,7 +280,7 @@ class ReplyReader(StoppingCriteria):
             self._give(len(self._held))
 
     def _read_on(self, until: int, *, whole: bool) -> None:
-        """Take the text of the tokens up to a place, `whole` even where they end in the middle of a character."""
+        """Add the text of the tokens up to a position; with `whole` also if they end within a character."""
         before, now = self._decode(self._begin, self._read), self._decode(self._begin, until)
         if len(now) > len(before) and (whole or not now.endswith("\ufffd")):
             self._begin, self._read = self._read, until
@@ -297,7 +297,7 @@ class ReplyReader(StoppingCriteria):
         self._give(min(found) if found else len(self._held) - _overlap(self._held, self._stop))
 
     def _give(self, length: int) -> None:
-        """Hand on so many of the characters that are held, less those of special tokens."""
+        """Stream a number of held characters, without those of special tokens."""
         piece = "".join(
             one for one, hidden in zip(self._held[:length], self._hidden[:length], strict=True) if not hidden
         )
@@ -308,5 +308,5 @@ class ReplyReader(StoppingCriteria):
 
 
 def _overlap(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of `text` that a stop text begins with."""
+    """Length of the longest suffix of `text` that is a prefix of a stop text."""
     return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)

@@ -1,4 +1,4 @@
-"""What a server bears: bytes, seconds and connections of each client, checked before anything is read or parsed."""
+"""Limits of a server: bytes, seconds and connections per client, checked before anything is read or parsed."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from qadapter.serving.errors import RequestError, error_body
 
 MOST_BYTES = 4 * 2**20
-"""Largest body of a request."""
+"""Largest body of a request in bytes."""
 MOST_CONNECTIONS = 256
 HEADER_SECONDS = 10.0
-"""Within which a connection has to send the headers of a request."""
+"""Seconds within which a connection must send the headers of a request."""
 BODY_SECONDS = 30.0
 WRITE_SECONDS = 60.0
-"""How long a client may leave an answer unread."""
+"""Seconds that a client may leave an answer unread."""
 BACKLOG = 64  # connections that are accepted in one turn of the event loop, before any of them can be refused
 _DRAIN_SECONDS = 5.0
 
@@ -33,12 +33,12 @@ log = logging.getLogger(__name__)
 
 
 class OnlyHosts:
-    """Refuses requests under foreign names, and those that a foreign web page sends.
+    """Refuses requests to foreign host names and requests from foreign web pages.
 
-    A web page may give its own name the address 127.0.0.1 (DNS rebinding), and then the user's browser takes this
-    server for the page's own; the requests still carry the page's name. Starlette's `TrustedHostMiddleware` does the
-    same without saying, in OpenAI's form, what to do. A page can also send a request to this server's own name without
-    asking first; it carries the page's origin.
+    A web page may resolve its own name to 127.0.0.1 (DNS rebinding), so that the user's browser treats this server as
+    the page's own; such requests carry the page's name. Starlette's `TrustedHostMiddleware` does the same, but without
+    a message in OpenAI's format. A page can also send a simple request to this server's own name; it carries the page's
+    origin.
     """
 
     def __init__(self, app: ASGIApp, hosts: Collection[str] | None, origins: Collection[str]) -> None:
@@ -54,14 +54,14 @@ class OnlyHosts:
             if self._hosts is not None and (name := host_name(host)) not in self._hosts:
                 error = error_body(
                     f"This server does not answer to the name {name[:200]!r}. Start it with QADAPTER_ALLOWED_HOSTS set "
-                    "to the names, separated by commas, under which it may be asked.",
+                    "to the allowed names, separated by commas.",
                     403,
                     "host_not_allowed",
                 )
             elif origin is not None and origin not in self._origins and origin != f"{scope['scheme']}://{host}":
                 error = error_body(
                     f"This server does not answer to pages of {origin[:200]!r}. Start it with --cors-origin ORIGIN for "
-                    "each page that may ask it.",
+                    "each allowed page.",
                     403,
                     "origin_not_allowed",
                 )
@@ -72,7 +72,7 @@ class OnlyHosts:
 
 
 class Guard:
-    """Asks for the token and bounds the body before the application sees the request."""
+    """Checks the token and limits the body before the application receives the request."""
 
     def __init__(
         self, app: ASGIApp, api_key: str | None, most_bytes: int = MOST_BYTES, body_seconds: float = BODY_SECONDS
@@ -88,7 +88,7 @@ class Guard:
         if self._key is not None and scope["path"].startswith("/v1"):
             given = headers.get("authorization", "").encode()
             if not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
-                body = error_body("This server asks for a bearer token.", 401, "invalid_api_key")
+                body = error_body("This server requires a bearer token.", 401, "invalid_api_key")
                 await _refuse(body, 401, scope, receive, send)
                 return
         length = headers.get("content-length", "0")
@@ -98,7 +98,7 @@ class Guard:
         await self._app(scope, self._bounded(receive), send)
 
     def _too_large(self) -> str:
-        return f"The request is larger than the {self._most} bytes that this server reads."
+        return f"The request is larger than the limit of {self._most} bytes."
 
     def _bounded(self, receive: Receive) -> Receive:
         read, whole = 0, False
@@ -106,7 +106,7 @@ class Guard:
 
         async def bounded() -> Message:
             nonlocal read, whole
-            if whole:  # what comes now is only that the client has gone
+            if whole:  # only a disconnect can follow
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), max(deadline - time.monotonic(), 0.001))
@@ -124,7 +124,7 @@ class Guard:
 
 
 async def _refuse(body: dict[str, Any], status: int, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer without the application. What is on its way is thrown away first: else the answer is lost with it."""
+    """Answer without the application. Incoming data are discarded first, since otherwise the answer would be lost."""
 
     async def drain() -> None:
         read = 0
@@ -149,7 +149,7 @@ def host_name(header: str) -> str:
 class BoundedConnection(H11Protocol):
     """uvicorn's connection, closed when it sends no headers in time, leaves answers unread, or blocks other clients.
 
-    At the limit, the connection that has waited longest without a request makes room for a new one, so that idle and
+    At the limit, the connection that has been idle longest is closed for a new one, so that idle and
     half-open connections never block other clients; those that are being answered stay.
     """
 
@@ -221,7 +221,7 @@ class BoundedConnection(H11Protocol):
 
 
 class Sparing(logging.Filter):
-    """Lets a few records of each kind through per minute; the next one then says how many were left out.
+    """Passes a few log records of each kind per period; the next one reports how many were dropped.
 
     Attributes:
         most: records of one kind per period.
@@ -231,7 +231,7 @@ class Sparing(logging.Filter):
     def __init__(self, most: int = 5, seconds: float = 60.0) -> None:
         super().__init__()
         self.most, self.seconds = most, seconds
-        self._seen: dict[tuple[str, str], list[float]] = {}  # kind → beginning of its period, passed, left out
+        self._seen: dict[tuple[str, str], list[float]] = {}  # kind → start of its period, passed, dropped
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the record is written."""
@@ -241,7 +241,7 @@ class Sparing(logging.Filter):
         state = self._seen.setdefault(kind, [now, 0, 0])
         if now - state[0] > self.seconds:
             if state[2]:
-                record.msg, record.args = f"{record.getMessage()} ({state[2]:.0f} more like it left out)", ()
+                record.msg, record.args = f"{record.getMessage()} ({state[2]:.0f} similar ones omitted)", ()
             state[:] = [now, 0, 0]
         if state[1] >= self.most:
             state[2] += 1
@@ -251,7 +251,7 @@ class Sparing(logging.Filter):
 
 
 def spare_the_log() -> None:
-    """Bound what a client can make the server write to its log."""
+    """Limit the log lines that a client can cause."""
     sparing = Sparing()
     for name in ("uvicorn.error", "asyncio", "qadapter.serving.app", __name__):
         logger = logging.getLogger(name)

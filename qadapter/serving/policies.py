@@ -30,19 +30,19 @@ from qadapter.policy.tokenizer import difference, policy_tokenizer, training_rec
 log = logging.getLogger(__name__)
 
 BASE_NAME = "base"
-"""The model name that asks for the base itself."""
+"""The model name of the base itself."""
 
 
 class UnknownModelError(QAdapterError):
-    """A client asked for a model that this server does not have."""
+    """The requested model does not exist on this server."""
 
 
 @dataclass(frozen=True)
 class Blend:
-    """What one reply is sampled from: softmax((Σ w_i Q_i + α0 · log π1)/α̃), every Q_i a difference to the base.
+    """The distribution of a reply: softmax((Σ w_i Q_i + α0 · log π1)/α̃), with each Q_i a difference to the base.
 
     Attributes:
-        weights: of adapters, by their name in PEFT; empty for the base itself.
+        weights: name in PEFT → weight of the adapter; empty for the base itself.
         alpha_0: α0 of the residual form.
         alpha_tilde: α̃.
     """
@@ -54,16 +54,16 @@ class Blend:
 
 @dataclass(frozen=True)
 class _Served:
-    """One adapter folder: its own blend, and what lies between its α0 and that of the residual form."""
+    """One adapter folder: its own blend, and the difference between its α0 and that of the residual form."""
 
     blend: Blend
     shift: float
 
 
 class ServedPolicies:
-    """A base, its adapters, and the blends of them that have a name.
+    """A base, its adapters, and the named blends of them.
 
-    All adapters sit on one base in one policy of the residual form. A Q-Adapter of the form `absolute` with α0 is the
+    All adapters share one base in one policy of the residual form. A Q-Adapter of the form `absolute` with α0 is the
     residual one with α0 + 1, and a plain LoRA (SFT, DPO, replay) is one with α0 = α̃ = 1 (docs/method.md), so
     all kinds can be served, and mixed, side by side.
 
@@ -81,7 +81,7 @@ class ServedPolicies:
             adapters: model name to the folder that a training wrote.
 
         Raises:
-            QAdapterError: no adapter, a reserved name, or a folder that does not hold an adapter for this base.
+            QAdapterError: no adapter, a reserved name, or a folder without an adapter for this base.
         """
         _refuse_names(adapters)
         self.tokenizer = tokenizer
@@ -115,14 +115,14 @@ class ServedPolicies:
         quantization: str | None = None,
         revision: str | None = None,
     ) -> ServedPolicies:
-        """Load the base from its place, then as the constructor.
+        """Load the base, then as the constructor.
 
         Args:
             adapters: model name to folder.
-            base: folder or hub id; the one named in the first adapter's config without it.
-            dtype: float32, bfloat16 or float16; without it as in the training of the first adapter, where that is on
-                record, else what the base's config says.
-            quantization: none, int8 or nf4; the last two need bitsandbytes. Without it as in that training, else none.
+            base: folder or hub id; by default the base in the first adapter's config.
+            dtype: float32, bfloat16 or float16; by default that of the first adapter's training if recorded, otherwise
+                that in the base's config.
+            quantization: none, int8 or nf4 (the last two need bitsandbytes); by default as in that training, or none.
             revision: revision of a base on the hub, preferably a commit; without it, the current main branch.
 
         Raises:
@@ -133,7 +133,7 @@ class ServedPolicies:
         place = next(iter(_places(folder)))
         base = base or base_of(place)
         if not base:
-            raise QAdapterError(f"The adapter in {folder} does not say which base it belongs to. Name it with --base.")
+            raise QAdapterError(f"The adapter in {folder} does not record its base. Give it with --base.")
         trained = training_record(folder)
         settings = ModelSettings.model_validate(
             {
@@ -147,7 +147,7 @@ class ServedPolicies:
 
     @property
     def names(self) -> list[str]:
-        """What a client can ask for: every adapter, and the base."""
+        """The models that a client can request: every adapter, and the base."""
         return [*self._served, BASE_NAME]
 
     @property
@@ -157,12 +157,12 @@ class ServedPolicies:
 
     @property
     def vocabulary(self) -> int:
-        """Tokens that the model has an embedding for."""
+        """Number of tokens with an embedding."""
         embeddings: Any = self.policy.get_input_embeddings()
         return int(embeddings.weight.shape[0])
 
     def tokenizer_of(self, name: str, mix: Mapping[str, float] | None = None) -> PreTrainedTokenizerBase:
-        """What prompts of a request are written with: the adapter's own tokenizer, the base's for the base.
+        """The tokenizer for the prompts of a request: the adapter's own; for the base, the base's.
 
         Args:
             name: one of `names`.
@@ -177,8 +177,8 @@ class ServedPolicies:
         for one, other in zip(list(mix)[1:], others, strict=True):
             if other is not first and (found := difference(other, first)) is not None:
                 raise QAdapterError(
-                    f"{one} was trained with {found} than {next(iter(mix))}, so that no prompt is right for both. Ask "
-                    "for one of them."
+                    f"{one} was trained with {found} than {next(iter(mix))}, so no prompt suits both. Request one of "
+                    "them."
                 )
         return first
 
@@ -189,13 +189,13 @@ class ServedPolicies:
         alpha_0: float | None = None,
         alpha_tilde: float | None = None,
     ) -> Blend:
-        """What a request asks for.
+        """Resolve a request to a blend.
 
         Args:
             name: one of `names`.
             mix: weights of adapters in place of `name`.
-            alpha_0: the dial. For one adapter in its own parametrisation, as in its `q_adapter.json`; for a mix in the
-                residual form. Without it what the adapter was saved with; adapters of a mix must agree on it.
+            alpha_0: the dial; for one adapter in its own parametrisation, as in its `q_adapter.json`; for a mix in the
+                residual form. By default the saved value; the adapters of a mix must agree on it.
             alpha_tilde: the same for α̃.
 
         Raises:
@@ -209,7 +209,7 @@ class ServedPolicies:
             own, shift = self._mixed(mix, alpha_0, alpha_tilde), 0.0
         elif name == BASE_NAME:
             if alpha_0 is not None or alpha_tilde is not None:
-                raise QAdapterError("The base has no dials; leave out alpha_0 and alpha_tilde, or name an adapter.")
+                raise QAdapterError("The base has no dials; remove alpha_0 and alpha_tilde, or request an adapter.")
             return Blend({})
         else:
             own, shift = self._served[name].blend, self._served[name].shift
@@ -231,7 +231,7 @@ class ServedPolicies:
         dials = {(blend.alpha_0, blend.alpha_tilde) for blend in parts}
         if len(dials) > 1 and (alpha_0 is None or alpha_tilde is None):
             raise QAdapterError(
-                f"The adapters {', '.join(mix)} were saved with different dials, so that a mix has none of its own. "
+                f"The adapters {', '.join(mix)} were saved with different dials, so a mix has no default. "
                 "Give alpha_0 (of the residual form) and alpha_tilde."
             )
         return Blend(weights, *next(iter(dials)))
@@ -240,14 +240,14 @@ class ServedPolicies:
         if len(weights) > 1 and not self._chooses_rows:
             raise QAdapterError(
                 "Several adapters at once need plain LoRA layers in all served adapters (no DoRA or other variant). "
-                "Ask for one adapter."
+                "Request one adapter."
             )
 
     @contextmanager
     def speaking(self, blend: Blend) -> Iterator[dict[str, float]]:
-        """Within the block the policy is set to this blend; gives the dials to hand to `policy.generate`.
+        """Set the policy to this blend within the block; yields the dials for `policy.generate`.
 
-        Not for two threads at once: the weights are the policy's state.
+        Not thread-safe: the weights are the policy's state.
         """
         if not any(blend.weights.values()):
             with self.policy.disable_adapter():
@@ -261,26 +261,26 @@ class ServedPolicies:
 
 def _refuse_names(adapters: Mapping[str, Path]) -> None:
     if not adapters:
-        raise QAdapterError("No adapter was given. Name at least one folder that a training wrote.")
+        raise QAdapterError("No adapter was given. Give at least one folder that a training wrote.")
     if BASE_NAME in adapters:
         raise QAdapterError(f"{BASE_NAME!r} is the name of the base itself. Give the adapter another name.")
 
 
 def _places(folder: Path) -> dict[Path, float]:
-    """Folders of the PEFT adapters that make up a saved policy, and the weight of each.
+    """The folders of a saved policy's PEFT adapters, and the weight of each.
 
     Raises:
-        QAdapterError: there is no adapter, or one whose weights are no safetensors.
+        QAdapterError: there is no adapter, or its weights are not safetensors.
     """
     places = {folder: 1.0} if (folder / SETTINGS_FILE).is_file() else {adapter_place(folder): 1.0}
     if (folder / SETTINGS_FILE).is_file():
         saved = read_settings(folder).adapter_weights
-        # PEFT's layout: the adapter `default` lies in the folder itself, others below it
+        # PEFT's layout: the adapter `default` is in the folder itself, others are below it
         places = {folder if name == "default" else folder / name: weight for name, weight in saved.items() if weight}
     for place in places:
         if not (place / ADAPTER_FILE).is_file():
             raise QAdapterError(
-                f"{place} holds no adapter: there is no {ADAPTER_FILE}. Give a folder that a training wrote; "
+                f"{place} has no adapter: there is no {ADAPTER_FILE}. Give a folder that a training wrote; "
                 "weights of another kind are not loaded."
             )
     return places

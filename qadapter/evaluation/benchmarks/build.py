@@ -1,4 +1,4 @@
-"""Benchmarks made from the data itself: for models too small for the public suites, and of each preference."""
+"""Generate benchmarks from the data: for models too small for the public suites, and for each preference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qadapter.files.artifacts import write_json, write_json_lines
 from qadapter.preferences.pair import load_pairs
 
 QUESTION_FIELDS = ("question", "answer")
-HELD_OUT_SHARE = 0.25  # of a question file; the rest is for the model to learn
+HELD_OUT_SHARE = 0.25  # share of a question file that becomes a benchmark; the model learns the rest
 
 
 def write_benchmarks(
@@ -26,7 +26,7 @@ def write_benchmarks(
     seed: int,
     out: Path,
 ) -> None:
-    """Write benchmarks below `benchmarks/`, `corpus.jsonl` beside it, and how many items each has to `metrics.json`.
+    """Write benchmarks below `benchmarks/`, `corpus.jsonl` beside it, and the number of items to `metrics.json`.
 
     `replies` and `questions` give `<name>_reply_matching.jsonl` and `<name>_text.jsonl`, `preferences` give
     `<name>_preference.jsonl`; of a preference the pairs that are left out are counted too.
@@ -36,9 +36,9 @@ def write_benchmarks(
             several dialogues: a reply that is a turn of the source's own `train.jsonl` is left out.
         questions: name → JSON lines of `question` and `answer`; a quarter becomes benchmarks, the rest the corpus.
         preferences: name → `heldout.jsonl` of a prepared source, whose pairs are asked.
-        max_items: longest benchmark.
-        max_chars: longest prompt and reply of an item; a text to predict is cut to it.
-        seed: of the choice of items.
+        max_items: largest number of items per benchmark.
+        max_chars: longest prompt and reply of an item in characters; texts to predict are cut to it.
+        seed: seed of the choice of items.
         out: an empty folder.
     """
     conversations: dict[str, list[tuple[str, str]]] = {}
@@ -78,7 +78,7 @@ def write_benchmarks(
 
 
 def _turns(file: Path) -> set[str]:
-    """Everything said in a file of pairs; nothing if there is no file."""
+    """All turns of a file of pairs; empty if there is no file."""
     if not file.is_file():
         return set()
     pairs = load_pairs(file)

@@ -28,7 +28,7 @@ def read_items(file: str | Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     path = Path(file)
     if not path.is_file():
         raise QAdapterError(
-            f"Benchmark file {path} does not exist. Give the folder that holds it as the evaluation's data folder, "
+            f"Benchmark file {path} does not exist. Give the folder that contains it as the evaluation's data folder, "
             f"or leave this task out."
         )
     items: list[dict[str, Any]] = []
@@ -66,7 +66,7 @@ def lm_eval_dataset(file: str, fields: Sequence[str], **_metadata: Any) -> dict[
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Where each item stands, and the item; in its place what it is not, as an exception, if it cannot be read."""
+    """The position of each item, and the item, or an exception if it cannot be read."""
     if path.suffix not in (".json", ".parquet"):
         with path.open("rb") as lines:  # cut at b"\n" only: a text may hold U+2028
             yield from ((f"line {i}", _parsed(line)) for i, line in enumerate(lines, start=1) if line.strip())
@@ -81,7 +81,7 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parsed(data: bytes) -> Any:
-    """A JSON value, or a `ValueError`; a byte-order mark in front is none of it."""
+    """A JSON value, or a `ValueError`; a leading byte-order mark is ignored."""
     try:
         return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:

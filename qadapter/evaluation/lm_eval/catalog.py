@@ -1,4 +1,4 @@
-"""Which evaluation tasks exist and in which file each is defined, found without importing lm-eval or torch.
+"""Index of evaluation tasks and their files, built without importing lm-eval or torch.
 
 lm-eval's own index parses all of its 14,000 task files (about 10 s). This one reads only the lines that name a task,
 so that a wrong name is refused before a run starts, and so that lm-eval has to index a few folders and not all.
@@ -35,7 +35,7 @@ _LOWER = ("bits_per_byte", "brier_score", "byte_perplexity", "perplexity", "ter"
 
 @dataclass(frozen=True)
 class TaskFolders:
-    """Where lm-eval has to look for a set of tasks.
+    """The locations of a set of tasks.
 
     Attributes:
         local: names defined in the project's templates.
@@ -55,10 +55,10 @@ class _Official:
 
 
 def find_tasks(names: Sequence[str]) -> TaskFolders:
-    """Where the named tasks, groups and tags are defined.
+    """Find the definitions of tasks, groups and tags.
 
     Raises:
-        QAdapterError: a name is defined nowhere; the message has the nearest names.
+        QAdapterError: a name is unknown; the message lists the nearest names.
     """
     if not names:
         raise QAdapterError("No evaluation task was given. Name at least one, for example toy_facts.")

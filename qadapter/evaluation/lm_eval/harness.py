@@ -1,4 +1,4 @@
-"""Evaluation tasks through lm-eval, unmodified, for any policy that is already in memory."""
+"""Run evaluation tasks through the unmodified lm-eval, for any policy in memory."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from qadapter.evaluation.lm_eval.official_files import write_definitions
 __all__ = ["TaskScores", "check_tasks", "evaluate_tasks"]
 
 UNNAMED_FILTER = "none"
-"""What lm-eval calls the filter of a task that defines none."""
+"""lm-eval's name for the filter of a task that defines none."""
 
 
 @dataclass
 class TaskScores:
-    """What lm-eval measured.
+    """The results of lm-eval.
 
     Attributes:
         metrics: `<task>/<metric>` to value, groups included. A task with several answer filters has its metrics once
@@ -44,7 +44,7 @@ class TaskScores:
         stderr: standard error over items, for metrics that are a mean over items.
         samples: items of each task in the order of the benchmark: `doc_id`, `score` (the first metric's value),
             `scores` (each metric's), `prompt`, `response`, `target`.
-        higher_is_better: for each key of `metrics`.
+        higher_is_better: direction of each key of `metrics`.
         shortened: requests whose prompt lost its beginning because the model's context is too short.
     """
 
@@ -96,7 +96,7 @@ def evaluate_tasks(
         num_fewshot: worked examples in place of each task's own number (tasks that fix 0 keep it).
         max_gen_toks: the longest answer in tokens, in place of each task's own.
         device: where to run; the model's own device by default.
-        seed: of the choice of worked examples and of sampled answers.
+        seed: seed of the choice of worked examples and of sampled answers.
 
     Raises:
         QAdapterError: an unknown task, a benchmark file that is missing or faulty, a tokenizer without a chat template,
@@ -199,7 +199,7 @@ def _metric_name(metric: str, filter_name: str, filters: set[str]) -> str:
 
 
 def _items(task: Any, logged: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One record an item out of lm-eval's one record an (item, filter)."""
+    """Merge lm-eval's records, one per item and filter, into one record per item."""
     filters = {record["filter"] for record in logged}
     items: dict[int, dict[str, Any]] = {}
     for record in logged:

@@ -1,4 +1,4 @@
-"""The model that lm-eval sees: a policy in memory, or a Q-Adapter's folder, behind lm-eval's own Hugging Face class."""
+"""lm-eval's model class for policies: a policy in memory, or a Q-Adapter's folder, as a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _DTYPES = ("auto", *get_args(ModelSettings.model_fields["dtype"].annotation))
 
 
 def require_chat_template(tokenizer: Any) -> None:
-    """Refuse to ask a model with a chat template that it does not have.
+    """Refuse an evaluation with a chat template if the tokenizer has none.
 
     Raises:
         QAdapterError: the tokenizer has none.

@@ -185,7 +185,7 @@ def test_the_log_says_how_much_it_left_out() -> None:
     assert [sparing.filter(record) for record in records[:99]] == [True, True] + [False] * 97
     time.sleep(0.25)
     assert sparing.filter(records[99])
-    assert records[99].getMessage() == "bad 99 (97 more like it left out)"
+    assert records[99].getMessage() == "bad 99 (97 similar ones omitted)"
 
 
 @pytest.mark.parametrize(

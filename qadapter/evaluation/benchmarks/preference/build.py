@@ -14,7 +14,7 @@ from qadapter.preferences.pair import PreferencePair
 
 @dataclass(frozen=True)
 class PreferenceItemsSummary:
-    """What became of the pairs: `items` written, pairs of `multi_turn` prompts and `over_long` ones left out."""
+    """Counts of the pairs: written `items`, skipped pairs with `multi_turn` prompts, and `over_long` ones."""
 
     items: int
     multi_turn: int

@@ -21,7 +21,7 @@ Prompt = str | Sequence[Message]
 
 @dataclass(frozen=True)
 class ReplyMatchingSummary:
-    """What became of the conversations: `items` written, `multi_turn`, `repeated` and `over_long` left out."""
+    """Counts of the conversations: written `items`, skipped `multi_turn`, `repeated` and `over_long` ones."""
 
     items: int
     multi_turn: int
@@ -56,7 +56,7 @@ def write_reply_matching(
         QAdapterError: fewer usable conversations than choices.
     """
     if choices < 2:
-        raise QAdapterError(f"Reply matching with {choices} choices was asked for. Give at least 2.")
+        raise QAdapterError(f"Reply matching was given {choices} choices; give at least 2.")
     usable: dict[str, str] = {}
     replies_seen: set[str] = set()
     multi_turn = repeated = over_long = 0

@@ -19,11 +19,11 @@ MOST_WORDS = 40
 
 
 def word_order_items(texts: list[str], seed: int = 0) -> list[dict[str, Any]]:
-    """One item a text: its first words, and the same with two neighbours swapped, at three different places.
+    """One item per text: its first words, and the same with two neighbours swapped, at three different places.
 
     Args:
         texts: any texts; those with fewer than three different places to swap are left out.
-        seed: of the places and of where the right text stands.
+        seed: seed of the swaps and of the right text's position.
 
     Returns:
         {"choices": [str], "answer": int} each.
