@@ -234,7 +234,11 @@ def test_the_worse_delivery_is_rejected_with_reasons(story: Story) -> None:
     assert rejected.tags["rejected"] == "true"
     assert rejected.tags["parent"] == "2"
     assert "implied_reward_accuracy" in rejected.tags["reasons"]
-    assert "wanted at least +0.010 and beyond noise" in rejected.tags["reasons"]
+    assert (
+        "wanted not worse beyond noise, because the champion (version 2) is at the ceiling" in rejected.tags["reasons"]
+    )
+    assert "of 80 new pairs the candidate prefers the chosen reply in" in rejected.tags["reasons"]
+    assert "labels may be flipped, because the champion is sure of the opposite" in rejected.tags["reasons"]
     assert rejected.aliases == ()
 
 
@@ -301,6 +305,7 @@ def test_the_history_is_read_from_the_registry_alone(story: Story) -> None:
     assert "promoted       from 1         champion" in text
     assert "rejected       from 2" in text
     assert "wanted at least +0.010 and beyond noise" in text
+    assert "labels may be flipped" in text
 
 
 def test_the_champion_is_checked_and_an_event_raised_when_it_fell(story: Story) -> None:
