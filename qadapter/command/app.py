@@ -1,4 +1,4 @@
-"""How every subcommand is added: its flags in sections, one line for what cannot work, exit codes.
+"""The frame of every subcommand: flags in sections, one-line errors, exit codes.
 
 Typer reads the flags and writes help and completion. transformers requires it, so users of the library have it anyway.
 """
@@ -24,11 +24,11 @@ REFUSED, FAILED, INTERRUPTED = 2, 1, 130
 
 
 class CommandFailedError(Exception):
-    """Work that failed, in one sentence for the user; the log has said the rest. Exit code 1."""
+    """Work that failed, as one sentence for the user; details are in the log. Exit code 1."""
 
 
 class Group(TyperGroup):
-    """The command with its subcommands; a wrong name gets the nearest right one."""
+    """The command with its subcommands; for an unknown name it suggests the nearest one."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Typer's hook: from the first word to the subcommand.
@@ -113,7 +113,7 @@ def add_command(
     """Add a subcommand.
 
     Args:
-        app: where to.
+        app: the command to extend.
         name: the subcommand.
         function: does the work; its parameters, annotated as Typer reads them, are the arguments. Its result is the
             exit code, None for 0. What it raises becomes one line on stderr: `QAdapterError` with exit code 2,
@@ -122,8 +122,8 @@ def add_command(
         examples: lines under the help.
         section: heading in the list of commands.
         after_interrupt: what to do after Ctrl-C.
-        passes_on: the rest of the command line is another program's; the function's parameter of type `typer.Context`
-            has it in `args`.
+        passes_on: the rest of the command line belongs to another program; the function's parameter of type
+            `typer.Context` has it in `args`.
     """
     signature = inspect.signature(function, eval_str=True)
     shown = inspect.Parameter(
@@ -153,7 +153,7 @@ def add_command(
 
 
 def _guarded(function: Callable[[], int | None], shown: bool, after_interrupt: str) -> int:
-    """The exit code of a subcommand; what went wrong is said in one line."""
+    """The exit code of a subcommand; errors are printed on one line."""
     try:
         return function() or 0
     except QAdapterError as error:
@@ -162,7 +162,7 @@ def _guarded(function: Callable[[], int | None], shown: bool, after_interrupt: s
         return _failed(str(error), FAILED, shown)
     except KeyboardInterrupt:
         return _failed(f"stopped by Ctrl-C{after_interrupt}", INTERRUPTED, shown)
-    except BrokenPipeError:  # the reader of the output has gone
+    except BrokenPipeError:  # the reader of the output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
@@ -195,7 +195,7 @@ def call(app: typer.Typer, arguments: list[str]) -> int:
 
 
 def _explained(error: TyperException) -> str:
-    """What Typer could not read, with the nearest flag's name or the way to the help."""
+    """The message about an argument that Typer could not parse, with the nearest flag or a reference to the help."""
     context = getattr(error, "ctx", None)
     if context is not None and hasattr(error, "possibilities"):  # an unknown flag
         flags = [flag for each in context.command.get_params(context) for flag in (*each.opts, *each.secondary_opts)]

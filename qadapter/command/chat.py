@@ -70,7 +70,7 @@ class Chat:
         torch.manual_seed(options.seed)
 
     def talk(self) -> None:
-        """Read lines and answer them, until `/quit`, the end of stdin or Ctrl-C (which only stops a reply)."""
+        """Read lines and answer them until `/quit`, the end of stdin, or Ctrl-C (which only stops a reply)."""
         prompt = "you> " if sys.stdin.isatty() else ""
         with contextlib.suppress(EOFError, KeyboardInterrupt):
             while (line := input(prompt).strip()) != "/quit":
@@ -92,7 +92,7 @@ class Chat:
                 print("\n(stopped; this turn is forgotten)")
 
     def answer(self, text: str) -> str:
-        """Stream the reply to the user's next turn; both become part of the conversation when it is whole."""
+        """Stream the reply to the user's next turn; both are added to the conversation when the reply is complete."""
         turns: list[Message] = [*self.turns, {"role": "user", "content": text}]
         reply = self._stream(turns, "policy> " if self.show_base else "")
         if self.show_base:
@@ -176,5 +176,5 @@ def _number(text: str, *, above_zero: bool = False) -> float:
     except ValueError:
         number = -1.0
     if not 0 <= number < float("inf") or (above_zero and number == 0):
-        raise QAdapterError(f"{text!r} is no number {'above' if above_zero else 'from'} 0{'' if above_zero else ' on'}")
+        raise QAdapterError(f"{text!r} is not a number {'above 0' if above_zero else 'of at least 0'}")
     return number

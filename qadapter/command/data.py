@@ -1,4 +1,4 @@
-"""`qadapter data`: what is recognised in preference data, as it would be trained on."""
+"""`qadapter data`: show how preference data are read, before training on them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SHOWN_PAIRS, SHOWN_CHARACTERS = 3, 400
 
 
 def run(options: ShowDataOptions) -> None:
-    """Print the layout, three pairs as they are read, the counts and the quarantine's reasons.
+    """Print the layout, three pairs as they are read, the counts and the reasons of the quarantine.
 
     Raises:
-        QAdapterError: what is no preference data, needs a choice, or has no usable pair. The message proposes a mapping
-            where the fields' names suggest one.
+        QAdapterError: the data are not preference data, need a choice, or have no usable pair. The message proposes a
+            mapping if the fields' names suggest one.
     """
     for line in report(options.located(options.file, options.split), options):
         print(line)
@@ -53,7 +53,7 @@ def report(files: list[Path], options: ShowDataOptions) -> Iterator[str]:
         yield f" rejected: {_short(pair.rejected)}"
     quarantined = sum(reasons.values())
     margins = f", {with_margin} of them with a margin" if with_margin else ""
-    yield f"\n{used + quarantined} pairs read, {used} can be used{margins}, {quarantined} cannot"
+    yield f"\n{used + quarantined} pairs read, {used} usable{margins}, {quarantined} not usable"
     yield from (f"  {count} quarantined: {reason}" for reason, count in sorted(reasons.items()))
     if not used:
         raise no_usable_pair(files, reasons)

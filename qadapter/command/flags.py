@@ -20,8 +20,8 @@ Options = TypeVar("Options", bound=Settings)
 
 ALIASES = {"lr": "learning_rate"}
 """Short names that other projects use, as flags and as keys of a config file."""
-_REPEATED = {"adapter": "FOLDER", "prompt": "TEXT"}  # flags that can be given several times
-_POSITIONAL = {"file": "FILE"}  # what stands without a flag
+_REPEATED = {"adapter": "FOLDER", "prompt": "TEXT"}  # flags that may be repeated
+_POSITIONAL = {"file": "FILE"}  # positional arguments
 
 
 def flag(name: str) -> str:
@@ -34,7 +34,7 @@ def from_flags(options: type[Options], run: Callable[[Options], None]) -> Callab
 
     Args:
         options: the class. Its own fields and those of each parent class are a section of the help.
-        run: what to do with the values.
+        run: called with the values.
     """
 
     def command(*, config: str | None, **values: Any) -> None:
@@ -48,7 +48,9 @@ def from_flags(options: type[Options], run: Callable[[Options], None]) -> Callab
                 title = (section.__doc__ or "").splitlines()[0]
                 parameters.append(_parameter(name, options.model_fields[name], title.rstrip(".")))
     file = typer.Option(
-        metavar="FILE", help="YAML file with the same keys as the flags (batch_size: 8); flags win", show_default=False
+        metavar="FILE",
+        help="YAML file with the same keys as the flags (batch_size: 8); flags take precedence",
+        show_default=False,
     )
     parameters.append(_keyword("config", Annotated[str | None, file]))
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -65,7 +67,7 @@ def _keyword(name: str, annotation: Any) -> inspect.Parameter:
 
 
 def _parameter(name: str, field: FieldInfo, section: str) -> inspect.Parameter:
-    """The flag of a field; pydantic reads its text, so that every problem is found at once."""
+    """The flag of a field; pydantic parses its text, so that all problems are reported together."""
     text = field.description or ""
     if field.is_required():
         text += " (required)"
@@ -88,7 +90,7 @@ def _parameter(name: str, field: FieldInfo, section: str) -> inspect.Parameter:
 
 
 def _leaves(annotation: Any) -> Iterator[Any]:
-    """The types, and the values of Literals, that an annotation is made of."""
+    """The types, and the values of Literals, in an annotation."""
     parts = get_args(annotation)
     if not parts:
         yield annotation
@@ -97,7 +99,7 @@ def _leaves(annotation: Any) -> Iterator[Any]:
 
 
 def read_options(options: type[Options], given: Mapping[str, Any], config: str | None) -> Options:
-    """Values of flags over those of a config file over the defaults.
+    """Merge values: flags take precedence over the config file, and that over the defaults.
 
     Args:
         options: the class.
@@ -105,7 +107,7 @@ def read_options(options: type[Options], given: Mapping[str, Any], config: str |
         config: YAML file with the same keys, dashes or underscores.
 
     Raises:
-        QAdapterError: a file that cannot be read, and every unknown key and every value that is none, at once.
+        QAdapterError: the file cannot be read, or has unknown keys or invalid values; the message lists all of them.
     """
     try:
         return options.model_validate({**(_config(Path(config), options) if config else {}), **given})
@@ -122,7 +124,7 @@ def _config(file: Path, options: type[Settings]) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise QAdapterError(f"--config {file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise QAdapterError(f"--config {file} holds {type(content).__name__}; a mapping of keys was expected")
+        raise QAdapterError(f"--config {file} contains {type(content).__name__}; expected a mapping of keys")
     values: dict[str, Any] = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")

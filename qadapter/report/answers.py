@@ -1,4 +1,4 @@
-"""Answers side by side, so that people can read what the numbers mean. Their text is a model's: never trusted."""
+"""Answers side by side, as examples for the numbers. Their text comes from models and is never trusted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Answer:
     """One method's answer.
 
     Attributes:
-        method: whose; `base` comes first.
+        method: the method's name; `base` comes first.
         text: the answer.
         verdict: `win`, `tie`, `loss` or `undecided` against the base; empty for the base and without a judge.
     """
@@ -36,7 +36,7 @@ class SideBySide:
     """One held-out prompt and each method's answer to it.
 
     Attributes:
-        domain: of the comparison.
+        domain: the domain of the comparison.
         turns: (role, text) of the prompt's messages.
         answers: one per method.
     """
@@ -47,10 +47,10 @@ class SideBySide:
 
 
 def side_by_side(rows: Sequence[Row], count: int = SHOWN) -> list[SideBySide]:
-    """At most `count` prompts, the same number in each domain as far as it goes, with each method's first seed.
+    """Select at most `count` prompts, equally many per domain if possible, with answers of each method's first seed.
 
-    They are taken at even distances from the held-out prompts that every method answered, in their order in the file:
-    not by what the answers say.
+    They are evenly spaced among the held-out prompts that every method answered, in file order, independent of the
+    answers.
     """
     domains = ordered(row.domain for row in rows)
     shown = []
@@ -67,7 +67,7 @@ def side_by_side(rows: Sequence[Row], count: int = SHOWN) -> list[SideBySide]:
 
 
 def answers_table(rows: Sequence[Row]) -> pd.DataFrame:
-    """Every held-out prompt and each method's answer to it (first seed), its verdict against the base's beside it."""
+    """Every held-out prompt with each method's answer (first seed) and its verdict against the base."""
     table = []
     for domain in ordered(row.domain for row in rows):
         answers = _answers_of(rows, domain)

@@ -78,11 +78,11 @@ def build_report(
 
     Args:
         rows: one per policy.
-        title: of the report.
-        data: source to its `summary.json`: counts, reasons of the quarantine, digests.
-        quality: source to its quality report (`qadapter.preferences.quality`).
+        title: title of the report.
+        data: source → its `summary.json`: counts, reasons of the quarantine, digests.
+        quality: source → its quality report (`qadapter.preferences.quality`).
         config: the experiment's settings.
-        out: an empty folder; gets also `comparison.csv`, `details.csv`, `answers.csv` (if there are answers),
+        out: an empty folder; also receives `comparison.csv`, `details.csv`, `answers.csv` (if there are answers),
             `retention_adaptation.png`,
             `training_curves.png` (if curves were logged) and `metrics.json`.
     """
@@ -201,7 +201,7 @@ def _quality(content: Mapping[str, Any]) -> list[str]:
 
 
 def _counts(data: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """A row a source: what was read and used, and the first digits of the digests of what it became."""
+    """One row per source: the numbers of read and used records, and the first digits of the digests of the result."""
     return pd.DataFrame(
         [
             {

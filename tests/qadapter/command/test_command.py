@@ -247,7 +247,7 @@ def test_a_config_names_its_own_mistakes(refused: Callable[..., str], tmp_path: 
     assert f"unknown key 'learnig_rate' in {file}, did you mean 'learning_rate'?" in line
     assert f"epochs in {file}: Input should be a valid number" in line
     file.write_text("- a\n")
-    assert "holds list; a mapping of keys was expected" in refused("train", "--config", str(file))
+    assert "contains list; expected a mapping of keys" in refused("train", "--config", str(file))
 
 
 def test_what_is_not_there_is_refused_before_anything_is_written(
@@ -656,15 +656,15 @@ def test_a_system_message_and_sampling(talk: Callable[..., list[str]], policy: A
     torch.manual_seed(7)
     sampled = reply_of(policy, "Hello", do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
     assert "\n".join(talk("Hello", flags=("--temperature", "1", "--seed", "7"))) == sampled
-    assert talk("/temperature 0.5", "/temperature -1") == ["(temperature 0.5)", "'-1' is no number from 0 on"]
+    assert talk("/temperature 0.5", "/temperature -1") == ["(temperature 0.5)", "'-1' is not a number of at least 0"]
 
 
 def test_mistakes_do_not_end_it(talk: Callable[..., list[str]]) -> None:
     lines = talk("/alpa0 1", "/alphatilde 0", "/alpha0 nan", "", "/help")
     assert lines[:3] == [
         "unknown command /alpa0, did you mean '/alpha0'?",
-        "'0' is no number above 0",
-        "'nan' is no number from 0 on",
+        "'0' is not a number above 0",
+        "'nan' is not a number of at least 0",
     ]
     assert "/quit" in lines[-1]
 
