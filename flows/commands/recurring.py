@@ -10,6 +10,7 @@ import typer
 
 from flows.commands.arguments import Config
 from flows.prefect_host.server import prefect_server
+from qadapter.files.shown import visible
 
 
 def customize(
@@ -93,7 +94,7 @@ def history(config: Config = "smoke") -> None:
         ]
         if "rolled_back_to_at" in version.tags:
             lines.append(f"      rolled back to, {version.tags['rolled_back_to_at']}")
-        sys.stdout.write("\n".join(lines) + "\n")
+        sys.stdout.write(visible("\n".join(lines)) + "\n")
 
 
 def rollback(

@@ -14,6 +14,7 @@ from qadapter.command.opened import as_base, dials, note, open_policy
 from qadapter.command.options import ChatOptions
 from qadapter.config.base import refuse_temperature
 from qadapter.errors import QAdapterError, did_you_mean
+from qadapter.files.shown import visible
 from qadapter.inference.generate import longest_reply, reply_text
 from qadapter.inference.score import device_of
 from qadapter.policy.model import QAdapterForCausalLM
@@ -43,6 +44,14 @@ def run(options: ChatOptions) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # gives `input` line editing and history
     Chat(policy, tokenizer, options).talk()
+
+
+class VisibleStreamer(TextStreamer):
+    """Prints a reply as it is generated; a control character in it is shown and does not act on the terminal."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print one piece of the text."""
+        super().on_finalized_text(visible(text), stream_end=stream_end)
 
 
 class Chat:
@@ -116,7 +125,7 @@ class Chat:
                 input_ids=given,
                 attention_mask=torch.ones_like(given),
                 generation_config=(decoding := self._decoding(longest)),
-                streamer=TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True),
+                streamer=VisibleStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True),
             )
         return reply_text(self._tokenizer, output[0, given.shape[1] :].tolist(), decoding.eos_token_id)
 

@@ -12,6 +12,7 @@ from qadapter.command.opened import as_base, dials, note, open_policy
 from qadapter.command.options import GenerateOptions
 from qadapter.command.results import Row, require_free, writing
 from qadapter.errors import QAdapterError
+from qadapter.files.shown import visible
 from qadapter.inference.generate import context_of, generate_replies, longest_reply, why_not
 from qadapter.preferences.containers import iter_records
 from qadapter.preferences.pair import Message
@@ -127,8 +128,8 @@ def _readable(row: Row) -> str:
     lines = [f"{turn['role']}: {turn['content']}" for turn in row["prompt"]]
     if "error" in row:
         lines.append(f"no reply: {row['error']}")
-        return "\n".join(lines).encode(errors="replace").decode() + "\n"  # half a surrogate pair cannot be printed
+        return visible("\n".join(lines)) + "\n"
     lines.append(f"reply: {row['reply']}")
     if "base_reply" in row:
         lines.append(f"base: {row['base_reply']}")
-    return "\n".join(lines) + "\n"
+    return visible("\n".join(lines)) + "\n"

@@ -20,6 +20,7 @@ from qadapter.command import options
 from qadapter.command.app import add_command, call, new_app
 from qadapter.command.flags import from_flags
 from qadapter.config.base import Settings
+from qadapter.files.shown import guard_logs
 
 _DISTRIBUTION = "qadapter-pipeline"
 
@@ -166,4 +167,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # PEFT and TRL use names that transformers deprecates; nothing a user could change.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    guard_logs()
     return call(build_app(), list(sys.argv[1:] if arguments is None else arguments))
