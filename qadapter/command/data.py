@@ -53,7 +53,7 @@ def report(files: list[Path], options: ShowDataOptions) -> Iterator[str]:
         yield f" rejected: {_short(pair.rejected)}"
     quarantined = sum(reasons.values())
     margins = f", {with_margin} of them with a margin" if with_margin else ""
-    yield f"\n{used + quarantined} pairs read, {used} usable{margins}, {quarantined} not usable"
+    yield f"\n{used + quarantined} pairs read, {used} can be used{margins}, {quarantined} cannot"
     yield from (f"  {count} quarantined: {reason}" for reason, count in sorted(reasons.items()))
     if not used:
         raise no_usable_pair(files, reasons)
