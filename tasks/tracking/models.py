@@ -192,7 +192,7 @@ def find_served_model(model: str) -> ServedFiles:
         QAdapterError: there is no such version, it was not logged by `log_served_model`, or MLflow is unavailable.
         DamagedError: its files are missing or have changed since registration.
     """
-    found = _Registered.find(model)
+    found = _ModelVersion.find(model)
     found.refuse_other_code()
     return ServedFiles(
         found.name,
@@ -215,17 +215,17 @@ def version_of(model: str) -> int:
 
 def find_adapter(model: str) -> Path:
     """As `find_served_model`, but only the adapter's folder: the base, which may be large, is not downloaded."""
-    return _Registered.find(model).part("adapter")
+    return _ModelVersion.find(model).part("adapter")
 
 
 def find_base(model: str) -> str:
     """As `find_served_model`, but only the base: its folder or hub id."""
-    return _Registered.find(model).base()
+    return _ModelVersion.find(model).base()
 
 
 def find_numerics(model: str) -> Mapping[str, str]:
     """As `find_served_model`, but only `ServedFiles.numerics`: no file of the policy is downloaded."""
-    return _Registered.find(model).numerics()
+    return _ModelVersion.find(model).numerics()
 
 
 def check_files(model: str) -> None:
@@ -236,7 +236,7 @@ def check_files(model: str) -> None:
     Raises:
         QAdapterError: as `find_served_model`.
     """
-    found = _Registered.find(model)
+    found = _ModelVersion.find(model)
     found.refuse_other_code()
     if found.here:
         found.part("adapter")
@@ -247,7 +247,7 @@ def check_files(model: str) -> None:
 
 
 @dataclass(frozen=True)
-class _Registered:
+class _ModelVersion:
     """A registered version, of which only the description was downloaded.
 
     Attributes:
@@ -267,7 +267,7 @@ class _Registered:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def find(cls, model: str) -> _Registered:
+    def find(cls, model: str) -> _ModelVersion:
         """The version behind `NAME@ALIAS` or `NAME/VERSION`."""
         store, version = _version_of(model)
         name, number = str(version.name), str(version.version)
