@@ -68,14 +68,16 @@ def decide_for_reader(measured: Measured) -> Decision:
     broken = f" Do not use {listed(silent)}: {they} not answer in language." if silent else ""
     if not found:
         return Decision(f"Use none of these.{broken or ' Nothing was measured that tells what was learnt.'}", ())
-    best = next((c for c in found if c.surely_gains), None)
-    if best is None:
+    gaining = [candidate for candidate in found if candidate.surely_gains]
+    if not gaining:
         return Decision(_not_enough(measured, found[0]) + broken, _lines(measured, found[0]))
-    second = next((c for c in found if c is not best), None)
-    text = f"Use {best.method}."
-    if second is not None and second.surely_gains:
-        text += _against(measured, best, second)
-    return Decision(text + broken, _lines(measured, best))
+    best, second = gaining[0], gaining[1] if len(gaining) > 1 else None
+    text = ""
+    if second is not None:
+        if _ahead(measured, second, best) and not _ahead(measured, best, second):
+            best, second = second, best  # its lead is beyond chance, and that of the other is not
+        text = _against(measured, best, second)
+    return Decision(f"Use {best.method}.{text}{broken}", _lines(measured, best))
 
 
 def _candidate(measured: Measured, method: str) -> _Candidate:
@@ -139,23 +141,34 @@ def _not_enough(measured: Measured, best: _Candidate) -> str:
     return f"{text} Get {more} and {SEEDS} seeds to tell {best.method} from the base."
 
 
+def _differences(measured: Measured, one: _Candidate, other: _Candidate) -> tuple[Sample | None, Sample | None]:
+    """How much more the first learnt, and how much less it forgot, item by item; None without item scores."""
+    domains = measured.domains_of(one.method, other.method)
+    if not domains:
+        return None, None
+    gains = [measured.gain(c.method, domains) for c in (one, other)]
+    losses = [measured.forgetting(c.method, domains) for c in (other, one)]
+    learnt = gains[0].minus(gains[1]) if gains[0] and gains[1] else None
+    return learnt, losses[0].minus(losses[1]) if losses[0] and losses[1] else None
+
+
+def _ahead(measured: Measured, one: _Candidate, other: _Candidate) -> list[str]:
+    """In what the first is better than the other, beyond chance."""
+    words = ("learnt more", "forgot less")
+    samples = _differences(measured, one, other)
+    return [word for word, found in zip(words, samples, strict=True) if found is not None and found.interval.low > 0]
+
+
 def _against(measured: Measured, best: _Candidate, second: _Candidate) -> str:
     """Whether the second best can be told from the best; what would tell, where it cannot."""
-    domains = measured.domains_of(best.method, second.method)
-    gains = [measured.gain(c.method, domains) if domains else None for c in (best, second)]
-    losses = [measured.forgetting(c.method, domains) if domains else None for c in (second, best)]
-    learnt = gains[0].minus(gains[1]) if gains[0] and gains[1] else None
-    kept = losses[0].minus(losses[1]) if losses[0] and losses[1] else None
+    learnt, kept = _differences(measured, best, second)
     found = [sample for sample in (learnt, kept) if sample is not None]
     if not found:
         return f" {second.method} is next; without the scores of single items the difference cannot be judged."
-    if any(sample.interval.low > 0 for sample in found):
-        ahead = []
-        if learnt is not None and learnt.interval.low > 0:
-            ahead.append("learnt more")
-        if kept is not None and kept.interval.low > 0:
-            ahead.append("forgot less")
-        return f" It {listed(ahead)} than {second.method}, the next best, beyond chance."
+    ahead, behind = _ahead(measured, best, second), _ahead(measured, second, best)
+    if ahead:
+        text = f" It {listed(ahead)} than {second.method}, the next best, beyond chance"
+        return f"{text}; {second.method} {listed(behind)}." if behind else f"{text}."
     sample = max(found, key=lambda s: abs(s.estimate))
     items = _items(sample)
     needed = items_needed(sample.interval, sample.estimate, items)

@@ -84,6 +84,34 @@ def test_two_methods_within_noise(tmp_path: Path) -> None:
     assert "prompts (now 200) and 3 seeds" in found.recommendation
 
 
+def test_a_lead_beyond_chance_decides(tmp_path: Path) -> None:
+    """Both ahead in one respect: both are said. One answer of 200 ahead is noise."""
+    rows = rows_of(tmp_path, {"base": 4, "q-adapter": 150, "sft": 186}, {"base": 190, "q-adapter": 188, "sft": 158})
+    assert decide_for_reader(Measured(rows)).recommendation == (
+        "Use sft. It learnt more than q-adapter, the next best, beyond chance; q-adapter forgot less."
+    )
+    same = {"base": 190, "q-adapter": 190, "sft": 190}
+    rows = rows_of(tmp_path / "even", {"base": 4, "q-adapter": 150, "sft": 151}, same)
+    even = decide_for_reader(Measured(rows)).recommendation
+    assert even.startswith("Use sft. It cannot be told from q-adapter with these data")
+    # 17 of 200 answers more, 179 of them others: noise. 12 of 200 questions fewer: beyond it. The sure lead decides.
+    follows = {"base": 4, "q-adapter": 100, "sft": 108}
+    rows = rows_of(tmp_path / "sure", follows, {"base": 190, "q-adapter": 190, "sft": 178})
+    assert rows[2].adaptation is not None
+    verdicts = ["win" if 85 <= i < 198 else "tie" for i in range(200)]
+    write_lines(
+        rows[2].adaptation / "answers.jsonl",
+        [
+            {"prompt": [{"role": "user", "content": f"q{i}"}], "base": "b", "reply": "r", "verdict": v, "judge": "rule"}
+            for i, v in enumerate(verdicts)
+        ],
+    )
+    score = 113 / 200 + 4 / 200  # 113 more than the base's 4
+    rows[2] = replace(rows[2], metrics={**rows[2].metrics, "adaptation/score": score, "adaptation/exact_rule": score})
+    sure = decide_for_reader(Measured(rows)).recommendation
+    assert sure == "Use q-adapter. It forgot less than sft, the next best, beyond chance."
+
+
 def test_a_policy_that_does_not_speak_wins_nothing(tmp_path: Path) -> None:
     """DPO has the highest score of all and answers `==========`."""
     follows = {"base": 4, "q-adapter": 100, "sft": 90, "dpo": 200}
