@@ -429,10 +429,10 @@ def test_a_version_registered_by_hand_stops_no_run(story: Story) -> None:
 def test_a_message_about_a_source_has_no_query(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """`code` is no name that a config is refused for, and may be a key all the same."""
+    """Nor where the config says that its value is no secret: `public_query` is about the config, not about messages."""
     url = "https://example.org/d.json?code=canary"
     broken = deliver(tmp_path, "copy", "<html>502 Bad Gateway</html>\n")
-    config = write_config(tmp_path, model_name="qadapter-away", source={"path": url})
+    config = write_config(tmp_path, model_name="qadapter-away", source={"path": url, "public_query": ["code"]})
     heldout = str(tmp_path / "heldout.jsonl")
     monkeypatch.setattr(
         "qadapter.preferences.sources.locate",
