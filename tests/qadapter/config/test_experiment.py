@@ -91,8 +91,8 @@ def test_an_unknown_profile_is_named_with_the_nearest() -> None:
     [
         (b"a: [1", "is not YAML"),
         (b"\xff\xfe\x00", "is not YAML"),
-        (b"- a\n- b\n", "holds list, expected a mapping"),
-        (b"", "holds NoneType, expected a mapping"),
+        (b"- a\n- b\n", "contains list; expected a mapping"),
+        (b"", "contains NoneType; expected a mapping"),
     ],
 )
 def test_a_file_that_is_no_config(tmp_path: Path, content: bytes, expected: str) -> None:
