@@ -36,6 +36,7 @@ from qadapter.config.model import LoraSettings, ModelSettings
 from qadapter.config.training import OptimizerSettings
 from qadapter.evaluation.preference import distinct_prompts, preference_metrics, score_pairs
 from qadapter.evaluation.speech import repetition
+from qadapter.files.shown import visible
 from qadapter.inference.generate import generate_replies
 from qadapter.methods import q_adapter
 from qadapter.policy.loading import load_base, load_policy
@@ -127,6 +128,11 @@ def reply_of(model: Any, prompt: Any, **options: Any) -> str:
     with torch.no_grad():
         output = model.generate(torch.tensor([ids]), **settings)
     return str(TOKENIZER.decode(output[0, len(ids) :], skip_special_tokens=True)).strip()
+
+
+def printed_reply(model: Any, prompt: Any, **options: Any) -> str:
+    """As a terminal shows it: a control character is written out."""
+    return visible(reply_of(model, prompt, **options))
 
 
 # ---- help and refusals ------------------------------------------------------------------------------------------
@@ -621,13 +627,13 @@ def test_a_conversation_of_several_turns(talk: Callable[..., list[str]], policy:
     lines = talk(first, "/base", second, "/reset", second)
     assert "\n".join(lines) == "\n".join(
         [
-            reply_of(policy, first),
+            printed_reply(policy, first),
             "(the base replies too)",
-            f"policy> {reply_of(policy, turns)}",
-            f"base>   {reply_of(base, turns)}",
+            f"policy> {printed_reply(policy, turns)}",
+            f"base>   {printed_reply(base, turns)}",
             "(the conversation is forgotten)",
-            f"policy> {reply_of(policy, second)}",
-            f"base>   {reply_of(base, second)}",
+            f"policy> {printed_reply(policy, second)}",
+            f"base>   {printed_reply(base, second)}",
         ]
     )
     assert reply_of(policy, turns) != reply_of(policy, second)
@@ -635,7 +641,7 @@ def test_a_conversation_of_several_turns(talk: Callable[..., list[str]], policy:
 
 def test_the_dials_change_the_next_reply(talk: Callable[..., list[str]], policy: Any) -> None:
     prompt = PROMPTS[0]
-    turned = [reply_of(policy, prompt, alpha_0=value) for value in (1.0, 0.2)]
+    turned = [printed_reply(policy, prompt, alpha_0=value) for value in (1.0, 0.2)]
     assert turned[0] != turned[1]
     lines = talk(prompt, "/reset", "/alpha0 0.2", prompt, "/alphatilde 2", "/alpha0", "/quit", prompt)
     assert "\n".join(lines) == "\n".join(
@@ -652,9 +658,9 @@ def test_the_dials_change_the_next_reply(talk: Callable[..., list[str]], policy:
 
 def test_a_system_message_and_sampling(talk: Callable[..., list[str]], policy: Any) -> None:
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
-    assert "\n".join(talk("Hello", flags=("--system", "Be brief."))) == reply_of(policy, turns)
+    assert "\n".join(talk("Hello", flags=("--system", "Be brief."))) == printed_reply(policy, turns)
     torch.manual_seed(7)
-    sampled = reply_of(policy, "Hello", do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+    sampled = printed_reply(policy, "Hello", do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
     assert "\n".join(talk("Hello", flags=("--temperature", "1", "--seed", "7"))) == sampled
     assert talk("/temperature 0.5", "/temperature -1") == ["(temperature 0.5)", "'-1' is not a number of at least 0"]
 
@@ -710,7 +716,7 @@ def test_without_a_chat_template_conversations_are_transcripts(
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
     capsys.readouterr()
     assert main(["chat", "--adapter", str(tmp_path / "out"), *SHORT]) == 0
-    assert capsys.readouterr().out.strip() == expected
+    assert capsys.readouterr().out.strip() == visible(expected)
 
 
 # ---- the real thing -----------------------------------------------------------------------------------------------
@@ -766,7 +772,7 @@ def test_from_preferences_to_a_chat(
         rest, errors = chat.communicate(timeout=60)
     assert chat.returncode == 0, errors[-1000:]
     assert rest == ""
-    assert said.partition("(alpha_0")[0].strip() == rows(tmp_path / "answers.jsonl")[0]["reply"]
+    assert said.partition("(alpha_0")[0].strip() == visible(rows(tmp_path / "answers.jsonl")[0]["reply"])
 
 
 def test_every_command_of_the_guide_runs(
