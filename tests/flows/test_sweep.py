@@ -736,7 +736,7 @@ def test_the_full_experiment_finds_what_the_sweep_trained(mended: Swept) -> None
 def test_the_plan_counts_what_runs(mended: Swept) -> None:
     code, printed, _ = command(mended.home, ["--sweep", mended.file, "--plan", *settings_on_the_command_line()])
     assert code == 0
-    assert "Plan of sweep tiny: 8 settings, 42 stages." in printed
+    assert "Plan of sweep tiny: 8 settings, 44 stages." in printed
     assert "train_adapter                14" in printed
 
 

@@ -127,7 +127,9 @@ def test_a_judge_is_trained_by_two_processes_as_by_one(toy: TinyToy, tmp_path: P
     data = StageOutput("prepare", "0" * 64, folder, digest_tree(folder), cached=True, seconds=0.0)
 
     def run_judge(**changes: Any) -> StageOutput:
-        experiment = load_experiment("smoke", settings(**changes))
+        judged: dict[str, Any] = {f"sources.{name}.judge_pairs": PAIRS for name in load_experiment("smoke").sources}
+        judged["evaluation.adaptation.judge"] = "reward-model"
+        experiment = load_experiment("smoke", settings(**judged, **changes))
         tracker = Tracker.for_project(tmp_path)
         parent = tracker.start_parent("launching", "test")
         context = RunContext(experiment, StageStore(tmp_path / ".qadapter"), tracker, parent)
@@ -243,13 +245,10 @@ def test_killed_it_leaves_no_orphan_and_goes_on_where_it_stopped(toy: TinyToy, t
 
 @pytest.mark.slow
 def test_a_failing_process_reports(toy: TinyToy, tmp_path: Path) -> None:
-    """The base is there, its weights are not what they say: the message has the error, not torchrun's summary."""
+    """A mistake that no user can make: the message has the error, not torchrun's summary."""
     launcher = ProcessLauncher(LaunchSettings(engine="accelerate", processes=1))
-    broken = tmp_path / "base"
-    shutil.copytree(toy.base, broken)
-    (broken / "model.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(TrainingProcessError, match=r"ddp\.yaml, 1 process\) ended with code 1") as failed:
-        call(launcher, toy, broken, tmp_path)
+        call(launcher, toy, toy.base, tmp_path, seed="no number")
     assert "Error" in str(failed.value).splitlines()[-1]
     assert "torch.distributed.elastic" not in str(failed.value)
     assert len(str(failed.value).splitlines()) < 60
@@ -257,14 +256,17 @@ def test_a_failing_process_reports(toy: TinyToy, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_a_process_refuses_is_a_refusal_here(toy: TinyToy, tmp_path: Path) -> None:
+    """The base is there, and its weights are not what they say."""
     launcher = ProcessLauncher(LaunchSettings(engine="accelerate", processes=1))
-    with pytest.raises(QAdapterError, match=r"the model '.*nowhere' could not be loaded") as refused:
-        call(launcher, toy, tmp_path / "nowhere", tmp_path)
+    broken = tmp_path / "base"
+    shutil.copytree(toy.base, broken)
+    (broken / "model.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(QAdapterError, match=r"the model '.*base' could not be loaded") as refused:
+        call(launcher, toy, broken, tmp_path)
     assert "Traceback" not in str(refused.value)
 
 
-def call(launcher: ProcessLauncher, toy: TinyToy, base: Path, home: Path, **changes: Any) -> None:
-    training = TRAINING.model_copy(update={"max_steps": 2, **changes})
+def call(launcher: ProcessLauncher, toy: TinyToy, base: Path, home: Path, seed: Any = 3) -> None:
     for name in ("out", "scratch"):
         (home / name).mkdir()
     launcher(
@@ -275,8 +277,8 @@ def call(launcher: ProcessLauncher, toy: TinyToy, base: Path, home: Path, **chan
         toy.pairs,
         model=MODEL,
         lora=LORA,
-        training=training,
-        seed=3,
+        training=TRAINING.model_copy(update={"max_steps": 2}),
+        seed=seed,
         needs={},
         out=home / "out",
         scratch=home / "scratch",
