@@ -38,7 +38,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def other() -> Iterator[tuple[subprocess.Popen[str], ProcessTag]]:
     """Another process and its tag, as it wrote it."""
     program = (
-        "import sys, time; from pathlib import Path; from qadapter import process_tags\n"
+        "import sys, time; from pathlib import Path; from qadapter.files import process_tags\n"
         "process_tags._MACHINE_ID, process_tags._PROC = map(Path, sys.argv[1:])\n"
         "print(process_tags.ProcessTag.own().text(), flush=True); time.sleep(60)"
     )
