@@ -30,7 +30,7 @@ from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.objective import Objective
 from qadapter.preferences.tokenize import prompt_ids
 from qadapter.serving.policies import ServedPolicies
-from qadapter.serving.registered import DamagedError
+from qadapter.serving.registered import DamagedError, digest_code
 from tasks.tracking.models import check_files, find_adapter, find_base, find_served_model, log_served_model
 from tasks.tracking.tracker import Tracker
 from tests.support.commands import subcommand
@@ -119,6 +119,8 @@ def test_its_description_says_what_it_is_and_needs(registered: Registered) -> No
         "qadapter.quantization": "none",
         "qadapter.adapter_digest": digest_tree(registered.adapter),
         "qadapter.base_digest": digest_tree(registered.base),
+        "qadapter.code_digest": digest_code(folder / "code" / "qadapter"),
+        "qadapter.loader_digest": digest_tree(folder / "served_policy.py"),
     }
     assert described["run_id"] == registered.run
     assert "python_model" not in described["flavors"]["python_function"]  # it would name a pickle
@@ -243,7 +245,7 @@ def test_a_base_of_the_hub_is_served_as_it_was_trained_on(
     )
     assert main([f"policy/{created.version}"]) == 0
     ((adapters, base, how),) = served
-    del how["host"], how["port"]
+    del how["host"], how["port"], how["cors_origins"]
     policies = ServedPolicies.load(adapters, base, **how)
     assert all(torch.isfinite(parameter).all() for parameter in policies.policy.parameters())
     assert policies.policy.dtype == torch.bfloat16
