@@ -185,9 +185,8 @@ def test_a_tokenizer_without_template_is_refused_before_scoring(tmp_path, capsys
     suite = ["--tasks", "paper_suite", "--apply_chat_template", "--official_data", str(tmp_path / "official")]
     assert main(["run", *model, *suite, "--output_path", str(tmp_path / "out")]) == 2
     printed = capsys.readouterr()
-    assert printed.err.splitlines()[-1].startswith(
-        "The model's tokenizer has no chat template, and the evaluation asks"
-    )
+    refusal = printed.err.splitlines()[-1].removeprefix("error: ")
+    assert refusal.startswith("The model's tokenizer has no chat template, and the evaluation asks")
     assert "`--plain_tasks`" in printed.err
     assert "Traceback" not in printed.err
     assert "|" not in printed.out  # no table of scores

@@ -15,12 +15,12 @@ from tasks.tracking.served_policy import ServedPolicy
 def test_a_fault_of_the_model_is_answered_without_its_traceback(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of memory in /home/operator/secret/model.py")
 
     policy = ServedPolicy()
     policy._name, policy._generator = "policy", SimpleNamespace(submit=fail)
-    prepared = SimpleNamespace(turns=[], prompt=[], sampling=None)
+    prepared = SimpleNamespace(turns=[], prompt=[], sampling=None, tokenizer=None)
     monkeypatch.setattr("qadapter.serving.protocol.prepare", lambda *_: prepared)
     rows = {"messages": [[{"role": "user", "content": "Hello"}]]}
     with caplog.at_level(logging.ERROR), pytest.raises(MlflowException) as failed:
