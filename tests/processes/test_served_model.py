@@ -390,7 +390,8 @@ def test_mlflow_serves_it_without_this_project(registered: Registered, tmp_path:
 
         greedy = {"temperature": 0, "max_tokens": NEW}
         answer = post(**greedy).json()
-        assert answer["choices"][0]["message"] == {"role": "assistant", "content": registered.expected()}
+        expected = {"role": "assistant", "content": registered.expected(), "refusal": None}
+        assert answer["choices"][0]["message"] == expected
         assert (answer["model"], answer["usage"]["completion_tokens"]) == ("policy", NEW)
         dialled = post(**greedy, alpha_0=0.2, alpha_tilde=2, compare_base=True).json()["choices"]
         assert [choice["variant"] for choice in dialled] == ["customised", "base"]
