@@ -235,7 +235,7 @@ def test_a_disk_that_became_read_only_loses_nothing(
     home = ReadableHome(small_disk, prefect_server, data_server)
     assert home.run(("pretrain", "renamed")) == -9
     finished = home.finished()
-    assert finished == {"toy-world": 1, "prepare": 2, "pretrain": 1}
+    assert finished == {"toy-world": 1, "prepare": 2, "quality": 2, "pretrain": 1}
     before = {file: file.stat().st_mtime_ns for file in small_disk.rglob("*") if file.is_file()}
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     said = len(home.printed())
@@ -336,7 +336,7 @@ def test_a_full_disk_below_mlflow_is_named(tmp_path: Path, monkeypatch: pytest.M
 
     from tasks.tracking import store as mlflow_store
 
-    store = mlflow_store._client(tracker.uri, tracker.artifact_root, os.getpid())._tracking_client.store
+    store = mlflow_store._client(tracker.uri, os.getpid())._tracking_client.store
     store.engine.dispose()
     sqlalchemy.event.listen(store.engine, "connect", limit)
     monkeypatch.setattr(mlflow_store, "_PAUSES", (0.01,))
