@@ -1,4 +1,4 @@
-"""Whether a policy speaks: what its generated replies show, whoever judges them or not.
+"""Whether a policy speaks: what its generated replies show, with or without a judge.
 
 A policy can win every preference measure and answer `==========` to every prompt, because pairs are scored and not
 generated. Each reply is looked at by itself; a policy whose replies are mostly broken, and more often than its base's,
