@@ -292,7 +292,8 @@ def test_a_run_that_was_refused_stops_no_other(proxied: Proxied, tracker: Tracke
     with proxied.answering({"POST .*runs/create": 403}):
         tracker.log_metrics(run, {"adaptation/score": 0.5})
         tracker.log_metrics(parent, {"all": 1.0})
-        with pytest.raises(RefusedError, match=rf"refused to start the run {run}; see .*refused\.jsonl for the reason\."):
+        says = rf"refused to start the run {run}; see .*refused\.jsonl for the reason\."
+        with pytest.raises(RefusedError, match=says):
             tracker.call("get_run", run)
     assert [entry["what"] for entry in refused(tracker)] == ["start", "batch"]
     assert MlflowClient(proxied.url).get_run(parent).data.metrics == {"all": 1.0}
