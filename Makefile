@@ -79,7 +79,7 @@ help: ## this list
 
 ifndef LINKED
 # pip, not uv: the pins are one `name==version` a line, without hosts.
-$(STAMP): pyproject.toml setup.py constraints.txt
+$(STAMP): pyproject.toml setup.py installing/backend.py constraints.txt
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (about four minutes the first time) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[pipeline,dev,docs]"

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import sqlite3
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from uuid import UUID
 
 import psutil
 import pytest
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.objects import StateType
 
+from flows.prefect_host.access import AUTH_VARIABLE
 from flows.running.runners import begin_worker, task_runner
 from qadapter.config.experiment import load_experiment
 from qadapter.training.checkpoints import SEAL, last_checkpoint, seal
-from tests.support.real_runs import PROJECT_ROOT, RealHome, Server, Undisturbed, wait_for
+from tests.support.real_runs import PROJECT_ROOT, SECRETS, RealHome, Server, Undisturbed, wait_for
 
 
 def cut(file: Path) -> None:
@@ -108,6 +110,7 @@ class Row:
 MATRIX = [
     Row("toy-world", "started"),
     Row("prepare", "written"),
+    Row("quality", "written"),
     Row("pretrain", "saving-2"),
     Row("pretrain", "step-4", "the newest checkpoint's weights cut"),
     Row("helpful-sft", "step-3"),
@@ -222,10 +225,10 @@ def test_prefect_shows_no_run_as_running(killed: Killed) -> None:
             "ORDER BY r.start_time"
         )
         flow_runs = [name for (name,) in ids]
-    for name in flow_runs:
-        with urllib.request.urlopen(f"{killed.home.prefect.url}/flow_runs/{name}", timeout=30) as response:
-            killed_then_ended.append(json.load(response)["state_type"])
-    assert killed_then_ended == ["CRASHED"] * len(killed.rows) + ["COMPLETED"]
+    with SyncPrefectClient(killed.home.prefect.url, auth_string=SECRETS[AUTH_VARIABLE]) as client:
+        for name in flow_runs:
+            killed_then_ended.append(client.read_flow_run(UUID(name)).state_type)
+    assert killed_then_ended == [StateType.CRASHED] * len(killed.rows) + [StateType.COMPLETED]
 
 
 @pytest.mark.slow

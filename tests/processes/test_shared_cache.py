@@ -12,6 +12,7 @@ from tests.support.real_runs import Undisturbed
 STAGES = {
     "toy-world": 1,
     "prepare": 2,
+    "quality": 2,
     "pretrain": 1,
     "helpful-sft": 1,
     "retention": 3,
