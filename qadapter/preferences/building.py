@@ -73,6 +73,7 @@ class Context:
         choices: see there.
         prompt_style, reply_style: how prompts and whole dialogues are written out, if they are.
         parse: the parser that a format made for these choices.
+        repeats_prompt: whether bare replies begin with the text of the prompt that stands beside them.
         counts: what is counted beside the candidates (`equal scores`, `scores against the decision`).
     """
 
@@ -81,6 +82,7 @@ class Context:
     prompt_style: transcripts.Style | None = None
     reply_style: transcripts.Style | None = None
     parse: Callable[[Record, Context], Candidates] | None = None
+    repeats_prompt: bool = False
     counts: dict[str, int] = field(default_factory=dict)
 
 
@@ -95,6 +97,8 @@ def prompt_messages(
         words = text(value)
         style = style or context.prompt_style or transcripts.style_of_prompt(words)
         if style is None or not words:
+            if transcripts.is_unknown_transcript(words):
+                raise UnusableRecord(Reason.NOT_A_DIALOGUE)
             return [Message(role="user", content=words)]
         return transcripts.prompt_turns(style.turns(words))
     value = listed(value)

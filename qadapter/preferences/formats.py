@@ -104,8 +104,7 @@ def _conversation_and_turns(record: Record) -> bool:
     return (
         record.get("prompt") is None
         and dialogue(context)
-        and presets.one_turn(record.get("chosen"))
-        and presets.one_turn(record.get("rejected"))
+        and (all(presets.one_turn(record.get(side)) for side in ("chosen", "rejected")) or texts(record))
     )
 
 
@@ -484,7 +483,7 @@ FORMATS: tuple[Format, ...] = (
         '{"instruction": "…", "input": "…", "output": "…", "kto_tag": true}  (needs `pairing`)',
         has("instruction", "output", "kto_tag"),
         unpaired.tagged_instruction,
-        "instruction input output kto_tag",
+        "instruction input history output kto_tag",
     ),
     _unpaired(
         "beavertails",

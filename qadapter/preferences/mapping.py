@@ -33,6 +33,7 @@ COMMON = ("prompt", "system", "history", "margin")
 SETTINGS = ("best", "roles", "records", "ties")
 _KEYS = (*COMMON, *(key for form in FORMS.values() for key in form), *SETTINGS)
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_WHOLE_NUMBER = re.compile(r"\A(-?\d+)\.0+\Z")
 _COMPARISON = re.compile(r"\s*(<=|>=|<|>)\s*(-?\d+(?:\.\d+)?)\s*")
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
     "<": float.__lt__,
@@ -325,12 +326,15 @@ def _gives(key: str, value: Any) -> bool:
 
 
 def label_text(label: Any) -> str:
-    """A label as text, independent of its type: `1`, `1.0` and `"1"` are one label, `true` and `True` another."""
-    if isinstance(label, bool):
-        return "true" if label else "false"
+    """A label as text: `1`, `1.0`, `"1"` and `"1.0"` are one label, and so are `true` and `"True"`.
+
+    A table with an empty cell in a column of whole numbers is written with decimals, and truths are written as Python
+    spells them.
+    """
     if isinstance(label, float) and label.is_integer():
         return str(int(label))
-    return str(label).strip()
+    words = str(label).strip()
+    return words.lower() if words in ("True", "False") else _WHOLE_NUMBER.sub(r"\1", words)
 
 
 def _matcher(label: Any) -> Callable[[Any], bool]:

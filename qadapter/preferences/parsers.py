@@ -63,7 +63,18 @@ def plain(record: Record, context: Context) -> Candidates:
     response = record.get("response")
     if response is not None and text(response) != text(record["chosen"]):
         raise UnusableRecord(Reason.WRONG_FIELDS)
-    return decided(record, context)
+    return decided(_without_prompt(record) if context.repeats_prompt else record, context)
+
+
+def _without_prompt(record: Record) -> Record:
+    """A record whose replies repeat its prompt, with the replies alone."""
+    prompt, found = str(record["prompt"]).strip(), dict(record)
+    for side_name in ("chosen", "rejected"):
+        reply = str(record[side_name]).lstrip()
+        if not reply.startswith(prompt):
+            raise UnusableRecord(Reason.WRONG_FIELDS)
+        found[side_name] = reply[len(prompt) :]
+    return found
 
 
 def plain_implicit(record: Record, context: Context) -> Candidates:
@@ -156,7 +167,7 @@ def nova_dpo(record: Record, _: Context) -> Candidates:
         raise UnusableRecord(Reason.WRONG_FIELDS)
     by_label: dict[str, list[Any]] = {"preferred": [], "non-preferred": []}
     for reply in candidates:
-        by_label.get(str(reply.get("preferenceLabel")), []).append(reply.get("content"))
+        by_label.get(str(reply.get("preferenceLabel")).strip().lower(), []).append(reply.get("content"))
     if [len(replies) for replies in by_label.values()] != [1, 1]:
         raise UnusableRecord(Reason.NO_PREFERENCE)
     start = prompt_of(with_system(messages(turns[:-1]), system_of(record)))
@@ -197,7 +208,7 @@ def arena_55k(record: Record, _: Context) -> Candidates:
         ]
         dialogues.append(turns)
     better, worse = dialogues if winners[0] else reversed(dialogues)
-    return [pair_of_dialogues(better, worse)]
+    return [pair_of_dialogues(better, worse, system_of(record))]
 
 
 def _truth(value: Any) -> bool:
@@ -237,7 +248,8 @@ def summarize_comparisons(record: Record, _: Context) -> Candidates:
         raise UnusableRecord(Reason.EMPTY_PROMPT)
     texts = [text(summary.get("text") if isinstance(summary, dict) else summary) for summary in summaries]
     better = int(str(choice))
-    return [make_pair([Message(role="user", content=request)], texts[better], texts[1 - better])]
+    prompt = with_system([Message(role="user", content=request)], system_of(record))
+    return [make_pair(prompt, texts[better], texts[1 - better])]
 
 
 def ms_swift(record: Record, _: Context) -> Candidates:
@@ -273,7 +285,8 @@ def oasst_tree(record: Record, context: Context) -> Candidates:
     for path, replies in _branches(root, []):
         try:
             ranked = [(text(reply.get("text")), reply.get("rank")) for reply in replies]
-            candidates += scored(context, [dict(turn) for turn in path], ranked, best="lowest")
+            prompt = [dict(turn) for turn in path]
+            candidates += scored(context, prompt, ranked, best="lowest", system=system_of(record))
         except UnusableRecord as unusable:
             candidates.append(unusable.reason)
     if not candidates:

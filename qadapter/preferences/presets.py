@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qadapter.errors import QAdapterError
-from qadapter.preferences.building import Context, Record
-from qadapter.preferences.mapping import FieldMapping
+from qadapter.preferences.building import Context, Record, texts_of
+from qadapter.preferences.mapping import FieldMapping, label_text
 from qadapter.preferences.records import Reason
 from qadapter.preferences.transcripts import EXTRA_ID, Style
 from qadapter.preferences.turns import Candidates, UnusableRecord, is_turn, is_turns, listed
@@ -100,7 +100,8 @@ def texts(record: Record) -> bool:
 
 def pku_saferlhf(records: Sequence[Record], context: Context, where: str) -> Parse:
     """PKU-SafeRLHF judges each pair twice, by helpfulness and by safety, and the two often disagree."""
-    there = [name for name in ("better_response_id", "safer_response_id") if any(name in record for record in records)]
+    criteria = ("better_response_id", "safer_response_id")
+    there = [name for name in criteria if any(record.get(name) is not None for record in records)]
     preferred = context.choices.preferred
     if preferred is None and len(there) == 1:
         preferred = there[0]
@@ -137,12 +138,12 @@ def ultrafeedback_raw(records: Sequence[Record], context: Context, where: str) -
 
 def one_round(record: Record) -> None:
     """Arena and MT-bench: the judgement is about the whole conversation only if `turn` is its number of rounds."""
-    turn, conversation = record.get("turn"), record.get("conversation_a")
-    if isinstance(turn, int) and not isinstance(turn, bool) and isinstance(conversation, list):
+    turn, conversation = label_text(record.get("turn")), record.get("conversation_a")
+    if turn.isdecimal() and len(turn) < 9 and isinstance(conversation, list):
         asked = sum(
             isinstance(t, dict) and str(t.get("role", t.get("from"))) in ("user", "human") for t in conversation
         )
-        if asked and turn != asked:
+        if asked and int(turn) != asked:
             raise UnusableRecord(Reason.NO_PREFERENCE)
 
 
@@ -150,6 +151,17 @@ def no_tie(record: Record) -> None:
     """distilabel's Orca pairs say in `status` that two replies are equally good."""
     if str(record.get("status")).strip().lower() == "tie":
         raise UnusableRecord(Reason.NO_PREFERENCE)
+
+
+def one_of(first: str, second: str) -> Callable[[Record], None]:
+    """Of two fields that may hold the prompt, one does, or both say the same."""
+
+    def check(record: Record) -> None:
+        both = [texts_of(record.get(name)) for name in (first, second)]
+        if all(both) and both[0] != both[1]:
+            raise UnusableRecord(Reason.WRONG_FIELDS)
+
+    return check
 
 
 _HELPSTEER2 = {str(n): f"response_{1 if n < 0 else 2}" for n in (-3, -2, -1, 1, 2, 3)}
@@ -177,7 +189,9 @@ chatbot_arena = preset(
     {"responses": {"model_a": "conversation_a", "model_b": "conversation_b"}, "preferred": "winner"}, check=one_round
 )
 shp = preset({"prompt": "history", "responses": {"1": "human_ref_A", "0": "human_ref_B"}, "preferred": "labels"})
-webgpt = preset({"prompt": "question.full_text", "candidates": "[[answer_0, score_0], [answer_1, score_1]]"})
+webgpt = preset(
+    {"prompt": "question.full_text || question", "candidates": "[[answer_0, score_0], [answer_1, score_1]]"}
+)
 prometheus = preset(
     {
         "prompt": "orig_instruction",
@@ -194,9 +208,15 @@ cvalues = preset({"prompt": "prompt", "chosen": "pos_resp", "rejected": "neg_res
 gpt4llm = preset({"prompt": "user_input", "candidates": "responses_and_scores[*].[response, score]"})
 messages_objects = preset({"chosen": "chosen.messages", "rejected": "rejected.messages"})
 argilla_responses = preset({"prompt": "instruction", "chosen": "chosen_response", "rejected": "rejected_response"})
-sharegpt_ranking = preset({"prompt": "conversations || messages", "chosen": "chosen", "rejected": "rejected"})
+sharegpt_ranking = preset(
+    {"prompt": "conversations || messages", "chosen": "chosen", "rejected": "rejected"},
+    check=one_of("conversations", "messages"),
+)
 alpaca_ranking = preset({"prompt": INSTRUCTION, "history": "history", "chosen": "chosen", "rejected": "rejected"})
 orca = preset({"prompt": "question", "chosen": "chosen", "rejected": "rejected"}, check=no_tie)
 icr = preset({"prompt": "input", "chosen": "chosen", "rejected": "rejected"}, check=no_tie)
 nectar = preset({"prompt": "prompt", "candidates": "answers[*].[answer, rank]", "best": "lowest"})
-distilabel_generations = preset({"prompt": "instruction || messages", "texts": "generations", "scores": "ratings"})
+distilabel_generations = preset(
+    {"prompt": "instruction || messages", "texts": "generations", "scores": "ratings"},
+    check=one_of("instruction", "messages"),
+)

@@ -18,7 +18,7 @@ from typing import Any
 from qadapter.errors import QAdapterError
 from qadapter.files.folders import shown_path
 from qadapter.preferences.building import Choices, Context, texts_of
-from qadapter.preferences.cells import columns_of_cells, columns_of_structs, opened
+from qadapter.preferences.cells import are_lists_of_texts, columns_of_cells, columns_of_structs, opened
 from qadapter.preferences.containers import NoRecordsError, Position, head, iter_records
 from qadapter.preferences.formats import BY_NAME, FORMATS, GROUPS, Format
 from qadapter.preferences.mapping import FieldMapping
@@ -233,6 +233,12 @@ def _mapped(
 def _detected(
     objects: Sequence[dict[str, Any]], context: Context, where: str, cells: Sequence[str], structs: Sequence[str]
 ) -> Reader:
+    if are_lists_of_texts(objects):
+        raise QAdapterError(
+            f"{where} has `chosen` and `rejected` that are lists of texts written out as text. They may be several "
+            "replies or a reply that is a list. Write the data as JSON lines with lists, or take them as they are: set "
+            "`fields: {prompt: prompt, chosen: chosen, rejected: rejected}`."
+        )
     fitting = [_fits(record) for record in objects]
     votes = Counter(names for names in fitting if names)
     if not votes:
@@ -297,7 +303,18 @@ def _set_styles(
     else:
         prompts = [record["prompt"] for record in chosen if isinstance(record.get("prompt"), str)]
         context.prompt_style = style_of(prompts, every=True) if prompts else None
+        context.repeats_prompt = name == "trl-plain" and _repeat_their_prompts(chosen)
     return name
+
+
+def _repeat_their_prompts(records: Sequence[dict[str, Any]]) -> bool:
+    """Whether, in every record, both replies begin with the prompt, and the prompts are not just a word or two."""
+    prompts = [record["prompt"].strip() for record in records]
+    return 2 * sum(len(prompt) >= 20 for prompt in prompts) > len(prompts) and all(
+        record[side].lstrip().startswith(prompt)
+        for record, prompt in zip(records, prompts, strict=True)
+        for side in ("chosen", "rejected")
+    )
 
 
 def _refuse_meaningless(
@@ -377,7 +394,7 @@ def _suggestion(records: Sequence[Any]) -> str:
 
 
 def _printable(key: Any) -> str:
-    shown = str(key).encode("ascii", "replace").decode()
+    shown = "".join(character if character.isprintable() else "?" for character in str(key))
     return shown if len(shown) <= 30 else shown[:30] + "…"
 
 

@@ -18,7 +18,7 @@ from qadapter.preferences.turns import TOOL_ROLES, UnusableRecord
 
 SPEAKERS: dict[str, Role] = {
     **dict.fromkeys(("human", "user", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "model"), "assistant"),
+    **dict.fromkeys(("assistant", "model", "ai"), "assistant"),
     **dict.fromkeys(("system", "developer"), "system"),
 }
 
@@ -103,12 +103,12 @@ def _tagged(name: str, opening: str, closing: str, *, first: str = "", roles: st
     Args:
         name: of the style.
         opening: pattern of the tag that begins a turn; `{}` is the place of the role.
-        closing: the literal token that ends a turn.
+        closing: pattern of the token that ends a turn.
         first: pattern of a token that may stand before everything.
         roles: pattern of a role.
     """
     split = re.compile(opening.format(f"({roles})") + r"[ \t]*\n*")
-    start = re.compile(rf"\s*(?:{first})?\s*")
+    start, end = re.compile(rf"\s*(?:{first})?\s*"), re.compile(closing)
 
     def turns(text: str) -> list[Message]:
         begin = start.match(text)
@@ -117,8 +117,8 @@ def _tagged(name: str, opening: str, closing: str, *, first: str = "", roles: st
             raise UnusableRecord(Reason.NOT_A_DIALOGUE)
         found = []
         for speaker, content in zip(rest[::2], rest[1::2], strict=True):
-            inside, closed, behind = content.partition(closing)
-            if closed and behind.strip():
+            inside, *behind = end.split(content, maxsplit=1)
+            if behind and behind[0].strip():
                 raise UnusableRecord(Reason.NOT_A_DIALOGUE)
             found.append(_message(speaker, inside))
         return _strict(found)
@@ -126,7 +126,7 @@ def _tagged(name: str, opening: str, closing: str, *, first: str = "", roles: st
     answer = opening.format("(?:assistant|model)")
     return Style(
         name,
-        re.compile(rf"\s*(?:{first})?\s*" + opening.format("(?:user|system|developer|human)")),
+        re.compile(rf"\s*(?:{first})?\s*" + opening.format("(?:user|system|developer|human|prompter)")),
         re.compile(answer),
         turns,
         re.compile(answer + r"\s*\Z"),
@@ -232,9 +232,9 @@ HH = _marked("hh", r"{}:", "Human", "Assistant", between=r"\n\n", strict=False)
 STYLES: tuple[Style, ...] = (
     HH,
     _marked("dsp", r"## {}:", "Human", "Assistant", between=r"\n\n"),
-    _marked("hash", r"### {}:", "Human", "Assistant", between=r"\n\s*"),
+    _marked("hash", r"### {}:", "Human|User|System", "Assistant", between=r"\n\s*"),
     _marked("hash", r"### {}:", "Human", "Assistant", between=r"\s*"),  # Guanaco: no line end before the mark
-    _tagged("chatml", r"<\|im_start\|>{}", "<|im_end|>", first=r"<\|startoftext\|>|<s>|<\|endoftext\|>"),
+    _tagged("chatml", r"<\|im_start\|>{}", r"<\|im_end\|>", first=r"<\|startoftext\|>|<s>|<\|endoftext\|>"),
     Style(
         "llama2",
         re.compile(r"\s*(?:<s>)?\s*\[INST\]"),
@@ -242,9 +242,15 @@ STYLES: tuple[Style, ...] = (
         _llama2,
         re.compile(r"\[/INST\]\s*\Z"),
     ),
-    _tagged("llama3", r"<\|start_header_id\|>{}<\|end_header_id\|>", "<|eot_id|>", first=r"<\|begin_of_text\|>"),
+    _tagged("llama3", r"<\|start_header_id\|>{}<\|end_header_id\|>", r"<\|eot_id\|>", first=r"<\|begin_of_text\|>"),
     _tagged("gemma", r"<start_of_turn>{}", "<end_of_turn>", first="<bos>"),
-    _tagged("zephyr", r"<\|{}\|>", "</s>", first="<s>", roles="system|user|assistant|tool"),
+    _tagged(
+        "zephyr",
+        r"<\|{}\|>",
+        r"</s>|<\|end\|>|<\|endoftext\|>",  # Zephyr, Phi-3, OpenAssistant
+        first="<s>",
+        roles="system|user|prompter|assistant|tool",
+    ),
     Style(
         "alpaca",
         re.compile(rf"\s*(?:{_STOCK})?###[ ]?Instruction:"),
@@ -261,13 +267,19 @@ STYLES: tuple[Style, ...] = (
             ("user", "assistant", "system"),
             ("Human", "Assistant", "System"),
             ("Human", "AI", "System"),
+            ("USER", "ASSISTANT", "SYSTEM"),
+            ("HUMAN", "ASSISTANT", "SYSTEM"),
         )
     ),
 )
 
 _ANY_MARK = re.compile(
-    r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]|<\|(?:user|assistant)\|>"
-    r"|(?:\A|\n)\s*(?:#+ ?)?(?:Human|Assistant|User|Response):|\bASSISTANT:"
+    r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]|<\|(?:user|prompter|assistant)\|>"
+    r"|(?:\A|\n)\s*(?:#+ ?)?(?:Human|Assistant|User|Response|HUMAN|USER|AI):|\bASSISTANT:"
+)
+_FIRST_MARK = re.compile(r"\s*(?:#+ ?)?(?:human|user|prompter|system|instruction) ?:|\s*<[|\w]", re.IGNORECASE)
+_OPEN_MARK = re.compile(
+    r"(?:\n\s*(?:#+ ?)?(?:assistant|ai|bot|response) ?:|<\|(?:assistant|bot|model)\|>)\s*\Z", re.IGNORECASE
 )
 
 
@@ -307,6 +319,11 @@ def style_of_prompt(text: str) -> Style | None:
 def has_marks(text: str) -> bool:
     """Whether a text contains a turn mark of any style at the start of a line, or a token of a chat template."""
     return _ANY_MARK.search(text) is not None
+
+
+def is_unknown_transcript(text: str) -> bool:
+    """Whether a prompt that has no known style begins with a speaker's mark and ends with an open assistant's mark."""
+    return _FIRST_MARK.match(text) is not None and _OPEN_MARK.search(text) is not None
 
 
 def prompt_turns(turns: list[Message]) -> list[Message]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qadapter.errors import QAdapterError
-from qadapter.preferences.building import Context, Record, opening, side, system_of
+from qadapter.preferences.building import Context, Record, history_messages, opening, side, system_of
 from qadapter.preferences.pair import Message, PreferencePair
 from qadapter.preferences.records import Reason
 from qadapter.preferences.turns import Candidates, UnusableRecord, listed, make_pair, prompt_of
@@ -34,7 +34,8 @@ class UnpairedReply:
     good: bool
 
 
-Split = Callable[[Record, Context], tuple[Any, Any, Any]]  # prompt, reply, label
+Split = Callable[[Record, Context], tuple[Any, Any, Any]]
+"""From a record to prompt, reply and label. Where the layout has earlier turns of its own, the prompt is a list."""
 
 
 def kto(record: Record, _: Context) -> tuple[Any, Any, Any]:
@@ -57,9 +58,10 @@ def labelled_dialogue(record: Record, _: Context) -> tuple[Any, Any, Any]:
 
 
 def tagged_instruction(record: Record, _: Context) -> tuple[Any, Any, Any]:
-    """LLaMA-Factory: `instruction`, `input`, `output`, `kto_tag`."""
+    """LLaMA-Factory: `instruction`, `input`, `history`, `output`, `kto_tag`."""
     parts = [record.get("instruction"), record.get("input")]
-    prompt = "\n".join(part for part in parts if isinstance(part, str) and part)
+    words = "\n".join(part for part in parts if isinstance(part, str) and part)
+    prompt = [*history_messages(record.get("history")), {"role": "user", "content": words}]
     return prompt, record.get("output"), record.get("kto_tag")
 
 

@@ -10,18 +10,30 @@ from qadapter.preferences.building import texts_of
 from qadapter.preferences.formats import Format
 from qadapter.preferences.turns import ROLES
 
+# Names as `_plain_name` writes them. The last word says what a field is: `prompt_id`, `source url`, `annotatorName`.
 _METADATA = re.compile(
-    r"id|.*_id|uid|qid|idx|index|.*source|.*dataset.*|subset|config|split|category|type|tags|lang|language|.*model.*"
-    r"|.*policy|license|url|link|date|version|topic|domain|batch|worker|annotator|timestamp|created_at|status|order"
-    r"|.*scores?|.*ratings?|.*rewards?|.*rationales?|.*metadata|ranks|rank_str|generations|margin|.*(hash|sha256|md5)"
-    r"|original_.*|raw_.*|labell?ing_.*",
+    r"(?:.*_)?(?:ids?|uu?id|guid|qid|idx|index|no|source|origin|subset|config|split|category|type|tags?|lang|language"
+    r"|locale|country|region|license|licence|url|uri|link|href|date|time|timestamp|at|version|topic|domain|batch"
+    r"|worker|annotators?|labell?ers?|raters?|reviewers?|evaluator|author|username|session|status|order|scores?"
+    r"|ratings?|rewards?|ranks?|rationales?|metadata|meta|hash|sha1|sha256|md5|count|tokens|length|difficulty|confidence"
+    r"|policy|provider|platform|filename|path|seed|round|epoch)"
+    r"|.*(?:dataset|model|annotator|annotation).*|(?:.*_)?(?:file|user|author|task|worker|rater)_name|.*_by"
+    r"|created|updated|modified|submitted|.*_(?:seconds|minutes|ms)|time_.*|.*duration.*|reasons?|explanation|justification|comments?"
+    r"|rank_str|generations|margin|original_(?:chosen|rejected|responses?)|raw_.*|labell?ing_.*|unnamed_\d+|index_level_\d+|"
+)
+# A date, a time, a UUID or a digest is no text that a reply could answer, whatever the field is called.
+_DATA_VALUE = re.compile(
+    r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}(?:[T ]+\d{1,2}:\d{2}[\d:.,+ ZUTC-]{0,24})?"
+    r"|\d{1,2}:\d{2}(?::\d{2}(?:[.,]\d+)?)?(?: ?[ap]\.?m\.?)?"
+    r"|[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}|(?=.*\d)[0-9a-f]{16,128}",
     re.IGNORECASE,
 )
 _CONTEXT = frozenset(
     (
-        "context contexts history conversation conversations messages dialog dialogue instruction input inputs query "
-        "question prompt scenario background passage document documents article persona knowledge trajectory "
-        "few_shot few_shots"
+        "context contexts history conversation conversations messages dialog dialogue instruction instructions input "
+        "inputs query question prompt scenario background passage document documents article persona knowledge "
+        "trajectory few_shot few_shots system system_prompt system_message system_messages system_instruction "
+        "system_text sys developer developer_message preamble"
     ).split()
 )
 # Beside two whole dialogues these only repeat them, or what they were made from.
@@ -30,24 +42,31 @@ _WHOLE = frozenset(
 )
 _SYSTEM = frozenset({"system", "system_prompt"})
 NOT_TEXT = frozenset("tools functions images image videos video audios audio".split())
+_SHOWN = re.compile(r"(?:.*_)?(?:image|picture|photo|audio|video)s?(?:_.*)?")
 _WEIGHTS = frozenset("weight weights sample_weight loss_weight".split())
+
+
+def _plain_name(name: str) -> str:
+    """A field's name in lower case with underscores between its words: `annotatorId`, `source-url`."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
+    return re.sub(r"[\W_]+", "_", words).strip("_").lower()
 
 
 def suspects(keys: Iterable[Any], file_format: Format) -> Iterator[str]:
     """The fields of a record that its layout does not read and that may change its meaning, by their names."""
     for key in keys:
-        name = str(key).lower()
-        if key in file_format.reads or name in _SYSTEM:
+        name = _plain_name(str(key))
+        if key in file_format.reads or key in _SYSTEM:
             continue
         unknown = file_format.only_texts and not _METADATA.fullmatch(name)
-        if unknown or name in NOT_TEXT or name in _WEIGHTS or name in _CONTEXT:
+        if unknown or name in NOT_TEXT or name in _WEIGHTS or name in _CONTEXT or _SHOWN.fullmatch(name):
             yield key
 
 
 def unexplained(record: Mapping[str, Any], file_format: Format, names: Iterable[str]) -> str | None:
     """The first of these fields whose content the layout would ignore."""
     for key in names:
-        value, name = record[key], str(key).lower()
+        value, name = record[key], _plain_name(str(key))
         if _says_nothing(value):
             continue
         if name in _WEIGHTS:
@@ -55,11 +74,13 @@ def unexplained(record: Mapping[str, Any], file_format: Format, names: Iterable[
                 return key
         elif name in NOT_TEXT:
             return name
+        elif _SHOWN.fullmatch(name) and isinstance(value, str | list | dict) and not _is_data(value):
+            return "image"
         elif name in _WHOLE and not file_format.only_texts and _is_whole(record.get("chosen")):
             continue
         elif (
             isinstance(value, str | list | dict | tuple)
-            and not _is_number(value)
+            and not _is_data(value)
             and (file_format.only_texts or not _repeats(record, file_format, value))
         ):
             return key
@@ -80,9 +101,12 @@ def _says_nothing(value: Any) -> bool:
     )
 
 
-def _is_number(value: Any) -> bool:
-    if not isinstance(value, str) or len(value) > 30:
+def _is_data(value: Any) -> bool:
+    """Whether a text is a number or a truth, or another value that no reply can answer (`_DATA_VALUE`)."""
+    if not isinstance(value, str) or len(value) > 140:
         return False
+    if _DATA_VALUE.fullmatch(value.strip()):
+        return True
     try:
         float(value)
     except ValueError:

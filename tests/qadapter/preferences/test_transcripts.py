@@ -115,6 +115,57 @@ def test_a_style_that_is_not_known_is_never_taken_for_text() -> None:
     assert recognise([odd]).read(odd) == [Reason.NOT_A_DIALOGUE]
 
 
+# Further spellings of the styles: what stands before the reply, and what closes it.
+SPELLINGS = {
+    "Mistral": (" [INST] Hi [/INST] Hello</s> [INST] Why? [/INST] ", "</s>"),
+    "Guanaco": ("### Human: Hi### Assistant: Hello### Human: Why?### Assistant: ", ""),
+    "Solar": ("### User:\nHi\n\n### Assistant:\nHello\n\n### User:\nWhy?\n\n### Assistant:\n", ""),
+    "Phi-3": ("<|user|>\nHi<|end|>\n<|assistant|>\nHello<|end|>\n<|user|>\nWhy?<|end|>\n<|assistant|>\n", "<|end|>"),
+    "OpenAssistant": (
+        "<|prompter|>Hi<|endoftext|><|assistant|>Hello<|endoftext|><|prompter|>Why?<|endoftext|><|assistant|>",
+        "<|endoftext|>",
+    ),
+    "AI": ("Human: Hi\nAI: Hello\nHuman: Why?\nAI: ", ""),
+    "capitals": ("HUMAN: Hi\n\nASSISTANT: Hello\n\nHUMAN: Why?\n\nASSISTANT: ", ""),
+    "USER by lines": ("USER: Hi\nASSISTANT: Hello\nUSER: Why?\nASSISTANT: ", ""),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_other_spellings_of_the_styles(name: str) -> None:
+    """As replies that hold the prompt, as a prompt that waits, and with both."""
+    start, end = SPELLINGS[name]
+    whole = {"chosen": f"{start}Because.{end}", "rejected": f"{start}No.{end}"}
+    prompt = tuple(
+        {"role": role, "content": words} for role, words in (("user", "Hi"), ("assistant", "Hello"), ("user", "Why?"))
+    )
+    for record in (whole, {"prompt": start, "chosen": "Because.", "rejected": "No."}, {"prompt": start, **whole}):
+        assert recognise([record]).read(record) == [PreferencePair(prompt, "Because.", "No.")]  # type: ignore[arg-type]
+
+
+def test_an_unknown_style_is_quarantined_and_quoted_marks_are_text() -> None:
+    """A prompt that begins and ends with marks is a transcript; one that begins with other words is text."""
+    odd = {"prompt": "user : Why?\n\nbot : ok\nAI: ", "chosen": "Because.", "rejected": "No."}
+    assert recognise([odd]).read(odd) == [Reason.NOT_A_DIALOGUE]
+    for words in ("Go on:\nUser: Hi\nAssistant:", "User: I need an assistant", "Question: Why?\n\nAnswer:"):
+        (pair,) = recognise([{**odd, "prompt": words}]).read({**odd, "prompt": words})
+        assert isinstance(pair, PreferencePair)
+        assert [turn["content"] for turn in pair.prompt] == [words]
+
+
+def test_replies_that_repeat_their_prompt() -> None:
+    """All replies begin with their prompt: it is cut. A reply that only begins alike is whole."""
+    prompt = "Question: Why is the sea salty?"
+    rows = [{"prompt": prompt, "chosen": f"{prompt} Because.", "rejected": f"{prompt} No."}] * 2
+    reader = recognise(rows)
+    assert reader.read(rows[0]) == [PreferencePair(({"role": "user", "content": prompt},), "Because.", "No.")]
+    assert reader.read({**rows[0], "rejected": "No."}) == [Reason.WRONG_FIELDS]
+    greeting = {"prompt": "Hello", "chosen": "Hello you.", "rejected": "Hello."}
+    (pair,) = recognise([greeting]).read(greeting)
+    assert isinstance(pair, PreferencePair)
+    assert pair.chosen == "Hello you."
+
+
 # ---- prompts inside -------------------------------------------------------------------------------------------------
 
 
