@@ -55,7 +55,7 @@ def look_at_new_rows(
 
     result = run_stage(
         context,
-        "new_rows",
+        "new-rows",
         run_id=candidate.run_id,
         module="qadapter.evaluation.new_rows",
         config={

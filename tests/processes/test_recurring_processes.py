@@ -83,6 +83,7 @@ MATRIX = [
     Row("adapter", "written"),
     Row("adaptation", "written"),
     Row("retention", "started"),
+    Row("new-rows", "written"),
     Row("mlflow", "before create_model_version"),
     Row("mlflow", "after create_model_version"),
     Row("mlflow", "after set_registered_model_alias"),
