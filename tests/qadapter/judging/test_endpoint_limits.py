@@ -127,7 +127,7 @@ def test_two_processes_add_answers_to_one_file(tmp_path: Path) -> None:
     file = tmp_path / "answers.jsonl"
     file.write_text('{"key": "torn", "te')  # a crash before
     reader = AnswerCache(file)
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # a fork inherits threads and locks of other tests
     ready = context.Barrier(2)
     writers = [context.Process(target=write_answers, args=(file, name, ready)) for name in "ab"]
     for writer in writers:
