@@ -15,6 +15,7 @@ from qadapter.config.model import ModelSettings
 from qadapter.files.artifacts import read_json_lines
 from qadapter.methods.method import Need
 from qadapter.methods.table import method_named
+from qadapter.policy.gguf import gguf_file, unpack
 from tasks.data import log_pairs
 from tasks.stages.context import Cell, RunContext
 from tasks.stages.process_launcher import ProcessLauncher
@@ -72,7 +73,7 @@ def pretrain_base(
     experiment = context.experiment
     size, settings = experiment.model.from_scratch, experiment.pretraining
     if size is None or settings is None:
-        return _named_base(experiment.model)
+        return _named_base(context)
     corpora: dict[str, StageOutput | Path] = {f"source-{name}": data[name].output for name in settings.corpus_sources}
     if world is not None:
         corpora["world"] = world.output
@@ -99,15 +100,36 @@ def pretrain_base(
     return task_result(Base(str(result.path / "model"), result.output, "pretrained"), result)
 
 
-def _named_base(model: ModelSettings) -> Base:
-    """An external model. The commit of a hub id is looked up once and kept for the whole run."""
+def _named_base(context: RunContext) -> Any:
+    """An external model: a GGUF file is unpacked; a hub id's commit is looked up once and kept for the whole run."""
+    model = context.experiment.model
     name = str(model.pretrained)
+    if (file := gguf_file(name)) is not None:
+        return _unpacked_base(context, file)
     if Path(name).is_dir():
         return Base(name, None, "pretrained")
     from tasks.stages.hub import commit_of  # transformers takes seconds to import
 
     commit = commit_of(name, model.revision)
     return Base(name, None, "pretrained", {"revision": commit} if commit else {})
+
+
+def _unpacked_base(context: RunContext, file: Path) -> Any:
+    """A GGUF file as an ordinary folder, so that every later stage loads it in seconds instead of minutes."""
+    dtype = context.experiment.model.dtype
+
+    def compute(out: Path, _: Path) -> None:
+        unpack(file, dtype, out)
+
+    result = run_stage(
+        context,
+        "unpack",
+        module="qadapter.policy.gguf",
+        config={"dtype": dtype},
+        inputs={"file": file},
+        compute=compute,
+    )
+    return task_result(Base(str(result.path / "model"), result.output, "pretrained"), result)
 
 
 @task(task_run_name="helpful-sft")

@@ -86,7 +86,8 @@ def test_only_methods_sft_and_the_judge_know_trls_trainers() -> None:
     others = [file for file in FILES if file not in training and file.parent != Path("qadapter/methods")]
     found = [name for file in others for name in imports(file) if name.startswith("trl.") and name.endswith("Trainer")]
     assert found == []
-    assert offenders(others, "trl.trainer", "trl.experimental") == []
+    head = Path("qadapter/training/reply_log_probs.py")  # what TRL adds to a model, not a trainer
+    assert offenders([file for file in others if file != head], "trl.trainer", "trl.experimental") == []
 
 
 def test_what_reads_the_table_of_methods() -> None:

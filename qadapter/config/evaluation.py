@@ -13,7 +13,8 @@ class RetentionSettings(Settings):
     """Retention: lm-eval tasks by name, looked up in `qadapter/evaluation/benchmarks` first, then in lm-eval.
 
     Attributes:
-        limit: items per task, None for all.
+        limit: items per task, None for all; for a group or tag, of each task in it.
+        limits: task → its own number of items, in place of `limit`.
         batch_size: sequences per forward pass, or `auto` for as many as fit (on a GPU).
         max_new_tokens: longest generated answer in tokens; None: each task's own limit.
         plain_tasks: members of `tasks` that are prompted without the chat template (the paper: MMLU).
@@ -24,6 +25,7 @@ class RetentionSettings(Settings):
     tasks: tuple[str, ...]
     plain_tasks: tuple[str, ...] = ()
     limit: Count | None = None
+    limits: dict[str, Count] = {}
     batch_size: Count | Literal["auto"] = 64
     max_new_tokens: Count | None = None
     answers: Annotated[int, Field(ge=0)] = 16
@@ -34,7 +36,13 @@ class RetentionSettings(Settings):
         refuse_repeats("tasks", self.tasks)
         if unknown := set(self.plain_tasks) - set(self.tasks):
             raise ValueError(f"plain_tasks {sorted(unknown)} are not among tasks {list(self.tasks)}")
+        if unknown := set(self.limits) - set(self.tasks):
+            raise ValueError(f"limits {sorted(unknown)} are not among tasks {list(self.tasks)}")
         return self
+
+    def items_of(self, task: str) -> int | None:
+        """Items that a task asks at most; None: all of them."""
+        return self.limits.get(task, self.limit)
 
 
 class AdaptationSettings(Settings):

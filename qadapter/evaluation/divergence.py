@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qadapter.inference.score import by_length, chunks, evaluating, predictions, reply_log_probs
+from qadapter.inference.score import Predictions, by_length, chunks, evaluating, reply_log_probs
 from qadapter.preferences.pair import Message
 from qadapter.preferences.tokenize import UnusablePair, encode_reply, padding_id
 
@@ -107,11 +107,12 @@ def _kl_of_batch(base: torch.nn.Module | None, policy: torch.nn.Module, batch: d
     """[R], float64: Σ_t Σ_a π1(a|s_t) · (log π1(a|s_t) - log π(a|s_t)) over each row's reply tokens."""
     sums = torch.zeros(batch["input_ids"].shape[0], dtype=torch.float64)
     with contextlib.nullcontext() if base is not None else _without_adapter(policy):
-        base_logits, base_rows, base_columns, _ = predictions(policy if base is None else base, batch)
-    logits, rows, columns, _ = predictions(policy, batch)
-    for part in chunks(len(rows), 2 * logits.shape[-1]):
-        log_base = base_logits[base_rows[part], base_columns[part]].float().log_softmax(dim=1)
-        log_policy = logits[rows[part], columns[part]].float().log_softmax(dim=1).to(log_base.device)
+        of_base = Predictions(policy if base is None else base, batch)
+    of_policy = Predictions(policy, batch)
+    rows = of_policy.rows
+    for part in chunks(len(rows), 2 * of_policy.vocabulary):
+        log_base = of_base.logits(part).log_softmax(dim=1)
+        log_policy = of_policy.logits(part).log_softmax(dim=1).to(log_base.device)
         kl = (log_base.exp() * (log_base - log_policy)).sum(dim=1)
         sums.index_add_(0, rows[part].cpu(), kl.double().cpu())
     return sums

@@ -197,6 +197,7 @@ def measure_retention(
         data=benchmarks,
         official_data=official_data,
         limit=settings.limit,
+        limits=settings.limits,
         batch_size=settings.batch_size,
         plain_tasks=settings.plain_tasks,
         max_gen_toks=settings.max_new_tokens,

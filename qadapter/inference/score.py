@@ -10,10 +10,64 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qadapter.policy.log_probs import token_terms
 from qadapter.policy.objective import scored_positions
+from qadapter.policy.scored_states import scored_states
 
 CHUNK_ELEMENTS = 2**24
 """Largest number of logits converted to float32 at a time (64 MiB)."""
+
+
+class Predictions:
+    """A policy's predictions of the N reply tokens of a batch, in row order.
+
+    Attributes:
+        rows: [N], the row of each token.
+        targets: [N], the tokens.
+        vocabulary: V.
+    """
+
+    def __init__(self, model: torch.nn.Module, batch: Mapping[str, Tensor]) -> None:
+        """Run one forward pass. Position t predicts token t + 1; `objective.scored_positions` selects the positions.
+
+        Args:
+            model: any policy.
+            batch: as `reply_log_probs` takes it.
+        """
+        device = device_of(model)
+        ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+        scored = scored_positions(batch["response_mask"].to(device).bool(), shift_mask=True)
+        self.rows, positions = scored.nonzero(as_tuple=True)
+        self.targets = ids[:, 1:][self.rows, positions]
+        states = scored_states(model, ids, mask, torch.nn.functional.pad(scored, (0, 1)))
+        self._states = states
+        if states is not None:
+            self.vocabulary = len(states[1].weight)
+            return
+        first = int(positions.min()) if len(positions) else 0
+        # prompts that no row needs are not computed where the model can leave them out
+        keep = {"logits_to_keep": ids.shape[1] - first} if _leaves_out_prompts(model) else {}
+        self._logits: Tensor = model(input_ids=ids, attention_mask=mask, **keep).logits
+        self._columns = positions - (ids.shape[1] - self._logits.shape[1])
+        self.vocabulary = int(self._logits.shape[-1])
+
+    def logits(self, part: slice) -> Tensor:
+        """[n, V] float32, of some of the tokens, up to a constant for each."""
+        if self._states is None:
+            return self._logits[self.rows[part], self._columns[part]].float()
+        hidden, head = self._states
+        return head.logits(hidden[part]).float()
+
+    def log_probs(self) -> Tensor:
+        """[N], log π of each token."""
+        if self._states is not None:
+            hidden, head = self._states
+            return token_terms(hidden, head, self.targets.to(hidden.device)).log_probs
+        parts = [torch.zeros(0, device=self.targets.device)]
+        for part in chunks(len(self.rows), self.vocabulary):
+            scores = self.logits(part)
+            parts.append(scores.gather(1, self.targets[part, None]).squeeze(1) - scores.logsumexp(dim=1))
+        return torch.cat(parts)
 
 
 def reply_log_probs(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -28,32 +82,8 @@ def reply_log_probs(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tens
         [R], float64, on the CPU.
     """
     sums = torch.zeros(batch["input_ids"].shape[0], dtype=torch.float64)
-    logits, rows, columns, targets = predictions(model, batch)
-    for part in chunks(len(rows), logits.shape[-1]):
-        scores = logits[rows[part], columns[part]].float()
-        log_probs = scores.gather(1, targets[part, None]).squeeze(1) - scores.logsumexp(dim=1)
-        sums.index_add_(0, rows[part].cpu(), log_probs.double().cpu())
-    return sums
-
-
-def predictions(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run one forward pass, and locate the predictions of the reply tokens in it.
-
-    Position t predicts token t + 1; `objective.scored_positions` selects the positions, as in training.
-
-    Returns:
-        logits [R, K, V] in the model's own dtype, K ≤ T (prompts that no row needs are not computed where the model
-        can leave them out); rows [N], columns [N] into the logits and the predicted tokens [N], for the N reply
-        tokens of the batch in row order.
-    """
-    device = device_of(model)
-    ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-    scored = scored_positions(batch["response_mask"].to(device).bool(), shift_mask=True)
-    rows, positions = scored.nonzero(as_tuple=True)
-    first = int(positions.min()) if len(positions) else 0
-    keep = {"logits_to_keep": ids.shape[1] - first} if _leaves_out_prompts(model) else {}
-    logits = model(input_ids=ids, attention_mask=mask, **keep).logits
-    return logits, rows, positions - (ids.shape[1] - logits.shape[1]), ids[:, 1:][rows, positions]
+    predictions = Predictions(model, batch)
+    return sums.index_add_(0, predictions.rows.cpu(), predictions.log_probs().double().cpu())
 
 
 def chunks(n: int, vocabulary: int) -> Iterator[slice]:

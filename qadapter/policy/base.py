@@ -6,6 +6,8 @@ another shape are an error, no code that comes with a checkpoint runs unless ask
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import logging
 from collections.abc import Iterable
@@ -26,6 +28,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from qadapter.errors import QAdapterError
 from qadapter.policy.architectures import refuse_architecture
+from qadapter.policy.gguf import gguf_file
 from qadapter.policy.probe import refuse_misbehaviour
 
 log = logging.getLogger(__name__)
@@ -60,9 +63,19 @@ def load_config(
         **changes,
     }
     try:
+        if gguf and not changes:
+            file = Path(place) / gguf["gguf_file"]
+            return copy.deepcopy(_gguf_config(place, file.name, file.stat().st_mtime_ns))
         config = AutoConfig.from_pretrained(place, **options, **changes)
     except Exception as error:  # the libraries raise almost every kind here, and all of them are about these files
         raise _unloadable(model, error) from error
+    return config
+
+
+@functools.lru_cache(maxsize=2)
+def _gguf_config(folder: str, name: str, _written: int) -> PretrainedConfig:
+    """The config in a GGUF file. Reading it takes half a minute where the vocabulary is large, and many places ask."""
+    config: PretrainedConfig = AutoConfig.from_pretrained(folder, gguf_file=name)
     return config
 
 
@@ -173,10 +186,8 @@ def _located(model: str | Path) -> tuple[str, dict[str, str]]:
         QAdapterError: a folder without a model, or with several GGUF files.
     """
     path = Path(model).expanduser()
-    if path.suffix.lower() == ".gguf":
-        if not path.is_file():
-            raise QAdapterError(f"There is no file {path}. Give a GGUF file that exists, or a folder that holds one.")
-        return str(path.parent), {"gguf_file": path.name}
+    if (file := gguf_file(path)) is not None:
+        return str(file.parent), {"gguf_file": file.name}
     if path.is_file():
         raise QAdapterError(
             f"The base {path} is a file of unknown kind. Give a folder with safetensors, or a .gguf file."
@@ -186,14 +197,9 @@ def _located(model: str | Path) -> tuple[str, dict[str, str]]:
             raise QAdapterError(f"There is no folder {path}. Give a folder with a model, a GGUF file or a hub id.")
         return str(model), {}
     if not (path / "config.json").is_file():
-        found = sorted(file.name for file in path.glob("*.gguf"))
-        if len(found) > 1:
-            raise QAdapterError(f"The folder {path} holds several GGUF files ({', '.join(found)}). Name one of them.")
-        if not found:
-            raise QAdapterError(
-                f"the folder {path} is no model: it has no config.json; give one that save_pretrained wrote"
-            )
-        return str(path), {"gguf_file": found[0]}
+        raise QAdapterError(
+            f"the folder {path} is no model: it has no config.json; give one that save_pretrained wrote"
+        )
     return str(path), {}
 
 

@@ -30,8 +30,8 @@ from qadapter.policy.objective import (
 )
 
 # Logits of one block: enough for efficient matrix products, on a CPU few enough to stay in its cache
-_BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
-_NARROWEST_BLOCK = 1024  # tokens of the vocabulary; positions that do not fit beside so many wait for their turn
+BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
+NARROWEST_BLOCK = 1024  # tokens of the vocabulary; positions that do not fit beside so many wait for their turn
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,12 @@ class VocabularyHead:
         head = base.get_output_embeddings()
         if type(head) is not nn.Linear or any(parameter.requires_grad for parameter in head.parameters()):
             return None
-        config = base.config.get_text_config()
+        return cls.linear(head, base.config)
+
+    @classmethod
+    def linear(cls, head: nn.Linear, config: Any) -> VocabularyHead:
+        """A linear layer as the head of a model of this config."""
+        config = config.get_text_config()
         scale = float(getattr(config, "logit_scale", None) or 1.0)
         divisor = float(getattr(config, "logits_scaling", None) or 1.0)
         softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
@@ -96,7 +101,7 @@ class VocabularyHead:
         return VocabularyHead(self.weight.to(dtype), bias, self.scale, self.softcap)
 
 
-class _Sums:
+class RunningSums:
     """Sums over the vocabulary of exp(x) and of exp(x) · y, where x comes in blocks: relative to the largest x so far.
 
     Attributes:
@@ -143,7 +148,7 @@ class _ScoredTerms(torch.autograd.Function):
         precise = torch.promote_types(hidden.dtype, torch.float32)
         terms = torch.empty((4, len(hidden)), dtype=precise, device=hidden.device)
         by_value = torch.empty_like(hidden) if hidden.requires_grad else None
-        at_once = max(block_elements // _NARROWEST_BLOCK, 1)
+        at_once = max(block_elements // NARROWEST_BLOCK, 1)
         for start in range(0, len(hidden), at_once):
             rows = slice(start, start + at_once)
             gradient = None if by_value is None else by_value[rows]
@@ -183,12 +188,12 @@ def _terms(
     """
     precise = torch.promote_types(hidden.dtype, torch.float32)
     count, size = len(hidden), len(head.weight)
-    width = min(max(block_elements // count, _NARROWEST_BLOCK), size)
+    width = min(max(block_elements // count, NARROWEST_BLOCK), size)
     buffer = torch.empty(3 * count * width, dtype=precise, device=hidden.device)
     like = buffer[:count]
     q_taken, slope_taken = torch.zeros_like(like), torch.ones_like(like)
-    policy = _Sums(like, 0, 0, *([] if by_value is None else [hidden.shape[1]]))
-    base_policy = _Sums(like)
+    policy = RunningSums(like, 0, 0, *([] if by_value is None else [hidden.shape[1]]))
+    base_policy = RunningSums(like)
     residual = objective.parametrization == "residual"
     of_base = objective.alpha_0 - (
         1.0 if residual else 0.0
@@ -245,7 +250,7 @@ def scored_terms(
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    elements = _BLOCK_ELEMENTS.get(device, _BLOCK_ELEMENTS["cuda"])
+    elements = BLOCK_ELEMENTS.get(device, BLOCK_ELEMENTS["cuda"])
     with torch.autocast(device, enabled=False):
         return _ScoredTerms.apply(hidden.to(dtype), base_hidden.to(dtype), head.to(dtype), targets, objective, elements)
 

@@ -205,6 +205,33 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
             base_logits = self.peft_model(**inputs).logits
         return self.peft_model(**inputs).logits, base_logits
 
+    def combined_hidden(self, input_ids: Tensor, attention_mask: Tensor, decoder: Any) -> Tensor:
+        """Hidden states [B, T, H] whose product with a linear head is this policy's logits, up to a constant.
+
+        Args:
+            input_ids: [B, T] int64.
+            attention_mask: [B, T].
+            decoder: the base's body.
+        """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        names, weights = self._parts(self.config.alpha_0, up_to_constant=True)
+        hidden = []
+        for name in names:
+            with self._passes.bare(len(input_ids)) if name == BASE else self._passes.through(name, len(input_ids)):
+                hidden.append(decoder(**inputs)[0])
+        return _weighted_sum(hidden, [1.0] if self._base_only else [w / self.config.alpha_tilde for w in weights])
+
+    def _parts(self, alpha_0: float, up_to_constant: bool) -> tuple[list[str], list[float]]:
+        """What the logits times α̃ are a sum of: names of adapters and `BASE`, and the weight of each.
+
+        The base is there where its weight or its normaliser matters.
+        """
+        active = {} if self._base_only else {name: weight for name, weight in self._adapter_weights.items() if weight}
+        # α0 · log π1 − Σ w_i · base where each Q_i is a difference to the base
+        of_base = alpha_0 - (sum(active.values()) if self.objective.parametrization == "residual" else 0.0)
+        base_matters = not active or of_base != 0 or (alpha_0 != 0 and not up_to_constant)
+        return [*active, *([BASE] if base_matters else [])], [*active.values(), of_base]
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -259,18 +286,14 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
         alpha_0 = self.config.alpha_0 if alpha_0 is None else alpha_0
         alpha_tilde = self.config.alpha_tilde if alpha_tilde is None else alpha_tilde
         check_dials(alpha_0, alpha_tilde)
-        active = {} if self._base_only else {name: weight for name, weight in self._adapter_weights.items() if weight}
-        # α0 · log π1 − Σ w_i · base where each Q_i is a difference to the base
-        of_base = alpha_0 - (sum(active.values()) if self.objective.parametrization == "residual" else 0.0)
-        base_matters = not active or of_base != 0 or (alpha_0 != 0 and not up_to_constant)
-        names = [*active, BASE] if base_matters else [*active]
+        names, weights = self._parts(alpha_0, up_to_constant)
         rows, cache = self._passes.logits(names, inputs, past_key_values, use_cache)
         rows = [row if row.dtype == torch.float64 else row.float() for row in rows]
         if self._base_only:
             logits = rows[0]
         else:
             normalizer = _log_normalizer(rows[-1]) if alpha_0 and not up_to_constant else None
-            logits = _weighted_sum(rows, [w / alpha_tilde for w in (*active.values(), of_base)])
+            logits = _weighted_sum(rows, [w / alpha_tilde for w in weights])
             if normalizer is not None:
                 logits = _weighted_sum([logits, normalizer], [1.0, -alpha_0 / alpha_tilde])
         loss = None

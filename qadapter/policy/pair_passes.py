@@ -101,7 +101,7 @@ class PairPasses:
     def __init__(self, model: PeftModel, passes: RowPasses, share_prompts: bool = True) -> None:
         self._model, self._passes = model, passes
         base: Any = model.get_base_model()
-        self._decoder = _decoder_of(base)
+        self._decoder = decoder_of(base)
         self._config = base.config.get_text_config(decoder=True)
         # Other PEFT methods and LoRA's variants may need what PeftModel.forward does around the model
         self.usable = passes.rows.supported and self._decoder is not None and VocabularyHead.of(base) is not None
@@ -162,10 +162,8 @@ class PairPasses:
 
     def _same(self, ours: Tensor, expected: Tensor) -> bool:
         """Whether these are equal but for rounding, in units of their spread."""
-        half = {ours.dtype, expected.dtype} & {torch.float16, torch.bfloat16}
-        tolerance = 5e-2 if half else self._tolerance
-        ours, expected = ours.float(), expected.float()
-        return bool((ours - expected).abs().max() <= tolerance * (1 + expected.std()))
+        half = bool({ours.dtype, expected.dtype} & {torch.float16, torch.bfloat16})
+        return equal_but_for_rounding(ours, expected, half, self._tolerance)
 
     def _shared(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> SharedPrompts | None:
         recomputes = getattr(self._model.get_base_model(), "is_activation_checkpointing", False)
@@ -216,7 +214,13 @@ class PairPasses:
         return torch.cat([prompts[twice, -1:], replies], dim=1)[shared.where(scored)]
 
 
-def _decoder_of(base: Any) -> Any:
+def equal_but_for_rounding(ours: Tensor, expected: Tensor, half: bool, tolerance: float = 1e-3) -> bool:
+    """Whether two tensors of logits are equal in units of their spread; `half`: of 16 bits, which is 5 %."""
+    ours, expected = ours.float(), expected.float()
+    return bool((ours - expected).abs().max() <= (5e-2 if half else tolerance) * (1 + expected.std()))
+
+
+def decoder_of(base: Any) -> Any:
     """The body of a causal language model, from token ids to hidden states; None if it cannot be identified.
 
     `get_decoder` finds a module by its name, which for ModernBERT's decoder is the vocabulary head.

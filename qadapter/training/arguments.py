@@ -164,6 +164,10 @@ def train_to_end(trainer: AnyTrainer, name: str) -> AnyTrainer:
     Returns:
         The same trainer, after the training.
     """
+    if trainer.model is not None and any(kind.__module__.startswith("trl.") for kind in type(trainer).__mro__):
+        from qadapter.training.reply_log_probs import score_replies_only  # TRL takes seconds to import
+
+        score_replies_only(trainer.model)
     ProgressLog.on(trainer, name)
     trainer.add_callback(SealCheckpoints())
     checkpoint = last_checkpoint(str(trainer.args.output_dir))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qadapter.config.experiment import load_experiment
+from qadapter.config.model import ModelSettings
+from qadapter.policy.loading import load_base
 from tasks.candidate import base_digest
 from tasks.stages.context import RunContext
 from tasks.stages.store import StageStore
@@ -15,6 +20,7 @@ from tasks.tracking.tracker import Tracker
 from tasks.train import Base, pretrain_base
 from tests.processes.test_served_model import hub_with
 from tests.support.tiny_chat import byte_tokenizer, tiny_llama
+from tests.support.tiny_gguf import write_gguf
 
 
 def context(home: Path, **model: Any) -> RunContext:
@@ -59,3 +65,22 @@ def test_a_base_made_of_files_leaves_the_experiment_as_it_is(tmp_path: Path) -> 
     assert named_base(local) == Base(str(tmp_path / "model"), None, "pretrained")
     assert named_base(local).within(local) is local
     assert Base(str(tmp_path / "model"), None, "helpful").within(scratch) is scratch
+
+
+def test_a_gguf_file_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later stages load an ordinary folder; the file's content, not its name, is what the folder depends on."""
+    held = write_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.setattr("tasks.stages.stage_run.get_run_logger", lambda: logging.getLogger("test"))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/other.gguf").write_bytes((tmp_path / "tiny.gguf").read_bytes())
+    bases = []
+    for place in ("tiny.gguf", "elsewhere/other.gguf", "elsewhere"):
+        of = context(tmp_path, pretrained=str(tmp_path / place))
+        of = replace(of, parent_run_id=of.tracker.start_parent("gguf", place))
+        found = pretrain_base.fn(of, {}, None, None)
+        bases.append(found if isinstance(found, Base) else found.data)
+    assert len({base.location for base in bases}) == 1
+    assert [base.output.cached for base in bases] == [False, True, True]
+    network, tokenizer = load_base(bases[0].location, ModelSettings(pretrained=bases[0].location))
+    assert torch.equal(network.model.embed_tokens.weight, held["token_embd"])
+    assert tokenizer("a")["input_ids"][-1] == tokenizer.convert_tokens_to_ids("a")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +71,7 @@ def evaluate_tasks(
     data: Path | None = None,
     official_data: Path | None = None,
     limit: int | None = None,
+    limits: Mapping[str, int] | None = None,
     batch_size: int | str = 64,
     apply_chat_template: bool = True,
     plain_tasks: Sequence[str] = (),
@@ -90,6 +91,7 @@ def evaluate_tasks(
         official_data: folder with files of lm-eval's own tasks (`qadapter.evaluation.lm_eval.official_files`), by
             default `<data>/benchmarks`; what is not there comes from the hub.
         limit: use only the first items of each task.
+        limits: member of `tasks` → its own limit; the tasks of a group or suite each have the group's.
         batch_size: prompts per batch, or "auto" for the largest that fits (found by trial, so meant for a GPU).
         plain_tasks: members of `tasks` prompted without chat template, in addition to those that a suite lists.
         fewshot_as_multiturn: give worked examples as turns of the conversation; needs the chat template.
@@ -116,10 +118,7 @@ def evaluate_tasks(
     try:
         with _quiet_lm_eval(), tempfile.TemporaryDirectory(prefix="qadapter-tasks-") as rendered:
             manager = _task_manager(names, found, data, official_data, Path(rendered))
-            for chat in (True, False):
-                some = [name for name in names if (name not in plain) == chat]
-                if not some:
-                    continue
+            for (chat, most), some in _alike(names, plain, _limit_of_each(tasks, limit, limits or {})).items():
                 loaded = _load(manager, some)
                 for task in loaded["tasks"].values():
                     _configure(task, num_fewshot=num_fewshot, max_gen_toks=max_gen_toks, seed=seed)
@@ -128,7 +127,7 @@ def evaluate_tasks(
                     raw = evaluate(
                         lm,
                         loaded,
-                        limit=limit,
+                        limit=most,
                         bootstrap_iters=0,
                         apply_chat_template=chat,
                         fewshot_as_multiturn=fewshot_as_multiturn and chat,
@@ -138,6 +137,21 @@ def evaluate_tasks(
     finally:
         model.train(was_training)
     return scores
+
+
+def _limit_of_each(tasks: Sequence[str], limit: int | None, limits: Mapping[str, int]) -> dict[str, int | None]:
+    """Task or group → its limit; a suite's tasks have the suite's."""
+    return {name: limits.get(asked, limit) for asked in tasks for name in expand_suites([asked])[0]}
+
+
+def _alike(
+    names: Sequence[str], plain: Collection[str], limits: Mapping[str, int | None]
+) -> dict[tuple[bool, int | None], list[str]]:
+    """The tasks that one call of lm-eval can ask: (with chat template, limit) → names, those with a template first."""
+    found: dict[tuple[bool, int | None], list[str]] = {}
+    for name in sorted(names, key=lambda name: name in plain):
+        found.setdefault((name not in plain, limits[name]), []).append(name)
+    return found
 
 
 def _task_manager(

@@ -16,9 +16,12 @@ from transformers import PreTrainedTokenizerBase
 
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
+from qadapter.inference.score import by_length
 from qadapter.policy.base import load_tokenizer
 from qadapter.policy.loading import quantization_config
+from qadapter.policy.log_probs import token_terms
 from qadapter.policy.model import QAdapterForCausalLM
+from qadapter.policy.scored_states import scored_states
 from qadapter.policy.tokenizer import difference, policy_tokenizer
 
 log = logging.getLogger(__name__)
@@ -179,8 +182,46 @@ class PolicyLM(HFLM):
                     f"{self.max_length}. Leave such items out of the benchmark, or use a model with a longer context."
                 )
             self.shortened += len(context) + len(continuation) > self.max_length + 1
+        if (scored := self._scored_by_states(requests, override_bs)) is not None:
+            return scored
         # The parent's rolling likelihood shows a progress bar for every batch, regardless of its own setting.
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+    def _scored_by_states(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], override_bs: int | None
+    ) -> list[tuple[float, bool]] | None:
+        """The same as the parent's, for a large vocabulary: logits are made for the answers' tokens only.
+
+        Returns:
+            For each request the answer's log-probability and whether it is the likeliest; None where only the model's
+            own forward gives its logits, or the batch size is found by trial.
+        """
+        batch_size = override_bs or self.batch_size
+        if not isinstance(batch_size, int) or self.batch_size == "auto":
+            return None
+        whole = [(context + answer)[-(self.max_length + 1) :] for _, context, answer in requests]
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for some in by_length([len(ids) for ids in whole], batch_size):
+            width = max(len(whole[i]) for i in some)
+            ids = torch.zeros((len(some), width), dtype=torch.long, device=self.device)
+            mask, scored = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+            for row, i in enumerate(some):
+                length, answer = len(whole[i]), len(requests[i][2])
+                ids[row, :length] = torch.tensor(whole[i], device=self.device)
+                mask[row, :length] = 1
+                scored[row, length - answer - 1 : length - 1] = True  # position t predicts token t + 1
+            with torch.no_grad():
+                states = scored_states(self.model, ids[:, :-1], mask[:, :-1], scored[:, :-1])
+                if states is None:
+                    return None
+                terms = token_terms(*states, ids[:, 1:][scored[:, :-1]].to(states[0].device))
+            lengths = [len(requests[i][2]) for i in some]
+            parts = zip(terms.log_probs.double().split(lengths), terms.is_top.split(lengths), strict=True)
+            for i, (log_probs, is_top) in zip(some, parts, strict=True):
+                found[i] = (float(log_probs.sum()), bool(is_top.all()))
+                if requests[i][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[i][0], found[i])
+        return found
 
 
 def _refuse_ignored(names: Iterable[str], known: Iterable[str]) -> None:

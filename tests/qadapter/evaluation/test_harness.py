@@ -22,6 +22,7 @@ from qadapter.evaluation.lm_eval.catalog import find_tasks
 from qadapter.evaluation.lm_eval.definitions import BENCHMARKS, SUITES, local_tasks, render_definitions
 from qadapter.evaluation.lm_eval.harness import check_tasks, evaluate_tasks
 from qadapter.evaluation.lm_eval.model import PolicyLM
+from qadapter.policy import scored_states
 from tests.support.paths import PROJECT_ROOT
 from tests.support.tiny_chat import KINDS, byte_tokenizer, teach, tiny_llama, tiny_policy
 
@@ -77,6 +78,28 @@ def test_limit_and_repetition(knowing, tokenizer, data) -> None:
     first = evaluate_tasks(knowing, tokenizer, ["toy_facts"], data=data, limit=2)
     assert len(first.samples["toy_facts"]) == 2
     assert first.metrics == evaluate_tasks(knowing, tokenizer, ["toy_facts"], data=data, limit=2).metrics
+
+
+def test_a_task_can_have_its_own_limit(knowing, tokenizer, data) -> None:
+    scores = evaluate_tasks(knowing, tokenizer, ["toy_facts", "toy_sums"], data=data, limit=3, limits={"toy_sums": 1})
+    assert {task: len(items) for task, items in scores.samples.items()} == {"toy_facts": 3, "toy_sums": 1}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_large_vocabulary_is_scored_at_the_answers_only(kind, tokenizer, data, monkeypatch) -> None:
+    """Every likelihood as from whole logits, and no forward pass of the model that makes them."""
+    policy, names = tiny_policy(kind, seed=3), ["helpful_reply_matching", "helpful_bits_per_byte"]
+    whole = evaluate_tasks(policy, tokenizer, names, data=data, batch_size=3)
+    monkeypatch.setattr(scored_states, "LARGE_VOCABULARY", 1)
+    scored_states._usable.clear()
+    calls = []
+    monkeypatch.setattr(PolicyLM, "_model_call", lambda *_, **__: calls.append(1))
+    few = evaluate_tasks(policy, tokenizer, names, data=data, batch_size=3)
+    scored_states._usable.clear()
+    assert not calls
+    assert few.metrics == pytest.approx(whole.metrics, rel=1e-5)
+    for name in names:
+        assert [item["response"] for item in few.samples[name]] == [item["response"] for item in whole.samples[name]]
 
 
 def test_multiple_choice_and_bits_per_byte(knowing, tokenizer, data) -> None:

@@ -78,8 +78,8 @@ def assert_same(readable: list[Tensor], fast: list[Tensor], atol: float, rtol: f
 
 def in_blocks_of(rows: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Take so many rows at once, and so many tokens of the vocabulary (more, where there are fewer rows)."""
-    monkeypatch.setitem(fused._BLOCK_ELEMENTS, "cpu", rows * width)
-    monkeypatch.setattr(fused, "_NARROWEST_BLOCK", width)
+    monkeypatch.setitem(fused.BLOCK_ELEMENTS, "cpu", rows * width)
+    monkeypatch.setattr(fused, "NARROWEST_BLOCK", width)
 
 
 @pytest.mark.parametrize("objective", [*PRESETS, *OBJECTIVES], ids=str)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,6 +25,7 @@ from qadapter.training.adapt import lora_config
 from qadapter.training.config import QAdapterConfig
 from qadapter.training.trainer import QAdapterTrainer
 from tests.support.tiny_chat import byte_tokenizer
+from tests.support.tiny_gguf import write_gguf
 from tests.support.tiny_models import VOCABULARY, lora, tiny_model
 
 ROOT = Path(__file__).parents[3]
@@ -279,48 +279,6 @@ def test_the_trainer_pads_with_an_embedding(tmp_path: Path):
 
 
 # ---- GGUF ----------------------------------------------------------------------------------------------------------
-
-
-def write_gguf(file: Path, architecture: str = "llama") -> dict[str, Tensor]:
-    """A tiny Llama as a GGUF file, in 32 bits, with a byte-level BPE tokenizer; its tensors by transformers' names."""
-    from gguf import GGUFWriter, TokenType
-
-    tokens = ["<unk>", "<s>", "</s>", *(chr(code) for code in range(33, 127)), "Ġ", "Ċ", "th", "in"]
-    hidden, inner, heads, layers = 32, 64, 4, 1
-    draw = np.random.default_rng(0)
-    writer = GGUFWriter(str(file), architecture)
-    writer.add_context_length(128)
-    writer.add_embedding_length(hidden)
-    writer.add_block_count(layers)
-    writer.add_feed_forward_length(inner)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(heads)
-    writer.add_rope_dimension_count(hidden // heads)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(tokens)
-    writer.add_token_types([TokenType.CONTROL] * 3 + [TokenType.NORMAL] * (len(tokens) - 3))
-    writer.add_token_merges(["t h", "i n"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    shapes = {"token_embd": (len(tokens), hidden), "output_norm": (hidden,), "output": (len(tokens), hidden)}
-    shapes |= {f"blk.0.{name}": (hidden,) for name in ("attn_norm", "ffn_norm")}
-    shapes |= {f"blk.0.attn_{name}": (hidden, hidden) for name in ("q", "k", "v", "output")}
-    shapes |= {"blk.0.ffn_gate": (inner, hidden), "blk.0.ffn_up": (inner, hidden), "blk.0.ffn_down": (hidden, inner)}
-    held = {}
-    for name, shape in shapes.items():
-        value = draw.normal(1.0 if "norm" in name else 0.0, 0.2, shape).astype(np.float32)
-        writer.add_tensor(f"{name}.weight", value)
-        held[name] = torch.from_numpy(value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return held
 
 
 def test_a_gguf_file_is_a_base(tmp_path: Path):
