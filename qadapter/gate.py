@@ -303,7 +303,7 @@ def _against(limit: float, drop: Interval) -> str:
 
 
 def _speech(candidate: Measured) -> Iterator[Finding]:
-    """A policy whose replies are broken is no candidate, whatever the pairs say; nothing where none were generated."""
+    """Reject a policy whose replies are broken, at any accuracy on pairs; yields nothing where none were generated."""
     if SPEAKS not in candidate.metrics:
         return
     if candidate.metrics[SPEAKS] > 0:

@@ -130,7 +130,7 @@ class Chat:
         return reply_text(self._tokenizer, output[0, given.shape[1] :].tolist(), decoding.eos_token_id)
 
     def _decoding(self, longest: int) -> GenerationConfig:
-        """As `generate_replies`: nothing of the model's own defaults but its end tokens."""
+        """As `generate_replies`: of the model's own defaults only its end tokens are used."""
         sampling = {"temperature": self.temperature, "top_k": 0, "top_p": 1.0} if self.temperature else {}
         return GenerationConfig(
             max_new_tokens=longest,

@@ -1,7 +1,7 @@
 """Raw records, and the reasons why a record or a pair is not used.
 
-`containers.py` reads records out of files. A record that cannot be read is handed on with the reason, so that whoever
-counts sees every one.
+`containers.py` reads records out of files. A record that cannot be read is passed on with the reason, so that every
+record is counted.
 """
 
 from __future__ import annotations

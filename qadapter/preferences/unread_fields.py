@@ -21,7 +21,7 @@ _METADATA = re.compile(
     r"|created|updated|modified|submitted|.*_(?:seconds|minutes|ms)|time_.*|.*duration.*|reasons?|explanation|justification|comments?"
     r"|rank_str|generations|margin|original_(?:chosen|rejected|responses?)|raw_.*|labell?ing_.*|unnamed_\d+|index_level_\d+|"
 )
-# A date, a time, a UUID or a digest is no text that a reply could answer, whatever the field is called.
+# A date, a time, a UUID or a digest is no text that a reply could answer, under any field name.
 _DATA_VALUE = re.compile(
     r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}(?:[T ]+\d{1,2}:\d{2}[\d:.,+ ZUTC-]{0,24})?"
     r"|\d{1,2}:\d{2}(?::\d{2}(?:[.,]\d+)?)?(?: ?[ap]\.?m\.?)?"

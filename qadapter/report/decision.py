@@ -110,7 +110,7 @@ def items_needed(interval: Interval, effect: float, items: int) -> int | None:
 
 
 def _round_up(n: int) -> int:
-    """Two digits, upwards: nobody plans 1,037 pairs."""
+    """Round up to two digits: a plan says 1,100 pairs rather than 1,037."""
     step = 10 ** max(0, len(str(n)) - 2)
     return math.ceil(n / step) * step
 

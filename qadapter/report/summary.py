@@ -130,7 +130,7 @@ def summary_metrics(measured: Measured, fought: Sequence[Duel] | None = None) ->
     """Each method's means over domains and the single figures, for the MLflow run of the whole comparison.
 
     Args:
-        fought: its `duels`, where somebody has them already.
+        fought: its `duels`, where the caller has them already.
     """
     result = {}
     for method in measured.methods:
@@ -175,7 +175,7 @@ def sentences(
     Args:
         measured: what it is of.
         config: the experiment's settings, where they are known.
-        fought: its `duels`, where somebody has them already.
+        fought: its `duels`, where the caller has them already.
     """
     return [line for lines in _by_subject(measured, config, fought).values() for line in lines]
 

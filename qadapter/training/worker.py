@@ -98,7 +98,7 @@ def _untagged(value: dict[str, Any]) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Do this process's part of a job; a failure is written beside the job file, for whoever launched it."""
+    """Do this process's part of a job; a failure is written beside the job file, for the launching process."""
     (file,) = map(Path, sys.argv[1:] if arguments is None else arguments)
     rank = int(os.environ.get("RANK", "0"))
     _die_with(json.loads(file.read_text(encoding="utf-8"))["owner"])
@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         job = read_job(file)
         with tempfile.TemporaryDirectory(dir=file.parent, prefix=f"rank-{rank}-") as elsewhere:
-            if rank:  # the results are rank 0's to write; the others do the same into a folder that nobody reads
+            if rank:  # the results are rank 0's to write; the others do the same into a folder that is not read
                 job["named"]["out"] = Path(elsewhere)
             job["function"](*job["positional"], **job["named"])
             _leave_together()

@@ -121,8 +121,8 @@ class Outbox:
                 _LOGGER.warning("%s It is delivered later.", shown(str(error)))
                 return {**entry, "tries": tries}
             failed = error
-        except QAdapterError as error:  # the disk is full or read-only, whatever the entry
-            _LOGGER.warning("%s What MLflow missed is told later.", error)
+        except QAdapterError as error:  # the disk is full or read-only, for any entry
+            _LOGGER.warning("%s MLflow gets the missed entries later.", error)
             return entry
         except Exception as error:  # for example an entry of another version
             failed = error

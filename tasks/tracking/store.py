@@ -180,7 +180,7 @@ def _refused(uri: str, what: str, error: MlflowException | requests.RequestExcep
     if isinstance(error, InvalidUrlException):
         advice = " Correct MLFLOW_TRACKING_URI."
     code = error.error_code if isinstance(error, MlflowException) and status is None else ""
-    if isinstance(error, RestException) and code == "INTERNAL_ERROR":  # JSON of somebody else: MLflow's own is a 500
+    if isinstance(error, RestException) and code == "INTERNAL_ERROR":  # JSON of another program: MLflow's own is a 500
         code = ""
     reason = _reason(error)
     return RefusedError(f"MLflow at {shown(uri)} refused {what} ({reason}).{advice}", code, reason)

@@ -46,7 +46,7 @@ _TolerantLoader.add_constructor("!function", lambda _loader, node: FunctionName(
 
 
 class _TaskDumper(yaml.SafeDumper):
-    """Writes task files in which every string, whatever its content, is read back unchanged."""
+    """Writes task files in which every string is read back unchanged."""
 
 
 _TaskDumper.add_representer(FunctionName, lambda dumper, name: dumper.represent_scalar("!function", str(name)))
