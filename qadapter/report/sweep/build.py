@@ -134,7 +134,8 @@ def _comparison(tuned: dict[str, list[Point]], metrics: dict[str, float]) -> lis
         + largest_front({method: front_area(own) for method, own in tuned.items()}),
         _markdown(pd.DataFrame(table)),
         "*chosen on other seeds*: the trade where, seed by seed, the setting was chosen on the others, so that no "
-        "method profits from chance. *front area*: of all pairs (learnt, kept) that the method's settings reach or beat.",
+        "method profits from chance. *front area*: of all pairs (learnt, kept) that the method's settings reach or "
+        "beat.",
         *([on_edges] if (on_edges := edge_sentences(tuned)) else []),
         *(["Difference of *chosen on other seeds*, paired by seed:\n\n" + "\n".join(sentences)] if sentences else []),
     ]
