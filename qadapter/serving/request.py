@@ -71,8 +71,8 @@ class ChatRequest(_Strict):
         model: an adapter's name, or `base`.
         messages: the conversation; its last turn has a content.
         max_tokens: longest reply; also `max_completion_tokens`. Without it 1024 or what the context has room for.
-        temperature: 0 is greedy. It multiplies α̃. Without it 1: the policy's own distribution; the base's generation config is
-            not read.
+        temperature: 0 is greedy. It multiplies α̃. Without it 1: the policy's own distribution; the base's
+            generation config is not read.
         n: number of replies; reply i of a seeded request has seed + i.
         stop: texts that end a reply, special tokens among them.
         logprobs: also give the log-probability of each token under the policy with this request's dials, before
