@@ -81,7 +81,7 @@ def evaluate(
     if judge is not None:
         inputs["judge"] = judge.output
 
-    def compute(out: Path, _: Path) -> None:
+    def compute(out: Path, scratch: Path) -> None:
         from qadapter.evaluation.measure import measure_adaptation
         from qadapter.judging.verdicts import comparison
 
@@ -98,6 +98,7 @@ def evaluate(
             style=style,
             compare=comparison(answer_judge, experiment.evaluation.adaptation.generate),
             out=out,
+            scratch=scratch,
         )
 
     def log(run_id: str, output: StageOutput) -> None:
@@ -165,7 +166,7 @@ def _retention(
     read, definitions = task_reads(settings.tasks, benchmarks.path if benchmarks else None, official)
     inputs |= read
 
-    def compute(out: Path, _: Path) -> None:
+    def compute(out: Path, scratch: Path) -> None:
         from qadapter.evaluation.measure import measure_retention
 
         measure_retention(
@@ -179,6 +180,7 @@ def _retention(
             max_length=experiment.training.max_length,
             out=out,
             official_data=official,
+            scratch=scratch,
         )
 
     return run_stage(

@@ -38,7 +38,7 @@ def look_at_new_rows(
     if champion_row is not None:
         inputs["champion_adaptation"] = champion_row.adaptation.output
 
-    def compute(out: Path, _: Path) -> None:
+    def compute(out: Path, scratch: Path) -> None:
         from qadapter.evaluation.new_rows import measure_new_rows
 
         measure_new_rows(
@@ -51,6 +51,7 @@ def look_at_new_rows(
             max_length=experiment.training.max_length,
             batch_size=settings.batch_size,
             out=out,
+            scratch=scratch,
         )
 
     result = run_stage(

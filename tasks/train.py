@@ -187,7 +187,7 @@ def prepare_need(context: RunContext, domain: str, need: Need, base: Base, data:
     else:
         inputs["data"] = data.output
 
-    def compute(out: Path, _: Path) -> None:
+    def compute(out: Path, scratch: Path) -> None:
         need.make(
             base.location,
             file,
@@ -196,6 +196,7 @@ def prepare_need(context: RunContext, domain: str, need: Need, base: Base, data:
             batch_size=experiment.evaluation.adaptation.batch_size,
             seed=experiment.base_seed,
             out=out,
+            scratch=scratch,
         )
 
     result = run_stage(

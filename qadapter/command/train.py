@@ -28,6 +28,7 @@ from qadapter.preferences.pair import PreferencePair, load_pairs
 from qadapter.preferences.prepare import PreparationSummary, first_usable_pair, prepare
 from qadapter.training.adapt import lora_config
 from qadapter.training.arguments import (
+    LogAtCheckpoints,
     measured_cost,
     save_weights,
     tokens_seen,
@@ -115,7 +116,8 @@ def _train(options: TrainOptions, out: Path, network: PreTrainedModel, tokenizer
         processing_class=tokenizer,
         peft_config=_lora(options),
     )
-    trainer.add_callback(SealCheckpoints())
+    for callback in (LogAtCheckpoints(), SealCheckpoints()):
+        trainer.add_callback(callback)
     checkpoint = last_checkpoint(out / "checkpoints")
     note(f"training: {steps} steps of {options.batch_size} pairs" + (f", from {checkpoint}" if checkpoint else ""))
     with measured_cost() as cost:

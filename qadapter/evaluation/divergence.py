@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qadapter.inference.score import Predictions, by_length, chunks, evaluating, reply_log_probs
+from qadapter.inference.score import Predictions, chunks, evaluating, item_results, reply_log_probs
 from qadapter.preferences.pair import Message
 from qadapter.preferences.tokenize import UnusablePair, encode_reply, padding_id
 
@@ -60,12 +60,17 @@ def kl_per_token(
         raise ValueError("The base is the module inside the policy, so it carries the adapter. Load the base again.")
     encoded = [encode_reply(prompt, reply, tokenizer, max_length) for prompt, reply in conversations]
     rows = [(prompt + reply, len(reply)) for prompt, reply in encoded]
-    sums = np.zeros(len(rows))
+
+    def divergences(part: list[int]) -> list[float]:
+        found: list[float] = _kl_of_batch(base, policy, _batch_of(rows, part, tokenizer)).tolist()
+        return found
+
     with evaluating(*([policy] if base is None else [base, policy])):
-        for some in by_length([len(ids) for ids, _ in rows], batch_size):
-            batch = _right_padded([rows[i] for i in some], padding_id(tokenizer))
-            sums[some] = _kl_of_batch(base, policy, batch).numpy()
-    return Divergence(sums=sums, tokens=np.array([reply for _, reply in rows], dtype=np.int64))
+        lengths, work = [len(ids) for ids, _ in rows], "divergence from the base"
+        sums = item_results(lengths, batch_size, divergences, lambda i: rows[i], work=work, unit="reply")
+    return Divergence(
+        sums=np.array(sums, dtype=np.float64), tokens=np.array([reply for _, reply in rows], dtype=np.int64)
+    )
 
 
 def replies_nll(
@@ -94,12 +99,17 @@ def replies_nll(
             before, after = encode_reply(prompt, reply, tokenizer, max_length)
             places.append(place)
             rows.append((before + after, len(after)))
+
+    def log_probs(part: list[int]) -> list[float]:
+        found: list[float] = reply_log_probs(policy, _batch_of(rows, part, tokenizer)).tolist()
+        return found
+
     base = _without_adapter(policy) if hasattr(policy, "disable_adapter") else contextlib.nullcontext()
     with evaluating(policy), base:
-        for some in by_length([len(ids) for ids, _ in rows], batch_size):
-            batch = _right_padded([rows[i] for i in some], padding_id(tokenizer))
-            for i, value in zip(some, reply_log_probs(policy, batch).tolist(), strict=True):
-                found[places[i]] = -value / rows[i][1]
+        lengths, work = [len(ids) for ids, _ in rows], "likelihood under the base"
+        values = item_results(lengths, batch_size, log_probs, lambda i: rows[i], work=work, unit="reply")
+    for i, value in enumerate(values):
+        found[places[i]] = -value / rows[i][1]
     return found
 
 
@@ -123,6 +133,12 @@ def _without_adapter(policy: torch.nn.Module) -> contextlib.AbstractContextManag
     disable: Any = policy.disable_adapter
     found: contextlib.AbstractContextManager[None] = disable()
     return found
+
+
+def _batch_of(
+    rows: Sequence[tuple[list[int], int]], part: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Tensor]:
+    return _right_padded([rows[i] for i in part], padding_id(tokenizer))
 
 
 def _right_padded(rows: Sequence[tuple[list[int], int]], pad: int) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -21,11 +21,12 @@ from qadapter.evaluation.lm_eval.catalog import expand_suites, require_scores
 from qadapter.evaluation.lm_eval.harness import evaluate_tasks
 from qadapter.evaluation.old_answers import answer_metrics, answer_old_prompts
 from qadapter.evaluation.preference import PairScores, distinct_prompts, preference_metrics, score_pairs
-from qadapter.evaluation.speech import SPEECH
+from qadapter.evaluation.speech import SPEECH, Speech
 from qadapter.files.artifacts import read_json, read_json_lines, write_json, write_json_lines
 from qadapter.inference.generate import generate_replies, generate_with_ends
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.preferences.pair import Message, load_pairs
+from qadapter.progress.kept import keeping, leads, spending
 from qadapter.toyworld.rules import exact_measures
 from qadapter.toyworld.world import ToyWorld
 
@@ -48,6 +49,7 @@ def measure_adaptation(
     style: str | None,
     compare: Compare,
     out: Path,
+    scratch: Path | None = None,
 ) -> None:
     """Score held-out pairs and answer held-out prompts.
 
@@ -65,6 +67,8 @@ def measure_adaptation(
         out: gets `metrics.json` (`adaptation/…`, `cost/…`), `pairs.jsonl` (per pair: log-probs, margin),
             `answers.jsonl` (prompt, the base's reply, reply, verdict, judge; as `compare` gives them) and
             `speech.jsonl` (per reply: whether it ended, its likelihood under the base, why it is broken).
+        scratch: keeps log-probs and answers: a killed measurement goes on, and several processes share its batches; the
+            first one compares and writes. None keeps nothing.
 
     `adaptation/score` is the headline: the exact rule where there is one, else the share of pairs whose implied reward
     (the log-ratio to the base) prefers the chosen reply; a tie counts one half, so the base has 0.5.
@@ -72,43 +76,66 @@ def measure_adaptation(
     network, tokenizer = load_base(base, model)
     pairs = load_pairs(heldout_file)
     policy = load_policy(network, adapter)
-    scores = score_pairs(policy, tokenizer, pairs, max_length=max_length, batch_size=settings.batch_size)
+    prompts = distinct_prompts(pairs, None if world else settings.generate)
+    with keeping(scratch):
+        scores = score_pairs(policy, tokenizer, pairs, max_length=max_length, batch_size=settings.batch_size)
+        said = _answer(policy, tokenizer, prompts, base_adaptation, settings, max_length) if prompts else None
+        if not leads():
+            return
     base_scores = _read_scores(base_adaptation / "pairs.jsonl") if base_adaptation else scores
     metrics = {f"adaptation/{name}": value for name, value in preference_metrics(scores, base_scores).items()}
-    prompts = distinct_prompts(pairs, None if world else settings.generate)
-    if prompts:
-        # The first pass pays for what is set up once; the answers are few and short, so it would be much of the time.
-        generate_replies(policy, tokenizer, prompts[:1], max_new_tokens=2, batch_size=1)
-        start = time.perf_counter()
-        generated_replies = generate_with_ends(
-            policy, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
-        )
-        seconds = time.perf_counter() - start
-        replies = [reply.text for reply in generated_replies]
-        generated = sum(len(row) + 1 for row in tokenizer(replies, add_special_tokens=False)["input_ids"])
-        metrics["cost/decoding_tokens_per_second"] = generated / seconds
+    if said is not None:
+        metrics["cost/decoding_tokens_per_second"] = said.tokens_per_second
         if world is not None:
-            metrics |= exact_measures(ToyWorld.read(world), style, prompts, replies)
-        before = (
-            [row["reply"] for row in read_json_lines(base_adaptation / "answers.jsonl")] if base_adaptation else replies
-        )
-        answers, judged = compare(prompts, before, replies)
+            metrics |= exact_measures(ToyWorld.read(world), style, prompts, said.replies)
+        before = _read_replies(base_adaptation)[0] if base_adaptation else said.replies
+        with keeping(scratch / "judge" if scratch else None, share=(0, 1)):
+            answers, judged = compare(prompts, before, said.replies)
         metrics |= judged
         write_json_lines(out / "answers.jsonl", answers)
-        speech = heard(
-            policy,
-            tokenizer,
-            prompts,
-            generated_replies,
-            _read_replies(base_adaptation) if base_adaptation else None,
-            max_length=max_length,
-            batch_size=settings.batch_size,
-        )
-        write_json_lines(out / SPEECH, speech.rows())
-        metrics |= {f"adaptation/{name}": value for name, value in speech.metrics().items()}
+        write_json_lines(out / SPEECH, said.speech.rows())
+        metrics |= {f"adaptation/{name}": value for name, value in said.speech.metrics().items()}
     metrics["adaptation/score"] = metrics.get("adaptation/exact_rule", metrics["adaptation/implied_reward_accuracy"])
     write_json_lines(out / "pairs.jsonl", _pair_rows(scores, base_scores))
     write_json(out / "metrics.json", metrics)
+
+
+class _Said(NamedTuple):
+    """Answers to held-out prompts, how they read, and how fast one process generated them."""
+
+    replies: list[str]
+    speech: Speech
+    tokens_per_second: float
+
+
+def _answer(
+    policy: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[Message]],
+    base_adaptation: Path | None,
+    settings: AdaptationSettings,
+    max_length: int,
+) -> _Said:
+    # The first pass pays for what is set up once; the answers are few and short, so it would be much of the time.
+    generate_replies(policy, tokenizer, prompts[:1], max_new_tokens=2, batch_size=1)
+    start = time.perf_counter()
+    with spending() as spent:
+        generated = generate_with_ends(
+            policy, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
+        )
+    seconds = spent.seconds or time.perf_counter() - start
+    replies = [reply.text for reply in generated]
+    tokens = sum(len(row) + 1 for row in tokenizer(replies, add_special_tokens=False)["input_ids"])
+    speech = heard(
+        policy,
+        tokenizer,
+        prompts,
+        generated,
+        _read_replies(base_adaptation) if base_adaptation else None,
+        max_length=max_length,
+        batch_size=settings.batch_size,
+    )
+    return _Said(replies, speech, tokens / seconds)
 
 
 def _read_replies(base_adaptation: Path) -> tuple[list[str], list[float]]:
@@ -162,6 +189,7 @@ def measure_retention(
     max_length: int,
     out: Path,
     official_data: Path | None = None,
+    scratch: Path | None = None,
 ) -> None:
     """Score a policy on what its base could do.
 
@@ -179,6 +207,7 @@ def measure_retention(
             higher).
         official_data: folder with the items of lm-eval's own tasks (`qadapter.evaluation.lm_eval.official_files`), None
             for those in `benchmarks` and else the hub's.
+        scratch: as in `measure_adaptation`.
 
     Raises:
         QAdapterError: see `evaluate_tasks` and `require_scores`.
@@ -190,32 +219,39 @@ def measure_retention(
     require_scores(tasks)
     network, tokenizer = load_base(base, model)
     policy = load_policy(network, adapter)
-    scores = evaluate_tasks(
-        policy,
-        tokenizer,
-        settings.tasks,
-        data=benchmarks,
-        official_data=official_data,
-        limit=settings.limit,
-        limits=settings.limits,
-        batch_size=settings.batch_size,
-        plain_tasks=settings.plain_tasks,
-        max_gen_toks=settings.max_new_tokens,
-    )
+    known = base_retention / "old_answers.jsonl" if base_retention else None
+    answers: list[dict[str, Any]] = []
+    divergence = 0.0
+    with keeping(scratch):
+        scores = evaluate_tasks(
+            policy,
+            tokenizer,
+            settings.tasks,
+            data=benchmarks,
+            official_data=official_data,
+            limit=settings.limit,
+            limits=settings.limits,
+            batch_size=settings.batch_size,
+            plain_tasks=settings.plain_tasks,
+            max_gen_toks=settings.max_new_tokens,
+        )
+        items = [{"task": task, **item} for task, rows in scores.samples.items() for item in rows]
+        if base_retention:
+            _refuse_other_items(items, read_json_lines(base_retention / "items.jsonl"))
+        if old_texts is not None and settings.answers:
+            base_answers = [row["reply"] for row in read_json_lines(known)] if known else None
+            answers = answer_old_prompts(policy, tokenizer, old_texts, base_answers, settings)
+        if old_texts is not None and base_retention and adapter:
+            divergence = _divergence(policy, tokenizer, settings, old_texts, max_length)
+        if not leads():
+            return
     metrics = {f"retention/{name}": value for name, value in scores.metrics.items()}
     directions = {f"retention/{name}": higher for name, higher in scores.higher_is_better.items()}
-    items = [{"task": task, **item} for task, rows in scores.samples.items() for item in rows]
-    if base_retention:
-        _refuse_other_items(items, read_json_lines(base_retention / "items.jsonl"))
     headline = {task: headline_metric(task, metrics) for task in tasks}
     accuracies = [metrics[name] for name in headline.values() if name and directions.get(name, True)]
     if accuracies:
         metrics["retention/mean"] = sum(accuracies) / len(accuracies)
-    answers: list[dict[str, Any]] = []
     if old_texts is not None and settings.answers:
-        known = base_retention / "old_answers.jsonl" if base_retention else None
-        base_answers = [row["reply"] for row in read_json_lines(known)] if known else None
-        answers = answer_old_prompts(policy, tokenizer, old_texts, base_answers, settings)
         write_json_lines(out / "old_answers.jsonl", answers)
     metrics |= answer_metrics(answers, items)
     directions |= {"retention/answers_identical": True, "retention/over_refusals": False}
@@ -226,9 +262,7 @@ def measure_retention(
             forgotten = sign * (before[name] - metrics[name]) + 0.0  # + 0.0: never -0.0
             metrics[name.replace("retention/", "forgetting/", 1)] = forgotten
     if old_texts is not None:
-        metrics["forgetting/kl_per_token"] = (
-            _divergence(policy, tokenizer, settings, old_texts, max_length) if base_retention and adapter else 0.0
-        )
+        metrics["forgetting/kl_per_token"] = divergence
     write_json_lines(out / "items.jsonl", items)
     write_json(out / "metrics.json", metrics)
     write_json(out / "directions.json", directions)

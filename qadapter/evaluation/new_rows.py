@@ -13,6 +13,7 @@ from qadapter.files.artifacts import read_json, read_json_lines, write_json, wri
 from qadapter.inference.pair_scores import implied_margin, won
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.preferences.pair import load_pairs
+from qadapter.progress.kept import keeping, leads
 
 NEW_ROWS = "new_rows.jsonl"
 MOST = 200
@@ -32,6 +33,7 @@ def measure_new_rows(
     max_length: int,
     batch_size: int,
     out: Path,
+    scratch: Path | None = None,
 ) -> None:
     """Score the new training pairs by champion and candidate.
 
@@ -46,6 +48,7 @@ def measure_new_rows(
         max_length, batch_size: as for the held-out pairs.
         out: gets `new_rows.jsonl` (pair, margins of both, whether its label is suspected) and `metrics.json`
             (`new_rows/…`).
+        scratch: keeps scores, as in `measure_adaptation`.
 
     Raises:
         QAdapterError: not one pair can be scored.
@@ -59,9 +62,12 @@ def measure_new_rows(
         policy = load_policy(network, adapter)
         return score_pairs(policy, tokenizer, pairs, max_length=max_length, batch_size=batch_size)
 
-    of_base = scores(None)
-    of_candidate = margins(scores(candidate), of_base)
-    of_champion = margins(scores(champion), of_base) if champion else None
+    with keeping(scratch):
+        of_base = scores(None)
+        of_candidate = margins(scores(candidate), of_base)
+        of_champion = margins(scores(champion), of_base) if champion else None
+        if not leads():
+            return
     suspected = np.zeros(len(of_base), dtype=bool)
     if of_champion is not None and champion_adaptation is not None:
         right = [margin for margin in _heldout_margins(champion_adaptation) if margin > 0]

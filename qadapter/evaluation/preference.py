@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qadapter.errors import QAdapterError
 from qadapter.inference.pair_scores import implied_margin, mean_margin, won
-from qadapter.inference.score import by_length, evaluating, reply_log_probs
+from qadapter.inference.score import evaluating, item_results, reply_log_probs
 from qadapter.preferences.pair import Message, PreferencePair
 from qadapter.preferences.tokenize import EncodedPair, UnusablePair, collate_pairs, encode_pair, padding_id
 
@@ -68,11 +68,18 @@ def score_pairs(
             f"or raise max_length."
         )
     lengths = [len(e.prompt_ids) + max(len(e.chosen_ids), len(e.rejected_ids)) for e in encoded]
-    sums = np.zeros((2, len(encoded)))
+
+    def log_probs(part: list[int]) -> list[list[float]]:
+        batch = collate_pairs([encoded[index] for index in part], padding_id(tokenizer))
+        both: list[list[float]] = reply_log_probs(model, batch).reshape(2, len(part)).T.tolist()
+        return both
+
+    def content(index: int) -> list[list[int]]:
+        return [encoded[index].prompt_ids, encoded[index].chosen_ids, encoded[index].rejected_ids]
+
     with evaluating(model):
-        for some in by_length(lengths, batch_size):
-            batch = collate_pairs([encoded[i] for i in some], padding_id(tokenizer))
-            sums[:, some] = reply_log_probs(model, batch).numpy().reshape(2, len(some))
+        found = item_results(lengths, batch_size, log_probs, content, work="scoring", unit="pair")
+    sums = np.array(found, dtype=np.float64).reshape(-1, 2).T
     return PairScores(
         chosen=sums[0],
         rejected=sums[1],

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qadapter.errors import QAdapterError
-from qadapter.inference.score import by_length, device_of, evaluating
+from qadapter.inference.score import device_of, evaluating, item_results
 from qadapter.policy.positions import position_limit
 from qadapter.preferences.pair import Message
 from qadapter.preferences.render import RenderError, end_ids, turn_end
@@ -83,15 +83,27 @@ def generate_with_ends(
     settings = _settings(model, tokenizer, max_new_tokens, temperature)
     ids = _readable(tokenizer, prompts, room)
     replies = [Generated("", ended=False)] * len(prompts)
-    device = device_of(model)
+    device, places = device_of(model), list(ids)
+
+    def answer(part: list[int]) -> list[Generated]:
+        batch = _left_padded([ids[places[index]] for index in part], settings.pad_token_id, device)
+        output = model.generate(**batch, generation_config=settings)  # type: ignore[operator]
+        rows = output[:, batch["input_ids"].shape[1] :].tolist()
+        return [_generated(tokenizer, row, settings.eos_token_id) for row in rows]
+
     with evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for part in by_length([len(row) for row in ids.values()], batch_size):
-            some = [list(ids)[place] for place in part]
-            batch = _left_padded([ids[i] for i in some], settings.pad_token_id, device)
-            output = model.generate(**batch, generation_config=settings)  # type: ignore[operator]
-            for i, row in zip(some, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-                replies[i] = _generated(tokenizer, row, settings.eos_token_id)
+        found = item_results(
+            [len(ids[place]) for place in places],
+            batch_size,
+            answer,
+            lambda index: [ids[places[index]], max_new_tokens, temperature, seed],
+            work="answering",
+            unit="prompt",
+            sampled=temperature > 0,
+        )
+    for place, (text, ended) in zip(places, found, strict=True):
+        replies[place] = Generated(text, ended)
     return replies
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from qadapter.policy.log_probs import token_terms
 from qadapter.policy.objective import scored_positions
 from qadapter.policy.scored_states import scored_states
+from qadapter.progress.kept import computed
 
 CHUNK_ELEMENTS = 2**24
 """Largest number of logits converted to float32 at a time (64 MiB)."""
@@ -98,6 +99,45 @@ def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
+
+
+def item_results(
+    lengths: Sequence[int],
+    batch_size: int,
+    compute: Callable[[list[int]], Sequence[Any]],
+    content: Callable[[int], Any],
+    *,
+    work: str,
+    unit: str,
+    sampled: bool = False,
+) -> list[Any]:
+    """The results of n items, computed in batches of similar length, reported and kept (`qadapter.progress`).
+
+    Args:
+        lengths: of the items, in tokens.
+        batch_size: items per batch.
+        compute: from the indices of a batch to its items' results, as JSON values.
+        content: from the index of an item to JSON values that determine its result, in addition to the model.
+        work, unit: what reports call the work and one item.
+        sampled: whether the results depend on torch's random state.
+
+    Returns:
+        n results, in the items' order.
+    """
+    parts = list(by_length(lengths, batch_size))
+    batches = computed(
+        work,
+        unit,
+        [len(part) for part in parts],
+        lambda place: list(compute(parts[place])),
+        lambda place: [content(index) for index in parts[place]],
+        sampled=sampled,
+    )
+    results: list[Any] = [None] * len(lengths)
+    for part, found in zip(parts, batches, strict=True):
+        for index, result in zip(part, found, strict=True):
+            results[index] = result
+    return results
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from qadapter.judging.endpoint import NAME, EndpointSettings
 from qadapter.judging.endpoint_client import JudgeClient, Messages, UnansweredError, Usage, price
 from qadapter.judging.verdicts import WORTH, Verdict
 from qadapter.preferences.pair import Message
+from qadapter.progress.reports import counted
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -181,7 +182,12 @@ class EndpointJudge:
                     f"{self.settings.budget:.2f}. Raise the budget, judge fewer prompts or use a cheaper model."
                 )
             with ThreadPoolExecutor(max_workers=self.settings.parallel) as pool:
-                answers = list(pool.map(lambda messages: _ask(client, messages), (m for two in questions for m in two)))
+                asked = [messages for two in questions for messages in two]
+                answers = []
+                with counted("judging", "question", len(asked)) as progress:
+                    for answer in pool.map(lambda messages: _ask(client, messages), asked):
+                        answers.append(answer)
+                        progress.advance()
         rows, at = [], 0
         for prompt, a, b, two in zip(prompts, answers_a, answers_b, questions, strict=True):
             rows.append(_comparison(as_text(prompt), a, b, answers[at : at + len(two)]))

@@ -14,7 +14,7 @@ from qadapter.config.model import ModelSettings
 from qadapter.evaluation.preference import encode_usable
 from qadapter.evaluation.statistics import Interval, proportion_interval
 from qadapter.inference.pair_scores import won
-from qadapter.inference.score import by_length, device_of, evaluating
+from qadapter.inference.score import device_of, evaluating, item_results
 from qadapter.policy.loading import load_base
 from qadapter.preferences.pair import PreferencePair
 from qadapter.preferences.tokenize import padding_id
@@ -41,15 +41,19 @@ def rewards(network: torch.nn.Module, rows: Sequence[list[int]], padding: int, b
         padding: token to fill up with, on the right.
         batch_size: sequences a forward pass.
     """
-    result = np.zeros(len(rows))
     device = device_of(network)
+
+    def rewards_of(part: list[int]) -> list[float]:
+        width = max(len(rows[i]) for i in part)
+        ids = torch.tensor([rows[i] + [padding] * (width - len(rows[i])) for i in part], device=device)
+        mask = torch.tensor([[1] * len(rows[i]) + [0] * (width - len(rows[i])) for i in part], device=device)
+        found: list[float] = network(input_ids=ids, attention_mask=mask).logits.squeeze(-1).double().tolist()
+        return found
+
     with evaluating(network):
-        for some in by_length([len(row) for row in rows], batch_size):
-            width = max(len(rows[i]) for i in some)
-            ids = torch.tensor([rows[i] + [padding] * (width - len(rows[i])) for i in some], device=device)
-            mask = torch.tensor([[1] * len(rows[i]) + [0] * (width - len(rows[i])) for i in some], device=device)
-            result[some] = network(input_ids=ids, attention_mask=mask).logits.squeeze(-1).double().cpu().numpy()
-    return result
+        lengths = [len(row) for row in rows]
+        found = item_results(lengths, batch_size, rewards_of, lambda i: rows[i], work="judging", unit="reply")
+    return np.array(found, dtype=np.float64)
 
 
 def pair_accuracy(

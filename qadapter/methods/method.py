@@ -87,8 +87,8 @@ class Need:
         reads: what of the pairs counts: their distinct `prompts`, so that domains with the same prompts share the
             result, or the `pairs` themselves.
         make: a function at the top of a module of `qadapter`, whose code the stage's key is made of. It is called as
-            `make(base, pairs_file, model=…, settings=…, batch_size=…, seed=…, out=…)`, with the batch size of
-            evaluations, and fills the folder `out`.
+            `make(base, pairs_file, model=…, settings=…, batch_size=…, seed=…, out=…, scratch=…)`, with the batch size
+            of evaluations, and fills the folder `out`; `scratch` survives a kill.
         work: from `settings` and the pairs to the work.
     """
 

@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
@@ -22,6 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from qadapter.config.training import OptimizerSettings
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import write_json
+from qadapter.progress.reports import Work, counted, report_row
 from qadapter.training.checkpoints import SealCheckpoints, last_checkpoint
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ def trainer_arguments(
         "per_device_train_batch_size": micro * sequences_per_example,
         "gradient_accumulation_steps": settings.batch_size // (micro * processes),
         "logging_steps": settings.logging_steps,
+        "logging_first_step": True,
         "save_strategy": "steps" if settings.save_steps else "no",
         "save_steps": settings.save_steps or 500,
         "save_total_limit": 2,
@@ -82,20 +84,42 @@ def for_trl(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**arguments, "gradient_checkpointing": arguments["activation_checkpointing"]}
 
 
-class ProgressLog(TrainerCallback):
-    """Logs a training's progress, at most every `seconds`. Unlike a progress bar, log lines are kept.
+class LogAtCheckpoints(TrainerCallback):
+    """Logs at each checkpoint and at the last step, besides every `logging_steps`.
 
-    It replaces the callback that prints every logged step.
+    A logged loss is the mean since the last log, which a checkpoint does not hold: without this, the curves of a
+    resumed training would differ from those of an undisturbed one. And a training shorter than `logging_steps` has its
+    final numbers.
     """
 
-    def __init__(self, name: str, seconds: float = 15.0) -> None:
-        self.name, self.seconds, self._last = name, seconds, time.monotonic()
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Trainer's hook: after each optimiser step, and after Trainer decided whether to save."""
+        if control.should_save or state.global_step >= state.max_steps:
+            control.should_log = True
+        return control
 
-    @classmethod
-    def on(cls, trainer: Trainer, name: str) -> None:
-        """Let a trainer report its progress this way."""
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(cls(name))
+
+class ReportProgress(TrainerCallback):
+    """Reports a training's steps and curves (`qadapter.progress.reports`).
+
+    It replaces the callback that prints every logged step. A resumed training first reports the curves that its
+    checkpoint contains.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._open = ExitStack()
+        self._work: Work | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Trainer's hook: before the first step."""
+        if not state.is_world_process_zero:
+            return
+        self._work = self._open.enter_context(counted(self.name, "step", state.max_steps, state.global_step))
+        for row in curves(state):
+            report_row(row)
 
     def on_log(
         self,
@@ -106,9 +130,38 @@ class ProgressLog(TrainerCallback):
         **_: Any,
     ) -> None:
         """Trainer's hook: after each logged step."""
-        if logs and "loss" in logs and time.monotonic() - self._last >= self.seconds:
-            self._last = time.monotonic()
-            log.info("%s: step %d of %d, loss %.4f", self.name, state.global_step, state.max_steps, float(logs["loss"]))
+        row = curve_row({**(logs or {}), "step": state.global_step})
+        if row and state.is_world_process_zero:
+            report_row(row)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Trainer's hook: after each optimiser step."""
+        if self._work:
+            self._work.at(state.global_step)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Trainer's hook: after the last step."""
+        self._open.close()
+
+
+def curve_row(entry: Mapping[str, float]) -> dict[str, float] | None:
+    """A point of the training's curves: {"step": n, "train/loss": value, ...}.
+
+    Args:
+        entry: what Trainer logged, with its step.
+
+    Returns:
+        None if the entry has no loss, such as Trainer's summary at the end.
+    """
+    # Sorted, since a resumed training reads its history in another order. TRL restarts its token count on resuming.
+    named = ((name, value) for name, value in sorted(entry.items()) if name not in ("step", "epoch", "num_tokens"))
+    values = {f"train/{name}": value for name, value in named}
+    return {"step": entry["step"], **values} if "train/loss" in values else None
+
+
+def curves(state: TrainerState) -> list[dict[str, float]]:
+    """All points of a training's curves so far."""
+    return [row for entry in state.log_history if (row := curve_row(entry))]
 
 
 @dataclass
@@ -155,11 +208,11 @@ def measured_cost() -> Iterator[Cost]:
 
 
 def train_to_end(trainer: AnyTrainer, name: str) -> AnyTrainer:
-    """Train from the newest checkpoint in the trainer's folder, or from the start, and log the progress.
+    """Train from the newest checkpoint in the trainer's folder, or from the start, and report the progress.
 
     Args:
         trainer: a trainer of transformers or TRL; its `output_dir` has the checkpoints.
-        name: name of the training in log lines.
+        name: name of the training in reports and log lines.
 
     Returns:
         The same trainer, after the training.
@@ -168,8 +221,9 @@ def train_to_end(trainer: AnyTrainer, name: str) -> AnyTrainer:
         from qadapter.training.reply_log_probs import score_replies_only  # TRL takes seconds to import
 
         score_replies_only(trainer.model)
-    ProgressLog.on(trainer, name)
-    trainer.add_callback(SealCheckpoints())
+    trainer.remove_callback(PrinterCallback)
+    for callback in (ReportProgress(name), LogAtCheckpoints(), SealCheckpoints()):
+        trainer.add_callback(callback)
     checkpoint = last_checkpoint(str(trainer.args.output_dir))
     if checkpoint:
         log.info("%s: resumes after step %s, where it was stopped", name, checkpoint.rpartition("-")[2])
@@ -207,13 +261,7 @@ def write_training_record(out: Path, trainer: Trainer, cost: Cost, tokens: int, 
     """
     model = trainer.model
     assert model is not None
-    rows: list[dict[str, float]] = []
-    for entry in trainer.state.log_history:
-        # Sorted, since a resumed training reads its history in another order. TRL restarts its token count on resuming.
-        named = ((name, value) for name, value in sorted(entry.items()) if name not in ("step", "epoch", "num_tokens"))
-        values = {f"train/{name}": value for name, value in named}
-        if "train/loss" in values:
-            rows.append({"step": entry["step"], **values})
+    rows = curves(trainer.state)
     (out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_json(
         out / "metrics.json",

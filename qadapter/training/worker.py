@@ -24,8 +24,11 @@ from qadapter.config.base import Settings
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import write_json
 from qadapter.files.process_tags import ProcessTag
+from qadapter.progress.reports import Listener, listening
 
 PROGRESS = "progress: "  # a line of rank 0's log; anything else a child prints is a library's
+REPORT = "report: "  # a report of rank 0 (`qadapter.progress.reports`) as JSON
+_SECONDS_BETWEEN_REPORTS = 1.0
 _TRAININGS = ("qadapter.training.", "qadapter.methods.", "qadapter.judging.")
 _SECTIONS = ("qadapter.",)
 
@@ -113,13 +116,55 @@ def main(arguments: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(dir=file.parent, prefix=f"rank-{rank}-") as elsewhere:
             if rank:  # the results are rank 0's to write; the others do the same into a folder that is not read
                 job["named"]["out"] = Path(elsewhere)
-            job["function"](*job["positional"], **job["named"])
+            with listening(None if rank else PrintedReports()):
+                job["function"](*job["positional"], **job["named"])
             _leave_together()
     except BaseException as error:
         failure = {"refused": isinstance(error, QAdapterError), "message": str(error), "traceback": _last(error)}
         write_json(file.with_name(f"failure-{rank}.json"), failure)
         raise
     return 0
+
+
+class PrintedReports:
+    """Prints reports for the process that launched this one; of the counts, at most one per second."""
+
+    def __init__(self) -> None:
+        self._printed = 0.0
+
+    def begin(self, work: str, unit: str, total: int, done: int) -> None:
+        """See `Listener`."""
+        self._print("begin", work, unit, total, done)
+
+    def at(self, done: int) -> None:
+        """See `Listener`."""
+        if time.monotonic() - self._printed >= _SECONDS_BETWEEN_REPORTS:
+            self._printed = time.monotonic()
+            self._print("at", done)
+
+    def end(self) -> None:
+        """See `Listener`."""
+        self._print("end")
+
+    def row(self, row: Mapping[str, float]) -> None:
+        """See `Listener`."""
+        self._print("row", dict(row))
+
+    def _print(self, *report: Any) -> None:
+        sys.stdout.write(f"{REPORT}{json.dumps(report)}\n")  # one write: lines of several processes do not mix
+        sys.stdout.flush()
+
+
+def pass_on(line: str, to: Listener | None) -> None:
+    """Give a printed report to a listener of this process.
+
+    Args:
+        line: what follows `REPORT`.
+        to: the listener; None ignores it.
+    """
+    kind, *arguments = json.loads(line)
+    if to is not None and kind in ("begin", "at", "end", "row"):
+        getattr(to, kind)(*arguments)
 
 
 def _last(error: BaseException) -> str:

@@ -40,6 +40,11 @@ class RunContext:
     data: Path | None = None
     rows_to_judge: int | None = None
 
+    @property
+    def live(self) -> Path:
+        """Folder in which the stages of this flow run write where they are; it is deleted when the flow run ends."""
+        return self.store.root / "live" / self.parent_run_id
+
     def resolve(self, path: str, world: Path | None) -> str:
         """Replace `{data}` by the toy world's folder, or by the user's data folder."""
         return resolve_path(path, world or self.data)

@@ -19,7 +19,8 @@ import psutil
 from qadapter.config.execution import LaunchSettings
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import read_json
-from qadapter.training.worker import PROGRESS, write_job
+from qadapter.progress.reports import listener
+from qadapter.training.worker import PROGRESS, REPORT, pass_on, write_job
 
 _LOGGER = logging.getLogger(__name__)
 _ROOT = Path(__file__).resolve().parents[2]
@@ -87,7 +88,9 @@ class ProcessLauncher:
         try:
             assert process.stdout is not None
             for line in map(str.rstrip, process.stdout):
-                if line.startswith(PROGRESS):
+                if line.startswith(REPORT):
+                    pass_on(line.removeprefix(REPORT), listener())
+                elif line.startswith(PROGRESS):
                     _LOGGER.info("%s", line.removeprefix(PROGRESS))
                 else:
                     _LOGGER.debug("%s", line)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from prefect.states import Completed
 from qadapter.errors import QAdapterError
 from qadapter.files.shown import shown
 from tasks.stages.context import LARGEST_LOGGED_FILE, RunContext
+from tasks.stages.live import LiveStage, shown_live
 from tasks.stages.store import StageOutput
 
 
@@ -70,14 +72,23 @@ def run_stage(
         )
     elif params:
         tracker.log_params(run_id, params)
+    live = LiveStage(
+        name,
+        title,
+        log_rows=partial(tracker.log_history, run_id),
+        logger=get_run_logger(),
+        folder=context.live,
+    )
     with tracker.ending(run_id):
-        with _masked_errors():
+        with shown_live(live), _masked_errors():
             output = context.store.run(name, module=module, config=config, inputs=inputs, compute=compute)
+        live.end(seconds=output.seconds, cached=output.cached)
+        measured = {**output.metrics(), f"cost/{name}_stage_seconds": output.seconds}
         tracker.log(
             run_id,
             params=output.params(),
             tags={f"cached.{name}": output.cached, f"digest.{name}": output.digest[:16]},
-            history=[{"step": 0, **output.metrics(), f"cost/{name}_stage_seconds": output.seconds}, *output.history()],
+            history=[{"step": 0, **measured}, *live.unsent(output.history())],
         )
         tracker.log_folder(run_id, output.path, name, max_bytes_per_file=LARGEST_LOGGED_FILE)
         if log:

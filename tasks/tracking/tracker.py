@@ -259,17 +259,18 @@ class Tracker:
             run_id: the run.
             params: settings; see `flatten` for how nested ones are named.
             tags: name → value.
-            history: curves, each row {"step": n, metric name: value, ...}; rows need not contain every metric.
+            history: curves, each row {"step": n, metric name: value, ...}; rows need not contain every metric. A row
+                may have its `timestamp` (milliseconds since the epoch); with it, logging the row twice shows it once.
         """
         now = _now()
         waiting: dict[str, list[Any]] = {
             "params": list(flatten(params or {}).items()),
             "tags": [(name, str(value)) for name, value in (tags or {}).items()],
             "metrics": [
-                (name, float(value), now, int(row["step"]))
+                (name, float(value), int(row.get("timestamp", now)), int(row["step"]))
                 for row in history
                 for name, value in row.items()
-                if name != "step"
+                if name not in ("step", "timestamp")
             ],
         }
         while any(waiting.values()):

@@ -115,7 +115,7 @@ MATRIX = [
     Row("pretrain", "step-4", "the newest checkpoint's weights cut"),
     Row("helpful-sft", "step-3"),
     Row("retention", "written", "its files cut"),
-    Row("adaptation", "started"),
+    Row("adaptation", "batch-3"),
     Row("answers", "written"),
     Row("train", "saving-2"),
     Row("train", "step-3", "the newest checkpoint's optimiser zeroed"),
@@ -208,6 +208,12 @@ def test_trainings_went_on_at_their_last_whole_checkpoint(killed: Killed) -> Non
     assert sum("scratch/pretrain" in line for line in passed_over) == 2
     assert sum("scratch/train" in line for line in passed_over) == 2
     assert not list(killed.home.store.glob("scratch/*/*"))
+
+
+@pytest.mark.slow
+def test_an_evaluation_went_on_behind_its_last_batch(killed: Killed) -> None:
+    """Killed in its third batch: two are kept, and the next run computes neither again."""
+    assert killed.home.printed().count("2 batches of an interrupted run are kept and not computed again") == 1
 
 
 @pytest.mark.slow

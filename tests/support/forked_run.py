@@ -13,6 +13,7 @@ from typing import Any
 import transformers
 
 from flows.environment import prepare_environment
+from qadapter.progress.kept import Kept
 from tasks.stages.code_version import code_digest
 from tasks.stages.store import StageStore
 from tasks.tracking.tracker import Tracker
@@ -46,7 +47,8 @@ def run(module: str, arguments: list[str], environment: dict[str, str], log: str
         log: file for what it prints.
         doom: (stage, moment) at which the group is killed with signal 9. Moments: `started`, its folder is there and
             empty; `written`, its files are there and not renamed; `renamed`, it is finished and nobody knows;
-            `step-N`, in the training's N-th step; `saving-N`, while its N-th checkpoint is half written. Or (`mlflow`,
+            `step-N`, in the training's N-th step; `saving-N`, while its N-th checkpoint is half written; `batch-N`,
+            before the N-th batch of an evaluation is kept. Or (`mlflow`,
             `before METHOD` or `after METHOD`): at the first call of that method of MLflow's client;
             `after METHOD 2`: at the second one. (`mlflow is away`, the same): it is MLflow's server that is killed
             then, the process group of the environment's `SERVER_GROUP`.
@@ -87,7 +89,7 @@ def _arrange(stage: str, moment: str) -> None:
             if moment == "started":
                 _die()
             if "-" in moment:
-                _die_in_training(*moment.split("-"))
+                _die_at_work(*moment.split("-"))
             compute(out, scratch)
             if moment == "written":
                 _die()
@@ -117,9 +119,13 @@ def _at_call(happen: Callable[[], None], when: str, method: str, number: str = "
     Tracker.call = call  # type: ignore[method-assign]
 
 
-def _die_in_training(kind: str, number: str) -> None:
-    method = {"step": "training_step", "saving": "_save_rng_state"}[kind]
-    real = getattr(transformers.Trainer, method)
+def _die_at_work(kind: str, number: str) -> None:
+    place, method = {
+        "step": (transformers.Trainer, "training_step"),
+        "saving": (transformers.Trainer, "_save_rng_state"),
+        "batch": (Kept, "put"),
+    }[kind]
+    real = getattr(place, method)
     calls = 0
 
     def counted(self: Any, *arguments: Any, **options: Any) -> Any:
@@ -129,4 +135,4 @@ def _die_in_training(kind: str, number: str) -> None:
             _die()
         return real(self, *arguments, **options)
 
-    setattr(transformers.Trainer, method, counted)
+    setattr(place, method, counted)

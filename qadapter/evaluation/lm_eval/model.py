@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,6 +14,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import Collator
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.config.model import ModelSettings
@@ -23,6 +26,8 @@ from qadapter.policy.log_probs import token_terms
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.scored_states import scored_states
 from qadapter.policy.tokenizer import difference, policy_tokenizer
+from qadapter.progress.kept import computed
+from qadapter.progress.reports import Work, counted, listening
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +79,7 @@ class PolicyLM(HFLM):
     """
 
     add_bos_token: bool | None
+    batch_size_per_gpu: Any
 
     def __init__(
         self,
@@ -122,6 +128,7 @@ class PolicyLM(HFLM):
             tokenizer = load_tokenizer(tokenizer)
         super().__init__(pretrained, tokenizer=tokenizer, backend="causal", **settings)
         self.shortened = 0
+        self._texts: Work | None = None  # the texts that are read in windows now
         if apply_chat_template:
             self._expect_template()
 
@@ -152,22 +159,50 @@ class PolicyLM(HFLM):
         return ids, mask
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """As the parent's, without a progress bar; refuses answers longer than the model's context."""
+        """As the parent's, in the same batches, each of them reported and kept (`qadapter.progress`).
+
+        Raises:
+            QAdapterError: an answer may be longer than the model's context.
+        """
         for longest in {request.args[1].get("max_gen_toks") or self.max_gen_toks for request in requests}:
             if longest >= self.max_length:
                 raise QAdapterError(
                     f"Task {requests[0].task_name} lets the model write {longest} tokens, but its context holds "
                     f"{self.max_length} with the prompt. Set a smaller max_gen_toks."
                 )
-        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        size = self._decided_size(lambda: self._detect_batch_size())
+        order = Collator(
+            [(*request.args, place) for place, request in enumerate(requests)],
+            sort_fn=lambda item: (-len(self.tok_encode(item[0])), item[0]),
+            group_by="gen_kwargs",
+            group_fn=lambda item: item[1],
+        )
+        parts = [[item[-1] for item in chunk] for chunk in order.get_batched(n=size)]
+        sampled = any(_samples(request.args[1]) for request in requests)
+
+        def generate(part: list[int]) -> list[str]:
+            with self._of_size(size):
+                texts: list[str] = super(PolicyLM, self).generate_until([requests[i] for i in part], disable_tqdm=True)
+            return texts
+
+        return self._computed(
+            "answers of lm-eval", parts, generate, lambda i: [*map(str, requests[i].args)], sampled=sampled
+        )
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """As the parent's, without a progress bar."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        """As the parent's, without a progress bar."""
-        return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+        """As the parent's; it passes a batch of windows at a time to `_loglikelihood_tokens`."""
+        size = self._decided_size(lambda: self._detect_batch_size())
+        lengths = [len(self.tok_encode(request.args[0])) for request in requests]
+        windows = sum(math.ceil(length / self.max_length) for length in lengths)
+        with self._of_size(size), counted("texts of lm-eval", "window", windows) as self._texts:
+            try:
+                return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+            finally:
+                self._texts = None
 
     def _loglikelihood_tokens(
         self,
@@ -175,33 +210,108 @@ class PolicyLM(HFLM):
         disable_tqdm: bool = True,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        for _, context, continuation in requests:
+        """As the parent's, in the same batches, each of them reported and kept (`qadapter.progress`)."""
+        for _, _, continuation in requests:
             if len(continuation) > self.max_length:
                 raise QAdapterError(
                     f"An answer of {len(continuation)} tokens is longer than the model's context of "
                     f"{self.max_length}. Leave such items out of the benchmark, or use a model with a longer context."
                 )
-            self.shortened += len(context) + len(continuation) > self.max_length + 1
-        if (scored := self._scored_by_states(requests, override_bs)) is not None:
-            return scored
-        # The parent's rolling likelihood shows a progress bar for every batch, regardless of its own setting.
-        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+        def detect() -> int:
+            longest_first = sorted(requests, key=lambda request: -len(request[1] + request[2]))
+            return int(self._detect_batch_size(longest_first, 0))
+
+        size = self._decided_size(detect)
+        # lm-eval scores requests that differ in their last token alone in one row, under their common beginning.
+        grouped: dict[tuple[int, ...], list[int]] = {}
+        for place, (_, context, continuation) in enumerate(requests):
+            key = (*context, *continuation[:-1]) if self.logits_cache else (place,)
+            grouped.setdefault(key, []).append(place)
+        order = Collator(
+            [(place, context, continuation) for place, (_, context, continuation) in enumerate(requests)],
+            sort_fn=lambda item: (-len(item[1] + item[2]), tuple(item[1] + item[2])),
+            group_by="contexts" if self.logits_cache else None,
+            group_fn=lambda item: item[1] + item[2][:-1],
+        )
+        parts = []
+        for chunk in order.get_batched(n=size):
+            keys = [(*c, *t[:-1]) if self.logits_cache else (place,) for place, c, t in chunk]
+            parts.append([place for key in keys for place in grouped[key]])
+
+        def score(part: list[int]) -> list[tuple[float, bool]]:
+            some = [requests[i] for i in part]
+            with self._of_size(size):
+                found: list[tuple[float, bool]] | None = self._scored_by_states(some)
+                return found or super(PolicyLM, self)._loglikelihood_tokens(some, disable_tqdm=True)
+
+        self.shortened += sum(len(context) + len(text) > self.max_length + 1 for _, context, text in requests)
+        scores = self._computed("likelihoods of lm-eval", parts, score, lambda i: [requests[i][1], requests[i][2]])
+        return [(value, greedy) for value, greedy in scores]
+
+    def _computed(
+        self,
+        work: str,
+        parts: list[list[int]],
+        compute: Callable[[list[int]], Sequence[Any]],
+        content: Callable[[int], Any],
+        *,
+        sampled: bool = False,
+    ) -> list[Any]:
+        """The results of all requests, in their order; the requests in `parts` are the batches."""
+        before, texts = self.shortened, self._texts
+
+        def batch(place: int) -> list[Any]:
+            start = self.shortened
+            found = list(compute(parts[place]))
+            return [self.shortened - start, found]
+
+        with listening(None) if texts else nullcontext():
+            batches = computed(
+                work,
+                "request",
+                [len(part) for part in parts],
+                batch,
+                lambda place: [content(i) for i in parts[place]],
+                sampled=sampled,
+            )
+        if texts:
+            texts.advance(sum(map(len, parts)))
+        results: dict[int, Any] = {}
+        for part, (_, found) in zip(parts, batches, strict=True):
+            results |= zip(part, found, strict=True)
+        self.shortened = before + sum(count for count, _ in batches)
+        return [results[place] for place in range(len(results))]
+
+    def _decided_size(self, detect: Callable[[], int]) -> int:
+        """The batch size: the given one, or for `auto` what fits, the same in all processes and after a kill."""
+        if self.batch_size != "auto":
+            return int(self.batch_size)
+        (size,) = computed("finding the batch size", "trial", [1], lambda _: detect(), lambda _: None, sampled=True)
+        return int(size)
+
+    @contextmanager
+    def _of_size(self, size: int) -> Iterator[None]:
+        """Let the parent use this batch size within the block."""
+        before = self.batch_size_per_gpu
+        self.batch_size_per_gpu = size
+        try:
+            yield
+        finally:
+            self.batch_size_per_gpu = before
 
     def _scored_by_states(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], override_bs: int | None
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]]
     ) -> list[tuple[float, bool]] | None:
         """The same as the parent's, for a large vocabulary: logits are made for the answers' tokens only.
 
         Returns:
             For each request the answer's log-probability and whether it is the likeliest; None where only the model's
-            own forward gives its logits, or the batch size is found by trial.
+            own forward gives its logits.
         """
-        batch_size = override_bs or self.batch_size
-        if not isinstance(batch_size, int) or self.batch_size == "auto":
-            return None
         whole = [(context + answer)[-(self.max_length + 1) :] for _, context, answer in requests]
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        for some in by_length([len(ids) for ids in whole], batch_size):
+        for some in by_length([len(ids) for ids in whole], self.batch_size):
             width = max(len(whole[i]) for i in some)
             ids = torch.zeros((len(some), width), dtype=torch.long, device=self.device)
             mask, scored = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
@@ -222,6 +332,11 @@ class PolicyLM(HFLM):
                 if requests[i][0] is not None:
                     self.cache_hook.add_partial("loglikelihood", requests[i][0], found[i])
         return found
+
+
+def _samples(settings: Mapping[str, Any]) -> bool:
+    """Whether generation with these settings draws random numbers."""
+    return bool(settings.get("do_sample")) or float(settings.get("temperature") or 0) > 0
 
 
 def _refuse_ignored(names: Iterable[str], known: Iterable[str]) -> None:

@@ -46,25 +46,32 @@ def answer_prompts(
     batch_size: int,
     seed: int,
     out: Path,
+    scratch: Path | None = None,
 ) -> None:
-    """Write the base's own answer to every distinct prompt of a file of pairs, as `answers.json`."""
+    """Write the base's own answer to every distinct prompt of a file of pairs, as `answers.json`.
+
+    The answers are kept in `scratch` while they are made: a killed run goes on, and processes share the prompts.
+    """
     from qadapter.files.artifacts import write_json
     from qadapter.inference.generate import generate_replies
     from qadapter.policy.loading import load_base
     from qadapter.preferences.pair import load_pairs
+    from qadapter.progress.kept import keeping, leads
 
     network, tokenizer = load_base(base, model)
     prompts = {prompt_key(pair.prompt): pair.prompt for pair in load_pairs(pairs_file)}
-    replies = generate_replies(
-        network,
-        tokenizer,
-        list(prompts.values()),
-        max_new_tokens=settings.max_new_tokens,
-        batch_size=batch_size,
-        temperature=settings.temperature,
-        seed=seed,
-    )
-    write_json(out / FILE, dict(zip(prompts, replies, strict=True)))
+    with keeping(scratch):
+        replies = generate_replies(
+            network,
+            tokenizer,
+            list(prompts.values()),
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=batch_size,
+            temperature=settings.temperature,
+            seed=seed,
+        )
+        if leads():
+            write_json(out / FILE, dict(zip(prompts, replies, strict=True)))
 
 
 def read_answers(folder: Path) -> dict[str, str]:

@@ -29,6 +29,7 @@ from qadapter.policy.loading import load_base, load_policy
 from qadapter.preferences.pair import load_pairs
 from qadapter.preferences.prepare import prepare
 from qadapter.preferences.sources import locate
+from qadapter.progress.kept import Kept
 from qadapter.toyworld.world import ToyWorld
 from qadapter.training.corpus import read_corpus
 from tests.support.tiny_toy import MODEL, TRAINING, TinyToy, make_tiny_toy, pair, rows, write_pairs
@@ -647,3 +648,58 @@ def test_minis_benchmarks_are_not_in_its_corpus(shared_data: Path, tmp_path: Pat
         for file in sorted((tmp_path / "built/benchmarks").glob("*_text.jsonl"))
     }
     assert leaks == {"dsp_text": 0, "gsm8k_text": 0, "helpful_text": 0}
+
+
+# ---- killed
+
+
+class Killed(BaseException):
+    """Stands for `kill -9`."""
+
+
+@pytest.mark.parametrize("name", ["q-adapter", "base"])
+def test_a_killed_measurement_goes_on(
+    measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Killed after every third batch: no batch is computed twice, and the files are those of an undisturbed run."""
+    toy, put = measured.toy, Kept.put
+    judged = comparison(RuleJudge(ToyWorld.read(toy.world), None), ADAPTATION.generate)
+    halves = {
+        "adaptation": (adaptation, measured.adaptation, {"compare": judged}),
+        "retention": (retention, measured.retention, {}),
+    }
+    for half, (measure_half, undisturbed, options) in halves.items():
+        before = undisturbed["base"] if name != "base" else None
+        keys: list[str] = []
+        for attempt in range(20):
+            count = 0
+
+            def put_and_die(self: Kept, key: str, row: Any, keys: list[str] = keys) -> None:
+                nonlocal count
+                put(self, key, row)
+                keys.append(key)
+                count += 1
+                if count == 3:
+                    raise Killed
+
+            monkeypatch.setattr(Kept, "put", put_and_die)
+            out = tmp_path / half / str(attempt)
+            try:
+                measure_half(toy, measured.adapters.get(name), before, out, scratch=tmp_path / f"{half}-s", **options)
+            except Killed:
+                continue
+            break
+        assert attempt > 0
+        assert len(keys) == len(set(keys)), "each batch was computed once"
+        assert sorted(file.name for file in out.iterdir()) == sorted(f.name for f in undisturbed[name].iterdir())
+        for file in undisturbed[name].iterdir():
+            if file.name == "metrics.json":
+                one, two = ({k: v for k, v in metrics(f).items() if "cost/" not in k} for f in (out, undisturbed[name]))
+                assert one == two
+            else:
+                assert (out / file.name).read_bytes() == file.read_bytes(), file.name
+        if half == "adaptation":
+            assert (
+                metrics(out)["cost/decoding_tokens_per_second"]
+                < 20 * metrics(undisturbed[name])["cost/decoding_tokens_per_second"]
+            )

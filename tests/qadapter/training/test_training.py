@@ -30,9 +30,10 @@ from qadapter.methods.table import NAMES
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.preferences.pair import Message, load_pairs
+from qadapter.progress.reports import listening
 from qadapter.training import adapt, supervised
 from qadapter.training.arguments import (
-    ProgressLog,
+    ReportProgress,
     measured_cost,
     tokens_seen,
     trainer_arguments,
@@ -116,12 +117,12 @@ class Killed(Exception):  # noqa: N818 - a kill, not an error
 def killed_at(step: int, patch: pytest.MonkeyPatch, train: Callable[[], object]) -> None:
     """Train until an optimiser step is done, and no further."""
 
-    def kill(callback: ProgressLog, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def kill(callback: ReportProgress, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == step:
             raise Killed
 
     with patch.context() as during:
-        during.setattr(ProgressLog, "on_step_end", kill)
+        during.setattr(ReportProgress, "on_step_end", kill)
         with pytest.raises(Killed):
             train()
 
@@ -724,10 +725,49 @@ def test_the_sft_base_by_lora_is_merged(world: TinyToy, tmp_path: Path) -> None:
     assert not torch.allclose(merged, untouched, atol=1e-3)
 
 
-def test_progress_is_a_log_line(world: TinyToy, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """At most one line in so many seconds, and never Trainer's own prints."""
-    with pytest.MonkeyPatch.context() as patch, caplog.at_level("INFO", logger="qadapter"):
-        patch.setattr(ProgressLog.__init__, "__defaults__", (0.0,))
-        world.train("sft", tmp_path / "sft", training=TRAINING.model_copy(update={"max_steps": 2}))
-    lines = [record.getMessage() for record in caplog.records if "step" in record.getMessage()]
-    assert [line.rsplit(",", 1)[0] for line in lines] == ["sft: step 1 of 2", "sft: step 2 of 2"]
+class Heard:
+    """A listener that writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+
+    def begin(self, work: str, unit: str, total: int, done: int) -> None:
+        self.told.append(f"{work}: {unit} {done} of {total}")
+
+    def at(self, done: int) -> None:
+        self.told.append(done)
+
+    def end(self) -> None:
+        self.told.append("end")
+
+    def row(self, row: Any) -> None:
+        self.told.append(dict(row))
+
+
+def test_a_training_reports_its_steps_and_curves(
+    world: TinyToy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shorter than `logging_steps`: its first and its last step are logged all the same, and Trainer prints nothing."""
+    heard = Heard()
+    with listening(heard):
+        world.train("sft", tmp_path / "sft", training=TRAINING.model_copy(update={"max_steps": 3, "logging_steps": 50}))
+    points = curve(tmp_path / "sft")
+    assert [row["step"] for row in points] == [1, 2, 3]  # the second one at a checkpoint
+    assert heard.told == ["sft: step 0 of 3", 1, points[0], 2, points[1], 3, points[2], "end"]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_resumed_training_reports_its_whole_curves(
+    world: TinyToy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logged every third step and saved every second one: the curves are those of an undisturbed training."""
+    training = TRAINING.model_copy(update={"logging_steps": 3})
+    whole = fine_tuned(world, tmp_path / "whole", tmp_path / "s1", **vars(training))
+    heard = Heard()
+    killed_at(5, monkeypatch, lambda: fine_tuned(world, tmp_path / "killed", tmp_path / "s2", **vars(training)))
+    with listening(heard):
+        resumed = fine_tuned(world, tmp_path / "resumed", tmp_path / "s2", **vars(training))
+    assert [row["step"] for row in curve(whole)] == [1, 2, 3, 4, 6]
+    assert curve(resumed) == curve(whole)
+    assert [told for told in heard.told if isinstance(told, dict)] == curve(whole)
+    assert heard.told[0] == "helpful SFT: step 4 of 6"
