@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
 
 from qadapter.files.private import keep_private
-from qadapter.files.shown import guard_logs
+from qadapter.files.shown import guard_logs, quiet_libraries
 
 # Prefect, tqdm and tokenizers read these once, when first imported: `main` sets them before it imports anything.
 _ENVIRONMENT = {
@@ -33,11 +31,3 @@ def prepare_environment() -> None:
     quiet_libraries()
     guard_logs()
     keep_private()
-
-
-def quiet_libraries() -> None:
-    """Silence library warnings that neither the project nor the user can fix, in every process that trains."""
-    # TRL 1.16 and PEFT 0.21 use names that transformers 5.23 deprecates.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
-    # Without a GPU, it warns at import (by PEFT) that a kernel of the hub is missing, and uses its own.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

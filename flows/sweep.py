@@ -80,7 +80,7 @@ def check_sweep(
     request = _SweepRequest("sweep", used, data, merged_overrides(loaded, used, overrides), loaded)
     experiment = request.check(remote=remote)
     tasks, _ = expand_suites(experiment.evaluation.retention.tasks)
-    if better_when_lower(tasks) == tasks:
+    if better_when_lower(tasks) == tasks and not experiment.evaluation.retention.own:
         raise QAdapterError(
             f"evaluation.retention.tasks has no task with an accuracy, only {', '.join(tasks)}: a sweep compares "
             "adaptation with the retained share of an accuracy. Add such a task, for example <name>_word_order."

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 
 from qadapter.config.base import NonNegative, Settings
-from qadapter.evaluation.speech import SPEAKS, faults_of
+from qadapter.evaluation.speech import BROKEN, BROKEN_SHARE, SPEAKS, faults_of
 from qadapter.evaluation.statistics import LEVEL, RESAMPLES, Interval, mean_interval, paired_difference
 from qadapter.files.artifacts import Manifest, read_json, read_json_lines
 from qadapter.inference.pair_scores import implied_margin, mean_margin, won
@@ -273,7 +273,7 @@ def _retention(
     if not reference.tasks:
         text = (
             f"no retention task was measured for the {rival}, so forgetting cannot be tested; list tasks in "
-            "evaluation.retention.tasks"
+            "evaluation.retention.tasks, or benchmarks of your own in evaluation.retention.own"
         )
         yield Finding(f"retention.{key}", False, text)
     for task, before in reference.tasks.items():
@@ -307,8 +307,11 @@ def _speech(candidate: Measured) -> Iterator[Finding]:
     if SPEAKS not in candidate.metrics:
         return
     if candidate.metrics[SPEAKS] > 0:
-        share = candidate.metrics.get("adaptation/broken_replies", 0.0)
-        yield Finding("speech", True, f"answers in language: {100 * share:.0f} % of its replies are broken")
+        share = candidate.metrics.get(BROKEN, 0.0)
+        text = f"answers in language: {100 * share:.0f} % of its replies are broken"
+        if share >= BROKEN_SHARE:
+            text = f"answers no worse than its base: {100 * share:.0f} % of its replies are broken, as are its base's"
+        yield Finding("speech", True, text)
     else:
         yield Finding("speech", False, f"does not speak: {candidate.faults or 'most of its replies are broken'}")
 

@@ -163,7 +163,8 @@ def _retention(
     settings = experiment.evaluation.retention
     official = Path(resolve_path(settings.official_data, context.data)) if settings.official_data else None
     # A score depends on the tasks' definitions and on what they read as much as on the policy.
-    read, definitions = task_reads(settings.tasks, benchmarks.path if benchmarks else None, official)
+    own = settings.own_files(context.data)
+    read, definitions = task_reads(settings.tasks, benchmarks.path if benchmarks else None, official, own)
     inputs |= read
 
     def compute(out: Path, scratch: Path) -> None:
@@ -181,6 +182,7 @@ def _retention(
             out=out,
             official_data=official,
             scratch=scratch,
+            own=own,
         )
 
     return run_stage(
@@ -191,7 +193,7 @@ def _retention(
         module="qadapter.evaluation.measure",
         config={
             # The key covers the content that the tasks read and the digest of their definitions, not the paths.
-            "settings": settings.model_dump(exclude={"official_data"}),
+            "settings": settings.model_dump(exclude={"official_data", "own"}),
             "tasks": definitions,
             "model": experiment.model.key(),
             "max_length": experiment.training.max_length,

@@ -29,6 +29,7 @@ def measure_quality(context: RunContext, source: str, data: StageResult, benchma
     """
     retention = context.experiment.evaluation.retention
     folder = benchmarks.path if benchmarks else context.data
+    own = retention.own_files(context.data)
     official = Path(resolve_path(retention.official_data, context.data)) if retention.official_data else None
 
     def compute(out: Path, _: Path) -> None:
@@ -36,7 +37,7 @@ def measure_quality(context: RunContext, source: str, data: StageResult, benchma
         from qadapter.evaluation.refusals import is_refusal
         from qadapter.preferences.quality import measure
 
-        items, elsewhere = benchmark_items(retention.tasks, folder, official)
+        items, elsewhere = benchmark_items(retention.tasks, folder, official, own)
         summary = read_json(data.path / "summary.json")
         report = measure(data.path, items, is_refusal, summary)
         write_json(out / QUALITY, {**report, "benchmarks_not_looked_at": elsewhere})
@@ -53,12 +54,12 @@ def measure_quality(context: RunContext, source: str, data: StageResult, benchma
             run_id, {"figure": names, "value": [numbers[name] for name in names]}, f"quality-{source}.json"
         )
 
-    read, definitions = task_reads(retention.tasks, folder, official)
+    read, definitions = task_reads(retention.tasks, folder, official, own)
     inputs: dict[str, Any] = {"data": data.output, **read}
     if benchmarks is not None:
         inputs["benchmarks"] = benchmarks.output
-    elif context.data is not None and (own := context.data / "benchmarks").is_dir():
-        inputs["benchmarks"] = own
+    elif context.data is not None and (there := context.data / "benchmarks").is_dir():
+        inputs["benchmarks"] = there
     if official is not None:
         inputs["official_data"] = official
     result = run_stage(
@@ -66,7 +67,7 @@ def measure_quality(context: RunContext, source: str, data: StageResult, benchma
         "quality",
         label=source,
         module="qadapter.preferences.quality",
-        config={"tasks": list(retention.tasks), "definitions": definitions},
+        config={"tasks": [*retention.tasks, *own], "definitions": definitions},
         inputs=inputs,
         compute=compute,
         log=log,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import typer
 
-from flows.commands import compare, drop, recurring, run, serve, serve_model, spread, sweep
+from flows.commands import alerts, compare, drop, init_profile, recurring, run, serve, serve_model, spread, sweep
 from flows.environment import prepare_environment
 from qadapter.command.app import add_command
 from qadapter.errors import QAdapterError
@@ -26,6 +26,13 @@ class PipelineCommand(NamedTuple):
 
 
 COMMANDS: dict[str, PipelineCommand] = {
+    "init": PipelineCommand(
+        init_profile.init,
+        "write a profile for your own model, pairs and benchmarks, and one for new pairs every week",
+        """\
+  qadapter init                                               asks
+  qadapter init --model path/or/hub-id --pairs pairs.jsonl --benchmark quiz.jsonl --name mine""",
+    ),
     "run": PipelineCommand(
         run.run,
         "run the whole experiment",
@@ -90,6 +97,14 @@ COMMANDS: dict[str, PipelineCommand] = {
         """\
   qadapter rollback --config smoke
   qadapter rollback --config smoke --to 3""",
+    ),
+    "alerts": PipelineCommand(
+        alerts.alerts,
+        "be told in Slack, by e-mail or by a POST when a run is rejected or fails",
+        """\
+  qadapter alerts slack --url https://hooks.slack.com/services/…
+  qadapter alerts email --url "mailtos://user:password@smtp.example.org:587?from=bot@example.org&to=me@example.org"
+  qadapter alerts webhook --remove""",
     ),
     "up": PipelineCommand(
         serve.up,

@@ -16,6 +16,8 @@ from flows.running.run_request import RunRequest
 from qadapter.config.experiment import Experiment
 from qadapter.config.sources import Source
 from qadapter.errors import QAdapterError
+from qadapter.evaluation.benchmarks.own.items import read_own
+from qadapter.evaluation.lm_eval.catalog import check_own
 from qadapter.evaluation.old_text import unmeasured_on_old_text
 from qadapter.evaluation.refusals import is_refusal
 from qadapter.files.folders import resolve_path
@@ -23,6 +25,7 @@ from qadapter.judging.plan import judge_training, plan_judges
 from qadapter.methods.method import Need, PairsPlan
 from qadapter.methods.table import METHODS, method_named
 from qadapter.planning import estimate as planning
+from qadapter.planning.small import Knobs, too_small
 from qadapter.preferences import sources
 from qadapter.preferences.building import Choices
 from qadapter.preferences.prepare import no_usable_pair, stream_files
@@ -71,11 +74,12 @@ def _stages_in(values: Iterable[Any]) -> Iterable[PlannedStage]:
 
 @dataclass(frozen=True)
 class SourcePlan:
-    """What is known about a source before a run: training pairs, tokens per sequence, and the basis of both."""
+    """What is known about a source before a run: pairs to train on, tokens per sequence, the basis, held-out pairs."""
 
     train_pairs: int
     tokens_per_sequence: float
     note: str
+    heldout: int | None = None
 
 
 def plan_text(profile: str, data: str | None, overrides: Sequence[str] | Mapping[str, Any] = ()) -> str:
@@ -102,7 +106,9 @@ def plan_text(profile: str, data: str | None, overrides: Sequence[str] | Mapping
         f"Model\n  {size.parameters / 1e6:,.1f} M parameters ({size.assumption}), "
         f"held as {held}; "
         f"adapter of {planning.adapter_parameters(size, experiment.lora) / 1e6:,.2f} M",
-        _costs(experiment, recorder.stages, plans, size),
+        *_small(experiment, plans),
+        *_own_benchmarks(experiment, request.data_folder),
+        _costs(experiment, recorder.stages, plans, size, request.data_folder),
         "Judge of the answers\n" + "\n".join(f"  {line}" for line in judges),
         _assumptions(experiment),
         "Stages (each with its inputs)\n" + "\n".join(_dag(recorder.stages)),
@@ -159,6 +165,8 @@ def _plan_local(source: Source, longest: int, files: Sequence[Path]) -> SourcePl
     report = quality.report({"read": pairs + rejected.total(), "quarantined": rejected})
     prompts = report["prompts"]
     held_out = source.heldout if source.heldout < 1 else source.heldout / prompts
+    elsewhere = source.heldout_path or source.heldout_split
+    heldout = None if elsewhere else min(round(pairs * held_out), source.max_heldout_pairs or pairs)
     left = int(pairs * (1 - held_out)) - source.judge_pairs
     train = min(left, source.max_train_pairs or left)
     lines = [*sentences(report), *(f"WARNING: {line}" for line in report["warnings"])]
@@ -167,11 +175,16 @@ def _plan_local(source: Source, longest: int, files: Sequence[Path]) -> SourcePl
         tokens,
         f"{pairs:,} usable pairs on {prompts:,} prompts, {rejected.total()} quarantined; about {train:,} to "
         f"train on, {tokens:.0f} tokens a sequence" + "".join(f"\n{'':<16}{line}" for line in lines),
+        heldout,
     )
 
 
 def _costs(
-    experiment: Experiment, stages: Sequence[PlannedStage], plans: Mapping[str, SourcePlan], size: planning.ModelSize
+    experiment: Experiment,
+    stages: Sequence[PlannedStage],
+    plans: Mapping[str, SourcePlan],
+    size: planning.ModelSize,
+    folder: Path | None,
 ) -> str:
     """One line per kind of computing stage: number of runs, steps, tokens, memory, hours on each machine."""
     header = f"  {'stage':<22}{'runs':>5}{'steps':>10}{'tokens':>16}{'memory GB':>11}" + "".join(
@@ -180,7 +193,7 @@ def _costs(
     lines, total = [header], dict.fromkeys(_MACHINES, 0.0)
     groups: dict[tuple[str, str], list[tuple[int, float, float, float]]] = {}
     for stage in stages:
-        estimate = _estimate(experiment, stage, plans, size)
+        estimate = _estimate(experiment, stage, plans, size, folder)
         if estimate:
             groups.setdefault((stage.task, _kind(stage)), []).append(estimate)
     for (_, kind), estimates in groups.items():
@@ -208,7 +221,11 @@ def _kind(stage: PlannedStage) -> str:
 
 
 def _estimate(
-    experiment: Experiment, stage: PlannedStage, plans: Mapping[str, SourcePlan], size: planning.ModelSize
+    experiment: Experiment,
+    stage: PlannedStage,
+    plans: Mapping[str, SourcePlan],
+    size: planning.ModelSize,
+    folder: Path | None,
 ) -> tuple[int, float, float, float] | None:
     """Steps, tokens, operations and GB of a stage; None if its cost is negligible."""
     training = experiment.training
@@ -251,9 +268,36 @@ def _estimate(
     measures = stage.task == "measure_base_retention"  # the base's rows reuse this measurement
     if measures or (stage.task == "evaluate" and isinstance(cell, Cell) and cell.method != "base"):
         retention = experiment.evaluation.retention
-        tokens = planning.benchmark_items(retention.tasks, retention.limit) * training.max_length
+        own = [len(read_own(file, name).items) for name, file in retention.own_files(folder).items()]
+        items = planning.benchmark_items(retention.tasks, retention.limit, own)
+        tokens = items * training.max_length
         return 0, tokens, planning.training_flops(size, tokens, 1), weights
     return None
+
+
+def _small(experiment: Experiment, plans: Mapping[str, SourcePlan]) -> list[str]:
+    """What is too small to show anything, for each domain whose number of pairs is known."""
+    lines = []
+    for name, domain in experiment.domains.items():
+        plan, training = plans[domain.source], experiment.training_of(name)
+        if not plan.train_pairs:
+            continue
+        longer = "training.max_steps={}" if training.max_steps else "training.epochs={}"
+        where = f"sources.{domain.source}.heldout"
+        knobs = Knobs(longer, "training.batch_size", where + "={}", f"{where}_path")
+        steps = planning.steps(plan.train_pairs, training)
+        lines += [
+            f"  WARNING: {name}: {sentence}"
+            for sentence in too_small(
+                knobs, pairs=plan.train_pairs, steps=steps, batch_size=training.batch_size, heldout=plan.heldout
+            )
+        ]
+    return ["Too small to show anything\n" + "\n".join(lines)] if lines else []
+
+
+def _own_benchmarks(experiment: Experiment, folder: Path | None) -> list[str]:
+    lines = check_own(experiment.evaluation.retention.own_files(folder))
+    return ["Own benchmarks\n" + "\n".join(f"  {line}" for line in lines)] if lines else []
 
 
 def _assumptions(experiment: Experiment) -> str:

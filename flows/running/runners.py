@@ -6,11 +6,10 @@ from typing import Any
 
 from prefect.task_runners import ProcessPoolTaskRunner, ThreadPoolTaskRunner
 
-from flows.environment import quiet_libraries
 from flows.prefect_host.dead_runs import end_with_parent
 from flows.prefect_host.orphans import outlive_worker
 from qadapter.config.experiment import Experiment
-from qadapter.files.shown import guard_logs
+from qadapter.files.shown import guard_logs, quiet_libraries
 
 
 def task_runner(experiment: Experiment) -> Any:

@@ -86,6 +86,7 @@ def _mapping(value: Any) -> Any:
 
 Mapped = Annotated[dict[str, Any] | None, BeforeValidator(_mapping)]
 Place = Annotated[str, AfterValidator(_absolute)]
+Places = Annotated[tuple[Place, ...], BeforeValidator(_repeated)]
 ServedAdapter = Annotated[tuple[str, Path], BeforeValidator(_named_folder)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(_repeated)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_listed)]
@@ -204,7 +205,17 @@ class AnswerOptions(Settings):
     )
 
 
-class TrainOptions(SplitOptions, AnswerOptions, BaseOptions, ObjectiveOptions, AdapterOptions, TrainingOptions):
+class RetainOptions(Settings):
+    """What is to be kept."""
+
+    retain: Places = Field(
+        (), description="file of your own questions (docs/evaluation.md), asked before and after; may be repeated"
+    )
+
+
+class TrainOptions(
+    SplitOptions, AnswerOptions, RetainOptions, BaseOptions, ObjectiveOptions, AdapterOptions, TrainingOptions
+):
     """Train a Q-Adapter."""
 
     base: Place = Field(description="folder or hub id of a causal language model")

@@ -6,7 +6,6 @@ import importlib
 import os
 import sys
 import tomllib
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +19,7 @@ from qadapter.command import options
 from qadapter.command.app import add_command, call, new_app
 from qadapter.command.flags import from_flags
 from qadapter.config.base import Settings
-from qadapter.files.shown import guard_logs
+from qadapter.files.shown import guard_logs, quiet_libraries
 
 _DISTRIBUTION = "qadapter-pipeline"
 
@@ -165,7 +164,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # PEFT and TRL use names that transformers deprecates; nothing a user could change.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    quiet_libraries()
     guard_logs()
     return call(build_app(), list(sys.argv[1:] if arguments is None else arguments))

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qadapter.command.opened import note
 from qadapter.evaluation.hearing import beside_base
-from qadapter.evaluation.preference import distinct_prompts
+from qadapter.evaluation.preference import distinct_pairs
 from qadapter.evaluation.speech import Speech
 from qadapter.files.shown import visible
 from qadapter.inference.generate import context_of, longest_reply
@@ -36,13 +36,19 @@ def look_at_answers(
         count: of prompts; 0 asks none and measures nothing.
         max_length, batch_size: as for the scores.
     """
-    prompts = distinct_prompts(pairs, count)
-    if not prompts:
+    asked = distinct_pairs(pairs, count)
+    if not asked:
         note("answers: none were generated, so it is not known whether the policy answers in language (--answers)")
         return {}
     longest = longest_reply(LONGEST_ANSWER, context_of(policy), asked_for=False)
     speech, replies = beside_base(
-        policy, tokenizer, prompts, max_new_tokens=longest, max_length=max_length, batch_size=batch_size
+        policy,
+        tokenizer,
+        [list(pair.prompt) for pair in asked],
+        wanted=[pair.chosen for pair in asked],
+        max_new_tokens=longest,
+        max_length=max_length,
+        batch_size=batch_size,
     )
     _say(speech, replies)
     return speech.metrics()

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import yaml
 from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qadapter.command.opened import RECORD, note, open_base
+from qadapter.command.opened import RECORD, as_base, note, open_base
 from qadapter.command.options import TrainOptions
+from qadapter.command.retaining import ask, compared, own_benchmarks
 from qadapter.command.score import score_both
 from qadapter.command.speaking import look_at_answers
 from qadapter.config.model import LoraSettings
@@ -22,6 +24,7 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation.preference import preference_metrics
 from qadapter.files.artifacts import read_json, storage_errors
 from qadapter.files.yaml_text import read_yaml
+from qadapter.planning.small import Knobs, passes, too_small
 from qadapter.policy.adapters import fitted
 from qadapter.preferences.building import Choices
 from qadapter.preferences.pair import PreferencePair, load_pairs
@@ -41,8 +44,8 @@ from qadapter.training.encoded_pairs import EncodedPairs, encode_dataset
 from qadapter.training.trainer import QAdapterTrainer
 
 METRICS = "metrics.json"  # written last: a folder that has it is finished
-ENOUGH_STEPS, FEW_STEPS, MOST_EPOCHS = 30, 10, 10
-FEW_HELDOUT = 20
+MOST_EPOCHS = 10
+_KNOBS = Knobs("--epochs {}", "--batch-size", "--heldout {}", "--heldout-data")
 LARGE_KL = 0.5  # nats per token; trainings that keep what the base could do lie below 0.2 (docs/findings.md)
 _NO_PART_OF_THE_RESULT = {"output", "resume", "overwrite", "logging_steps", "save_steps"}
 
@@ -64,6 +67,7 @@ def run(options: TrainOptions) -> None:
         note(f"{out} is finished already")
         _print_outcome(out, read_json(out / METRICS))
         return
+    own = own_benchmarks(options.retain)
     files = heldout_files = None
     if not resuming:
         files = options.located(options.data, options.split)
@@ -89,12 +93,18 @@ def run(options: TrainOptions) -> None:
         )
     _describe_data(out / "data")
     with storage_errors(out):
-        _train(options, out, network, tokenizer)
+        _train(options, out, network, tokenizer, own)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     _print_outcome(out, read_json(out / METRICS))
 
 
-def _train(options: TrainOptions, out: Path, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _train(
+    options: TrainOptions,
+    out: Path,
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    own: Mapping[str, Path],
+) -> None:
     heldout = load_pairs(out / "data" / "heldout.jsonl")
     allowed = options.allow_truncation
     train_pairs = load_pairs(out / "data" / "train.jsonl")
@@ -119,11 +129,17 @@ def _train(options: TrainOptions, out: Path, network: PreTrainedModel, tokenizer
     for callback in (LogAtCheckpoints(), SealCheckpoints()):
         trainer.add_callback(callback)
     checkpoint = last_checkpoint(out / "checkpoints")
+    before = None
+    if own:
+        with as_base(trainer.policy):
+            before = ask(trainer.policy, tokenizer, own, options.micro_batch)
     note(f"training: {steps} steps of {options.batch_size} pairs" + (f", from {checkpoint}" if checkpoint else ""))
     with measured_cost() as cost:
         trainer.train(resume_from_checkpoint=checkpoint)
     save_weights(trainer, out)
     metrics = _evaluate(trainer, heldout, options) if heldout else {}
+    if before is not None:
+        metrics |= compared(before, ask(trainer.policy, tokenizer, own, options.micro_batch), out)
     encoded = [train_set[place] for place in range(len(train_set))]
     lengths = [2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in encoded]
     metrics |= train_set.truncation.metrics()
@@ -132,23 +148,15 @@ def _train(options: TrainOptions, out: Path, network: PreTrainedModel, tokenizer
 
 def fitting_epochs(pairs: int, batch_size: int) -> float:
     """Passes over the data where none are named: one, or for few pairs as many as give `ENOUGH_STEPS`, at most 10."""
-    return float(min(MOST_EPOCHS, max(1, math.ceil(ENOUGH_STEPS * batch_size / pairs))))
+    return float(min(MOST_EPOCHS, max(1, passes(pairs, batch_size))))
 
 
 def say_small(options: TrainOptions, train: int, heldout: int, steps: int, epochs: float) -> None:
     """Before a training that is too small to show anything: what is small, and what to set."""
     if not options.max_steps and options.epochs is None and epochs > 1:
         note(f"{train} pairs are few: {epochs:g} passes over them make {steps} steps (--epochs sets another number)")
-    if steps < FEW_STEPS:
-        note(
-            f"WARNING: {steps} steps of {options.batch_size} pairs hardly change a model; give --epochs "
-            f"{math.ceil(ENOUGH_STEPS * options.batch_size / train)}, or a smaller --batch-size"
-        )
-    if heldout < FEW_HELDOUT:
-        note(
-            f"WARNING: {heldout} held-out pairs tell nothing (an accuracy is a multiple of 1/{max(heldout, 1)}); hold "
-            f"out at least {FEW_HELDOUT} prompts with --heldout {FEW_HELDOUT}, or give --heldout-data"
-        )
+    for sentence in too_small(_KNOBS, pairs=train, steps=steps, batch_size=options.batch_size, heldout=heldout):
+        note(f"WARNING: {sentence}")
     if steps < options.logging_steps:
         note(f"  fewer steps than --logging-steps {options.logging_steps}: give --logging-steps 1 for a curve")
 

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from qadapter.config.base import Count, Name, Settings, refuse_repeats
+from qadapter.files.folders import resolve_path
 
 
 class RetentionSettings(Settings):
     """Retention: lm-eval tasks by name, looked up in `qadapter/evaluation/benchmarks` first, then in lm-eval.
 
     Attributes:
+        own: benchmarks of the user's own, name → file of questions (docs/evaluation.md): multiple choice, short answer
+            or regular expression, as JSON lines or CSV; `{data}` is the data folder. They count like `tasks`.
         limit: items per task, None for all; for a group or tag, of each task in it.
         limits: task → its own number of items, in place of `limit`.
         batch_size: sequences per forward pass, or `auto` for as many as fit (on a GPU).
         max_new_tokens: longest generated answer in tokens; None: each task's own limit.
-        plain_tasks: members of `tasks` that are prompted without the chat template (the paper: MMLU).
+        plain_tasks: members of `tasks` and `own` that are prompted without the chat template (the paper: MMLU).
         answers: number of held-out helpful prompts answered greedily, to count which of the base's own answers changed.
         official_data: folder with the items of lm-eval's own tasks, instead of the hub; `{data}` is the data folder.
     """
 
-    tasks: tuple[str, ...]
+    tasks: tuple[str, ...] = ()
+    own: dict[Name, str] = {}
     plain_tasks: tuple[str, ...] = ()
     limit: Count | None = None
     limits: dict[str, Count] = {}
@@ -34,15 +39,28 @@ class RetentionSettings(Settings):
     @model_validator(mode="after")
     def _check(self) -> RetentionSettings:
         refuse_repeats("tasks", self.tasks)
-        if unknown := set(self.plain_tasks) - set(self.tasks):
-            raise ValueError(f"plain_tasks {sorted(unknown)} are not among tasks {list(self.tasks)}")
-        if unknown := set(self.limits) - set(self.tasks):
-            raise ValueError(f"limits {sorted(unknown)} are not among tasks {list(self.tasks)}")
+        known = (*self.tasks, *self.own)
+        if not known:
+            raise ValueError("nothing to measure: name `tasks`, or benchmarks of your `own`, or both")
+        if both := sorted(self.own.keys() & set(self.tasks)):
+            raise ValueError(f"own.{both[0]} has the name of one of `tasks`; give it another")
+        if unknown := set(self.plain_tasks) - set(known):
+            raise ValueError(f"plain_tasks {sorted(unknown)} are not among tasks {list(known)}")
+        if unknown := set(self.limits) - set(known):
+            raise ValueError(f"limits {sorted(unknown)} are not among tasks {list(known)}")
         return self
 
     def items_of(self, task: str) -> int | None:
         """Items that a task asks at most; None: all of them."""
         return self.limits.get(task, self.limit)
+
+    def own_files(self, data: Path | None) -> dict[str, Path]:
+        """The files of the user's own benchmarks, in the order of the config.
+
+        Raises:
+            QAdapterError: a path contains `{data}`, but no data folder was given.
+        """
+        return {name: Path(resolve_path(path, data)).expanduser() for name, path in self.own.items()}
 
 
 class AdaptationSettings(Settings):

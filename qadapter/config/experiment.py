@@ -63,7 +63,8 @@ class Experiment(Settings):
     """A whole experiment.
 
     Attributes:
-        name: the MLflow experiment and the profile's name.
+        name: the profile's name: of the plan and the report, and the first part of the MLflow parent run's name
+            (`smoke · lazy-fox`). The MLflow experiment has the name of the flow, `full-paper-repro`.
         seeds: one training per seed, domain and method; the base is trained once, with `base_seed`.
         parallel: how many stages run side by side (1: one after the other, in this process).
         threads: torch threads per stage; None: the machine's cores divided by `parallel`. A tiny model gains nothing

@@ -7,4 +7,4 @@ from pathlib import Path
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 CONFIGS = next((folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir()), _PACKAGE)
-"""Profiles (`*.yaml`) and the folders `accelerate`, `customize`, `lm_eval`, `sweep`, `work_pools`."""
+"""Profiles (`*.yaml`) and the folders `accelerate`, `alerts`, `customize`, `lm_eval`, `sweep`, `work_pools`."""

@@ -18,6 +18,7 @@ def beside_base(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[Message]],
     *,
+    wanted: Sequence[str],
     max_new_tokens: int,
     max_length: int,
     batch_size: int,
@@ -27,6 +28,7 @@ def beside_base(
     Args:
         policy: with an adapter that it can switch off.
         prompts: at least one conversation that ends with the user's turn.
+        wanted: for each prompt a reply that was preferred: the script that it is in is no fault.
         max_new_tokens: longest reply.
         max_length: tokens of prompt and reply together, for the likelihood under the base.
         batch_size: prompts per forward pass.
@@ -41,7 +43,14 @@ def beside_base(
     pairs = list(zip(prompts, base, strict=True))
     likelihood = replies_nll(policy, tokenizer, pairs, max_length=max_length, batch_size=batch_size)
     speech = heard(
-        policy, tokenizer, prompts, replies, (base, likelihood), max_length=max_length, batch_size=batch_size
+        policy,
+        tokenizer,
+        prompts,
+        replies,
+        (base, likelihood),
+        wanted=wanted,
+        max_length=max_length,
+        batch_size=batch_size,
     )
     return speech, [reply.text for reply in replies]
 
@@ -53,6 +62,7 @@ def heard(
     replies: Sequence[Generated],
     base: tuple[Sequence[str], Sequence[float]] | None,
     *,
+    wanted: Sequence[str],
     max_length: int,
     batch_size: int,
 ) -> Speech:
@@ -63,6 +73,7 @@ def heard(
         prompts, replies: n of each.
         base: the base's n replies to the same prompts and their likelihoods, nats per token; None where the policy is
             the base.
+        wanted: for each prompt a reply that was preferred.
         max_length, batch_size: as for the pairs.
     """
     texts = [reply.text for reply in replies]
@@ -77,4 +88,5 @@ def heard(
         nll=likelihood,
         base_nll=base_likelihood,
         vocabulary=len(tokenizer),
+        beside=[(prompt[-1]["content"], reply) for prompt, reply in zip(prompts, wanted, strict=True)],
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +20,12 @@ from qadapter.evaluation.items import items_digests
 from qadapter.evaluation.lm_eval.catalog import expand_suites, require_scores
 from qadapter.evaluation.lm_eval.harness import evaluate_tasks
 from qadapter.evaluation.old_answers import answer_metrics, answer_old_prompts
-from qadapter.evaluation.preference import PairScores, distinct_prompts, preference_metrics, score_pairs
+from qadapter.evaluation.preference import PairScores, distinct_pairs, preference_metrics, score_pairs
 from qadapter.evaluation.speech import SPEECH, Speech
 from qadapter.files.artifacts import read_json, read_json_lines, write_json, write_json_lines
 from qadapter.inference.generate import generate_replies, generate_with_ends
 from qadapter.policy.loading import load_base, load_policy
-from qadapter.preferences.pair import Message, load_pairs
+from qadapter.preferences.pair import Message, PreferencePair, load_pairs
 from qadapter.progress.kept import keeping, leads, spending
 from qadapter.toyworld.rules import exact_measures
 from qadapter.toyworld.world import ToyWorld
@@ -76,10 +76,10 @@ def measure_adaptation(
     network, tokenizer = load_base(base, model)
     pairs = load_pairs(heldout_file)
     policy = load_policy(network, adapter)
-    prompts = distinct_prompts(pairs, None if world else settings.generate)
+    asked = distinct_pairs(pairs, None if world else settings.generate)
     with keeping(scratch):
         scores = score_pairs(policy, tokenizer, pairs, max_length=max_length, batch_size=settings.batch_size)
-        said = _answer(policy, tokenizer, prompts, base_adaptation, settings, max_length) if prompts else None
+        said = _answer(policy, tokenizer, asked, base_adaptation, settings, max_length) if asked else None
         if not leads():
             return
     base_scores = _read_scores(base_adaptation / "pairs.jsonl") if base_adaptation else scores
@@ -87,10 +87,10 @@ def measure_adaptation(
     if said is not None:
         metrics["cost/decoding_tokens_per_second"] = said.tokens_per_second
         if world is not None:
-            metrics |= exact_measures(ToyWorld.read(world), style, prompts, said.replies)
+            metrics |= exact_measures(ToyWorld.read(world), style, said.prompts, said.replies)
         before = _read_replies(base_adaptation)[0] if base_adaptation else said.replies
         with keeping(scratch / "judge" if scratch else None, share=(0, 1)):
-            answers, judged = compare(prompts, before, said.replies)
+            answers, judged = compare(said.prompts, before, said.replies)
         metrics |= judged
         write_json_lines(out / "answers.jsonl", answers)
         write_json_lines(out / SPEECH, said.speech.rows())
@@ -101,8 +101,9 @@ def measure_adaptation(
 
 
 class _Said(NamedTuple):
-    """Answers to held-out prompts, how they read, and how fast one process generated them."""
+    """Held-out prompts, the answers to them, how they read, and how fast one process generated them."""
 
+    prompts: list[list[Message]]
     replies: list[str]
     speech: Speech
     tokens_per_second: float
@@ -111,11 +112,12 @@ class _Said(NamedTuple):
 def _answer(
     policy: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[Message]],
+    asked: Sequence[PreferencePair],
     base_adaptation: Path | None,
     settings: AdaptationSettings,
     max_length: int,
 ) -> _Said:
+    prompts = [list(pair.prompt) for pair in asked]
     # The first pass pays for what is set up once; the answers are few and short, so it would be much of the time.
     generate_replies(policy, tokenizer, prompts[:1], max_new_tokens=2, batch_size=1)
     start = time.perf_counter()
@@ -132,10 +134,11 @@ def _answer(
         prompts,
         generated,
         _read_replies(base_adaptation) if base_adaptation else None,
+        wanted=[pair.chosen for pair in asked],
         max_length=max_length,
         batch_size=settings.batch_size,
     )
-    return _Said(replies, speech, tokens / seconds)
+    return _Said(prompts, replies, speech, tokens / seconds)
 
 
 def _read_replies(base_adaptation: Path) -> tuple[list[str], list[float]]:
@@ -190,6 +193,7 @@ def measure_retention(
     out: Path,
     official_data: Path | None = None,
     scratch: Path | None = None,
+    own: Mapping[str, Path] | None = None,
 ) -> None:
     """Score a policy on what its base could do.
 
@@ -208,6 +212,7 @@ def measure_retention(
         official_data: folder with the items of lm-eval's own tasks (`qadapter.evaluation.lm_eval.official_files`), None
             for those in `benchmarks` and else the hub's.
         scratch: as in `measure_adaptation`.
+        own: the files of `settings.own`, name → file.
 
     Raises:
         QAdapterError: see `evaluate_tasks` and `require_scores`.
@@ -215,8 +220,9 @@ def measure_retention(
     `retention/mean` averages one accuracy a task; measures in other units (bits per byte) are not averaged with them.
     `forgetting/…` is base minus policy, or policy minus base where lower is better: positive is forgotten.
     """
-    tasks, _ = expand_suites(settings.tasks)
-    require_scores(tasks)
+    named, _ = expand_suites(settings.tasks)
+    require_scores(named)
+    tasks = [*named, *(own or {})]
     network, tokenizer = load_base(base, model)
     policy = load_policy(network, adapter)
     known = base_retention / "old_answers.jsonl" if base_retention else None
@@ -227,6 +233,7 @@ def measure_retention(
             policy,
             tokenizer,
             settings.tasks,
+            own=own,
             data=benchmarks,
             official_data=official_data,
             limit=settings.limit,

@@ -138,7 +138,12 @@ def calibration_error(margin: Floats, bins: int = CALIBRATION_BINS) -> float:
 
 def distinct_prompts(pairs: Sequence[PreferencePair], limit: int | None = None) -> list[list[Message]]:
     """Each prompt once, in order; at most `limit` of them."""
-    first = {pair.prompt_digest: list(pair.prompt) for pair in reversed(pairs)}
+    return [list(pair.prompt) for pair in distinct_pairs(pairs, limit)]
+
+
+def distinct_pairs(pairs: Sequence[PreferencePair], limit: int | None = None) -> list[PreferencePair]:
+    """The first pair of each prompt, in the order of `distinct_prompts`."""
+    first = {pair.prompt_digest: pair for pair in reversed(pairs)}
     return list(reversed(first.values()))[:limit]
 
 

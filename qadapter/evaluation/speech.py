@@ -17,11 +17,14 @@ from typing import Any
 
 from qadapter.files.artifacts import read_json_lines
 from qadapter.files.shown import visible
+from qadapter.preferences.scripts import main_script
 
 SPEECH = "speech.jsonl"
 """File beside `answers.jsonl`: a row per reply."""
 SPEAKS = "adaptation/speaks"
 """Metric: 1, or 0 where the policy does not answer in language."""
+BROKEN = "adaptation/broken_replies"
+"""Metric: share of broken replies."""
 
 BROKEN_SHARE = 0.5
 """A policy does not speak if at least this share of its replies is broken …"""
@@ -33,6 +36,7 @@ _FEW_WORDS = 8
 _SHORTEST = 8  # characters; a shorter reply ("No.", "42") repeats nothing
 _REPEATS = 0.5
 _TOWARDS_RANDOM = 0.7
+_NO_SCRIPT = "none"
 _SHOWN = 60  # characters of a broken reply that is shown
 
 
@@ -97,6 +101,7 @@ def listen(
     nll: Sequence[float] | None = None,
     base_nll: Sequence[float] | None = None,
     vocabulary: int | None = None,
+    beside: Sequence[Sequence[str]] | None = None,
 ) -> Speech:
     """Look at a policy's replies beside its base's to the same prompts.
 
@@ -106,6 +111,8 @@ def listen(
         nll, base_nll: mean negative log-likelihood of each reply's tokens under the base, nats per token; NaN for an
             empty reply.
         vocabulary: of the base; with `nll`, replies that are nearer to random tokens than to the base's own are broken.
+        beside: for each reply the texts whose script it may be in, besides that of the base's reply: the prompt, and
+            what was preferred. None: scripts are not looked at. English and French are one script.
 
     Raises:
         ValueError: no replies, or not as many as of the base.
@@ -117,12 +124,14 @@ def listen(
     limit = _limit(base_nll if base_nll is not None else nll, vocabulary)
     letters = _mean([_letters(reply) for reply in base_replies if reply.strip()], 1.0)
     own = nll if nll is not None else [math.nan] * len(replies)
+    scripts = [_scripts([base, *texts]) for base, texts in zip(base_replies, beside or (), strict=False)]
+    allowed: Sequence[frozenset[str]] = scripts or [frozenset()] * len(replies)
     of_base = base_nll if base_nll is not None else [math.nan] * len(replies)
     measured = [value for value in own if not math.isnan(value)]
     return Speech(
-        faults=tuple(tuple(_faults(r, n, limit, letters)) for r, n in zip(replies, own, strict=True)),
+        faults=tuple(tuple(_faults(r, n, limit, letters, s)) for r, n, s in zip(replies, own, allowed, strict=True)),
         base_broken=_mean(
-            [bool(_faults(r, n, limit, letters)) for r, n in zip(base_replies, of_base, strict=True)], 0.0
+            [bool(_faults(r, n, limit, letters, frozenset())) for r, n in zip(base_replies, of_base, strict=True)], 0.0
         ),
         repetition=_mean([repetition(reply) for reply in replies], 0.0),
         ended=None if ended is None else _mean(ended, 0.0),
@@ -167,8 +176,14 @@ def repetition(text: str) -> float:
     return 1 - len(set(grams)) / len(grams)
 
 
-def _faults(reply: str, nll: float, limit: float, letters: float) -> list[str]:
-    """Why a reply is broken, in words that go after a number of replies."""
+def _scripts(texts: Sequence[str]) -> frozenset[str]:
+    """The scripts of some texts; where one is Japanese, a reply of Han letters alone may be, too."""
+    found = {main_script(text) for text in texts} - {_NO_SCRIPT}
+    return frozenset(found | {"Han"} if "Japanese" in found else found)
+
+
+def _faults(reply: str, nll: float, limit: float, letters: float, scripts: frozenset[str]) -> list[str]:
+    """Why a reply is broken, in words that go after a number of replies; without `scripts` any script will do."""
     if not reply.strip():
         return ["are empty"]
     found = []
@@ -176,6 +191,9 @@ def _faults(reply: str, nll: float, limit: float, letters: float) -> list[str]:
         found.append("repeat themselves")
     if letters > 0.5 and _letters(reply) < 0.25 and len(reply.strip()) >= _SHORTEST:
         found.append("have hardly a letter or digit")
+    script = main_script(reply)
+    if scripts and script not in {_NO_SCRIPT, *scripts} and len(reply.strip()) >= _SHORTEST:
+        found.append(f"are written in another script ({script})")
     if nll > limit:  # never where it is NaN
         found.append("are nearly random tokens to the base")
     return found

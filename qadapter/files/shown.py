@@ -1,4 +1,4 @@
-"""Make text safe to show: mask secrets, hidden characters and spreadsheet formulas.
+"""Make text safe to show: mask secrets, hidden characters and spreadsheet formulas; silence idle warnings.
 
 All text that this project prints, logs, reports or raises passes through one of these functions. The module imports
 nothing else of the project, so that `qadapter/errors.py` can use it.
@@ -10,6 +10,7 @@ import logging
 import re
 import threading
 import unicodedata
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, quote_plus
@@ -99,6 +100,14 @@ def csv_cell(value: Any) -> Any:
 def to_csv(frame: pd.DataFrame, file: Path) -> None:
     """Write a table as CSV, headings and cells through `csv_cell`."""
     frame.map(csv_cell).rename(columns=csv_cell).to_csv(file, index=False)
+
+
+def quiet_libraries() -> None:
+    """Silence library warnings that neither the project nor the user can fix, in every process that trains."""
+    # TRL 1.16 and PEFT 0.21 use names that transformers 5.23 deprecates.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    # Without a GPU, it warns at import (by PEFT) that a kernel of the hub is missing, and uses its own.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def guard_logs() -> None:

@@ -171,9 +171,9 @@ _BENCHMARK_ITEMS = {
 ITEMS_OF_OTHER_TASKS = 2_000
 
 
-def benchmark_items(tasks: Sequence[str], limit: int | None) -> int:
-    """Questions of lm-eval tasks together; `limit` is the most that one task asks."""
-    counts = [_BENCHMARK_ITEMS.get(task, ITEMS_OF_OTHER_TASKS) for task in tasks]
+def benchmark_items(tasks: Sequence[str], limit: int | None, own: Sequence[int] = ()) -> int:
+    """Questions of lm-eval tasks together, and of the user's `own` files; `limit` is the most that one task asks."""
+    counts = [*(_BENCHMARK_ITEMS.get(task, ITEMS_OF_OTHER_TASKS) for task in tasks), *own]
     return sum(min(count, limit or count) for count in counts)
 
 

@@ -11,7 +11,7 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation.benchmarks.build import QUESTION_FIELDS
 from qadapter.evaluation.benchmarks.items import read_items
 from qadapter.evaluation.benchmarks.table import tasks_made
-from qadapter.evaluation.lm_eval.catalog import check_tasks, expand_suites, find_tasks
+from qadapter.evaluation.lm_eval.catalog import check_own, check_tasks, expand_suites, find_tasks
 from qadapter.evaluation.lm_eval.definitions import needs_data
 from qadapter.files.folders import resolve_path
 from qadapter.judging.plan import plan_judges
@@ -46,11 +46,12 @@ def check_experiment(
         _check_sources(experiment, fixed, folder, downloads, remote)
     retention = experiment.evaluation.retention
     check_tasks(retention.tasks)
+    check_own(retention.own_files(folder))
     if (pretrained := experiment.model.pretrained) and (remote or Path(pretrained).exists()):
         from qadapter.policy.loading import check_pretrained  # transformers takes seconds to import
         from qadapter.training.adapt import lora_config
 
-        names, plain = expand_suites(retention.tasks, retention.plain_tasks)
+        names, plain = expand_suites([*retention.tasks, *retention.own], retention.plain_tasks)
         templated = [name for name in names if name not in plain]
         check_pretrained(experiment.model, templated, lora_config(experiment.lora))
     _check_official_data(experiment, folder)
@@ -121,6 +122,8 @@ def _check_benchmarks(experiment: Experiment) -> None:
     """
     made = tasks_made(experiment.built_benchmarks, experiment.toy_world is not None)
     tasks, _ = expand_suites(experiment.evaluation.retention.tasks)
+    if not tasks:
+        return
     if lacking := [task for task in needs_data(find_tasks(tasks).local) if task not in made]:
         known = f"; those it makes are for {', '.join(sorted(made))}" if made else ""
         raise QAdapterError(

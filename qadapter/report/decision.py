@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qadapter.evaluation.speech import BROKEN, BROKEN_SHARE
 from qadapter.evaluation.statistics import Interval
 from qadapter.report.intervals import Measured, Sample
 from qadapter.report.items import RULE, SCORE
@@ -176,7 +177,7 @@ def _against(measured: Measured, best: _Candidate, second: _Candidate) -> str:
     more = (
         f"about {needed:,} {what} (now {items:,})"
         if needed
-        else f"more than {MOST_ITEMS:,} {what}, if they differ at all"
+        else f"more than {MOST_ITEMS:,} {what} (if they differ at all)"
     )
     return f" It cannot be told from {second.method} with these data: that takes {more} and {SEEDS} seeds."
 
@@ -194,6 +195,7 @@ def _lines(measured: Measured, chosen: _Candidate) -> tuple[tuple[str, str], ...
     return (
         ("Gained", gained),
         ("Lost", _lost(measured, chosen, domains)),
+        *((("Answers", said),) if (said := _answers(measured, method, domains)) else ()),
         ("How sure", _sure(measured, chosen, domains)),
         *((("Cost", cost),) if (cost := _cost(measured, method, domains)) else ()),
     )
@@ -222,6 +224,18 @@ def _lost(measured: Measured, chosen: _Candidate, domains: Sequence[str]) -> str
     if worst[1] and len(measured.accuracies) > 1:
         text += f" Most was lost in {worst[1]}: {100 * worst[0]:.0f} points."
     return text
+
+
+def _answers(measured: Measured, method: str, domains: Sequence[str]) -> str:
+    """What a reader must know of a method that answers as badly as its base; nothing where most replies are whole."""
+    broken = spread_over(measured.rows, BROKEN, domains, method).mean
+    of_base = spread_over(measured.rows, BROKEN, domains, measured.base_of(method)).mean
+    if math.isnan(broken) or broken < BROKEN_SHARE:
+        return ""
+    return (
+        f"{_percent(broken)} of its generated answers are broken, and {_percent(of_base)} of the base's: read some "
+        "before you use it, and look for a better base."
+    )
 
 
 def _sure(measured: Measured, chosen: _Candidate, domains: Sequence[str]) -> str:

@@ -13,7 +13,6 @@ import tempfile
 import threading
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +23,7 @@ from qadapter.config.base import Settings
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import write_json
 from qadapter.files.process_tags import ProcessTag
+from qadapter.files.shown import quiet_libraries
 from qadapter.progress.reports import Listener, listening
 
 PROGRESS = "progress: "  # a line of rank 0's log; anything else a child prints is a library's
@@ -105,8 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     (file,) = map(Path, sys.argv[1:] if arguments is None else arguments)
     rank = int(os.environ.get("RANK", "0"))
     _die_with(json.loads(file.read_text(encoding="utf-8"))["owner"])
-    # TRL 1.16 and PEFT 0.21 use names that transformers 5.23 deprecates; nothing a user could change.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    quiet_libraries()
     logging.basicConfig(
         format=f"{PROGRESS}%(message)s", stream=sys.stdout, level=logging.ERROR if rank else logging.WARNING
     )

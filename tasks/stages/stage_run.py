@@ -17,6 +17,7 @@ from qadapter.files.shown import shown
 from tasks.stages.context import LARGEST_LOGGED_FILE, RunContext
 from tasks.stages.live import LiveStage, shown_live
 from tasks.stages.store import StageOutput
+from tasks.tracking.view import FRESH_TAG
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,11 @@ def run_stage(
             output = context.store.run(name, module=module, config=config, inputs=inputs, compute=compute)
         live.end(seconds=output.seconds, cached=output.cached)
         measured = {**output.metrics(), f"cost/{name}_stage_seconds": output.seconds}
+        fresh = {} if output.cached else {FRESH_TAG: True}
         tracker.log(
             run_id,
             params=output.params(),
-            tags={f"cached.{name}": output.cached, f"digest.{name}": output.digest[:16]},
+            tags={f"cached.{name}": output.cached, f"digest.{name}": output.digest[:16], **fresh},
             history=[{"step": 0, **measured}, *live.unsent(output.history())],
         )
         tracker.log_folder(run_id, output.path, name, max_bytes_per_file=LARGEST_LOGGED_FILE)

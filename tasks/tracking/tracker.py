@@ -30,6 +30,7 @@ from tasks.tracking.store import (
     MlflowStore,
     first_use,
 )
+from tasks.tracking.view import view_tags
 
 _LOGGER = logging.getLogger(__name__)
 _NAMES_PER_BATCH = 100  # params, and as many tags
@@ -103,8 +104,15 @@ class Tracker:
         """
         self.deliver()
         experiment_id = self.experiment_id(experiment)
+        self._show_view(experiment_id)
         run = self._store.call("create_run", experiment_id, tags=self._tags(tags), run_name=run_name)
         return self._with_params(str(run.info.run_id), params)
+
+    def _show_view(self, experiment_id: str) -> None:
+        """Give the experiment the view of `tasks.tracking.view`, if it does not have it."""
+        known = self._store.call("get_experiment", experiment_id).tags
+        for name, value in view_tags(experiment_id, known).items():
+            self._store.call("set_experiment_tag", experiment_id, name, value)
 
     def start_child(
         self,

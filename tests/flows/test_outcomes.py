@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from prefect.logging import disable_run_logger
 from prefect.states import Cancelled, Completed, Crashed, Failed
 
 from flows.commands import recurring
+from flows.customize import _trained_on
 from flows.running.outcomes import OUTCOMES, ended, exit_code
+from qadapter.preferences.ledger import Changes
 from tests.support.paths import PROJECT_ROOT
 
 
@@ -34,6 +37,16 @@ def test_each_outcome_has_a_state_and_an_exit_code(name: str, code: int, failed:
     assert exit_code(state) == code
     assert state.message == "because"
     assert f"| `{name}` | {code} |" in (PROJECT_ROOT / "docs" / "recurring.md").read_text(encoding="utf-8")
+
+
+def test_no_delivery_is_said_and_not_counted() -> None:
+    """`Promoted: 0 new …` would read as if nothing had been trained on."""
+    nothing = Changes(0, 0, 80, 0, validated=0, fresh_pairs=0, quarantined={}, fresh_quarantined={})
+    assert _trained_on(nothing, 12) == (
+        "no delivery since the last run; 12 pairs of earlier ones that the champion has not learnt"
+    )
+    assert _trained_on(nothing, 0) == "no delivery since the last run; trained on all known pairs once more"
+    assert _trained_on(replace(nothing, new=3, fresh_pairs=3), 15).startswith("3 new, 0 changed, 0 removed and 80 unch")
 
 
 def test_the_table_has_no_other_outcome() -> None:

@@ -42,6 +42,7 @@ from tasks.stages import prefect_artifacts
 from tasks.stages.context import RunContext
 from tasks.stages.store import StageStore
 from tasks.tracking.tracker import Tracker
+from tasks.tracking.view import VIEW_TAG
 from tests.support.commands import subcommand
 from tests.support.fake_judge import FakeJudge, longer, serving
 from tests.support.paths import PROJECT_ROOT
@@ -423,6 +424,17 @@ def test_a_second_run_shows_the_same_in_runs_of_its_own(first: Ran, second: Ran)
         ]
     assert second.parent.data.metrics == first.parent.data.metrics
     assert second.home.artifacts(second.parent) == first.home.artifacts(first.parent)
+
+
+def test_the_saved_view_shows_no_row_twice(first: Ran, second: Ran) -> None:
+    """The second run's rows repeat the first's: MLflow's search with the view's filter finds the first's alone."""
+    experiment = first.home.client.get_experiment(first.parent.info.experiment_id)
+    wanted = json.loads(experiment.tags[VIEW_TAG])["searchFilter"]
+    shown = first.home.client.search_runs([experiment.experiment_id], wanted)
+    own = {run.info.run_id for run in first.home.cells(first.parent).values()}
+    repeated = {run.info.run_id for run in first.home.cells(second.parent).values()}
+    assert own <= {run.info.run_id for run in shown}
+    assert not repeated & {run.info.run_id for run in shown}
 
 
 def test_the_command_prints_table_and_places(first: Ran, second: Ran) -> None:

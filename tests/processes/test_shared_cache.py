@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 
+from tests.support.quiet import noise
 from tests.support.real_runs import Undisturbed
 
 STAGES = {
@@ -42,3 +43,8 @@ def test_the_cache_is_whole_and_mlflow_shows_both(undisturbed: Undisturbed) -> N
     assert Counter(status for _, status in runs) == {"FINISHED": len(runs)}
     names = Counter(name for name, _ in runs if not name.startswith("smoke"))
     assert set(names.values()) == {2}, "each run shows every stage, computed or found"
+
+
+@pytest.mark.slow
+def test_a_normal_run_prints_no_warning_of_a_library(undisturbed: Undisturbed) -> None:
+    assert noise(undisturbed.home.printed()) == []

@@ -200,6 +200,9 @@ def test_a_policy_that_does_not_speak_is_rejected_with_an_example(make: Any, tmp
     assert reason in fallen(candidate, silent, Gate())
     speaking = replace(candidate, metrics={**candidate.metrics, "adaptation/speaks": 1.0})
     assert decide(Gate(), speaking, champion, champion).passed
+    babbling = replace(speaking, metrics={**speaking.metrics, "adaptation/broken_replies": 0.9})
+    passed = next(found for found in decide(Gate(), babbling, champion, champion).findings if found.rule == "speech")
+    assert passed.text == "answers no worse than its base: 90 % of its replies are broken, as are its base's"
 
 
 def test_over_refusals_are_limited_and_must_be_measured(make: Any) -> None:

@@ -28,6 +28,7 @@ from qadapter.files.process_tags import ProcessTag
 from tasks.tracking import store as mlflow_store
 from tasks.tracking.store import AwayError, RefusedError
 from tasks.tracking.tracker import FLOW_RUN_TAG, Tracker, flatten, tracking_uri
+from tasks.tracking.view import NOTE_TAG, VIEW_TAG, view_path, view_state, view_tags
 from tests.support.paths import PROJECT_ROOT
 
 
@@ -88,6 +89,22 @@ def test_parent_and_child(tracker: Tracker, client: MlflowClient, parent: str) -
     assert client.get_run(parent).data.params == {"seed": "1"}
     tracker.finish(child)
     assert client.get_run(child).info.status == "FINISHED"
+
+
+def test_an_experiment_has_the_view_once(tracker: Tracker, client: MlflowClient, parent: str) -> None:
+    """MLflow keeps at most 5,000 characters in a tag; the user's own description of the experiment stays."""
+    experiment = client.get_experiment(client.get_run(parent).info.experiment_id)
+    state = json.loads(experiment.tags[VIEW_TAG])
+    assert state == view_state()
+    assert len(experiment.tags[VIEW_TAG]) <= 5000
+    (scatter,) = [chart for chart in state["compareRunCharts"] if chart["type"] == "SCATTER"]
+    assert (scatter["xaxis"]["key"], scatter["yaxis"]["key"]) == ("adaptation/score", "retention/mean")
+    assert view_path(experiment.experiment_id) in experiment.tags[NOTE_TAG]
+    assert view_tags(experiment.experiment_id, experiment.tags) == {}
+    assert view_tags("7", {NOTE_TAG: "mine", VIEW_TAG: "{}"}).keys() == {VIEW_TAG}
+    client.set_experiment_tag(experiment.experiment_id, NOTE_TAG, "what we tried")
+    tracker.finish(tracker.start_parent("paper", "again"))
+    assert client.get_experiment(experiment.experiment_id).tags[NOTE_TAG] == "what we tried"
 
 
 def test_artifacts_lie_where_a_bare_mlflow_ui_looks(tracker: Tracker, client: MlflowClient, parent: str) -> None:

@@ -33,7 +33,7 @@ def read_items(file: str | Path, fields: Sequence[str]) -> list[dict[str, Any]]:
         )
     items: list[dict[str, Any]] = []
     faults: list[str] = []
-    for place, item in _records(path):
+    for place, item in records(path):
         if isinstance(item, Exception):
             faults.append(f"{place} {item}")
         elif not isinstance(item, dict):
@@ -65,8 +65,8 @@ def lm_eval_dataset(file: str, fields: Sequence[str], **_metadata: Any) -> dict[
     return {"test": Dataset.from_list([{key: item[key] for key in keep} for item in read_items(file, fields)])}
 
 
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """The position of each item, and the item, or an exception if it cannot be read."""
+def records(path: Path) -> Iterator[tuple[str, Any]]:
+    """The place of each item of a JSON lines, JSON or Parquet file, and the item, or why it cannot be read."""
     if path.suffix not in (".json", ".parquet"):
         with path.open("rb") as lines:  # cut at b"\n" only: a text may hold U+2028
             yield from ((f"line {i}", _parsed(line)) for i, line in enumerate(lines, start=1) if line.strip())

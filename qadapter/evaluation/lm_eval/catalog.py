@@ -10,13 +10,14 @@ import difflib
 import functools
 import importlib.util
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.benchmarks.items import read_items
+from qadapter.evaluation.benchmarks.own.items import describe, read_own
 from qadapter.evaluation.lm_eval.definitions import (
     DATA,
     DEFINES,
@@ -112,6 +113,8 @@ def check_tasks(names: Sequence[str], data: Path | None = None) -> None:
         QAdapterError: see `find_tasks`, `require_scores` and `qadapter.evaluation.benchmarks.items.read_items`.
     """
     tasks, _ = expand_suites(names)
+    if not tasks:
+        return
     found = find_tasks(tasks)
     require_scores(tasks)
     for name in found.local:
@@ -120,6 +123,23 @@ def check_tasks(names: Sequence[str], data: Path | None = None) -> None:
         if data is not None and file.is_relative_to(data.resolve()):
             refuse_links_out(data, [file])
         read_items(file, definition(name, data)["dataset_kwargs"].get("fields", ()))
+
+
+def check_own(own: Mapping[str, Path]) -> list[str]:
+    """Preflight of the user's own benchmarks; a line that describes each.
+
+    Args:
+        own: name → file of questions.
+
+    Raises:
+        QAdapterError: a name that a task of this project or of lm-eval has; see `read_own` for the files.
+    """
+    lines = []
+    for name, file in own.items():
+        if template_of(name) is not None or name in official_tasks().files or name in official_tasks().tags:
+            raise QAdapterError(f"There is a task {name!r} already; give your own benchmark {file} another name.")
+        lines.append(describe(name, read_own(file, name)))
+    return lines
 
 
 def require_scores(names: Sequence[str]) -> None:

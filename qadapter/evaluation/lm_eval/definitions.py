@@ -12,10 +12,14 @@ from typing import Any
 
 import yaml
 
+from qadapter.evaluation.benchmarks.own.items import CHOICE, read_own
 from qadapter.files.folders import refuse_links_out
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 """Folder of the project's own benchmarks, one folder each with its task definitions."""
+
+_OWN = BENCHMARKS / "own"
+"""Folder of the tasks that files of the user's own become."""
 
 SUITES = Path(__file__).resolve().parent / "suites"
 """Folder of the suites: lists of lm-eval's own tasks, asked as a paper asks them."""
@@ -113,6 +117,28 @@ def render_definitions(into: Path, names: Sequence[str], data: Path | None) -> N
                 shutil.copy(module, folder)
         text = yaml.dump(settings, Dumper=_TaskDumper, sort_keys=False, allow_unicode=True)
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+
+
+def render_own(into: Path, own: Mapping[str, Path]) -> None:
+    """Write the user's own benchmarks as tasks for lm-eval to read.
+
+    Args:
+        into: an existing folder.
+        own: task's name → file of questions.
+
+    Raises:
+        QAdapterError: see `qadapter.evaluation.benchmarks.own.items.read_own`.
+    """
+    for name, file in own.items():
+        settings = own_definition(name, file) | {"dataset_kwargs": {"file": str(file.absolute())}}
+        text = yaml.dump(settings, Dumper=_TaskDumper, sort_keys=False, allow_unicode=True)
+        (into / f"{name}.yaml").write_text(text, encoding="utf-8")
+
+
+def own_definition(name: str, file: Path) -> dict[str, Any]:
+    """The task that a benchmark of the user's own is, without its file."""
+    template = "_choice.yaml" if read_own(file, name).kind == CHOICE else "_reply.yaml"
+    return {"task": name, **settings_of(_OWN / template)}
 
 
 def definition(name: str, data: Path | None) -> dict[str, Any]:

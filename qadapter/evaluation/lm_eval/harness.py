@@ -24,7 +24,7 @@ from qadapter.evaluation.lm_eval.catalog import (
     expand_suites,
     find_tasks,
 )
-from qadapter.evaluation.lm_eval.definitions import needs_data
+from qadapter.evaluation.lm_eval.definitions import needs_data, render_own
 from qadapter.evaluation.lm_eval.model import PolicyLM, require_chat_template
 from qadapter.evaluation.lm_eval.official_files import write_definitions
 
@@ -68,6 +68,7 @@ def evaluate_tasks(
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
     *,
+    own: Mapping[str, Path] | None = None,
     data: Path | None = None,
     official_data: Path | None = None,
     limit: int | None = None,
@@ -87,11 +88,12 @@ def evaluate_tasks(
         model: any policy: a causal language model, a PEFT model or a Q-Adapter; its training mode is left as it was.
         tokenizer: the policy's; its chat template is applied to every prompt if `apply_chat_template`.
         tasks: names of tasks, groups and suites (`paper_suite`).
+        own: benchmarks of the user's own, name → file of questions, asked after `tasks`.
         data: folder whose `benchmarks/` holds the files of the project's own tasks.
         official_data: folder with files of lm-eval's own tasks (`qadapter.evaluation.lm_eval.official_files`), by
             default `<data>/benchmarks`; what is not there comes from the hub.
         limit: use only the first items of each task.
-        limits: member of `tasks` → its own limit; the tasks of a group or suite each have the group's.
+        limits: member of `tasks` or `own` → its own limit; the tasks of a group or suite each have the group's.
         batch_size: prompts per batch, or "auto" for the largest that fits (found by trial, so meant for a GPU).
         plain_tasks: members of `tasks` prompted without chat template, in addition to those that a suite lists.
         fewshot_as_multiturn: give worked examples as turns of the conversation; needs the chat template.
@@ -104,11 +106,13 @@ def evaluate_tasks(
         QAdapterError: an unknown task, a benchmark file that is missing or faulty, a tokenizer without a chat template,
             an answer that cannot fit into the model's context.
     """
-    names, without_template = expand_suites(tasks, plain_tasks)
+    own = own or {}
+    names, without_template = expand_suites([*tasks, *own], plain_tasks)
     plain = set(without_template if apply_chat_template else names)
     if not plain.issuperset(names):
         require_chat_template(tokenizer)
-    found = find_tasks(names)
+    named = [name for name in names if name not in own]
+    found = find_tasks(named) if named or not own else TaskFolders((), ())
     if data is None and (without := needs_data(found.local)):
         raise QAdapterError(f"Task {without[0]} reads its items from a data folder, and none was given. Give `data`.")
     if device is not None:
@@ -117,8 +121,9 @@ def evaluate_tasks(
     was_training = model.training
     try:
         with _quiet_lm_eval(), tempfile.TemporaryDirectory(prefix="qadapter-tasks-") as rendered:
-            manager = _task_manager(names, found, data, official_data, Path(rendered))
-            for (chat, most), some in _alike(names, plain, _limit_of_each(tasks, limit, limits or {})).items():
+            render_own(Path(rendered), own)
+            manager = _task_manager(named, found, data, official_data, Path(rendered))
+            for (chat, most), some in _alike(names, plain, _limit_of_each([*tasks, *own], limit, limits or {})).items():
                 loaded = _load(manager, some)
                 for task in loaded["tasks"].values():
                     _configure(task, num_fewshot=num_fewshot, max_gen_toks=max_gen_toks, seed=seed)

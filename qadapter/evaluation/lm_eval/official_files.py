@@ -85,6 +85,8 @@ def check_files(names: Sequence[str], folder: Path) -> None:
     from lm_eval.tasks import TaskManager
 
     tasks, _ = expand_suites(names)
+    if not tasks:
+        return
     found = find_tasks(tasks)
     if not found.official:
         return

@@ -20,6 +20,7 @@ from qadapter.evaluation.lm_eval.definitions import (
     FunctionName,
     definition,
     named_files,
+    own_definition,
     settings_of,
     template_of,
 )
@@ -48,7 +49,9 @@ class TaskReads:
     datasets: Mapping[str, str]
 
 
-def reads_of(names: Sequence[str], data: Path | None, official_data: Path | None) -> dict[str, TaskReads]:
+def reads_of(
+    names: Sequence[str], data: Path | None, official_data: Path | None, own: Mapping[str, Path] | None = None
+) -> dict[str, TaskReads]:
     """What the named tasks read.
 
     lm-eval's own definitions are those of its installed version, which is part of every stage's key, so of them only
@@ -58,16 +61,24 @@ def reads_of(names: Sequence[str], data: Path | None, official_data: Path | None
         names: of tasks, groups and suites.
         data: folder whose `benchmarks/` holds the items of the project's own tasks.
         official_data: folder with items of lm-eval's own tasks, by default `<data>/benchmarks`.
+        own: benchmarks of the user's own, name → file of questions.
 
     Raises:
         QAdapterError: a task of the project's own reads from a URL, whose content has no digest before it is read.
     """
     tasks, _ = expand_suites(names)
     folder = official_data or (data / "benchmarks" if data else None)
-    return {name: _own(name, data) if template_of(name) else _official(name, folder) for name in tasks}
+    found = {name: _local(name, data) if template_of(name) else _official(name, folder) for name in tasks}
+    return found | {name: _of_user(name, file) for name, file in (own or {}).items()}
 
 
-def _own(name: str, data: Path | None) -> TaskReads:
+def _of_user(name: str, file: Path) -> TaskReads:
+    settings = own_definition(name, file)
+    modules = [function.rpartition(".")[0] for function in _functions(settings)]
+    return TaskReads(_plain(settings), tuple(dict.fromkeys(modules)), (file.absolute(),), {})
+
+
+def _local(name: str, data: Path | None) -> TaskReads:
     found = template_of(name)
     assert found is not None
     place = found[0].parent

@@ -8,12 +8,13 @@ from typing import Any
 
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.benchmarks.items import read_items
+from qadapter.evaluation.benchmarks.own.items import read_own
 from qadapter.evaluation.lm_eval.catalog import expand_suites, find_tasks, own_file
 from qadapter.evaluation.lm_eval.official_files import leaves, local_files
 
 
 def benchmark_items(
-    names: Sequence[str], data: Path | None, official_data: Path | None
+    names: Sequence[str], data: Path | None, official_data: Path | None, own: Mapping[str, Path] | None = None
 ) -> tuple[dict[str, list[list[str]]], list[str]]:
     """Task → for each item its texts (every field that is a text of its own), and the tasks whose items are elsewhere.
 
@@ -21,10 +22,13 @@ def benchmark_items(
         names: tasks, groups and suites.
         data: folder whose `benchmarks/` has the items of the project's own tasks.
         official_data: folder with the items of lm-eval's own tasks, by default `<data>/benchmarks`.
+        own: benchmarks of the user's own, name → file of questions.
     """
+    items = {name: [[item["prompt"]] for item in read_own(file, name).items] for name, file in (own or {}).items()}
     tasks, _ = expand_suites(names)
+    if not tasks:
+        return items, []
     found = find_tasks(tasks)
-    items: dict[str, list[list[str]]] = {}
     for name in found.local:
         file = own_file(name, data)
         if file is not None and file.is_file():

@@ -25,6 +25,7 @@ from typer.main import get_command
 from flows.commands.table import COMMANDS as PIPELINE
 from qadapter.command import chat as chat_module
 from qadapter.command import parser as parser_module
+from qadapter.command import train as train_module
 from qadapter.command.app import add_command, call, new_app
 from qadapter.command.flags import from_flags
 from qadapter.command.generate import read_prompts
@@ -45,6 +46,7 @@ from qadapter.preferences.pair import load_pairs
 from qadapter.training.adapt import train_adapter
 from qadapter.training.trainer import QAdapterTrainer
 from tests.support.paths import PROJECT_ROOT
+from tests.support.quiet import noise
 from tests.support.tiny_chat import byte_tokenizer, tiny_llama
 from tests.support.tiny_models import lora
 from tests.support.tiny_toy import rows
@@ -703,8 +705,15 @@ def test_without_a_chat_template_conversations_are_transcripts(
 ) -> None:
     base = write_base(tmp_path / "base", template=False)
     data = write_pairs(tmp_path / "pairs.jsonl")
+    assert train_module.LARGE_KL == 0.5
+    monkeypatch.setattr(train_module, "LARGE_KL", 0.0)  # any training is above it
     assert main(["train", "--base", str(base), "--data", str(data), "--output", str(tmp_path / "out"), *TRAIN]) == 0
-    assert "no chat template; conversations are written as plain transcripts" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "no chat template; conversations are written as plain transcripts" in said
+    moved = json.loads((tmp_path / "out/metrics.json").read_text())["heldout/kl/base"]
+    assert moved > 0
+    assert f"WARNING: the policy is far from its base (KL {moved:.2f} per token; trainings that keep the base's" in said
+    assert "lower --learning-rate, train fewer steps, or take --preset residual" in said
     policy = QAdapterForCausalLM.from_pretrained(tmp_path / "out")
     ids = TOKENIZER("\n\nHuman: Hello\n\nAssistant:", return_tensors="pt")["input_ids"]
     with torch.no_grad():
@@ -740,8 +749,20 @@ def test_from_preferences_to_a_chat(
     write_base(tmp_path / "base")
     write_pairs(tmp_path / "pairs.jsonl")
     data = ["--base", "base", "--data", "pairs.jsonl", "--output", "out"]  # relative to where it runs
-    trained = command_line(tmp_path, "train", *data, *TRAIN)
+    quiz = [{"question": f"Which colour is thing {i}?", "answer": COLOURS[i % 5]} for i in range(4)]
+    (tmp_path / "My quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in quiz))
+    trained = command_line(tmp_path, "train", *data, *TRAIN, "--retain", "My quiz.jsonl")
     assert "100%" in trained.stderr  # the progress bar
+    assert noise(trained.stdout + trained.stderr) == []
+    assert "retain: my-quiz: 4 questions, short answer\n" in trained.stderr
+    kept = json.loads((tmp_path / "out/metrics.json").read_text())
+    shown = re.search(
+        r"retain: my-quiz (\S+) before, (\S+) after: (\S+) \(4 questions: \d lost, \d won\)", trained.stderr
+    )
+    assert shown is not None
+    assert float(shown[2]) == pytest.approx(kept["retention/my-quiz/acc"], abs=5e-4)
+    assert float(shown[1]) - float(shown[2]) == pytest.approx(kept["forgetting/my-quiz/acc"], abs=1e-3)
+    assert [row["target"] for row in rows(tmp_path / "out/retained.jsonl")] == [row["answer"] for row in quiz]
     assert "27 pairs read (trl-plain), 24 used, 3 quarantined" in trained.stderr
     adapters = [load_file(folder / "out/adapter_model.safetensors") for folder in (tmp_path, place)]
     assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[1])

@@ -78,6 +78,22 @@ def test_word_salad_is_found_by_its_likelihood() -> None:
     assert listen(["", *salad[:3]], BASE, nll=[math.nan, 2.0, 3.0, 4.0], **usual).nll == 3.0
 
 
+def test_another_script_is_broken_unless_it_was_preferred() -> None:
+    """The base answers in Latin letters: Cyrillic is neither its script nor the prompt's."""
+    cyrillic = ["Столица Испании - Мадрид.", "У пауков восемь ног.", "Семь и пять.", "Листья зелёные."]
+    english = [("Which is it?", "I do not say.")] * 4
+    speech = listen(cyrillic, BASE, beside=english)
+    assert not speech.speaks
+    assert speech.reasons() == "4 of 4 are written in another script (Cyrillic)"
+    assert listen(cyrillic, BASE, beside=[("Which is it?", "Не скажу вам.")] * 4).speaks  # what the preferences teach
+    assert listen(cyrillic, BASE, beside=[("Что это такое?", "No.")] * 4).speaks  # what was asked
+    assert listen(["42", "?", "1 + 1 = 2, 2 + 2 = 4", "Да"], BASE, beside=english).faults == ((),) * 4
+    assert not listen(BASE, cyrillic, beside=[("Что это такое?", "Не скажу.")] * 4).speaks  # Latin is a script too
+    assert listen(
+        ["東京都千代田区霞が関"] * 4, ["東京都千代田区です。はい"] * 4, beside=[("どこですか?", "はい")] * 4
+    ).speaks
+
+
 def test_replies_and_the_bases_go_together() -> None:
     with pytest.raises(ValueError, match="2 replies and 4 of the base"):
         listen(BASE[:2], BASE)

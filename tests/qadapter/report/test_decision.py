@@ -112,6 +112,16 @@ def test_a_lead_beyond_chance_decides(tmp_path: Path) -> None:
     assert sure == "Use q-adapter. It forgot less than sft, the next best, beyond chance."
 
 
+def test_a_base_that_babbles_is_said(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, {"base": 4, "dpo": 180}, {"base": 190, "dpo": 186})
+    assert "Answers" not in dict(decide_for_reader(Measured(rows)).lines)
+    rows = [replace(row, metrics={**row.metrics, "adaptation/broken_replies": 0.9}) for row in rows]
+    assert dict(decide_for_reader(Measured(rows)).lines)["Answers"] == (
+        "90 % of its generated answers are broken, and 90 % of the base's: read some before you use it, and look for a "
+        "better base."
+    )
+
+
 def test_a_policy_that_does_not_speak_wins_nothing(tmp_path: Path) -> None:
     """DPO has the highest score of all and answers `==========`."""
     follows = {"base": 4, "q-adapter": 100, "sft": 90, "dpo": 200}
