@@ -30,7 +30,8 @@ from qadapter.preferences import sources
 from qadapter.preferences.building import Choices
 from qadapter.preferences.prepare import no_usable_pair, stream_files
 from qadapter.preferences.quality import Quality, sentences
-from qadapter.preferences.reading import Rejected
+from qadapter.preferences.reader import Rejected
+from qadapter.preferences.shards import Findings
 from qadapter.report.rows import listed
 from qadapter.toyworld.world import ToyWorld
 from tasks.stages.context import Cell
@@ -150,7 +151,7 @@ def _plan_local(source: Source, longest: int, files: Sequence[Path]) -> SourcePl
     quality, characters, rejected = Quality(is_refusal), 0.0, Counter[str]()
     pairs = 0
     options: dict[str, Any] = {"domain": source.domain, "max_chars": source.max_chars, "choices": Choices.of(source)}
-    for item in stream_files(files, {}, **options):
+    for item in stream_files(files, Findings(), **options):
         if isinstance(item, Rejected):
             rejected[item.reason.value] += 1
             continue

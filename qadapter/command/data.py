@@ -12,7 +12,8 @@ from qadapter.files.shown import visible
 from qadapter.preferences.building import Choices
 from qadapter.preferences.pair import PreferencePair
 from qadapter.preferences.prepare import no_usable_pair, stream_files
-from qadapter.preferences.reading import Accepted
+from qadapter.preferences.reader import Accepted
+from qadapter.preferences.shards import Findings
 
 SHOWN_PAIRS, SHOWN_CHARACTERS = 3, 400
 
@@ -31,11 +32,11 @@ def run(options: ShowDataOptions) -> None:
 def report(files: list[Path], options: ShowDataOptions) -> Iterator[str]:
     """The lines of the report on some files."""
     choices = Choices.of(options)
-    formats: dict[Path, str] = {}
+    findings = Findings()
     reasons: Counter[str] = Counter()
     shown: list[PreferencePair] = []
     used = with_margin = 0
-    for item in stream_files(files, formats, domain=options.domain, max_chars=options.max_chars, choices=choices):
+    for item in stream_files(files, findings, domain=options.domain, max_chars=options.max_chars, choices=choices):
         if not isinstance(item, Accepted):
             reasons[item.reason.value] += 1
             continue
@@ -43,8 +44,8 @@ def report(files: list[Path], options: ShowDataOptions) -> Iterator[str]:
         with_margin += item.pair.margin is not None
         if len(shown) < SHOWN_PAIRS:
             shown.append(item.pair)
-    for name in sorted(set(formats.values())):
-        places = [shown_path(Path(file.name)) for file in files if formats.get(file) == name]
+    for name in sorted(set(findings.formats.values())):
+        places = [shown_path(Path(file.name)) for file in files if findings.formats.get(file) == name]
         yield f"layout: {name} ({places[0]}{f' and {len(places) - 1} more' if len(places) > 1 else ''})"
     for number, pair in enumerate(shown, 1):
         yield f"\n--- pair {number}" + ("" if pair.margin is None else f" (margin {pair.margin:g})")
@@ -54,6 +55,7 @@ def report(files: list[Path], options: ShowDataOptions) -> Iterator[str]:
     quarantined = sum(reasons.values())
     margins = f", {with_margin} of them with a margin" if with_margin else ""
     yield f"\n{used + quarantined} pairs read, {used} can be used{margins}, {quarantined} cannot"
+    yield from (f"  {count} kept with {what}" for what, count in sorted(findings.counts.items()))
     yield from (f"  {count} quarantined: {reason}" for reason, count in sorted(reasons.items()))
     if not used:
         raise no_usable_pair(files, reasons)

@@ -88,14 +88,14 @@ def iter_records(file: Path, *, records: str | None = None, position: Position |
         ) from error
 
 
-def head(records: Iterable[RawRecord]) -> list[RawRecord]:
-    """The records that decide a file's format: the first 100, or fewer where they are large."""
+def head(records: Iterable[RawRecord], *, count: int = RECORDS_TO_DETECT, size: int = HEAD_BYTES) -> list[RawRecord]:
+    """The records that decide a file's format: the first 100 (`count`), or fewer where they have more bytes than `size`
+    together."""
     first: list[RawRecord] = []
-    size = 0
     for record in records:
         first.append(record)
-        size += record.size
-        if len(first) == RECORDS_TO_DETECT or size > HEAD_BYTES:
+        size -= record.size
+        if len(first) == count or size < 0:
             break
     return first
 

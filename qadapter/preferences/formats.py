@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qadapter.preferences import parsers, presets, unpaired
+from qadapter.preferences import pairing, parsers, presets, unpaired
 from qadapter.preferences.building import Context, Record
 from qadapter.preferences.presets import Looks, Parse, dialogue, each, has, texts, undecided
 from qadapter.preferences.transcripts import HH, STYLES
@@ -75,7 +75,7 @@ def _messages(name: str, example: str, looks_like: Looks, parse: Parse, reads: s
 
 
 def _unpaired(name: str, example: str, looks_like: Looks, split: unpaired.Split, reads: str) -> Format:
-    choose = unpaired.needs_pairing(split)
+    choose = pairing.needs_pairing(split)
     more: Any = {"choose": choose, "takes": "pairing", "reads": _fields(reads)}
     return Format(name, example, looks_like, _never, group="unpaired", **more)
 

@@ -20,7 +20,8 @@ from qadapter.files.artifacts import digest_file, read_json, write_json
 from qadapter.files.folders import shown_path
 from qadapter.preferences.building import Choices
 from qadapter.preferences.pair import PreferencePair
-from qadapter.preferences.reading import Reader, characters, file_records, open_reader
+from qadapter.preferences.reader import Reader
+from qadapter.preferences.reading import characters, file_records, open_reader
 from qadapter.preferences.records import RawRecord, Reason
 from qadapter.preferences.sources import DATA_ENDINGS
 

@@ -27,11 +27,12 @@ import numpy as np
 from qadapter.errors import QAdapterError
 from qadapter.files.folders import shown_path
 from qadapter.preferences.building import Choices
-from qadapter.preferences.containers import NoRecordsError
 from qadapter.preferences.pair import PreferencePair
 from qadapter.preferences.progress import Progress
-from qadapter.preferences.reading import Accepted, Rejected, open_reader, read_pairs
+from qadapter.preferences.reader import Accepted, Rejected
+from qadapter.preferences.reading import file_records, parse_records, parsed
 from qadapter.preferences.records import Reason
+from qadapter.preferences.shards import Findings, open_files
 from qadapter.preferences.sorting import SortedRows
 from qadapter.preferences.split import (
     CROSSING,
@@ -65,13 +66,18 @@ class ParsedFiles:
         read: number of candidate pairs, counted as they came in.
         pairs: the usable ones.
         rejected: the others.
-        formats: the detected format of every file.
+        findings: what else was found.
     """
 
     read: int
     pairs: list[PreferencePair]
     rejected: list[Rejected]
-    formats: dict[Path, str]
+    findings: Findings
+
+    @property
+    def formats(self) -> dict[Path, str]:
+        """The detected format of every file."""
+        return self.findings.formats
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +93,11 @@ class PreparationSummary:
         train_prompts, heldout_prompts: distinct prompts among them.
         train_sha256, heldout_sha256: digests of the two files.
         formats: the detected format of every file, by the name it has in `quarantine.jsonl`.
+        odd_files: files that were read like the others of their data set although their own first records look like
+            another layout, with that one; not in `summary.json` where there are none.
+        ties: pairs that were kept although their scores are equal, or against the decision (`equal scores`, …), and
+            candidates that were left out because they are no preference (`left out`); not in `summary.json` where there
+            are none.
         incomplete_files: names of files that are truncated or damaged, so that part of their content is unknown.
         judge_pairs, judge_prompts, judge_sha256: of `judge.jsonl`; 0 and empty where no pair was set apart, and then
             not in `summary.json`.
@@ -108,6 +119,8 @@ class PreparationSummary:
     heldout_sha256: str
     formats: dict[str, str]
     incomplete_files: list[str] = field(default_factory=list)
+    odd_files: dict[str, str] = field(default_factory=dict)
+    ties: dict[str, int] = field(default_factory=dict)
     judge_pairs: int = 0
     judge_prompts: int = 0
     judge_sha256: str = ""
@@ -214,7 +227,7 @@ class _Side:
         self.rows = SortedRows(spill)
         self.read_count = 0
         self.rejected: dict[Path, _Rejections] = {}
-        self.formats: dict[Path, str] = {}
+        self.findings = Findings()
 
     def read(self, seed: int, *, domain: str | None, max_chars: int, choices: Choices | None) -> None:
         """Read the files to their end.
@@ -222,14 +235,14 @@ class _Side:
         Raises:
             QAdapterError: as `stream_files`, or no usable pair.
         """
-        for item in stream_files(self.files, self.formats, domain=domain, max_chars=max_chars, choices=choices):
+        for item in stream_files(self.files, self.findings, domain=domain, max_chars=max_chars, choices=choices):
             self.read_count += 1
             if isinstance(item, Accepted):
                 self.rows.add(Row.of(item.pair, seed))
             else:
                 self.rejected.setdefault(item.file, _Rejections()).add(item)
         if not self.rows.drawn:
-            raise no_usable_pair(list(self.formats), self.reasons())
+            raise no_usable_pair(list(self.findings.formats), self.reasons())
 
     def reasons(self) -> Counter[str]:
         """How many candidates were rejected for each reason."""
@@ -261,7 +274,7 @@ def _write(
     max_train_pairs: int | None,
     max_heldout_pairs: int | None,
 ) -> PreparationSummary:
-    formats = {file: name for side in sides for file, name in side.formats.items()}
+    formats = {file: name for side in sides for file, name in side.findings.formats.items()}
     names = _short_names(formats)
     train, heldout, quarantine, summary_file, judge = (out_dir / name for name in OUTPUTS)
     with ExitStack() as stack:
@@ -307,16 +320,24 @@ def _write(
         heldout_sha256=written[HELDOUT][2],
         formats={names[file]: name for file, name in sorted(formats.items())},
         incomplete_files=sorted(incomplete),
+        odd_files={names[file]: name for side in sides for file, name in side.findings.odd.items()},
+        ties=_ties(sides, reasons),
         judge_pairs=judge_lines,
         judge_prompts=judge_prompts,
         judge_sha256=judge_sha256,
     )
     summary.check()
-    fields = asdict(summary)
+    fields = {name: value for name, value in asdict(summary).items() if value or name not in ("odd_files", "ties")}
     if not judge_lines:
         fields = {name: value for name, value in fields.items() if not name.startswith("judge_")}
     summary_file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return summary
+
+
+def _ties(sides: Sequence[_Side], reasons: Mapping[str, int]) -> dict[str, int]:
+    """Ties by what became of them; those that did not occur left out."""
+    counts = sum((side.findings.counts for side in sides), Counter({"left out": reasons.get(Reason.NO_PREFERENCE, 0)}))
+    return {name: count for name, count in sorted(counts.items()) if count}
 
 
 class _Output:
@@ -369,7 +390,7 @@ def _quarantined(sides: Sequence[_Side], names: Mapping[Path, str]) -> Iterator[
 
 def stream_files(
     files: Sequence[Path],
-    formats: dict[Path, str],
+    findings: Findings,
     *,
     domain: str | None = None,
     max_chars: int = DEFAULT_MAX_CHARS,
@@ -382,7 +403,7 @@ def stream_files(
 
     Args:
         files: the files.
-        formats: gets the detected format of every file; `none` where a file is set aside.
+        findings: gets the detected format of every file, `none` where a file is set aside, and more.
         domain, max_chars, choices: see `prepare`.
 
     Raises:
@@ -390,24 +411,29 @@ def stream_files(
     """
     if not files:
         raise QAdapterError("No preference file was given; at least one was expected.")
-    aside: dict[Path, NoRecordsError] = {}
-    for file in files:
-        try:
-            formats[file] = open_reader(file, domain=domain, choices=choices).name
-        except NoRecordsError as error:
-            formats[file], aside[file] = NO_FORMAT, error
+    opened = open_files(files, domain=domain, choices=choices, findings=findings)
+    aside = opened.aside
+    findings.formats |= dict.fromkeys(aside, NO_FORMAT)
     if len(aside) == len(set(files)):
         raise next(iter(aside.values()))
     progress = Progress(files)
-    for file in files:
+    for number, file in enumerate(files):
         position = progress.next_file(file)
         if file in aside:
             logger.warning("%s", str(aside[file]).partition(". Expected")[0] + "; it is set aside")
             yield Rejected(file, 1, aside[file].reason)
             continue
-        for item in read_pairs(file, domain=domain, max_chars=max_chars, choices=choices, position=position):
+        records = file_records(file, choices, position=position)
+        for item in parse_records(file, records, opened.readers[file], max_chars, number):
             progress.count()
             yield item
+    for reader in opened.distinct():
+        for shard, line, candidate in reader.finish():
+            progress.count()
+            yield parsed(files[shard], line, candidate, max_chars)
+        findings.counts.update(reader.counts)
+        for what, count in reader.counts.items():
+            logger.warning("%s: %d pairs with %s; `ties: drop` leaves them out", opened.name_of(reader), count, what)
 
 
 def parse_files(
@@ -418,14 +444,14 @@ def parse_files(
     choices: Choices | None = None,
 ) -> ParsedFiles:
     """All that `stream_files` gives, held in memory. Arguments and errors are its."""
-    parsed = ParsedFiles(0, [], [], {})
-    for item in stream_files(files, parsed.formats, domain=domain, max_chars=max_chars, choices=choices):
-        parsed.read += 1
+    found = ParsedFiles(0, [], [], Findings())
+    for item in stream_files(files, found.findings, domain=domain, max_chars=max_chars, choices=choices):
+        found.read += 1
         if isinstance(item, Accepted):
-            parsed.pairs.append(item.pair)
+            found.pairs.append(item.pair)
         else:
-            parsed.rejected.append(item)
-    return parsed
+            found.rejected.append(item)
+    return found
 
 
 def first_usable_pair(
@@ -440,7 +466,7 @@ def first_usable_pair(
         QAdapterError: as `parse_files`, or no usable pair; the message counts the reasons.
     """
     reasons: Counter[str] = Counter()
-    for item in stream_files(files, {}, domain=domain, max_chars=max_chars, choices=choices):
+    for item in stream_files(files, Findings(), domain=domain, max_chars=max_chars, choices=choices):
         if isinstance(item, Accepted):
             return item.pair
         reasons[item.reason.value] += 1

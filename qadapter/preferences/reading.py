@@ -1,404 +1,22 @@
-"""One reader for files, data sets in Python and the command: the layout is chosen once, from the first records.
-
-`recognise` looks at every field of the first records. What a layout does not read and could change the meaning of a
-reply (context, history, tools, weights) makes the source refused, or the record quarantined where only a few have it.
-"""
+"""Files as candidate pairs: one reader for files, data sets in Python and the command (`reader.py`)."""
 
 from __future__ import annotations
 
 import itertools
-import logging
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qadapter.errors import QAdapterError
 from qadapter.files.folders import shown_path
-from qadapter.preferences.building import Choices, Context, texts_of
-from qadapter.preferences.cells import are_lists_of_texts, columns_of_cells, columns_of_structs, opened
-from qadapter.preferences.containers import NoRecordsError, Position, head, iter_records
-from qadapter.preferences.formats import BY_NAME, FORMATS, GROUPS, Format
-from qadapter.preferences.mapping import FieldMapping
+from qadapter.preferences.building import Choices
+from qadapter.preferences.containers import HEAD_BYTES, RECORDS_TO_DETECT, NoRecordsError, Position, head, iter_records
 from qadapter.preferences.pair import PreferencePair
-from qadapter.preferences.propose import proposal
+from qadapter.preferences.reader import Accepted, ParsedRecord, Reader, Rejected
+from qadapter.preferences.recognition import recognise
 from qadapter.preferences.records import RawRecord, Reason
-from qadapter.preferences.refusals import sentence_of
-from qadapter.preferences.transcripts import style_of
-from qadapter.preferences.turns import Candidates, UnusableRecord
-from qadapter.preferences.unpaired import Pairing
-from qadapter.preferences.unread_fields import NOT_TEXT, suspects, unexplained
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Accepted:
-    """A candidate pair that can be used, and where it came from (see `RawRecord.line`)."""
-
-    file: Path
-    line: int
-    pair: PreferencePair
-
-
-@dataclass(frozen=True, slots=True)
-class Rejected:
-    """A candidate pair that cannot be used, where it came from and why."""
-
-    file: Path
-    line: int
-    reason: Reason
-
-
-ParsedRecord = Accepted | Rejected
-
-
-class Reader:
-    """Reads the records of one source in the layout that was chosen for it.
-
-    Attributes:
-        name: of the layout: a format's, `transcript:<style>`, or `mapping`.
-        across_records: whether what a record gives depends on the records before it (unpaired rows).
-        counts: what is counted beside the candidates.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        context: Context,
-        parse: Any,
-        file_format: Format | None,
-        cells: Sequence[str] = (),
-        structs: Sequence[str] = (),
-    ) -> None:
-        self.name = name
-        self._context = context
-        self._parse = parse
-        self._format = file_format
-        self._cells, self._structs = tuple(cells), tuple(structs)
-        self._pairing = parse if isinstance(parse, Pairing) else None
-        self._suspects: dict[tuple[Any, ...], tuple[str, ...]] = {}
-        choices = context.choices
-        self._ties = parse.ties if isinstance(parse, FieldMapping) and parse.ties else choices.ties
-
-    @property
-    def across_records(self) -> bool:
-        """See the class."""
-        return self._pairing is not None
-
-    @property
-    def counts(self) -> Mapping[str, int]:
-        """See the class."""
-        return self._context.counts
-
-    def read(self, record: Any, line: int = 0) -> Candidates:
-        """All candidate pairs of one decoded record, each a pair or the reason why it is none.
-
-        Args:
-            record: as the file or data set has it.
-            line: its number, by which `finish` names it.
-
-        Returns:
-            At least one candidate; only a row that waits for a partner (`across_records`) gives none.
-        """
-        if not isinstance(record, dict):
-            return [Reason.NOT_AN_OBJECT]
-        try:
-            if self._cells or self._structs:
-                record = opened(record, self._cells, self._structs)
-            if self._format is not None:
-                self._check_fields(record, self._format)
-            if self._pairing is not None:
-                return self._kept(self._pairing.read(record, self._context, line))
-            candidates = self._parse(record, self._context)
-            if self._format is not None and self._format.group == "judgement":
-                candidates = _agreeing(record, self._format, candidates)
-        except UnusableRecord as unusable:
-            return [unusable.reason]
-        except RecursionError:
-            return [Reason.WRONG_FIELDS]
-        return self._kept(candidates)
-
-    def finish(self) -> list[tuple[int, Reason]]:
-        """After the last record: what is left over, by line."""
-        if self._pairing is None:
-            return []
-        return [(line, Reason.NO_PARTNER) for line in self._pairing.alone()]
-
-    def _kept(self, candidates: Candidates) -> Candidates:
-        for place, pair in enumerate(candidates):
-            if isinstance(pair, Reason) or pair.margin is None:
-                continue
-            if pair.margin <= 0:
-                name = "equal scores" if pair.margin == 0 else "scores against the decision"
-                self._context.counts[name] = self._context.counts.get(name, 0) + 1
-                if self._ties == "drop":
-                    candidates[place] = Reason.NO_PREFERENCE
-                    continue
-            least = self._context.choices.min_margin
-            if least is not None and pair.margin < least:
-                candidates[place] = Reason.WEAK_PREFERENCE
-        return candidates
-
-    def _check_fields(self, record: Mapping[str, Any], file_format: Format) -> None:
-        keys = tuple(record)
-        names = self._suspects.get(keys)
-        if names is None:
-            if len(self._suspects) > 1000:
-                self._suspects.clear()
-            names = self._suspects[keys] = tuple(suspects(keys, file_format))
-        if names and (problem := unexplained(record, file_format, names)):
-            raise UnusableRecord(Reason.NOT_TEXT if problem in NOT_TEXT else Reason.WRONG_FIELDS)
-
-
-def _agreeing(record: Mapping[str, Any], file_format: Format, candidates: Candidates) -> Candidates:
-    """A judgement and a decision beside it must agree: else the record says two things."""
-    chosen = record.get("chosen")
-    if "chosen" in file_format.reads or chosen is None or record.get("rejected") is None:
-        return candidates
-    said = texts_of(chosen)
-    return [
-        candidate
-        if isinstance(candidate, Reason) or (said and " ".join(candidate.chosen.split()) == said[-1])
-        else Reason.NO_PREFERENCE
-        for candidate in candidates
-    ]
-
-
-# ---- recognition ----
-
-
-def recognise(
-    records: Sequence[Any], *, where: str = "the data", domain: str | None = None, choices: Choices | None = None
-) -> Reader:
-    """The reader for a source, from its first records.
-
-    Args:
-        records: the first 100 or so, decoded; what could not be decoded left out.
-        where: what to call the source in messages.
-        domain: the preferred style of DSP data; must be None for every other layout.
-        choices: what the user decided.
-
-    Raises:
-        QAdapterError: records of no known layout or of two, fields that would be ignored, a choice that is missing or
-            means nothing here. The message shows fields, never contents.
-    """
-    context = Context(domain=domain, choices=choices or Choices())
-    objects = [record for record in records if isinstance(record, dict)]
-    cells, structs = columns_of_cells(objects), columns_of_structs(objects)
-    if cells or structs:
-        readable = [record for record in map(_opened_or_none(cells, structs), objects) if record is not None]
-        if not readable:
-            raise QAdapterError(
-                f"{where} has messages written out as text ({', '.join(cells)}) that is neither JSON nor a Python "
-                "list, such as numpy writes. Write the data again as JSON: `to_json(orient='records', lines=True)`."
-            )
-        objects = readable
-    if context.choices.fields is not None:
-        reader = _mapped(objects, context, where, cells, structs)
-    else:
-        reader = _detected(objects, context, where, cells, structs)
-    _check_min_margin(reader, records, context, where)
-    context.counts.clear()
-    return reader
-
-
-def _opened_or_none(cells: Sequence[str], structs: Sequence[str]) -> Any:
-    def open_one(record: dict[str, Any]) -> dict[str, Any] | None:
-        try:
-            return opened(record, cells, structs)
-        except UnusableRecord:
-            return None
-
-    return open_one
-
-
-def _mapped(
-    objects: Sequence[dict[str, Any]], context: Context, where: str, cells: Sequence[str], structs: Sequence[str]
-) -> Reader:
-    _refuse_meaningless(context, where, "a mapping (`fields`)", takes_domain=False, takes=None)
-    mapping = FieldMapping(context.choices.fields or {})
-    mapping.check(objects, where)
-    inner = mapping.inner(objects)
-    prompts = [words for record in inner for words in mapping.prompts(record)]
-    if prompts:
-        context.prompt_style = style_of(prompts, every=True)
-    elif "prompt" not in mapping.paths:
-        context.reply_style = style_of([words for record in inner for words in mapping.replies(record)])
-    return Reader("mapping", context, mapping, None, cells, structs)
-
-
-def _detected(
-    objects: Sequence[dict[str, Any]], context: Context, where: str, cells: Sequence[str], structs: Sequence[str]
-) -> Reader:
-    if are_lists_of_texts(objects):
-        raise QAdapterError(
-            f"{where} has `chosen` and `rejected` that are lists of texts written out as text. They may be several "
-            "replies or a reply that is a list. Write the data as JSON lines with lists, or take them as they are: set "
-            "`fields: {prompt: prompt, chosen: chosen, rejected: rejected}`."
-        )
-    fitting = [_fits(record) for record in objects]
-    votes = Counter(names for names in fitting if names)
-    if not votes:
-        raise _unknown(objects, where)
-    winner = max(votes, key=lambda names: (votes[names], -FORMATS.index(BY_NAME[names[0]])))
-    others = [sentence_of(record) for record, names in zip(objects, fitting, strict=True) if not names]
-    sentences = Counter(sentence for sentence in others if sentence)
-    if sentences and sentences.most_common(1)[0][1] > votes[winner]:
-        raise _unknown(objects, where, sentences.most_common(1)[0][0])
-    if len(winner) > 1:
-        shown = "".join(f"\n  {name}: {BY_NAME[name].example}" for name in winner)
-        raise QAdapterError(
-            f"{where} has records that fit {len(winner)} layouts:{shown}\nSay which fields to read: "
-            f"{_suggestion(objects)}."
-        )
-    file_format = BY_NAME[winner[0]]
-    chosen = [record for record, names in zip(objects, fitting, strict=True) if names == winner]
-    _refuse_meaningless(context, where, f"the layout {file_format.name}", file_format.takes_domain, file_format.takes)
-    _refuse_ignored(chosen, file_format, where)
-    if file_format.takes_domain:
-        _check_domain(chosen, context, where)
-    name = _set_styles(objects, chosen, file_format, context)
-    parse = file_format.choose(chosen, context, where) if file_format.choose else BY_NAME[name.split(":")[0]].parse
-    return Reader(name, context, parse, file_format, cells, structs)
-
-
-def _fits(record: dict[str, Any]) -> tuple[str, ...]:
-    """The layouts that a record fits, of the first group that it fits any of."""
-    found = [row for row in FORMATS if _looks(row, record)]
-    for group in GROUPS:
-        if names := tuple(row.name for row in found if row.group == group):
-            return names
-    return ()
-
-
-def _looks(row: Format, record: dict[str, Any]) -> bool:
-    try:
-        return bool(row.looks_like(record))
-    except (TypeError, ValueError, AttributeError, LookupError, RecursionError):
-        return False
-
-
-def _set_styles(
-    objects: Sequence[dict[str, Any]], chosen: Sequence[dict[str, Any]], file_format: Format, context: Context
-) -> str:
-    """Decide how conversations are written out; the name of the layout with its style."""
-    name = file_format.name
-    if name in ("hh-dialogues", "transcript"):
-        # A record without a mark votes for bare texts, but is still read as one of these.
-        alike = [r for r in objects if isinstance(r.get("chosen"), str) and isinstance(r.get("rejected"), str)]
-        columns = [[record[side] for record in alike] for side in ("chosen", "rejected")]
-        styles = [style_of(column) for column in columns]
-        if name == "hh-dialogues":
-            return name
-        if styles[0] is not None and styles[1] is not None and styles[0].name == styles[1].name:
-            context.reply_style = styles[0]
-            return f"transcript:{styles[0].name}"
-        return "trl-plain" if all(record.get("prompt") is not None for record in chosen) else "trl-plain-implicit"
-    if name == "text-score":
-        inside = [words for record in chosen for words in record["text"] if isinstance(words, str)]
-        context.reply_style = style_of(inside)
-    else:
-        prompts = [record["prompt"] for record in chosen if isinstance(record.get("prompt"), str)]
-        context.prompt_style = style_of(prompts, every=True) if prompts else None
-        context.repeats_prompt = name == "trl-plain" and _repeat_their_prompts(chosen)
-    return name
-
-
-def _repeat_their_prompts(records: Sequence[dict[str, Any]]) -> bool:
-    """Whether, in every record, both replies begin with the prompt, and the prompts are not just a word or two."""
-    prompts = [record["prompt"].strip() for record in records]
-    return 2 * sum(len(prompt) >= 20 for prompt in prompts) > len(prompts) and all(
-        record[side].lstrip().startswith(prompt)
-        for record, prompt in zip(records, prompts, strict=True)
-        for side in ("chosen", "rejected")
-    )
-
-
-def _refuse_meaningless(
-    context: Context, where: str, layout: str, takes_domain: bool = False, takes: str | None = None
-) -> None:
-    """A choice that selects nothing is a mistake: of the data, or of the setting."""
-    given = {"domain": None if takes_domain else context.domain}
-    given |= {name: getattr(context.choices, name) for name in ("preferred", "score", "pairing") if name != takes}
-    for name, value in given.items():
-        if value is not None:
-            uses = {
-                "domain": "Domains select responses of DSP data only",
-                "preferred": "It selects a judgement of pku-saferlhf only",
-                "score": "It selects a score of ultrafeedback-raw only",
-                "pairing": "It pairs rows of one reply and a label only",
-            }[name]
-            raise QAdapterError(f"{where} has {layout}, which does not support `{name}: {value}`. {uses}; remove it.")
-
-
-def _refuse_ignored(records: Sequence[dict[str, Any]], file_format: Format, where: str) -> None:
-    ignored = Counter(
-        field
-        for record in records
-        if (field := unexplained(record, file_format, suspects(record, file_format))) and field not in NOT_TEXT
-    )
-    if 2 * sum(ignored.values()) <= len(records):
-        return
-    names = ", ".join(f"`{_printable(field)}`" for field in ignored)
-    raise QAdapterError(
-        f"{where} has the layout {file_format.name} and beside it {names}, which would be ignored and may be part of "
-        f"what the replies answer. Map the fields ({_suggestion(records)}), or remove what means nothing from the data."
-    )
-
-
-def _check_domain(records: Sequence[dict[str, Any]], context: Context, where: str) -> None:
-    domains = sorted({str(style) for record in records for style in record["responses"]})
-    if context.domain not in domains:
-        given = "no domain was given" if context.domain is None else f"there is no domain '{context.domain}' in it"
-        raise QAdapterError(
-            f"{where} is DSP data, and {given}. Its domains are {', '.join(map(_printable, domains[:20])) or '(none)'}"
-            "; set `domain` to one of them."
-        )
-
-
-def _check_min_margin(reader: Reader, records: Sequence[Any], context: Context, where: str) -> None:
-    if context.choices.min_margin is None or reader.across_records:
-        return
-    pairs = [pair for record in records for pair in reader.read(record)]
-    known = [
-        p for p in pairs if p is Reason.WEAK_PREFERENCE or (isinstance(p, PreferencePair) and p.margin is not None)
-    ]
-    if not known and any(isinstance(pair, PreferencePair) for pair in pairs):
-        raise QAdapterError(
-            f"{where} ({reader.name}) has no margins, for which `min_margin: {context.choices.min_margin:g}` means "
-            "nothing. Remove it, or name the field that holds them as `margin` in `fields`."
-        )
-
-
-def _unknown(objects: Sequence[dict[str, Any]], where: str, sentence: str | None = None) -> QAdapterError:
-    first = objects[0] if objects else {}
-    sentence = sentence or next(iter(Counter(s for o in objects if (s := sentence_of(o))).most_common(1)), [None])[0]
-    if sentence:
-        return QAdapterError(f"{where} {sentence}")
-    fields = ", ".join(f"{_printable(key)}: {type(value).__name__}" for key, value in list(first.items())[:8])
-    known = ", ".join(row.name for row in FORMATS)
-    return QAdapterError(
-        f"{where} has records of an unknown format; the first one has the fields {{{fields}}}. Expected one of "
-        f"the layouts of docs/data.md ({known}). Else say where prompt and replies lie: {_suggestion(objects)}."
-    )
-
-
-def _suggestion(records: Sequence[Any]) -> str:
-    guess = proposal(records)
-    if guess is None:
-        return "set `fields`, such as `fields: {prompt: question, chosen: better, rejected: worse}` (docs/data.md)"
-    return f"set `fields`; by their names it may be `fields: {guess}`, which nothing has checked"
-
-
-def _printable(key: Any) -> str:
-    shown = "".join(character if character.isprintable() else "?" for character in str(key))
-    return shown if len(shown) <= 30 else shown[:30] + "…"
-
-
-# ---- files ----
 
 
 def file_records(
@@ -425,10 +43,34 @@ def open_reader(file: Path, *, domain: str | None = None, choices: Choices | Non
     Raises:
         QAdapterError: as `recognise`, or the file cannot be read or has no record.
     """
-    return _reader(file, head(file_records(file, choices)), domain, choices)
+    return recognise(first_records(file, choices), where=shown_path(file), domain=domain, choices=inside(choices))
 
 
-def _reader(file: Path, first: Sequence[RawRecord], domain: str | None, choices: Choices | None) -> Reader:
+def first_records(
+    file: Path, choices: Choices | None = None, *, count: int = RECORDS_TO_DETECT, size: int = HEAD_BYTES
+) -> list[Any]:
+    """The records that a file's layout is chosen from; those that could not be decoded are left out.
+
+    Args:
+        file: see `containers.iter_records`.
+        choices: what the user decided.
+        count, size: how many records, and their bytes together.
+
+    Raises:
+        NoRecordsError: the file is empty or damaged from its beginning on.
+        QAdapterError: it cannot be read, or has no JSON object among these records.
+    """
+    return _objects_of(file, head(file_records(file, choices), count=count, size=size))
+
+
+def inside(choices: Choices | None) -> Choices | None:
+    """The choices for records that were taken out of the list that a mapping's `records` names."""
+    if choices is None or not _list_name(choices):
+        return choices
+    return replace(choices, fields={key: value for key, value in (choices.fields or {}).items() if key != "records"})
+
+
+def _objects_of(file: Path, first: Sequence[RawRecord]) -> list[Any]:
     records = [record.value for record in first if record.problem is None]
     if not any(isinstance(record, dict) for record in records):
         if not first:
@@ -446,10 +88,7 @@ def _reader(file: Path, first: Sequence[RawRecord], domain: str | None, choices:
         if not first or first[0].problem in (Reason.BREAKS_OFF, Reason.BUDGET):
             raise NoRecordsError(message, first[0].problem or Reason.EMPTY_FILE if first else Reason.EMPTY_FILE)
         raise QAdapterError(message)
-    if choices and _list_name(choices):  # the records are those in the list by now
-        fields = {key: value for key, value in (choices.fields or {}).items() if key != "records"}
-        choices = replace(choices, fields=fields)
-    return recognise(records, where=shown_path(file), domain=domain, choices=choices)
+    return records
 
 
 def detect_format(file: Path, *, domain: str | None = None, choices: Choices | None = None) -> str:
@@ -480,26 +119,43 @@ def read_pairs(
     """
     records = file_records(file, choices, position=position)
     first = head(records)
-    reader = _reader(file, first, domain, choices)
-    return _parse_all(file, itertools.chain(first, records), reader, max_chars)
+    reader = recognise(_objects_of(file, first), where=shown_path(file), domain=domain, choices=inside(choices))
+    return _parse_file(file, itertools.chain(first, records), reader, max_chars)
 
 
-def _parse_all(
+def _parse_file(
     file: Path, records: Iterable[RawRecord], reader: Reader, max_chars: int | None
 ) -> Iterator[ParsedRecord]:
+    yield from parse_records(file, records, reader, max_chars)
+    for _, line, candidate in reader.finish():
+        yield parsed(file, line, candidate, max_chars)
+
+
+def parse_records(
+    file: Path, records: Iterable[RawRecord], reader: Reader, max_chars: int | None, shard: int = 0
+) -> Iterator[ParsedRecord]:
+    """The candidate pairs of a file's records, but for those that `reader.finish` gives.
+
+    Args:
+        file: for the results.
+        records: of the file.
+        reader: for them.
+        max_chars: see `read_pairs`.
+        shard: the file's number, by which `reader.finish` names it.
+    """
     for record in records:
-        candidates = [record.problem] if record.problem else reader.read(record.value, record.line)
+        candidates = [record.problem] if record.problem else reader.read(record.value, record.line, shard)
         for candidate in candidates:
-            if isinstance(candidate, Reason):
-                yield Rejected(file, record.line, candidate)
-            elif max_chars is not None and characters(candidate) > max_chars:
-                yield Rejected(file, record.line, Reason.TOO_LONG)
-            else:
-                yield Accepted(file, record.line, candidate)
-    for line, reason in reader.finish():
-        yield Rejected(file, line, reason)
-    for what, count in reader.counts.items():
-        log.warning("%s: %d pairs with %s; `ties: drop` leaves them out", shown_path(file), count, what)
+            yield parsed(file, record.line, candidate, max_chars)
+
+
+def parsed(file: Path, line: int, candidate: PreferencePair | Reason, max_chars: int | None) -> ParsedRecord:
+    """A candidate with its place; over-long ones rejected."""
+    if isinstance(candidate, Reason):
+        return Rejected(file, line, candidate)
+    if max_chars is not None and characters(candidate) > max_chars:
+        return Rejected(file, line, Reason.TOO_LONG)
+    return Accepted(file, line, candidate)
 
 
 def characters(pair: PreferencePair) -> int:

@@ -1,20 +1,15 @@
-"""Rows of one reply and a label (KTO): paired by their prompts where the user says how, else refused.
-
-A row gives its pairs when the row that it is paired with came before it, so a file is read once; a row that stays alone
-is counted at the end. What is held meanwhile are the replies that later rows may be paired with.
-"""
+"""Rows of one reply and a label (KTO): prompt, reply and label of each layout that has such rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from qadapter.errors import QAdapterError
 from qadapter.preferences.building import Context, Record, history_messages, opening, side, system_of
-from qadapter.preferences.pair import Message, PreferencePair
+from qadapter.preferences.pair import Message
 from qadapter.preferences.records import Reason
-from qadapter.preferences.turns import Candidates, UnusableRecord, listed, make_pair, prompt_of
+from qadapter.preferences.turns import UnusableRecord, listed, prompt_of
 
 _TRUE, _FALSE = frozenset({"true", "1", "1.0", "desirable"}), frozenset({"false", "0", "0.0", "-1", "undesirable"})
 
@@ -89,57 +84,3 @@ def _label(value: Any) -> bool:
     if value is None or isinstance(value, list | dict) or word not in _TRUE | _FALSE:
         raise UnusableRecord(Reason.NO_PREFERENCE)
     return word in _TRUE
-
-
-class Pairing:
-    """Pairs the rows of a source; see the module."""
-
-    def __init__(self, split: Split, how: Literal["all", "first"]) -> None:
-        self._split = split
-        self._how = how
-        self._held: dict[str, tuple[list[tuple[int, str]], list[tuple[int, str]]]] = {}
-        self._alone: dict[int, None] = {}
-
-    def read(self, record: Record, context: Context, line: int) -> Candidates:
-        """The pairs that a row makes with rows before it; it may be none."""
-        row = unpaired_reply(record, context, self._split)
-        good, bad = self._held.setdefault(row_key(row.prompt), ([], []))
-        same, opposite = (good, bad) if row.good else (bad, good)
-        if self._how == "first" and same:  # only the first good and the first bad reply to a prompt are paired
-            self._alone[line] = None
-            return []
-        candidates: Candidates = []
-        for other, reply in opposite:
-            texts = (row.reply, reply) if row.good else (reply, row.reply)
-            try:
-                candidates.append(make_pair(list(row.prompt), *texts))
-            except UnusableRecord as unusable:
-                candidates.append(unusable.reason)
-            self._alone.pop(other, None)
-        same.append((line, row.reply))
-        if not candidates:
-            self._alone[line] = None
-        return candidates
-
-    def alone(self) -> list[int]:
-        """The lines of the rows that no other row was paired with."""
-        return list(self._alone)
-
-
-def row_key(prompt: Sequence[Message]) -> str:
-    """What rows to pair have in common: the prompt as a reader sees it."""
-    return PreferencePair(tuple(prompt), "", "").prompt_digest
-
-
-def needs_pairing(split: Split) -> Callable[[Sequence[Record], Context, str], Any]:
-    """The `choose` of a format of unpaired rows: a `Pairing`, or the refusal where `pairing` is not set."""
-
-    def choose(_: Sequence[Record], context: Context, where: str) -> Pairing:
-        if context.choices.pairing is None:
-            raise QAdapterError(
-                f"{where} has single replies with a label, no pairs. Set `pairing: all` (every good reply with every "
-                "bad one to the same prompt) or `pairing: first` (the first of each), or give pairs."
-            )
-        return Pairing(split, context.choices.pairing)
-
-    return choose

@@ -15,7 +15,7 @@ from qadapter.errors import QAdapterError
 from qadapter.preferences.building import Choices
 from qadapter.preferences.containers import RECORDS_TO_DETECT
 from qadapter.preferences.pair import PreferencePair
-from qadapter.preferences.reading import recognise
+from qadapter.preferences.recognition import recognise
 from qadapter.preferences.records import Reason
 from qadapter.preferences.rows import iter_rows, plain
 from qadapter.preferences.tokenize import (
@@ -82,7 +82,7 @@ def encode_dataset(
         tokenizer: as in `encode_pair`.
         max_length: as in `encode_pair`.
         name: name of the data in messages.
-        domain, choices: as in `qadapter.preferences.reading.recognise`.
+        domain, choices: as in `qadapter.preferences.recognition.recognise`.
         allow_truncation: for training data, whether `max_length` may cut most replies; None for other data, for which
             cuts are only logged.
 
@@ -191,4 +191,4 @@ def _candidates(
         for candidate in reader.read(record, index):
             yield index, candidate
     if reader is not None:
-        yield from reader.finish()
+        yield from ((index, candidate) for _, index, candidate in reader.finish())

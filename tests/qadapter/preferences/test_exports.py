@@ -16,7 +16,9 @@ from qadapter.errors import QAdapterError
 from qadapter.preferences.building import Choices
 from qadapter.preferences.formats import BY_NAME, FORMATS
 from qadapter.preferences.pair import PreferencePair
-from qadapter.preferences.reading import Accepted, open_reader, read_pairs, recognise
+from qadapter.preferences.reader import Accepted
+from qadapter.preferences.reading import open_reader, read_pairs
+from qadapter.preferences.recognition import recognise
 from qadapter.preferences.records import Reason
 from tests.qadapter.preferences.test_fuzz_layouts import GOOD, OTHER, TURNS
 

@@ -20,7 +20,8 @@ from qadapter.preferences import text_records
 from qadapter.preferences.building import Context
 from qadapter.preferences.formats import BY_NAME, FORMATS
 from qadapter.preferences.pair import Message, PreferencePair
-from qadapter.preferences.reading import Accepted, Reader, Rejected, detect_format, read_pairs
+from qadapter.preferences.reader import Accepted, Reader, Rejected
+from qadapter.preferences.reading import detect_format, read_pairs
 from qadapter.preferences.records import Reason
 from qadapter.preferences.turns import END_TOKENS
 

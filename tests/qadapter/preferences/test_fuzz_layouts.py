@@ -23,7 +23,9 @@ from qadapter.errors import QAdapterError
 from qadapter.preferences.building import Choices
 from qadapter.preferences.formats import BY_NAME
 from qadapter.preferences.pair import PreferencePair
-from qadapter.preferences.reading import Accepted, read_pairs, recognise
+from qadapter.preferences.reader import Accepted
+from qadapter.preferences.reading import read_pairs
+from qadapter.preferences.recognition import recognise
 from qadapter.preferences.records import Reason
 
 SEEDS = (1, 2, 3, 20261129)
@@ -300,8 +302,8 @@ def run(seed: int, records: int) -> Counter[str]:
                 counts["used" if isinstance(candidate, PreferencePair) else "quarantined"] += 1
                 if isinstance(candidate, PreferencePair):
                     check(candidate)
-        for _, reason in reader.finish():
-            assert reason is Reason.NO_PARTNER
+        for left in reader.finish():
+            assert left.candidate is Reason.NO_PARTNER
             counts["read"] += 1
             counts["quarantined"] += 1
     assert counts["used"] + counts["quarantined"] == counts["read"]

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from qadapter.errors import QAdapterError
-from qadapter.preferences import formats, reading
+from qadapter.preferences import formats, recognition
 from qadapter.preferences.building import Choices
 from qadapter.preferences.formats import BY_NAME, FORMATS
 from qadapter.preferences.pair import Message, PreferencePair
-from qadapter.preferences.reading import Accepted, ParsedRecord, open_reader, read_pairs, recognise
+from qadapter.preferences.reader import Accepted, ParsedRecord
+from qadapter.preferences.reading import open_reader, read_pairs
+from qadapter.preferences.recognition import recognise
 from qadapter.preferences.records import Reason
 from tests.support.paths import PROJECT_ROOT
 from tests.support.recipes import code_blocks
@@ -44,7 +46,7 @@ def read(*records: Any, **choices: Any) -> list[Any]:
     domain = choices.pop("domain", None)
     reader = recognise(records, domain=domain, choices=Choices(**choices))
     found = [candidate for line, record in enumerate(records, 1) for candidate in reader.read(record, line)]
-    return found + [reason for _, reason in reader.finish()]
+    return found + [left.candidate for left in reader.finish()]
 
 
 def refusal(*records: Any, **choices: Any) -> str:
@@ -295,7 +297,7 @@ def test_docs_and_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
         assert f"| `{reason.value}` |" in docs, reason
     (code,) = code_blocks("Add a format", "python")
     added = eval(code.strip(), vars(formats))
-    monkeypatch.setattr(reading, "FORMATS", (*FORMATS, added))
+    monkeypatch.setattr(recognition, "FORMATS", (*FORMATS, added))
     monkeypatch.setitem(BY_NAME, added.name, added)
     record = {"ask": "Why?", "left": "Because.", "right": "No.", "picked": "left"}
     assert recognise([record]).name == "side-by-side"

@@ -11,7 +11,9 @@ import pytest
 from qadapter.errors import QAdapterError
 from qadapter.preferences.building import Choices
 from qadapter.preferences.pair import Message, PreferencePair
-from qadapter.preferences.reading import Accepted, read_pairs, recognise
+from qadapter.preferences.reader import Accepted
+from qadapter.preferences.reading import read_pairs
+from qadapter.preferences.recognition import recognise
 from qadapter.preferences.records import Reason
 
 PROMPT = (Message(role="user", content="Why?"),)

@@ -8,7 +8,7 @@ import pytest
 
 from qadapter.preferences.beginnings import prompt_end, shared_beginning
 from qadapter.preferences.pair import PreferencePair
-from qadapter.preferences.reading import recognise
+from qadapter.preferences.recognition import recognise
 from qadapter.preferences.records import Reason
 
 ROLES = {"s": "system", "u": "user", "a": "assistant"}
