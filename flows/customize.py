@@ -157,7 +157,7 @@ def _customize(
     champion = registry.champion()
     learnt = learnt_by(champion, registry)
     # Compared with the champion, not with the last run: the champion has not learnt a rejected candidate's data.
-    waiting = len(unlearnt(ledger.path, learnt))
+    waiting = unlearnt(ledger.path, learnt)
     broken = bool(changes.fresh_quarantined) and not changes.fresh_pairs
     if not force and (waiting == 0 or (broken and not changes.removed)):
         if broken:

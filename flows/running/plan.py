@@ -28,10 +28,10 @@ from qadapter.planning import estimate as planning
 from qadapter.planning.small import Knobs, too_small
 from qadapter.preferences import sources
 from qadapter.preferences.building import Choices
-from qadapter.preferences.prepare import no_usable_pair, stream_files
 from qadapter.preferences.quality import Quality, sentences
 from qadapter.preferences.reader import Rejected
 from qadapter.preferences.shards import Findings
+from qadapter.preferences.stream import no_usable_pair, stream_files
 from qadapter.report.rows import listed
 from qadapter.toyworld.world import ToyWorld
 from tasks.stages.context import Cell

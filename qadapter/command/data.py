@@ -11,9 +11,9 @@ from qadapter.files.folders import shown_path
 from qadapter.files.shown import visible
 from qadapter.preferences.building import Choices
 from qadapter.preferences.pair import PreferencePair
-from qadapter.preferences.prepare import no_usable_pair, stream_files
 from qadapter.preferences.reader import Accepted
 from qadapter.preferences.shards import Findings
+from qadapter.preferences.stream import no_usable_pair, stream_files
 
 SHOWN_PAIRS, SHOWN_CHARACTERS = 3, 400
 

@@ -17,7 +17,7 @@ from qadapter.command.speaking import look_at_answers
 from qadapter.evaluation.preference import PairScores, margins, preference_metrics, score_pairs
 from qadapter.preferences.building import Choices
 from qadapter.preferences.pair import PreferencePair
-from qadapter.preferences.prepare import parse_files
+from qadapter.preferences.stream import parse_files
 
 DEFAULT_MAX_LENGTH = 512
 

@@ -28,7 +28,8 @@ from qadapter.planning.small import Knobs, passes, too_small
 from qadapter.policy.adapters import fitted
 from qadapter.preferences.building import Choices
 from qadapter.preferences.pair import PreferencePair, load_pairs
-from qadapter.preferences.prepare import PreparationSummary, first_usable_pair, prepare
+from qadapter.preferences.prepare import PreparationSummary, prepare
+from qadapter.preferences.stream import first_usable_pair
 from qadapter.training.adapt import lora_config
 from qadapter.training.arguments import (
     LogAtCheckpoints,

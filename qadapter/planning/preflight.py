@@ -17,7 +17,7 @@ from qadapter.files.folders import resolve_path
 from qadapter.judging.plan import plan_judges
 from qadapter.preferences import sources
 from qadapter.preferences.building import Choices
-from qadapter.preferences.prepare import first_usable_pair
+from qadapter.preferences.stream import first_usable_pair
 
 
 def check_experiment(

@@ -9,21 +9,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qadapter.errors import QAdapterError
+import numpy as np
+
 from qadapter.files.artifacts import digest_file, read_json, write_json
 from qadapter.files.folders import shown_path
 from qadapter.preferences.building import Choices
 from qadapter.preferences.pair import PreferencePair
-from qadapter.preferences.reader import Reader
-from qadapter.preferences.reading import characters, file_records, open_reader
-from qadapter.preferences.records import RawRecord, Reason
+from qadapter.preferences.reader import Accepted, ParsedRecord, Reader
+from qadapter.preferences.reading import file_records, parse_records, parsed
+from qadapter.preferences.records import RawRecord
+from qadapter.preferences.shards import Findings, open_files
 from qadapter.preferences.sources import DATA_ENDINGS
+from qadapter.preferences.split import DIGEST_BYTES, Digests
 
 RECORDS, SUMMARY, QUARANTINE = "records.jsonl", "summary.json", "quarantine.jsonl"
 REFUSED_FILE = "the whole file: no known format"
@@ -42,6 +46,8 @@ class Entry:
         digest: sha256 of its content and format; of its place where it cannot be read.
         outcome: for each candidate pair the pair in TRL's format, or the reason (text) why it is none.
         fresh: new or changed since the ledger before.
+        late: it has what was known only behind the last record (an unpaired row that had to wait); its record stands
+            before it, with the rest of the outcome.
     """
 
     file: str
@@ -49,6 +55,7 @@ class Entry:
     digest: str
     outcome: list[Any]
     fresh: bool
+    late: bool = False
 
     @property
     def pairs(self) -> list[PreferencePair]:
@@ -72,6 +79,8 @@ class Changes:
         fresh_pairs: usable pairs of new and changed records.
         quarantined: candidate pairs that cannot be used, by reason; `fresh_quarantined` of new and changed records.
         refused_files: files of which nothing can be read, or that are not read, with the reason for people.
+        odd_files: files that were read like the others of their data set although their own first records look like
+            another layout, with that one.
         rules: the validation rules that all outcomes follow (`update`).
     """
 
@@ -84,6 +93,7 @@ class Changes:
     quarantined: dict[str, int]
     fresh_quarantined: dict[str, int]
     refused_files: dict[str, str] = field(default_factory=dict)
+    odd_files: dict[str, str] = field(default_factory=dict)
     rules: str = ""
 
     def text(self) -> str:
@@ -105,7 +115,7 @@ def update(
     unread: Mapping[str, int] | None = None,
     choices: Choices | None = None,
 ) -> Changes:
-    """Write a ledger of some files.
+    """Write a ledger of some files, holding about 100 bytes per record of both ledgers.
 
     Unlike the preparation of a fixed data set, a file of no known format is not an error: it is quarantined as a whole,
     so that one broken delivery does not keep the others from being used.
@@ -122,57 +132,39 @@ def update(
     """
     if previous is not None and read_json(previous / SUMMARY)["rules"] != rules:
         previous = None
-    before = list(read(previous)) if previous else []
-    known = {entry.digest: entry.outcome for entry in before}
-    old_places = {(entry.file, entry.line): entry.digest for entry in before}
-    entries: list[Entry] = []
-    validated, refused = 0, {}
-    for name, file in _names(files).items():
-        try:
-            reader = open_reader(file, domain=domain, choices=choices)
-        except QAdapterError as error:
-            refused[name] = str(error).splitlines()[0]
-            digest = digest_file(file)
-            entries.append(Entry(name, 1, digest, [REFUSED_FILE], digest not in known))
-            continue
-        for record in file_records(file, choices):
-            digest = _digest(name, record, reader.name)
-            # What an unpaired row gives depends on the rows before it, which may have changed.
-            outcome = None if reader.across_records else known.get(digest)
-            if outcome is None:
-                validated += 1
-                outcome = _validate(record, reader, max_chars)
-            entries.append(Entry(name, record.line, digest, outcome, digest not in known))
-        left = dict(reader.finish())
-        for entry in entries:
-            if entry.file == name and entry.line in left:
-                entry.outcome.append(left[entry.line].value)
-    for name, size in (unread or {}).items():
-        refused[name] = f"its name ends in none of {DATA_ENDINGS}; rename it, or convert it to one of these"
-        digest = hashlib.sha256(f"{UNREAD_FILE}\n{name}\n{size}".encode(errors="surrogateescape")).hexdigest()
-        entries.append(Entry(name, 1, digest, [UNREAD_FILE], digest not in known))
-    now = {entry.digest for entry in entries}
-    fresh = [entry for entry in entries if entry.fresh]
-    # A record that took the place of one that is gone is that one, changed; the rest of what is gone was removed.
-    gone = {place for place, digest in old_places.items() if digest not in now}
-    changed = len(gone & {(entry.file, entry.line) for entry in fresh})
-    changes = Changes(
-        new=len(fresh) - changed,
-        changed=changed,
-        unchanged=len(entries) - len(fresh),
-        removed=len(gone) - changed,
-        validated=validated,
-        fresh_pairs=sum(len(entry.pairs) for entry in fresh),
-        quarantined=_reasons(entries),
-        fresh_quarantined=_reasons(fresh),
-        refused_files=refused,
-        rules=rules,
-    )
-    _write_lines(out / RECORDS, (asdict(entry) for entry in entries))
-    _write_lines(
-        out / QUARANTINE,
-        ({"file": e.file, "line": e.line, "reason": reason} for e in entries for reason in e.reasons),
-    )
+    names = list(_names(files).items())
+    findings = Findings()
+    opened = open_files([file for _, file in names], domain=domain, choices=choices, findings=findings, collect=True)
+    refused: dict[str, str] = {}
+    with _Before(previous) as before, _Writer(out, before) as now:
+        for number, (name, file) in enumerate(names):
+            error = opened.aside.get(file) or opened.refused.get(file)
+            if error is not None:
+                refused[name] = str(error).splitlines()[0]
+                now.write(name, 1, digest_file(file), [REFUSED_FILE])
+                continue
+            reader = opened.readers[file]
+            for record in file_records(file, choices):
+                digest = _digest(name, record, reader.name)
+                # What an unpaired row gives depends on the rows before it, which may have changed.
+                outcome = None if reader.across_records else before.outcome(digest)
+                if outcome is None:
+                    now.validated += 1
+                    outcome = _validate(file, record, reader, max_chars, number)
+                now.write(name, record.line, digest, outcome)
+        for reader in opened.distinct():
+            for shard, line, candidate in reader.finish():
+                name, file = names[shard]
+                now.write_late(name, line, _outcome(parsed(file, line, candidate, max_chars)))
+        for name, size in (unread or {}).items():
+            refused[name] = f"its name ends in none of {DATA_ENDINGS}; rename it, or convert it to one of these"
+            digest = hashlib.sha256(f"{UNREAD_FILE}\n{name}\n{size}".encode(errors="surrogateescape")).hexdigest()
+            now.write(name, 1, digest, [UNREAD_FILE])
+        changes = now.changes(
+            refused_files=refused,
+            odd_files={name: findings.odd[file] for name, file in names if file in findings.odd},
+            rules=rules,
+        )
     write_json(out / SUMMARY, asdict(changes))
     return changes
 
@@ -184,16 +176,137 @@ def read(ledger: Path) -> Iterator[Entry]:
             yield Entry(**json.loads(line))
 
 
-def _validate(record: RawRecord, reader: Reader, max_chars: int) -> list[Any]:
-    if record.problem:
-        return [record.problem.value]
-    outcome: list[Any] = []
-    for candidate in reader.read(record.value, record.line):
-        if isinstance(candidate, Reason):
-            outcome.append(candidate.value)
-        else:
-            outcome.append(Reason.TOO_LONG.value if characters(candidate) > max_chars else candidate.to_row())
-    return outcome
+class _Before:
+    """The ledger before: which records it has, and where their outcomes are."""
+
+    def __init__(self, ledger: Path | None) -> None:
+        digests, places, offsets = bytearray(), bytearray(), array("Q")
+        self._stream = (ledger / RECORDS).open("rb") if ledger else None
+        at = 0
+        for line in self._stream or ():
+            entry = json.loads(line)
+            if not entry.get("late"):
+                digests += bytes.fromhex(entry["digest"])[:DIGEST_BYTES]
+                places += _place(entry["file"], entry["line"])
+                offsets.append(at)
+            at += len(line)
+        self._all = _digests(digests)
+        self.places = _digests(places)
+        order = np.argsort(self._all, kind="stable")
+        self._sorted, self._offsets = self._all[order], np.frombuffer(offsets, np.uint64)[order]
+
+    def __enter__(self) -> _Before:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._stream:
+            self._stream.close()
+
+    def __contains__(self, digest: str) -> bool:
+        return self._at(digest) is not None
+
+    def _at(self, digest: str) -> int | None:
+        key = np.frombuffer(bytes.fromhex(digest)[:DIGEST_BYTES], _DIGEST)[0]
+        place = int(np.searchsorted(self._sorted, key))
+        return place if place < len(self._sorted) and self._sorted[place] == key else None
+
+    def outcome(self, digest: str) -> list[Any] | None:
+        """What a record gave, if it was there."""
+        place = self._at(digest)
+        if place is None or self._stream is None:
+            return None
+        self._stream.seek(int(self._offsets[place]))
+        outcome: list[Any] = json.loads(self._stream.readline())["outcome"]
+        return outcome
+
+    def gone(self, now: Digests) -> Digests:
+        """The places of the records that are not among these digests."""
+        return np.unique(self.places[~np.isin(self._all, now)])
+
+
+class _Writer:
+    """A ledger that is being written."""
+
+    def __init__(self, out: Path, before: _Before) -> None:
+        self._records = (out / RECORDS).open("w", encoding="utf-8")
+        self._quarantine = (out / QUARANTINE).open("w", encoding="utf-8")
+        self._before = before
+        self._digests, self._fresh_places = bytearray(), bytearray()
+        self._entries = self._fresh = self._fresh_pairs = self.validated = 0
+        self._reasons: Counter[str] = Counter()
+        self._fresh_reasons: Counter[str] = Counter()
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._records.close()
+        self._quarantine.close()
+
+    def write(self, file: str, line: int, digest: str, outcome: list[Any]) -> None:
+        """Write a record and its outcome."""
+        entry = Entry(file, line, digest, outcome, digest not in self._before)
+        self._entries += 1
+        self._digests += bytes.fromhex(digest)[:DIGEST_BYTES]
+        if entry.fresh:
+            self._fresh += 1
+            self._fresh_places += _place(file, line)
+        self._write(entry)
+
+    def write_late(self, file: str, line: int, outcome: Any) -> None:
+        """Write what became of an unpaired row after all. Such rows are always counted as fresh."""
+        self._write(Entry(file, line, "", [outcome], True, late=True))
+
+    def _write(self, entry: Entry) -> None:
+        fields = {name: value for name, value in asdict(entry).items() if name != "late" or value}
+        self._records.write(json.dumps(fields) + "\n")
+        reasons = entry.reasons
+        for reason in reasons:
+            self._quarantine.write(json.dumps({"file": entry.file, "line": entry.line, "reason": reason}) + "\n")
+        self._reasons.update(reasons)
+        if entry.fresh:
+            self._fresh_reasons.update(reasons)
+            self._fresh_pairs += len(entry.outcome) - len(reasons)
+
+    def changes(self, **more: Any) -> Changes:
+        """What has changed.
+
+        Args:
+            more: the fields of `Changes` that are not counted here.
+        """
+        gone = self._before.gone(_digests(self._digests))
+        # A record that took the place of one that is gone is that one, changed; the rest of what is gone was removed.
+        changed = int(np.isin(gone, _digests(self._fresh_places)).sum())
+        return Changes(
+            new=self._fresh - changed,
+            changed=changed,
+            unchanged=self._entries - self._fresh,
+            removed=len(gone) - changed,
+            validated=self.validated,
+            fresh_pairs=self._fresh_pairs,
+            quarantined=dict(sorted(self._reasons.items())),
+            fresh_quarantined=dict(sorted(self._fresh_reasons.items())),
+            **more,
+        )
+
+
+_DIGEST = np.dtype(f"S{DIGEST_BYTES}")
+
+
+def _digests(values: bytearray) -> Digests:
+    return np.frombuffer(bytes(values), _DIGEST)
+
+
+def _place(file: str, line: int) -> bytes:
+    return hashlib.sha256(f"{line}\n{file}".encode(errors="surrogatepass")).digest()[:DIGEST_BYTES]
+
+
+def _validate(file: Path, record: RawRecord, reader: Reader, max_chars: int, shard: int) -> list[Any]:
+    return [_outcome(item) for item in parse_records(file, [record], reader, max_chars, shard)]
+
+
+def _outcome(item: ParsedRecord) -> Any:
+    return item.pair.to_row() if isinstance(item, Accepted) else item.reason.value
 
 
 def _digest(name: str, record: RawRecord, layout: str) -> str:
@@ -216,13 +329,3 @@ def _names(files: Sequence[Path]) -> dict[str, Path]:
             name += "'"
         names[name] = file
     return names
-
-
-def _reasons(entries: Sequence[Entry]) -> dict[str, int]:
-    return dict(sorted(Counter(reason for entry in entries for reason in entry.reasons).items()))
-
-
-def _write_lines(file: Path, rows: Iterator[Any]) -> None:
-    with file.open("w", encoding="utf-8") as stream:
-        for row in rows:
-            stream.write(json.dumps(row, ensure_ascii=True) + "\n")

@@ -1,20 +1,35 @@
-"""What a re-training reads: every pair, or the new ones and a sample of the old; and a held-out side that stays put."""
+"""What a re-training reads: every pair, or the new ones and a sample of the old; and a held-out side that stays put.
+
+The pairs of a ledger are divided as those of a fixed data set are: by digests, with the texts on disk (`sorting.py`).
+48 bytes per pair are held.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
-from qadapter.errors import QAdapterError
+import numpy as np
+
 from qadapter.files.artifacts import write_json
 from qadapter.preferences.building import Choices
 from qadapter.preferences.ledger import read
-from qadapter.preferences.pair import PreferencePair
-from qadapter.preferences.prepare import parse_files
-from qadapter.preferences.split import heldout_side, split_pairs
+from qadapter.preferences.sides import Output, Side
+from qadapter.preferences.sorting import SortedRows
+from qadapter.preferences.split import (
+    CROSSING,
+    DIGEST_BYTES,
+    HELDOUT,
+    TRAIN,
+    Digests,
+    Row,
+    check_limits,
+    divide,
+)
+
+_DIGEST = np.dtype(f"S{DIGEST_BYTES}")
 
 
 def write_mixture(
@@ -50,26 +65,42 @@ def write_mixture(
     Raises:
         QAdapterError: no training pair is left.
     """
-    pairs = _pairs(ledger)
-    fresh = unlearnt(ledger, learnt)
-    held = (
-        parse_files(heldout_files, domain=domain, max_chars=max_chars, choices=choices).pairs if heldout_files else None
-    )
-    split = split_pairs(
-        pairs,
-        heldout=heldout,
-        heldout_pairs=held,
-        seed=seed,
-        max_train_pairs=max_train_pairs,
-        max_heldout_pairs=max_heldout_pairs,
-    )
-    train = [pair for pair in split.train if rows == "all" or _text(pair) in fresh or _drawn(pair, seed, old_share)]
-    new = [pair for pair in train if _text(pair) in fresh]
-    summary: dict[str, int | str] = {"fresh_pairs": len(new), "old_pairs": len(train) - len(new)}
-    (out / "fresh.jsonl").write_text(_lines(new), encoding="utf-8")
-    for side, chosen in {"train": train, "heldout": split.heldout}.items():
-        summary |= _write_side(out, side, chosen)
-    write_json(out / "summary.json", summary)
+    check_limits(max_train_pairs=max_train_pairs, max_heldout_pairs=max_heldout_pairs)
+    known = _identities(learnt, seed)
+    with ExitStack() as stack:
+        pairs = SortedRows(out / ".rows-train")
+        stack.callback(pairs.close)
+        for row in _rows(ledger, seed):
+            pairs.add(row)
+        held = Side(heldout_files, out / ".rows-heldout") if heldout_files else None
+        if held:
+            stack.callback(held.rows.close)
+            held.read(seed, domain=domain, max_chars=max_chars, choices=choices)
+        division = divide(pairs.drawn, heldout=heldout, heldout_pairs=held.rows.drawn if held else None)
+        train, fresh, kept = (
+            stack.enter_context(Output(out / f"{name}.jsonl", limit))
+            for name, limit in (("train", None), ("fresh", None), ("heldout", max_heldout_pairs))
+        )
+        left = max_train_pairs or len(pairs.drawn)
+        for bucket in pairs.buckets():
+            places = division.places(np.array([row.prompt for row in bucket], _DIGEST))
+            new = ~np.isin(np.array([row.order for row in bucket], _DIGEST), known)
+            for row, place, is_new in zip(bucket, places.tolist(), new.tolist(), strict=True):
+                if place == HELDOUT:
+                    kept.add(row)
+                elif place == TRAIN and left:
+                    left -= 1
+                    if is_new or rows == "all" or _drawn(row, old_share):
+                        train.add(row)
+                        if is_new:
+                            fresh.add(row)
+                else:
+                    assert place in (TRAIN, CROSSING)  # beyond the limit, or with a held-out prompt
+        for bucket in held.rows.buckets() if held else ():
+            for row in bucket:
+                kept.add(row)
+        summary: dict[str, int | str] = {"fresh_pairs": fresh.lines, "old_pairs": train.lines - fresh.lines}
+        write_json(out / "summary.json", summary | _about("train", train) | _about("heldout", kept))
 
 
 def write_heldout(
@@ -92,42 +123,42 @@ def write_heldout(
     Raises:
         QAdapterError: the files have no usable pair.
     """
-    held = heldout_side(
-        parse_files(files, domain=domain, max_chars=max_chars, choices=choices).pairs, seed, max_heldout_pairs
-    )
-    if not held:
-        raise QAdapterError(f"No held-out pair of {', '.join(map(str, files))} can be used. Give others.")
-    write_json(out / "summary.json", _write_side(out, "heldout", held))
+    check_limits(max_heldout_pairs=max_heldout_pairs)
+    held = Side(files, out / ".rows-heldout")
+    try:
+        held.read(seed, domain=domain, max_chars=max_chars, choices=choices)
+        with Output(out / "heldout.jsonl", max_heldout_pairs) as kept:
+            for bucket in held.rows.buckets():
+                for row in bucket:
+                    kept.add(row)
+            write_json(out / "summary.json", _about("heldout", kept))
+    finally:
+        held.rows.close()
 
 
-def _write_side(out: Path, side: str, pairs: Sequence[PreferencePair]) -> dict[str, int | str]:
-    """Write a side's file; its part of the summary."""
-    text = _lines(pairs)
-    (out / f"{side}.jsonl").write_text(text, encoding="utf-8")
+def _about(side: str, output: Output) -> dict[str, int | str]:
+    """A side's part of the summary."""
     return {
-        f"{side}_pairs": len(pairs),
-        f"{side}_prompts": len({pair.prompt_digest for pair in pairs}),
-        f"{side}_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        f"{side}_pairs": output.lines,
+        f"{side}_prompts": output.prompts(),
+        f"{side}_sha256": output.sha256(),
     }
 
 
-def _lines(pairs: Sequence[PreferencePair]) -> str:
-    return "".join(json.dumps(pair.to_row(), ensure_ascii=False) + "\n" for pair in pairs)
+def unlearnt(ledger: Path, learnt: Path | None) -> int:
+    """How many distinct usable pairs a ledger has that another one does not have."""
+    return len(np.setdiff1d(_identities(ledger, 0), _identities(learnt, 0)))
 
 
-def unlearnt(ledger: Path, learnt: Path | None) -> set[str]:
-    """The usable pairs of a ledger that another one does not have, as texts."""
-    known = {_text(pair) for pair in _pairs(learnt)} if learnt else set()
-    return {_text(pair) for pair in _pairs(ledger)} - known
+def _rows(ledger: Path, seed: int) -> Iterator[Row]:
+    return (Row.of(pair, seed) for entry in read(ledger) for pair in entry.pairs)
 
 
-def _pairs(ledger: Path) -> list[PreferencePair]:
-    return [pair for entry in read(ledger) for pair in entry.pairs]
+def _identities(ledger: Path | None, seed: int) -> Digests:
+    """What tells the pairs of a ledger apart, 16 bytes for each; none for no ledger."""
+    return np.unique(np.frombuffer(b"".join(row.order for row in _rows(ledger, seed)) if ledger else b"", _DIGEST))
 
 
-def _text(pair: PreferencePair) -> str:
-    return json.dumps(pair.to_trl(), ensure_ascii=False)
-
-
-def _drawn(pair: PreferencePair, seed: int, share: float) -> bool:
-    return int(hashlib.sha256(f"{seed}:{_text(pair)}".encode()).hexdigest(), 16) < share * 2**256
+def _drawn(row: Row, share: float) -> bool:
+    """Whether an old pair is in the sample: its order is a hash of its text and the seed, uniform in 128 bits."""
+    return int.from_bytes(row.order) < share * 2.0**128

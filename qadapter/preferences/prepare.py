@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import os
-from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -27,13 +26,8 @@ import numpy as np
 from qadapter.errors import QAdapterError
 from qadapter.files.folders import shown_path
 from qadapter.preferences.building import Choices
-from qadapter.preferences.pair import PreferencePair
-from qadapter.preferences.progress import Progress
-from qadapter.preferences.reader import Accepted, Rejected
-from qadapter.preferences.reading import file_records, parse_records, parsed
 from qadapter.preferences.records import Reason
-from qadapter.preferences.shards import Findings, open_files
-from qadapter.preferences.sorting import SortedRows
+from qadapter.preferences.sides import CODES, REASONS, Output, Rejections, Side
 from qadapter.preferences.split import (
     CROSSING,
     DIGEST_BYTES,
@@ -41,43 +35,15 @@ from qadapter.preferences.split import (
     JUDGE,
     TRAIN,
     Division,
-    Row,
     check_limits,
     cut,
     divide,
 )
+from qadapter.preferences.stream import DEFAULT_MAX_CHARS
 
 logger = logging.getLogger(__name__)
 
-NO_FORMAT = "none"
-"""In place of the format of a file that is set aside."""
-
 OUTPUTS = ("train.jsonl", "heldout.jsonl", "quarantine.jsonl", "summary.json", "judge.jsonl")
-
-DEFAULT_MAX_CHARS = 20_000
-"""Ten times what 512 tokens, the paper's length, hold: a longer pair would be cut to a small part of itself."""
-
-
-@dataclass(slots=True)
-class ParsedFiles:
-    """All candidate pairs of some files, in reading order.
-
-    Attributes:
-        read: number of candidate pairs, counted as they came in.
-        pairs: the usable ones.
-        rejected: the others.
-        findings: what else was found.
-    """
-
-    read: int
-    pairs: list[PreferencePair]
-    rejected: list[Rejected]
-    findings: Findings
-
-    @property
-    def formats(self) -> dict[Path, str]:
-        """The detected format of every file."""
-        return self.findings.formats
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +153,8 @@ def prepare(
     """
     check_limits(max_train_pairs=max_train_pairs, max_heldout_pairs=max_heldout_pairs)
     started_with = out_dir.exists()
-    train = _Side(files, out_dir / ".rows-train")
-    held = None if heldout_files is None else _Side(heldout_files, out_dir / ".rows-heldout")
+    train = Side(files, out_dir / ".rows-train")
+    held = None if heldout_files is None else Side(heldout_files, out_dir / ".rows-heldout")
     sides = [side for side in (train, held) if side]
     try:
         for side in sides:
@@ -219,57 +185,9 @@ def prepare(
                 out_dir.rmdir()
 
 
-class _Side:
-    """The files of one side, read: its pairs as rows on disk, and what was rejected as numbers."""
-
-    def __init__(self, files: Sequence[Path], spill: Path) -> None:
-        self.files = files
-        self.rows = SortedRows(spill)
-        self.read_count = 0
-        self.rejected: dict[Path, _Rejections] = {}
-        self.findings = Findings()
-
-    def read(self, seed: int, *, domain: str | None, max_chars: int, choices: Choices | None) -> None:
-        """Read the files to their end.
-
-        Raises:
-            QAdapterError: as `stream_files`, or no usable pair.
-        """
-        for item in stream_files(self.files, self.findings, domain=domain, max_chars=max_chars, choices=choices):
-            self.read_count += 1
-            if isinstance(item, Accepted):
-                self.rows.add(Row.of(item.pair, seed))
-            else:
-                self.rejected.setdefault(item.file, _Rejections()).add(item)
-        if not self.rows.drawn:
-            raise no_usable_pair(list(self.findings.formats), self.reasons())
-
-    def reasons(self) -> Counter[str]:
-        """How many candidates were rejected for each reason."""
-        return sum((rejections.reasons() for rejections in self.rejected.values()), Counter())
-
-
-class _Rejections:
-    """Line and reason of the rejected candidates of one file, 9 bytes for each."""
-
-    def __init__(self) -> None:
-        self.lines, self.codes = array("Q"), array("B")
-
-    def add(self, item: Rejected) -> None:
-        self.lines.append(item.line)
-        self.codes.append(_CODES[item.reason])
-
-    def reasons(self) -> Counter[str]:
-        return Counter({reason.value: count for reason in Reason if (count := self.codes.count(_CODES[reason]))})
-
-
-_REASONS = sorted(Reason, key=lambda reason: reason.value)
-_CODES = {reason: code for code, reason in enumerate(_REASONS)}
-
-
 def _write(
     out_dir: Path,
-    sides: Sequence[_Side],
+    sides: Sequence[Side],
     division: Division,
     max_train_pairs: int | None,
     max_heldout_pairs: int | None,
@@ -279,11 +197,11 @@ def _write(
     train, heldout, quarantine, summary_file, judge = (out_dir / name for name in OUTPUTS)
     with ExitStack() as stack:
         outputs = {
-            TRAIN: stack.enter_context(_Output(train, max_train_pairs)),
-            HELDOUT: stack.enter_context(_Output(heldout, max_heldout_pairs)),
+            TRAIN: stack.enter_context(Output(train, max_train_pairs)),
+            HELDOUT: stack.enter_context(Output(heldout, max_heldout_pairs)),
         }
         if len(division.judge):
-            outputs[JUDGE] = stack.enter_context(_Output(judge, None))
+            outputs[JUDGE] = stack.enter_context(Output(judge, None))
         for rows in sides[0].rows.buckets():
             places = division.places(np.array([row.prompt for row in rows], f"S{DIGEST_BYTES}"))
             for row, place in zip(rows, places.tolist(), strict=True):
@@ -300,7 +218,7 @@ def _write(
         names[file]
         for side in sides
         for file, rejections in side.rejected.items()
-        if any(_CODES[reason] in rejections.codes for reason in (Reason.BREAKS_OFF, Reason.BUDGET, Reason.EMPTY_FILE))
+        if any(CODES[reason] in rejections.codes for reason in (Reason.BREAKS_OFF, Reason.BUDGET, Reason.EMPTY_FILE))
     }
     judge_lines, judge_prompts, judge_sha256 = written.get(JUDGE, (0, 0, ""))
     summary = PreparationSummary(
@@ -334,153 +252,22 @@ def _write(
     return summary
 
 
-def _ties(sides: Sequence[_Side], reasons: Mapping[str, int]) -> dict[str, int]:
+def _ties(sides: Sequence[Side], reasons: Mapping[str, int]) -> dict[str, int]:
     """Ties by what became of them; those that did not occur left out."""
     counts = sum((side.findings.counts for side in sides), Counter({"left out": reasons.get(Reason.NO_PREFERENCE, 0)}))
     return {name: count for name, count in sorted(counts.items()) if count}
 
 
-class _Output:
-    """A file of pairs that is being written, with the limit of its side."""
-
-    def __init__(self, file: Path, limit: int | None) -> None:
-        self._stream, self._limit = file.open("wb"), limit
-        self._digest, self._prompts, self._taken = hashlib.sha256(), bytearray(), 0
-        self.lines = 0
-
-    def __enter__(self) -> _Output:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stream.close()
-
-    def add(self, row: Row) -> None:
-        """Write a pair, unless the limit is reached."""
-        if self._limit is not None and self._taken >= self._limit:
-            return
-        self._taken += 1
-        self._prompts += row.prompt
-        self._write(row.text + b"\n")
-
-    def _write(self, line: bytes) -> None:
-        self._stream.write(line)
-        self._digest.update(line)
-        self.lines += 1
-
-    def prompts(self) -> int:
-        """How many distinct prompts the pairs have."""
-        return len(np.unique(np.frombuffer(self._prompts, f"S{DIGEST_BYTES}")))
-
-    def sha256(self) -> str:
-        """Of the file."""
-        return self._digest.hexdigest()
-
-
-def _quarantined(sides: Sequence[_Side], names: Mapping[Path, str]) -> Iterator[dict[str, Any]]:
+def _quarantined(sides: Sequence[Side], names: Mapping[Path, str]) -> Iterator[dict[str, Any]]:
     """File, line and reason of every rejected candidate, in this order."""
-    found: dict[str, list[_Rejections]] = {}
+    found: dict[str, list[Rejections]] = {}
     for side in sides:
         for file, rejections in side.rejected.items():
             found.setdefault(names[file], []).append(rejections)
     for name, parts in sorted(found.items()):
         lines, codes = (np.concatenate([getattr(part, kind) for part in parts]) for kind in ("lines", "codes"))
         for at in np.lexsort((codes, lines)).tolist():
-            yield {"file": name, "line": int(lines[at]), "reason": _REASONS[codes[at]].value}
-
-
-def stream_files(
-    files: Sequence[Path],
-    findings: Findings,
-    *,
-    domain: str | None = None,
-    max_chars: int = DEFAULT_MAX_CHARS,
-    choices: Choices | None = None,
-) -> Iterator[Accepted | Rejected]:
-    """Reads files to pairs and rejections, one at a time. Every file's format is checked before the first is read.
-
-    A file that is empty, or damaged from its beginning on, is one rejection where there are others. Every 20 seconds a
-    log line says how far the reading is.
-
-    Args:
-        files: the files.
-        findings: gets the detected format of every file, `none` where a file is set aside, and more.
-        domain, max_chars, choices: see `prepare`.
-
-    Raises:
-        QAdapterError: no files, an unreadable file or one of an unknown format, a wrong domain.
-    """
-    if not files:
-        raise QAdapterError("No preference file was given; at least one was expected.")
-    opened = open_files(files, domain=domain, choices=choices, findings=findings)
-    aside = opened.aside
-    findings.formats |= dict.fromkeys(aside, NO_FORMAT)
-    if len(aside) == len(set(files)):
-        raise next(iter(aside.values()))
-    progress = Progress(files)
-    for number, file in enumerate(files):
-        position = progress.next_file(file)
-        if file in aside:
-            logger.warning("%s", str(aside[file]).partition(". Expected")[0] + "; it is set aside")
-            yield Rejected(file, 1, aside[file].reason)
-            continue
-        records = file_records(file, choices, position=position)
-        for item in parse_records(file, records, opened.readers[file], max_chars, number):
-            progress.count()
-            yield item
-    for reader in opened.distinct():
-        for shard, line, candidate in reader.finish():
-            progress.count()
-            yield parsed(files[shard], line, candidate, max_chars)
-        findings.counts.update(reader.counts)
-        for what, count in reader.counts.items():
-            logger.warning("%s: %d pairs with %s; `ties: drop` leaves them out", opened.name_of(reader), count, what)
-
-
-def parse_files(
-    files: Sequence[Path],
-    *,
-    domain: str | None = None,
-    max_chars: int = DEFAULT_MAX_CHARS,
-    choices: Choices | None = None,
-) -> ParsedFiles:
-    """All that `stream_files` gives, held in memory. Arguments and errors are its."""
-    found = ParsedFiles(0, [], [], Findings())
-    for item in stream_files(files, found.findings, domain=domain, max_chars=max_chars, choices=choices):
-        found.read += 1
-        if isinstance(item, Accepted):
-            found.pairs.append(item.pair)
-        else:
-            found.rejected.append(item)
-    return found
-
-
-def first_usable_pair(
-    files: Sequence[Path],
-    domain: str | None = None,
-    max_chars: int = DEFAULT_MAX_CHARS,
-    choices: Choices | None = None,
-) -> PreferencePair:
-    """The first pair that can be used, found without reading further than needed. Checks the format of every file.
-
-    Raises:
-        QAdapterError: as `parse_files`, or no usable pair; the message counts the reasons.
-    """
-    reasons: Counter[str] = Counter()
-    for item in stream_files(files, Findings(), domain=domain, max_chars=max_chars, choices=choices):
-        if isinstance(item, Accepted):
-            return item.pair
-        reasons[item.reason.value] += 1
-    raise no_usable_pair(files, reasons)
-
-
-def no_usable_pair(files: Sequence[Path], reasons: Mapping[str, int]) -> QAdapterError:
-    """The refusal of files whose candidates were all rejected, with the number of each reason."""
-    names = ", ".join(map(shown_path, files[:3])) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
-    counts = "; ".join(f"{reason}: {count}" for reason, count in sorted(reasons.items()))
-    return QAdapterError(
-        f"No usable preference pair in {names}: {sum(reasons.values())} read, all of them quarantined ({counts}). "
-        "Correct the data or name another source."
-    )
+            yield {"file": name, "line": int(lines[at]), "reason": REASONS[codes[at]].value}
 
 
 def _write_lines(file: Path, rows: Iterable[Any]) -> tuple[str, int]:

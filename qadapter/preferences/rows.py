@@ -30,7 +30,7 @@ def iter_rows(data: Any, name: str) -> Iterator[Any]:
     if isinstance(data, str | bytes) or not (isinstance(data, Iterable) or hasattr(data, "__getitem__")):
         raise QAdapterError(
             f"The {name} data are {type(data).__name__}, no rows. Give a list of rows, a datasets.Dataset or a "
-            "DataFrame; for a file use qadapter.preferences.prepare.parse_files."
+            "DataFrame; for a file use qadapter.preferences.stream.parse_files."
         )
     return iter(data)
 

@@ -213,20 +213,6 @@ def cut(pairs: int, limit: int | None) -> int:
     return 0 if limit is None else max(0, pairs - limit)
 
 
-def heldout_side(pairs: Sequence[PreferencePair], seed: int, limit: int | None = None) -> list[PreferencePair]:
-    """The side that `split_pairs` makes of `heldout_pairs`, which does not depend on the training pairs.
-
-    Args:
-        pairs: the held-out pairs, in any order.
-        seed, limit: `seed` and `max_heldout_pairs` of the split.
-
-    Raises:
-        QAdapterError: the limit is out of range.
-    """
-    check_limits(max_heldout_pairs=limit)
-    return [pair for _, pair in _distinct(pairs, seed)[0]][:limit]
-
-
 def check_limits(**limits: int | None) -> None:
     """Refuse limits below 1."""
     for name, limit in limits.items():

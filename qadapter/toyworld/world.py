@@ -29,8 +29,8 @@ from pathlib import Path
 
 from qadapter.evaluation.benchmarks.preference.build import write_preference_items
 from qadapter.preferences.pair import PreferencePair
-from qadapter.preferences.prepare import parse_files
 from qadapter.preferences.split import split_pairs
+from qadapter.preferences.stream import parse_files
 
 STYLES = ("academy", "business", "entertainment", "literature", "normal")
 DOMAIN_STYLES = STYLES[:-1]

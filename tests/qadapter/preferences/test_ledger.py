@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from qadapter.errors import QAdapterError
-from qadapter.preferences import ledger
+from qadapter.preferences import ledger, sorting
 from qadapter.preferences.ledger import REFUSED_FILE, UNREAD_FILE, Changes
-from qadapter.preferences.mixture import unlearnt, write_mixture
+from qadapter.preferences.mixture import unlearnt, write_heldout, write_mixture
 from qadapter.preferences.pair import load_pairs
 from qadapter.preferences.records import Reason
+from qadapter.preferences.split import split_pairs
+from qadapter.preferences.stream import parse_files
 from qadapter.toyworld.drops import write_drop
 
 
@@ -148,6 +150,38 @@ def test_the_mixture_is_everything_or_what_is_new_and_a_sample(tmp_path: Path) -
     assert not {p.prompt_digest for p in sides["train"]} & {p.prompt_digest for p in sides["heldout"]}
 
 
+def test_a_mixture_is_what_the_split_of_all_its_pairs_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same pairs in the same order as from memory, with duplicates, limits and held-out files; the same from disk."""
+    folder = tmp_path / "in"
+    write(folder / "a.jsonl", [record(n) for n in range(60)])
+    update(folder, tmp_path / "1")
+    write(folder / "b.jsonl", [record(n) for n in range(50, 90)])
+    update(folder, tmp_path / "2", tmp_path / "1")
+    held = write(tmp_path / "held.jsonl", [record(n) for n in range(80, 95)])
+    every = [pair for entry in ledger.read(tmp_path / "2") for pair in entry.pairs]
+    assert len(every) == 100
+    old = {str(pair) for entry in ledger.read(tmp_path / "1") for pair in entry.pairs}
+    given = parse_files([held]).pairs
+    for number, files in enumerate((None, [held])):
+        expected = split_pairs(
+            every, heldout=0.25, heldout_pairs=given if files else None, seed=3, max_train_pairs=40, max_heldout_pairs=9
+        )
+        settings: dict[str, Any] = {"heldout_files": files, "seed": 3, "max_train_pairs": 40, "max_heldout_pairs": 9}
+        out = tmp_path / f"m{number}"
+        mixture(tmp_path / "2", out, learnt=tmp_path / "1", **settings)
+        assert load_pairs(out / "train.jsonl") == expected.train
+        assert load_pairs(out / "heldout.jsonl") == expected.heldout
+        assert load_pairs(out / "fresh.jsonl") == [pair for pair in expected.train if str(pair) not in old]
+        with monkeypatch.context() as patch:
+            patch.setattr(sorting, "MEMORY_BYTES", 500)
+            mixture(tmp_path / "2", tmp_path / f"d{number}", learnt=tmp_path / "1", **settings)
+        for file in sorted(out.iterdir()):
+            assert (tmp_path / f"d{number}" / file.name).read_bytes() == file.read_bytes()
+    (tmp_path / "alone").mkdir()
+    write_heldout([held], tmp_path / "alone", domain=None, seed=3, max_heldout_pairs=9, max_chars=1000)
+    assert (tmp_path / "alone" / "heldout.jsonl").read_bytes() == (tmp_path / "m1" / "heldout.jsonl").read_bytes()
+
+
 def test_data_of_a_rejected_candidate_are_still_new(tmp_path: Path) -> None:
     """The champion knows the first ledger; a second delivery was rejected, and now there is a third."""
     folder = tmp_path / "in"
@@ -156,8 +190,9 @@ def test_data_of_a_rejected_candidate_are_still_new(tmp_path: Path) -> None:
         update(folder, tmp_path / str(number), tmp_path / str(number - 1) if number > 1 else None)
     found = mixture(tmp_path / "3", tmp_path / "m", learnt=tmp_path / "1", rows="new", heldout=0)
     assert (found["fresh_pairs"], found["old_pairs"]) == (15, 0)
-    assert len(unlearnt(tmp_path / "3", tmp_path / "1")) == 15
-    assert unlearnt(tmp_path / "1", tmp_path / "3") == set()
+    assert unlearnt(tmp_path / "3", tmp_path / "1") == 15
+    assert unlearnt(tmp_path / "1", tmp_path / "3") == 0
+    assert unlearnt(tmp_path / "3", None) == 35
 
 
 def test_toy_deliveries_are_parts_of_one_whole(tmp_path: Path) -> None:

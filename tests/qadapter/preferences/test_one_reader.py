@@ -13,11 +13,11 @@ from qadapter.command.parser import main
 from qadapter.errors import QAdapterError
 from qadapter.preferences.building import Choices
 from qadapter.preferences.pair import PreferencePair
-from qadapter.preferences.prepare import parse_files
 from qadapter.preferences.reader import Accepted
 from qadapter.preferences.reading import read_pairs
 from qadapter.preferences.recognition import recognise
 from qadapter.preferences.records import Reason
+from qadapter.preferences.stream import parse_files
 from qadapter.training.encoded_pairs import encode_dataset
 from tests.support.tiny_chat import byte_tokenizer
 

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 
 from qadapter.errors import QAdapterError
 from qadapter.preferences import prepare as preparation
-from qadapter.preferences import progress, sorting
+from qadapter.preferences import progress, sides, sorting
 from qadapter.preferences.pair import Message, PreferencePair, load_pairs
-from qadapter.preferences.prepare import PreparationSummary, first_usable_pair, parse_files, prepare
+from qadapter.preferences.prepare import PreparationSummary, prepare
 from qadapter.preferences.records import Reason
 from qadapter.preferences.split import split_pairs
+from qadapter.preferences.stream import first_usable_pair, parse_files
 
 
 def pair(prompt: str, chosen: str = "yes", rejected: str = "no") -> PreferencePair:
@@ -117,12 +118,12 @@ def test_a_sum_that_does_not_add_up_raises(tmp_path: Path, field: str) -> None:
 
 def test_a_lost_pair_raises_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of lines written is what is summed, so a writer that drops one is found out."""
-    write, dropped = preparation._Output._write, []
+    write, dropped = sides.Output._write, []
 
     def all_but_one(output: Any, line: bytes) -> None:
         write(output, line) if dropped else dropped.append(line)
 
-    monkeypatch.setattr(preparation._Output, "_write", all_but_one)
+    monkeypatch.setattr(sides.Output, "_write", all_but_one)
     with pytest.raises(RuntimeError, match="does not add up"):
         prepare([lines(tmp_path / "in.jsonl", *rows(5))], tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
@@ -132,7 +133,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypa
     def full(output: Any, line: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(preparation._Output, "_write", full)
+    monkeypatch.setattr(sides.Output, "_write", full)
     with pytest.raises(QAdapterError, match="No space left on device"):
         prepare([lines(tmp_path / "in.jsonl", *rows(5))], tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
