@@ -16,12 +16,13 @@ from flows.running.outcomes import ended
 from flows.running.prefect_run import close_abandoned
 from flows.running.run_request import check_workspace
 from flows.watch_preferences import emit
-from qadapter.config.customization import Customization, load_customization
+from qadapter.config.customization import PREFERENCES, Customization, load_customization
 from qadapter.gate import Measured, fallen
 from qadapter.serving.registered import DamagedError
 from tasks.candidate import METHOD, learnt_by, measured, registry_of
 from tasks.data import generate_toy_world
 from tasks.preferences import Seen, collect_preferences, hold_out, mix_preferences, read_heldout
+from tasks.quality import measure_quality
 from tasks.stages.context import Cell, workspace
 from tasks.stages.stage_run import StageResult
 from tasks.stages.store import StageStore
@@ -101,11 +102,13 @@ def _what_fell(config: str, customization: Customization, registry: Registry, ch
 def _heldout(
     step: Step, customization: Customization, registry: Registry, champion: Version, world: StageResult | None
 ) -> StageResult:
-    """Today's held-out pairs. If they have separate files, the source is not read and may be empty or unavailable."""
+    """Today's held-out pairs; their quality is reported. If they have separate files, the source is not read and may be
+    empty or unavailable."""
     source = customization.source
     heldout: StageResult
     if source.heldout_path or source.heldout_split:
         heldout = step(read_heldout, customization=customization, world=world)
+        step(measure_quality, source=PREFERENCES, data=heldout, benchmarks=world)
         return heldout
     previous = Seen.read(customization).ledger
     ledger = step(collect_preferences, customization=customization, previous=previous, world=world)
@@ -117,5 +120,6 @@ def _heldout(
         world=world,
         everything=True,  # irrelevant here: only the held-out side is used
     )
+    step(measure_quality, source=PREFERENCES, data=mixture, benchmarks=world)
     heldout = step(hold_out, mixture=mixture)
     return heldout

@@ -99,6 +99,9 @@ class ReadingOptions(ReadingSettings):
     fields: Mapped = Field(
         None, description="where prompt and replies lie: '{prompt: question, chosen: a, rejected: b}', or a YAML file"
     )
+    pairing: Literal["all", "first"] | None = Field(  # the command trains on pairs
+        None, description="pair single labelled replies by their prompt"
+    )
     domain: str | None = Field(None, description="the preferred style of DSP data")
     split: str | None = Field(None, description="of a folder or hub data set")
     data_revision: str | None = Field(None, description="branch, tag or commit of a hub data set")

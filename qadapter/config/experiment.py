@@ -100,10 +100,29 @@ class Experiment(Settings):
             raise ValueError("\n".join(problems))
         return self
 
+    def _single_replies(self) -> Iterator[str]:
+        """What cannot be made of sources that keep single replies."""
+        from qadapter.methods.table import method_named
+
+        others = [name for name in self.methods.run if not method_named(name).takes_single]
+        for name, source in self.sources.items():
+            if source.pairing != "none":
+                continue
+            if not (source.heldout_path or source.heldout_split):
+                yield f"sources.{name}.pairing is none, so it has no pair to hold out: give heldout_path"
+            if source.judge_pairs:
+                yield f"sources.{name}.pairing is none, so it has no pair to train a judge on: remove judge_pairs"
+            if others and any(domain.source == name for domain in self.domains.values()):
+                yield (
+                    f"sources.{name}.pairing is none, and {', '.join(others)} cannot train on single replies: set "
+                    "it to all or first, or take these methods out of methods.run"
+                )
+
     def _contradictions(self) -> Iterator[str]:
         """Yield one sentence per contradiction between sections."""
         if repeated := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
             yield f"seeds names {repeated} more than once"
+        yield from self._single_replies()
         named = {f"domains.{name}.source": domain.source for name, domain in self.domains.items()}
         if self.helpful_sft:
             named["helpful_sft.source"] = self.helpful_sft.source

@@ -25,7 +25,9 @@ class ReadingSettings(Settings):
     fields: dict[str, Any] | None = Field(None, description="keys of prompt and replies, if no layout is recognised")
     preferred: str | None = Field(None, description="which of two judgements counts: better_response_id")
     score: str | None = Field(None, description="which of several scores counts: fine-grained_score")
-    pairing: Literal["all", "first"] | None = Field(None, description="pair single labelled replies by their prompt")
+    pairing: Literal["all", "first", "none"] | None = Field(
+        None, description="pair single labelled replies by their prompt, or keep them single (none; kto only)"
+    )
     ranking: Literal["all", "neighbours"] = Field("all", description="pairs of a ranked list: all, or neighbours only")
     ties: Literal["keep", "drop"] = Field("keep", description="pairs whose scores are equal or against the decision")
     min_margin: Annotated[float, Field(ge=0)] | None = Field(None, description="drop pairs with a smaller margin")

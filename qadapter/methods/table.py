@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qadapter.methods import dpo, orpo, q_adapter, replay, sft
+from qadapter.methods import dpo, kto, orpo, q_adapter, replay, sft
 from qadapter.methods.method import Knob, Method
 
 METHODS: tuple[Method[Any], ...] = (
@@ -13,6 +13,7 @@ METHODS: tuple[Method[Any], ...] = (
     dpo.METHOD,
     replay.METHOD,
     orpo.METHOD,
+    kto.METHOD,
 )
 
 SUBJECT = q_adapter.METHOD

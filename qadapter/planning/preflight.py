@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from qadapter.config.experiment import Experiment
@@ -17,7 +18,7 @@ from qadapter.files.folders import resolve_path
 from qadapter.judging.plan import plan_judges
 from qadapter.preferences import sources
 from qadapter.preferences.building import Choices
-from qadapter.preferences.stream import first_usable_pair
+from qadapter.preferences.stream import check_usable
 
 
 def check_experiment(
@@ -81,7 +82,10 @@ def _check_sources(
                     sources.check(where, **options)
                 if not away:
                     files = sources.locate(where, cache_dir=downloads, **options)
-                    first_usable_pair(files, source.domain, source.max_chars, Choices.of(source))
+                    choices = Choices.of(source)
+                    if choices.pairing == "none" and (path, split) != sides[0]:
+                        choices = replace(choices, pairing=None)  # the held-out side is always of pairs
+                    check_usable(files, source.domain, source.max_chars, choices)
             except QAdapterError as error:
                 problems.append(f"  sources.{name}: {error}")
     if experiment.built_benchmarks:

@@ -6,13 +6,14 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from qadapter.preferences import transcripts
 from qadapter.preferences.beginnings import prompt_end
-from qadapter.preferences.pair import Message, PreferencePair, Role
+from qadapter.preferences.pair import LabelledReply, Message, PreferencePair, Role
 from qadapter.preferences.records import Reason
 from qadapter.preferences.turns import (
     MAX_CANDIDATES,
@@ -44,7 +45,7 @@ class Choices:
         preferred: which of several judgements counts, for PKU-SafeRLHF.
         score: which of several scores counts, for UltraFeedback.
         pairing: how unpaired rows (a reply and a label) with the same prompt are paired: every good reply with every
-            bad one, or the first of each.
+            bad one, the first of each, or not at all, for a method that takes them as they are.
         ranking: scored replies give all pairs, or only those of neighbours in the order of the scores.
         ties: pairs whose scores are equal or contradict the decision are kept or dropped.
         min_margin: pairs with a smaller margin are dropped.
@@ -53,7 +54,7 @@ class Choices:
     fields: Mapping[str, Any] | None = None
     preferred: str | None = None
     score: str | None = None
-    pairing: Literal["all", "first"] | None = None
+    pairing: Literal["all", "first", "none"] | None = None
     ranking: Literal["all", "neighbours"] = "all"
     ties: Literal["keep", "drop"] = "keep"
     min_margin: float | None = None
@@ -73,6 +74,8 @@ class Context:
         choices: see there.
         prompt_style, reply_style: how prompts and whole dialogues are written out, if they are.
         parse: the parser that a format made for these choices.
+        labels: how often each label or side was preferred, or each label was given.
+        single: gets each row of one reply and a label.
         repeats_prompt: whether bare replies begin with the text of the prompt that stands beside them.
         counts: what is counted beside the candidates (`equal scores`, `scores against the decision`).
     """
@@ -83,6 +86,8 @@ class Context:
     reply_style: transcripts.Style | None = None
     parse: Callable[[Record, Context], Candidates] | None = None
     repeats_prompt: bool = False
+    labels: Counter[str] = field(default_factory=Counter)
+    single: Callable[[LabelledReply], None] | None = None
     counts: dict[str, int] = field(default_factory=dict)
 
 

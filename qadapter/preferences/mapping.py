@@ -204,6 +204,7 @@ class FieldMapping:
         winner = winners.pop() if len(winners) == 1 else None
         if winner is None:
             raise UnusableRecord(Reason.NO_PREFERENCE)
+        context.labels[winner] += 1
         replies = {expression: get(record) for _, expression, get in self._responses}
         others = [reply for expression, reply in replies.items() if expression != winner]
         if len(others) > 1:  # Arrow gives each record all replies of the file, null where it has none

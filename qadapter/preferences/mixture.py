@@ -74,7 +74,7 @@ def write_mixture(
             pairs.add(row)
         held = Side(heldout_files, out / ".rows-heldout") if heldout_files else None
         if held:
-            stack.callback(held.rows.close)
+            stack.callback(held.close)
             held.read(seed, domain=domain, max_chars=max_chars, choices=choices)
         division = divide(pairs.drawn, heldout=heldout, heldout_pairs=held.rows.drawn if held else None)
         train, fresh, kept = (
@@ -133,7 +133,7 @@ def write_heldout(
                     kept.add(row)
             write_json(out / "summary.json", _about("heldout", kept))
     finally:
-        held.rows.close()
+        held.close()
 
 
 def _about(side: str, output: Output) -> dict[str, int | str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -42,9 +42,8 @@ class PreferencePair:
 
     @property
     def prompt_digest(self) -> str:
-        """sha256 of the prompt, blind to case and white space: equal digests are the same prompt to a reader."""
-        turns = [[turn["role"], " ".join(turn["content"].lower().split())] for turn in self.prompt]
-        return hashlib.sha256(json.dumps(turns, ensure_ascii=False).encode()).hexdigest()
+        """See `prompt_digest`."""
+        return prompt_digest(self.prompt)
 
     def to_trl(self) -> dict[str, list[Message]]:
         """The pair in TRL's conversational preference format (explicit prompt)."""
@@ -68,6 +67,59 @@ class PreferencePair:
         """Inverse of `to_row` and `to_trl`, for files this project wrote itself (`reading.py` reads the others)."""
         chosen, rejected = (row[side][0]["content"] for side in ("chosen", "rejected"))
         return cls(tuple(row["prompt"]), chosen, rejected, row.get("margin"), row.get("votes"))
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledReply:
+    """One reply to a conversation and whether it is a good one: an unpaired row.
+
+    Attributes:
+        prompt: the conversation so far; its last turn is the user's.
+        reply: its text.
+        good: the label.
+    """
+
+    prompt: tuple[Message, ...]
+    reply: str
+    good: bool
+
+    def to_row(self) -> dict[str, Any]:
+        """The row in TRL's conversational unpaired preference format."""
+        completion = [{"role": "assistant", "content": self.reply}]
+        return {"prompt": list(self.prompt), "completion": completion, "label": self.good}
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> LabelledReply:
+        """Inverse of `to_row`."""
+        return cls(tuple(row["prompt"]), row["completion"][0]["content"], row["label"])
+
+
+def prompt_digest(prompt: Sequence[Message]) -> str:
+    """sha256 of a prompt, blind to case and white space: equal digests are the same prompt to a reader."""
+    turns = [[turn["role"], " ".join(turn["content"].lower().split())] for turn in prompt]
+    return hashlib.sha256(json.dumps(turns, ensure_ascii=False).encode()).hexdigest()
+
+
+SINGLE = "single.jsonl"
+"""The unpaired rows of a source beside its `train.jsonl`, where it has some."""
+
+
+def load_single(pairs_file: Path) -> list[LabelledReply]:
+    """The unpaired rows beside a `train.jsonl` that `prepare.prepare` wrote; none where its source has pairs.
+
+    Raises:
+        QAdapterError: the file is not one of ours.
+    """
+    file = pairs_file.with_name(SINGLE)
+    if not file.exists():
+        return []
+    try:
+        with file.open(encoding="utf-8", newline="\n") as lines:
+            return [LabelledReply.from_row(json.loads(line)) for line in lines]
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise QAdapterError(
+            f"{file} cannot be read as prepared rows ({type(error).__name__}); run the preparation again."
+        ) from error
 
 
 def iter_pairs(file: Path) -> Iterator[PreferencePair]:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Literal
 
 from qadapter.errors import QAdapterError
 from qadapter.preferences.building import Context, Record
-from qadapter.preferences.pair import Message, PreferencePair
+from qadapter.preferences.pair import Message, PreferencePair, prompt_digest
 from qadapter.preferences.records import Reason
 from qadapter.preferences.turns import MAX_CANDIDATES, Candidates, UnusableRecord, make_pair
 from qadapter.preferences.unpaired import Split, unpaired_reply
@@ -43,7 +43,7 @@ class _Replies:
 class _Group:
     """Rows by their prompts: the one definition of which rows make a pair."""
 
-    def __init__(self, how: Literal["all", "first"]) -> None:
+    def __init__(self, how: Literal["all", "first", "none"]) -> None:
         self._most = 1 if how == "first" else MAX_CANDIDATES
         self._how = how
         self.prompts: dict[bytes, _Replies] = {}
@@ -74,7 +74,7 @@ class _Group:
 class Pairing:
     """Pairs the rows of a source; see the module."""
 
-    def __init__(self, split: Split, how: Literal["all", "first"]) -> None:
+    def __init__(self, split: Split, how: Literal["all", "first", "none"]) -> None:
         self._split, self._how = split, how
         self._rows = _Group(how)
         self._held = 0
@@ -90,7 +90,12 @@ class Pairing:
             place: of the row, by which `finish` names it.
         """
         row = unpaired_reply(record, context, self._split)
-        key = bytes.fromhex(row_key(row.prompt))
+        context.labels["good" if row.good else "bad"] += 1
+        if context.single is not None:
+            context.single(row)
+        if self._how == "none":
+            return []
+        key = bytes.fromhex(prompt_digest(row.prompt))
         if self._folder is not None:
             self._write(key, place, row.good, True, json.dumps(row.prompt, ensure_ascii=False), row.reply)
             return []
@@ -176,11 +181,6 @@ def _pair(prompt: Sequence[Message], better: str, worse: str) -> PreferencePair 
         return unusable.reason
 
 
-def row_key(prompt: Sequence[Message]) -> str:
-    """What rows to pair have in common: the prompt as a reader sees it, as hexadecimal digits of a sha256."""
-    return PreferencePair(tuple(prompt), "", "").prompt_digest
-
-
 def needs_pairing(split: Split) -> Callable[[Sequence[Record], Context, str], Any]:
     """The `choose` of a format of unpaired rows: a `Pairing`, or the refusal where `pairing` is not set."""
 
@@ -188,7 +188,8 @@ def needs_pairing(split: Split) -> Callable[[Sequence[Record], Context, str], An
         if context.choices.pairing is None:
             raise QAdapterError(
                 f"{where} has single replies with a label, no pairs. Set `pairing: all` (every good reply with every "
-                "bad one to the same prompt) or `pairing: first` (the first of each), or give pairs."
+                "bad one to the same prompt) or `pairing: first` (the first of each), or give pairs. In a config, "
+                "the method kto takes single replies as they are: `pairing: none`."
             )
         return Pairing(split, context.choices.pairing)
 

@@ -190,7 +190,7 @@ def gemini_preference(record: Record, context: Context) -> Candidates:
 # ---- published sets ----
 
 
-def arena_55k(record: Record, _: Context) -> Candidates:
+def arena_55k(record: Record, context: Context) -> Candidates:
     """Arena on Kaggle: prompt and responses are JSON lists of turns as text, the winner one of two columns."""
     winners = [_truth(record.get(f"winner_model_{side}")) for side in "ab"]
     if winners[0] == winners[1]:
@@ -207,6 +207,7 @@ def arena_55k(record: Record, _: Context) -> Candidates:
             for turn in (Message(role="user", content=prompt), Message(role="assistant", content=reply))
         ]
         dialogues.append(turns)
+    context.labels["response_a" if winners[0] else "response_b"] += 1
     better, worse = dialogues if winners[0] else reversed(dialogues)
     return [pair_of_dialogues(better, worse, system_of(record))]
 
@@ -232,7 +233,7 @@ def _json_turns(value: Any) -> list[str]:
     return [text(turn) for turn in value]
 
 
-def summarize_comparisons(record: Record, _: Context) -> Candidates:
+def summarize_comparisons(record: Record, context: Context) -> Candidates:
     """OpenAI's summaries: a post or an article in `info`, two `summaries`, the better one's index in `choice`."""
     info, summaries, choice = record.get("info"), record.get("summaries"), record.get("choice")
     if not isinstance(info, dict) or not isinstance(summaries, list) or len(summaries) != 2:
@@ -248,6 +249,7 @@ def summarize_comparisons(record: Record, _: Context) -> Candidates:
         raise UnusableRecord(Reason.EMPTY_PROMPT)
     texts = [text(summary.get("text") if isinstance(summary, dict) else summary) for summary in summaries]
     better = int(str(choice))
+    context.labels[f"summary {better}"] += 1
     prompt = with_system([Message(role="user", content=request)], system_of(record))
     return [make_pair(prompt, texts[better], texts[1 - better])]
 

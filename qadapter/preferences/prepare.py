@@ -17,7 +17,7 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import numpy as np
 from qadapter.errors import QAdapterError
 from qadapter.files.folders import shown_path
 from qadapter.preferences.building import Choices
+from qadapter.preferences.pair import SINGLE
 from qadapter.preferences.records import Reason
 from qadapter.preferences.sides import CODES, REASONS, Output, Rejections, Side
 from qadapter.preferences.split import (
@@ -43,7 +44,7 @@ from qadapter.preferences.stream import DEFAULT_MAX_CHARS
 
 logger = logging.getLogger(__name__)
 
-OUTPUTS = ("train.jsonl", "heldout.jsonl", "quarantine.jsonl", "summary.json", "judge.jsonl")
+OUTPUTS = ("train.jsonl", "heldout.jsonl", "quarantine.jsonl", "summary.json", "judge.jsonl", SINGLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,9 @@ class PreparationSummary:
         ties: pairs that were kept although their scores are equal, or against the decision (`equal scores`, …), and
             candidates that were left out because they are no preference (`left out`); not in `summary.json` where there
             are none.
+        labels: how often each label was given, or each side preferred, where the source has such; before anything is
+            removed.
+        single_rows: rows in `single.jsonl`.
         incomplete_files: names of files that are truncated or damaged, so that part of their content is unknown.
         judge_pairs, judge_prompts, judge_sha256: of `judge.jsonl`; 0 and empty where no pair was set apart, and then
             not in `summary.json`.
@@ -87,6 +91,8 @@ class PreparationSummary:
     incomplete_files: list[str] = field(default_factory=list)
     odd_files: dict[str, str] = field(default_factory=dict)
     ties: dict[str, int] = field(default_factory=dict)
+    labels: dict[str, int] = field(default_factory=dict)
+    single_rows: int = 0
     judge_pairs: int = 0
     judge_prompts: int = 0
     judge_sha256: str = ""
@@ -132,8 +138,9 @@ def prepare(
     """Validates preference files, splits them by prompt and writes the result.
 
     Writes to `out_dir`: `train.jsonl`, `heldout.jsonl` (one pair per line, `PreferencePair.to_row`), `quarantine.jsonl`
-    (file, line and reason of every rejected candidate, no contents), `summary.json` and, if pairs are set apart for a
-    judge, `judge.jsonl`. None of them is left behind if it raises.
+    (file, line and reason of every rejected candidate, no contents), `summary.json`, if pairs are set apart for a
+    judge, `judge.jsonl`, and for a source of single replies `single.jsonl`: every row on the training side with its
+    label, those without a partner too. None of them is left behind if it raises.
 
     Args:
         files: training data, and held-out data too unless `heldout_files` is given.
@@ -152,18 +159,27 @@ def prepare(
         RuntimeError: the counts do not add up (a fault of this program).
     """
     check_limits(max_train_pairs=max_train_pairs, max_heldout_pairs=max_heldout_pairs)
+    unpaired = choices is not None and choices.pairing == "none"
+    if unpaired and (heldout_files is None or judge_pairs):
+        raise QAdapterError(
+            "`pairing: none` keeps single replies as they are, so there is no pair to hold out or to train a judge on. "
+            "Give held-out pairs of their own (heldout_path), and leave judge_pairs out."
+        )
     started_with = out_dir.exists()
     train = Side(files, out_dir / ".rows-train")
     held = None if heldout_files is None else Side(heldout_files, out_dir / ".rows-heldout")
     sides = [side for side in (train, held) if side]
     try:
-        for side in sides:
-            side.read(seed, domain=domain, max_chars=max_chars, choices=choices)
+        train.read(seed, domain=domain, max_chars=max_chars, choices=choices)
+        if held is not None:
+            paired = replace(choices, pairing=None) if unpaired and choices else choices
+            held.read(seed, domain=domain, max_chars=max_chars, choices=paired)
         division = divide(
             train.rows.drawn,
             heldout=heldout,
             heldout_pairs=None if held is None else held.rows.drawn,
             judge_pairs=judge_pairs,
+            needs_pairs=not unpaired,
         )
         out_dir.mkdir(parents=True, exist_ok=True)
         started_with = True
@@ -179,7 +195,7 @@ def prepare(
         raise
     finally:
         for side in sides:
-            side.rows.close()
+            side.close()
         if not started_with:
             with contextlib.suppress(OSError):
                 out_dir.rmdir()
@@ -194,7 +210,8 @@ def _write(
 ) -> PreparationSummary:
     formats = {file: name for side in sides for file, name in side.findings.formats.items()}
     names = _short_names(formats)
-    train, heldout, quarantine, summary_file, judge = (out_dir / name for name in OUTPUTS)
+    train, heldout, quarantine, summary_file, judge, single = (out_dir / name for name in OUTPUTS)
+    single_rows = 0
     with ExitStack() as stack:
         outputs = {
             TRAIN: stack.enter_context(Output(train, max_train_pairs)),
@@ -211,6 +228,14 @@ def _write(
             for rows in sides[1].rows.buckets():
                 for row in rows:
                     outputs[HELDOUT].add(row)
+        if sides[0].single.drawn:
+            singles = stack.enter_context(Output(single, None))
+            for rows in sides[0].single.buckets():
+                places = division.places(np.array([row.prompt for row in rows], f"S{DIGEST_BYTES}"))
+                for row, place in zip(rows, places.tolist(), strict=True):
+                    if place == TRAIN:
+                        singles.add(row)
+            single_rows = singles.lines
         written = {place: (output.lines, output.prompts(), output.sha256()) for place, output in outputs.items()}
     _write_lines(quarantine, _quarantined(sides, names))
     reasons = sum((side.reasons() for side in sides), Counter())
@@ -240,16 +265,22 @@ def _write(
         incomplete_files=sorted(incomplete),
         odd_files={names[file]: name for side in sides for file, name in side.findings.odd.items()},
         ties=_ties(sides, reasons),
+        labels=dict(sorted(sum((side.findings.labels for side in sides), Counter()).items())),
+        single_rows=single_rows,
         judge_pairs=judge_lines,
         judge_prompts=judge_prompts,
         judge_sha256=judge_sha256,
     )
     summary.check()
-    fields = {name: value for name, value in asdict(summary).items() if value or name not in ("odd_files", "ties")}
+    fields = {name: value for name, value in asdict(summary).items() if value or name not in _WHERE_ANY}
     if not judge_lines:
         fields = {name: value for name, value in fields.items() if not name.startswith("judge_")}
     summary_file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return summary
+
+
+_WHERE_ANY = ("odd_files", "ties", "labels", "single_rows")
+"""Fields that are in `summary.json` only where they say something."""
 
 
 def _ties(sides: Sequence[Side], reasons: Mapping[str, int]) -> dict[str, int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from qadapter.preferences.building import Context, texts_of
 from qadapter.preferences.cells import opened
 from qadapter.preferences.formats import Format
 from qadapter.preferences.mapping import FieldMapping
-from qadapter.preferences.pair import PreferencePair
+from qadapter.preferences.pair import LabelledReply, PreferencePair
 from qadapter.preferences.pairing import Pairing
 from qadapter.preferences.records import Reason
 from qadapter.preferences.turns import Candidates, UnusableRecord
@@ -79,6 +80,15 @@ class Reader:
     def across_records(self) -> bool:
         """See the class."""
         return self._pairing is not None
+
+    @property
+    def labels(self) -> Counter[str]:
+        """How often each label was given, or each side preferred."""
+        return self._context.labels
+
+    def give_single(self, take: Callable[[LabelledReply], None] | None) -> None:
+        """Hand each unpaired row to a function as well."""
+        self._context.single = take
 
     @property
     def counts(self) -> Mapping[str, int]:

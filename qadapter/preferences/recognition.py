@@ -57,6 +57,7 @@ def recognise(
         reader = _detected(objects, context, where, cells, structs)
     _check_min_margin(reader, records, context, where)
     context.counts.clear()
+    context.labels.clear()
     return reader
 
 

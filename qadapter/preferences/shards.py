@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from qadapter.errors import QAdapterError
 from qadapter.files.folders import shown_path
 from qadapter.preferences.building import Choices
 from qadapter.preferences.containers import HEAD_BYTES, RECORDS_TO_DETECT, NoRecordsError
+from qadapter.preferences.pair import LabelledReply
 from qadapter.preferences.reader import Reader
 from qadapter.preferences.reading import first_records, inside
 from qadapter.preferences.recognition import recognise, vote
@@ -40,11 +41,15 @@ class Findings:
         formats: the layout that each file was read in; `none` where a file is set aside.
         odd: files whose own first records look like another layout than the one they are read in, with that one.
         counts: pairs that were kept although their scores are equal, or against the decision.
+        labels: how often each label was given, or each side preferred.
+        single: gets each unpaired row, if it is set.
     """
 
     formats: dict[Path, str] = field(default_factory=dict)
     odd: dict[Path, str] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
+    labels: Counter[str] = field(default_factory=Counter)
+    single: Callable[[LabelledReply], None] | None = None
 
 
 @dataclass(slots=True)

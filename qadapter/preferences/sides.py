@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from qadapter.preferences.building import Choices
+from qadapter.preferences.pair import LabelledReply
 from qadapter.preferences.reader import Accepted, Rejected
 from qadapter.preferences.records import Reason
 from qadapter.preferences.shards import Findings
@@ -20,11 +21,21 @@ from qadapter.preferences.stream import no_usable_pair, stream_files
 
 
 class Side:
-    """The files of one side, read: its pairs as rows on disk, and what was rejected as numbers."""
+    """The files of one side, read: its pairs as rows on disk, and what was rejected as numbers.
+
+    Attributes:
+        files: of the side.
+        rows: its pairs.
+        single: its rows of one reply and a label, where the source has such.
+        read_count: candidates that entered.
+        rejected: of each file, what was rejected.
+        findings: what else was found.
+    """
 
     def __init__(self, files: Sequence[Path], spill: Path) -> None:
         self.files = files
         self.rows = SortedRows(spill)
+        self.single = SortedRows(spill.with_name(f"{spill.name}-single"))
         self.read_count = 0
         self.rejected: dict[Path, Rejections] = {}
         self.findings = Findings()
@@ -35,14 +46,25 @@ class Side:
         Raises:
             QAdapterError: as `stream_files`, or no usable pair.
         """
+
+        def take(reply: LabelledReply) -> None:
+            if sum(len(turn["content"]) for turn in reply.prompt) + len(reply.reply) <= max_chars:
+                self.single.add(Row.of_single(reply, seed))
+
+        self.findings.single = take
         for item in stream_files(self.files, self.findings, domain=domain, max_chars=max_chars, choices=choices):
             self.read_count += 1
             if isinstance(item, Accepted):
                 self.rows.add(Row.of(item.pair, seed))
             else:
                 self.rejected.setdefault(item.file, Rejections()).add(item)
-        if not self.rows.drawn:
+        if not self.rows.drawn and not (self.single.drawn and choices and choices.pairing == "none"):
             raise no_usable_pair(list(self.findings.formats), self.reasons())
+
+    def close(self) -> None:
+        """Remove what is on disk."""
+        self.rows.close()
+        self.single.close()
 
     def reasons(self) -> Counter[str]:
         """How many candidates were rejected for each reason."""

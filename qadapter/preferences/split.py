@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qadapter.errors import QAdapterError
-from qadapter.preferences.pair import PreferencePair
+from qadapter.preferences.pair import LabelledReply, PreferencePair, prompt_digest
 
 DIGEST_BYTES = 16
 _DIGEST = np.dtype(f"S{DIGEST_BYTES}")
@@ -48,6 +48,12 @@ class Row(NamedTuple):
         # Margin and votes are no part of what makes two pairs equal.
         text = line if len(row) == 3 else json.dumps(pair.to_trl(), ensure_ascii=False)
         return cls(_draw(seed, text), _draw(seed, pair.prompt_digest), line.encode())
+
+    @classmethod
+    def of_single(cls, reply: LabelledReply, seed: int) -> Row:
+        """The row of a single reply with its label, as a line of `single.jsonl`."""
+        text = json.dumps(reply.to_row(), ensure_ascii=False)
+        return cls(_draw(seed, text), _draw(seed, prompt_digest(reply.prompt)), text.encode())
 
 
 class Drawn:
@@ -97,9 +103,17 @@ class Division:
 
 
 def divide(
-    pairs: Drawn, *, heldout: float | int = 0.1, heldout_pairs: Drawn | None = None, judge_pairs: int = 0
+    pairs: Drawn,
+    *,
+    heldout: float | int = 0.1,
+    heldout_pairs: Drawn | None = None,
+    judge_pairs: int = 0,
+    needs_pairs: bool = True,
 ) -> Division:
-    """Decide which prompts are held out and which are the judge's. Arguments and errors are those of `split_pairs`."""
+    """Decide which prompts are held out and which are the judge's. Arguments and errors are those of `split_pairs`.
+
+    With `needs_pairs` off, there may be no training pair: the source has single replies.
+    """
     prompts = pairs.distinct_prompts()
     duplicates = len(pairs) - len(prompts)
     held_count = 0
@@ -111,7 +125,7 @@ def divide(
         held, held_count = np.unique(given), len(given)
     across = _among(prompts, held)
     train = prompts[~across]
-    if not len(train):
+    if not len(train) and needs_pairs:
         raise QAdapterError(
             f"No training pair is left: all {len(pairs)} usable pairs have prompts that are held out too. "
             "Give training data with other prompts."

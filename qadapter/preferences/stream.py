@@ -11,7 +11,7 @@ from pathlib import Path
 from qadapter.errors import QAdapterError
 from qadapter.files.folders import shown_path
 from qadapter.preferences.building import Choices
-from qadapter.preferences.pair import PreferencePair
+from qadapter.preferences.pair import LabelledReply, PreferencePair
 from qadapter.preferences.progress import Progress
 from qadapter.preferences.reader import Accepted, Rejected
 from qadapter.preferences.reading import file_records, parse_records, parsed
@@ -76,6 +76,8 @@ def stream_files(
     findings.formats |= dict.fromkeys(aside, NO_FORMAT)
     if len(aside) == len(set(files)):
         raise next(iter(aside.values()))
+    for reader in opened.distinct():
+        reader.give_single(findings.single)
     progress = Progress(files)
     for number, file in enumerate(files):
         position = progress.next_file(file)
@@ -92,6 +94,7 @@ def stream_files(
             progress.count()
             yield parsed(files[shard], line, candidate, max_chars)
         findings.counts.update(reader.counts)
+        findings.labels.update(reader.labels)
         for what, count in reader.counts.items():
             logger.warning("%s: %d pairs with %s; `ties: drop` leaves them out", opened.name_of(reader), count, what)
 
@@ -130,6 +133,37 @@ def first_usable_pair(
         if isinstance(item, Accepted):
             return item.pair
         reasons[item.reason.value] += 1
+    raise no_usable_pair(files, reasons)
+
+
+class _FoundError(Exception):
+    """A usable row was found; nothing further need be read."""
+
+
+def check_usable(
+    files: Sequence[Path],
+    domain: str | None = None,
+    max_chars: int = DEFAULT_MAX_CHARS,
+    choices: Choices | None = None,
+) -> None:
+    """Refuse files without a usable pair, or without a usable row where single replies are kept (`pairing: none`).
+
+    Raises:
+        QAdapterError: as `first_usable_pair`.
+    """
+
+    def found(_: LabelledReply) -> None:
+        raise _FoundError
+
+    if choices is None or choices.pairing != "none":
+        first_usable_pair(files, domain, max_chars, choices)
+        return
+    reasons: Counter[str] = Counter()
+    try:
+        for item in stream_files(files, Findings(single=found), domain=domain, max_chars=max_chars, choices=choices):
+            reasons[item.reason.value if isinstance(item, Rejected) else "a pair, where single replies are kept"] += 1
+    except _FoundError:
+        return
     raise no_usable_pair(files, reasons)
 
 

@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from qadapter.preferences.building import Context, Record, history_messages, opening, side, system_of
-from qadapter.preferences.pair import Message
+from qadapter.preferences.pair import LabelledReply
 from qadapter.preferences.records import Reason
 from qadapter.preferences.turns import UnusableRecord, listed, prompt_of
 
 _TRUE, _FALSE = frozenset({"true", "1", "1.0", "desirable"}), frozenset({"false", "0", "0.0", "-1", "undesirable"})
-
-
-@dataclass(frozen=True, slots=True)
-class UnpairedReply:
-    """One reply and whether it is a good one.
-
-    Attributes:
-        prompt: the conversation so far; its last turn is the user's.
-        reply: its text.
-        good: the label.
-    """
-
-    prompt: tuple[Message, ...]
-    reply: str
-    good: bool
 
 
 Split = Callable[[Record, Context], tuple[Any, Any, Any]]
@@ -60,7 +44,7 @@ def tagged_instruction(record: Record, _: Context) -> tuple[Any, Any, Any]:
     return prompt, record.get("output"), record.get("kto_tag")
 
 
-def unpaired_reply(record: Record, context: Context, split: Split) -> UnpairedReply:
+def unpaired_reply(record: Record, context: Context, split: Split) -> LabelledReply:
     """A row as a reply and its label.
 
     Raises:
@@ -76,7 +60,7 @@ def unpaired_reply(record: Record, context: Context, split: Split) -> UnpairedRe
         raise UnusableRecord(Reason.NOT_A_DIALOGUE)
     if not words:
         raise UnusableRecord(Reason.EMPTY_REPLY)
-    return UnpairedReply(tuple(prompt_of(turns)), words, good)
+    return LabelledReply(tuple(prompt_of(turns)), words, good)
 
 
 def _label(value: Any) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,8 @@ from qadapter.config.training import OptimizerSettings
 from qadapter.errors import QAdapterError
 from qadapter.policy.adapters import fitted
 from qadapter.policy.loading import load_base
-from qadapter.preferences.pair import PreferencePair, load_pairs
-from qadapter.preferences.tokenize import EncodedPair, encode_pairs, truncation_of
+from qadapter.preferences.pair import LabelledReply, PreferencePair, load_pairs, load_single
+from qadapter.preferences.tokenize import EncodedPair, UnusablePair, encode_pairs, encode_reply, truncation_of
 from qadapter.training.arguments import (
     Cost,
     measured_cost,
@@ -28,8 +30,13 @@ from qadapter.training.arguments import (
 )
 from qadapter.training.encoded_pairs import refuse_unlearnable, report_truncation
 
+log = logging.getLogger(__name__)
+
 Conversation = tuple[list[int], list[int]]
 """Token ids of a prompt and of one reply to it."""
+
+Labelled = tuple[list[int], list[int], bool]
+"""Token ids of a prompt and of one reply to it, and whether the reply is a good one."""
 
 
 class Job:
@@ -42,6 +49,7 @@ class Job:
         network, tokenizer: the frozen base.
         lora: the adapter's shape.
         pairs, encoded: the N usable pairs, as text and as token ids.
+        single: the rows of a source of single replies, each as token ids with its label; none where it has pairs.
         max_length: largest number of tokens per sequence.
         needs: name of a stage that the method needs → its folder.
         out: the folder of the results.
@@ -61,7 +69,9 @@ class Job:
         needs: Mapping[str, Path],
         out: Path,
         scratch: Path,
+        single: Sequence[Labelled] = (),
     ) -> None:
+        self.single = list(single)
         self.network, self.tokenizer, self.lora = network, tokenizer, lora
         self.pairs, self.encoded = list(pairs), list(encoded)
         self.max_length, self.needs, self.out = settings.max_length, dict(needs), out
@@ -87,6 +97,17 @@ class Job:
             raise ValueError(f"{len(examples)} conversations for {len(self.encoded)} pairs; expected two for each pair")
         lengths = [len(prompt) + len(reply) for prompt, reply in examples]
         return list(examples), self._arguments(lengths, sequences_per_example=2)
+
+    def on_labelled(self) -> tuple[list[Labelled], dict[str, Any]]:
+        """Every reply with its label, and a trainer's arguments for steps of `2 · batch_size` replies.
+
+        A pair gives a good and a bad row. Rows of a source that has single replies are taken as they are, those without
+        a partner too.
+        """
+        rows = [(*one, True) for one in self.chosen()] + [(*one, False) for one in self.rejected()]
+        rows = self.single or rows
+        lengths = [len(prompt) + len(reply) for prompt, reply, _ in rows]
+        return rows, self._arguments(lengths, sequences_per_example=2)
 
     def chosen(self) -> list[Conversation]:
         """The N chosen replies with their prompts."""
@@ -159,11 +180,17 @@ def train_adapter(
         QAdapterError: no pair is left after truncation.
     """
     network, tokenizer = load_base(base, model)
-    pairs = load_pairs(pairs_file)
-    kept, encoded = encode_usable(
-        pairs, tokenizer, training.max_length, out / "unused.jsonl", training.allow_truncation
-    )
-    settings = with_steps(training, len(encoded), choice.learning_rate)
+    pairs, replies = load_pairs(pairs_file), load_single(pairs_file)
+    kept: list[int] = []
+    encoded: list[EncodedPair] = []
+    if pairs or not replies:
+        kept, encoded = encode_usable(
+            pairs, tokenizer, training.max_length, out / "unused.jsonl", training.allow_truncation
+        )
+    single = encode_single(replies, tokenizer, training.max_length)
+    # Two rows cost what a pair costs, and no last micro-batch has a single row, which no other row is compared with.
+    single = single[: len(single) // 2 * 2]
+    settings = with_steps(training, len(encoded) or len(single) // 2, choice.learning_rate)
     usable = [pairs[index] for index in kept]
     job = Job(
         network,
@@ -176,11 +203,34 @@ def train_adapter(
         needs=needs,
         out=out,
         scratch=scratch,
+        single=single,
     )
     set_seed(seed)
     with measured_cost() as cost:
         trainer = train(job, choice)
     write_adapter(out, trainer, cost, job.tokens(), encoded)
+
+
+def encode_single(
+    replies: Sequence[LabelledReply], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[Labelled]:
+    """Token ids of single replies with their labels; those without a token or a rendering are left out, and counted in
+    the log.
+
+    Raises:
+        QAdapterError: none is left of some.
+    """
+    found: list[Labelled] = []
+    for reply in replies:
+        with suppress(UnusablePair):
+            found.append((*encode_reply(reply.prompt, reply.reply, tokenizer, max_length), reply.good))
+    if replies and not found:
+        raise QAdapterError(f"none of {len(replies)} single replies has a token at max_length {max_length}; raise it")
+    if len(found) < len(replies):
+        log.warning(
+            "%d of %d single replies cannot be rendered and are left out", len(replies) - len(found), len(replies)
+        )
+    return found
 
 
 def with_steps(training: OptimizerSettings, examples: int, learning_rate: float | None) -> OptimizerSettings:

@@ -337,6 +337,10 @@ def test_a_check_measures_again(story: Story) -> None:
         "search_runs", [experiment.experiment_id], "tags.stage = 'adapter'", order_by=["start_time ASC"]
     )
     assert runs[0].info.run_name == "version 2"
+    measured = tracker.call("search_runs", [experiment.experiment_id], "metrics.`data/preferences/heldout_pairs` = 48")
+    assert len(measured) == 2 * 2, (
+        "the quality of the pairs it is checked with: two checks, each in its run and a stage's"
+    )
     tags, metrics = runs[0].data.tags, runs[0].data.metrics
     assert {tags["cached.adaptation"], tags["cached.retention"]} == {"False"}
     registered = story.versions()[1].metrics

@@ -261,7 +261,7 @@ def test_the_nearest_key_is_known_below_names_too() -> None:
 
 
 def test_an_unknown_method_is_refused() -> None:
-    assert "'q-adapter', 'sft', 'dpo', 'replay' or 'orpo'" in refused({"methods.run": ["ppo"]})
+    assert "'q-adapter', 'sft', 'dpo', 'replay', 'orpo' or 'kto'" in refused({"methods.run": ["ppo"]})
 
 
 @pytest.mark.parametrize("key", ["training.learning_rate", "sources.helpful.heldout", "methods.dpo.beta"])

@@ -151,7 +151,7 @@ def test_the_mixture_is_everything_or_what_is_new_and_a_sample(tmp_path: Path) -
 
 
 def test_a_mixture_is_what_the_split_of_all_its_pairs_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same pairs in the same order as from memory, with duplicates, limits and held-out files; the same from disk."""
+    """The same pairs in the same order as from memory, with limits and held-out files; the same from disk."""
     folder = tmp_path / "in"
     write(folder / "a.jsonl", [record(n) for n in range(60)])
     update(folder, tmp_path / "1")

@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 
+from qadapter.errors import QAdapterError
 from qadapter.preferences import ledger, pairing
 from qadapter.preferences.building import Choices
 from qadapter.preferences.mixture import unlearnt
-from qadapter.preferences.pair import PreferencePair
+from qadapter.preferences.pair import PreferencePair, load_pairs, load_single
 from qadapter.preferences.prepare import prepare
 from qadapter.preferences.reader import Accepted
 from qadapter.preferences.records import Reason
 from qadapter.preferences.shards import Findings
-from qadapter.preferences.stream import parse_files, stream_files
+from qadapter.preferences.stream import check_usable, parse_files, stream_files
 
 
 def lines(file: Path, rows: list[Any]) -> Path:
@@ -134,6 +135,32 @@ def test_a_prompt_with_very_many_replies_has_a_limit(tmp_path: Path) -> None:
     file = lines(tmp_path / "rows.jsonl", [row("q", f"{n}", True) for n in range(65)] + [row("q", "bad", False)])
     found = parse_files([file], choices=Choices(pairing="all"))
     assert (len(found.pairs), [item.reason for item in found.rejected]) == (64, [Reason.TOO_LONG])
+
+
+def test_single_replies_are_kept_for_a_method_that_takes_them(tmp_path: Path) -> None:
+    """All rows with a training prompt are written beside the pairs, once each; with `none` there are no pairs."""
+    files = unpaired(tmp_path / "in")
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    lines(files[2], [*(json.loads(line) for line in files[2].read_text().splitlines()), rows[-1]])  # one row twice
+    summary = prepare(files, tmp_path / "all", heldout=7, choices=Choices(pairing="all"))
+    held = {pair.prompt[0]["content"] for pair in load_pairs(tmp_path / "all" / "heldout.jsonl")}
+    kept = load_single(tmp_path / "all" / "train.jsonl")
+    expected = sorted((r["prompt"], r["completion"], r["label"]) for r in rows if r["prompt"] not in held)
+    assert sorted((one.prompt[0]["content"], one.reply, one.good) for one in kept) == expected
+    assert (summary.single_rows, summary.labels) == (len(kept), {"bad": 133, "good": 69})
+    prompts = sorted({r["prompt"] for r in rows})[:5]
+    given = lines(tmp_path / "held.jsonl", [{"prompt": p, "chosen": "A", "rejected": "B"} for p in prompts])
+    summary = prepare(files, tmp_path / "none", heldout_files=[given], choices=Choices(pairing="none"))
+    assert (summary.read, summary.used, summary.train_pairs, summary.heldout_pairs) == (5, 5, 0, 5)
+    kept = load_single(tmp_path / "none" / "train.jsonl")
+    assert summary.single_rows == len(kept) == len([r for r in rows if r["prompt"] not in prompts])
+    assert load_single(lines(tmp_path / "none" / "other" / "train.jsonl", [])) == []
+    for options in ({}, {"heldout_files": [given], "judge_pairs": 3}):
+        with pytest.raises(QAdapterError, match="no pair to hold out or to train a judge on"):
+            prepare(files, tmp_path / "refused", choices=Choices(pairing="none"), **options)  # type: ignore[arg-type]
+    check_usable(files, choices=Choices(pairing="none"))
+    with pytest.raises(QAdapterError, match="No usable preference pair"):
+        check_usable([lines(tmp_path / "bad.jsonl", [row("q", "", True)])], choices=Choices(pairing="none"))
 
 
 def test_a_growing_source_of_unpaired_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
