@@ -2,6 +2,7 @@
 
 python -m benchmarks.preparation                          # 1,000,000 pairs, 2 GB, in a temporary folder
 python -m benchmarks.preparation --rows 100000
+python -m benchmarks.preparation --sides ledger again mixture     # the same file as a growing source
 
 Both sides read the same JSON lines, validate each record with this project's reader, drop duplicate pairs, split by
 prompt, put the pairs in the same order and write training and held-out files, which must be the same bytes. Each side
@@ -24,12 +25,17 @@ from typing import Any
 import numpy as np
 
 from qadapter.files.artifacts import digest_file
+from qadapter.preferences.ledger import RECORDS, update
+from qadapter.preferences.mixture import write_mixture
 from qadapter.preferences.pair import PreferencePair
 from qadapter.preferences.prepare import prepare
 from qadapter.preferences.records import Reason
 from qadapter.preferences.split import HELDOUT, TRAIN, Drawn, Row, divide
+from qadapter.preferences.stream import DEFAULT_MAX_CHARS
 
-OURS, THEIRS = "this project", "datasets"
+OURS, THEIRS = "prepare", "datasets"
+LEDGER, AGAIN, MIXTURE = "ledger", "again", "mixture"
+SIDES = (OURS, THEIRS, LEDGER, AGAIN, MIXTURE)
 FILES = ("train.jsonl", "heldout.jsonl")
 CHARACTERS = 2000
 """Of a row, so that a million rows are 2 GB."""
@@ -99,12 +105,30 @@ def _texts(side: Any) -> Iterator[str]:
         yield from batch["text"]
 
 
+def ledger(file: Path, out: Path) -> None:
+    """The first ledger of a growing source."""
+    update([file], None, out, domain=None, max_chars=DEFAULT_MAX_CHARS, rules="")
+
+
+def again(file: Path, out: Path) -> None:
+    """The ledger of the same file after the first one: every record is found there."""
+    update([file], out.with_name(LEDGER), out, domain=None, max_chars=DEFAULT_MAX_CHARS, rules="")
+
+
+def mixture(_: Path, out: Path) -> None:
+    """The training mixture of the first ledger."""
+    settings: dict[str, Any] = {"learnt": None, "rows": "all", "old_share": 0.0, "heldout": 0.1, "seed": 0}
+    limits = {"max_train_pairs": None, "max_heldout_pairs": None, "max_chars": DEFAULT_MAX_CHARS}
+    write_mixture(out.with_name(LEDGER), out, **settings, **limits, heldout_files=None, domain=None)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Make the file, run both sides and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--folder", type=Path, help="for the temporary folder; needs four times the file")
-    parser.add_argument("--side", choices=(OURS, THEIRS), help=argparse.SUPPRESS)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="what to measure, in this order")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("paths", nargs="*", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.side:
@@ -114,20 +138,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         file = Path(folder, "pairs.jsonl")
         write_rows(file, options.rows)
         size = file.stat().st_size / 1e6
-        found = {side: _measured(side, file, Path(folder, side)) for side in (OURS, THEIRS)}
+        found = {side: _measured(side, file, Path(folder, side)) for side in options.sides}
         print(f"{options.rows:,} pairs, {size:,.0f} MB")
         print(f"{'':<16}{'seconds':>10}{'rows/s':>10}{'peak MB':>10}{'written':>10}")
         for side, result in found.items():
             speed = options.rows / result["seconds"]
             print(f"{side:<16}{result['seconds']:>10.1f}{speed:>10,.0f}{result['peak']:>10,.0f}{result['pairs']:>10,}")
+        if MIXTURE in found and OURS in found:
+            print(f"the mixture is what was prepared: {'yes' if _same(found, MIXTURE, OURS) else 'NO'}")
+        if not {OURS, THEIRS} <= found.keys():
+            return
         first, second = found[OURS], found[THEIRS]
         print(f"time {second['seconds'] / first['seconds']:.2f}x, peak memory {second['peak'] / first['peak']:.2f}x")
-        print(f"same files: {'yes' if first['digests'] == second['digests'] else 'NO'}")
+        print(f"same files: {'yes' if _same(found, OURS, THEIRS) else 'NO'}")
+
+
+def _same(found: dict[str, dict[str, Any]], one: str, other: str) -> bool:
+    return bool(found[one]["digests"] == found[other]["digests"])
 
 
 def _run_side(side: str, file: Path, out: Path) -> None:
     start = time.perf_counter()
-    (ours if side == OURS else theirs)(file, out)
+    work = {OURS: ours, THEIRS: theirs, LEDGER: ledger, AGAIN: again, MIXTURE: mixture}
+    work[side](file, out)
     seconds = time.perf_counter() - start
     peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1000
     print(json.dumps({"seconds": seconds, "peak": peak}))
@@ -138,8 +171,9 @@ def _measured(side: str, file: Path, out: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.preparation", "--side", side, str(file), str(out)]
     shown = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, Any] = json.loads(shown.stdout.splitlines()[-1])
-    result["pairs"] = sum(sum(1 for _ in (out / name).open("rb")) for name in FILES)
-    result["digests"] = [digest_file(out / name) for name in FILES]
+    files = [out / name for name in (FILES if (out / FILES[0]).exists() else (RECORDS,))]
+    result["pairs"] = sum(sum(1 for _ in file.open("rb")) for file in files)
+    result["digests"] = [digest_file(file) for file in files]
     return result
 
 

@@ -258,8 +258,9 @@ class _Writer:
         self._write(Entry(file, line, "", [outcome], True, late=True))
 
     def _write(self, entry: Entry) -> None:
-        fields = {name: value for name, value in asdict(entry).items() if name != "late" or value}
-        self._records.write(json.dumps(fields) + "\n")
+        fields = {"file": entry.file, "line": entry.line, "digest": entry.digest, "outcome": entry.outcome}
+        late = {"late": True} if entry.late else {}
+        self._records.write(json.dumps({**fields, "fresh": entry.fresh, **late}) + "\n")
         reasons = entry.reasons
         for reason in reasons:
             self._quarantine.write(json.dumps({"file": entry.file, "line": entry.line, "reason": reason}) + "\n")
