@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from qadapter.preferences.languages import UNCLEAR, main_language
 from qadapter.preferences.near_duplicates import NearDuplicates
 from qadapter.preferences.overlap import Items, Overlap
 from qadapter.preferences.pair import PreferencePair, iter_pairs
@@ -25,6 +26,7 @@ from qadapter.preferences.scripts import main_script
 logger = logging.getLogger(__name__)
 
 LONGER_CHOSEN, REPEATED, ACROSS, QUARANTINED, REFUSED, OTHER_SCRIPTS = 0.65, 0.5, 0.05, 0.2, 0.3, 0.05
+OTHER_LANGUAGES, ONE_LABEL, TIES = 0.05, 0.75, 0.2
 """Shares from which on a warning is given."""
 FEW_PAIRS = 100
 QUANTILES = {"p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
@@ -46,6 +48,7 @@ class Quality:
         self._lengths = {name: array("L") for name in ("prompt", "chosen", "rejected")}
         self._prompts = bytearray()
         self._scripts: Counter[str] = Counter()
+        self._languages: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
         self._sides: Counter[bool] = Counter()
 
@@ -57,6 +60,7 @@ class Quality:
         self._lengths["chosen"].append(len(pair.chosen))
         self._lengths["rejected"].append(len(pair.rejected))
         self._scripts[main_script(pair.chosen)] += 1
+        self._languages[main_language(pair.chosen)] += 1
         self._refused["chosen"] += self._is_refusal(pair.chosen)
         self._refused["rejected"] += self._is_refusal(pair.rejected)
         digest = bytes.fromhex(pair.prompt_digest)[:16]
@@ -77,6 +81,7 @@ class Quality:
         _, pairs_of = np.unique(np.frombuffer(self._prompts, "S16"), return_counts=True)
         quarantined = dict((summary or {}).get("quarantined", {}))
         read = max(1, int((summary or {}).get("read", pairs)))
+        labels, kept = ((summary or {}).get(name, {}) for name in ("labels", "ties"))
         report: dict[str, Any] = {
             "pairs": pairs,
             "train_pairs": self._sides[False],
@@ -93,9 +98,14 @@ class Quality:
             "prompts_on_both_sides": 0,  # the split is by prompt
             "near": self._near.counts(),
             "script": {name: _share(count, pairs) for name, count in self._scripts.most_common()},
+            "language": {name: _share(count, pairs) for name, count in self._languages.most_common()},
+            "label": {name: _share(count, sum(labels.values())) for name, count in labels.items()},
+            "labels": sum(labels.values()),
             "refused": {side: _share(self._refused[side], pairs) for side in ("chosen", "rejected")},
             "empty_replies": quarantined.get(Reason.EMPTY_REPLY.value, 0),
             "ties": quarantined.get(Reason.NO_PREFERENCE.value, 0),
+            "ties_kept": kept.get("equal scores", 0),
+            "against_the_scores": kept.get("scores against the decision", 0),
             "quarantined": _share(sum(quarantined.values()), read),
             "contamination": self._overlap.counts() if self._overlap is not None else None,
         }
@@ -152,6 +162,14 @@ def warnings(report: Mapping[str, Any]) -> list[str]:
         found.append(f"{report['quarantined']:.0%} of what was read is quarantined")
     if report["refused"]["chosen"] >= REFUSED:
         found.append(f"{report['refused']['chosen']:.0%} of the chosen replies refuse")
+    if report["label"] and report["labels"] >= FEW_PAIRS and max(report["label"].values()) >= ONE_LABEL:
+        found.append(f"one label is far more frequent than the others: {_listed(report['label'])}")
+    for name, words in (("ties_kept", "equal scores"), ("against_the_scores", "scores against the decision")):
+        if report[name] >= TIES * max(1, report["pairs"]):
+            found.append(f"{report[name]:,} pairs have {words}; `ties: drop` leaves them out")
+    languages = {name: share for name, share in report["language"].items() if name != UNCLEAR}
+    if languages and sum(languages.values()) - max(languages.values()) >= OTHER_LANGUAGES:
+        found.append(f"the replies are in several languages: {_listed(languages)}")
     shares = list(report["script"].values())
     if shares and 1 - shares[0] >= OTHER_SCRIPTS:
         found.append(f"the replies are in several scripts: {_listed(report['script'])}")
@@ -176,7 +194,8 @@ def sentences(report: Mapping[str, Any]) -> list[str]:
         f"{length['rejected']:,} rejected; the chosen reply is longer in {report['longer_chosen']:.0%} of the pairs",
         f"{report['prompts']:,} prompts, {near['near_duplicates']:,} of {near['compared']:,} nearly repeat another; "
         f"none is on both sides, {near['across']:,} held-out ones nearly repeat a training one",
-        f"scripts {_listed(report['script'])}; refusals {report['refused']['chosen']:.0%} of chosen, "
+        f"languages {_listed(report['language'])}; scripts {_listed(report['script'])}; "
+        f"refusals {report['refused']['chosen']:.0%} of chosen, "
         f"{report['refused']['rejected']:.0%} of rejected; {report['empty_replies']:,} empty replies, "
         f"{report['ties']:,} ties, {report['quarantined']:.0%} quarantined",
         f"{shared:,} benchmark items in training prompts ({', '.join(contamination) or 'no benchmark known'})"

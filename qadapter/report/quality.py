@@ -29,6 +29,7 @@ def quality_table(reports: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame | No
 def _row(report: Mapping[str, Any]) -> dict[str, str]:
     length, near, contamination = report["length"], report["near"], report["contamination"]
     scripts = [f"{name} {share:.0%}" for name, share in list(report["script"].items())[:3]]
+    languages = [f"{name} {share:.0%}" for name, share in list(report["language"].items())[:3]]
     shared = sum(counts["shared"] for counts in (contamination or {}).values())
     return {
         "pairs": f"{report['pairs']:,}",
@@ -42,6 +43,7 @@ def _row(report: Mapping[str, Any]) -> dict[str, str]:
         "benchmark items": "–" if contamination is None else f"{shared:,}",
         "refused (chosen, rejected)": f"{report['refused']['chosen']:.0%} / {report['refused']['rejected']:.0%}",
         "empty, ties": f"{report['empty_replies']:,} / {report['ties']:,}",
+        "languages": ", ".join(languages),
         "scripts": ", ".join(scripts),
     }
 

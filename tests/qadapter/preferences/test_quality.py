@@ -11,6 +11,7 @@ import pytest
 
 from qadapter.evaluation.refusals import is_refusal
 from qadapter.preferences import near_duplicates
+from qadapter.preferences.languages import main_language
 from qadapter.preferences.near_duplicates import NearDuplicates, signature
 from qadapter.preferences.overlap import Overlap
 from qadapter.preferences.pair import Message, PreferencePair
@@ -145,6 +146,63 @@ def test_a_sample_is_compared_where_there_are_many(monkeypatch: pytest.MonkeyPat
 )
 def test_scripts(text: str, script: str) -> None:
     assert main_script(text) == script
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("The answer to your question is that it is not clear.", "English"),
+        ("Das ist nicht die Antwort auf die Frage, die du gestellt hast.", "German"),
+        ("Ce n'est pas la réponse que vous avez demandée dans la question.", "French"),
+        ("La respuesta no es muy clara para los niños del barrio.", "Spanish"),
+        ("Questo non è il modo di fare una domanda come questa.", "Italian"),
+        ("Isso não é uma resposta para você, mas também está bem.", "Portuguese"),
+        ("Dat is niet het antwoord op de vraag van het kind.", "Dutch"),
+        ("To nie jest odpowiedź na pytanie, które się pojawia.", "Polish"),
+        ("Bu soru için çok güzel bir cevap daha var.", "Turkish"),
+        ("Это не ответ на вопрос, который мне задали.", "Russian"),
+        ("Це не відповідь на питання, або вона була іншою.", "Ukrainian"),
+        ("答案并不清楚。", "Chinese"),
+        ("答えは明らかではありません。", "Japanese"),
+        ("Paris.", "unclear"),
+        ("12 + 3", "unclear"),
+    ],
+)
+def test_languages(text: str, language: str) -> None:
+    assert main_language(text) == language
+
+
+def test_labels_ties_and_languages_are_reported(tmp_path: Path) -> None:
+    """90 of 100 judgements name the first reply; 30 decisions of 40 have equal scores; a tenth is in German."""
+    german, english = "Das ist nicht die Antwort auf die Frage.", "That is not the answer to the question."
+    ask = [{"role": "user", "content": "q"}]
+    rows = []
+    for number in range(100):
+        replies = [f"{german if number % 10 == 0 else english} {number} {n}" for n in range(2)]
+        named = dict(zip(("human_ref_A", "human_ref_B"), replies, strict=True))
+        rows.append({"history": f"q {number}", **named, "labels": number >= 10})
+    file = tmp_path / "shp.jsonl"
+    file.write_text("".join(json.dumps({**row, "labels": int(row["labels"])}) + "\n" for row in rows))
+    prepare([file], tmp_path / "a", heldout=10)
+    found = measure(tmp_path / "a", None, is_refusal, json.loads((tmp_path / "a" / "summary.json").read_text()))
+    assert found["label"] == {"human_ref_A": 0.9, "human_ref_B": 0.1}
+    assert found["language"] == {"English": 0.9, "German": 0.1}
+    assert any("one label is far more frequent than the others: human_ref_A 90%" in line for line in found["warnings"])
+    assert any("several languages: English 90%, German 10%" in line for line in found["warnings"])
+    assert metrics(found)["label/human_ref_A"] == 0.9
+    rows = [
+        {
+            "chosen": [*ask, {"role": "assistant", "content": f"a {n}"}],
+            "rejected": [*ask, {"role": "assistant", "content": "b"}],
+            "margin": float(n >= 30),
+        }
+        for n in range(40)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare([file], tmp_path / "b", heldout=0)
+    found = measure(tmp_path / "b", None, is_refusal, json.loads((tmp_path / "b" / "summary.json").read_text()))
+    assert (found["ties_kept"], found["against_the_scores"]) == (30, 0)
+    assert "30 pairs have equal scores; `ties: drop` leaves them out" in found["warnings"]
 
 
 def test_a_prepared_folder_is_measured_and_shown(tmp_path: Path) -> None:
