@@ -16,8 +16,8 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation.lm_eval.catalog import check_own, check_tasks
 from qadapter.planning.small import ENOUGH_STEPS, FEW_HELDOUT, passes
 from qadapter.preferences.pair import PreferencePair
-from qadapter.preferences.prepare import DEFAULT_MAX_CHARS, no_usable_pair, parse_files
 from qadapter.preferences.sources import locate
+from qadapter.preferences.stream import DEFAULT_MAX_CHARS, no_usable_pair, parse_files
 
 _ENOUGH_HELDOUT = 40  # prompts: the gate asks for 30 scored pairs
 _MOST_PASSES = 10
