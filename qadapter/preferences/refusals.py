@@ -35,7 +35,8 @@ def _label_studio(record: Record) -> bool:
 
 def _argilla(record: Record) -> bool:
     preference = record.get("preference")
-    ranked = isinstance(preference, list) and any(isinstance(vote, dict) and "status" in vote for vote in preference)
+    votes = [preference] if isinstance(preference, dict) else preference  # older Parquet exports: by columns
+    ranked = isinstance(votes, list) and any(isinstance(vote, dict) and "status" in vote for vote in votes)
     return ranked or any(str(name).endswith((".responses", ".responses.status")) for name in record)
 
 
