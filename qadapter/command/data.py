@@ -47,6 +47,8 @@ def report(files: list[Path], options: ShowDataOptions) -> Iterator[str]:
     for name in sorted(set(findings.formats.values())):
         places = [shown_path(Path(file.name)) for file in files if findings.formats.get(file) == name]
         yield f"layout: {name} ({places[0]}{f' and {len(places) - 1} more' if len(places) > 1 else ''})"
+    for file, layout in findings.odd.items():
+        yield f"WARNING: {shown_path(Path(file.name))} looks like {layout}; it is read like the files beside it"
     for number, pair in enumerate(shown, 1):
         yield f"\n--- pair {number}" + ("" if pair.margin is None else f" (margin {pair.margin:g})")
         yield from (f"{turn['role']:>9}: {_short(turn['content'])}" for turn in pair.prompt)
@@ -55,6 +57,8 @@ def report(files: list[Path], options: ShowDataOptions) -> Iterator[str]:
     quarantined = sum(reasons.values())
     margins = f", {with_margin} of them with a margin" if with_margin else ""
     yield f"\n{used + quarantined} pairs read, {used} can be used{margins}, {quarantined} cannot"
+    if findings.labels:
+        yield "  labels: " + ", ".join(f"{visible(name)} {count}" for name, count in sorted(findings.labels.items()))
     yield from (f"  {count} kept with {what}" for what, count in sorted(findings.counts.items()))
     yield from (f"  {count} quarantined: {reason}" for reason, count in sorted(reasons.items()))
     if not used:
