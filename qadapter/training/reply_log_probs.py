@@ -21,6 +21,7 @@ from qadapter.policy.log_probs import LARGE_VOCABULARY, token_terms
 from qadapter.policy.pair_passes import decoder_of, equal_but_for_rounding
 
 _TOKENS_CHECKED = 4
+_UNDERSTOOD = {"input_ids", "attention_mask", "use_cache"}
 
 
 def score_replies_only(model: nn.Module) -> bool:
@@ -49,10 +50,11 @@ def score_replies_only(model: nn.Module) -> bool:
 
     @functools.wraps(theirs)
     def forward(*args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **options: Any) -> Any:
-        if not fused_lm_head or labels is None or args or set(options) - {"input_ids", "attention_mask", "use_cache"}:
-            given = {"fused_lm_head": True} if fused_lm_head else {}
-            return theirs(*args, **given, **({} if labels is None else {"labels": labels}), **options)
-        hidden = decoder(**{**options, "use_cache": False})[0][:, :-1]
+        given = {name: value for name, value in options.items() if value is not None}  # PEFT passes on what it was not
+        if not fused_lm_head or labels is None or args or not given.keys() <= _UNDERSTOOD:
+            more = {"fused_lm_head": True} if fused_lm_head else {}
+            return theirs(*args, **more, **({} if labels is None else {"labels": labels}), **options)
+        hidden = decoder(**{**given, "use_cache": False})[0][:, :-1]
         scored = labels[:, 1:] != -100
         weights = VocabularyHead.of(base)  # as they are now
         assert weights is not None

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from qadapter.training import reply_log_probs
-from tests.support.tiny_toy import TinyToy, make_tiny_toy, rows
+from tests.support.tiny_toy import STEPS, TinyToy, make_tiny_toy, rows
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +22,9 @@ def test_the_same_training(method: str, world: TinyToy, tmp_path: Path, monkeypa
     replaced = []
     replace = reply_log_probs.score_replies_only
     monkeypatch.setattr(reply_log_probs, "score_replies_only", lambda model: replaced.append(replace(model)))
+    scored = []
+    score = reply_log_probs.token_terms
+    monkeypatch.setattr(reply_log_probs, "token_terms", lambda *given: scored.append(len(given[0])) or score(*given))
     curves, weights = [], []
     for large in (10**9, 1):
         monkeypatch.setattr(reply_log_probs, "LARGE_VOCABULARY", large)
@@ -29,6 +32,7 @@ def test_the_same_training(method: str, world: TinyToy, tmp_path: Path, monkeypa
         curves.append(rows(out / "history.jsonl"))
         weights.append(load_file(next((out / "adapter").glob("*.safetensors"))))
     assert replaced == [False, True]
+    assert len(scored) >= STEPS  # once for each step, and once more where the reference is asked
     theirs, ours = curves
     assert len(theirs) == len(ours) > 1
     for before, after in zip(theirs, ours, strict=True):
