@@ -18,17 +18,19 @@ LINKED := $(shell test -L $(VENV) && echo yes)
 STAMP := $(if $(LINKED),,$(VENV)/.installed)
 
 DATA_FLAG := $(if $(DATA),--data "$(DATA)")
+# MODEL names the base of an experiment only where it is given to make itself; its default is what serve-model serves.
+BASE_SET := $(if $(filter command,$(firstword $(origin MODEL))),"model.pretrained=$(MODEL)")
 
 .PHONY: help repro plan sweep spread compare test lint docs ui serve serve-model clean customize announce check history rollback drop
 
-repro: $(STAMP) ## run the whole experiment: make repro [PROFILE=mini DATA=folder] [SET="training.max_steps=50 seeds=[0,1]"]
-	@$(BIN)/python -m qadapter run --profile "$(PROFILE)" $(DATA_FLAG) $(SET)
+repro: $(STAMP) ## run the whole experiment: make repro [PROFILE=mini DATA=folder] [MODEL=base] [SET="training.max_steps=50 seeds=[0,1]"]
+	@$(BIN)/python -m qadapter run --profile "$(PROFILE)" $(DATA_FLAG) $(BASE_SET) $(SET)
 
 plan: $(STAMP) ## check and estimate an experiment without running it: make plan PROFILE=paper
-	@$(BIN)/python -m qadapter plan --profile "$(PROFILE)" $(DATA_FLAG) $(SET)
+	@$(BIN)/python -m qadapter plan --profile "$(PROFILE)" $(DATA_FLAG) $(BASE_SET) $(SET)
 
 sweep: $(STAMP) ## many settings, tables and front: make sweep [SWEEP=mini DATA=folder] [PLAN=1]
-	@$(BIN)/python -m qadapter sweep --sweep "$(SWEEP)" $(DATA_FLAG) $(if $(PLAN),--plan) $(SET)
+	@$(BIN)/python -m qadapter sweep --sweep "$(SWEEP)" $(DATA_FLAG) $(if $(PLAN),--plan) $(BASE_SET) $(SET)
 
 spread: $(STAMP) ## an experiment over a work pool, a run for each method: make spread DEPLOYMENT=full-paper-repro/docker [PROFILE=mini DATA=folder]
 	@$(BIN)/python -m qadapter spread "$(DEPLOYMENT)" --profile "$(PROFILE)" $(DATA_FLAG) $(SET)

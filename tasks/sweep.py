@@ -111,7 +111,15 @@ def write_sweep(
         from qadapter.report.sweep.points import Setting
 
         measured = [
-            Row(row.cell.domain, getattr(row.cell, "variant", "base"), row.cell.seed, metrics_of(row)) for row in rows
+            Row(
+                row.cell.domain,
+                getattr(row.cell, "variant", "base"),
+                row.cell.seed,
+                metrics_of(row),
+                adaptation=row.adaptation.path,
+                retention=row.retention.path,
+            )
+            for row in rows
         ]
         build_sweep_report(measured, [Setting(**entry) for entry in described], expected=expected, title=title, out=out)
 

@@ -25,6 +25,7 @@ from qadapter.judging.plan import judge_training, plan_judges
 from qadapter.methods.method import Need, PairsPlan
 from qadapter.methods.table import METHODS, method_named
 from qadapter.planning import estimate as planning
+from qadapter.planning.machine import measured_flops
 from qadapter.planning.small import Knobs, too_small
 from qadapter.preferences import sources
 from qadapter.preferences.building import Choices
@@ -35,6 +36,11 @@ from qadapter.preferences.stream import no_usable_pair, stream_files
 from qadapter.report.rows import listed
 from qadapter.toyworld.world import ToyWorld
 from tasks.stages.context import Cell
+
+# A generated token reads all weights for few rows, which takes about twice the time of its operations.
+_GENERATING = 2
+
+_WORTH_MEASURING = 5e7  # parameters; smaller models' time goes into other things than products
 
 _MACHINES = (planning.TWO_CORES, planning.ONE_H200)
 
@@ -75,10 +81,19 @@ def _stages_in(values: Iterable[Any]) -> Iterable[PlannedStage]:
 
 @dataclass(frozen=True)
 class SourcePlan:
-    """What is known about a source before a run: pairs to train on, tokens per sequence, the basis, held-out pairs."""
+    """What is known about a source before a run.
+
+    Attributes:
+        train_pairs: how many there are to train on.
+        tokens_per_sequence: of prompt and reply.
+        reply_tokens: of the reply.
+        note: the numbers and what they rest on, in words.
+        heldout: held-out pairs; None where they are not known.
+    """
 
     train_pairs: int
     tokens_per_sequence: float
+    reply_tokens: float
     note: str
     heldout: int | None = None
 
@@ -110,6 +125,7 @@ def plan_text(profile: str, data: str | None, overrides: Sequence[str] | Mapping
         *_small(experiment, plans),
         *_own_benchmarks(experiment, request.data_folder),
         _costs(experiment, recorder.stages, plans, size, request.data_folder),
+        *_on_this_machine(experiment, recorder.stages, plans, size, request.data_folder),
         "Judge of the answers\n" + "\n".join(f"  {line}" for line in judges),
         _assumptions(experiment),
         "Stages (each with its inputs)\n" + "\n".join(_dag(recorder.stages)),
@@ -123,7 +139,7 @@ def _plan_source(experiment: Experiment, name: str, folder: Path | None) -> Sour
     if experiment.toy_world is not None:
         world = ToyWorld(experiment.toy_world.seed)
         pairs = len(world.harmful_requests()) if name == "harmless" else 240
-        return SourcePlan(pairs, 25, f"generated; about {pairs} pairs of 25 tokens a sequence (assumed)")
+        return SourcePlan(pairs, 25, 12, f"generated; about {pairs} pairs of 25 tokens a sequence (assumed)")
     where = resolve_path(source.path, folder)
     remote = "://" in where or where.startswith("hub:")
     if remote:
@@ -137,6 +153,7 @@ def _plan_source(experiment: Experiment, name: str, folder: Path | None) -> Sour
         return SourcePlan(
             max(0, pairs - source.judge_pairs),
             longest / 2,
+            longest / 4,
             f"{reach}; {known}; half of max_length a sequence (assumed)",
         )
     return _plan_local(source, longest, sources.locate(where, cache_dir=Path(), **_of_set(source)))
@@ -149,7 +166,7 @@ def _of_set(source: Source) -> dict[str, str | None]:
 def _plan_local(source: Source, longest: int, files: Sequence[Path]) -> SourcePlan:
     """Read the source's files as a stream, without keeping them in memory."""
     quality, characters, rejected = Quality(is_refusal), 0.0, Counter[str]()
-    pairs = 0
+    pairs, replies = 0, 0.0
     options: dict[str, Any] = {"domain": source.domain, "max_chars": source.max_chars, "choices": Choices.of(source)}
     for item in stream_files(files, Findings(), **options):
         if isinstance(item, Rejected):
@@ -158,8 +175,10 @@ def _plan_local(source: Source, longest: int, files: Sequence[Path]) -> SourcePl
         pair = item.pair
         quality.add(pair)
         pairs += 1
-        length = sum(len(turn["content"]) for turn in pair.prompt) + (len(pair.chosen) + len(pair.rejected)) / 2
+        reply = (len(pair.chosen) + len(pair.rejected)) / 2
+        length = sum(len(turn["content"]) for turn in pair.prompt) + reply
         characters += min(longest, length / planning.CHARS_PER_TOKEN)
+        replies += min(longest, reply / planning.CHARS_PER_TOKEN)
     if not pairs:
         raise no_usable_pair(files, rejected)
     tokens = characters / pairs
@@ -174,10 +193,36 @@ def _plan_local(source: Source, longest: int, files: Sequence[Path]) -> SourcePl
     return SourcePlan(
         train,
         tokens,
+        replies / pairs,
         f"{pairs:,} usable pairs on {prompts:,} prompts, {rejected.total()} quarantined; about {train:,} to "
         f"train on, {tokens:.0f} tokens a sequence" + "".join(f"\n{'':<16}{line}" for line in lines),
         heldout,
     )
+
+
+def _small(experiment: Experiment, plans: Mapping[str, SourcePlan]) -> list[str]:
+    """What is too small to show anything, for each domain whose number of pairs is known."""
+    lines = []
+    for name, domain in experiment.domains.items():
+        plan, training = plans[domain.source], experiment.training_of(name)
+        if not plan.train_pairs:
+            continue
+        longer = "training.max_steps={}" if training.max_steps else "training.epochs={}"
+        where = f"sources.{domain.source}.heldout"
+        knobs = Knobs(longer, "training.batch_size", where + "={}", f"{where}_path")
+        steps = planning.steps(plan.train_pairs, training)
+        lines += [
+            f"  WARNING: {name}: {sentence}"
+            for sentence in too_small(
+                knobs, pairs=plan.train_pairs, steps=steps, batch_size=training.batch_size, heldout=plan.heldout
+            )
+        ]
+    return ["Too small to show anything\n" + "\n".join(lines)] if lines else []
+
+
+def _own_benchmarks(experiment: Experiment, folder: Path | None) -> list[str]:
+    lines = check_own(experiment.evaluation.retention.own_files(folder))
+    return ["Own benchmarks\n" + "\n".join(f"  {line}" for line in lines)] if lines else []
 
 
 def _costs(
@@ -213,6 +258,24 @@ def _costs(
     return "Cost (steps and memory of one run; tokens and hours of all runs)\n" + "\n".join(lines)
 
 
+def _on_this_machine(
+    experiment: Experiment,
+    stages: Sequence[PlannedStage],
+    plans: Mapping[str, SourcePlan],
+    size: planning.ModelSize,
+    folder: Path | None,
+) -> list[str]:
+    """The time of all stages on this machine's cores, whose rate is measured, if they can hold the model."""
+    if size.parameters < _WORTH_MEASURING or planning.weights_gb(size, experiment.model) > 16:
+        return []
+    operations = sum(found[2] for stage in stages if (found := _estimate(experiment, stage, plans, size, folder)))
+    rate = measured_flops(size.hidden_size, experiment.parallel, experiment.threads_per_stage)
+    return [
+        f"This machine\n  {operations / rate / 3600:.1f} h on its cores (parallel {experiment.parallel}, threads "
+        f"{experiment.threads_per_stage}: {rate / 1e9:,.0f} GFLOP/s together, measured now)"
+    ]
+
+
 def _kind(stage: PlannedStage) -> str:
     cell = stage.inputs.get("cell")
     if isinstance(cell, Cell):
@@ -231,6 +294,18 @@ def _estimate(
     """Steps, tokens, operations and GB of a stage; None if its cost is negligible."""
     training = experiment.training
     weights = planning.weights_gb(size, experiment.model)
+
+    def trained(
+        settings: Any, pairs: int, sequences: int, plan: SourcePlan, passes: float, head: bool = True
+    ) -> tuple[int, float, float, float]:
+        """A training's estimate: `sequences` for each example of `settings`."""
+        steps = planning.steps(pairs, settings)
+        each = steps * settings.batch_size * sequences
+        tokens = each * min(plan.tokens_per_sequence, settings.max_length)
+        scored = each * min(plan.reply_tokens, settings.max_length) if head else 0.0
+        memory = planning.training_memory_gb(size, experiment.model, experiment.lora, settings)
+        return steps, tokens, planning.training_flops(size, tokens, passes, scored), memory
+
     if stage.task == "pretrain_base" and experiment.pretraining:
         settings = experiment.pretraining
         steps = planning.steps(20_000, settings)
@@ -238,10 +313,7 @@ def _estimate(
         return steps, tokens, planning.training_flops(size, tokens, 3), weights * 4
     if stage.task == "fine_tune_base" and experiment.helpful_sft:
         plan = plans[experiment.helpful_sft.source]
-        steps = planning.steps(plan.train_pairs, experiment.helpful_sft)
-        tokens = steps * experiment.helpful_sft.batch_size * plan.tokens_per_sequence
-        memory = planning.training_memory_gb(size, experiment.model, experiment.lora, experiment.helpful_sft)
-        return steps, tokens, planning.training_flops(size, tokens, 2 if experiment.helpful_sft.lora else 3), memory
+        return trained(experiment.helpful_sft, plan.train_pairs, 1, plan, 2 if experiment.helpful_sft.lora else 3)
     if isinstance(need := stage.inputs.get("need"), Need):
         plan = plans[experiment.domains[str(stage.inputs["domain"])].source]
         work = need.work(need.settings, PairsPlan(plan.train_pairs, plan.tokens_per_sequence))
@@ -252,53 +324,67 @@ def _estimate(
     if stage.task == "train_judge":
         domain = str(stage.inputs["domain"])
         name = experiment.domains[domain].source
-        reward = judge_training(experiment, domain)
-        steps = planning.steps(experiment.sources[name].judge_pairs, reward)
-        tokens = steps * reward.batch_size * 2 * min(plans[name].tokens_per_sequence, reward.max_length)
-        memory = planning.training_memory_gb(size, experiment.model, experiment.lora, reward)
-        return steps, tokens, planning.training_flops(size, tokens, 2), memory
+        pairs = experiment.sources[name].judge_pairs
+        return trained(judge_training(experiment, domain), pairs, 2, plans[name], 2, head=False)
     cell = stage.inputs.get("cell")
     if isinstance(cell, Cell) and stage.task == "train_adapter":
         plan = plans[experiment.domains[cell.domain].source]
-        training = experiment.training_of(cell.domain)
-        steps = planning.steps(plan.train_pairs, training)
-        tokens = steps * training.batch_size * 2 * plan.tokens_per_sequence
         passes = method_named(cell.method).passes
-        memory = planning.training_memory_gb(size, experiment.model, experiment.lora, training)
-        return steps, tokens, planning.training_flops(size, tokens, passes), memory
-    measures = stage.task == "measure_base_retention"  # the base's rows reuse this measurement
-    if measures or (stage.task == "evaluate" and isinstance(cell, Cell) and cell.method != "base"):
-        retention = experiment.evaluation.retention
-        own = [len(read_own(file, name).items) for name, file in retention.own_files(folder).items()]
-        items = planning.benchmark_items(retention.tasks, retention.limit, own)
-        tokens = items * training.max_length
-        return 0, tokens, planning.training_flops(size, tokens, 1), weights
+        return trained(experiment.training_of(cell.domain), plan.train_pairs, 2, plan, passes)
+    if stage.task == "measure_base_retention":  # the base's rows reuse this measurement
+        tokens, scored = _retention_reads(experiment, plans, folder)
+        return 0, tokens, planning.training_flops(size, tokens, 1, scored), weights
+    if stage.task == "evaluate" and isinstance(cell, Cell):
+        tokens, scored = _adaptation_reads(experiment, experiment.domains[cell.domain].source, plans)
+        if cell.method != "base":
+            more, more_scored = _retention_reads(experiment, plans, folder)
+            tokens, scored = tokens + more, scored + more_scored
+        return 0, tokens, planning.training_flops(size, tokens, 1, scored), weights
     return None
 
 
-def _small(experiment: Experiment, plans: Mapping[str, SourcePlan]) -> list[str]:
-    """What is too small to show anything, for each domain whose number of pairs is known."""
-    lines = []
-    for name, domain in experiment.domains.items():
-        plan, training = plans[domain.source], experiment.training_of(name)
-        if not plan.train_pairs:
-            continue
-        longer = "training.max_steps={}" if training.max_steps else "training.epochs={}"
-        where = f"sources.{domain.source}.heldout"
-        knobs = Knobs(longer, "training.batch_size", where + "={}", f"{where}_path")
-        steps = planning.steps(plan.train_pairs, training)
-        lines += [
-            f"  WARNING: {name}: {sentence}"
-            for sentence in too_small(
-                knobs, pairs=plan.train_pairs, steps=steps, batch_size=training.batch_size, heldout=plan.heldout
-            )
-        ]
-    return ["Too small to show anything\n" + "\n".join(lines)] if lines else []
+def _retention_reads(
+    experiment: Experiment, plans: Mapping[str, SourcePlan], folder: Path | None
+) -> tuple[float, float]:
+    """Tokens that a retention measurement reads, and those of them that are scored or generated."""
+    settings = experiment.evaluation.retention
+    own = {name: len(read_own(file, name).items) for name, file in settings.own_files(folder).items()}
+    longest = experiment.training.max_length
+    tokens, scored = planning.retention_tokens(settings, experiment.built_benchmarks, longest, own)
+    if experiment.helpful_sft is not None:
+        source = experiment.helpful_sft.source
+        old, heldout = plans[source], _heldout(experiment, source, plans)
+        texts = min(settings.limit or heldout, heldout)  # of the divergence: two passes
+        tokens += 2 * texts * old.tokens_per_sequence + _generated(settings.answers, settings.max_new_tokens, old)
+        scored += 2 * texts * old.reply_tokens + _generated(settings.answers, settings.max_new_tokens, None)
+    return tokens, scored
 
 
-def _own_benchmarks(experiment: Experiment, folder: Path | None) -> list[str]:
-    lines = check_own(experiment.evaluation.retention.own_files(folder))
-    return ["Own benchmarks\n" + "\n".join(f"  {line}" for line in lines)] if lines else []
+def _adaptation_reads(experiment: Experiment, source: str, plans: Mapping[str, SourcePlan]) -> tuple[float, float]:
+    """Tokens that an adaptation measurement reads, and those of them that are scored or generated."""
+    settings, plan = experiment.evaluation.adaptation, plans[source]
+    sequences = 2 * _heldout(experiment, source, plans)
+    return (
+        sequences * plan.tokens_per_sequence + _generated(settings.generate, settings.max_new_tokens, plan),
+        sequences * plan.reply_tokens + _generated(settings.generate, settings.max_new_tokens, None),
+    )
+
+
+def _heldout(experiment: Experiment, source: str, plans: Mapping[str, SourcePlan]) -> int:
+    """Held-out pairs of a source: as read, else as many as the config allows, else a tenth of the training pairs."""
+    known = plans[source].heldout
+    return (
+        known if known is not None else experiment.sources[source].max_heldout_pairs or plans[source].train_pairs // 10
+    )
+
+
+def _generated(answers: int, longest: int | None, plan: SourcePlan | None) -> float:
+    """Tokens of so many generated answers, with their prompts where a plan is given; a step is worth two passes."""
+    from qadapter.evaluation.old_answers import LONGEST_ANSWER  # torch takes seconds to import
+
+    each = longest or LONGEST_ANSWER
+    prompt = plan.tokens_per_sequence - plan.reply_tokens if plan else 0.0
+    return answers * (_GENERATING * each + prompt)
 
 
 def _assumptions(experiment: Experiment) -> str:
@@ -309,8 +395,9 @@ def _assumptions(experiment: Experiment) -> str:
             "  weights;",
             f"  {_passes(experiment)}pre-training 3",
             *(f"{machine.name} reaches {machine.flops / 1e12:,.2f} TFLOP/s" for machine in _MACHINES),
-            "an lm-eval item reads max_length tokens; a task of unknown size has "
-            f"{planning.ITEMS_OF_OTHER_TASKS:,} of them, or `limit`; answers to held-out prompts are not counted",
+            "the head works on scored tokens only (replies, choices); a generated token counts twice;",
+            "an item of an unknown lm-eval task reads max_length tokens, and there are "
+            f"{planning.ITEMS_OF_OTHER_TASKS:,} of them, or `limit`; a judge's own reading is not counted",
             f"micro-batch {experiment.training.micro_batch} pairs, optimiser AdamW on the adapter only, in float32",
         ]
     )

@@ -70,6 +70,7 @@ class Experiment(Settings):
         threads: torch threads per stage; None: the machine's cores divided by `parallel`. A tiny model gains nothing
             from a second thread. The environment variable OMP_NUM_THREADS takes precedence.
         launch: whether trainings run in this process or in several, through `accelerate launch`.
+        run_domains: the domains that run; None: all. The others' sources need not be there.
         runner: where stages run side by side: in processes of this machine, or on a Dask or Ray cluster.
         training: settings that all methods share: pairs per step, steps, length. A method on single conversations sees
             two sequences where a pairwise method sees one pair, so that the token budget is the same.
@@ -91,8 +92,30 @@ class Experiment(Settings):
     lora: LoraSettings = LoraSettings()
     training: OptimizerSettings
     domains: dict[Name, DomainSettings] = Field(min_length=1)
+    run_domains: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
     methods: Methods
     evaluation: JudgedEvaluation
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, settings: Any) -> Any:
+        """Leave out the domains that do not run, and the sources that only they use."""
+        if not isinstance(settings, dict):
+            return settings
+        wanted, domains, sources = (settings.get(name) for name in ("run_domains", "domains", "sources"))
+        if not (isinstance(wanted, list | tuple) and isinstance(domains, dict) and isinstance(sources, dict)):
+            return settings
+        if unknown := [name for name in wanted if name not in domains]:
+            raise ValueError(f"run_domains: no domain {unknown[0]!r}{did_you_mean(str(unknown[0]), domains)}")
+        idle = [domain for name, domain in domains.items() if name not in wanted]
+        unused = {domain.get("source") for domain in idle if isinstance(domain, dict)} - {
+            each for name, part in settings.items() if name != "sources" for each in _texts(part, leave_out=idle)
+        }
+        return {
+            **settings,
+            "domains": {name: domains[name] for name in wanted},
+            "sources": {name: source for name, source in sources.items() if name not in unused},
+        }
 
     @model_validator(mode="after")
     def _check(self) -> Experiment:
@@ -177,6 +200,16 @@ class Experiment(Settings):
     def needs_data(self) -> bool:
         """Whether a path contains `{data}` and no toy world provides it."""
         return self.toy_world is None and "{data}" in self.model_dump_json()
+
+
+def _texts(part: Any, leave_out: Sequence[Any]) -> Iterator[str]:
+    """All values of a part of a config that are texts, but for those in some of its sections."""
+    if isinstance(part, str):
+        yield part
+    elif isinstance(part, Mapping | list | tuple):
+        for each in part.values() if isinstance(part, Mapping) else part:
+            if not any(each is section for section in leave_out):
+                yield from _texts(each, leave_out)
 
 
 def profiles() -> list[str]:

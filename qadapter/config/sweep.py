@@ -193,6 +193,7 @@ def merged_overrides(sweep: Sweep, profile: str, overrides: Mapping[str, Any]) -
         "seeds": list(sweep.seeds),
         **sweep.settings,
         **overrides,
+        "run_domains": None,
         "domains": {name: domain.model_dump() for name, domain in domains.items()},
         "sources": {name: source.model_dump() for name, source in experiment.sources.items() if name in used},
     }

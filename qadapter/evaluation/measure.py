@@ -64,7 +64,7 @@ def measure_adaptation(
         world: folder of the toy world the data is from, None for real data.
         style: the domain's style in the toy world, None for harmless.
         compare: compares the policy's answers with the base's (`qadapter.judging.verdicts.comparison`).
-        out: gets `metrics.json` (`adaptation/…`, `cost/…`), `pairs.jsonl` (per pair: log-probs, margin),
+        out: gets `metrics.json` (`adaptation/…`, `cost/…`), `pairs.jsonl` (per pair: log-probs, and which prompt),
             `answers.jsonl` (prompt, the base's reply, reply, verdict, judge; as `compare` gives them) and
             `speech.jsonl` (per reply: whether it ended, its likelihood under the base, why it is broken).
         scratch: keeps log-probs and answers: a killed measurement goes on, and several processes share its batches; the
@@ -96,7 +96,7 @@ def measure_adaptation(
         write_json_lines(out / SPEECH, said.speech.rows())
         metrics |= {f"adaptation/{name}": value for name, value in said.speech.metrics().items()}
     metrics["adaptation/score"] = metrics.get("adaptation/exact_rule", metrics["adaptation/implied_reward_accuracy"])
-    write_json_lines(out / "pairs.jsonl", _pair_rows(scores, base_scores))
+    write_json_lines(out / "pairs.jsonl", _pair_rows(scores, base_scores, pairs))
     write_json(out / "metrics.json", metrics)
 
 
@@ -148,7 +148,10 @@ def _read_replies(base_adaptation: Path) -> tuple[list[str], list[float]]:
     return replies, [math.nan if value is None else value for value in likelihood]
 
 
-def _pair_rows(scores: PairScores, base_scores: PairScores) -> list[dict[str, float]]:
+def _pair_rows(
+    scores: PairScores, base_scores: PairScores, pairs: Sequence[PreferencePair]
+) -> list[dict[str, float | str]]:
+    """Per scored pair its numbers, and which prompt it has (16 hex digits of its digest)."""
     columns = {
         "pair": scores.indices,
         "chosen_log_prob": scores.chosen,
@@ -158,10 +161,11 @@ def _pair_rows(scores: PairScores, base_scores: PairScores) -> list[dict[str, fl
         "chosen_tokens": scores.chosen_tokens,
         "rejected_tokens": scores.rejected_tokens,
     }
-    return [
+    numbers = [
         {name: value.item() for name, value in zip(columns, values, strict=True)}
         for values in zip(*columns.values(), strict=True)
     ]
+    return [{**row, "prompt": pairs[int(row["pair"])].prompt_digest[:16]} for row in numbers]
 
 
 def _read_scores(file: Path) -> PairScores:

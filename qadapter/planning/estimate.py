@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qadapter.config.evaluation import BuiltBenchmarks, RetentionSettings
 from qadapter.config.model import FromScratch, LoraSettings, ModelSettings
 from qadapter.config.training import OptimizerSettings
 from qadapter.errors import QAdapterError
@@ -137,15 +138,19 @@ def steps(pairs: int, settings: OptimizerSettings) -> int:
     return settings.max_steps or math.ceil(pairs / settings.batch_size * settings.epochs)
 
 
-def training_flops(size: ModelSize, tokens: float, passes: float) -> float:
+def training_flops(size: ModelSize, tokens: float, passes: float, scored: float | None = None) -> float:
     """2 operations per parameter and token for each forward pass's worth.
 
     Args:
         size: of the model.
         tokens: that the stage reads.
         passes: forward 1, backward through activations 1, through weights 1.
+        scored: of the tokens, those that are scored: the head is applied to them only, and no parameter of the
+            embeddings to any. None: all parameters work on all tokens.
     """
-    return 2 * size.parameters * tokens * passes
+    if scored is None:
+        return 2 * size.parameters * tokens * passes
+    return 2 * passes * ((size.parameters - size.unquantized) * tokens + size.vocab_size * size.hidden_size * scored)
 
 
 def training_memory_gb(size: ModelSize, model: ModelSettings, lora: LoraSettings, settings: OptimizerSettings) -> float:
@@ -159,22 +164,79 @@ def training_memory_gb(size: ModelSize, model: ModelSettings, lora: LoraSettings
     return (weights + adapter + tokens * per_token * width + logits) / 2**30
 
 
-# Items of the paper's benchmarks as lm-eval 0.4 asks them (leaderboard_bbh: 24 of BIG-Bench Hard's tasks), and what any
-# other task is taken to have.
-_BENCHMARK_ITEMS = {
-    "mmlu": 14_042,
-    "gsm8k_cot": 1_319,
-    "leaderboard_mmlu_pro": 12_032,
-    "leaderboard_bbh": 5_761,
-    "leaderboard_ifeval": 541,
+@dataclass(frozen=True)
+class TaskReads:
+    """What a benchmark reads of each item.
+
+    Attributes:
+        items: of all its tasks together.
+        tasks: how many tasks it consists of; a limit is each one's.
+        tokens: of one item, all choices together; None: the training's longest sequence.
+        scored: of them, those of the choices; None: all.
+    """
+
+    items: int
+    tasks: int = 1
+    tokens: float | None = None
+    scored: float | None = None
+
+
+# Benchmarks as lm-eval 0.4 asks them (leaderboard_bbh: 24 of BIG-Bench Hard's tasks)
+_READS = {
+    "mmlu": TaskReads(14_042, 57),
+    "gsm8k_cot": TaskReads(1_319),
+    "leaderboard_mmlu_pro": TaskReads(12_032),
+    "leaderboard_bbh": TaskReads(5_761, 24),
+    "leaderboard_ifeval": TaskReads(541),
+    "hellaswag": TaskReads(10_042, 1, 4 * 60, 4 * 20),
+    "blimp": TaskReads(67_000, 67, 2 * 12, 2 * 11),
 }
 ITEMS_OF_OTHER_TASKS = 2_000
 
 
 def benchmark_items(tasks: Sequence[str], limit: int | None, own: Sequence[int] = ()) -> int:
     """Questions of lm-eval tasks together, and of the user's `own` files; `limit` is the most that one task asks."""
-    counts = [*(_BENCHMARK_ITEMS.get(task, ITEMS_OF_OTHER_TASKS) for task in tasks), *own]
+    counts = [*(_READS[task].items if task in _READS else ITEMS_OF_OTHER_TASKS for task in tasks), *own]
     return sum(min(count, limit or count) for count in counts)
+
+
+def benchmark_reads(task: str, built: BuiltBenchmarks | None) -> TaskReads:
+    """What one of lm-eval's tasks reads, or one that is built from the data; a guess for others."""
+    if task in _READS:
+        return _READS[task]
+    if built is not None:
+        # texts of half the longest length on average, and a prompt as long as its reply
+        text = built.max_chars / 2 / CHARS_PER_TOKEN
+        for ending, tokens, scored in (
+            ("_reply_matching", 8 * text, 4 * text),
+            ("_word_order", 4 * text, 4 * text),
+            ("_bits_per_byte", text, text),
+        ):
+            if task.endswith(ending):
+                return TaskReads(built.max_items, 1, tokens, scored)
+    return TaskReads(ITEMS_OF_OTHER_TASKS)
+
+
+def retention_tokens(
+    settings: RetentionSettings, built: BuiltBenchmarks | None, longest: int, own: Mapping[str, int]
+) -> tuple[float, float]:
+    """Tokens that the retention tasks read, and those of them that are scored.
+
+    Args:
+        settings: the tasks and their limits.
+        built: the benchmarks that the experiment makes.
+        longest: tokens of an item of a task that is not known.
+        own: the user's own benchmarks and the items of each.
+    """
+    tokens = scored = 0.0
+    for task in (*settings.tasks, *own):
+        reads = TaskReads(own[task]) if task in own else benchmark_reads(task, built)
+        limit = settings.items_of(task)
+        items = min(reads.items, limit * reads.tasks) if limit else reads.items
+        each = longest if reads.tokens is None else reads.tokens
+        tokens += items * each
+        scored += items * (each if reads.scored is None else reads.scored)
+    return tokens, scored
 
 
 def weights_gb(size: ModelSize, model: ModelSettings) -> float:

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from flows.full_paper_repro import experiment_stages
 from flows.running import plan
 from flows.running.plan import PlannedStage, Recorder, plan_text
+from qadapter.config.evaluation import BuiltBenchmarks, RetentionSettings
 from qadapter.config.experiment import Experiment, load_experiment, profiles
 from qadapter.config.model import FromScratch, LoraSettings, ModelSettings
 from qadapter.config.training import OptimizerSettings
@@ -22,6 +23,7 @@ from qadapter.errors import QAdapterError
 from qadapter.judging import endpoint
 from qadapter.judging.plan import case_of, judged_rows
 from qadapter.planning import estimate as planning
+from qadapter.planning import machine
 from qadapter.preferences import sources
 from qadapter.training.adapt import lora_config
 
@@ -150,6 +152,31 @@ def test_memory_grows_with_what_costs_memory() -> None:
     assert 8 < small < 16  # 7.5 GiB of weights in 8 bits and some activations
     assert small < memory(micro_batch_size=4, gradient_checkpointing=True)
     assert memory(micro_batch_size=4, gradient_checkpointing=True) < memory(micro_batch_size=4)
+
+
+def test_what_a_benchmark_reads_by_hand() -> None:
+    """BLiMP: 67 paradigms of six items, two sentences of 12 tokens each, all scored but the first token; HellaSwag: 100
+    items of four endings. A built benchmark: ten items of four choices, 400 characters as 100 tokens at the longest."""
+    built = BuiltBenchmarks(replies={"helpful": "helpful"}, max_items=10, max_chars=400)
+    limits = {"blimp": 6, "hellaswag": 100}
+    tasks = ("hellaswag", "blimp", "helpful_reply_matching", "mmlu")
+    settings = RetentionSettings(tasks=tasks, own={"quiz": "q.jsonl"}, limit=50, limits=limits)
+    tokens, scored = planning.retention_tokens(settings, built, 256, {"quiz": 7})
+    mmlu = 57 * 50 * 256
+    assert tokens == 100 * 240 + 67 * 6 * 24 + 10 * 8 * 50 + mmlu + 7 * 256
+    assert scored == 100 * 80 + 67 * 6 * 22 + 10 * 4 * 50 + mmlu + 7 * 256
+
+
+def test_a_large_head_works_on_scored_tokens_only() -> None:
+    """A million parameters, 0.8 of them embeddings that are the head too: 0.2 on 50 tokens, 0.8 on 20 of them."""
+    size = planning.ModelSize(1e6, 100, 2, 8000, "test", unquantized=8e5)
+    assert planning.training_flops(size, 50, 3, scored=20) == 2 * 3 * (2e5 * 50 + 8e5 * 20)
+
+
+def test_this_machines_rate_is_measured() -> None:
+    """Between a slow core and a rack of them; nothing else of a machine that is not known can be asserted."""
+    rate = machine.measured_flops(256, stages=2, threads=1)
+    assert 1e8 < rate < 1e13
 
 
 # ---- stages
@@ -418,8 +445,12 @@ def test_the_plan_of_paper_offline(offline: list[str]) -> None:
     tokens = sum(2 * 512 * count * 256 for count in (steps[0], *[steps[1]] * 4))
     assert table["train dpo"][2] == pytest.approx(tokens)
     items = 14_042 + 1_319 + 12_032 + 5_761 + 541
-    assert table["evaluate dpo"][2] == pytest.approx(5 * items * 512)
-    assert table["measure_base_retention"][2] == pytest.approx(2 * items * 512)
+    # KL: 1,000 helpful texts through policy and base; 16 old prompts and 100 new ones of 128 tokens, each answer twice
+    kept = items * 512 + 2 * 1000 * 256 + 16 * (2 * 64 + 128)
+    learnt = 2 * 1000 * 256 + 100 * (2 * 256 + 128)
+    assert table["evaluate dpo"][2] == pytest.approx(5 * (kept + learnt))
+    assert table["evaluate base"][2] == pytest.approx(5 * learnt)
+    assert table["measure_base_retention"][2] == pytest.approx(2 * kept)
     assert table["train_judge"][:2] == [5, math.ceil(2000 / 64)]
     assert 8 < table["train dpo"][3] < 80  # GB: it fits onto one GPU of 80
     assert 5 < table["all"][-1] < 1000  # hours on one H200

@@ -111,7 +111,7 @@ def write(folder: Path, **changes: Any) -> str:
 
 
 def test_the_sweeps_of_the_project() -> None:
-    assert sorted(file.name for file in SWEEP_FOLDER.iterdir()) == ["mini.yaml", "smoke.yaml"]
+    assert sorted(file.name for file in SWEEP_FOLDER.iterdir()) == ["mini.yaml", "small.yaml", "smoke.yaml"]
     assert "sweep" not in profiles()
     for name, settings, seeds, hours in (("smoke", 104, 5, 1.45), ("mini", 52, 2, 1.6)):
         loaded = load_sweep(name)
@@ -129,6 +129,23 @@ def test_the_sweeps_of_the_project() -> None:
         assert rates["dpo"] == rates["q-adapter"]
         assert {"residual", "paper", "published-code", "published-code-shifted"} <= {v.family for v in variants}
         assert 0.9 < estimate_hours(loaded, variants, experiment) < hours
+
+
+def test_the_sweep_of_the_pretrained_model() -> None:
+    """Four learning rates for each method; α0 and β on both sides of the paper's values and of `residual`'s."""
+    loaded = load_sweep("small")
+    experiment = load_experiment("small", merged_overrides(loaded, "small", {}))
+    assert (list(experiment.domains), experiment.seeds) == (["harmless", "academy"], (0, 1))
+    variants = expand(loaded, experiment)
+    default = experiment.training.learning_rate
+    for method in ("q-adapter", "sft", "dpo", "replay"):
+        tuned = [v.experiment.methods.of(method) for v in variants if v.tuning and v.method == method]
+        assert {choice.learning_rate or default for choice in tuned} == {1e-4, 3e-4, 1e-3, 3e-3}
+    for family, alpha_0 in (("paper", {0.01, 0.1, 1}), ("residual", {0, 0.1, 1})):
+        own = [v.experiment.methods.q_adapter for v in variants if v.family == family and v.alpha_0 is None]
+        preset = 0.01 if family == "paper" else 1.0
+        assert {preset if s.alpha_0 is None else s.alpha_0 for s in own} == alpha_0
+        assert {0.1 if s.beta is None else s.beta for s in own} == {0, 0.1, 1}
 
 
 def test_the_toy_worlds_sweep_asks_what_the_issue_asks() -> None:
@@ -224,7 +241,7 @@ def test_bad_sweeps_are_refused(changes: dict[str, Any], expected: list[str], tm
 
 
 def test_more_that_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(QAdapterError, match=r"no sweep 'smok'; known are mini, smoke"):
+    with pytest.raises(QAdapterError, match=r"no sweep 'smok'; known are mini, small, smoke"):
         load_sweep("smok")
     with pytest.raises(QAdapterError, match=r"domains \['law'\] are not in the profile 'smoke'; it has harmless"):
         merged_overrides(load_sweep(write(tmp_path, domains=["law"])), "smoke", {})

@@ -16,6 +16,7 @@ from qadapter.files.shown import to_csv
 from qadapter.methods.table import NAMES, SUBJECT, knobs
 from qadapter.report.rows import Row, Spread, listed, ordered, spread
 from qadapter.report.sweep.figure import draw_sweep
+from qadapter.report.sweep.halves import halves_section
 from qadapter.report.sweep.points import (
     BASE,
     KEPT,
@@ -71,7 +72,9 @@ def build_sweep_report(
     if compared:
         tuned = {m: [p for p in compared if p.setting.tuning and p.setting.method == m] for m in _methods(compared)}
         tuned = {method: own for method, own in tuned.items() if own}
-        sections += _comparison(tuned, metrics) + _choices(compared, tuned, metrics)
+        section, of_halves = halves_section(rows, settings, expected)
+        metrics |= of_halves
+        sections += _comparison(tuned, metrics) + ([section] if section else []) + _choices(compared, tuned, metrics)
         sections += ["## Every setting", _markdown(_table(points, front, base, base_rows)), _LEGEND]
     (out / "sweep.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     write_json(out / "metrics.json", metrics)

@@ -33,7 +33,8 @@ def test_every_profile_loads() -> None:
     for name, experiment in loaded.items():
         assert experiment.name == name
         assert experiment.methods.run == tuple(method.name for method in METHODS if method.by_default)
-        assert list(experiment.domains) == ["harmless", "academy", "business", "entertainment", "literature"]
+        every = load_experiment(name, {"run_domains": None})  # small runs two by default
+        assert list(every.domains) == ["harmless", "academy", "business", "entertainment", "literature"]
 
 
 @pytest.mark.parametrize("name", profiles())
@@ -83,7 +84,7 @@ def test_an_unknown_profile_is_named_with_the_nearest() -> None:
     message = refused((), profile="smok")
     assert "no profile 'smok'" in message
     assert "did you mean 'smoke'?" in message
-    assert "mini, paper, smoke" in message
+    assert "mini, paper, small, smoke" in message
 
 
 @pytest.mark.parametrize(
@@ -439,3 +440,16 @@ def test_the_profile_is_plain_yaml() -> None:
     """No profile needs the tags of another library to be read."""
     for name in profiles():
         assert isinstance(yaml.safe_load((PROFILE_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")), dict)
+
+
+def test_domains_that_do_not_run_are_left_out_with_their_sources() -> None:
+    """Also the two that a YAML alias made of one section; a source that something else uses stays."""
+    two = load_experiment("small")
+    assert (list(two.domains), list(two.sources)) == (["harmless", "academy"], ["helpful", "harmless", "academy"])
+    every = ["harmless", "academy", "business", "entertainment", "literature"]
+    assert list(load_experiment("small", {"run_domains": every}).domains) == every
+    assert list(load_experiment("small", {"run_domains": None}).domains) == every
+    judged = {"run_domains": ["academy"], "built_benchmarks.replies": {"helpful": "helpful", "dsp": "harmless"}}
+    assert list(load_experiment("small", judged).sources) == ["helpful", "harmless", "academy"]
+    with pytest.raises(QAdapterError, match=r"run_domains: no domain 'academi', did you mean 'academy'\?"):
+        load_experiment("small", {"run_domains": ["academi"]})

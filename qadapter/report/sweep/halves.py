@@ -1,0 +1,162 @@
+"""Chosen on one half of the held-out items, reported on the other: no setting profits from the items that chose it.
+
+A pair belongs to the half of its prompt, so that the pairs of one prompt are never on both sides; an item of a
+retention task to the half of its place. Both halves are the same for every policy. The divergence from the base is
+measured on texts of the old distribution, which choose nothing, and is not divided.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from qadapter.evaluation.statistics import Interval, mean_of_tasks_interval
+from qadapter.methods.table import SUBJECT
+from qadapter.report.items import RULE, SCORE, adaptation_gain, directions_of, read_lines, retention_items
+from qadapter.report.items import retention_measures as measures_of
+from qadapter.report.rows import Row
+from qadapter.report.sweep.points import BASE, Point, Setting, best_by_trade, points_of
+
+MEAN = "retention/mean"
+Values = dict[str, NDArray[np.float64]]
+"""Task or domain → the scores of its items, in a fixed order."""
+
+
+def selects(key: object) -> bool:
+    """Whether an item belongs to the half that chooses."""
+    return hashlib.sha256(repr(key).encode()).digest()[0] % 2 == 0
+
+
+@dataclass(frozen=True)
+class HalfRow:
+    """A policy on one half of the items.
+
+    Attributes:
+        row: with the half's `adaptation/score` and `retention/mean`.
+        gains: [n], for each prompt the mean over its pairs of what the implied reward gains on the base's ½.
+        kept: retention task → [n], its items' scores.
+    """
+
+    row: Row
+    gains: NDArray[np.float64]
+    kept: Values
+
+
+def half_rows(rows: Sequence[Row], chosen: bool) -> list[HalfRow]:
+    """The rows on one half; none if a row lacks its items, or is scored by a toy world's rule."""
+    directions = directions_of(rows)
+    measures = [name for name in measures_of(rows) if directions.get(name, True)]
+    found = []
+    for row in rows:
+        of_base = row.method == BASE
+        prompts = [line.get("prompt") for line in read_lines(row.adaptation, "pairs.jsonl")]
+        gain = None if RULE in row.metrics else adaptation_gain(row, None)
+        items = retention_items(row, measures)
+        if gain is None or None in prompts or set(items) != set(measures) or not measures:
+            return []
+        by_prompt: dict[Any, list[float]] = defaultdict(list)
+        for prompt, value in zip(prompts, gain.values, strict=True):
+            if selects(prompt) == chosen:
+                by_prompt[prompt].append(0.0 if of_base else float(value))
+        kept = {
+            name: np.array([v for key, v in zip(of.ids, of.values, strict=True) if selects(key) == chosen])
+            for name, of in items.items()
+        }
+        if not by_prompt or not all(len(values) for values in kept.values()):
+            return []
+        pairs = [value for values in by_prompt.values() for value in values]
+        halved = {SCORE: 0.5 + fmean(pairs), MEAN: fmean(float(values.mean()) for values in kept.values())}
+        gains = np.array([fmean(values) for values in by_prompt.values()])
+        found.append(HalfRow(replace(row, metrics={**row.metrics, **halved}), gains, kept))
+    return found
+
+
+def halves_section(rows: Sequence[Row], settings: Sequence[Setting], expected: int) -> tuple[str, dict[str, float]]:
+    """The section of the report, and its metrics; empty where the items are not there.
+
+    Args:
+        rows: one per domain, setting and seed, and those of the base, with their folders.
+        settings: all settings of the sweep.
+        expected: rows that a complete setting has.
+    """
+    choosing, reported = half_rows(rows, chosen=True), half_rows(rows, chosen=False)
+    if not choosing or not reported:
+        return "", {}
+    chosen: dict[str, Point] = {}
+    tuned = [point for point in _points(choosing, settings, expected) if point.setting.tuning]
+    for method in dict.fromkeys(point.setting.method for point in tuned):
+        chosen[method] = best_by_trade([point for point in tuned if point.setting.method == method])
+    on_other = {point.setting.name: point for point in _points(reported, settings, expected)}
+    if not chosen or any(point.setting.name not in on_other for point in chosen.values()):
+        return "", {}
+    table, metrics = [], {}
+    for method, point in chosen.items():
+        other = on_other[point.setting.name]
+        metrics[f"sweep/half_trade/{method}"] = other.trade
+        table.append(
+            {
+                "method": method,
+                "chosen": point.setting.name,
+                "adaptation": other.adaptation.text(),
+                "retention": other.retention.text(),
+                "kept": f"{other.kept:.3f}",
+                "trade": f"{other.trade:.3f}",
+                "KL/token": other.kl.text(4),
+                "trade where it was chosen": f"{point.trade:.3f}",
+            }
+        )
+    sentences = []
+    for method in chosen:
+        if method == SUBJECT.name or SUBJECT.name not in chosen:
+            continue
+        gain, keep = _differences(reported, chosen[SUBJECT.name].setting.name, chosen[method].setting.name)
+        sentences.append(f"- {SUBJECT.name} − {method}: adaptation {_shown(gain)}; retention {_shown(keep)}.")
+        metrics[f"sweep/half_adaptation_difference/{method}"] = gain.estimate
+        metrics[f"sweep/half_retention_difference/{method}"] = keep.estimate
+    prompts = sum(len(half.gains) for half in reported if half.row.method == BASE)
+    items = next(sum(map(len, half.kept.values())) for half in reported)
+    parts = [
+        "## Chosen on one half of the held-out items, reported on the other",
+        "Each method's setting has the best trade on the half that chooses; every number but the last column is of "
+        f"the other half: {prompts} prompts with all their pairs, and {items} items of the retention tasks.",
+        pd.DataFrame(table).to_markdown(index=False, disable_numparse=True),
+    ]
+    if sentences:
+        parts += [
+            "Differences there, with 95 % bootstrap intervals over prompts (items), drawn together with the seeds:",
+            "\n".join(sentences),
+        ]
+    return "\n\n".join(parts), metrics
+
+
+def _points(halves: Sequence[HalfRow], settings: Sequence[Setting], expected: int) -> list[Point]:
+    points = points_of([half.row for half in halves], settings, expected)
+    return [point for point in points if point.complete and point.speaks]
+
+
+def _differences(halves: Sequence[HalfRow], one: str, two: str) -> tuple[Interval, Interval]:
+    """What the first setting is ahead in adaptation and in retention, items and seeds paired."""
+    gains: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
+    kept: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
+    of = {(half.row.domain, half.row.method, half.row.seed): half for half in halves}
+    for (domain, method, seed), half in of.items():
+        if method != one:
+            continue
+        other = of[domain, two, seed]
+        gains[domain].append(half.gains - other.gains)
+        for task, values in half.kept.items():
+            kept[f"{domain} {task}"].append(values - other.kept[task])
+    return mean_of_tasks_interval(list(gains.values())), mean_of_tasks_interval(list(kept.values()))
+
+
+def _shown(interval: Interval) -> str:
+    verdict = "larger" if interval.excludes_zero else "not larger"
+    return f"{interval.estimate:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}], {verdict} than the noise"
