@@ -21,7 +21,7 @@ DATA_FLAG := $(if $(DATA),--data "$(DATA)")
 # MODEL names the base of an experiment only where it is given to make itself; its default is what serve-model serves.
 BASE_SET := $(if $(filter command,$(firstword $(origin MODEL))),"model.pretrained=$(MODEL)")
 
-.PHONY: help repro plan sweep spread compare test lint docs ui serve serve-model clean customize announce check history rollback drop
+.PHONY: help repro plan sweep spread compare test test-quick lint docs ui serve serve-model clean customize announce check history rollback drop
 
 repro: $(STAMP) ## run the whole experiment: make repro [PROFILE=mini DATA=folder] [MODEL=base] [SET="training.max_steps=50 seeds=[0,1]"]
 	@$(BIN)/python -m qadapter run --profile "$(PROFILE)" $(DATA_FLAG) $(BASE_SET) $(SET)
@@ -40,6 +40,9 @@ compare: $(STAMP) ## the report of any recorded runs: make compare RUNS="run-id 
 
 test: $(STAMP) ## run all tests, two files at a time
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-quick: $(STAMP) ## run the unit tests: no server, no process
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not processes" --ignore tests/processes
 
 lint: $(STAMP) ## lint, format check, type check
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

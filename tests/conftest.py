@@ -20,8 +20,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
+from flows.running import forking
 from tests.support.paths import SHARED
 from tests.support.real_runs import data_folder, data_server, prefect_server, undisturbed  # noqa: F401 - fixtures of several files
+
+# One process per test process that all others are forked from, whoever needs it first: it has imported everything.
+forking.OF_EVERY_STAGE = "tests.support.forked_run"
 
 
 def _shared(name: str) -> Path:
@@ -67,10 +71,19 @@ _LONGEST = [
         "kill_matrices",
     )
 ]
+_PROCESSES = Path(__file__).parent / "processes"
+_SERVERS = frozenset({"harness", "prefect_client", "prefect_server", "data_server", "undisturbed"})
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take minutes go first: with two at a time (`make test`) none of them is left alone at the end."""
+    """Mark what `make test-quick` leaves out; files that take minutes go first, so that none is left alone at the end.
+
+    A test needs processes if it lies in `tests/processes`, uses a server's fixture, is slow or says so itself.
+    """
+    for item in items:
+        fixtures = _SERVERS & set(getattr(item, "fixturenames", ()))
+        if fixtures or item.path.is_relative_to(_PROCESSES) or item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.processes)
     items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))
 
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from flows.commands.arguments import Data, Overrides, Profile
-from flows.prefect_host.server import prefect_server
+from flows.prefect_host.server import starting_server
 from qadapter.command.app import CommandFailedError
 
 
@@ -30,21 +30,24 @@ def run(overrides: Overrides = None, profile: Profile = "smoke", data: Data = No
         QAdapterError: something in the config or the data cannot work.
         CommandFailedError: a stage failed.
     """
-    from flows.running.prefect_run import StagesFailedError
-    from flows.running.run_request import RunRequest
-    from qadapter.config.experiment import parse_overrides
+    from flows.running.forking import start_forking
+    from qadapter.config.experiment import load_experiment, parse_overrides
 
     changes = parse_overrides(overrides or [])
-    request = RunRequest("full-paper-repro", profile, data, changes)
-    experiment = request.check()  # refuse what cannot work before Prefect starts anything
-    from flows.full_paper_repro import full_paper_repro
-    from tasks.stages.context import workspace
+    experiment = load_experiment(profile, changes)  # refuse what cannot work before anything starts
+    start_forking(experiment)
+    with starting_server() as ready:  # it and the workers' parent import while this process does
+        from flows.full_paper_repro import full_paper_repro
+        from flows.running.prefect_run import StagesFailedError
+        from flows.running.run_request import RunRequest
+        from tasks.stages.context import workspace
 
-    start = time.monotonic()
-    folder = str(request.data_folder) if request.data_folder else None
-    with prefect_server():
+        request = RunRequest("full-paper-repro", profile, data, changes)
+        request.check()  # there is no flow run yet
+        ready()
+        start = time.monotonic()
         try:
-            summary = full_paper_repro(profile, folder, changes)
+            summary = full_paper_repro(profile, str(request.data_folder) if request.data_folder else None, changes)
         except StagesFailedError as error:
             raise CommandFailedError(str(error)) from error
     report = Path(summary["report"])

@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from qadapter.errors import QAdapterError
 from qadapter.files.private import keep_private, private_folder
 from qadapter.files.shown import shown
 
+_ROOT = Path(__file__).resolve().parents[2]
 _START_SECONDS = 90.0  # a first start creates the database, on two busy cores
 _STOP_SECONDS = 5.0
 _LOGGER = logging.getLogger(__name__)
@@ -34,22 +35,29 @@ _LOGGER = logging.getLogger(__name__)
 
 @contextmanager
 def prefect_server() -> Iterator[None]:
+    """`starting_server` for a block that needs it from its first line."""
+    with starting_server() as ready:
+        ready()
+        yield
+
+
+@contextmanager
+def starting_server() -> Iterator[Callable[[], None]]:
     """Use the configured or running server within the block, or start a temporary one.
 
-    A temporary server is started here and put into the environment for worker processes (`parallel: 2`). Each of them
-    would otherwise start its own, after searching for that of `make serve` for a minute.
+    A temporary server may still be starting when the block begins: call the yielded function before the server is
+    needed. Its address is put into the environment for worker processes (`parallel: 2`). Each of them would otherwise
+    start its own, after searching for that of `make serve` for a minute.
 
     Raises:
         QAdapterError: MLflow's server does not answer; the server that `PREFECT_API_URL` names does not answer or does
             not know the auth string; or a temporary one did not start.
     """
-    from tasks.stages.context import PROJECT_ROOT
-
     keep_private()
     _wait_for_mlflow()
-    home = private_folder(prefect_home(PROJECT_ROOT))
+    home = private_folder(prefect_home(_ROOT))
     named = os.environ.get("PREFECT_API_URL")
-    url = api_url(PROJECT_ROOT)
+    url = api_url(_ROOT)
     found = standing(url, home)
     if named:
         usable(url, home, found)
@@ -57,10 +65,10 @@ def prefect_server() -> Iterator[None]:
         _LOGGER.warning("%s This run uses a temporary server.", not_ours(url))
     if found in (Standing.OURS, Standing.REMOTE):
         with _environment(_credentials(url, home, found)):
-            yield
+            yield lambda: None
         return
-    with _temporary_server(home) as url:
-        yield
+    with _temporary_server(home) as ready:
+        yield ready
 
 
 def _wait_for_mlflow() -> None:
@@ -69,13 +77,14 @@ def _wait_for_mlflow() -> None:
     Raises:
         QAdapterError: it does not answer, or refuses the request.
     """
+    if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
+        return  # before the imports, which take seconds
     from tasks.stages.context import workspace
     from tasks.tracking.store import MlflowStore
     from tasks.tracking.tracker import Tracker
 
     tracker = Tracker.for_project(workspace())
-    if tracker.uri.startswith("http"):
-        MlflowStore(tracker.uri, tracker.artifact_root).call("search_experiments", max_results=1)
+    MlflowStore(tracker.uri, tracker.artifact_root).call("search_experiments", max_results=1)
 
 
 def usable(url: str, home: Path, found: Standing | None = None, *, otherwise: str = "") -> Standing:
@@ -111,9 +120,7 @@ def server_access(otherwise: str = "") -> Iterator[str]:
     Raises:
         QAdapterError: as `usable` does.
     """
-    from tasks.stages.context import PROJECT_ROOT
-
-    url, home = api_url(PROJECT_ROOT), prefect_home(PROJECT_ROOT)
+    url, home = api_url(_ROOT), prefect_home(_ROOT)
     with _environment(_credentials(url, home, usable(url, home, otherwise=otherwise))):
         yield url
 
@@ -124,27 +131,31 @@ def _credentials(url: str, home: Path, found: Standing) -> dict[str, str]:
 
 
 @contextmanager
-def _temporary_server(home: Path) -> Iterator[str]:
-    # Imported only if a server is started, since it takes seconds.
-    from prefect.events.worker import EventsWorker
-    from prefect.logging.handlers import APILogWorker
-
+def _temporary_server(home: Path) -> Iterator[Callable[[], None]]:
     auth = auth_string(home)
-    with _started(home, auth) as url, _environment({"PREFECT_API_URL": url, AUTH_VARIABLE: auth}):
+    with _started(home, auth) as (url, ready), _environment({"PREFECT_API_URL": url, AUTH_VARIABLE: auth}):
         logs = logging.getLogger("prefect.flow_runs")
         logs.addFilter(_no_link)
         try:
-            yield url
+            yield ready
         finally:
-            APILogWorker.drain_all(timeout=10)  # including the log of a failed run
-            EventsWorker.drain_all(timeout=10)
+            _drain()
             logs.removeFilter(_no_link)
 
 
+def _drain() -> None:
+    """Send pending logs and events, including the log of a failed run."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    APILogWorker.drain_all(timeout=10)
+    EventsWorker.drain_all(timeout=10)
+
+
 @contextmanager
-def _started(home: Path, auth: str) -> Iterator[str]:
+def _started(home: Path, auth: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """A temporary server process on a free port. The port is bound here, so that no other process can take it."""
-    from prefect.settings import get_current_settings
+    from prefect.settings import get_current_settings  # imported only where a server is started: that takes a second
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
@@ -158,20 +169,23 @@ def _started(home: Path, auth: str) -> Iterator[str]:
                 AUTH_VARIABLE: auth,
                 SERVER_AUTH_VARIABLE: auth,
             },
-            cwd=Path(__file__).resolve().parents[2],
+            cwd=_ROOT,
             stdin=subprocess.DEVNULL,
             pass_fds=[listener.fileno()],
             start_new_session=True,  # Ctrl-C ends the run, which then still reports its state
         )
-    try:
-        deadline = time.monotonic() + _START_SECONDS
+    deadline = time.monotonic() + _START_SECONDS
+
+    def ready() -> None:
         while standing(url, home) is not Standing.OURS:
             if process.poll() is not None:
                 raise QAdapterError(f"The temporary Prefect server did not start (code {process.returncode}).")
             if time.monotonic() > deadline:
                 raise QAdapterError(f"The temporary Prefect server did not answer within {_START_SECONDS:.0f} s.")
-            time.sleep(0.1)
-        yield url
+            time.sleep(0.05)
+
+    try:
+        yield url, ready
     finally:
         process.terminate()
         try:

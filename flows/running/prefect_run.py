@@ -20,6 +20,7 @@ from flows.prefect_host.dead_runs import ended_flow_runs, report_crashed
 from flows.prefect_host.orphans import outlive_worker
 from flows.running.run_request import RunRequest
 from flows.running.runners import task_runner
+from flows.running.workers import ForkedWorkers
 from qadapter.config.experiment import Experiment
 from qadapter.files.shown import guard_logs
 from tasks.stages.context import RunContext, workspace
@@ -27,6 +28,7 @@ from tasks.stages.store import StageStore
 from tasks.tracking.tracker import FLOW_RUN_TAG, Tracker
 
 _SECONDS_BETWEEN_PROGRESS = 60.0
+_SECONDS_TO_FIND_A_STAGE = 1.0  # a stage that takes longer computes
 _SECONDS_FOR_MLFLOW = 60.0  # wait for MLflow at a run's end; later, pending writes are delivered at the next start
 
 
@@ -113,7 +115,7 @@ class PrefectRun:
         told = time.monotonic()
         for place, future in enumerate(self._futures):
             try:
-                future.wait()
+                self._wait(future)
             except UpstreamTaskError:  # raised by a process pool if another stage's failure stopped this one
                 continue
             except Exception as error:  # for example a worker process killed by the system
@@ -132,6 +134,14 @@ class PrefectRun:
             f"{len(reasons)} of {len(self._futures)} stages failed (what was finished is kept):\n"
             + "\n".join(dict.fromkeys(f"  {reason}" for reason in reasons))
         )
+
+    def _wait(self, future: Any) -> None:
+        """Wait for a stage; meanwhile a worker process that has nothing to do gets ready for computing."""
+        begin = time.monotonic()
+        future.wait(timeout=_SECONDS_TO_FIND_A_STAGE)
+        if time.monotonic() - begin >= _SECONDS_TO_FIND_A_STAGE and isinstance(self._runner, ForkedWorkers):
+            self._runner.warm_up()
+        future.wait()
 
     def finished(self, futures: Sequence[Any]) -> list[Any]:
         """The results of completed stages; call it after `settle`."""

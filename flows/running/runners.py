@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect.task_runners import ProcessPoolTaskRunner, ThreadPoolTaskRunner
+from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.prefect_host.dead_runs import end_with_parent
-from flows.prefect_host.orphans import outlive_worker
+from flows.running.forking import has_workers
+from flows.running.workers import ForkedWorkers
 from qadapter.config.experiment import Experiment
-from qadapter.files.shown import guard_logs, quiet_libraries
 
 
 def task_runner(experiment: Experiment) -> Any:
@@ -34,14 +33,6 @@ def task_runner(experiment: Experiment) -> Any:
         if settings.address:
             return RayTaskRunner(address=settings.address)
         return RayTaskRunner(init_kwargs={"num_cpus": workers, "include_dashboard": False})
-    if workers > 1:
-        return ProcessPoolTaskRunner(max_workers=workers, initializer=begin_worker)
+    if has_workers(experiment):
+        return ForkedWorkers(max_workers=workers)
     return ThreadPoolTaskRunner(max_workers=1)
-
-
-def begin_worker() -> None:
-    """Set up a worker process before its first stage."""
-    quiet_libraries()
-    guard_logs()
-    outlive_worker()
-    end_with_parent()

@@ -123,15 +123,8 @@ def pretrain(
         raise QAdapterError("there is no conversation to pre-train on: every source is empty; add one that is not")
     tokenizer = train_tokenizer(conversations, size)
     model = model_from_scratch(size, tokenizer, seed)
-    rows = [
-        tokenizer(
-            tokenizer.apply_chat_template(list(conversation), tokenize=False),  # type: ignore[arg-type]
-            add_special_tokens=False,
-            truncation=True,
-            max_length=settings.max_length,
-        )["input_ids"]
-        for conversation in conversations
-    ]
+    texts = tokenizer.apply_chat_template([list(each) for each in conversations], tokenize=False)
+    rows = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=settings.max_length)["input_ids"]
     arguments = trainer_arguments(settings, seed=seed, scratch=scratch)
     trainer = Trainer(
         model=model,

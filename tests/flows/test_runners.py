@@ -23,7 +23,7 @@ def runner(**overrides: Any) -> Any:
 
 
 def test_one_stage_at_a_time_is_a_thread_and_several_are_processes() -> None:
-    assert isinstance(runner(), ThreadPoolTaskRunner)
+    assert isinstance(runner(parallel=1), ThreadPoolTaskRunner)
     several = runner(parallel=3)
     assert isinstance(several, ProcessPoolTaskRunner)
     assert several._max_workers == 3

@@ -18,10 +18,11 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import StateType
 
 from flows.prefect_host.access import AUTH_VARIABLE
-from flows.running.runners import begin_worker, task_runner
+from flows.running.runners import task_runner
+from flows.running.workers import ForkedWorkers
 from qadapter.config.experiment import load_experiment
 from qadapter.training.checkpoints import SEAL, last_checkpoint, seal
-from tests.support.real_runs import PROJECT_ROOT, SECRETS, RealHome, Server, Undisturbed, wait_for
+from tests.support.real_runs import PROJECT_ROOT, SECRETS, RealHome, Server, Undisturbed
 
 
 def cut(file: Path) -> None:
@@ -64,25 +65,25 @@ def test_a_damaged_checkpoint_is_passed_over(
 
 def test_worker_processes_end_with_their_flow_run(tmp_path: Path) -> None:
     """`parallel: 2` works in processes; `kill -9` of the flow run alone must not leave them behind."""
-    assert task_runner(load_experiment("smoke", {"parallel": 2}))._initializer is begin_worker
+    assert isinstance(task_runner(load_experiment("smoke", {"parallel": 2})), ForkedWorkers)
     program = tmp_path / "program.py"
     program.write_text(
         f"import sys; sys.path.insert(0, {str(PROJECT_ROOT)!r})\n"
-        "import multiprocessing, os, time\n"
-        "from concurrent.futures import ProcessPoolExecutor\n"
-        "from flows.running.runners import begin_worker\n"
+        "import os, time\n"
+        "from flows.running.workers import ForkedWorkers\n"
         "if __name__ == '__main__':\n"
-        "    pool = ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), initializer=begin_worker)\n"
-        "    print(pool.submit(os.getpid).result(), flush=True)\n"
-        "    time.sleep(600)\n"
+        "    with ForkedWorkers(max_workers=1) as pool:\n"
+        "        print(pool._executor.submit(os.getpid).result(), flush=True)\n"
+        "        time.sleep(600)\n"
     )
     flow_run = subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE, text=True)
     assert flow_run.stdout is not None
     worker = psutil.Process(int(flow_run.stdout.readline()))
-    assert worker.is_running()
+    family = psutil.Process(flow_run.pid).children(recursive=True)
+    assert worker in family
     flow_run.kill()
     flow_run.wait()
-    wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, 60, "the worker's end")
+    assert psutil.wait_procs(family, timeout=60)[1] == []
 
 
 # ---- the matrix

@@ -89,33 +89,35 @@ def test_a_saved_adapter_on_the_command_line_scores_as_in_memory(tmp_path, capsy
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flag", ["--official_data", "--data"])
-def test_an_official_task_on_local_rows(tmp_path, capsys, flag: str) -> None:
+def test_an_official_task_on_local_rows(tmp_path, capsys, small_index) -> None:
     """BBH's own definition on the items of a folder, one task with chat template and one without."""
     policy = save_policy(tmp_path, context=6000, layers=1)
-    folder = tmp_path / "local" / ("benchmarks" if flag == "--data" else "")
-    (folder / "bbh").mkdir(parents=True)
+    folders = {"--official_data": tmp_path / "official", "--data": tmp_path / "local" / "benchmarks"}
     rows = [{"input": f"Is {n} odd?", "target": "Yes" if n % 2 else "No"} for n in range(4)]
-    for name in ("navigate", "sports_understanding"):
-        (folder / "bbh" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for folder in folders.values():
+        for name in ("navigate", "sports_understanding"):
+            write_jsonl(folder / "bbh" / f"{name}.jsonl", rows)
     tasks = ["leaderboard_bbh_navigate", "leaderboard_bbh_sports_understanding"]
     plain = ["--plain_tasks", tasks[1]]
+    official = folders["--official_data"]
     expected = evaluate_tasks(
-        policy, byte_tokenizer(), tasks, official_data=folder, plain_tasks=[tasks[1]], batch_size=1, limit=4
+        policy, byte_tokenizer(), tasks, official_data=official, plain_tasks=[tasks[1]], batch_size=1, limit=4
     )
     adapter = f"pretrained={tmp_path / 'adapter'}"
     command = ["run", "--model", "qadapter", "--model_args", adapter, "--tasks", *tasks, *plain]
-    outputs = ["--output_path", str(tmp_path / "out"), "--log_samples"]
     template = ["--apply_chat_template", "--fewshot_as_multiturn"]
-    assert main([*command, flag, str(tmp_path / "local"), *template, *outputs]) == 0
-    assert capsys.readouterr().out.count("|acc_norm") == 2
-    for name in tasks:
-        (file,) = (tmp_path / "out").rglob(f"samples_{name}_*.jsonl")
-        samples = sorted(map(json.loads, file.read_text().splitlines()), key=lambda one: one["doc_id"])
-        assert [one["acc_norm"] for one in samples] == [item["score"] for item in expected.samples[name]]
-        prompts = [one["arguments"]["gen_args_0"]["arg_0"] for one in samples]
-        assert prompts == [item["prompt"] for item in expected.samples[name]]
-        assert ["<|user|>" in one for one in prompts] == [name != tasks[1]] * 4
+    for flag, given in (("--official_data", official), ("--data", tmp_path / "local")):
+        out = tmp_path / f"out{flag}"
+        outputs = ["--output_path", str(out), "--log_samples"]
+        assert main([*command, flag, str(given), *template, *outputs]) == 0
+        assert capsys.readouterr().out.count("|acc_norm") == 2
+        for name in tasks:
+            (file,) = out.rglob(f"samples_{name}_*.jsonl")
+            samples = sorted(map(json.loads, file.read_text().splitlines()), key=lambda one: one["doc_id"])
+            assert [one["acc_norm"] for one in samples] == [item["score"] for item in expected.samples[name]]
+            prompts = [one["arguments"]["gen_args_0"]["arg_0"] for one in samples]
+            assert prompts == [item["prompt"] for item in expected.samples[name]]
+            assert ["<|user|>" in one for one in prompts] == [name != tasks[1]] * 4
 
 
 def test_the_papers_suite_is_two_commands(capsys, monkeypatch) -> None:

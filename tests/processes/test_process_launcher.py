@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -21,6 +21,7 @@ from accelerate.commands.launch import launch_command_parser
 from prefect.logging import disable_run_logger
 from safetensors.torch import load_file
 
+from flows.running.forking import forking
 from qadapter.config.execution import CONFIG_FOLDER, LaunchSettings, RunnerSettings
 from qadapter.config.experiment import load_experiment
 from qadapter.errors import QAdapterError
@@ -40,7 +41,7 @@ from tasks.stages.stage_run import StageResult
 from tasks.stages.store import StageOutput, StageStore
 from tasks.tracking.tracker import Tracker
 from tasks.train import Base, train_adapter
-from tests.support.paths import PROJECT_ROOT
+from tests.support.forked_launch import ForkedLaunch, drive
 from tests.support.tiny_toy import CHOICES, LORA, MODEL, TRAINING, TinyToy, make_tiny_toy, rows
 
 TWO = {"launch.engine": "accelerate", "launch.processes": 2}
@@ -108,7 +109,15 @@ def test_two_processes_are_one_with_the_same_batch(toy: TinyToy, tmp_path: Path)
     assert_same(one, two)
 
 
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches without their imports; the test above shows the command itself."""
+    forking = SimpleNamespace(**vars(subprocess) | {"Popen": ForkedLaunch})
+    monkeypatch.setattr("tasks.stages.process_launcher.subprocess", forking)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_a_candidate_is_trained_on_by_two_processes_as_by_one(toy: TinyToy, tmp_path: Path) -> None:
     """A Q-Adapter by two processes as by one, and then both go on from it."""
     champion = run_stage(toy, tmp_path, "q-adapter")
@@ -120,6 +129,7 @@ def test_a_candidate_is_trained_on_by_two_processes_as_by_one(toy: TinyToy, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_a_judge_is_trained_by_two_processes_as_by_one(toy: TinyToy, tmp_path: Path) -> None:
     folder, world = tmp_path / "pairs", toy.pairs.parents[1] / "world/hh-rlhf"
     heldout = [world / "harmless-heldout.jsonl"]
@@ -162,73 +172,46 @@ def assert_same(one: StageOutput, two: StageOutput) -> None:
 
 
 STEPS = 40
-DRIVER = """
-import logging
-import sys
-from pathlib import Path
-from prefect.logging import disable_run_logger
-from qadapter.config.execution import LaunchSettings
-from qadapter.config.training import OptimizerSettings
-from tasks.stages.process_launcher import ProcessLauncher
-from tests.support.tiny_toy import CHOICES, LORA, MODEL
-from qadapter.methods.q_adapter import train
-from qadapter.training.adapt import train_adapter
-base, pairs, out, scratch = map(Path, sys.argv[1:5])
-training = OptimizerSettings(
-    learning_rate=1e-2, max_steps=40, batch_size=4, max_length=64, logging_steps=1, save_steps=10
-)
-out.mkdir(parents=True)
-logging.basicConfig(level=logging.INFO)
-ProcessLauncher(LaunchSettings(engine="accelerate", processes=2))(
-    train_adapter, train, CHOICES["q-adapter"], base, pairs,
-    model=MODEL, lora=LORA, training=training, seed=3, needs={}, out=out, scratch=scratch,
-)
-"""
 
 
-def drive(toy: TinyToy, out: Path, scratch: Path) -> subprocess.Popen[str]:
-    """A pipeline process of its own that launches a training of two processes."""
-    paths = str(PROJECT_ROOT)
-    return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, *map(str, (toy.base, toy.pairs, out, scratch))],
-        env={**os.environ, "PYTHONPATH": paths},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def workers(driver: subprocess.Popen[str]) -> list[psutil.Process]:
-    return [p for p in psutil.Process(driver.pid).children(recursive=True) if "qadapter.training.worker" in p.cmdline()]
+def driver(toy: TinyToy, out: Path, scratch: Path) -> Any:
+    """A pipeline process of its own that launches a training of two processes; it prints into `out`.log."""
+    arguments = (toy.base, toy.pairs, out, scratch, STEPS, out.with_suffix(".log"))
+    process = forking().Process(target=drive, args=arguments)
+    process.start()
+    return process
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # three launches, one after the other
 def test_killed_it_leaves_no_orphan_and_goes_on_where_it_stopped(toy: TinyToy, tmp_path: Path) -> None:
     """kill -9 of the pipeline's process in mid-training; LORA has dropout, so each process's random state counts."""
     scratch = tmp_path / "scratch"
-    killed = drive(toy, tmp_path / "killed", scratch)
+    killed = driver(toy, tmp_path / "killed", scratch)
     deadline = time.monotonic() + 250
     while not (scratch / "checkpoint-10" / SEAL).exists():
         assert time.monotonic() < deadline
-        assert killed.poll() is None, killed.stderr and killed.stderr.read()[-3000:]
+        assert killed.exitcode is None, (tmp_path / "killed.log").read_text()[-3000:]
         time.sleep(0.01)
     assert (scratch / "job" / "job.json").exists(), "what a kill leaves lies in the stage's folder"
     children = psutil.Process(killed.pid).children(recursive=True)
-    assert len([child for child in children if "qadapter.training.worker" in child.cmdline()]) >= 2
+    assert len(children) >= 3, "a launcher and two workers"
     killed.kill()
-    killed.wait()
+    killed.join()
     assert psutil.wait_procs(children, timeout=60)[1] == []
     assert not (tmp_path / "killed" / "adapter").exists()
     reached = max(int(folder.name.split("-")[1]) for folder in scratch.glob("checkpoint-*"))
     assert 10 <= reached < STEPS
 
     (scratch / "checkpoint-35").mkdir()  # begun and not finished: passed over, and said so by one process
-    resumed = drive(toy, tmp_path / "resumed", scratch)
-    whole = drive(toy, tmp_path / "whole", tmp_path / "scratch-whole")
+    drivers = {
+        "resumed": driver(toy, tmp_path / "resumed", scratch),
+        "whole": driver(toy, tmp_path / "whole", tmp_path / "scratch-whole"),
+    }
     said = {}
-    for name, driver in (("resumed", resumed), ("whole", whole)):
-        said[name] = driver.communicate(timeout=900)[1]
-        assert driver.returncode == 0, said[name][-3000:]
+    for name, process in drivers.items():
+        process.join(timeout=500)
+        said[name] = (tmp_path / f"{name}.log").read_text()
+        assert process.exitcode == 0, said[name][-3000:]
     assert len(re.findall(r"INFO:tasks\.stages\.process_launcher:.*checkpoint-35 is not whole", said["resumed"])) == 1
     assert "is not whole" not in said["whole"]
     a, b = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("resumed", "whole"))
@@ -243,7 +226,7 @@ def test_killed_it_leaves_no_orphan_and_goes_on_where_it_stopped(toy: TinyToy, t
     assert steps_of_each == [STEPS, STEPS]
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_a_failing_process_reports(toy: TinyToy, tmp_path: Path) -> None:
     """A mistake that no user can make: the message has the error, not torchrun's summary."""
     launcher = ProcessLauncher(LaunchSettings(engine="accelerate", processes=1))
@@ -254,7 +237,7 @@ def test_a_failing_process_reports(toy: TinyToy, tmp_path: Path) -> None:
     assert len(str(failed.value).splitlines()) < 60
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_what_a_process_refuses_is_a_refusal_here(toy: TinyToy, tmp_path: Path) -> None:
     """The base is there, and its weights are not what they say."""
     launcher = ProcessLauncher(LaunchSettings(engine="accelerate", processes=1))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from prefect.context import refresh_global_settings_context
 
 from flows.environment import prepare_environment
 from qadapter.progress.kept import Kept
@@ -23,13 +24,16 @@ for _module in (
     "flows.customize",
     "flows.full_paper_repro",
     "flows.commands.table",
+    "accelerate.commands.launch",
     "mlflow.store.tracking.sqlalchemy_store",
     "qadapter.evaluation.measure",
     "qadapter.report.build",
+    "qadapter.judging.reward_training",
     "qadapter.training.adapt",
     "qadapter.training.pretraining",
     "qadapter.training.supervised",
     "qadapter.training.trainer",
+    "torch.distributed.run",
     "trl.trainer.dpo_trainer",
 ):
     import_module(_module)
@@ -60,6 +64,7 @@ def run(module: str, arguments: list[str], environment: dict[str, str], log: str
     os.environ.update(environment)
     for name in set(os.environ) & {"MLFLOW_TRACKING_URI"} - set(environment):
         del os.environ[name]
+    refresh_global_settings_context()
     if doom and doom[0] == "mlflow":
         _at_call(_die, *doom[1].split())
     elif doom and doom[0] == "mlflow is away":

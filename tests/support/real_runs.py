@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import http.server
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -30,11 +29,13 @@ import pytest
 
 from flows.prefect_host import server_process
 from flows.prefect_host.access import AUTH_VARIABLE, SERVER_AUTH_VARIABLE
+from flows.running.forking import forking
 from qadapter.files.artifacts import MANIFEST, Manifest, read_json
 from qadapter.toyworld.world import ToyWorld
 from tests.support.paths import PROJECT_ROOT
 
 OVERRIDES: dict[str, Any] = {
+    "parallel": 1,
     "toy_world.corpus_size": 300,
     "sources": {
         "helpful": {"path": "{data}/hh-rlhf/helpful.jsonl.gz", "heldout": 0.2, "max_heldout_pairs": 8},
@@ -243,12 +244,10 @@ class RealHome:
             "PREFECT_API_URL": self.prefect.url,
             **SECRETS,
         } | self.environment
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.support.forked_run"])
         from tests.support.forked_run import run
 
-        with _environment(environment):  # the forking process reads Prefect's settings when it starts
-            process = context.Process(target=run, args=(module, arguments, environment, str(self.log), doom))
+        with _environment(environment):
+            process = forking().Process(target=run, args=(module, arguments, environment, str(self.log), doom))
             process.start()
         return process
 

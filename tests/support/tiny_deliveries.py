@@ -16,6 +16,7 @@ CONFIG: dict[str, Any] = {
     "model_name": MODEL,
     "profile": "smoke",
     "overrides": {
+        "parallel": 1,
         "toy_world.corpus_size": 300,
         "model.from_scratch.hidden_size": 16,
         "model.from_scratch.intermediate_size": 16,

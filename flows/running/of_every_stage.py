@@ -1,0 +1,18 @@
+"""What every stage needs, found or computed: imported once, by the process that worker processes are forked from."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from flows.environment import prepare_environment
+from tasks.stages.code_version import code_digest
+
+prepare_environment()
+for _module in (
+    "flows.full_paper_repro",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "prefect.task_engine",
+):
+    import_module(_module)
+
+code_digest("qadapter.evaluation.measure")  # reads and keeps nearly all that any stage's digest is made of
