@@ -33,6 +33,7 @@ def run(overrides: Overrides = None, profile: Profile = "smoke", data: Data = No
     from flows.running.forking import start_forking
     from qadapter.config.experiment import load_experiment, parse_overrides
 
+    start = time.monotonic()
     changes = parse_overrides(overrides or [])
     experiment = load_experiment(profile, changes)  # refuse what cannot work before anything starts
     start_forking(experiment)
@@ -45,7 +46,6 @@ def run(overrides: Overrides = None, profile: Profile = "smoke", data: Data = No
         request = RunRequest("full-paper-repro", profile, data, changes)
         request.check()  # there is no flow run yet
         ready()
-        start = time.monotonic()
         try:
             summary = full_paper_repro(profile, str(request.data_folder) if request.data_folder else None, changes)
         except StagesFailedError as error:
