@@ -123,7 +123,7 @@ def pretrain(
         raise QAdapterError("there is no conversation to pre-train on: every source is empty; add one that is not")
     tokenizer = train_tokenizer(conversations, size)
     model = model_from_scratch(size, tokenizer, seed)
-    texts = tokenizer.apply_chat_template([list(each) for each in conversations], tokenize=False)
+    texts = tokenizer.apply_chat_template([list(each) for each in conversations], tokenize=False)  # type: ignore[arg-type]
     rows = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=settings.max_length)["input_ids"]
     arguments = trainer_arguments(settings, seed=seed, scratch=scratch)
     trainer = Trainer(
