@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 from prefect import task
 
+from qadapter.config.experiment import Experiment
 from qadapter.config.model import ModelSettings
 from qadapter.files.artifacts import read_json_lines
 from qadapter.methods.method import Need
@@ -87,7 +90,10 @@ def pretrain_base(
 
         folders = [data[name].path for name in settings.corpus_sources]
         folders += [stage.path for stage in (world, built) if stage is not None]
-        launcher(pretrain, read_corpus(folders), size, settings, seed=experiment.base_seed, out=out, scratch=scratch)
+        with _threads_of_all_stages(experiment):
+            launcher(
+                pretrain, read_corpus(folders), size, settings, seed=experiment.base_seed, out=out, scratch=scratch
+            )
 
     result = run_stage(
         context,
@@ -98,6 +104,22 @@ def pretrain_base(
         compute=compute,
     )
     return task_result(Base(str(result.path / "model"), result.output, "pretrained"), result)
+
+
+@contextmanager
+def _threads_of_all_stages(experiment: Experiment) -> Iterator[None]:
+    """Let torch use the threads of all stages side by side, within a block that all of them wait for."""
+    if experiment.parallel == 1 or experiment.launch.engine != "in-process":
+        yield
+        return
+    import torch
+
+    own = torch.get_num_threads()
+    torch.set_num_threads(min(own * experiment.parallel, len(os.sched_getaffinity(0))))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)
 
 
 def _named_base(context: RunContext) -> Any:
@@ -144,17 +166,18 @@ def fine_tune_base(context: RunContext, base: Base, data: StageResult) -> Any:
     def compute(out: Path, scratch: Path) -> None:
         from qadapter.training.supervised import fine_tune_base as fine_tune
 
-        launcher(
-            fine_tune,
-            base.location,
-            data.path / "train.jsonl",
-            model=experiment.model,
-            lora=experiment.lora,
-            settings=settings,
-            seed=experiment.base_seed,
-            out=out,
-            scratch=scratch,
-        )
+        with _threads_of_all_stages(experiment):
+            launcher(
+                fine_tune,
+                base.location,
+                data.path / "train.jsonl",
+                model=experiment.model,
+                lora=experiment.lora,
+                settings=settings,
+                seed=experiment.base_seed,
+                out=out,
+                scratch=scratch,
+            )
 
     result = run_stage(
         context,

@@ -28,7 +28,7 @@ from tasks.stages.store import StageStore
 from tasks.tracking.tracker import FLOW_RUN_TAG, Tracker
 
 _SECONDS_BETWEEN_PROGRESS = 60.0
-_SECONDS_TO_FIND_A_STAGE = 1.0  # a stage that takes longer computes
+_SECONDS_TO_FIND_A_STAGE = 3.0  # a stage that takes longer computes
 _SECONDS_FOR_MLFLOW = 60.0  # wait for MLflow at a run's end; later, pending writes are delivered at the next start
 
 
@@ -55,6 +55,8 @@ def checked_run(request: RunRequest) -> Iterator[PrefectRun]:
         logging.getLogger(name).setLevel(logging.INFO)  # progress of long stages; Prefect passes it on (prefect.toml)
     # Read by torch when it is first imported, here and in every worker process.
     os.environ.setdefault("OMP_NUM_THREADS", str(experiment.threads_per_stage))
+    if experiment.parallel > 1:  # a thread that waits for another must not keep a core busy that a stage needs
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     tracker = Tracker.for_project(root)
     close_abandoned(tracker, request.experiment_name)
     parent = tracker.start_parent(
