@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from inspect import unwrap
 from pathlib import Path
+from types import CodeType
 from typing import TYPE_CHECKING
 
 import pytest
@@ -75,16 +79,60 @@ _PROCESSES = Path(__file__).parent / "processes"
 _SERVERS = frozenset({"harness", "prefect_client", "prefect_server", "data_server", "undisturbed"})
 
 
+def _starts_processes(test: Callable[..., object], fixtures: set[str]) -> bool:
+    """Whether a test, or a fixture or function of its file that it needs, uses `subprocess`."""
+    names = unwrap(test).__globals__
+    waiting, seen = [test, *(names[name] for name in fixtures & set(names))], set()
+    while waiting:
+        code = getattr(unwrap(waiting.pop()), "__code__", None)
+        if code is None or code in seen:
+            continue
+        seen.add(code)
+        used = {name for part in (code, *code.co_consts) if isinstance(part, CodeType) for name in part.co_names}
+        if "subprocess" in used:
+            return True
+        own = [names[name] for name in used & set(names)]
+        waiting += [value for value in own if getattr(value, "__module__", None) == test.__module__]
+    return False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what `make test-quick` leaves out; files that take minutes go first, so that none is left alone at the end.
 
-    A test needs processes if it lies in `tests/processes`, uses a server's fixture, is slow or says so itself.
+    A test needs processes if it lies in `tests/processes`, uses a server's fixture, starts a process or is slow.
     """
     for item in items:
-        fixtures = _SERVERS & set(getattr(item, "fixturenames", ()))
-        if fixtures or item.path.is_relative_to(_PROCESSES) or item.get_closest_marker("slow"):
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if (
+            item.path.is_relative_to(_PROCESSES)
+            or fixtures & _SERVERS
+            or item.get_closest_marker("slow")
+            or (isinstance(item, pytest.Function) and _starts_processes(item.function, fixtures))
+        ):
             item.add_marker(pytest.mark.processes)
     items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))
+
+
+def pytest_collection_finish() -> None:
+    """Spare each new MLflow database the second in which its tables are made."""
+    if "tasks.tracking.store" in sys.modules:
+        from tests.support.mlflow_tables import share_tables
+
+        share_tables()
+    _leave_alone()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Between two files, leave alone what the first one imported."""
+    if nextitem is not None and nextitem.path != item.path:
+        _leave_alone()
+
+
+def _leave_alone() -> None:
+    """Let later garbage collections pass over what is there now, a million objects; each training has several."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -40,17 +40,22 @@ def code_digest(module: str, function: Callable[..., Any] | None = None) -> str:
     digests: dict[str, str] = {}
     if function is not None:
         waiting += _follow_function(function, digests)
+    seen: set[str] = set()
+    packages: set[str] = set()
     while waiting:
         name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
         file = _file_of(name)
-        if name in digests or file is None:
+        if file is None:
             continue
         status = file.stat()
         digest, imported = _read(name, file, status.st_mtime_ns, status.st_size)
         digests[name] = digest
+        packages.add(name if file.name == "__init__.py" else name.rpartition(".")[0])
         waiting += [*imported, *_parents(name)]
-    modules = [name for name in digests if ":" not in name]
-    for package in {name if _is_package(name) else name.rpartition(".")[0] for name in modules}:
+    for package in packages:
         digests |= {f"{package}:{name}": digest for name, digest in _data_files(package)}
     return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
 
@@ -117,11 +122,6 @@ def _file_of(module: str) -> Path | None:
             if file.is_file():
                 return file
     return None
-
-
-def _is_package(module: str) -> bool:
-    file = _file_of(module)
-    return file is not None and file.name == "__init__.py"
 
 
 def _parents(module: str) -> list[str]:

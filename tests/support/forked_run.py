@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from qadapter.progress.kept import Kept
 from tasks.stages.code_version import code_digest
 from tasks.stages.store import StageStore
 from tasks.tracking.tracker import Tracker
+from tests.support.mlflow_tables import make_tables, share_tables
 
 prepare_environment()
 for _module in (
@@ -39,6 +41,10 @@ for _module in (
     import_module(_module)
     if _module.startswith("flows."):
         code_digest(_module)  # reads and keeps what every stage's digest is made of
+share_tables()
+make_tables()
+gc.collect()
+gc.freeze()  # a process that trains collects garbage several times: it need not look at a million objects each time
 
 
 def run(module: str, arguments: list[str], environment: dict[str, str], log: str, doom: tuple[str, str] | None) -> None:
