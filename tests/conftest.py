@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from inspect import unwrap
 from pathlib import Path
 from types import CodeType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -80,19 +80,22 @@ _SERVERS = frozenset({"harness", "prefect_client", "prefect_server", "data_serve
 
 
 def _starts_processes(test: Callable[..., object], fixtures: set[str]) -> bool:
-    """Whether a test, or a fixture or function of its file that it needs, uses `subprocess`."""
-    names = unwrap(test).__globals__
-    waiting, seen = [test, *(names[name] for name in fixtures & set(names))], set()
+    """Whether a test, or a fixture or function of the tests that it needs, uses `subprocess`."""
+    globals_of_test = unwrap(test).__globals__
+    waiting: list[Any] = [test, *(globals_of_test[name] for name in fixtures & set(globals_of_test))]
+    seen = set()
     while waiting:
-        code = getattr(unwrap(waiting.pop()), "__code__", None)
+        function = unwrap(waiting.pop())
+        code = getattr(function, "__code__", None)
         if code is None or code in seen:
             continue
         seen.add(code)
         used = {name for part in (code, *code.co_consts) if isinstance(part, CodeType) for name in part.co_names}
         if "subprocess" in used:
             return True
-        own = [names[name] for name in used & set(names)]
-        waiting += [value for value in own if getattr(value, "__module__", None) == test.__module__]
+        known = function.__globals__
+        needed = (known[name] for name in used & set(known))
+        waiting += [value for value in needed if str(getattr(value, "__module__", "")).startswith("tests.")]
     return False
 
 

@@ -363,7 +363,7 @@ def test_a_base_that_had_nothing_can_lose_nothing() -> None:
 def test_the_time_is_counted_from_the_seconds(tmp_path: Path) -> None:
     """10 + 2 seeds · (2·2 replay + 2·3 dpo + 3·4 q-adapter + 1 dial) = 56 s; two at a time, the 46 go 1.7 × as fast."""
     loaded = load_sweep(write(tmp_path))
-    experiment = load_experiment("smoke", merged_overrides(loaded, "smoke", {}))
+    experiment = load_experiment("smoke", merged_overrides(loaded, "smoke", {"parallel": 1}))
     assert estimate_hours(loaded, expand(loaded, experiment), experiment) * 3600 == pytest.approx(56)
     both = experiment.model_copy(update={"parallel": 2})
     assert estimate_hours(loaded, expand(loaded, both), both) * 3600 == pytest.approx(10 + 46 / 1.7)

@@ -430,7 +430,7 @@ def test_a_config_does_not_change_after_validation() -> None:
 def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's cores are shared out among the stages that run side by side; never fewer than one."""
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
-    assert load_experiment("smoke", {"threads": None}).threads_per_stage == 8
+    assert load_experiment("smoke", {"threads": None, "parallel": 1}).threads_per_stage == 8
     assert load_experiment("smoke", {"threads": None, "parallel": 3}).threads_per_stage == 2
     assert load_experiment("smoke", {"threads": None, "parallel": 20}).threads_per_stage == 1
     assert load_experiment("smoke", {"threads": 5, "parallel": 2}).threads_per_stage == 5
