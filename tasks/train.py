@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -90,7 +89,7 @@ def pretrain_base(
 
         folders = [data[name].path for name in settings.corpus_sources]
         folders += [stage.path for stage in (world, built) if stage is not None]
-        with _threads_of_all_stages(experiment):
+        with _base_threads(experiment):
             launcher(
                 pretrain, read_corpus(folders), size, settings, seed=experiment.base_seed, out=out, scratch=scratch
             )
@@ -107,15 +106,15 @@ def pretrain_base(
 
 
 @contextmanager
-def _threads_of_all_stages(experiment: Experiment) -> Iterator[None]:
-    """Let torch use the threads of all stages side by side, within a block that all of them wait for."""
-    if experiment.parallel == 1 or experiment.launch.engine != "in-process":
+def _base_threads(experiment: Experiment) -> Iterator[None]:
+    """Let torch use `base_threads` within a block, if it runs in this process."""
+    if experiment.base_threads is None or experiment.launch.engine != "in-process":
         yield
         return
     import torch
 
     own = torch.get_num_threads()
-    torch.set_num_threads(min(own * experiment.parallel, len(os.sched_getaffinity(0))))
+    torch.set_num_threads(experiment.base_threads)
     try:
         yield
     finally:
@@ -166,18 +165,17 @@ def fine_tune_base(context: RunContext, base: Base, data: StageResult) -> Any:
     def compute(out: Path, scratch: Path) -> None:
         from qadapter.training.supervised import fine_tune_base as fine_tune
 
-        with _threads_of_all_stages(experiment):
-            launcher(
-                fine_tune,
-                base.location,
-                data.path / "train.jsonl",
-                model=experiment.model,
-                lora=experiment.lora,
-                settings=settings,
-                seed=experiment.base_seed,
-                out=out,
-                scratch=scratch,
-            )
+        launcher(
+            fine_tune,
+            base.location,
+            data.path / "train.jsonl",
+            model=experiment.model,
+            lora=experiment.lora,
+            settings=settings,
+            seed=experiment.base_seed,
+            out=out,
+            scratch=scratch,
+        )
 
     result = run_stage(
         context,

@@ -67,8 +67,9 @@ class Experiment(Settings):
             (`smoke · lazy-fox`). The MLflow experiment has the name of the flow, `full-paper-repro`.
         seeds: one training per seed, domain and method; the base is trained once, with `base_seed`.
         parallel: how many stages run side by side (1: one after the other, in this process).
-        threads: torch threads per stage; None: the machine's cores divided by `parallel`. The base, which other stages
-            wait for, is trained with the threads of all. The environment variable OMP_NUM_THREADS takes precedence.
+        threads: torch threads per stage; None: the machine's cores divided by `parallel`. A tiny model gains nothing
+            from a second thread. The environment variable OMP_NUM_THREADS takes precedence.
+        base_threads: torch threads of pre-training, which all other stages wait for; None: those of every stage.
         launch: whether trainings run in this process or in several, through `accelerate launch`.
         run_domains: the domains that run; None: all. The others' sources need not be there.
         runner: where stages run side by side: in processes of this machine, or on a Dask or Ray cluster.
@@ -81,6 +82,7 @@ class Experiment(Settings):
     base_seed: int = 0
     parallel: Count = 1
     threads: Count | None = None
+    base_threads: Count | None = None
     launch: LaunchSettings = LaunchSettings()
     runner: RunnerSettings = RunnerSettings()
     toy_world: ToyWorldSettings | None = None

@@ -45,6 +45,7 @@ PREFECT = str(Path(sys.executable).with_name("prefect"))
 # The whole experiment, as small as it gets: one domain, one method, a model of a few thousand parameters.
 TINY = {
     "parallel": 1,
+    "base_threads": None,
     "sources": {
         "harmless": {
             "path": "{data}/hh-rlhf/harmless.jsonl",

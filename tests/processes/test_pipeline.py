@@ -72,6 +72,7 @@ def small(domains: tuple[str, ...] = DOMAINS, methods: tuple[str, ...] = METHODS
     """Overrides that leave of `smoke` what a few seconds can train; `training__max_steps` is `training.max_steps`."""
     return {
         "parallel": 1,
+        "base_threads": None,
         "toy_world.corpus_size": 300,
         "sources": {name: SOURCES[name] for name in ("helpful", *domains)},
         "domains": {name: {"source": name, "base": "helpful"} for name in domains},

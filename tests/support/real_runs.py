@@ -36,6 +36,7 @@ from tests.support.paths import PROJECT_ROOT
 
 OVERRIDES: dict[str, Any] = {
     "parallel": 1,
+    "base_threads": None,
     "toy_world.corpus_size": 300,
     "sources": {
         "helpful": {"path": "{data}/hh-rlhf/helpful.jsonl.gz", "heldout": 0.2, "max_heldout_pairs": 8},

@@ -17,6 +17,7 @@ CONFIG: dict[str, Any] = {
     "profile": "smoke",
     "overrides": {
         "parallel": 1,
+        "base_threads": None,
         "toy_world.corpus_size": 300,
         "model.from_scratch.hidden_size": 16,
         "model.from_scratch.intermediate_size": 16,
