@@ -34,6 +34,7 @@ from flows.prefect_host.access import (
     not_ours,
     prefect_home,
     standing,
+    wait_for_answer,
 )
 from qadapter.command.app import CommandFailedError
 from qadapter.errors import QAdapterError
@@ -101,7 +102,8 @@ def serve(root: Path, *, limit: int = 1) -> None:
         with log.open("ab") as stream:
             children["server"] = _start(root, environment | {SERVER_AUTH_VARIABLE: auth}, words, output=stream)
         started["server"] = time.monotonic()
-        _wait_for_server(url, home, children["server"], log)
+        if wrong := wait_for_answer(children["server"], url, home, _START_SECONDS):
+            raise PartError(f"The Prefect server {wrong}. See {log}.")
 
     def start_worker() -> None:
         # The worker's output is the runs' own log: it belongs on the screen.
@@ -283,16 +285,6 @@ def _run(root: Path, environment: dict[str, str], *arguments: str) -> None:
     if child.returncode:
         text = output.decode(errors="replace").strip()
         raise PartError(f"`prefect {' '.join(arguments)}` failed with code {child.returncode}:\n{text}")
-
-
-def _wait_for_server(url: str, home: Path, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + _START_SECONDS
-    while standing(url, home) is not Standing.OURS:
-        if server.poll() is not None:
-            raise PartError(f"The Prefect server did not start (code {server.returncode}). See {log}.")
-        if time.monotonic() > deadline:
-            raise PartError(f"The Prefect server did not answer at {url} within {_START_SECONDS} s. See {log}.")
-        time.sleep(0.2)
 
 
 def _next_steps(root: Path, url: str, home: Path) -> str:

@@ -13,10 +13,12 @@ import hmac
 import os
 import secrets
 import stat
+import time
 import tomllib
 import uuid
 from enum import Enum
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -167,6 +169,28 @@ def standing(url: str, home: Path) -> Standing:
         return Standing.ABSENT
     except (httpx.HTTPError, httpx.InvalidURL, ValueError):
         return Standing.FOREIGN
+
+
+def wait_for_answer(server: Popen[bytes], url: str, home: Path, seconds: float) -> str:
+    """Wait until a server that this process started answers.
+
+    Args:
+        server: its process.
+        url: the address of its API.
+        home: Prefect's home folder.
+        seconds: the longest wait.
+
+    Returns:
+        What went wrong, as the end of a sentence; empty if it answers.
+    """
+    deadline = time.monotonic() + seconds
+    while standing(url, home) is not Standing.OURS:
+        if server.poll() is not None:
+            return f"did not start (code {server.returncode})"
+        if time.monotonic() > deadline:
+            return f"did not answer at {url} within {seconds:.0f} s"
+        time.sleep(0.05)
+    return ""
 
 
 def not_ours(url: str) -> str:

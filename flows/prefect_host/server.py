@@ -7,7 +7,6 @@ import logging
 import os
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from flows.prefect_host.access import (
     not_ours,
     prefect_home,
     standing,
+    wait_for_answer,
 )
 from flows.prefect_host.server_process import command
 from qadapter.errors import QAdapterError
@@ -174,15 +174,10 @@ def _started(home: Path, auth: str) -> Iterator[tuple[str, Callable[[], None]]]:
             pass_fds=[listener.fileno()],
             start_new_session=True,  # Ctrl-C ends the run, which then still reports its state
         )
-    deadline = time.monotonic() + _START_SECONDS
 
     def ready() -> None:
-        while standing(url, home) is not Standing.OURS:
-            if process.poll() is not None:
-                raise QAdapterError(f"The temporary Prefect server did not start (code {process.returncode}).")
-            if time.monotonic() > deadline:
-                raise QAdapterError(f"The temporary Prefect server did not answer within {_START_SECONDS:.0f} s.")
-            time.sleep(0.05)
+        if wrong := wait_for_answer(process, url, home, _START_SECONDS):
+            raise QAdapterError(f"The temporary Prefect server {wrong}.")
 
     try:
         yield url, ready
