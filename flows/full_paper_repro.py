@@ -6,7 +6,7 @@ prefect deployment run full-paper-repro/smoke
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Protocol
@@ -83,6 +83,13 @@ def evaluation_inputs(experiment: Experiment, run: Run, common: Common, name: st
     }
 
 
+def measured_bases(experiment: Experiment, run: Run, common: Common) -> Iterator[tuple[str, dict[str, Any], Any]]:
+    """For each domain its name, the inputs that its evaluations share, and the row of its base."""
+    for name in experiment.domains:
+        shared = evaluation_inputs(experiment, run, common, name)
+        yield name, shared, run(evaluate, cell=Cell(name, "base"), trained=None, base_row=None, **shared)
+
+
 def needed_stages(
     experiment: Experiment, run: Run, method: str, made: dict[Need, Any], **inputs: Any
 ) -> dict[str, Any]:
@@ -98,10 +105,8 @@ def experiment_stages(experiment: Experiment, run: Run) -> Any:
     """Run every stage of the experiment, each with its inputs; returns the report's placeholder."""
     common = common_stages(experiment, run)
     rows = []
-    for name in experiment.domains:
-        shared = evaluation_inputs(experiment, run, common, name)
+    for name, shared, base_row in measured_bases(experiment, run, common):
         base, pairs = shared["base"], shared["data"]
-        base_row = run(evaluate, cell=Cell(name, "base"), trained=None, base_row=None, **shared)
         rows.append(base_row)
         made: dict[Need, Any] = {}
         needs = {

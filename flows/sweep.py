@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from flows.full_paper_repro import Run, common_stages, evaluation_inputs, needed_stages
+from flows.full_paper_repro import Run, common_stages, measured_bases, needed_stages
 from flows.running.prefect_run import PrefectRun, StagesFailedError, checked_run
 from flows.running.run_request import RunRequest
 from qadapter.config.experiment import Experiment
@@ -23,8 +23,6 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation.lm_eval.catalog import better_when_lower, expand_suites
 from qadapter.judging.plan import plan_judges
 from qadapter.methods.method import Need
-from tasks.evaluate import evaluate
-from tasks.stages.context import Cell
 from tasks.sweep import cell_of, evaluate_variant, move_dial, train_variant, write_sweep
 
 
@@ -92,10 +90,8 @@ def sweep_stages(experiment: Experiment, variants: Sequence[Variant], run: RunOf
     """Run every stage up to the last measurement; returns the placeholders of the table's rows."""
     common = common_stages(experiment, run)
     rows = []
-    for domain in experiment.domains:
-        shared = evaluation_inputs(experiment, run, common, domain)
+    for domain, shared, base_row in measured_bases(experiment, run, common):
         base, pairs = shared["base"], shared["data"]
-        base_row = run(evaluate, cell=Cell(domain, "base"), trained=None, base_row=None, **shared)
         rows.append(base_row)
         made: dict[Need, Any] = {}
         trained: dict[tuple[str, int], Any] = {}
