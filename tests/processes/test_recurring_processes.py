@@ -25,6 +25,7 @@ from tests.processes.test_killed import Row, cut, newest_checkpoint
 from tests.processes.test_security import files_with_secrets
 from tests.processes.test_served_model import answers, running
 from tests.processes.test_served_model import wait_for as wait_for_server
+from tests.support.quiet import noise
 from tests.support.real_runs import RealHome, Server, free_port, mlflow_server, wait_for
 from tests.support.tiny_deliveries import CONFIG, MODEL, deliver, evasions, refusals, write_config
 
@@ -174,6 +175,10 @@ def assert_same_registry(home: RecurringHome, quiet: RecurringHome) -> None:
         assert mine.description == other.description
     assert "promoted_at" in ours[1].tags
     assert len(json.loads(ours[1].tags["metrics"])) > 10
+
+
+def test_it_prints_no_warning_of_a_library(quiet: RecurringHome) -> None:
+    assert noise(quiet.printed()) == []
 
 
 def test_the_stages_are_those_of_an_undisturbed_pipeline(killed: Killed, quiet: RecurringHome) -> None:
