@@ -87,14 +87,15 @@ def test_answers_and_expressions_are_read(tmp_path: Path) -> None:
         ("q.csv", ["question,answer", '"two', 'lines",', "s,x"], "line 2 has no 'answer'"),
         ("q.csv", ["question,answer"], "has no questions"),
         ("q.xlsx", ["x"], "its name ends in '.xlsx'; expected .jsonl"),
-        ("https://example.org/q.jsonl", None, "download https://example.org/q.jsonl first"),
+        ("https://example.org/q.jsonl", None, "is not on this machine; download it"),
+        ("hub:owner/quiz", None, "is not on this machine; download it"),
         ("away.jsonl", None, "there is no such file"),
     ],
 )  # fmt: skip
 def test_a_faulty_file_is_refused_with_the_line(
     tmp_path: Path, name: str, lines: list[Any] | None, expected: str
 ) -> None:
-    file: str | Path = name if "://" in name else tmp_path / name
+    file: str | Path = Path(name) if ":" in name else tmp_path / name
     if lines is not None:
         write(Path(file), *lines)
     with pytest.raises(QAdapterError) as refused:

@@ -26,6 +26,7 @@ _FIELDS = {
 }
 _EXPECTED = "'question' with 'choices' and 'answer', with 'answer' alone, or with 'regex'"
 _ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_AWAY = re.compile(r"[a-z][a-z0-9+.-]+:", re.IGNORECASE)  # a URL, of which a path has one slash left, or hub:
 _LETTERED = re.compile(r"(?:choice|option)?[ _-]?([a-j])", re.IGNORECASE)
 _NUMBERED = re.compile(r"(?:choice|option)[ _-]?(\d{1,2})", re.IGNORECASE)
 
@@ -68,8 +69,8 @@ def read_own(file: str | Path, name: str = "") -> OwnBenchmark:
     """
     path = Path(file).expanduser()
     called = f"Own benchmark {name} ({path})" if name else f"Own benchmark {path}"
-    if "://" in str(file) or str(file).startswith("hub:"):
-        raise QAdapterError(f"Own benchmark {name or file}: download {file} first, and give the file.")
+    if not path.is_file() and _AWAY.match(str(file)):
+        raise QAdapterError(f"Own benchmark {name or file}: {file} is not on this machine; download it, give the file.")
     if not path.is_file():
         raise QAdapterError(f"{called}: there is no such file.")
     if path.suffix.lower() not in _ENDINGS:
