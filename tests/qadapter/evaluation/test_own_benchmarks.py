@@ -95,7 +95,7 @@ def test_answers_and_expressions_are_read(tmp_path: Path) -> None:
 def test_a_faulty_file_is_refused_with_the_line(
     tmp_path: Path, name: str, lines: list[Any] | None, expected: str
 ) -> None:
-    file: str | Path = Path(name) if ":" in name else tmp_path / name
+    file = Path(name) if ":" in name else tmp_path / name
     if lines is not None:
         write(Path(file), *lines)
     with pytest.raises(QAdapterError) as refused:
