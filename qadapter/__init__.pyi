@@ -4,6 +4,7 @@ from qadapter.errors import QAdapterError as QAdapterError
 from qadapter.evaluation.preference import preference_metrics as preference_metrics
 from qadapter.evaluation.preference import score_pairs as score_pairs
 from qadapter.inference.generate import generate_replies as generate_replies
+from qadapter.policy.dial import Dial as Dial
 from qadapter.policy.loading import load_base as load_base
 from qadapter.policy.loading import load_policy as load_policy
 from qadapter.policy.model import QAdapterForCausalLM as QAdapterForCausalLM

@@ -51,16 +51,16 @@ def move_dial(context: RunContext, cell: SweptCell, trained: StageResult, alpha_
     """The same trained adapter with another α0; its MLflow run later holds the evaluation."""
 
     def compute(out: Path, _: Path) -> None:
-        from qadapter.policy.dial import set_alpha_0
+        from qadapter.policy.files import copy_turned
 
-        set_alpha_0(trained.path / "adapter", alpha_0, out / "adapter")
+        copy_turned(trained.path / "adapter", out / "adapter", alpha_0=alpha_0)
 
     result = run_stage(
         context,
         "dial",
         run_name=cell.name,
         tags=cell.tags(),
-        module="qadapter.policy.dial",
+        module="qadapter.policy.files",
         config={"alpha_0": alpha_0},
         params={"domain": cell.domain},
         inputs={"adapter": trained.output},

@@ -44,10 +44,14 @@ def test_own_pairs_then_one_adapter(tmp_path: Path, capsys: pytest.CaptureFixtur
 
     policy: Any = qadapter.QAdapterForCausalLM.from_pretrained(out)
     assert any(weights.abs().max() > 0 for name, weights in policy.named_parameters() if "lora_B" in name)
-    example("one_adapter", str(out), "Thing 3?", "--max-new-tokens", "8", "--dials", "1", "1e6")
-    lines = dict(re.findall(r"^(dial 1|dial 1e\+06|base): ?(.*)$", capsys.readouterr().out, flags=re.M))
-    assert set(lines) == {"dial 1", "dial 1e+06", "base"}
-    assert lines["dial 1e+06"] == lines["base"] != lines["dial 1"]
+    example("one_adapter", str(out), "Thing 3?", "--max-new-tokens", "8", "--dials", "scale=1", "q-weight=1", "scale=0")
+    lines = dict(re.findall(r"^(scale=1|q-weight=1|scale=0): ?(.*)$", capsys.readouterr().out, flags=re.M))
+    assert lines["scale=1"] == lines["q-weight=1"] != lines["scale=0"]
+    with policy.disable_adapter():
+        (of_base,) = qadapter.generate_replies(
+            policy, byte_tokenizer(), [[{"role": "user", "content": "Thing 3?"}]], max_new_tokens=8, batch_size=1
+        )
+    assert lines["scale=0"] == " ".join(of_base.splitlines()) or of_base.startswith(lines["scale=0"])
 
 
 def test_read_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

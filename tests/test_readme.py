@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qadapter import Dial
 from tests.support.paths import PROJECT_ROOT
 from tests.support.tiny_chat import byte_tokenizer
 from tests.support.tiny_models import tiny_model
@@ -33,17 +34,16 @@ def test_the_python_example_trains_saves_loads_and_generates(tmp_path: Path, mon
     names = {"tokenizer": tokenizer, "pairs": pairs}
     exec(code, names)  # the README's own text
     policy = names["policy"]
-    assert (policy.config.alpha_0, policy.config.alpha_tilde) == (2.0, 2.0)
+    assert policy.dial == Dial("scale", 0.5)
     ids = tokenizer("Hello", return_tensors="pt")["input_ids"]
     with policy.disable_adapter():
         base_log_probs = policy(input_ids=ids).logits.log_softmax(-1)
 
-    def distance(dial: float) -> float:
-        policy.config.alpha_0 = policy.config.alpha_tilde = dial
-        log_probs = policy(input_ids=ids).logits.log_softmax(-1)
+    def distance(value: float) -> float:
+        log_probs = policy(input_ids=ids, dial=Dial("scale", value)).logits.log_softmax(-1)
         return float((log_probs - base_log_probs).abs().mean())
 
-    assert distance(1.0) > distance(2.0) > distance(8.0) > 0  # as the block's comment says
+    assert distance(1.0) > distance(0.5) > distance(0.25) > distance(0.0) == 0  # as the block's comment says
 
 
 def test_every_file_and_make_target_it_names_exists() -> None:

@@ -17,13 +17,14 @@ from qadapter.errors import QAdapterError, did_you_mean
 from qadapter.files.shown import visible
 from qadapter.inference.generate import longest_reply, reply_text
 from qadapter.inference.score import device_of
-from qadapter.policy.model import QAdapterForCausalLM
+from qadapter.policy.dial import Dial
 from qadapter.policy.positions import position_limit
 from qadapter.preferences.pair import Message
 from qadapter.preferences.render import end_ids
 from qadapter.preferences.tokenize import padding_id, prompt_ids
 
 HELP = """\
+/dial scale=0.5    how far from the base (0) to what was trained (1), or beyond; also q-weight=0.5
 /alpha0 0.1        keep more (larger) or less of the base; without a number: show the dials
 /alphatilde 0.8    temperature of the customised policy
 /temperature 0.7   sample; 0: the most likely token at each step
@@ -68,6 +69,7 @@ class Chat:
         self.temperature, self.show_base = options.temperature, options.show_base
         self.turns: list[Message] = []
         self._commands: dict[str, Callable[[str], None]] = {
+            "/dial": self._set_dial,
             "/alpha0": lambda value: self._turn("alpha_0", value),
             "/alphatilde": lambda value: self._turn("alpha_tilde", value),
             "/temperature": self._set_temperature,
@@ -149,11 +151,16 @@ class Chat:
         self._commands[name](value.strip())
 
     def _turn(self, dial: str, value: str) -> None:
-        if not isinstance(self._policy, QAdapterForCausalLM):
-            raise QAdapterError("a plain PEFT adapter has no dials")
+        if self._policy.plain:
+            raise QAdapterError("a plain PEFT adapter has no alpha; use /dial")
         if value:
             setattr(self._policy.config, dial, _number(value, above_zero=dial == "alpha_tilde"))
         print(f"({dials(self._policy)})")
+
+    def _set_dial(self, value: str) -> None:
+        if value:
+            self._policy.dial = Dial.parse(value)
+        print(f"(dial {self._policy.dial})")
 
     def _set_temperature(self, value: str) -> None:
         if value:

@@ -19,6 +19,7 @@ from qadapter.policy.objective import Objective
 from qadapter.policy.pair_passes import PairPasses
 from qadapter.policy.passes import RowPasses
 from qadapter.policy.ranges import check_weights
+from qadapter.policy.scaling import AdapterScale
 
 
 class ComposedAdapters(nn.Module):
@@ -33,6 +34,7 @@ class ComposedAdapters(nn.Module):
     objective: Objective
     config: Any
     _passes: RowPasses
+    _scale: AdapterScale
     _pair_passes: PairPasses | None
     _adapter_weights: dict[str, float]
     _base_only: bool
@@ -77,20 +79,23 @@ class ComposedAdapters(nn.Module):
         return complete
 
     def attach(self, path: str | Path, name: str, weight: float | None = None) -> None:
-        """Load another trained Q-Adapter of the same base beside the ones that are there.
+        """Load another trained adapter of the same base beside the ones that are there.
+
+        A plain PEFT adapter counts as one of the residual form. The dial of this policy holds for all; one that was
+        saved with the other adapter is not read.
 
         Args:
-            path: folder that `save_pretrained` wrote.
+            path: folder that `save_pretrained` or another training wrote.
             name: what to call it.
             weight: its weight in Q from now on; not given, it is loaded and switched off.
 
         Raises:
-            QAdapterError: the name is taken, the folder is no Q-Adapter, it was trained in the other parametrisation,
+            QAdapterError: the name is taken, the folder is no adapter, it was trained in the other parametrisation,
                 or the weights are then invalid in this one.
         """
         if name in self.peft_model.peft_config:
             raise QAdapterError(f"An adapter named {name!r} is there already. Choose another name.")
-        settings = policy_files.read_settings(Path(path))
+        settings = policy_files.read_policy(Path(path))
         place = policy_files.only_adapter(Path(path), settings)
         mine, other = self.objective.parametrization, settings.objective.parametrization
         if mine != other:
@@ -101,7 +106,8 @@ class ComposedAdapters(nn.Module):
         weights = {**self._adapter_weights, name: weight or 0.0}
         self._checked(weights, list(weights))  # before anything is loaded
         load_adapter(self.peft_model, place, name)
-        self._passes, self._pair_passes = RowPasses(self.peft_model), None
+        self._passes, self._scale = RowPasses(self.peft_model), AdapterScale(self.peft_model)
+        self._pair_passes = None
         self.train(self.training)
         self.set_adapter_weights(weights)
 
@@ -114,6 +120,12 @@ class ComposedAdapters(nn.Module):
             return
         self.objective = replace(self.objective, parametrization="residual", alpha_0=self.objective.alpha_0 + 1)
         self.config.alpha_0 += 1
+
+    @contextmanager
+    def scaled(self, scale: float | Mapping[str, float]) -> Iterator[None]:
+        """Within the block what the adapters add to the layers counts `scale` times, whatever the dial says."""
+        with self._scale.at(scale):
+            yield
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:

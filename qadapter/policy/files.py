@@ -1,9 +1,13 @@
-"""A policy on disk: a standard PEFT adapter folder with `q_adapter.json` beside the adapter's own files."""
+"""A policy on disk: a standard PEFT adapter folder with `q_adapter.json` beside the adapter's own files.
+
+A plain PEFT adapter has no such file; where its dial stands is in `dial.json`, if it was moved.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,14 +18,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qadapter.errors import QAdapterError
-from qadapter.policy.adapters import ADAPTER_FILE, base_of, load_adapter, set_adapter_tensors
-from qadapter.policy.base import load_network
+from qadapter.policy.adapters import ADAPTER_FILE, adapter_place, base_of, load_adapter, set_adapter_tensors
+from qadapter.policy.base import load_network, read_json_object
+from qadapter.policy.dial import AS_TRAINED, Dial
 from qadapter.policy.objective import Objective
 from qadapter.policy.probe import can_be_probed, logits_of, probe_ids
 from qadapter.policy.ranges import check_dials, check_weights
 
 SETTINGS_FILE = "q_adapter.json"
-_FORMAT = 1
+DIAL_FILE = "dial.json"
+_FORMAT, _WITH_DIAL = 1, 2  # versions that read 1 only must refuse a dial that was moved, not serve the policy without
 _PREFIX = "peft_model."
 
 
@@ -34,12 +40,16 @@ class PolicySettings:
         alpha_0: where the dial stood when the policy was saved.
         alpha_tilde: the same.
         adapter_weights: weight of each adapter in Q, by name.
+        dial: the dial.
+        plain: whether these are the settings of a plain PEFT adapter, which has no `q_adapter.json`.
     """
 
     objective: Objective
     alpha_0: float
     alpha_tilde: float
     adapter_weights: dict[str, float]
+    dial: Dial = AS_TRAINED
+    plain: bool = False
 
 
 def save(
@@ -61,8 +71,96 @@ def save(
     )
     if not is_main_process:
         return
-    content = {"format": _FORMAT, **asdict(settings)}
-    (folder / SETTINGS_FILE).write_text(json.dumps(content, indent=2) + "\n")
+    if settings.plain:
+        write_dial(folder, settings.dial)
+        return
+    content = asdict(settings)
+    del content["plain"], content["dial"]
+    (folder / SETTINGS_FILE).write_text(_text({"format": _FORMAT, **content}))
+    if not settings.dial.as_trained:
+        write_dial(folder, settings.dial)
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"
+
+
+def write_dial(folder: Path, dial: Dial) -> None:
+    """Set the dial of an adapter's folder.
+
+    Args:
+        folder: what `save_pretrained` or a training wrote; a plain PEFT adapter too.
+        dial: where it stands from now on.
+
+    Raises:
+        QAdapterError: there is no adapter.
+    """
+    if (folder / SETTINGS_FILE).is_file():
+        file, content = folder / SETTINGS_FILE, read_json_object(folder / SETTINGS_FILE)
+        content.pop("dial", None)
+        moved = {} if dial.as_trained else {"dial": asdict(dial)}
+        file.write_text(_text({**content, "format": _WITH_DIAL if moved else _FORMAT, **moved}))
+        return
+    plain_place(folder)
+    if dial.as_trained:
+        (folder / DIAL_FILE).unlink(missing_ok=True)
+    else:
+        (folder / DIAL_FILE).write_text(_text({"format": _FORMAT, **asdict(dial)}))
+
+
+def saved_dial(folder: Path) -> Dial:
+    """Where the dial of an adapter's folder stands.
+
+    Raises:
+        QAdapterError: its file cannot be read.
+    """
+    if (folder / SETTINGS_FILE).is_file():
+        return read_settings(folder).dial
+    file = folder / DIAL_FILE
+    if not file.is_file():
+        return AS_TRAINED
+    content = read_json_object(file)
+    if content.pop("format", None) != _FORMAT:
+        raise QAdapterError(f"{file} cannot be read: expected format {_FORMAT}. Save the dial again.")
+    try:
+        dial = Dial.of(content)
+    except QAdapterError as error:
+        raise QAdapterError(f"{file} cannot be read: {error}") from error
+    assert dial is not None
+    return dial
+
+
+def copy_turned(
+    adapter: Path,
+    out: Path,
+    *,
+    alpha_0: float | None = None,
+    alpha_tilde: float | None = None,
+    dial: Dial | None = None,
+) -> None:
+    """Copy an adapter's folder and turn its dials; the objective that it was trained with stays on record.
+
+    Args:
+        adapter: folder that `QAdapterForCausalLM.save_pretrained` or a training wrote.
+        out: a folder that does not exist yet.
+        alpha_0, alpha_tilde: of a Q-Adapter, at least 0 and above 0; as they are without.
+        dial: of any adapter; as it is without.
+
+    Raises:
+        QAdapterError: no adapter there, α0 or α̃ for one that has none, or a number that is out of range.
+    """
+    own = {name: value for name, value in (("alpha_0", alpha_0), ("alpha_tilde", alpha_tilde)) if value is not None}
+    if own:
+        settings = read_settings(adapter)
+        check_dials(own.get("alpha_0", settings.alpha_0), own.get("alpha_tilde", settings.alpha_tilde))
+    else:
+        read_policy(adapter)
+    shutil.copytree(adapter, out)
+    if own:
+        file = out / SETTINGS_FILE
+        file.write_text(_text({**read_json_object(file), **own}))
+    if dial is not None:
+        write_dial(out, dial)
 
 
 def read_settings(folder: Path) -> PolicySettings:
@@ -79,13 +177,14 @@ def read_settings(folder: Path) -> PolicySettings:
         )
     try:
         content = json.loads(file.read_text())
-        if content["format"] != _FORMAT:
-            raise ValueError(f"format is {content['format']}; this version reads {_FORMAT}")
+        if content["format"] not in (_FORMAT, _WITH_DIAL):
+            raise ValueError(f"format is {content['format']}; this version reads {_FORMAT} and {_WITH_DIAL}")
         settings = PolicySettings(
             objective=Objective(**content["objective"]),
             alpha_0=float(content["alpha_0"]),
             alpha_tilde=float(content["alpha_tilde"]),
             adapter_weights={_name(name): float(weight) for name, weight in content["adapter_weights"].items()},
+            dial=Dial.of(content.get("dial")) or AS_TRAINED,
         )
         if not settings.adapter_weights:
             raise ValueError("adapter_weights names no adapter")
@@ -96,6 +195,31 @@ def read_settings(folder: Path) -> PolicySettings:
         raise QAdapterError(f"{file} cannot be read: {error!r}. Save the policy again.") from error
 
 
+def plain_place(folder: Path) -> Path:
+    """Where the files of a plain PEFT adapter lie, as `adapter_place`.
+
+    Raises:
+        QAdapterError: there is none, or it is a Q-Adapter, whose policy is not its adapted model.
+    """
+    place = adapter_place(folder)
+    if (place / SETTINGS_FILE).is_file():
+        raise QAdapterError(f"The Q-Adapter is not in {folder} but in {place}. Give that folder.")
+    return place
+
+
+def read_policy(folder: Path) -> PolicySettings:
+    """As `read_settings`; a plain PEFT adapter is one of the residual form with α0 = α̃ = 1.
+
+    Raises:
+        QAdapterError: there is no adapter, or a file cannot be read.
+    """
+    if (folder / SETTINGS_FILE).is_file():
+        return read_settings(folder)
+    place = plain_place(folder)
+    name = "default" if place == folder else _name(place.name)
+    return PolicySettings(Objective.preset("residual"), 1.0, 1.0, {name: 1.0}, saved_dial(folder), plain=True)
+
+
 def load(
     folder: Path, base_model: str | Path | PreTrainedModel | None, *, is_trainable: bool, **base_options: Any
 ) -> tuple[PeftModel, PolicySettings, Tensor | None]:
@@ -103,7 +227,8 @@ def load(
 
     The rest is as in `QAdapterForCausalLM.from_pretrained`.
     """
-    settings = read_settings(folder)
+    # A plain adapter has no objective that training could go on with
+    settings = read_settings(folder) if is_trainable else read_policy(folder)
     for name in settings.adapter_weights:
         if not (_place(folder, name) / ADAPTER_FILE).is_file():
             raise QAdapterError(
@@ -157,7 +282,7 @@ def _place(folder: Path, name: str) -> Path:
 
 
 def _load_base(folder: Path, base_model: str | Path | None, options: dict[str, Any]) -> PreTrainedModel:
-    named = next(iter(read_settings(folder).adapter_weights))
+    named = next(iter(read_policy(folder).adapter_weights))
     place = base_model or base_of(_place(folder, named))
     if not place:
         raise QAdapterError(

@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
-from qadapter.policy.adapters import adapter_place, fitted, load_adapter
+from qadapter.policy.adapters import fitted, load_adapter
 from qadapter.policy.architectures import refuse_architecture
 from qadapter.policy.base import fit_padding, load_config, load_network, load_tokenizer
-from qadapter.policy.files import SETTINGS_FILE
+from qadapter.policy.dial import Dial
+from qadapter.policy.files import SETTINGS_FILE, plain_place, saved_dial
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.preferences.template_settings import configured
 
@@ -114,15 +115,19 @@ def quantization_config(settings: ModelSettings) -> object:
     )
 
 
-def load_policy(base: PreTrainedModel, adapter: Path | None) -> PreTrainedModel | PeftModel:
+def load_policy(
+    base: PreTrainedModel, adapter: Path | None, dial: Dial | None = None
+) -> PreTrainedModel | PeftModel | QAdapterForCausalLM:
     """A policy ready to score and to generate.
 
     Args:
         base: from `load_base`; the adapter is put onto it.
         adapter: folder that a training wrote; None for the base itself.
+        dial: where its dial stands; as saved with the adapter without it.
 
     Returns:
-        The base, a `PeftModel` (SFT, DPO, replay), or a `QAdapterForCausalLM`, whichever the folder holds.
+        The base, a `PeftModel` (SFT, DPO, replay: as trained), or a `QAdapterForCausalLM` (a Q-Adapter, and every
+        adapter whose dial was moved).
 
     Raises:
         QAdapterError: the folder holds no adapter, or one that is refused (`adapters.load_adapter`).
@@ -130,5 +135,9 @@ def load_policy(base: PreTrainedModel, adapter: Path | None) -> PreTrainedModel 
     if adapter is None:
         return base
     if (adapter / SETTINGS_FILE).is_file():
-        return QAdapterForCausalLM.from_pretrained(adapter, base_model=base).eval()
-    return load_adapter(base, adapter_place(adapter)).eval()
+        policy = QAdapterForCausalLM.from_pretrained(adapter, base_model=base).eval()
+        policy.dial = dial or policy.dial
+        return policy
+    dial = dial or saved_dial(adapter)
+    plain = load_adapter(base, plain_place(adapter)).eval()
+    return plain if dial.as_trained else QAdapterForCausalLM.around(plain, dial).eval()

@@ -23,6 +23,7 @@ from qadapter.policy import files as policy_files
 from qadapter.policy.adapter_rows import BASE
 from qadapter.policy.adapters import adapted
 from qadapter.policy.composition import ComposedAdapters, refuse_unworkable
+from qadapter.policy.dial import AS_TRAINED, Dial, combined
 from qadapter.policy.frozen import SilencedLayers
 from qadapter.policy.fused import loss_from_scored
 from qadapter.policy.objective import BatchTotals, Objective, PairwiseLoss, pairwise_loss
@@ -30,6 +31,7 @@ from qadapter.policy.pair_passes import PairPasses
 from qadapter.policy.passes import RowPasses, reorder_rows
 from qadapter.policy.probe import can_be_probed, logits_of, probe_ids, refuse_other_base
 from qadapter.policy.ranges import check_dials
+from qadapter.policy.scaling import AdapterScale
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,23 @@ class QAdapterOutput(CausalLMOutputWithPast):
     pairwise: PairwiseLoss | None = None
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """What a policy's logits are made of.
+
+    Attributes:
+        names: rows to compute: adapters, and `BASE` last.
+        weights: coefficient of each; one more where the base is not computed.
+        normalizer: coefficient of the base's normaliser; 0 where it is left out.
+        scale: factor on what the adapters add to the layers.
+    """
+
+    names: list[str]
+    weights: list[float]
+    normalizer: float
+    scale: float
+
+
 class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
     """A frozen base model, one or several Q-Adapters on it, and the policy that they make together.
 
@@ -55,8 +74,9 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
     parametrisation `absolute`, Σ w_i · (adapted − base logits) with `residual`. Everything that works on logits works:
     `generate` in all its modes, lm-eval, perplexity.
 
-    The dials between the old model and the new preference are `config.alpha_0` and `config.alpha_tilde`; both can be
-    given to a single call of `forward` or `generate` too. They start at the values of the training.
+    The dial between the old model and the new preference is `dial`: 0 is the base exactly, 1 the policy as trained. The
+    objective's own α0 and α̃ are `config.alpha_0` and `config.alpha_tilde` and start at the values of the training. All
+    three can be given to a single call of `forward` or `generate` too.
 
     Only the adapters' dropout follows `train()`: the base's own dropout stays off, since log π1 is no sample.
 
@@ -64,6 +84,9 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
         peft_model: the base with its adapters.
         objective: what the adapters were (or are to be) trained with.
         adapter_weights: weight of each adapter in Q; see `set_adapter_weights`.
+        dial: where the dial stands; `save_pretrained` keeps it.
+        plain: whether it was made from an adapter that knows no Q-Adapter (SFT, DPO …): the residual form with
+            α0 = α̃ = 1 says the same, and its logits are then given up to a constant, which spares the base's pass.
         loss_implementation: how `forward` computes the loss of pairs: `fused` (`qadapter/policy/fused.py`) where the
             model's head allows it, or `readable` (`objective.py` beside it).
     """
@@ -102,8 +125,10 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
         self._silenced = SilencedLayers()
         self._parameter_count: int | None = None
         self._base_only = False
-        self._passes = RowPasses(peft_model)
+        self._passes, self._scale = RowPasses(peft_model), AdapterScale(peft_model)
         self._pair_passes: PairPasses | None = None
+        self.dial: Dial = AS_TRAINED
+        self.plain = False
         self.loss_implementation: Literal["readable", "fused"] = "fused"
         self._adapter_weights = {}
         self.set_adapter_weights(adapter_weights or {peft_model.active_adapters[0]: 1.0})
@@ -131,6 +156,21 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
         refuse_other_base(policy, expected)
         return policy
 
+    @classmethod
+    def around(cls, peft_model: PeftModel, dial: Dial | str | None = None) -> QAdapterForCausalLM:
+        """A plain PEFT adapter (SFT, DPO, replay, one from elsewhere) as a policy with a dial.
+
+        Args:
+            peft_model: base and adapter.
+            dial: where it stands; as trained without it.
+
+        Raises:
+            QAdapterError: as the constructor.
+        """
+        policy = cls(peft_model, Objective.preset("residual"))
+        policy.plain, policy.dial = True, Dial.of(dial) or AS_TRAINED
+        return policy
+
     # ---- files ----------------------------------------------------------------------------------------------------
 
     def save_pretrained(  # type: ignore[override]
@@ -143,13 +183,20 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
     ) -> None:
         """Write a PEFT adapter folder (safetensors) that plain PEFT can load, and `q_adapter.json` beside it.
 
+        For a plain adapter alone it is `dial.json`, and only if the dial was moved.
+
         Args:
             save_directory: made if absent.
             is_main_process: only that one writes.
             state_dict: this module's, where it had to be gathered from several processes.
         """
         settings = policy_files.PolicySettings(
-            self.objective, self.config.alpha_0, self.config.alpha_tilde, self.adapter_weights
+            self.objective,
+            self.config.alpha_0,
+            self.config.alpha_tilde,
+            self.adapter_weights,
+            self.dial,
+            self.plain and list(self.adapter_weights.values()) == [1.0],
         )
         policy_files.save(
             self.peft_model, settings, Path(save_directory), is_main_process=is_main_process, state_dict=state_dict
@@ -164,7 +211,7 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
         is_trainable: bool = False,
         **base_options: Any,
     ) -> QAdapterForCausalLM:
-        """Load what `save_pretrained` wrote, in eval mode.
+        """Load what `save_pretrained` wrote, or any plain PEFT adapter, in eval mode.
 
         Args:
             path: the folder.
@@ -181,6 +228,9 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
         policy = cls(peft_model, settings.objective, settings.adapter_weights)
         refuse_other_base(policy, expected)
         policy.config.alpha_0, policy.config.alpha_tilde = settings.alpha_0, settings.alpha_tilde
+        policy.plain = settings.plain
+        if not is_trainable:  # training moves the policy as it was trained, and a new dial is chosen afterwards
+            policy.dial = settings.dial
         return policy.eval()
 
     # ---- passes ---------------------------------------------------------------------------------------------------
@@ -214,23 +264,28 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
             decoder: the base's body.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        names, weights = self._parts(self.config.alpha_0, up_to_constant=True)
+        parts = self._parts(self.config.alpha_0, self.config.alpha_tilde, self.dial, up_to_constant=True)
         hidden = []
-        for name in names:
-            with self._passes.bare(len(input_ids)) if name == BASE else self._passes.through(name, len(input_ids)):
-                hidden.append(decoder(**inputs)[0])
-        return _weighted_sum(hidden, [1.0] if self._base_only else [w / self.config.alpha_tilde for w in weights])
+        with self._scale.at(parts.scale):
+            for name in parts.names:
+                with self._passes.bare(len(input_ids)) if name == BASE else self._passes.through(name, len(input_ids)):
+                    hidden.append(decoder(**inputs)[0])
+        return _weighted_sum(hidden, parts.weights)
 
-    def _parts(self, alpha_0: float, up_to_constant: bool) -> tuple[list[str], list[float]]:
-        """What the logits times α̃ are a sum of: names of adapters and `BASE`, and the weight of each.
-
-        The base is there where its weight or its normaliser matters.
-        """
-        active = {} if self._base_only else {name: weight for name, weight in self._adapter_weights.items() if weight}
-        # α0 · log π1 − Σ w_i · base where each Q_i is a difference to the base
-        of_base = alpha_0 - (sum(active.values()) if self.objective.parametrization == "residual" else 0.0)
-        base_matters = not active or of_base != 0 or (alpha_0 != 0 and not up_to_constant)
-        return [*active, *([BASE] if base_matters else [])], [*active.values(), of_base]
+    def _parts(self, alpha_0: float, alpha_tilde: float, dial: Dial, up_to_constant: bool) -> _Parts:
+        """What the logits are a sum of. The base is there where its weight or its normaliser matters."""
+        if self._base_only or not dial.value:
+            return _Parts([BASE], [1.0], 0.0, 1.0)
+        active = {name: weight for name, weight in self._adapter_weights.items() if weight}
+        residual = self.objective.parametrization == "residual"
+        sums = combined(active, alpha_0, alpha_tilde, residual=residual, dial=dial)
+        base_matters = not active or sums.base != 0 or (sums.normalizer != 0 and not up_to_constant)
+        return _Parts(
+            [*active, *([BASE] if base_matters else [])],
+            [*sums.adapters.values(), sums.base],
+            0.0 if up_to_constant else sums.normalizer,
+            dial.value if dial.kind == "scale" and active else 1.0,
+        )
 
     def forward(
         self,
@@ -245,8 +300,9 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
         alpha_0: float | None = None,
         alpha_tilde: float | None = None,
         response_mask: Tensor | None = None,
+        dial: Dial | str | None = None,
         totals: BatchTotals | None = None,
-        up_to_constant: bool = False,
+        up_to_constant: bool | None = None,
         **options: Any,
     ) -> QAdapterOutput:
         """Combined logits of the policy; or, given a response mask, the training loss of pairs.
@@ -263,9 +319,12 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
             alpha_0: α0 of this call.
             alpha_tilde: α̃ of this call.
             response_mask: [2B, T] bool: the rows are pairs, compute `objective`'s loss and no combined logits.
+            dial: the dial of this call: a `Dial`, or its text such as `scale=0.5`. Losses of pairs are of the policy as
+                trained.
             totals: with a response mask, what the loss divides by.
             up_to_constant: leave out what is the same for all tokens at a position, which no probability depends on.
-                With `residual` and α0 = Σ w_i that is everything the base contributes: its pass is spared.
+                With `residual` and α0 = Σ w_i that is everything the base contributes: its pass is spared. Without it
+                only for a plain adapter.
             options: further arguments of the base's `forward`.
         """
         if response_mask is not None:
@@ -286,16 +345,16 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
         alpha_0 = self.config.alpha_0 if alpha_0 is None else alpha_0
         alpha_tilde = self.config.alpha_tilde if alpha_tilde is None else alpha_tilde
         check_dials(alpha_0, alpha_tilde)
-        names, weights = self._parts(alpha_0, up_to_constant)
-        rows, cache = self._passes.logits(names, inputs, past_key_values, use_cache)
+        stands = self.dial if dial is None else Dial.of(dial)
+        assert stands is not None
+        parts = self._parts(alpha_0, alpha_tilde, stands, self.plain if up_to_constant is None else up_to_constant)
+        with self._scale.at(parts.scale):
+            rows, cache = self._passes.logits(parts.names, inputs, past_key_values, use_cache)
         rows = [row if row.dtype == torch.float64 else row.float() for row in rows]
-        if self._base_only:
-            logits = rows[0]
-        else:
-            normalizer = _log_normalizer(rows[-1]) if alpha_0 and not up_to_constant else None
-            logits = _weighted_sum(rows, [w / alpha_tilde for w in weights])
-            if normalizer is not None:
-                logits = _weighted_sum([logits, normalizer], [1.0, -alpha_0 / alpha_tilde])
+        normalizer = _log_normalizer(rows[-1]) if parts.normalizer else None
+        logits = _weighted_sum(rows, parts.weights)
+        if normalizer is not None:
+            logits = _weighted_sum([logits, normalizer], [1.0, -parts.normalizer])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
@@ -352,7 +411,7 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
         state-space model takes no mask after the first step.
         """
         base: Any = self.peft_model.get_base_model()
-        own = {name: kwargs.pop(name) for name in ("alpha_0", "alpha_tilde") if name in kwargs}
+        own = {name: kwargs.pop(name) for name in ("alpha_0", "alpha_tilde", "dial") if name in kwargs}
         inputs = base.prepare_inputs_for_generation(input_ids, **kwargs)
         if self._passes.cache_name == "cache_params":
             inputs["past_key_values"] = inputs.pop("cache_params", None)

@@ -18,7 +18,8 @@ from qadapter.errors import QAdapterError
 from qadapter.policy.adapter_rows import AdapterRows
 from qadapter.policy.adapters import ADAPTER_FILE, adapter_place, base_of, load_adapter
 from qadapter.policy.base import load_config
-from qadapter.policy.files import SETTINGS_FILE, read_settings
+from qadapter.policy.dial import AS_TRAINED, Dial
+from qadapter.policy.files import SETTINGS_FILE, read_settings, saved_dial
 from qadapter.policy.loading import load_base
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.objective import Objective
@@ -39,17 +40,19 @@ class UnknownModelError(QAdapterError):
 
 @dataclass(frozen=True)
 class Blend:
-    """The distribution of a reply: softmax((Σ w_i Q_i + α0 · log π1)/α̃), with each Q_i a difference to the base.
+    """The distribution of a reply: softmax((Σ w_i Q_i + α0 · log π1)/α̃), each Q_i a difference to the base; dialled.
 
     Attributes:
         weights: name in PEFT → weight of the adapter; empty for the base itself.
         alpha_0: α0 of the residual form.
         alpha_tilde: α̃.
+        dial: how much of the way from the base to that.
     """
 
     weights: Mapping[str, float]
     alpha_0: float = 1.0
     alpha_tilde: float = 1.0
+    dial: Dial = AS_TRAINED
 
 
 @dataclass(frozen=True)
@@ -188,15 +191,17 @@ class ServedPolicies:
         mix: Mapping[str, float] | None = None,
         alpha_0: float | None = None,
         alpha_tilde: float | None = None,
+        dial: Dial | None = None,
     ) -> Blend:
         """Resolve a request to a blend.
 
         Args:
             name: one of `names`.
             mix: weights of adapters in place of `name`.
-            alpha_0: the dial; for one adapter in its own parametrisation, as in its `q_adapter.json`; for a mix in the
+            alpha_0: α0; for one adapter in its own parametrisation, as in its `q_adapter.json`; for a mix in the
                 residual form. By default the saved value; the adapters of a mix must agree on it.
             alpha_tilde: the same for α̃.
+            dial: by default the saved one; the adapters of a mix must agree on it.
 
         Raises:
             UnknownModelError: no such name.
@@ -206,10 +211,12 @@ class ServedPolicies:
         if unknown or name not in self.names:
             raise UnknownModelError(f"There is no model {(unknown or [name])[0]!r}; there are {', '.join(self.names)}.")
         if mix:
-            own, shift = self._mixed(mix, alpha_0, alpha_tilde), 0.0
+            own, shift = self._mixed(mix, alpha_0, alpha_tilde, dial), 0.0
         elif name == BASE_NAME:
-            if alpha_0 is not None or alpha_tilde is not None:
-                raise QAdapterError("The base has no dials; remove alpha_0 and alpha_tilde, or request an adapter.")
+            if (alpha_0, alpha_tilde, dial) != (None, None, None):
+                raise QAdapterError(
+                    "The base has no dials; remove dial, alpha_0 and alpha_tilde, or request an adapter."
+                )
             return Blend({})
         else:
             own, shift = self._served[name].blend, self._served[name].shift
@@ -217,24 +224,28 @@ class ServedPolicies:
             own.weights,
             own.alpha_0 if alpha_0 is None else alpha_0 + shift,
             own.alpha_tilde if alpha_tilde is None else alpha_tilde,
+            own.dial if dial is None else dial,
         )
         check_dials(chosen.alpha_0, chosen.alpha_tilde)
         check_weights(chosen.weights)
         return chosen
 
-    def _mixed(self, mix: Mapping[str, float], alpha_0: float | None, alpha_tilde: float | None) -> Blend:
+    def _mixed(
+        self, mix: Mapping[str, float], alpha_0: float | None, alpha_tilde: float | None, dial: Dial | None
+    ) -> Blend:
         parts = [self._served[name].blend for name in mix]
         weights: dict[str, float] = {}
         for blend, weight in zip(parts, mix.values(), strict=True):
             weights |= {inner: weight * own for inner, own in blend.weights.items()}
         self._refuse_mixes(weights)
-        dials = {(blend.alpha_0, blend.alpha_tilde) for blend in parts}
-        if len(dials) > 1 and (alpha_0 is None or alpha_tilde is None):
+        given = {"alpha_0": alpha_0, "alpha_tilde": alpha_tilde, "dial": dial}
+        saved = [{name: getattr(blend, name) for name in given} for blend in parts]
+        if open_ := [name for name in given if given[name] is None and len({one[name] for one in saved}) > 1]:
             raise QAdapterError(
                 f"The adapters {', '.join(mix)} were saved with different dials, so a mix has no default. "
-                "Give alpha_0 (of the residual form) and alpha_tilde."
+                f"Give {' and '.join(open_)}{' (α0 of the residual form)' if 'alpha_0' in open_ else ''}."
             )
-        return Blend(weights, *next(iter(dials)))
+        return Blend(weights, parts[0].alpha_0, parts[0].alpha_tilde, parts[0].dial)
 
     def _refuse_mixes(self, weights: Mapping[str, float]) -> None:
         if len(weights) > 1 and not self._chooses_rows:
@@ -244,7 +255,7 @@ class ServedPolicies:
             )
 
     @contextmanager
-    def speaking(self, blend: Blend) -> Iterator[dict[str, float]]:
+    def speaking(self, blend: Blend) -> Iterator[dict[str, Any]]:
         """Set the policy to this blend within the block; yields the dials for `policy.generate`.
 
         Not thread-safe: the weights are the policy's state.
@@ -256,7 +267,7 @@ class ServedPolicies:
         if not self._chooses_rows:
             self.policy.peft_model.set_adapter(next(iter(blend.weights)), inference_mode=True)
         self.policy.set_adapter_weights(blend.weights)
-        yield {"alpha_0": blend.alpha_0, "alpha_tilde": blend.alpha_tilde}
+        yield {"alpha_0": blend.alpha_0, "alpha_tilde": blend.alpha_tilde, "dial": blend.dial}
 
 
 def _refuse_names(adapters: Mapping[str, Path]) -> None:
@@ -288,10 +299,10 @@ def _places(folder: Path) -> dict[Path, float]:
 
 def _describe(folder: Path, weights: Mapping[str, float]) -> _Served:
     if not (folder / SETTINGS_FILE).is_file():
-        return _Served(Blend(weights), 0.0)
+        return _Served(Blend(weights, dial=saved_dial(folder)), 0.0)
     settings = read_settings(folder)
     shift = 1.0 if settings.objective.parametrization == "absolute" else 0.0
-    return _Served(Blend(weights, settings.alpha_0 + shift, settings.alpha_tilde), shift)
+    return _Served(Blend(weights, settings.alpha_0 + shift, settings.alpha_tilde, settings.dial), shift)
 
 
 def _dtype(base: str, revision: str | None) -> str:

@@ -127,7 +127,7 @@ def prepare(request: ChatRequest, generator: Generator) -> Prepared:
     """
     policies = generator.policies
     try:
-        blend = policies.blend(request.model, request.adapters, request.alpha_0, request.alpha_tilde)
+        blend = policies.blend(request.model, request.adapters, request.alpha_0, request.alpha_tilde, request.dial)
         blends = {"customised": blend, "base": policies.blend(BASE_NAME)} if blend.weights else {"base": blend}
         tokenizer = policies.tokenizer_of(request.model, request.adapters)
     except UnknownModelError as error:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from qadapter.config.base import Temperature
+from qadapter.config.dial import DialValue
 from qadapter.preferences.pair import Message
 
 MOST_REPLIES = 16
@@ -82,7 +83,9 @@ class ChatRequest(_Strict):
         user, safety_identifier, prompt_cache_key, metadata, parallel_tool_calls: taken, of no effect.
         presence_penalty, frequency_penalty, response_format, tools, tool_choice, functions, function_call, logit_bias,
             store, service_tier, modalities, top_k, min_p, repetition_penalty: only the values that ask for nothing.
-        alpha_0, alpha_tilde: the dials of this request; the adapter's own without them.
+        dial: how far from the base (0) to what was trained (1) or beyond, for any adapter or mix: `scale=0.5` or
+            `q-weight=0.75`; the adapter's own without it.
+        alpha_0, alpha_tilde: α0 and α̃ of this request; the adapter's own without them.
         adapters: a weighted mix of adapters, {name: weight}, in place of `model`'s own.
         compare_base: answer as the base too: `n` further choices behind the customised ones.
     """
@@ -120,6 +123,7 @@ class ChatRequest(_Strict):
     top_k: Literal[-1, 0] = 0
     min_p: Annotated[float, Field(ge=0, le=0)] = 0.0
     repetition_penalty: Annotated[float, Field(ge=1, le=1)] = 1.0
+    dial: DialValue | None = None
     alpha_0: Annotated[float, Field(ge=0, le=1e9)] | None = None
     alpha_tilde: Annotated[float, Field(ge=1e-6, le=1e9)] | None = None
     adapters: dict[str, Annotated[float, Field(ge=-1e6, le=1e6)]] | None = None

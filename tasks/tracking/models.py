@@ -63,6 +63,7 @@ SIGNATURE = ModelSignature(
     ),
     params=ParamSchema(
         [
+            ParamSpec("dial", DataType.string, None),
             ParamSpec("alpha_0", DataType.double, None),
             ParamSpec("alpha_tilde", DataType.double, None),
             ParamSpec("compare_base", DataType.boolean, default=False),

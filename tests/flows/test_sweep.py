@@ -33,8 +33,7 @@ from qadapter.errors import QAdapterError
 from qadapter.judging.endpoint_asking import EndpointJudge
 from qadapter.judging.plan import case_of, judge_of
 from qadapter.methods.table import METHODS
-from qadapter.policy.dial import set_alpha_0
-from qadapter.policy.files import read_settings
+from qadapter.policy.files import copy_turned, read_settings
 from qadapter.report.latex import escape
 from qadapter.report.page import data_uri
 from qadapter.report.rows import Row
@@ -265,7 +264,7 @@ def test_alpha_0_is_moved_and_nothing_else(toy: TinyToy, tmp_path: Path) -> None
     from tests.support.tiny_toy import MODEL
 
     trained = toy.train("q-adapter", tmp_path / "trained") / "adapter"
-    set_alpha_0(trained, 0.25, tmp_path / "moved")
+    copy_turned(trained, tmp_path / "moved", alpha_0=0.25)
     before, after = read_settings(trained), read_settings(tmp_path / "moved")
     assert (before.alpha_0, after.alpha_0) == (1.0, 0.25)
     assert after.objective == before.objective
@@ -288,7 +287,7 @@ def test_alpha_0_is_moved_and_nothing_else(toy: TinyToy, tmp_path: Path) -> None
 def test_only_q_adapters_have_the_dial(toy: TinyToy, tmp_path: Path) -> None:
     adapter = toy.train("sft", tmp_path / "sft") / "adapter"
     with pytest.raises(QAdapterError, match="is no Q-Adapter"):
-        set_alpha_0(adapter, 0.5, tmp_path / "moved")
+        copy_turned(adapter, tmp_path / "moved", alpha_0=0.5)
     assert not (tmp_path / "moved").exists()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from lm_eval._cli.utils import key_val_to_dict
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import LoraConfig
@@ -86,6 +87,24 @@ def test_a_saved_adapter_on_the_command_line_scores_as_in_memory(tmp_path, capsy
     printed = re.search(r"bits_per_byte\|[^|]*\|\s*([\d.]+)", capsys.readouterr().out)
     assert printed is not None
     assert float(printed[1]) == pytest.approx(halved if arguments else whole, abs=1e-4)
+
+
+def test_the_dial_is_a_model_argument(tmp_path) -> None:
+    """As the command line hands it over, for a Q-Adapter and for a plain adapter beside it."""
+    policy = save_policy(tmp_path)
+    policy.peft_model.save_pretrained(str(tmp_path / "plain"))
+    ids = torch.arange(8, 16)[None]
+    arguments = key_val_to_dict(f"pretrained={tmp_path / 'adapter'},dial=scale=0.5")
+    dialled = PolicyLM(**arguments, tokenizer=byte_tokenizer()).model
+    with torch.no_grad():
+        expected = policy(input_ids=ids, dial="scale=0.5").logits
+        torch.testing.assert_close(dialled(input_ids=ids).logits, expected)
+        assert not torch.allclose(policy(input_ids=ids).logits, expected, atol=1e-3)
+        plain = PolicyLM(str(tmp_path / "plain"), dial="q-weight=0.5", tokenizer=byte_tokenizer()).model
+        expected = policy(input_ids=ids, dial="q-weight=0.5").logits.log_softmax(-1)
+        torch.testing.assert_close(plain(input_ids=ids).logits.log_softmax(-1), expected)
+    with pytest.raises(QAdapterError, match="expected scale=VALUE or q-weight=VALUE"):
+        PolicyLM(str(tmp_path / "adapter"), dial="half", tokenizer=byte_tokenizer())
 
 
 @pytest.mark.slow
@@ -275,7 +294,7 @@ def test_every_argument_of_lm_evals_model_is_used_or_refused(tmp_path) -> None:
         with pytest.raises(QAdapterError, match=f"does not take '{name}'"):
             PolicyLM(str(tmp_path), **{name: True})
     for name in taken - {"pretrained", "dtype"}:
-        with pytest.raises(QAdapterError, match="is no Q-Adapter"):
+        with pytest.raises(QAdapterError, match="is no adapter"):
             PolicyLM(str(tmp_path), **{name: None})
     for name in ("base", "dtype", "load_in_8bit", "revision"):
         with pytest.raises(QAdapterError, match=f"does not take '{name}'"):
@@ -309,7 +328,7 @@ def test_a_folder_that_is_no_adapter_is_refused_in_one_sentence(tmp_path, capsys
     monkeypatch.setattr("qadapter.evaluation.lm_eval.command.cli_evaluate", command)
     before = list(sys.argv)
     assert main(["run", "--tasks", "toy_facts,toy_sums", "x_bits_per_byte", "--data", str(tmp_path)]) == 2
-    assert "is no Q-Adapter" in capsys.readouterr().err
+    assert "is no adapter" in capsys.readouterr().err
     assert sys.argv == before
     assert given[0][:3] == ["lm_eval", "run", "--include_path"]
     assert given[0][4:] == ["--tasks", "toy_facts,toy_sums,x_bits_per_byte"]

@@ -18,6 +18,7 @@ from tasks.stages import code_version
 from tests.support.paths import PROJECT_ROOT
 
 NAMES = [
+    "Dial",
     "Objective",
     "PreferencePair",
     "QAdapterConfig",

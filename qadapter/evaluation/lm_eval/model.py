@@ -21,6 +21,7 @@ from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
 from qadapter.inference.score import by_length
 from qadapter.policy.base import load_tokenizer
+from qadapter.policy.dial import Dial
 from qadapter.policy.loading import quantization_config
 from qadapter.policy.log_probs import token_terms
 from qadapter.policy.model import QAdapterForCausalLM
@@ -31,6 +32,7 @@ from qadapter.progress.reports import Work, counted, listening
 
 log = logging.getLogger(__name__)
 
+_OF_THE_POLICY = ("dial",)
 _OF_THE_BASE = ("base", "dtype", "quantization", "load_in_8bit", "load_in_4bit", "revision", "trust_remote_code")
 # Those of `hf` that it looks at where the model is there already; it would take the others and do nothing with them.
 _OF_HF = (
@@ -93,12 +95,13 @@ class PolicyLM(HFLM):
         """Wrap a policy.
 
         Args:
-            pretrained: the policy; or, from a command line, the folder of a Q-Adapter.
+            pretrained: the policy; or, from a command line, the folder of an adapter of any method.
             tokenizer: the policy's; by default the one that lies with the adapter, else the base's.
             device: device of a loaded policy; without a GPU, always the CPU.
             apply_chat_template: whether prompts will come out of a chat template.
             settings: of `hf`, those that matter for a model in memory (`batch_size`, `max_length` …); with a folder
-                also what is loaded as its base, and how: `base` (folder or hub id; the one that the folder names by
+                also its `dial` (`scale=0.5`, `q-weight=0.75`; as saved with the adapter by default) and what is loaded
+                as its base, and how: `base` (folder or hub id; the one that the folder names by
                 default), `dtype` (`auto` by default), `quantization` (or `load_in_8bit`, `load_in_4bit` for `int8`,
                 `nf4`), `revision`, `trust_remote_code`, as in `ModelSettings`.
 
@@ -107,17 +110,18 @@ class PolicyLM(HFLM):
                 in the folder; a base that cannot be loaded; a chat template that is needed and not there.
         """
         if pretrained is None:
-            raise QAdapterError("No model was given. Name a Q-Adapter's folder: --model_args pretrained=FOLDER.")
-        known = (*_OF_THE_BASE, *_OF_HF) if isinstance(pretrained, str) else _OF_HF
+            raise QAdapterError("No model was given. Name an adapter's folder: --model_args pretrained=FOLDER.")
+        known = (*_OF_THE_POLICY, *_OF_THE_BASE, *_OF_HF) if isinstance(pretrained, str) else _OF_HF
         _refuse_ignored([name for name in settings if name not in known], known)
         if isinstance(pretrained, str):
             # lm-eval's command line requests a GPU by default; `hf` falls back to the CPU in the same way.
             place = torch.device(device or "cuda") if torch.cuda.is_available() else torch.device("cpu")
             loading = {name: settings.pop(name) for name in _OF_THE_BASE if name in settings}
-            base = loading.pop("base", None)
+            base, dial = loading.pop("base", None), Dial.of(settings.pop("dial", None))
             options = _base_options(**loading)
             folder = pretrained
             pretrained = QAdapterForCausalLM.from_pretrained(folder, base, device_map={"": place}, **options)
+            pretrained.dial = dial or pretrained.dial
             if tokenizer is None:
                 of_base = {name: options[name] for name in ("revision", "trust_remote_code")}
                 its = load_tokenizer(str(pretrained.config.name_or_path), **of_base)

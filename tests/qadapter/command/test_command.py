@@ -40,6 +40,7 @@ from qadapter.evaluation.speech import repetition
 from qadapter.files.shown import visible
 from qadapter.inference.generate import generate_replies
 from qadapter.methods import q_adapter
+from qadapter.policy.dial import Dial
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.preferences.pair import load_pairs
@@ -587,7 +588,7 @@ def test_raw_data_are_scored_with_what_is_unusable_counted(place: Path, capsys: 
     assert "27 pairs read, 3 of them quarantined, 5 to score" in captured.err
 
 
-def test_a_plain_peft_adapter_can_be_scored_but_has_no_dials(
+def test_a_plain_peft_adapter_has_the_dial_and_no_alphas(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
 ) -> None:
     network, _ = load_base(place / "base", MODEL)
@@ -604,6 +605,27 @@ def test_a_plain_peft_adapter_can_be_scored_but_has_no_dials(
     scores = score_pairs(plain, TOKENIZER, load_pairs(heldout), max_length=64, batch_size=8)
     assert printed["policy"] == pytest.approx(preference_metrics(scores, base_scores), rel=1e-5)
     assert "plain PEFT adapter" in refused("score", *command, "--alpha-0", "1")
+    assert main(["score", *command, "--dial", "scale=0.5"]) == 0
+    turned = score_pairs(
+        load_policy(load_base(place / "base", MODEL)[0], tmp_path / "sft", Dial("scale", 0.5)),
+        TOKENIZER,
+        load_pairs(heldout),
+        max_length=64,
+        batch_size=8,
+    )
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["policy"] == pytest.approx(preference_metrics(turned, base_scores), rel=1e-5)
+    assert abs(turned.chosen - scores.chosen).max() > 0.01
+    mixed = ["generate", "--adapter", str(tmp_path / "sft"), "--adapter", str(place / "out"), "--weights", "0.5,0.5"]
+    assert main([*mixed, "--dial", "q-weight=0.8", "--prompt", PROMPTS[0], *SHORT]) == 0
+    captured = capsys.readouterr()
+    assert "plain PEFT adapter, weights: default 0.5, adapter_2 0.5, dial q-weight=0.8" in captured.err
+    both = QAdapterForCausalLM.from_pretrained(tmp_path / "sft", place / "base")
+    both.attach(place / "out", "second")
+    both.set_adapter_weights({"default": 0.5, "second": 0.5})
+    both.dial = Dial("q-weight", 0.8)
+    assert f"reply: {printed_reply(both, PROMPTS[0])}\n" in captured.out
+    assert "expected scale=VALUE or q-weight=VALUE" in refused(*mixed, "--prompt", "Hi", "--dial", "half")
 
 
 # ---- chat -------------------------------------------------------------------------------------------------------
@@ -656,6 +678,17 @@ def test_the_dials_change_the_next_reply(talk: Callable[..., list[str]], policy:
             "(alpha_0 0.2, alpha_tilde 2, weights: default 1)",
         ]
     )
+
+
+def test_the_dial_of_a_chat(talk: Callable[..., list[str]], policy: Any) -> None:
+    prompt = PROMPTS[0]
+    replies = [printed_reply(policy, prompt, dial=dial) for dial in ("scale=1.5", "scale=0", "q-weight=1")]
+    assert len(set(replies)) > 1
+    given = ("/dial", prompt, "/reset", "/dial scale=0", prompt, "/reset", "/dial q-weight=1", prompt, "/dial x")
+    lines = talk(*given, flags=("--dial", "scale=1.5"))
+    forgotten = "(the conversation is forgotten)"
+    expected = ["(dial scale=1.5)", replies[0], forgotten, "(dial scale=0)", replies[1], forgotten, "(dial q-weight=1)"]
+    assert "\n".join(lines).startswith("\n".join([*expected, replies[2], "'x' is no dial"]))
 
 
 def test_a_system_message_and_sampling(talk: Callable[..., list[str]], policy: Any) -> None:

@@ -261,8 +261,10 @@ def test_the_folder_is_plain_peft(tmp_path: Path):
 def test_loading_says_what_is_wrong(tmp_path: Path):
     policy = make_policy()
     policy.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(QAdapterError, match=r"is no Q-Adapter: it has no q_adapter\.json"):
+    with pytest.raises(QAdapterError, match=r"The Q-Adapter is not in .* but in .*adapter\. Give that folder"):
         QAdapterForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(QAdapterError, match=r"is no adapter: it has no adapter_config\.json"):
+        QAdapterForCausalLM.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(QAdapterError, match="does not say which base"):
         QAdapterForCausalLM.from_pretrained(tmp_path / "adapter")
     with pytest.raises(QAdapterError, match=r"base model .*nowhere of the adapter .* cannot be loaded"):

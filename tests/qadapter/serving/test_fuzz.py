@@ -58,6 +58,7 @@ FIELDS: dict[str, Any] = {
     "top_logprobs": st.integers(-1, 25),
     "alpha_0": NUMBERS,
     "alpha_tilde": NUMBERS,
+    "dial": st.one_of(st.builds("{}={}".format, st.sampled_from(["scale", "q-weight", "x"]), NUMBERS), ANYTHING),
     "adapters": st.dictionaries(st.sampled_from(["residual", "plain", "x"]), NUMBERS, max_size=2),
     "compare_base": st.booleans(),
     "chat_template_kwargs": st.dictionaries(

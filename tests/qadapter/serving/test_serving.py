@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 from benchmarks import serving
 from qadapter.command.parser import main
 from qadapter.errors import QAdapterError
+from qadapter.policy.dial import Dial
+from qadapter.policy.files import copy_turned
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.objective import Objective
 from qadapter.preferences.tokenize import prompt_ids
@@ -156,6 +158,32 @@ def test_the_dials_matter_and_are_forgotten_after_the_request(world: World) -> N
     assert world.reply("residual", extra_body={"alpha_0": 1e4, "alpha_tilde": 1e4}) == world.reply("base")
     assert before != world.reply("base")
     assert world.reply("residual") == before
+
+
+@pytest.mark.parametrize("name", ["residual", "absolute"])
+@pytest.mark.parametrize("dial", ["scale=1.5", "q-weight=0.5", {"kind": "scale", "value": 0}])
+def test_the_dial_of_a_request(name: str, dial: Any, world: World, expected: dict[str, Any]) -> None:
+    assert world.reply(name, extra_body={"dial": dial}) == direct(expected[name], dial=Dial.of(dial))
+    assert world.reply("base") == world.reply(name, extra_body={"dial": "scale=0"}) != world.reply(name)
+
+
+def test_the_dial_of_a_plain_adapter_and_of_a_mix(world: World, expected: dict[str, Any], tmp_path: Path) -> None:
+    turned = QAdapterForCausalLM.from_pretrained(world.folder("plain"), world.base())
+    assert world.reply("plain", extra_body={"dial": "q-weight=1.5"}) == direct(turned, dial="q-weight=1.5")
+    mix = {"adapters": {"residual": 0.6, "plain": 0.4}, "alpha_0": 0.9, "alpha_tilde": 1.0}
+    assert world.reply("residual", extra_body={**mix, "dial": "q-weight=0"}) == world.reply("base")
+    # Saved with its dial, and served with it
+    copy_turned(world.folder("plain"), tmp_path / "half", dial=Dial("scale", 0.5))
+    policies = ServedPolicies(
+        world.base(), byte_tokenizer(), {"plain": world.folder("plain"), "half": tmp_path / "half"}
+    )
+    assert policies.blend("half").dial == Dial("scale", 0.5)
+    assert policies.blend("half", dial=Dial("scale", 2)).dial == Dial("scale", 2)
+    with pytest.raises(QAdapterError, match=r"different dials, so a mix has no default\. Give dial\."):
+        policies.blend("half", {"plain": 0.5, "half": 0.5})
+    assert policies.blend("half", {"plain": 0.5, "half": 0.5}, dial=Dial("scale", 0.7)).dial == Dial("scale", 0.7)
+    with policies.speaking(policies.blend("half")) as dials:
+        assert direct(policies.policy, **dials) == direct(turned, dial="scale=0.5")
 
 
 def test_a_mix_weighs_q_and_not_weights(world: World, expected: dict[str, Any]) -> None:
@@ -318,6 +346,8 @@ def test_dials_do_not_leak_between_clients(world: World) -> None:
         ("residual", {"messages": [{"role": "tool", "content": "x"}]}, openai.BadRequestError, "messages.0.role: "),
         ("residual", {"extra_body": {"chat_template_kwargs": {"x": 1}}}, openai.BadRequestError, "no variable 'x'"),
         ("residual", {"n": 1000}, openai.BadRequestError, "n: "),
+        ("residual", {"extra_body": {"dial": "half"}}, openai.BadRequestError, "dial: Value error, 'half' is no dial"),
+        ("base", {"extra_body": {"dial": "scale=1"}}, openai.BadRequestError, "The base has no dials"),
         ("base", {"extra_body": {"alpha_0": 1}}, openai.BadRequestError, "The base has no dials"),
         ("base", {"extra_body": {"compare_base": True}}, openai.BadRequestError, "cannot be compared with itself"),
     ],
