@@ -80,6 +80,8 @@ def _parameter(name: str, field: FieldInfo, section: str) -> inspect.Parameter:
         return _keyword(name, Annotated[bool | None, typer.Option(f"{names[0]}/--no-{names[0][2:]}", **settings)])
     if name in _POSITIONAL:
         return _keyword(name, Annotated[str | None, typer.Argument(help=text, metavar=_POSITIONAL[name])])
+    if shown := _repeated_argument(field):
+        return _keyword(name, Annotated[list[str] | None, typer.Argument(help=text, metavar=shown)])
     if name in _REPEATED:
         return _keyword(name, Annotated[list[str] | None, typer.Option(*names, metavar=_REPEATED[name], **settings)])
     choices = [kind for kind in kinds if isinstance(kind, str)]
@@ -87,6 +89,12 @@ def _parameter(name: str, field: FieldInfo, section: str) -> inspect.Parameter:
     if choices:
         settings["autocompletion"] = lambda incomplete: [choice for choice in choices if choice.startswith(incomplete)]
     return _keyword(name, Annotated[str | None, typer.Option(*names, **settings)])
+
+
+def _repeated_argument(field: FieldInfo) -> str | None:
+    """The metavar of a positional argument that may be repeated; None for a flag."""
+    extra = field.json_schema_extra
+    return str(extra["positional"]) if isinstance(extra, dict) and "positional" in extra else None
 
 
 def _leaves(annotation: Any) -> Iterator[Any]:
@@ -141,7 +149,8 @@ def _explain(problem: Any, options: type[Settings], given: Mapping[str, Any], co
     if problem["type"] == "extra_forbidden":
         return f"unknown key {name!r} in {config}{did_you_mean(name, options.model_fields)}"
     if problem["type"] == "missing":
-        return f"{_POSITIONAL.get(name, flag(name))} is required"
+        shown = _repeated_argument(options.model_fields[name]) or _POSITIONAL.get(name, flag(name))
+        return f"{shown} is required"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "literal_error":
         choices = [choice for choice in _leaves(options.model_fields[name].annotation) if isinstance(choice, str)]

