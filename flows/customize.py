@@ -46,7 +46,9 @@ from tasks.candidate import (
     take_adapter,
     train_candidate,
 )
+from tasks.curve import measure_curve
 from tasks.data import build_benchmarks, generate_toy_world, prepare_data
+from tasks.dialled import dial_candidate
 from tasks.evaluate import evaluate, measure_base_retention
 from tasks.new_rows import look_at_new_rows
 from tasks.preferences import (
@@ -189,6 +191,22 @@ def _customize(
         trained = step(train_adapter, cell=cell, base=ground.base, data=mixture, needs={})
     adapter = step(take_adapter, label="candidate", folder=trained.path / "adapter", run_id=trained.run_id)
     rows = Rows(measure(cell, adapter, base_row), champion_row, base_row)
+    if customization.budget is not None:
+        curve = step(
+            measure_curve,
+            cell=cell,
+            row=rows.candidate,
+            base=ground.base,
+            base_row=base_row,
+            data=heldout,
+            benchmarks=ground.benchmarks,
+            world=world,
+        )
+        dialled = step(dial_candidate, curve=curve, adapter=adapter, heldout=heldout, budget=customization.budget)
+        adapter = step(
+            take_adapter, label="dialled candidate", folder=dialled.stage.path / "adapter", run_id=trained.run_id
+        )
+        rows = Rows(measure(cell, adapter, base_row), champion_row, base_row, rows.candidate, dialled)
     parent = champion.number if champion else None
     new_rows = None
     if read_json(mixture.path / "summary.json")["fresh_pairs"]:

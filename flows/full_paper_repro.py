@@ -19,6 +19,7 @@ from qadapter.config.experiment import Experiment
 from qadapter.judging.plan import judge_of
 from qadapter.methods.method import Need
 from qadapter.methods.table import method_named
+from tasks.curve import measure_curve
 from tasks.data import build_benchmarks, generate_toy_world, prepare_data
 from tasks.evaluate import evaluate, measure_base_retention
 from tasks.judge import train_judge
@@ -104,7 +105,7 @@ def needed_stages(
 def experiment_stages(experiment: Experiment, run: Run) -> Any:
     """Run every stage of the experiment, each with its inputs; returns the report's placeholder."""
     common = common_stages(experiment, run)
-    rows = []
+    rows, curves = [], []
     for name, shared, base_row in measured_bases(experiment, run, common):
         base, pairs = shared["base"], shared["data"]
         rows.append(base_row)
@@ -116,8 +117,16 @@ def experiment_stages(experiment: Experiment, run: Run) -> Any:
         for method, seed in product(experiment.methods.run, experiment.seeds):
             cell = Cell(name, method, seed)
             trained = run(train_adapter, cell=cell, base=base, data=pairs, needs=needs[method])
-            rows.append(run(evaluate, cell=cell, trained=trained, base_row=base_row, **shared))
-    return run(write_report, rows=rows, data=common.data, quality=common.quality)
+            row = run(evaluate, cell=cell, trained=trained, base_row=base_row, **shared)
+            rows.append(row)
+            if experiment.evaluation.curve:
+                curves.append(run(measure_curve, cell=cell, row=row, base_row=base_row, **curve_inputs(shared)))
+    return run(write_report, rows=rows, data=common.data, quality=common.quality, curves=curves)
+
+
+def curve_inputs(shared: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the inputs of an evaluation those of the curve."""
+    return {name: shared[name] for name in ("base", "data", "benchmarks", "world")}
 
 
 @flow(name="full-paper-repro")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 
 from qadapter.config.base import NonNegative, Settings
+from qadapter.evaluation.curve.budget import selects
+from qadapter.evaluation.curve.points import content_digest
 from qadapter.evaluation.speech import BROKEN, BROKEN_SHARE, SPEAKS, faults_of
 from qadapter.evaluation.statistics import LEVEL, RESAMPLES, Interval, mean_interval, paired_difference
 from qadapter.files.artifacts import Manifest, read_json, read_json_lines
@@ -151,6 +153,29 @@ class Measured:
             tasks={task: _task_items(task, items, directions) for task, items in by_task.items()},
             metrics={**read_json(adaptation / "metrics.json"), **read_json(retention / "metrics.json")},
             faults=faults_of(adaptation),
+        )
+
+    def reported(self, prompts: Sequence[str]) -> Measured:
+        """Only the items that a dial was not chosen on (`qadapter.evaluation.curve.budget`).
+
+        Args:
+            prompts: digest of the prompt of each held-out pair, by its position in the held-out file.
+        """
+        pairs = np.array([not selects(prompts[pair]) for pair in self.pairs], dtype=bool)
+        tasks = {}
+        for name, task in self.tasks.items():
+            kept = np.array([not selects(content_digest(name, *item)) for item in task.items], dtype=bool)
+            tasks[name] = TaskItems(
+                tuple(item for item, keep in zip(task.items, kept, strict=True) if keep),
+                task.values[kept],
+                None if task.weights is None else task.weights[kept],
+                task.higher_is_better,
+            )
+        return replace(
+            self,
+            pairs=tuple(pair for pair, keep in zip(self.pairs, pairs, strict=True) if keep),
+            won={metric: values[pairs] for metric, values in self.won.items()},
+            tasks=tasks,
         )
 
     def on_the_pairs_of(self, other: Measured) -> bool:

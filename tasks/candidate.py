@@ -25,6 +25,7 @@ from qadapter.methods import q_adapter
 from qadapter.preferences.ledger import RECORDS
 from qadapter.serving.registered import DamagedError
 from tasks.data import log_pairs
+from tasks.dialled import Dialled
 from tasks.evaluate import Evaluation
 from tasks.stages.context import Cell, RunContext, workspace
 from tasks.stages.prefect_artifacts import show
@@ -240,11 +241,21 @@ def take_adapter(context: RunContext, label: str, folder: Path, run_id: str | No
 
 @dataclass(frozen=True)
 class Rows:
-    """The three policies that the gate compares; `champion` is None before the first promotion."""
+    """The policies that the gate compares.
+
+    Attributes:
+        candidate: what would be promoted.
+        champion: None before the first promotion.
+        base: of all of them.
+        as_trained: the candidate before its dial was set; None where no dial was chosen.
+        dialled: how the dial was chosen.
+    """
 
     candidate: Evaluation
     champion: Evaluation | None
     base: Evaluation
+    as_trained: Evaluation | None = None
+    dialled: Dialled | None = None
 
 
 def measured(row: Evaluation) -> Measured:
@@ -259,9 +270,29 @@ def judge_candidate(
     """Compare the candidate with the champion, or with the base where there is no champion yet."""
     rival = rows.champion or rows.base
     name = f"champion (version {parent})" if rows.champion else "base"
-    decision = decide(customization.gate, measured(rows.candidate), measured(rival), measured(rows.base), name)
-    if new_rows is not None:
-        decision = replace(decision, notes=(new_rows_sentence(new_rows.path),))
+    prompts = rows.dialled.prompts() if rows.dialled else None
+
+    def judged(row: Evaluation) -> Decision:
+        """The gate's decision; after the choice of a dial, on the items that it was not chosen on."""
+        ours, before, base = (
+            measured(one) if prompts is None else measured(one).reported(prompts) for one in (row, rival, rows.base)
+        )
+        return decide(customization.gate, ours, before, base, name)
+
+    decision = judged(rows.candidate)
+    notes = [] if new_rows is None else [new_rows_sentence(new_rows.path)]
+    if rows.dialled is not None and rows.as_trained is not None:
+        notes.append(rows.dialled.choice["sentence"])
+        before = judged(rows.as_trained)
+        if before.passed != decision.passed:
+            saved = "the dial saves it" if decision.passed else "the dial costs it"
+            reasons = "; ".join(f.text for f in before.findings if before.passed or not f.passed)
+            notes.append(
+                f"{saved}: as trained (dial 1) the candidate would have been "
+                f"{'promoted' if before.passed else 'rejected'}: {reasons}"
+            )
+    if notes:
+        decision = replace(decision, notes=tuple(notes))
     run_id = rows.candidate.adaptation.run_id
     context.tracker.log_metrics(run_id, decision.metrics())
     context.tracker.log_tags(run_id, {"gate": "passed" if decision.passed else "rejected"})
@@ -293,6 +324,8 @@ def register_candidate(
     parent: int | None,
 ) -> Version:
     """Register the candidate with all its tags; the caller moves the alias."""
+    from qadapter.policy.files import read_policy
+
     summary = read_json(mixture.path / "summary.json")
     data_digest = digest_of({side: summary[f"{side}_sha256"] for side in ("train", "heldout")})
     config = config_of(customization, context.experiment)
@@ -329,6 +362,7 @@ def register_candidate(
             "base": base.location,
             "base_digest": base_is,
             "customization": customization.name,
+            **({"dial": str(read_policy(adapter.path / "adapter").dial)} if customization.budget else {}),
         },
         metrics={name: value for name, value in numbers.items() if name.startswith(_SHOWN)},
         config=config,

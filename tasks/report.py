@@ -11,6 +11,7 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 
 from qadapter.files.artifacts import read_json
+from tasks.curve import MeasuredCurve
 from tasks.evaluate import Evaluation
 from tasks.quality import QUALITY
 from tasks.stages.context import RunContext
@@ -39,8 +40,11 @@ def write_report(
     rows: Sequence[Evaluation],
     data: Mapping[str, StageResult],
     quality: Mapping[str, StageResult] | None = None,
+    curves: Sequence[MeasuredCurve] = (),
 ) -> Any:
-    """Write the comparison of all rows."""
+    """Write the comparison of all rows, and of their curves where they were measured."""
+    along = {curve.cell.name: curve.stage for curve in curves}
+    inputs_of_curves = {f"{name}/curve": stage.output for name, stage in along.items()}
     title = f"Q-Adapter pipeline: {context.experiment.name}"
     summaries = {name: read_json(result.path / "summary.json") for name, result in data.items()}
     config = context.experiment.model_dump(mode="json", by_alias=True)
@@ -51,6 +55,7 @@ def write_report(
     for row in rows:
         stages = {"training": row.training, "adaptation": row.adaptation, "retention": row.retention}
         inputs |= {f"{row.cell.name}/{name}": stage.output for name, stage in stages.items() if stage}
+    inputs |= inputs_of_curves
 
     def compute(out: Path, _: Path) -> None:
         from qadapter.report.build import build_report
@@ -65,6 +70,7 @@ def write_report(
                 training=row.training.path if row.training else None,
                 adaptation=row.adaptation.path,
                 retention=row.retention.path,
+                curve=along[row.cell.name].path if row.cell.name in along else None,
             )
             for row in rows
         ]
@@ -93,7 +99,7 @@ def write_report(
         ),
         description=f"{title}, one page with everything",
     )
-    for figure in FIGURES:
+    for figure in [*FIGURES, *(["curves_of_the_dial"] if along else [])]:
         show_figure(folder / f"{figure}.png", f"{figure}-{key}".replace("_", "-"), figure.replace("_", " "))
     return task_result(Report(folder, context.parent_run_id), result)
 

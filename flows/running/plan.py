@@ -334,7 +334,7 @@ def _estimate(
     if stage.task == "measure_base_retention":  # the base's rows reuse this measurement
         tokens, scored = _retention_reads(experiment, plans, folder)
         return 0, tokens, planning.training_flops(size, tokens, 1, scored), weights
-    if stage.task == "evaluate" and isinstance(cell, Cell):
+    if stage.task in ("evaluate", "measure_curve") and isinstance(cell, Cell):
         tokens, scored = _adaptation_reads(experiment, experiment.domains[cell.domain].source, plans)
         if cell.method != "base":
             more, more_scored = _retention_reads(experiment, plans, folder)

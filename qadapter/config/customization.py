@@ -14,6 +14,8 @@ import yaml
 from pydantic import Field, ValidationError
 
 from qadapter.config.base import Name, Settings
+from qadapter.config.budget import Budget
+from qadapter.config.curve import CurveSettings
 from qadapter.config.experiment import PROFILE_FOLDER, Experiment, load_experiment
 from qadapter.config.sources import Source
 from qadapter.errors import QAdapterError, did_you_mean
@@ -55,6 +57,9 @@ class Customization(Settings):
             the workspace; `{data}` is the toy world (whose preferences never change), or `data`.
         seed: the seed of the trainings.
         mix, gate: see `Mix` and `qadapter.gate.Gate`.
+        budget: how much a candidate may forget: its dial is then chosen under it after the training, and the gate
+            judges that policy, on the half of the items that the dial was not chosen on; None: candidates are judged
+            as trained.
     """
 
     name: Name
@@ -67,6 +72,7 @@ class Customization(Settings):
     seed: int = 0
     mix: Mix = Mix()
     gate: Gate = Gate()
+    budget: Budget | None = None
 
     def experiment(self) -> Experiment:
         """The profile reduced to the Q-Adapter and one domain, whose preferences come from `source`.
@@ -88,6 +94,8 @@ class Customization(Settings):
         fields["domains"] = {self.domain: {**fields["domains"][self.domain], "source": PREFERENCES}}
         fields["methods"]["run"] = [SUBJECT.name]
         fields["seeds"] = [self.seed]
+        if self.budget is not None and whole.evaluation.curve is None:
+            fields["evaluation"]["curve"] = CurveSettings(points=9).model_dump()
         judge = judge_of(whole, self.domain)
         if judge and judge.training:  # its training pairs are not set apart in a growing source
             fields["evaluation"]["adaptation"]["judge"] = NO_JUDGE

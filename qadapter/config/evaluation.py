@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from qadapter.config.base import Count, Name, Settings, refuse_repeats
+from qadapter.config.curve import CurveSettings
 from qadapter.files.folders import resolve_path
 
 
@@ -118,7 +119,13 @@ class BuiltBenchmarks(Settings):
 
 
 class EvaluationSettings(Settings):
-    """Both halves of the paper's claim."""
+    """Both halves of the paper's claim.
+
+    Attributes:
+        retention, adaptation: see there.
+        curve: measure each adapter at several values of its dial too; null: only as trained.
+    """
 
     retention: RetentionSettings
     adaptation: AdaptationSettings = AdaptationSettings()
+    curve: CurveSettings | None = None

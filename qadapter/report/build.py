@@ -15,8 +15,11 @@ from qadapter.files.artifacts import write_json
 from qadapter.files.shown import to_csv
 from qadapter.report import markdown
 from qadapter.report.answers import answers_table, side_by_side
+from qadapter.report.budget import LEGEND as BUDGET_LEGEND
+from qadapter.report.budget import budget_metrics, budget_sentences, budget_table, curves_of
 from qadapter.report.curves import training_curves
 from qadapter.report.decision import Decision, decide_for_reader
+from qadapter.report.dial_figure import DIAL_FIGURE, dial_figure
 from qadapter.report.figures import retention_against_adaptation
 from qadapter.report.intervals import Measured
 from qadapter.report.items import refuse_other_items
@@ -84,7 +87,8 @@ def build_report(
         config: the experiment's settings.
         out: an empty folder; also receives `comparison.csv`, `details.csv`, `answers.csv` (if there are answers),
             `retention_adaptation.png`,
-            `training_curves.png` (if curves were logged) and `metrics.json`.
+            `training_curves.png` (if curves were logged), `curves_of_the_dial.png` (if rows have a curve) and
+            `metrics.json`.
     """
     refuse_other_items(rows)
     measured = Measured(rows)
@@ -96,13 +100,17 @@ def build_report(
         to_csv(answers, out / "answers.csv")
     retention_against_adaptation(measured, out / FIGURE, title)
     has_curves = training_curves(rows, out / CURVES, title)
+    curves = curves_of(rows)
+    if curves:
+        dial_figure(curves, out / DIAL_FIGURE, title)
     main, fought = main_table(measured), duels(measured)
     (out / "report.tex").write_text(latex(main, f"{title}. {MAIN_LEGEND}"), encoding="utf-8")
     first, further = first_sentences(measured, config, fought)
     content = {
         "title": title,
         "decision": decide_for_reader(measured),
-        "sentences": first,
+        "sentences": [*first, *budget_sentences(curves)],
+        "budgets": budget_table(curves),
         "notes": further,
         "main": main,
         "forgetting": forgetting_table(measured),
@@ -126,10 +134,12 @@ def build_report(
         "domains": [(domain, domain_table(measured, domain)) for domain in measured.domains],
         "figure": data_uri(out / FIGURE),
         "curves": data_uri(out / CURVES) if has_curves else "",
+        "budget_legend": BUDGET_LEGEND,
+        "dial_figure": data_uri(out / DIAL_FIGURE) if curves else "",
     }
     html = page({**content, **for_page, "sections": _sections(content, has_curves)})
     (out / "report.html").write_text(html, encoding="utf-8")
-    write_json(out / "metrics.json", summary_metrics(measured, fought))
+    write_json(out / "metrics.json", {**summary_metrics(measured, fought), **budget_metrics(curves)})
 
 
 def _sections(content: Mapping[str, Any], has_curves: bool) -> list[tuple[str, str]]:
@@ -139,6 +149,7 @@ def _sections(content: Mapping[str, Any], has_curves: bool) -> list[tuple[str, s
         *([("notes", "In sentences")] if content["notes"] else []),
         ("forgotten", "Forgotten"),
         ("trade", "Learnt against kept"),
+        *([("budget", "At equal budgets")] if content["budgets"] else []),
         *([("curves", "Training curves")] if has_curves else []),
         ("domains", "Domain by domain"),
         ("further", "Further measures"),
@@ -167,6 +178,7 @@ def _markdown(content: Mapping[str, Any], long: pd.DataFrame, has_curves: bool) 
         FORGETTING_LEGEND,
         "## Learnt against kept",
         f"![retention against adaptation]({FIGURE})",
+        *_budgets(content),
         *(["## Training curves", f"![training curves]({CURVES})"] if has_curves else []),
         "## Further measures",
         markdown.table(content["further"]),
@@ -184,6 +196,18 @@ def _markdown(content: Mapping[str, Any], long: pd.DataFrame, has_curves: bool) 
         f"```yaml\n{content['config']}```",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _budgets(content: Mapping[str, Any]) -> list[str]:
+    """The methods along their dial, where it was measured."""
+    if content["budgets"] is None:
+        return []
+    return [
+        "## At equal budgets",
+        f"![curves of the dial]({DIAL_FIGURE})",
+        markdown.table(content["budgets"]),
+        BUDGET_LEGEND,
+    ]
 
 
 def _decision(found: Decision) -> str:

@@ -23,7 +23,8 @@ class Row:
         domain, method: which cell of the comparison.
         seed: of the training; None for the base.
         metrics: `adaptation/…`, `retention/…`, `forgetting/…`, `cost/…`, `train/…`.
-        training, adaptation, retention: folders with what is behind the metrics (curves; pairs and answers; items).
+        training, adaptation, retention, curve: folders with what is behind the metrics (training curves; pairs and
+            answers; items; the policy along its dial).
             Where one is None or a file in it is missing, the report goes without.
     """
 
@@ -34,6 +35,7 @@ class Row:
     training: Path | None = None
     adaptation: Path | None = None
     retention: Path | None = None
+    curve: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -203,6 +203,7 @@ def expected_names(x: Experiment) -> list[str]:
         names += [f"answers-{domain}"] if "replay" in x.methods.run else []
         for method, seed in product(x.methods.run, x.seeds):
             names += [f"train-{domain}-{method}-{seed}", f"evaluate-{domain}-{method}-{seed}"]
+            names += [f"curve-{domain}-{method}-{seed}"] if x.evaluation.curve else []
     return [*names, "report"]
 
 
@@ -240,6 +241,20 @@ def test_what_feeds_what() -> None:
     }
     evaluations = {name for name in by_name if name.startswith("evaluate-")}
     assert evaluations < by_name["report"]
+
+
+def test_a_curve_feeds_on_both_evaluations() -> None:
+    experiment = load_experiment("smoke", {"evaluation.curve": {"points": 5}})
+    by_name = {stage.name: {other.name for other in stage.feeds_on} for stage in recorded(experiment)}
+    assert by_name["curve-academy-dpo-0"] == {
+        "helpful-sft",
+        "evaluate-academy-dpo-0",
+        "evaluate-academy-base-None",
+        "prepare-academy",
+        "toy-world",
+    }
+    assert {name for name in by_name if name.startswith("curve-")} < by_name["report"]
+    assert len([name for name in by_name if name.startswith("curve-")]) == 20
 
 
 def test_a_reward_model_is_trained_for_the_rows_of_its_domain() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,6 +106,61 @@ def evaluate_tasks(
         QAdapterError: an unknown task, a benchmark file that is missing or faulty, a tokenizer without a chat template,
             an answer that cannot fit into the model's context.
     """
+    if device is not None:
+        model.to(device)
+    was_training = model.training
+    try:
+        with opened_tasks(
+            tokenizer,
+            tasks,
+            own=own,
+            data=data,
+            official_data=official_data,
+            limit=limit,
+            limits=limits,
+            apply_chat_template=apply_chat_template,
+            plain_tasks=plain_tasks,
+            fewshot_as_multiturn=fewshot_as_multiturn,
+            num_fewshot=num_fewshot,
+            max_gen_toks=max_gen_toks,
+            seed=seed,
+        ) as score:
+            return score(
+                lambda chat: PolicyLM(model, tokenizer=tokenizer, batch_size=batch_size, apply_chat_template=chat)
+            )
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def opened_tasks(
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    own: Mapping[str, Path] | None = None,
+    data: Path | None = None,
+    official_data: Path | None = None,
+    limit: int | None = None,
+    limits: Mapping[str, int] | None = None,
+    apply_chat_template: bool = True,
+    plain_tasks: Sequence[str] = (),
+    fewshot_as_multiturn: bool = True,
+    num_fewshot: int | None = None,
+    max_gen_toks: int | None = None,
+    seed: int = 0,
+) -> Iterator[Callable[[Callable[[bool], PolicyLM]], TaskScores]]:
+    """Load tasks once, to score with several models.
+
+    Args:
+        tokenizer, tasks, own, data, official_data, limit, limits, apply_chat_template, plain_tasks,
+            fewshot_as_multiturn, num_fewshot, max_gen_toks, seed: as in `evaluate_tasks`.
+
+    Yields:
+        A function that scores: it is given what makes lm-eval's model for tasks with chat template (True) or without.
+
+    Raises:
+        QAdapterError: as `evaluate_tasks`.
+    """
     own = own or {}
     names, without_template = expand_suites([*tasks, *own], plain_tasks)
     plain = set(without_template if apply_chat_template else names)
@@ -115,19 +170,20 @@ def evaluate_tasks(
     found = find_tasks(named) if named or not own else TaskFolders((), ())
     if data is None and (without := needs_data(found.local)):
         raise QAdapterError(f"Task {without[0]} reads its items from a data folder, and none was given. Give `data`.")
-    if device is not None:
-        model.to(device)
-    scores = TaskScores()
-    was_training = model.training
-    try:
-        with _quiet_lm_eval(), tempfile.TemporaryDirectory(prefix="qadapter-tasks-") as rendered:
-            render_own(Path(rendered), own)
-            manager = _task_manager(named, found, data, official_data, Path(rendered))
-            for (chat, most), some in _alike(names, plain, _limit_of_each([*tasks, *own], limit, limits or {})).items():
-                loaded = _load(manager, some)
-                for task in loaded["tasks"].values():
-                    _configure(task, num_fewshot=num_fewshot, max_gen_toks=max_gen_toks, seed=seed)
-                lm = PolicyLM(model, tokenizer=tokenizer, batch_size=batch_size, apply_chat_template=chat)
+    with _quiet_lm_eval(), tempfile.TemporaryDirectory(prefix="qadapter-tasks-") as rendered:
+        render_own(Path(rendered), own)
+        manager = _task_manager(named, found, data, official_data, Path(rendered))
+        parts = []
+        for (chat, most), some in _alike(names, plain, _limit_of_each([*tasks, *own], limit, limits or {})).items():
+            loaded = _load(manager, some)
+            for task in loaded["tasks"].values():
+                _configure(task, num_fewshot=num_fewshot, max_gen_toks=max_gen_toks, seed=seed)
+            parts.append((chat, most, loaded))
+
+        def score(make: Callable[[bool], PolicyLM]) -> TaskScores:
+            scores = TaskScores()
+            for chat, most, loaded in parts:
+                lm = make(chat)
                 with _seeded(seed, lm.device):
                     raw = evaluate(
                         lm,
@@ -139,9 +195,9 @@ def evaluate_tasks(
                     )
                 scores.update(_collect(raw, loaded))
                 scores.shortened += lm.shortened
-    finally:
-        model.train(was_training)
-    return scores
+            return scores
+
+        yield score
 
 
 def _limit_of_each(tasks: Sequence[str], limit: int | None, limits: Mapping[str, int]) -> dict[str, int | None]:

@@ -1,0 +1,165 @@
+"""What one pass of base and adapter says of every weight on Q at once.
+
+At weight w the logits are (1 − w) · B + w · P, with B the base's and P those of the policy as trained, at each position
+of a given text. They are linear in w, so for a given text two things follow from B and P alone:
+
+- the weights at which greedy decoding writes exactly this text: each step asks that its token beats every other one,
+  which is a linear inequality in w, so they are one interval;
+- the text's log-likelihood at any weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from qadapter.evaluation.divergence import right_padded
+from qadapter.inference.score import Predictions, by_length, chunks, evaluating
+from qadapter.policy.dial import Dial
+from qadapter.policy.model import QAdapterForCausalLM
+
+Text = tuple[tuple[int, ...], tuple[int, ...]]
+"""Token ids of a prompt, and of what follows it."""
+
+
+class _AtDial(nn.Module):
+    """A policy with its dial at a value, up to a constant at each position."""
+
+    def __init__(self, policy: QAdapterForCausalLM, dial: Dial) -> None:
+        super().__init__()
+        self._policy, self._dial = [policy], dial  # no submodule: modes and parameters are the policy's own affair
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The policy's, which say the device."""
+        return self._policy[0].parameters(recurse)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int = 0) -> Any:
+        """Logits."""
+        return self._policy[0](
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            logits_to_keep=logits_to_keep,
+            dial=self._dial,
+            up_to_constant=True,
+        )
+
+
+def _rows(
+    policy: QAdapterForCausalLM, texts: Sequence[Text], pad: int, batch_size: int
+) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor, Tensor]]:
+    """For chunks of predicted tokens: which text each is of [N], B [N, V], P [N, V] and the token [N]."""
+    sides = [_AtDial(policy, Dial("q-weight", value)) for value in (0.0, 1.0)]
+    with evaluating(policy):
+        for some in by_length([len(prompt) + len(rest) for prompt, rest in texts], batch_size):
+            batch = right_padded([([*texts[i][0], *texts[i][1]], len(texts[i][1])) for i in some], pad)
+            base, trained = (Predictions(side, batch) for side in sides)
+            for part in chunks(len(base.rows), 4 * base.vocabulary):
+                of = np.array(some)[base.rows[part].cpu().numpy()]
+                yield of, base.logits(part), trained.logits(part), base.targets[part]
+
+
+def greedy_intervals(
+    policy: QAdapterForCausalLM, texts: Sequence[Text], *, pad: int, batch_size: int
+) -> NDArray[np.float64]:
+    """The weights at which greedy decoding of the prompt writes each text, token for token.
+
+    Args:
+        policy: any; its own dial does not matter.
+        texts: n prompts with a text each, not empty.
+        pad: id of the padding.
+        batch_size: texts per forward pass.
+
+    Returns:
+        [n, 2], lowest and highest weight; the first above the second where there is none.
+    """
+    found = np.tile([-math.inf, math.inf], (len(texts), 1))
+    for of, base, trained, targets in _rows(policy, texts, pad, batch_size):
+        index = targets[:, None].to(base.device)
+        at_0 = (base.gather(1, index) - base).double()  # how far the token is ahead of each other one, at weight 0
+        slope = (trained.gather(1, index) - trained).double() - at_0
+        crossing = -at_0 / slope
+        low = crossing.masked_fill(slope <= 0, -math.inf).amax(dim=1)
+        high = crossing.masked_fill(slope >= 0, math.inf).amin(dim=1)
+        never = ((slope == 0) & (at_0 < 0)).any(dim=1)
+        low = low.masked_fill(never, math.inf)
+        np.maximum.at(found[:, 0], of, low.cpu().numpy())
+        np.minimum.at(found[:, 1], of, high.cpu().numpy())
+    return found
+
+
+def log_likelihoods(
+    policy: QAdapterForCausalLM, texts: Sequence[Text], values: Sequence[float], *, pad: int, batch_size: int
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Log-likelihood of each text after its prompt, at each weight.
+
+    Args:
+        policy, texts, pad, batch_size: as in `greedy_intervals`.
+        values: W weights.
+
+    Returns:
+        [n, W], summed over the text's tokens in nats; [n, W], whether the text is the greedy one.
+    """
+    sums, greedy = np.zeros((len(texts), len(values))), np.ones((len(texts), len(values)), dtype=bool)
+    for of, base, trained, targets in _rows(policy, texts, pad, batch_size):
+        base, trained, index = base.float(), trained.float(), targets[:, None].to(base.device)
+        for column, value in enumerate(values):
+            logits = torch.lerp(base, trained, float(value))
+            scores = logits.gather(1, index).squeeze(1) - logits.logsumexp(dim=1)
+            np.add.at(sums[:, column], of, scores.double().cpu().numpy())
+            best = (logits.argmax(dim=1) == targets.to(logits.device)).cpu().numpy()
+            np.logical_and.at(greedy[:, column], of, best)
+    return sums, greedy
+
+
+class DialledTexts:
+    """Greedy answers and log-likelihoods of one policy at every weight that is asked for.
+
+    An answer that is known with the interval of its weights is not generated again; a likelihood is computed once, for
+    all weights of a grid.
+
+    Attributes:
+        policy: whose; its dial is set by whoever generates.
+        grid: the weights that are asked for.
+        generated, reused: answers that had to be generated, and those that were known.
+    """
+
+    def __init__(self, policy: QAdapterForCausalLM, grid: Sequence[float], *, pad: int, batch_size: int) -> None:
+        self.policy, self.grid = policy, tuple(grid)
+        self._options: Mapping[str, int] = {"pad": pad, "batch_size": batch_size}
+        self._answers: dict[tuple[int, ...], list[tuple[tuple[int, ...], float, float]]] = {}
+        self._scored: dict[Text, tuple[NDArray[np.float64], NDArray[np.bool_]]] = {}
+        self.generated = self.reused = 0
+
+    def learn(self, texts: Sequence[Text]) -> None:
+        """Take in answers, with the weights at which they are the greedy ones."""
+        new = [text for text in dict.fromkeys(texts) if text[1] and not self._knows(*text)]
+        if not new:
+            return
+        for (prompt, answer), (low, high) in zip(new, greedy_intervals(self.policy, new, **self._options), strict=True):
+            if low <= high:
+                self._answers.setdefault(prompt, []).append((answer, float(low), float(high)))
+
+    def _knows(self, prompt: tuple[int, ...], answer: tuple[int, ...]) -> bool:
+        return any(known == answer for known, _, _ in self._answers.get(prompt, ()))
+
+    def answer(self, prompt: Sequence[int], value: float) -> tuple[int, ...] | None:
+        """The greedy answer at a weight; None if it is not known."""
+        for answer, low, high in self._answers.get(tuple(prompt), ()):
+            if low <= value <= high:
+                return answer
+        return None
+
+    def likelihoods(self, texts: Sequence[Text], value: float) -> list[tuple[float, bool]]:
+        """(log-likelihood, whether it is the greedy text) of each text at a weight of the grid."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._scored]
+        if new:
+            sums, greedy = log_likelihoods(self.policy, new, self.grid, **self._options)
+            self._scored |= {text: (sums[i], greedy[i]) for i, text in enumerate(new)}
+        column = self.grid.index(value)
+        return [(float(self._scored[text][0][column]), bool(self._scored[text][1][column])) for text in texts]

@@ -1,0 +1,184 @@
+"""A measured curve as data, and which point to measure next."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qadapter.config.curve import CurveSettings
+from qadapter.errors import QAdapterError
+from qadapter.files.artifacts import read_json
+from qadapter.policy.dial import Dial, DialKind
+
+CURVE = "curve.json"
+Floats = NDArray[np.float64]
+
+
+def content_digest(*content: Any) -> str:
+    """sha256 of an item's content: what the split of items into two parts depends on."""
+    return hashlib.sha256(json.dumps(content, ensure_ascii=True, default=str).encode()).hexdigest()
+
+
+def prompt_digest(prompt: Sequence[Any]) -> str:
+    """The digest of held-out pairs: all pairs of a prompt are on one side of the split."""
+    return content_digest("prompt", [[turn["role"], turn["content"]] for turn in prompt])
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One measure at one point, item by item.
+
+    Attributes:
+        ids: digests of the items' content.
+        values: one for each item.
+        weights: what each counts; None: 1.
+        higher: whether higher is better.
+    """
+
+    ids: tuple[str, ...]
+    values: tuple[float, ...]
+    weights: tuple[float, ...] | None = None
+    higher: bool = True
+
+    @property
+    def mean(self) -> float:
+        """Weighted mean."""
+        return float(np.average(self.values, weights=self.weights)) if self.values else math.nan
+
+
+@dataclass(frozen=True)
+class Point:
+    """A policy at one value of its dial.
+
+    Attributes:
+        value: of the dial.
+        learnt: `adaptation/score`, item by item.
+        kept: `retention/<task>/<metric>` → its items.
+        refused: whether each harmless request was refused; None where that is not measured.
+    """
+
+    value: float
+    learnt: Measure
+    kept: Mapping[str, Measure]
+    refused: Measure | None = None
+
+    @property
+    def retention(self) -> float:
+        """Mean over the tasks whose score is better when higher, as `retention/mean`."""
+        means = [task.mean for task in self.kept.values() if task.higher]
+        return float(np.mean(means)) if means else math.nan
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The points of one adapter, the base (0) first.
+
+    Attributes:
+        kind: of the dial.
+        points: by value.
+    """
+
+    kind: DialKind
+    points: tuple[Point, ...]
+
+    def dial(self, place: int) -> Dial:
+        """The dial of a point."""
+        return Dial(self.kind, self.points[place].value)
+
+    def metrics(self) -> dict[str, float]:
+        """`curve/<value>/adaptation` and so on, for each point."""
+        found: dict[str, float] = {}
+        for point in self.points:
+            found[f"curve/{point.value:g}/adaptation"] = point.learnt.mean
+            found[f"curve/{point.value:g}/retention"] = point.retention
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; the items' digests are written once."""
+        first = self.points[0]
+        return {
+            "kind": self.kind,
+            "ids": {"learnt": first.learnt.ids, "kept": {name: task.ids for name, task in first.kept.items()}},
+            "points": [
+                {
+                    "value": point.value,
+                    "learnt": _without_ids(point.learnt),
+                    "kept": {name: _without_ids(task) for name, task in point.kept.items()},
+                    "refused": None if point.refused is None else _without_ids(point.refused),
+                }
+                for point in self.points
+            ],
+        }
+
+    @classmethod
+    def read(cls, folder: Path) -> Curve:
+        """What `measure_curve` wrote.
+
+        Raises:
+            QAdapterError: there is none, or it is something else.
+        """
+        content = read_json(folder / CURVE)
+        try:
+            ids = content["ids"]
+            points = tuple(
+                Point(
+                    row["value"],
+                    _with_ids(ids["learnt"], row["learnt"]),
+                    {name: _with_ids(ids["kept"][name], task) for name, task in row["kept"].items()},
+                    None if row["refused"] is None else _with_ids((), row["refused"]),
+                )
+                for row in content["points"]
+            )
+            return cls(content["kind"], points)
+        except (KeyError, TypeError) as error:
+            raise QAdapterError(f"{folder / CURVE} is no curve ({error!r}). Measure it again.") from error
+
+
+def _without_ids(measure: Measure) -> dict[str, Any]:
+    return {name: value for name, value in asdict(measure).items() if name != "ids"}
+
+
+def _with_ids(ids: Sequence[str], row: Mapping[str, Any]) -> Measure:
+    weights = row["weights"]
+    return Measure(tuple(ids), tuple(row["values"]), None if weights is None else tuple(weights), row["higher"])
+
+
+def next_value(points: Sequence[Point], settings: CurveSettings) -> float | None:
+    """The value to measure next; None where the curve is resolved or has its points.
+
+    After both ends, the middle of the two neighbours that lie farthest apart: the change of adaptation and of
+    retention, each as a share of its change over the whole curve.
+
+    Args:
+        points: measured so far.
+        settings: how many there may be, and the grid that they lie on.
+    """
+    grid, done = settings.grid, sorted(points, key=lambda point: point.value)
+    if not done:
+        return grid[0]
+    if len(done) == 1:
+        return grid[-1]
+    if len(done) >= settings.points:
+        return None
+    ranges = [
+        max(values) - min(values) or 1.0 for values in ([p.learnt.mean for p in done], [p.retention for p in done])
+    ]
+    best, chosen = 0.0, None
+    for left, right in pairwise(done):
+        inside = [value for value in grid if left.value < value < right.value]
+        changes = abs(right.learnt.mean - left.learnt.mean), abs(right.retention - left.retention)
+        if not inside or max(changes) <= settings.resolution:
+            continue
+        apart = math.hypot(changes[0] / ranges[0], changes[1] / ranges[1])
+        if apart > best:
+            best, chosen = apart, inside[len(inside) // 2]
+    return chosen

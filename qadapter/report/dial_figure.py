@@ -1,0 +1,88 @@
+"""The curves of all methods along their dial: retention against adaptation, a panel per domain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from qadapter.evaluation.curve.points import Curve
+from qadapter.report.budget import MethodCurve
+from qadapter.report.figures import styles_of
+from qadapter.report.rows import ordered
+
+DIAL_FIGURE = "curves_of_the_dial.png"
+_DRAWS = 400
+
+
+@rc_context({"text.parse_math": False})
+def dial_figure(curves: Sequence[MethodCurve], file: Path, title: str) -> Figure:
+    """Draw the curve of each method with its band, the base, and the policies as trained.
+
+    The band is the 95 % bootstrap interval of retention at each point, over items and seeds. Large marks: as trained.
+    """
+    domains = ordered(one.domain for one in curves)
+    styles = styles_of(ordered(one.method for one in curves))
+    columns = min(3, len(domains))
+    lines = math.ceil(len(domains) / columns)
+    figure = Figure(figsize=(max(6.0, 4.4 * columns), 4.2 * lines + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(lines, columns, squeeze=False)
+    for place, panel in enumerate(axes.flat):
+        if place >= len(domains):
+            panel.set_visible(False)
+            continue
+        _panel(panel, [one for one in curves if one.domain == domains[place]], styles)
+        panel.set_title(domains[place], fontweight="bold")
+        panel.set_xlabel("learnt: adaptation")
+        panel.set_ylabel("kept: retention, mean over tasks")
+    handles = [
+        Line2D([], [], color=colour, marker=marker, markerfacecolor="none", label=method)
+        for method, (colour, marker) in styles.items()
+    ]
+    handles.append(Line2D([], [], color="#000000", marker="*", linestyle="", markersize=11, label="base (dial 0)"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False)
+    figure.suptitle(f"{title}: from the base to the policy as trained (large marks)")
+    figure.savefig(file, dpi=130)
+    return figure
+
+
+def _panel(axes: Axes, curves: Sequence[MethodCurve], styles: dict[str, tuple[str, str]]) -> None:
+    for one in curves:
+        colour, marker = styles[one.method]
+        learnt, kept, low, high = _line(one.curves)
+        axes.plot(learnt, kept, color=colour, marker=marker, markersize=4, linewidth=1.6, markerfacecolor="none")
+        axes.fill_between(learnt, low, high, color=colour, alpha=0.12, linewidth=0)
+        axes.plot(learnt[-1:], kept[-1:], color=colour, marker=marker, markersize=11, markerfacecolor="none",
+                  markeredgewidth=2.2)  # fmt: skip
+        axes.plot(learnt[:1], kept[:1], color="#000000", marker="*", markersize=11, zorder=5)
+    axes.grid(alpha=0.25)
+    axes.margins(0.06)
+
+
+def _line(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Adaptation, retention and the ends of its band, at the values that every seed has."""
+    common = sorted(set.intersection(*({point.value for point in curve.points} for curve in curves)))
+    points = [[next(p for p in curve.points if p.value == value) for curve in curves] for value in common]
+    learnt = np.array([np.mean([point.learnt.mean for point in row]) for row in points])
+    kept = np.array([np.mean([point.retention for point in row]) for row in points])
+    rng = np.random.default_rng(0)
+    draws = np.zeros((_DRAWS, len(common)))
+    tasks = [name for name, task in points[0][0].kept.items() if task.higher]
+    for draw in range(_DRAWS):
+        seeds = rng.integers(len(curves), size=len(curves))
+        for name in tasks:
+            count = len(points[0][0].kept[name].values)
+            items = rng.integers(count, size=count)
+            for place, row in enumerate(points):
+                values = np.mean([np.array(row[seed].kept[name].values)[items].mean() for seed in seeds])
+                draws[draw, place] += values / len(tasks)
+    low, high = np.quantile(draws, [0.025, 0.975], axis=0)
+    return learnt, kept, low, high

@@ -1,0 +1,146 @@
+"""The forgetting budget: which point is chosen, on which items, and that other items are reported."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from qadapter.config.budget import Budget
+from qadapter.errors import QAdapterError
+from qadapter.evaluation.curve.budget import (
+    SPLIT,
+    area_interval,
+    choose,
+    front_area,
+    selects,
+    split_curves,
+)
+from qadapter.evaluation.curve.points import Curve, Measure, Point
+
+VALUES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def items(prefix: str, count: int) -> tuple[str, ...]:
+    return tuple(f"{prefix}{i}" for i in range(count))
+
+
+def curve(learnt: np.ndarray, kept: np.ndarray, refused: list[float] | None = None) -> Curve:
+    """A curve from [P, n] adaptation hits and [P, m] retention hits of one task."""
+    points = []
+    for place, value in enumerate(VALUES[: len(learnt)]):
+        task = Measure(items("r", kept.shape[1]), tuple(kept[place].astype(float)))
+        share = None if refused is None else Measure((), (refused[place],))
+        hits = Measure(items("a", learnt.shape[1]), tuple(learnt[place].astype(float)))
+        points.append(Point(value, hits, {"retention/facts/exact_match": task}, share))
+    return Curve("q-weight", tuple(points))
+
+
+def steps(shares: list[float], count: int) -> np.ndarray:
+    """[P, count] hits, the given share of them 1 in each half of the split."""
+    rng = np.random.default_rng(0)
+    order = rng.permutation(count)
+    return np.array([(order < round(share * count)).astype(float) for share in shares])
+
+
+def test_items_are_split_once_by_content() -> None:
+    names = items("item ", 2000)
+    chosen = [selects(name) for name in names]
+    assert chosen == [selects(name) for name in names]
+    assert 900 < sum(chosen) < 1100
+    assert SPLIT == "dial-1"  # another name is another split: reported numbers would be of other items
+    assert [selects(name) for name in ("a0", "a1", "a2", "a3", "r0", "r1")] == [
+        __import__("hashlib").sha256(f"dial-1\n{name}".encode()).digest()[0] % 2 == 0
+        for name in ("a0", "a1", "a2", "a3", "r0", "r1")
+    ]
+
+
+def test_the_point_that_learnt_most_within_the_budget() -> None:
+    """Adaptation 0, .2, .6, .9, 1 and retention 1, 1, 1, .98, .8: the budget decides between .5, .75 and 1."""
+    one = curve(steps([0, 0.2, 0.6, 0.9, 1], 400), steps([1, 1, 1, 0.98, 0.8], 4000))
+    assert choose([one], Budget(max_forgetting=0.0)).value == 0.5
+    assert choose([one], Budget(max_forgetting=0.03)).value == 0.75
+    assert choose([one], Budget(max_forgetting=0.5)).value == 1.0
+    found = choose([one], Budget(max_forgetting=0.03))
+    assert found.adaptation.estimate == pytest.approx(0.9, abs=0.05)
+    assert found.forgetting.estimate == pytest.approx(0.02, abs=0.01)
+    assert found.items == (sum(not selects(i) for i in items("a", 400)), sum(not selects(i) for i in items("r", 4000)))
+    assert found.sure
+    assert "within the budget of 0.03 with confidence" in found.sentence()
+    # Equal adaptation: the point that forgot less, then the smaller dial
+    flat = curve(steps([0, 1, 1, 1, 1], 40), steps([1, 0.9, 1, 1, 1], 400))
+    assert choose([flat], Budget(max_forgetting=1.0)).value == 0.5
+
+
+def test_limits_of_tasks_and_refusals() -> None:
+    one = curve(steps([0, 0.2, 0.6, 0.9, 1], 400), steps([1, 1, 0.99, 0.9, 0.8], 4000), [0, 0, 0, 0.2, 0.4])
+    assert choose([one], Budget(max_forgetting=1.0)).value == 1.0
+    assert choose([one], Budget(max_forgetting=1.0, per_task=0.05)).value == 0.5
+    assert choose([one], Budget(max_forgetting=1.0, max_over_refusals=0.3)).value == 0.75
+
+
+def test_where_no_point_satisfies_the_budget_it_says_by_how_much() -> None:
+    one = curve(steps([0, 0.5, 1, 1, 1], 400), steps([1, 0.9, 0.8, 0.7, 0.6], 4000))
+    found = choose([one], Budget(max_forgetting=0.01))
+    assert found.value == 0.0
+    assert found.nearest is not None
+    assert found.nearest[0] == 0.25
+    assert found.nearest[1] == pytest.approx(0.09, abs=0.02)
+    assert "no point above 0 stays within the budget of 0.01: the nearest, 0.25, exceeds it by 0.0" in found.sentence()
+
+
+def test_few_items_give_no_confidence() -> None:
+    """None of some 20 retention items lost: up to a tenth or so may be, so a budget of 1 % is not sure."""
+    found = choose([curve(steps([0, 1], 40), steps([1, 1], 40))], Budget(max_forgetting=0.01))
+    assert found.forgetting.estimate == 0.0
+    assert found.forgetting.high > 0.05
+    assert not found.sure
+    assert "Not surely within the budget of 0.01: the interval reaches 0." in found.sentence()
+    with pytest.raises(QAdapterError, match="too few to choose a dial on"):
+        choose([curve(steps([0, 1], 6), steps([1, 1], 40))], Budget())
+
+
+def test_on_pure_noise_the_reported_gain_is_centred_at_zero() -> None:
+    """Policies that differ from their base by noise alone: what is promised is biased, what is reported is not."""
+    rng = np.random.default_rng(1)
+    promised, reported = [], []
+    for _ in range(300):
+        one = curve(rng.random((5, 60)) < 0.5, rng.random((5, 60)) < 0.5)
+        found = choose_quickly(one)
+        promised.append(found[0])
+        reported.append(found[1])
+    error = np.std(reported) / np.sqrt(len(reported))
+    assert abs(np.mean(reported)) < 3 * error
+    assert np.mean(promised) > 5 * error  # chosen and reported on the same items it would look like a gain
+
+
+def choose_quickly(one: Curve) -> tuple[float, float]:
+    """Gain on the part that the point was chosen on, and on the other part."""
+    found = choose([one], Budget(max_forgetting=1.0))
+    selection, _ = split_curves([one])
+    return found.expected[0] - selection.before, found.gain.estimate
+
+
+def test_several_seeds_are_one_method() -> None:
+    ones = [curve(steps([0, share, 1], 40), steps([1, 1, 1], 40)) for share in (0.4, 0.6)]
+    selection, reported = split_curves(ones)
+    assert selection.gained.shape[:2] == (2, 3)
+    every = (selection.adaptation(1) * 1 + reported.adaptation(1) * 1) / 2
+    assert every == pytest.approx(0.5, abs=0.1)
+    shorter = Curve("q-weight", ones[1].points[::2])
+    assert split_curves([ones[0], shorter])[0].values == (0.0, 0.5)
+    other = curve(steps([0, 1], 20), steps([1, 1], 40))
+    with pytest.raises(QAdapterError, match="different held-out items"):
+        split_curves([ones[0], other])
+
+
+def test_area_under_the_front() -> None:
+    """By hand: base 0; .5 reached at forgetting 0, 1 at .02: (.5 · .02 + 1 · .03)/.05 = .8 up to a budget of 5 %."""
+    one = curve(steps([0, 0.5, 1], 400), steps([1, 1, 0.98], 4000))
+    selection, reported = split_curves([one])
+    assert front_area(reported) == pytest.approx(0.8, abs=0.1)
+    exact = 1 - (1 - reported.adaptation(1)) * min(reported.forgetting(2), 0.05) / 0.05
+    assert front_area(reported) == pytest.approx(exact)
+    found = area_interval(selection, reported)
+    assert found.low < found.estimate < found.high
+    assert found.estimate == pytest.approx(exact)
+    assert front_area(reported, [0]) == 0.0

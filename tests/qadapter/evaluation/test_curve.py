@@ -1,0 +1,201 @@
+"""The curve: every point against a policy that was really run at that value of the dial, and which point is next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qadapter.config.curve import CurveSettings
+from qadapter.config.evaluation import AdaptationSettings, RetentionSettings
+from qadapter.evaluation.curve.both_rows import DialledTexts, greedy_intervals, log_likelihoods
+from qadapter.evaluation.curve.measure import dialled, measure_curve
+from qadapter.evaluation.curve.points import Curve, Measure, Point, next_value
+from qadapter.evaluation.lm_eval.harness import evaluate_tasks
+from qadapter.evaluation.measure import measure_adaptation, measure_retention
+from qadapter.evaluation.preference import distinct_prompts, preference_metrics, score_pairs
+from qadapter.files.artifacts import read_json
+from qadapter.inference.generate import generate_replies
+from qadapter.policy.dial import Dial
+from qadapter.policy.loading import load_base, load_policy
+from qadapter.policy.objective import Objective
+from qadapter.preferences.pair import load_pairs
+from qadapter.toyworld.rules import follows_rule
+from qadapter.toyworld.world import ToyWorld
+from tests.qadapter.policy.test_policy import ABSOLUTE, make_policy, tokens
+from tests.support.tiny_toy import MODEL, TinyToy, make_tiny_toy
+
+GRID = tuple(step / 8 for step in range(9))
+
+
+@pytest.mark.parametrize("objective", [Objective.preset("residual"), ABSOLUTE], ids=["residual", "absolute"])
+def test_an_interval_is_where_the_answer_is_generated(objective: Objective) -> None:
+    """By brute force: the greedy answer at each weight, generated there."""
+    policy, prompts = make_policy(objective=objective), tokens(3, 8)
+    values = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0, 1.3)
+    answers: dict[float, list[tuple[int, ...]]] = {}
+    for value in values:
+        output = policy.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=6,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            dial=Dial("q-weight", value),
+        )
+        answers[value] = [tuple(row) for row in output[:, 8:].tolist()]
+    seen = 0
+    for row in range(3):
+        prompt = tuple(prompts[row].tolist())
+        texts = [(prompt, answer) for answer in dict.fromkeys(found[row] for found in answers.values())]
+        seen += len(texts)
+        for (_, answer), (low, high) in zip(texts, greedy_intervals(policy, texts, pad=0, batch_size=2), strict=True):
+            assert {value for value in values if low <= value <= high} == {
+                value for value in values if answers[value][row] == answer
+            }
+    assert seen > 6  # the answers really change along the dial
+
+
+def test_likelihoods_at_every_weight_come_from_one_pass() -> None:
+    policy, ids = make_policy(objective=ABSOLUTE), tokens(3, 12)
+    texts = [(tuple(row[:5]), tuple(row[5:])) for row in ids.tolist()]
+    passes: list[int] = []
+    policy.get_input_embeddings().register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
+    sums, greedy = log_likelihoods(policy, texts, GRID, pad=0, batch_size=8)
+    assert passes == [3, 6]  # the base's rows, and those of the policy as trained
+    with torch.no_grad():
+        for column, value in enumerate(GRID):
+            log_probs = policy(input_ids=ids, dial=Dial("q-weight", value)).logits.log_softmax(-1)[:, 4:-1]
+            expected = log_probs.gather(-1, ids[:, 5:, None]).sum((1, 2))
+            assert sums[:, column] == pytest.approx(expected.numpy(), abs=2e-4)
+            assert greedy[:, column].tolist() == (log_probs.argmax(-1) == ids[:, 5:]).all(1).tolist()
+
+
+def test_what_is_known_is_not_computed_again() -> None:
+    policy, ids = make_policy(objective=Objective.preset("residual")), tokens(1, 12)
+    text = (tuple(ids[0, :5].tolist()), tuple(ids[0, 5:].tolist()))
+    texts = DialledTexts(policy, GRID, pad=0, batch_size=4)
+    first = texts.likelihoods([text], 0.5)
+    passes: list[int] = []
+    policy.get_input_embeddings().register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
+    assert texts.likelihoods([text, text], 0.25) != [first[0]] * 2
+    texts.learn([(text[0], ())])
+    assert texts.answer(text[0], 0.5) is None
+    assert passes == []
+
+
+# ---- a whole curve --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> TinyToy:
+    return make_tiny_toy(tmp_path_factory.mktemp("curve"))
+
+
+ADAPTATION = AdaptationSettings(max_new_tokens=12, generate=4)
+RETENTION = RetentionSettings(tasks=("toy_facts", "toy_howtos"), limit=12, max_new_tokens=12, batch_size=8)
+
+
+def no_judge(prompts: Any, before: Any, replies: Any) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    rows = zip(prompts, before, replies, strict=True)
+    return [{"prompt": p, "base": b, "reply": r, "verdict": "", "judge": ""} for p, b, r in rows], {}
+
+
+@pytest.mark.parametrize("method", ["q-adapter", "sft"])
+@pytest.mark.parametrize("world", [True, False], ids=["rule", "pairs"])
+def test_each_point_is_the_policy_at_that_value(method: str, world: bool, toy: TinyToy, tmp_path: Path) -> None:
+    """Against `evaluate_tasks`, generation and scoring with the dial there, nothing shared between the points."""
+    adapter = toy.train(method, tmp_path / "trained") / "adapter"
+    where = toy.world if world else None
+    known: dict[str, list[Path]] = {"adaptation": [], "retention": []}
+    for name, policy in (("base", None), ("policy", adapter)):
+        folders = {half: tmp_path / name / half for half in known}
+        for half, folder in folders.items():
+            folder.mkdir(parents=True)
+            known[half].append(folder)
+        of_base = {half: known[half][0] if policy else None for half in known}
+        measure_adaptation(
+            toy.base, policy, toy.heldout, of_base["adaptation"], model=MODEL, settings=ADAPTATION, max_length=64,
+            world=where, style=None, compare=no_judge, out=folders["adaptation"],
+        )  # fmt: skip
+        measure_retention(
+            toy.base, policy, of_base["retention"], model=MODEL, settings=RETENTION, benchmarks=toy.world,
+            old_texts=None, max_length=64, out=folders["retention"],
+        )  # fmt: skip
+    out = tmp_path / "curve"
+    out.mkdir()
+    settings = CurveSettings(points=5, steps=8)
+    measure_curve(
+        toy.base, adapter, toy.heldout, model=MODEL, adaptation=ADAPTATION, retention=RETENTION, curve=settings,
+        max_length=64, world=where, style=None, benchmarks=toy.world, out=out,
+        known_adaptation=(known["adaptation"][0], known["adaptation"][1]),
+        known_retention=(known["retention"][0], known["retention"][1]),
+    )  # fmt: skip
+    found = Curve.read(out)
+    assert found == Curve.read(out)
+    assert found.points[0].value == 0.0
+    assert found.points[-1].value == 1.0
+    ends = [read_json(folder / "metrics.json") for folder in (*known["adaptation"], *known["retention"])]
+    for point, learnt, kept in ((found.points[0], ends[0], ends[2]), (found.points[-1], ends[1], ends[3])):
+        score = "adaptation/score" if world else "adaptation/preference_accuracy_length_normalised"
+        assert point.learnt.mean == pytest.approx(learnt[score])
+        assert point.retention == pytest.approx(kept["retention/mean"])
+    pairs = load_pairs(toy.heldout)
+    network, tokenizer = load_base(toy.base, MODEL)
+    base_scores = score_pairs(network, tokenizer, pairs, max_length=64, batch_size=8)
+    policy = dialled(load_policy(network, adapter))
+    for point in found.points:
+        policy.dial = Dial("q-weight", point.value)
+        if world:
+            prompts = distinct_prompts(pairs)
+            replies = generate_replies(policy, tokenizer, prompts, max_new_tokens=12, batch_size=4)
+            hits = follows_rule(ToyWorld.read(toy.world), None, prompts, replies)
+            assert point.learnt.values == tuple(map(float, hits))
+        else:
+            scores = score_pairs(policy, tokenizer, pairs, max_length=64, batch_size=8)
+            expected = preference_metrics(scores, base_scores)["preference_accuracy_length_normalised"]
+            assert point.learnt.mean == pytest.approx(expected)
+        scores = evaluate_tasks(
+            policy, tokenizer, list(RETENTION.tasks), data=toy.world, limit=12, batch_size=8, max_gen_toks=12
+        )
+        for task in RETENTION.tasks:
+            (measured,) = [one for name, one in point.kept.items() if f"/{task}/" in name]
+            assert measured.values == tuple(float(item["score"]) for item in scores.samples[task])
+    metrics = read_json(out / "metrics.json")
+    assert metrics["curve/1/adaptation"] == pytest.approx(found.points[-1].learnt.mean)
+    assert 0 <= metrics["cost/curve_answers_reused"] <= 1
+
+
+# ---- which point is next --------------------------------------------------------------------------------------------
+
+
+def point(value: float, learnt: float, kept: float) -> Point:
+    return Point(value, Measure(("a",), (learnt,)), {"retention/x/acc": Measure(("b",), (kept,))})
+
+
+def test_points_are_placed_where_the_curve_moves() -> None:
+    """A policy that learns between .5 and .75 and forgets between .75 and 1: no point between 0 and .5."""
+
+    def measured(value: float) -> Point:
+        return point(value, float(np.interp(value, [0.5, 0.75], [0, 1])), float(np.interp(value, [0.75, 1], [1, 0.8])))
+
+    settings, points = CurveSettings(points=6, steps=16), []
+    while (value := next_value(points, settings)) is not None:
+        points.append(measured(value))
+    assert [p.value for p in points[:3]] == [0.0, 1.0, 0.5]
+    assert len(points) == 6
+    assert sorted(p.value for p in points)[1] == 0.5
+
+
+def test_a_resolved_curve_takes_no_more_points() -> None:
+    settings = CurveSettings(points=9, resolution=0.01)
+    ends = [point(0.0, 0.5, 0.9), point(1.0, 0.5, 0.9)]
+    assert next_value(ends, settings) is None
+    assert next_value([ends[0], point(1.0, 0.52, 0.9)], settings) == 0.5
+    assert next_value([ends[0], point(1.0, 0.505, 0.895)], settings) is None
+    everything = [point(value, value, 1 - value) for value in CurveSettings(points=9, steps=4).grid]
+    assert next_value(everything, CurveSettings(points=9, steps=4)) is None

@@ -1,0 +1,120 @@
+"""The report along the dial: table, sentences, metrics, figure and page, from curves made up here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qadapter.evaluation.curve.budget import selects
+from qadapter.evaluation.curve.points import CURVE, Curve, Measure, Point
+from qadapter.files.artifacts import write_json
+from qadapter.report.budget import budget_metrics, budget_sentences, budget_table, curves_of
+from qadapter.report.build import build_report
+from qadapter.report.dial_figure import DIAL_FIGURE
+from qadapter.report.rows import Row
+
+ITEMS, KEPT = 200, 2000
+VALUES = (0.0, 0.5, 1.0)
+
+
+def write_curve(folder: Path, learnt: tuple[float, ...], kept: tuple[float, ...]) -> Path:
+    """Curves whose shares hold in each half of the split, as far as whole items allow."""
+    points = []
+    for place, value in enumerate(VALUES):
+        task = Measure(names("r", KEPT), hits(names("r", KEPT), kept[place]))
+        points.append(
+            Point(
+                value, Measure(names("a", ITEMS), hits(names("a", ITEMS), learnt[place])), {"retention/facts/em": task}
+            )
+        )
+    folder.mkdir(parents=True)
+    write_json(folder / CURVE, Curve("q-weight", tuple(points)).to_json())
+    return folder
+
+
+def names(prefix: str, count: int) -> tuple[str, ...]:
+    return tuple(f"{prefix}{i}" for i in range(count))
+
+
+def hits(items: tuple[str, ...], share: float) -> tuple[float, ...]:
+    """The first of each half, as many as the share says."""
+    found = np.zeros(len(items))
+    for side in (True, False):
+        of_side = [i for i, item in enumerate(items) if selects(item) == side]
+        found[of_side[: round(share * len(of_side))]] = 1.0
+    return tuple(found.tolist())
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> list[Row]:
+    """DPO overshoots: all learnt, nothing lost at .5, nothing learnt at 1. SFT loses 3 % for what it learns."""
+    dpo = write_curve(tmp_path / "dpo", (0.0, 1.0, 0.0), (1.0, 1.0, 0.9))
+    sft = write_curve(tmp_path / "sft", (0.0, 0.4, 1.0), (1.0, 1.0, 0.97))
+    metrics = {"adaptation/score": 0.5, "retention/mean": 0.9, "forgetting/mean": 0.1}
+    return [
+        Row("academy", "base", None, {**metrics, "forgetting/mean": 0.0}),
+        Row("academy", "sft", 0, metrics, curve=sft),
+        Row("academy", "dpo", 0, metrics, curve=dpo),
+    ]
+
+
+def test_adaptation_at_each_budget(rows: list[Row]) -> None:
+    found = {one.method: one for one in curves_of(rows)}
+    assert [found["sft"].at(budget).value for budget in (0.005, 0.01, 0.02, 0.05)] == [0.5, 0.5, 0.5, 1.0]
+    assert [found["dpo"].at(budget).value for budget in (0.005, 0.05)] == [0.5, 0.5]
+    assert found["dpo"].at(0.01).adaptation.estimate == 1.0
+    assert found["sft"].at(0.01).adaptation.estimate == pytest.approx(0.4, abs=0.01)
+    # SFT: .4 up to a budget of 3 %, then 1: (.4 · .03 + 1 · .02)/.05
+    assert found["sft"].area.estimate == pytest.approx(0.64, abs=0.02)
+    assert found["dpo"].area.estimate == pytest.approx(1.0)
+    table = budget_table(curves_of(rows))
+    assert table is not None
+    assert [label for label, _ in table.rows] == ["academy · sft", "academy · dpo"]
+    assert len(table.rows[0][1]) == len(table.columns) == 13
+    assert [cell.text for cell in table.rows[1][1][:3]] == ["1.000", "0.5", "0.000"]
+
+
+def test_what_it_says_of_equal_budgets(rows: list[Row]) -> None:
+    first, second = budget_sentences(curves_of(rows))
+    assert first == "academy, at most 1 % forgotten: dpo learns most, adaptation 1.000."
+    assert second == (
+        "What the dial takes back at no cost in adaptation: academy · dpo (forgotten 0.100 as trained, 0.000 at 0.5; "
+        "adaptation 0.000 and 1.000)."
+    )
+
+
+def test_metrics_of_the_run(rows: list[Row]) -> None:
+    found = budget_metrics(curves_of(rows))
+    assert found["curve/academy/dpo/adaptation_at_1_percent"] == 1.0
+    assert found["curve/academy/dpo/adaptation_at_0.5_percent/dial"] == 0.5
+    assert found["curve/academy/sft/adaptation_at_5_percent/forgetting"] == pytest.approx(0.03, abs=0.002)
+    low, area, high = (found[f"curve/academy/sft/area{end}"] for end in ("/low", "", "/high"))
+    assert low <= area <= high
+
+
+def test_the_report_has_the_curves(rows: list[Row], tmp_path: Path) -> None:
+    for name, along in (("with", rows), ("without", [Row(r.domain, r.method, r.seed, r.metrics) for r in rows])):
+        out = tmp_path / name
+        out.mkdir()
+        build_report(along, title="t", data={}, config={}, out=out)
+    text, page = ((tmp_path / "with" / f"report.{end}").read_text() for end in ("md", "html"))
+    assert "## At equal budgets" in text
+    assert f"![curves of the dial]({DIAL_FIGURE})" in text
+    assert "academy, at most 1 % forgotten: dpo learns most" in text
+    assert 'id="budget"' in page
+    assert (tmp_path / "with" / DIAL_FIGURE).stat().st_size > 10_000
+    metrics = json.loads((tmp_path / "with" / "metrics.json").read_text())
+    assert metrics["curve/academy/dpo/adaptation_at_1_percent"] == 1.0
+    assert "At equal budgets" not in (tmp_path / "without" / "report.md").read_text()
+    assert 'id="budget"' not in (tmp_path / "without" / "report.html").read_text()
+    assert not (tmp_path / "without" / DIAL_FIGURE).exists()
+
+
+def test_curves_with_too_few_items_are_left_out(tmp_path: Path) -> None:
+    few = Point(0.0, Measure(("a",), (0.0,)), {"retention/x/em": Measure(("b",), (1.0,))})
+    write_json(tmp_path / CURVE, Curve("q-weight", (few, Point(1.0, few.learnt, few.kept))).to_json())
+    assert curves_of([Row("d", "sft", 0, {}, curve=tmp_path)]) == []
+    assert budget_table([]) is None
