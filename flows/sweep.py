@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from flows.full_paper_repro import Run, common_stages, measured_bases, needed_stages
+from flows.full_paper_repro import Run, common_stages, curve_inputs, measured_bases, needed_stages
 from flows.running.prefect_run import PrefectRun, StagesFailedError, checked_run
 from flows.running.run_request import RunRequest
 from qadapter.config.experiment import Experiment
@@ -23,7 +23,8 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation.lm_eval.catalog import better_when_lower, expand_suites
 from qadapter.judging.plan import plan_judges
 from qadapter.methods.method import Need
-from tasks.sweep import cell_of, evaluate_variant, move_dial, train_variant, write_sweep
+from tasks.curve import MeasuredCurve
+from tasks.sweep import cell_of, evaluate_variant, measure_variant, move_dial, train_variant, write_sweep
 
 
 class RunOfMany(Run, Protocol):
@@ -87,7 +88,7 @@ def check_sweep(
 
 
 def sweep_stages(experiment: Experiment, variants: Sequence[Variant], run: RunOfMany) -> list[Any]:
-    """Run every stage up to the last measurement; returns the placeholders of the table's rows."""
+    """Run every stage up to the last measurement; returns the placeholders of the table's rows and of the curves."""
     common = common_stages(experiment, run)
     rows = []
     for domain, shared, base_row in measured_bases(experiment, run, common):
@@ -106,7 +107,10 @@ def sweep_stages(experiment: Experiment, variants: Sequence[Variant], run: RunOf
                 needs = needed_stages(variant.experiment, run_variant, variant.method, made, **inputs)
                 adapter = run_variant(train_variant, cell=cell, base=base, data=pairs, needs=needs)
                 trained[variant.name, seed] = adapter
-            rows.append(run_variant(evaluate_variant, cell=cell, trained=adapter, base_row=base_row, **shared))
+            row = run_variant(evaluate_variant, cell=cell, trained=adapter, base_row=base_row, **shared)
+            rows.append(row)
+            if experiment.evaluation.curve and variant.alpha_0 is None:  # another α0 is a point of the same curve
+                rows.append(run_variant(measure_variant, cell=cell, row=row, base_row=base_row, **curve_inputs(shared)))
     return rows
 
 
@@ -143,7 +147,16 @@ def _report(checked: CheckedSweep, rows: Sequence[Any], run: PrefectRun) -> dict
     if failed and not any(row.cell.method == "base" for row in measured):
         raise failed
     cells = len(checked.experiment.seeds) * len(checked.experiment.domains)
-    report = run(write_sweep, name=checked.sweep.name, variants=checked.variants, rows=measured, expected=cells)
+    curves = [found for found in measured if isinstance(found, MeasuredCurve)]
+    evaluations = [found for found in measured if not isinstance(found, MeasuredCurve)]
+    report = run(
+        write_sweep,
+        name=checked.sweep.name,
+        variants=checked.variants,
+        rows=evaluations,
+        expected=cells,
+        curves=curves,
+    )
     failed = run.settle()
     written = run.finished([report])
     if failed and written:

@@ -264,6 +264,16 @@ def decide(gate: Gate, candidate: Measured, champion: Measured, base: Measured, 
     return Decision(tuple(findings))
 
 
+def what_the_dial_changes(as_trained: Decision, dialled: Decision) -> list[str]:
+    """A sentence where the gate decides otherwise on a candidate at its dial than it would on the policy as trained."""
+    if as_trained.passed == dialled.passed:
+        return []
+    what = "the dial saves it" if dialled.passed else "the dial costs it"
+    verdict = "promoted" if as_trained.passed else "rejected"
+    reasons = "; ".join(found.text for found in as_trained.findings if as_trained.passed or not found.passed)
+    return [f"{what}: as trained (dial 1) it would have been {verdict}: {reasons}"]
+
+
 def _adaptation(gate: Gate, candidate: Measured, champion: Measured, rival: str) -> Finding:
     rule, name = gate.adaptation, "adaptation.min_gain"
     if not candidate.on_the_pairs_of(champion):

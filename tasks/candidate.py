@@ -20,7 +20,7 @@ from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.new_rows import new_rows_sentence
 from qadapter.files.artifacts import digest_file, digest_tree, read_json
-from qadapter.gate import Decision, Measured, decide
+from qadapter.gate import Decision, Measured, decide, what_the_dial_changes
 from qadapter.methods import q_adapter
 from qadapter.preferences.ledger import RECORDS
 from qadapter.serving.registered import DamagedError
@@ -282,15 +282,7 @@ def judge_candidate(
     decision = judged(rows.candidate)
     notes = [] if new_rows is None else [new_rows_sentence(new_rows.path)]
     if rows.dialled is not None and rows.as_trained is not None:
-        notes.append(rows.dialled.choice["sentence"])
-        before = judged(rows.as_trained)
-        if before.passed != decision.passed:
-            saved = "the dial saves it" if decision.passed else "the dial costs it"
-            reasons = "; ".join(f.text for f in before.findings if before.passed or not f.passed)
-            notes.append(
-                f"{saved}: as trained (dial 1) the candidate would have been "
-                f"{'promoted' if before.passed else 'rejected'}: {reasons}"
-            )
+        notes += [rows.dialled.choice["sentence"], *what_the_dial_changes(judged(rows.as_trained), decision)]
     if notes:
         decision = replace(decision, notes=tuple(notes))
     run_id = rows.candidate.adaptation.run_id

@@ -11,6 +11,7 @@ from prefect import task
 
 from qadapter.config.sweep import Variant
 from qadapter.methods.table import knobs
+from tasks.curve import MeasuredCurve, measure_curve
 from tasks.evaluate import Evaluation, evaluate
 from tasks.report import Report, metrics_of
 from tasks.stages.context import Cell, RunContext
@@ -43,6 +44,7 @@ def cell_of(variant: Variant, domain: str, seed: int) -> SweptCell:
 
 
 train_variant = train_adapter.with_options(task_run_name="train-{cell.domain}-{cell.variant}-{cell.seed}")
+measure_variant = measure_curve.with_options(task_run_name="curve-{cell.domain}-{cell.variant}-{cell.seed}")
 evaluate_variant = evaluate.with_options(task_run_name="evaluate-{cell.domain}-{cell.variant}-{cell.seed}")
 
 
@@ -76,6 +78,7 @@ def write_sweep(
     variants: Sequence[Variant],
     rows: Sequence[Evaluation],
     expected: int,
+    curves: Sequence[MeasuredCurve] = (),
 ) -> Any:
     """Write the table and the figure of all settings.
 
@@ -85,12 +88,15 @@ def write_sweep(
         variants: the planned variants.
         rows: the measured rows: those of the bases, and one per variant, domain and seed.
         expected: number of cells of a complete variant.
+        curves: of trained variants, where they were measured: they are compared at equal forgetting budgets.
     """
+    along = {curve.cell.name: curve.stage for curve in curves}
     title = f"Sweep: {name}"
     inputs: dict[str, StageOutput | Path] = {}
     for row in rows:
         stages = {"training": row.training, "adaptation": row.adaptation, "retention": row.retention}
         inputs |= {f"{row.cell.name}/{stage}": found.output for stage, found in stages.items() if found}
+    inputs |= {f"{name}/curve": stage.output for name, stage in along.items()}
     settings = {variant.name: _settings(variant, rows) for variant in variants}
     described: list[dict[str, Any]] = [
         {
@@ -118,6 +124,7 @@ def write_sweep(
                 metrics_of(row),
                 adaptation=row.adaptation.path,
                 retention=row.retention.path,
+                curve=along[row.cell.name].path if row.cell.name in along else None,
             )
             for row in rows
         ]

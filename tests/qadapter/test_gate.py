@@ -14,8 +14,10 @@ from pydantic import ValidationError
 
 from qadapter.config.customization import Customization, customizations, load_customization
 from qadapter.errors import QAdapterError
+from qadapter.evaluation.curve.budget import selects
+from qadapter.evaluation.curve.points import content_digest
 from qadapter.files.artifacts import Manifest
-from qadapter.gate import AdaptationRule, Gate, Measured, RetentionRule, decide, fallen
+from qadapter.gate import AdaptationRule, Gate, Measured, RetentionRule, decide, fallen, what_the_dial_changes
 
 PAIRS, ITEMS = 100, 200
 
@@ -367,3 +369,32 @@ def test_the_bootstrap_is_the_projects_own(make: Any) -> None:
     first, second = (decide(Gate(), make(80, 150), make(60, 150), make(50, 150)) for _ in range(2))
     assert first.metrics() == second.metrics()
     assert np.isfinite(list(first.metrics().values())).all()
+
+
+# ---- a candidate whose dial was chosen on half of the items
+
+
+def test_only_the_items_that_the_dial_was_not_chosen_on(make: Any) -> None:
+    prompts = [f"digest {i // 2}" for i in range(PAIRS)]  # two pairs a prompt: both are on one side
+    whole = make(80, 150)
+    found = whole.reported(prompts)
+    assert found.pairs == tuple(i for i in range(PAIRS) if not selects(prompts[i]))
+    assert len(found.pairs) % 2 == 0
+    assert 20 < len(found.pairs) < 80
+    assert found.won["preference_accuracy"].tolist() == [float(i < 80) for i in found.pairs]
+    kept = [not selects(content_digest("facts", *item)) for item in whole.tasks["facts"].items]
+    assert found.tasks["facts"].values.tolist() == [float(i < 150) for i in range(ITEMS) if kept[i]]
+    weights = found.tasks["texts"].weights
+    assert weights is not None
+    assert len(weights) == len(found.tasks["texts"].items) < 30
+    assert found.on_the_pairs_of(make(60, 100).reported(prompts))
+
+
+def test_a_dial_that_saves_a_candidate_says_so(make: Any) -> None:
+    champion, base = make(60, 150), make(50, 150)
+    saved, lost = decide(Gate(), make(80, 150), champion, base), decide(Gate(), make(80, 100), champion, base)
+    (sentence,) = what_the_dial_changes(lost, saved)
+    assert sentence.startswith("the dial saves it: as trained (dial 1) it would have been rejected: facts down from")
+    (sentence,) = what_the_dial_changes(saved, lost)
+    assert sentence.startswith("the dial costs it: as trained (dial 1) it would have been promoted:")
+    assert what_the_dial_changes(saved, saved) == what_the_dial_changes(lost, lost) == []

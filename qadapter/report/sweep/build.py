@@ -14,6 +14,9 @@ from qadapter.evaluation.statistics import across_seeds
 from qadapter.files.artifacts import write_json
 from qadapter.files.shown import to_csv
 from qadapter.methods.table import NAMES, SUBJECT, knobs
+from qadapter.report import markdown
+from qadapter.report.budget import LEGEND as BUDGET_LEGEND
+from qadapter.report.budget import budget_metrics, budget_sentences, budget_table, curves_of
 from qadapter.report.rows import Row, Spread, listed, ordered, spread
 from qadapter.report.sweep.figure import draw_sweep
 from qadapter.report.sweep.halves import halves_section
@@ -76,6 +79,11 @@ def build_sweep_report(
         metrics |= of_halves
         sections += _comparison(tuned, metrics) + ([section] if section else []) + _choices(compared, tuned, metrics)
         sections += ["## Every setting", _markdown(_table(points, front, base, base_rows)), _LEGEND]
+    curves = curves_of(rows)
+    if (budgets := budget_table(curves)) is not None:
+        sections += ["## At equal budgets", *(f"- {line}" for line in budget_sentences(curves))]
+        sections += [markdown.table(budgets), BUDGET_LEGEND]
+        metrics |= budget_metrics(curves)
     (out / "sweep.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     write_json(out / "metrics.json", metrics)
 
