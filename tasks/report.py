@@ -84,9 +84,15 @@ def write_report(
         inputs=inputs,
         compute=compute,
     )
+    from qadapter.report.cards import card_file
+
     folder = result.path
     context.tracker.log_folder(context.parent_run_id, folder, "report")
     context.tracker.log_metrics(context.parent_run_id, result.output.metrics())
+    for row in rows:
+        card = card_file(folder, row.cell.domain, row.cell.method)
+        if row.training is not None and card.is_file():
+            context.tracker.log_file(row.training.run_id, card, "card")
     key = context.experiment.name.replace("_", "-")
     show_page(folder / "report.md", f"report-{key}", title)
     # Not a link: a browser does not follow links from Prefect's page to local files.

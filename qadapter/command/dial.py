@@ -18,7 +18,8 @@ from qadapter.evaluation.curve.budget import SPLIT, Choice, choose, facts_of
 from qadapter.evaluation.curve.measure import measure_curve
 from qadapter.evaluation.curve.points import Curve
 from qadapter.export.card import Exported, write_card
-from qadapter.export.facts import FACTS, Facts, Measurement, read_facts
+from qadapter.export.facts import FACTS, Facts, Measurement
+from qadapter.export.known import read_facts
 from qadapter.files.artifacts import read_json, storage_errors, write_json
 from qadapter.policy.base import load_tokenizer
 from qadapter.policy.files import read_policy, write_dial

@@ -13,9 +13,10 @@ from qadapter.command.options import ExportOptions
 from qadapter.errors import QAdapterError
 from qadapter.export.card import Exported, write_card
 from qadapter.export.exactness import Shares, shares_of
-from qadapter.export.facts import Facts, read_facts
+from qadapter.export.facts import Facts
 from qadapter.export.folder import require_converter, write_checkpoint, write_gguf, write_lora
 from qadapter.export.hub import check_repository, hub_token, push_folder
+from qadapter.export.known import read_facts
 from qadapter.export.nearest import Nearest, nearest_scale
 from qadapter.files.artifacts import atomic_folder, storage_errors
 from qadapter.policy.model import QAdapterForCausalLM

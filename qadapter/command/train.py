@@ -24,7 +24,8 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation.preference import margins, preference_metrics
 from qadapter.evaluation.statistics import mean_interval
 from qadapter.export.card import Exported, write_card
-from qadapter.export.facts import FACTS, Facts, Measurement, read_facts
+from qadapter.export.facts import FACTS, Facts, Measurement
+from qadapter.export.known import read_facts
 from qadapter.files.artifacts import read_json, storage_errors, write_json
 from qadapter.files.yaml_text import read_yaml
 from qadapter.inference.pair_scores import won

@@ -17,6 +17,7 @@ from qadapter.report import markdown
 from qadapter.report.answers import answers_table, side_by_side
 from qadapter.report.budget import LEGEND as BUDGET_LEGEND
 from qadapter.report.budget import budget_metrics, budget_sentences, budget_table, curves_of
+from qadapter.report.cards import write_cards
 from qadapter.report.curves import training_curves
 from qadapter.report.decision import Decision, decide_for_reader
 from qadapter.report.dial_figure import DIAL_FIGURE, dial_figure
@@ -88,7 +89,7 @@ def build_report(
         out: an empty folder; also receives `comparison.csv`, `details.csv`, `answers.csv` (if there are answers),
             `retention_adaptation.png`,
             `training_curves.png` (if curves were logged), `curves_of_the_dial.png` (if rows have a curve) and
-            `metrics.json`.
+            `metrics.json`, and a model card for each domain and method in `cards/`.
     """
     refuse_other_items(rows)
     measured = Measured(rows)
@@ -137,6 +138,7 @@ def build_report(
         "budget_legend": BUDGET_LEGEND,
         "dial_figure": data_uri(out / DIAL_FIGURE) if curves else "",
     }
+    write_cards(measured, data, config, out)
     html = page({**content, **for_page, "sections": _sections(content, has_curves)})
     (out / "report.html").write_text(html, encoding="utf-8")
     write_json(out / "metrics.json", {**summary_metrics(measured, fought), **budget_metrics(curves)})

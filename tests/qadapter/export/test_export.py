@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qadapter.command.parser import main
 from qadapter.export.card import Exported, card_text
-from qadapter.export.facts import FACTS, DataFile, Facts, Measurement, licence_of, read_facts
+from qadapter.export.facts import FACTS, DataFile, Facts, Measurement
+from qadapter.export.known import licence_of, read_facts
 from qadapter.files.artifacts import write_json
 from qadapter.inference.generate import generate_replies
 from qadapter.policy.dial import Dial

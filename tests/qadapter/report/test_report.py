@@ -308,6 +308,7 @@ def test_report_files(rows: list[Row], tmp_path: Path) -> None:
         "details.csv",
         "retention_adaptation.png",
         "metrics.json",
+        "cards",
     }
     csv = pd.read_csv(tmp_path / "comparison.csv", dtype=str)
     assert csv.equals(comparison(rows).astype(str))

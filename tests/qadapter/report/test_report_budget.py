@@ -118,3 +118,22 @@ def test_curves_with_too_few_items_are_left_out(tmp_path: Path) -> None:
     write_json(tmp_path / CURVE, Curve("q-weight", (few, Point(1.0, few.learnt, few.kept))).to_json())
     assert curves_of([Row("d", "sft", 0, {}, curve=tmp_path)]) == []
     assert budget_table([]) is None
+
+
+def test_a_model_card_for_each_method(rows: list[Row], tmp_path: Path) -> None:
+    summary = {"train_sha256": "ab" * 32, "heldout_sha256": "cd" * 32}
+    config = {
+        "domains": {"academy": {"source": "academy", "base": "helpful"}},
+        "model": {"pretrained": "owner/model"},
+        "training": {"learning_rate": 3e-4},
+        "methods": {"sft": {"learning_rate": None}, "dpo": {"beta": 0.1}},
+    }
+    build_report(rows, title="t", data={"academy": summary}, config=config, out=tmp_path)
+    assert sorted(p.parent.name for p in (tmp_path / "cards" / "academy").rglob("README.md")) == ["dpo", "sft"]
+    card = (tmp_path / "cards/academy/dpo/README.md").read_text()
+    assert "base_model: owner/model (helpful)" in card
+    assert "| adaptation score | 0.5 | – | 0.5 |" in card
+    assert "| mean, base minus policy | 0.1 |" in card
+    assert "| data | academy, train | `abababababababab…` | not stated |" in card
+    assert "| dpo.beta | 0.1 |" in card
+    assert "| learning_rate | 0.0003 |" in card
