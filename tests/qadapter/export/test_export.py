@@ -423,7 +423,8 @@ def test_a_push_sends_folder_and_card(
     assert code == 0, printed
     assert hub.files == {file.name: file.read_bytes() for file in out.iterdir()}
     assert {"README.md", "model.safetensors"} <= set(hub.files)
-    assert [(one["name"], one["organization"], one["private"]) for one in hub.created] == [("name", "owner", True)]
+    asked = [(one["name"], one["organization"], one["visibility"]) for one in hub.created]
+    assert asked == [("name", "owner", "private")]
     assert f"sent: {hub.url}/owner/name/commit/" in printed
     assert "hf_right" not in printed + "".join(map(str, hub.files))
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
