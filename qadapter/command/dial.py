@@ -25,7 +25,7 @@ from qadapter.policy.base import load_tokenizer
 from qadapter.policy.files import read_policy, write_dial
 from qadapter.policy.tokenizer import policy_tokenizer, training_record
 from qadapter.preferences.building import Choices
-from qadapter.preferences.prepare import parse_files
+from qadapter.preferences.stream import parse_files
 
 DEFAULT_MAX_LENGTH = 512
 

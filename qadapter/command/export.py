@@ -22,7 +22,7 @@ from qadapter.files.artifacts import atomic_folder, storage_errors
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.preferences.building import Choices
 from qadapter.preferences.pair import PreferencePair, load_pairs
-from qadapter.preferences.prepare import parse_files
+from qadapter.preferences.stream import parse_files
 
 DEFAULT_MAX_LENGTH = 512
 
