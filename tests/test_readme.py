@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qadapter import Dial
+from qadapter.policy.dial import Dial
 from tests.support.paths import PROJECT_ROOT
 from tests.support.tiny_chat import byte_tokenizer
 from tests.support.tiny_models import tiny_model
