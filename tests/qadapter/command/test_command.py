@@ -829,6 +829,7 @@ def test_from_preferences_to_a_chat(
     assert said.partition("(alpha_0")[0].strip() == visible(rows(tmp_path / "answers.jsonl")[0]["reply"])
 
 
+@pytest.mark.slow
 def test_every_command_of_the_guide_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

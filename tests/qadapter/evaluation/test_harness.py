@@ -301,6 +301,7 @@ def test_a_template_for_many_benchmarks_serves_any_name(knowing, tokenizer, tmp_
         check_tasks(["_bits_per_byte"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_automatic_batch_size_gives_the_same_scores(kind, tokenizer, data) -> None:
     model = tiny_policy(kind, seed=3)

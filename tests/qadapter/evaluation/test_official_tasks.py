@@ -70,6 +70,7 @@ def made_up(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_papers_suite_in_the_papers_settings(model, tokenizer, made_up) -> None:
     scores = evaluate_tasks(model, tokenizer, ["paper_suite"], official_data=made_up, limit=1, max_gen_toks=4)
     headline = {

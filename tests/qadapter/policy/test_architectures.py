@@ -141,7 +141,14 @@ def is_saved(policy: QAdapterForCausalLM, base: PreTrainedModel, folder: Path) -
         same(loaded(input_ids=ids).logits, policy(input_ids=ids).logits, 2e-5)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+EVERY_KIND = {"llama", "gpt2", "mixtral", "mamba", "jamba"}
+"""An attention of each kind of position, experts, a recurrence, and a mixture of them: what `make test-quick` runs."""
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(name, marks=() if name in EVERY_KIND else pytest.mark.slow) for name in ARCHITECTURES],
+)
 def test_the_contract_holds(architecture: str, tmp_path: Path):
     policy = moved(identity(tiny_architecture(architecture)))
     policy.config.alpha_0 = 0.7
