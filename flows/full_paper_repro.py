@@ -55,11 +55,11 @@ def common_stages(experiment: Experiment, run: Run) -> Common:
     data = {source: run(prepare_data, source=source, world=world) for source in experiment.sources}
     built = run(build_benchmarks, data=data, world=world) if experiment.built_benchmarks else None
     benchmarks = built or world
+    quality = {name: run(measure_quality, source=name, data=data[name], benchmarks=benchmarks) for name in data}
 
     bases: dict[str, Any] = {"pretrained": run(pretrain_base, data=data, world=world, built=built)}
     if experiment.helpful_sft and any(domain.base == "helpful" for domain in experiment.domains.values()):
         bases["helpful"] = run(fine_tune_base, base=bases["pretrained"], data=data[experiment.helpful_sft.source])
-    quality = {name: run(measure_quality, source=name, data=data[name], benchmarks=benchmarks) for name in data}
     old_texts = data[experiment.helpful_sft.source] if experiment.helpful_sft else None
     kept: dict[str, Any] = {
         name: run(measure_base_retention, name=name, base=bases[name], old_texts=old_texts, benchmarks=benchmarks)
