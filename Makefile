@@ -21,10 +21,13 @@ DATA_FLAG := $(if $(DATA),--data "$(DATA)")
 # MODEL names the base of an experiment only where it is given to make itself; its default is what serve-model serves.
 BASE_SET := $(if $(filter command,$(firstword $(origin MODEL))),"model.pretrained=$(MODEL)")
 
-.PHONY: help repro plan sweep spread compare test test-quick lint docs ui serve serve-model clean customize announce check history rollback drop
+.PHONY: help repro arena plan sweep spread compare test test-quick lint docs ui serve serve-model clean customize announce check history rollback drop
 
 repro: $(STAMP) ## run the whole experiment: make repro [PROFILE=mini DATA=folder] [MODEL=base] [SET="training.max_steps=50 seeds=[0,1]"]
 	@$(BIN)/python -m qadapter run --profile "$(PROFILE)" $(DATA_FLAG) $(BASE_SET) $(SET)
+
+arena: $(STAMP) ## every method in the toy world, two domains, three seeds: make arena [SET="seeds=[0]"]
+	@$(BIN)/python -m qadapter run --profile arena $(SET)
 
 plan: $(STAMP) ## check and estimate an experiment without running it: make plan PROFILE=paper
 	@$(BIN)/python -m qadapter plan --profile "$(PROFILE)" $(DATA_FLAG) $(BASE_SET) $(SET)

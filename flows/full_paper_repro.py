@@ -6,7 +6,7 @@ prefect deployment run full-paper-repro/smoke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Protocol
@@ -95,10 +95,14 @@ def needed_stages(
     experiment: Experiment, run: Run, method: str, made: dict[Need, Any], **inputs: Any
 ) -> dict[str, Any]:
     """The stages that a method needs, by name. Each runs once per domain; `made` keeps those of one domain."""
-    needs = method_named(method).needs(experiment.methods.of(method))
+    return _made(method_named(method).needs(experiment.methods.of(method)), run, made, **inputs)
+
+
+def _made(needs: Sequence[Need], run: Run, made: dict[Need, Any], **inputs: Any) -> dict[str, Any]:
+    """Run the needs that are not made yet, each after those that it needs itself."""
     for need in needs:
         if need not in made:
-            made[need] = run(prepare_need, need=need, **inputs)
+            made[need] = run(prepare_need, need=need, needs=_made(need.needs, run, made, **inputs), **inputs)
     return {need.name: made[need] for need in needs}
 
 
@@ -119,7 +123,7 @@ def experiment_stages(experiment: Experiment, run: Run) -> Any:
             trained = run(train_adapter, cell=cell, base=base, data=pairs, needs=needs[method])
             row = run(evaluate, cell=cell, trained=trained, base_row=base_row, **shared)
             rows.append(row)
-            if experiment.evaluation.curve:
+            if experiment.evaluation.curve and method_named(method).group != "guided":  # their dial is `guidance`
                 curves.append(run(measure_curve, cell=cell, row=row, base_row=base_row, **curve_inputs(shared)))
     return run(write_report, rows=rows, data=common.data, quality=common.quality, curves=curves)
 

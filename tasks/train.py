@@ -14,7 +14,7 @@ from prefect import task
 
 from qadapter.config.experiment import Experiment
 from qadapter.config.model import ModelSettings
-from qadapter.files.artifacts import read_json_lines
+from qadapter.files.artifacts import read_json, read_json_lines, write_json
 from qadapter.methods.method import Need
 from qadapter.methods.table import method_named
 from qadapter.policy.gguf import gguf_file, unpack
@@ -195,30 +195,54 @@ def fine_tune_base(context: RunContext, base: Base, data: StageResult) -> Any:
     return task_result(Base(str(result.path / "model"), result.output, "helpful"), result)
 
 
-@task(task_run_name="{need.name}-{domain}")
-def prepare_need(context: RunContext, domain: str, need: Need, base: Base, data: StageResult) -> Any:
-    """Make what a method needs in addition to the pairs, such as the base's answers to the training prompts."""
+# One model at a time on an accelerator: `prefect concurrency-limit create accelerator 1` limits this tag.
+@task(task_run_name="{need.name}-{domain}", tags=["accelerator"])
+def prepare_need(
+    context: RunContext,
+    domain: str,
+    need: Need,
+    base: Base,
+    data: StageResult,
+    needs: Mapping[str, StageResult] | None = None,
+) -> Any:
+    """Make what a method needs in addition to the pairs: the base's answers to the training prompts, a reward model."""
     context = base.within(context)
     experiment = context.experiment
-    file = data.path / "train.jsonl"
+    file, made = data.path / "train.jsonl", needs or {}
     inputs, config = base.inputs(), {**need.settings.model_dump(), **base.config()}
+    inputs |= {name: stage.output for name, stage in made.items()}
     if need.reads == "prompts":
         prompts = sorted({json.dumps(row["prompt"]) for row in read_json_lines(file)})
         config["prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     else:
         inputs["data"] = data.output
+    further: dict[str, Any] = {"needs": {name: stage.path for name, stage in made.items()}} if need.needs else {}
+    if "lora" in need.takes:
+        further["lora"] = experiment.lora
+        config["lora_shape"] = experiment.lora.model_dump()
+    if "training" in need.takes:
+        further["training"] = experiment.training_of(domain)
+        config["training"] = keyed(experiment.training_of(domain))
+    if "heldout_file" in need.takes:
+        further["heldout_file"] = data.path / "heldout.jsonl"
+    launcher = ProcessLauncher(experiment.launch) if need.trains else None
+    if launcher is not None:
+        config |= launcher.keyed()
 
     def compute(out: Path, scratch: Path) -> None:
-        need.make(
-            base.location,
-            file,
-            model=experiment.model,
-            settings=need.settings,
-            batch_size=experiment.evaluation.adaptation.batch_size,
-            seed=experiment.base_seed,
-            out=out,
-            scratch=scratch,
-        )
+        arguments = {
+            "model": experiment.model,
+            "settings": need.settings,
+            "batch_size": experiment.evaluation.adaptation.batch_size,
+            "seed": experiment.base_seed,
+            "out": out,
+            **further,
+        }
+        if launcher is None:
+            need.make(base.location, file, **arguments, scratch=scratch)
+        else:
+            launcher(need.make, base.location, file, **arguments, scratch=scratch)
+        _add_needs_cost(out, made)
 
     result = run_stage(
         context,
@@ -266,6 +290,7 @@ def train_adapter(
             out=out,
             scratch=scratch,
         )
+        _add_needs_cost(out, needs)
 
     result = run_stage(
         context,
@@ -289,6 +314,24 @@ def train_adapter(
         compute=compute,
     )
     return task_result(result, result)
+
+
+def _add_needs_cost(out: Path, needs: Mapping[str, StageResult]) -> None:
+    """Add to a stage's metrics what its needs cost, and their own needs; other methods may share them.
+
+    `cost/needs_seconds`, `cost/needs_generated_tokens`, and for a training `cost/train_seconds_with_needs`.
+    """
+    if not needs:
+        return
+    file, made = out / "metrics.json", [stage.output for stage in needs.values()]
+    metrics: dict[str, float] = read_json(file) if file.is_file() else {}
+    seconds = sum(one.seconds + one.metrics().get("cost/needs_seconds", 0.0) for one in made)
+    names = ("cost/generated_tokens", "cost/needs_generated_tokens")
+    tokens = sum(one.metrics().get(name, 0.0) for one in made for name in names)
+    metrics |= {"cost/needs_seconds": seconds} | ({"cost/needs_generated_tokens": tokens} if tokens else {})
+    if "cost/train_seconds" in metrics:
+        metrics["cost/train_seconds_with_needs"] = metrics["cost/train_seconds"] + seconds
+    write_json(file, metrics)
 
 
 def keyed(settings: Any) -> dict[str, Any]:

@@ -317,10 +317,13 @@ def _estimate(
     if isinstance(need := stage.inputs.get("need"), Need):
         plan = plans[experiment.domains[str(stage.inputs["domain"])].source]
         work = need.work(need.settings, PairsPlan(plan.train_pairs, plan.tokens_per_sequence))
-        memory = (
-            planning.training_memory_gb(size, experiment.model, experiment.lora, training) if work.steps else weights
-        )
-        return work.steps, work.tokens, planning.training_flops(size, work.tokens, work.passes), memory
+        steps, tokens = work.steps, work.tokens
+        if need.trains:  # a training as long as the adapters'
+            training = experiment.training_of(str(stage.inputs["domain"]))
+            steps = planning.steps(plan.train_pairs, training)
+            tokens = steps * training.batch_size * 2 * plan.tokens_per_sequence
+        memory = planning.training_memory_gb(size, experiment.model, experiment.lora, training) if steps else weights
+        return steps, tokens, planning.training_flops(size, tokens, work.passes), memory
     if stage.task == "train_judge":
         domain = str(stage.inputs["domain"])
         name = experiment.domains[domain].source

@@ -123,7 +123,8 @@ class EvaluationSettings(Settings):
 
     Attributes:
         retention, adaptation: see there.
-        curve: measure each adapter at several values of its dial too; null: only as trained.
+        curve: measure each adapter at several values of its dial too; null: only as trained. Methods that guide the
+            base's decoding have no curve.
     """
 
     retention: RetentionSettings

@@ -80,13 +80,13 @@ def generate_with_ends(
             f"Replies of {max_new_tokens} tokens do not fit into the model's context of {context_of(model)} with a "
             f"prompt. Set a smaller max_new_tokens."
         )
-    settings = _settings(model, tokenizer, max_new_tokens, temperature)
+    settings = generation_settings(model, tokenizer, max_new_tokens, temperature)
     ids = _readable(tokenizer, prompts, room)
     replies = [Generated("", ended=False)] * len(prompts)
     device, places = device_of(model), list(ids)
 
     def answer(part: list[int]) -> list[Generated]:
-        batch = _left_padded([ids[places[index]] for index in part], settings.pad_token_id, device)
+        batch = left_padded([ids[places[index]] for index in part], settings.pad_token_id, device)
         output = model.generate(**batch, generation_config=settings)  # type: ignore[operator]
         rows = output[:, batch["input_ids"].shape[1] :].tolist()
         return [_generated(tokenizer, row, settings.eos_token_id) for row in rows]
@@ -184,14 +184,15 @@ def _readable(
     return ids
 
 
-def _left_padded(rows: Sequence[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
+def left_padded(rows: Sequence[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask`, [B, T] int64, of rows of token ids, which end in the last column."""
     width = max(len(row) for row in rows)
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _settings(
+def generation_settings(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float
 ) -> GenerationConfig:
     """Generation settings that override all of a model's defaults except its additional end tokens."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qadapter.config.base import Positive
 from qadapter.methods.method import LEARNING_RATE, Knob, Look, Method, MethodSettings
@@ -21,33 +21,9 @@ class DPOSettings(MethodSettings):
 
 def train(job: Job, choice: DPOSettings) -> Trainer:
     """Train on pairs; the reference is the base, which is the network with its adapter off."""
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
+    from qadapter.training.pairwise import train_dpo
 
-    from qadapter.training.arguments import for_trl, train_to_end
-
-    class TokenizedDPOTrainer(DPOTrainer):
-        """DPOTrainer on pairs that are token ids already: nothing is tokenised again."""
-
-        def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
-            return dataset
-
-    pairs, arguments = job.on_pairs()
-    rows = Dataset.from_dict(
-        {
-            "prompt_ids": [pair.prompt_ids for pair in pairs],
-            "chosen_ids": [pair.chosen_ids for pair in pairs],
-            "rejected_ids": [pair.rejected_ids for pair in pairs],
-        }
-    )
-    trainer = TokenizedDPOTrainer(
-        model=job.network,
-        args=DPOConfig(**for_trl(arguments), max_length=None, beta=choice.beta),
-        train_dataset=rows,
-        processing_class=job.tokenizer,
-        peft_config=job.lora,
-    )
-    return train_to_end(trainer, METHOD.name)
+    return train_dpo(job, METHOD.name, beta=choice.beta)
 
 
 METHOD = Method(

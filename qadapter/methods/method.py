@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from qadapter.training.adapt import Job
 
+Marker = str | tuple[int, Literal[0, 1, 2], int]
 Group = Literal["Q-Adapter", "baselines", "preference losses", "RL", "regularised", "guided"]
 
 
@@ -52,10 +53,10 @@ LEARNING_RATE = Knob("learning_rate", "lr", "learning rate")
 
 @dataclass(frozen=True)
 class Look:
-    """Colour (`#rrggbb`) and matplotlib marker in every figure."""
+    """Colour (`#rrggbb`) and matplotlib marker in every figure; (4, 1, 0) is a star with four points."""
 
     colour: str
-    marker: str
+    marker: Marker
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,12 @@ class Need:
             result, or the `pairs` themselves.
         make: a function at the top of a module of `qadapter`, whose code the stage's key is made of. It is called as
             `make(base, pairs_file, model=…, settings=…, batch_size=…, seed=…, out=…, scratch=…)`, with the batch size
-            of evaluations, and fills the folder `out`; `scratch` survives a kill.
+            of evaluations, and fills the folder `out`; `scratch` survives a kill. The following two ask for more.
         work: from `settings` and the pairs to the work.
+        needs: other needs, made before; `make` gets `needs`, their folders by name.
+        takes: what else `make` gets. `lora` is the adapter's shape, `training` the domain's training settings (both are
+            in the stage's key), `heldout_file` the pairs that no training sees.
+        trains: whether it is a training, which runs in several processes where trainings do.
     """
 
     name: str
@@ -97,6 +102,9 @@ class Need:
     reads: Literal["prompts", "pairs"]
     make: Callable[..., None]
     work: Callable[[Any, PairsPlan], Work]
+    needs: tuple[Need, ...] = ()
+    takes: tuple[Literal["lora", "training", "heldout_file"], ...] = ()
+    trains: bool = False
 
 
 def no_needs(_: Any) -> tuple[Need, ...]:

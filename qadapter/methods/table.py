@@ -4,7 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
-from qadapter.methods import dpo, kto, orpo, q_adapter, replay, sft
+from qadapter.methods import (
+    apo_zero,
+    cpo,
+    dpo,
+    dpop,
+    grpo,
+    ipo,
+    kl_sft,
+    kto,
+    oplora,
+    orpo,
+    pita,
+    q_adapter,
+    replay,
+    rloo,
+    rpo,
+    sft,
+    shiq,
+    simpo,
+    spin,
+    tmkl,
+    vas,
+)
 from qadapter.methods.method import Knob, Method
 
 METHODS: tuple[Method[Any], ...] = (
@@ -14,6 +36,21 @@ METHODS: tuple[Method[Any], ...] = (
     replay.METHOD,
     orpo.METHOD,
     kto.METHOD,
+    ipo.METHOD,
+    rpo.METHOD,
+    apo_zero.METHOD,
+    simpo.METHOD,
+    cpo.METHOD,
+    dpop.METHOD,
+    spin.METHOD,
+    rloo.METHOD,
+    grpo.METHOD,
+    shiq.METHOD,
+    kl_sft.METHOD,
+    tmkl.METHOD,
+    oplora.METHOD,
+    vas.METHOD,
+    pita.METHOD,
 )
 
 SUBJECT = q_adapter.METHOD

@@ -18,6 +18,7 @@ from qadapter.policy.architectures import refuse_architecture
 from qadapter.policy.base import fit_padding, load_config, load_network, load_tokenizer
 from qadapter.policy.dial import Dial
 from qadapter.policy.files import SETTINGS_FILE, plain_place, saved_dial
+from qadapter.policy.guided import GUIDE_FILE, GuidedForCausalLM
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.preferences.template_settings import configured
 
@@ -117,7 +118,7 @@ def quantization_config(settings: ModelSettings) -> object:
 
 def load_policy(
     base: PreTrainedModel, adapter: Path | None, dial: Dial | None = None
-) -> PreTrainedModel | PeftModel | QAdapterForCausalLM:
+) -> PreTrainedModel | PeftModel | QAdapterForCausalLM | GuidedForCausalLM:
     """A policy ready to score and to generate.
 
     Args:
@@ -126,8 +127,8 @@ def load_policy(
         dial: where its dial stands; as saved with the adapter without it.
 
     Returns:
-        The base, a `PeftModel` (SFT, DPO, replay: as trained), or a `QAdapterForCausalLM` (a Q-Adapter, and every
-        adapter whose dial was moved).
+        The base, a `PeftModel` (SFT, DPO, replay: as trained), a `GuidedForCausalLM` (VAS, PITA), or a
+        `QAdapterForCausalLM` (a Q-Adapter, and every adapter whose dial was moved).
 
     Raises:
         QAdapterError: the folder holds no adapter, or one that is refused (`adapters.load_adapter`).
@@ -138,6 +139,8 @@ def load_policy(
         policy = QAdapterForCausalLM.from_pretrained(adapter, base_model=base).eval()
         policy.dial = dial or policy.dial
         return policy
+    if (adapter / GUIDE_FILE).is_file():
+        return GuidedForCausalLM.from_pretrained(adapter, base).moved(dial)
     dial = dial or saved_dial(adapter)
     plain = load_adapter(base, plain_place(adapter)).eval()
     return plain if dial.as_trained else QAdapterForCausalLM.around(plain, dial).eval()

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from qadapter.policy.adapter_rows import AdapterRows
 from qadapter.policy.fused import VocabularyHead
+from qadapter.policy.guided import GuidedForCausalLM
 from qadapter.policy.log_probs import LARGE_VOCABULARY
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.pair_passes import decoder_of, equal_but_for_rounding
@@ -49,6 +50,8 @@ def scored_states(
 
 def _may_be(policy: nn.Module) -> bool:
     base = _base_of(policy)
+    if isinstance(policy, GuidedForCausalLM):  # its logits are no product of a hidden state and the head
+        return False
     if not isinstance(base, PreTrainedModel) or decoder_of(base) is None:
         return False
     layer = base.get_output_embeddings()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ CURVES = {
     "train/loss": "loss",
     "train/rewards/accuracies": "right on training pairs",
 }
+_WIDEST = 8  # methods beside each other
 # Okabe and Ito's palette and five dashes: the domains differ in both.
 _LINES = (
     ("#D55E00", "-"),
@@ -33,7 +35,8 @@ _LINES = (
 def training_curves(rows: Sequence[Row], file: Path, title: str) -> bool:
     """Draw a column a method and a row a measure, a line a domain and seed; False (no file) where nothing was logged.
 
-    Losses of different methods are different quantities, so each panel of the first row has its own axis.
+    Many methods are drawn in several such bands, one below the other. Losses of different methods are different
+    quantities, so each panel of the first row has its own axis.
     """
     curves = {id(row): read_lines(row.training, "history.jsonl") for row in rows if kind(row.method) != "base"}
     logged = [row for row in rows if curves.get(id(row))]
@@ -41,13 +44,17 @@ def training_curves(rows: Sequence[Row], file: Path, title: str) -> bool:
     if not measures:
         return False
     methods, domains = methods_of(logged), ordered(row.domain for row in logged)
-    figure = Figure(figsize=(3.3 * len(methods) + 0.8, 2.2 * len(measures) + 1.0), layout="constrained")
+    wide = min(len(methods), _WIDEST)
+    bands = math.ceil(len(methods) / wide)
+    figure = Figure(figsize=(3.3 * wide + 0.8, 2.2 * len(measures) * bands + 1.0), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(measures), len(methods), squeeze=False, sharex=True)
+    axes = figure.subplots(len(measures) * bands, wide, squeeze=False, sharex=True)
+    for panel in axes.flat:
+        panel.set_visible(False)
     handles: dict[str, Any] = {}
     for line, name in enumerate(measures):
-        for column, method in enumerate(methods):
-            panel = axes[line, column]
+        for place, method in enumerate(methods):
+            panel = axes[place // wide * len(measures) + line, place % wide]
             drawn = False
             for row in (row for row in logged if row.method == method):
                 points = [(step["step"], step[name]) for step in curves[id(row)] if name in step]
@@ -57,8 +64,8 @@ def training_curves(rows: Sequence[Row], file: Path, title: str) -> bool:
                     handles.setdefault(row.domain, handle)
                     drawn = True
             if not drawn:  # not a quantity of this method
-                panel.set_visible(False)
                 continue
+            panel.set_visible(True)
             panel.grid(alpha=0.25)
             panel.set_ylabel(CURVES[name], fontsize=9)
             panel.set_xlabel("step", fontsize=9)
@@ -66,8 +73,8 @@ def training_curves(rows: Sequence[Row], file: Path, title: str) -> bool:
             panel.tick_params(labelsize=8, labelbottom=True)
             if name == "train/rewards/accuracies":
                 panel.set_ylim(-0.03, 1.03)
-    for column, method in enumerate(methods):
-        axes[0, column].set_title(method, fontweight="bold")
+    for place, method in enumerate(methods):
+        axes[place // wide * len(measures), place % wide].set_title(method, fontweight="bold")
     figure.suptitle(title)
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=6, frameon=False)
     figure.savefig(file, dpi=120)

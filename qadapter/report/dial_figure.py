@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from qadapter.evaluation.curve.points import Curve
+from qadapter.methods.method import Marker
 from qadapter.report.budget import MethodCurve
 from qadapter.report.figures import styles_of
 from qadapter.report.rows import ordered
@@ -54,7 +55,7 @@ def dial_figure(curves: Sequence[MethodCurve], file: Path, title: str) -> Figure
     return figure
 
 
-def _panel(axes: Axes, curves: Sequence[MethodCurve], styles: dict[str, tuple[str, str]]) -> None:
+def _panel(axes: Axes, curves: Sequence[MethodCurve], styles: dict[str, tuple[str, Marker]]) -> None:
     for one in curves:
         colour, marker = styles[one.method]
         learnt, kept, low, high = _line(one.curves)

@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from qadapter.methods.method import Marker
 from qadapter.methods.table import METHODS
 from qadapter.report.front import pareto_front, stairs
 from qadapter.report.intervals import Measured
@@ -20,7 +21,8 @@ from qadapter.report.rows import kind
 from qadapter.report.speaking import silent_methods
 from qadapter.report.summary import points
 
-STYLES = {"base": ("#000000", "*")} | {method.name: (method.look.colour, method.look.marker) for method in METHODS}
+STYLES: dict[str, tuple[str, Marker]] = {"base": ("#000000", "*")}
+STYLES |= {method.name: (method.look.colour, method.look.marker) for method in METHODS}
 # For further variants of a method: six colours of Okabe and Ito's palette and a grey, which colour-blind readers can
 # tell apart, with markers.
 _COLOURS = ("#56B4E9", "#E69F00", "#444444", "#D55E00", "#0072B2", "#009E73", "#CC79A7")
@@ -40,12 +42,12 @@ _LINE = 0.22  # inches that a line of the legend is high
 _MANY = 12  # methods: more need a wider legend
 
 
-def styles_of(methods: list[str]) -> dict[str, tuple[str, str]]:
+def styles_of(methods: list[str]) -> dict[str, tuple[str, Marker]]:
     """Colour and marker of each method; a second variant of one (`dpo (other run)`) gets its own.
 
     All are distinct up to some 50 that are not the first of a known method. Neighbours differ in colour and in marker.
     """
-    styles: dict[str, tuple[str, str]] = {}
+    styles: dict[str, tuple[str, Marker]] = {}
     others = 0
     for method in methods:
         known = STYLES.get(kind(method))
@@ -121,7 +123,7 @@ def _hollow(method: str, colour: str) -> dict[str, Any]:
 
 
 def _panel(
-    axes: Axes, measured: Measured, domain: str | None, styles: dict[str, tuple[str, str]], *, size: float
+    axes: Axes, measured: Measured, domain: str | None, styles: dict[str, tuple[str, Marker]], *, size: float
 ) -> dict[str, tuple[float, float]]:
     """Draw the policies of a domain, or (None) the means of those that have every domain; returns where they are."""
     found = points(measured.rows, domain)
@@ -133,7 +135,8 @@ def _panel(
             y,
             xerr=[[max(x - learnt.low, 0)], [max(learnt.high - x, 0)]] if learnt else None,
             yerr=[[max(y - kept.low, 0)], [max(kept.high - y, 0)]] if kept else None,
-            fmt=marker,
+            marker=marker,
+            linestyle="",
             color=colour,
             elinewidth=1,
             markersize=size * (1.2 if kind(method) == "base" else 1),

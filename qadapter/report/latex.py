@@ -92,10 +92,15 @@ def latex(content: Table, caption: str) -> str:
         " & ".join(escape(name) for name in (content.corner, *content.columns)) + r" \\",
         r"\midrule",
     ]
-    for label, cells in content.rows:
-        lines.append(" & ".join([escape(label), *(_number(cell) for cell in cells)]) + r" \\")
-        if any(cell.interval for cell in cells):
-            lines.append(" & ".join(["", *(_interval(cell) for cell in cells)]) + r" \\")
+    for heading, rows in content.parts:
+        if heading:
+            lines.append(
+                rf"\addlinespace \multicolumn{{{len(content.columns) + 1}}}{{l}}{{\emph{{{escape(heading)}}}}} \\"
+            )
+        for label, cells in rows:
+            lines.append(" & ".join([escape(label), *(_number(cell) for cell in cells)]) + r" \\")
+            if any(cell.interval for cell in cells):
+                lines.append(" & ".join(["", *(_interval(cell) for cell in cells)]) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}}", r"\end{table*}"]
     return "\n".join(lines) + "\n"
 

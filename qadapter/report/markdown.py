@@ -22,7 +22,10 @@ def plain(text: str) -> str:
 
 def table(content: Table) -> str:
     """A table; the best of a column is bold, a difference larger than its noise has a star."""
-    rows = [[label, *(_cell(cell) for cell in cells)] for label, cells in content.rows]
+    rows: list[list[str]] = []
+    for heading, part in content.parts:
+        rows += [[f"*{heading}*", *("" for _ in content.columns)]] if heading else []
+        rows += [[label, *(_cell(cell) for cell in cells)] for label, cells in part]
     return frame(pd.DataFrame(rows, columns=[content.corner, *headings(content)]))
 
 

@@ -5,12 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import get_args
 
-from qadapter.methods.table import NAMES
+from qadapter.methods.method import Group
+from qadapter.methods.table import METHODS, NAMES
 
 METHOD_ORDER = ("base", *NAMES)
+GROUPED = 10
+"""With more methods than this, reports list them by group."""
+
+_GROUPS: dict[str, str] = {method.name: method.group for method in METHODS}
+_PLACES = {group: place for place, group in enumerate(get_args(Group))}
+
 SETTING = " · "
 """Between a method and one of its settings, in the labels of a sweep's rows."""
 
@@ -85,10 +94,30 @@ def run_of(method: str) -> str:
 
 
 def methods_of(rows: Iterable[Row]) -> list[str]:
-    """The methods of some rows, in the order of `METHOD_ORDER`, those it does not know last."""
+    """The methods of some rows, in the order of `METHOD_ORDER`, those it does not know last; many of them by group."""
     found = dict.fromkeys(row.method for row in rows)
     known = {name: place for place, name in enumerate(METHOD_ORDER)}
-    return sorted(found, key=lambda method: known.get(kind(method), len(known)))
+    grouped = _are_many(found)
+
+    def place(method: str) -> tuple[int, int]:
+        own = known.get(kind(method), len(known))
+        group = _GROUPS.get(kind(method))
+        outside = -1 if kind(method) == "base" else len(_PLACES)
+        return (_PLACES[group] if group else outside) if grouped else 0, own
+
+    return sorted(found, key=place)
+
+
+def _are_many(methods: Iterable[str]) -> bool:
+    return len({kind(method) for method in methods} - {"base"}) > GROUPED
+
+
+def groups_of(methods: Sequence[str]) -> tuple[tuple[str, int], ...]:
+    """Group and number of the methods that follow each other in it; "" for the base. Nothing for a few methods."""
+    if not _are_many(methods):
+        return ()
+    names = ["" if kind(method) == "base" else _GROUPS.get(kind(method), "others") for method in methods]
+    return tuple((name, len(list(some))) for name, some in groupby(names))
 
 
 def spread(rows: Sequence[Row], metric: str, domain: str | None, method: str) -> Spread:

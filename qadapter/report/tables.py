@@ -11,7 +11,17 @@ import pandas as pd
 from qadapter.evaluation.statistics import Interval
 from qadapter.report.intervals import Measured
 from qadapter.report.items import SCORE, WIN_RATE
-from qadapter.report.rows import Row, Spread, comparable_domains, kind, methods_of, ordered, spread, spread_over
+from qadapter.report.rows import (
+    Row,
+    Spread,
+    comparable_domains,
+    groups_of,
+    kind,
+    methods_of,
+    ordered,
+    spread,
+    spread_over,
+)
 from qadapter.report.speaking import silent_methods
 
 # Column of the long table → metric. Forgetting is base minus policy: positive is forgotten.
@@ -29,7 +39,11 @@ _DIGITS = {"train s": 1, "tokens/s": 0}
 
 COSTS = {
     "cost/train_seconds": ("training, s", 1),
+    "cost/needs_seconds": ("what is made before the training and shared, s", 1),
+    "cost/train_seconds_with_needs": ("training with what is made before it, s", 1),
     "cost/train_tokens": ("training, tokens", 0),
+    "cost/generated_tokens": ("replies generated in training, tokens", 0),
+    "cost/needs_generated_tokens": ("replies generated before the training and shared, tokens", 0),
     "cost/train_tokens_per_second": ("training, tokens/s", 0),
     "cost/train_peak_memory_mb": ("training, peak memory beyond the start, MB", 0),
     "cost/trainable_parameters": ("trainable parameters", 0),
@@ -107,12 +121,33 @@ class Table:
         groups: (heading, number of columns), left to right.
         columns: a heading each.
         rows: (label, cells).
+        sections: (heading, number of rows), top to bottom; none: the rows are one list.
     """
 
     corner: str
     groups: tuple[tuple[str, int], ...]
     columns: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Cell, ...]], ...]
+    sections: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def parts(self) -> list[tuple[str, tuple[tuple[str, tuple[Cell, ...]], ...]]]:
+        """Heading and rows of each section; one part without a heading where there are none."""
+        found, start = [], 0
+        for heading, count in self.sections or (("", len(self.rows)),):
+            found.append((heading, self.rows[start : start + count]))
+            start += count
+        return found
+
+
+def _by_group(
+    corner: str,
+    groups: tuple[tuple[str, int], ...],
+    columns: Sequence[str],
+    rows: tuple[tuple[str, tuple[Cell, ...]], ...],
+) -> Table:
+    """A table with a row per method."""
+    return Table(corner, groups, tuple(columns), rows, groups_of([label for label, _ in rows]))
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -195,7 +230,7 @@ def main_table(measured: Measured) -> Table:
         ("Kept: retention, mean over domains", len(kept)),
         *([("Won", len(won))] if won else []),
     )
-    return Table("method", groups, tuple(columns), _marked(rows, silent_methods(measured.rows)))
+    return _by_group("method", groups, columns, _marked(rows, silent_methods(measured.rows)))
 
 
 def domain_table(measured: Measured, domain: str) -> Table:
@@ -210,7 +245,7 @@ def domain_table(measured: Measured, domain: str) -> Table:
         rows.append((method, scores))
     columns = ["score", *(_task(measured, name) for name in measured.measures), "mean", "KL/token ↓"]
     groups = (("Learnt", 1), ("Kept", len(measured.measures) + 1), ("Distance", 1))
-    return Table("method", groups, tuple(columns), _marked(rows, silent_methods(measured.rows)))
+    return _by_group("method", groups, columns, _marked(rows, silent_methods(measured.rows)))
 
 
 def _task(measured: Measured, name: str) -> str:
@@ -256,7 +291,7 @@ def forgetting_table(measured: Measured) -> Table:
             cells.append(difference_cell(value, sample.interval if sample else None))
         rows.append((method, tuple(cells)))
     columns = [_task(measured, name).removesuffix(" ↓") if name else "mean" for name in names]
-    return Table("method", (("Forgotten: base minus policy", len(columns)),), tuple(columns), tuple(rows))
+    return _by_group("method", (("Forgotten: base minus policy", len(columns)),), columns, tuple(rows))
 
 
 def difference_cell(value: float, interval: Interval | None) -> Cell:
@@ -306,7 +341,8 @@ def _by_measure(measured: Measured, names: dict[str, tuple[str, int]]) -> Table:
             ]
             where = "" if len(domains) == len(measured.domains) else f" ({', '.join(domains)} only)"
             rows.append((f"{label}{where}", tuple(cells)))
-    return Table("measure", (("", len(measured.methods)),), tuple(measured.methods), tuple(rows))
+    groups = groups_of(measured.methods) or (("", len(measured.methods)),)
+    return Table("measure", groups, tuple(measured.methods), tuple(rows))
 
 
 def _measure(name: str, found: Spread, interval: Interval | None, digits: int) -> Cell:

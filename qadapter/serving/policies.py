@@ -20,6 +20,7 @@ from qadapter.policy.adapters import ADAPTER_FILE, adapter_place, base_of, load_
 from qadapter.policy.base import load_config
 from qadapter.policy.dial import AS_TRAINED, Dial
 from qadapter.policy.files import SETTINGS_FILE, read_settings, saved_dial
+from qadapter.policy.guided import GUIDE_FILE, GuidedForCausalLM
 from qadapter.policy.loading import load_base
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.objective import Objective
@@ -68,7 +69,8 @@ class ServedPolicies:
 
     All adapters share one base in one policy of the residual form. A Q-Adapter of the form `absolute` with α0 is the
     residual one with α0 + 1, and a plain LoRA (SFT, DPO, replay) is one with α0 = α̃ = 1 (docs/method.md), so
-    all kinds can be served, and mixed, side by side.
+    all of these can be served, and mixed, side by side. An adapter that guides the base's decoding (VAS, PITA) is
+    served alone.
 
     Attributes:
         policy: the model; code inside `speaking` owns its adapter weights.
@@ -93,6 +95,17 @@ class ServedPolicies:
             if (other := difference(own, tokenizer)) is not None:
                 log.warning("The adapter %s brings its own tokenizer, with %s; it is used.", name, other)
         self._served: dict[str, _Served] = {}
+        self.policy: QAdapterForCausalLM | GuidedForCausalLM
+        if guided := [name for name, folder in adapters.items() if (folder / GUIDE_FILE).is_file()]:
+            if len(adapters) > 1:
+                raise QAdapterError(
+                    f"{guided[0]} guides the base's decoding ({GUIDE_FILE}) and shares no server with other adapters. "
+                    "Serve it alone."
+                )
+            self._chooses_rows = False
+            self._served[guided[0]] = _Served(Blend({"default": 1.0}), 0.0)
+            self.policy = GuidedForCausalLM.from_pretrained(adapters[guided[0]], base)
+            return
         peft_model: PeftModel | None = None
         expected = logits_of(base, probe_ids(base)) if can_be_probed(base) else None
         for name, folder in adapters.items():
@@ -210,6 +223,11 @@ class ServedPolicies:
         unknown = [one for one in (mix or {}) if one not in self._served]
         if unknown or name not in self.names:
             raise UnknownModelError(f"There is no model {(unknown or [name])[0]!r}; there are {', '.join(self.names)}.")
+        if isinstance(self.policy, GuidedForCausalLM) and (mix or (alpha_0, alpha_tilde, dial) != (None, None, None)):
+            raise QAdapterError(
+                f"{next(iter(self._served))} guides the base's decoding: it has no dials and is not mixed. Remove "
+                "dial, alpha_0, alpha_tilde and the mix."
+            )
         if mix:
             own, shift = self._mixed(mix, alpha_0, alpha_tilde, dial), 0.0
         elif name == BASE_NAME:
@@ -263,6 +281,9 @@ class ServedPolicies:
         if not any(blend.weights.values()):
             with self.policy.disable_adapter():
                 yield {}
+            return
+        if isinstance(self.policy, GuidedForCausalLM):
+            yield {}
             return
         if not self._chooses_rows:
             self.policy.peft_model.set_adapter(next(iter(blend.weights)), inference_mode=True)

@@ -54,6 +54,11 @@ class Job:
         needs: name of a stage that the method needs → its folder.
         out: the folder of the results.
         steps: optimiser steps.
+        base: folder or hub id of the base, for a method that needs another head on it.
+        model: how the base is loaded.
+        seed: of the training.
+        scratch: folder of checkpoints.
+        generated: tokens that the method generated itself, prompts not counted.
     """
 
     def __init__(
@@ -70,15 +75,20 @@ class Job:
         out: Path,
         scratch: Path,
         single: Sequence[Labelled] = (),
+        base: str | Path = "",
+        model: ModelSettings | None = None,
     ) -> None:
         self.single = list(single)
         self.network, self.tokenizer, self.lora = network, tokenizer, lora
+        self.base, self.model, self.seed, self.scratch = base, model, seed, scratch
         self.pairs, self.encoded = list(pairs), list(encoded)
         self.max_length, self.needs, self.out = settings.max_length, dict(needs), out
         self.steps = settings.max_steps or 0
-        self._settings, self._seed, self._scratch = settings, seed, scratch
+        self._settings = settings
         self._lengths: list[int] = []
         self._per_step = 0
+        self._trained: int | None = None
+        self.generated = 0
 
     def on_pairs(self) -> tuple[list[EncodedPair], dict[str, Any]]:
         """The N pairs, and a trainer's arguments for steps of `batch_size` pairs."""
@@ -109,6 +119,43 @@ class Job:
         lengths = [len(prompt) + len(reply) for prompt, reply, _ in rows]
         return rows, self._arguments(lengths, sequences_per_example=2)
 
+    def on_rollouts(self, examples: Sequence[Conversation]) -> tuple[list[Conversation], dict[str, Any]]:
+        """Replies of the base, however many, and a trainer's arguments for steps of `2 · batch_size` of them."""
+        lengths = [len(prompt) + len(reply) for prompt, reply in examples]
+        return list(examples), self._arguments(lengths, sequences_per_example=2)
+
+    def on_prompts(self, group: int) -> tuple[list[list[int]], dict[str, Any]]:
+        """The pairs' prompts, and a trainer's arguments for steps of `2 · batch_size` replies of its own.
+
+        Args:
+            group: replies per prompt. The method reports what it read (`spent`), which is known only afterwards.
+
+        Raises:
+            QAdapterError: a micro-batch cannot be divided into such groups.
+        """
+        replies = 2 * self._settings.micro_batch
+        if replies % group:
+            raise QAdapterError(
+                f"{replies} replies per micro-batch (two for each of its {self._settings.micro_batch} pairs) are not a "
+                f"multiple of {group} replies per prompt; change training.batch_size or the number of replies"
+            )
+        prompts = [pair.prompt_ids for pair in self.encoded]
+        return prompts, self._arguments([len(prompt) for prompt in prompts], sequences_per_example=2)
+
+    def spent(self, *, trained: int, generated: int) -> None:
+        """Report the tokens of a method that makes its own replies.
+
+        Args:
+            trained: tokens that the training read, prompts with replies.
+            generated: tokens of replies that the method generated.
+        """
+        self._trained, self.generated = trained, generated
+
+    def reply_room(self, wanted: int | None) -> int:
+        """Tokens that a generated reply may have: `wanted` (None: as many as the longest chosen reply), if they fit."""
+        longest = wanted or max(len(pair.chosen_ids) for pair in self.encoded)
+        return max(1, min(longest, self.max_length - max(len(pair.prompt_ids) for pair in self.encoded)))
+
     def chosen(self) -> list[Conversation]:
         """The N chosen replies with their prompts."""
         return [(pair.prompt_ids, pair.chosen_ids) for pair in self.encoded]
@@ -125,12 +172,14 @@ class Job:
         """
         if not self._per_step:
             raise ValueError("a method has to take its examples from Job.on_pairs or Job.on_conversations")
+        if self._trained is not None:
+            return self._trained
         return tokens_seen(self._lengths, self.steps, self._per_step)
 
     def _arguments(self, lengths: list[int], *, sequences_per_example: int) -> dict[str, Any]:
         self._lengths, self._per_step = lengths, self._settings.batch_size * sequences_per_example
         return trainer_arguments(
-            self._settings, seed=self._seed, scratch=self._scratch, sequences_per_example=sequences_per_example
+            self._settings, seed=self.seed, scratch=self.scratch, sequences_per_example=sequences_per_example
         )
 
 
@@ -204,11 +253,14 @@ def train_adapter(
         out=out,
         scratch=scratch,
         single=single,
+        base=base,
+        model=model,
     )
     set_seed(seed)
     with measured_cost() as cost:
         trainer = train(job, choice)
-    write_adapter(out, trainer, cost, job.tokens(), encoded)
+    own = {"cost/generated_tokens": float(job.generated)} if job.generated else {}
+    write_adapter(out, trainer, cost, job.tokens(), encoded, **own)
 
 
 def encode_single(
@@ -247,11 +299,13 @@ def lengths_of_pairs(encoded: Sequence[EncodedPair]) -> list[int]:
     return [2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in encoded]
 
 
-def write_adapter(out: Path, trainer: Trainer, cost: Cost, tokens: int, encoded: Sequence[EncodedPair]) -> None:
-    """Write a trained adapter to `out/adapter`, with the records of every training."""
+def write_adapter(
+    out: Path, trainer: Trainer, cost: Cost, tokens: int, encoded: Sequence[EncodedPair], **further: float
+) -> None:
+    """Write a trained adapter to `out/adapter`, with the records of every training and `further` metrics."""
     save_weights(trainer, out / "adapter")
     adapter_bytes = sum(file.stat().st_size for file in (out / "adapter").glob("*.safetensors"))
-    extra = {"cost/adapter_bytes": adapter_bytes, **truncation_of(encoded).metrics()}
+    extra = {"cost/adapter_bytes": adapter_bytes, **truncation_of(encoded).metrics(), **further}
     write_training_record(out, trainer, cost, tokens, **extra)
 
 

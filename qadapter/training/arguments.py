@@ -26,6 +26,7 @@ from qadapter.progress.reports import Work, counted, report_row
 from qadapter.training.checkpoints import SealCheckpoints, last_checkpoint
 
 log = logging.getLogger(__name__)
+_NOT_OF_THE_CURVE = ("step", "epoch", "num_tokens", "step_time")
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 
@@ -154,7 +155,7 @@ def curve_row(entry: Mapping[str, float]) -> dict[str, float] | None:
         None if the entry has no loss, such as Trainer's summary at the end.
     """
     # Sorted, since a resumed training reads its history in another order. TRL restarts its token count on resuming.
-    named = ((name, value) for name, value in sorted(entry.items()) if name not in ("step", "epoch", "num_tokens"))
+    named = ((name, value) for name, value in sorted(entry.items()) if name not in _NOT_OF_THE_CURVE)
     values = {f"train/{name}": value for name, value in named}
     return {"step": entry["step"], **values} if "train/loss" in values else None
 

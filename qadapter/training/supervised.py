@@ -39,6 +39,7 @@ def train_sft(
     arguments: dict[str, Any],
     lora: LoraConfig | None,
     name: str,
+    trainer_of: type[SFTTrainer] = SFTTrainer,
 ) -> SFTTrainer:
     """Fine-tune on replies; prompts are not scored.
 
@@ -49,6 +50,7 @@ def train_sft(
         arguments: of `trainer_arguments`.
         lora: the adapter's shape.
         name: for progress messages.
+        trainer_of: the class, for a method that changes the loss.
 
     Returns:
         The trainer, trained; `trainer.model` is the adapted model.
@@ -59,7 +61,7 @@ def train_sft(
             "completion_mask": [[0] * len(prompt) + [1] * len(reply) for prompt, reply in examples],
         }
     )
-    trainer = SFTTrainer(
+    trainer = trainer_of(
         model=model,
         args=SFTConfig(**for_trl(arguments), max_length=None, completion_only_loss=True),
         train_dataset=rows,

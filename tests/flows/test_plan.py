@@ -200,7 +200,9 @@ def expected_names(x: Experiment) -> list[str]:
     for domain in x.domains:
         names += [f"evaluate-{domain}-base-None"]
         names += [f"judge-{domain}"] if x.judge_of(domain) == "reward-model" else []
-        names += [f"answers-{domain}"] if "replay" in x.methods.run else []
+        needs = {"replay": {"answers"}, "vas": {"rollouts", "reward"}, "pita": {"branches", "reward"}}
+        needs |= {method: {"reward"} for method in ("rloo", "grpo", "shiq")}
+        names += [f"{need}-{domain}" for need in set().union(*(needs.get(method, ()) for method in x.methods.run))]
         for method, seed in product(x.methods.run, x.seeds):
             names += [f"train-{domain}-{method}-{seed}", f"evaluate-{domain}-{method}-{seed}"]
             names += [f"curve-{domain}-{method}-{seed}"] if x.evaluation.curve else []
@@ -230,6 +232,11 @@ def test_what_feeds_what() -> None:
     assert by_name["answers-academy"] == {"helpful-sft", "prepare-academy"}
     assert by_name["train-academy-dpo-0"] == {"helpful-sft", "prepare-academy"}
     assert by_name["train-academy-replay-0"] == {"helpful-sft", "prepare-academy", "answers-academy"}
+    arena = {stage.name: {other.name for other in stage.feeds_on} for stage in recorded(load_experiment("arena"))}
+    assert arena["reward-academy"] == {"helpful-sft", "prepare-academy"}
+    assert arena["rollouts-academy"] == {"helpful-sft", "prepare-academy", "reward-academy"}
+    assert arena["train-academy-vas-2"] == {"helpful-sft", "prepare-academy", "rollouts-academy"}
+    assert arena["train-academy-grpo-1"] == {"helpful-sft", "prepare-academy", "reward-academy"}
     assert by_name["evaluate-academy-dpo-0"] == {
         "helpful-sft",
         "train-academy-dpo-0",

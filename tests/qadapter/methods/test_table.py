@@ -32,7 +32,7 @@ def test_a_row_is_complete(method: Method[Any]) -> None:
     assert method.passes >= 1
     for look in (method.look, *method.looks().values()):
         assert re.fullmatch("#[0-9A-F]{6}", look.colour)
-        MarkerStyle(look.marker)
+        MarkerStyle(look.marker)  # type: ignore[arg-type]
 
 
 @each_method
@@ -65,8 +65,8 @@ def test_needs_are_stages_that_others_can_share(method: Method[Any]) -> None:
     assert len({need.name for need in needs}) == len(needs)
     for need in needs:
         assert need.make.__module__.startswith("qadapter.")
-        arguments = inspect.signature(need.make).parameters
-        assert list(arguments) == ["base", "pairs_file", "model", "settings", "batch_size", "seed", "out"]
+        expected = {"base", "pairs_file", "model", "settings", "batch_size", "seed", "out", "scratch", *need.takes}
+        assert set(inspect.signature(need.make).parameters) == expected | ({"needs"} if need.needs else set())
 
 
 @each_method

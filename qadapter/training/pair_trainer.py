@@ -1,0 +1,192 @@
+"""Training of an adapter on pairs with a loss of our own, where TRL's trainers have none or hide what it needs.
+
+A loss sees every reply token's logit and log-normaliser, of the adapted model and of a frozen reference; the trainer
+makes a mean over the pairs or the reply tokens of a whole optimiser step out of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Trainer, TrainingArguments
+from trl.trainer.utils import disable_dropout_in_model
+
+from qadapter.inference.score import chunks, evaluating
+from qadapter.policy.adapters import adapted
+from qadapter.policy.objective import scored_positions
+from qadapter.preferences.tokenize import EncodedPair, PreferenceCollator, padding_id
+
+if TYPE_CHECKING:
+    from qadapter.training.adapt import Job
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A batch of B pairs as a loss sees it. Each is [2B, T-1]: rows 0 … B-1 are the chosen replies, the others the
+    rejected ones; column j is the prediction of token j + 1. Where nothing is scored all are 0.
+
+    Attributes:
+        scored: bool, the token belongs to the reply.
+        logits, log_normalizers: of the adapted model: the token's logit, and log Σ exp over the vocabulary.
+        base_logits, base_log_normalizers: the same of the reference, without gradient.
+    """
+
+    scored: Tensor
+    logits: Tensor
+    log_normalizers: Tensor
+    base_logits: Tensor
+    base_log_normalizers: Tensor
+
+    @property
+    def log_ratios(self) -> Tensor:
+        """[2B, T-1], log π_θ/π1 of each reply token."""
+        return (self.logits - self.log_normalizers) - (self.base_logits - self.base_log_normalizers)
+
+
+Loss = Callable[[Scores, Mapping[str, Tensor]], Tensor]
+"""From the scores and the batch (with what a method's own collator added to it) to the batch's summed loss, []."""
+
+Divisor = Literal["pairs", "tokens"]
+
+
+class PairTrainer(Trainer):
+    """Trains the adapter of a PEFT model on batches of pairs; the reference is the model with its adapter off.
+
+    Logged beside Trainer's own: `rewards/margins`, the mean difference of the two log-ratios in nats, and
+    `rewards/accuracies`, the share of pairs where it is positive.
+
+    Attributes:
+        loss: summed over a batch.
+        divisor: what of a step the sum is divided by: its pairs or its reply tokens.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *arguments: Any, loss: Loss, divisor: Divisor, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.loss, self.divisor = loss, divisor
+        self._margins: list[Tensor] = []
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        """What the step's loss divides by, over its micro-batches and all processes."""
+        if not batch_samples:
+            return None
+        masks = [batch["response_mask"] for batch in batch_samples]
+        own = sum(len(mask) // 2 if self.divisor == "pairs" else int(mask[:, 1:].sum()) for mask in masks)
+        count = torch.tensor([own], dtype=torch.float32, device=device)
+        return self.accelerator.gather(count).sum()
+
+    def reference(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Within it, the model is the reference."""
+        unwrapped: Any = self.accelerator.unwrap_model(model)
+        context: AbstractContextManager[Any] = unwrapped.disable_adapter()
+        return context
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """This batch's part of the step's loss."""
+        assert not return_outputs
+        assert num_items_in_batch is not None
+        scores = self.scores(model, inputs)
+        with torch.no_grad():
+            chosen, rejected = scores.log_ratios.sum(dim=1).chunk(2)
+            self._margins.append(chosen - rejected)
+        return self.loss(scores, inputs) / num_items_in_batch * self.accelerator.num_processes  # DDP takes the mean
+
+    def scores(self, model: nn.Module, inputs: Mapping[str, Any]) -> Scores:
+        """Scores of a batch of `collate_pairs`."""
+        ids = inputs["input_ids"]
+        scored = scored_positions(inputs["response_mask"], shift_mask=True)
+        given = {"input_ids": ids, "attention_mask": inputs["attention_mask"], "use_cache": False}
+        targets = ids[:, 1:][scored]
+        with evaluating(model), self.reference(model):
+            base = _gathered(model(**given).logits[:, :-1][scored], targets)
+        own = _gathered(model(**given).logits[:, :-1][scored], targets)
+        filled = (torch.zeros(scored.shape, device=ids.device).masked_scatter(scored, part) for part in (*own, *base))
+        return Scores(scored, *filled)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the margins since the last time beside the training loss."""
+        if "loss" in logs and self._margins:
+            margins = torch.cat(self._margins)
+            self._margins = []
+            logs = {
+                **logs,
+                "rewards/margins": float(margins.mean()),
+                "rewards/accuracies": float((margins > 0).float().mean()),
+            }
+        super().log(logs, start_time)
+
+
+def _gathered(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """[N] logits of the targets, and [N] log-normalisers, in float32; at no time is there a float32 copy of all."""
+    parts = [
+        checkpoint(_gather, logits[part], targets[part], use_reentrant=False)
+        for part in chunks(len(targets), logits.shape[-1])
+    ]
+    taken, normalizers = (torch.cat(column) for column in zip(*parts, strict=True))
+    return taken, normalizers
+
+
+def _gather(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    logits = logits.float()
+    return logits.gather(1, targets[:, None])[:, 0], logits.logsumexp(dim=-1)
+
+
+def pair_trainer(
+    job: Job,
+    loss: Loss,
+    divisor: Divisor,
+    *,
+    trainer_of: type[PairTrainer] = PairTrainer,
+    dataset: Any = None,
+    collator: Callable[[Sequence[Any]], dict[str, Tensor]] | None = None,
+    further: Mapping[str, Any] | None = None,
+) -> PairTrainer:
+    """A trainer of a new adapter on the job's pairs. As in DPO, dropout is off.
+
+    Args:
+        job: the training.
+        loss, divisor: see `PairTrainer`.
+        trainer_of: a subclass.
+        dataset: in place of the pairs themselves, with a `collator` of its own.
+        collator: from rows of the dataset to a batch, which has the keys of `collate_pairs`.
+        further: arguments of the subclass.
+    """
+    pairs, arguments = job.on_pairs()
+    model: Any = adapted(job.network, job.lora)
+    disable_dropout_in_model(model)
+    if arguments["activation_checkpointing"]:
+        model.enable_input_require_grads()
+    return trainer_of(
+        model=model,
+        args=TrainingArguments(**arguments, remove_unused_columns=False),
+        data_collator=collator or PreferenceCollator(padding_id(job.tokenizer)),
+        train_dataset=dataset or _Pairs(pairs),
+        processing_class=job.tokenizer,
+        loss=loss,
+        divisor=divisor,
+        **(further or {}),
+    )
+
+
+class _Pairs(torch.utils.data.Dataset[EncodedPair]):
+    def __init__(self, pairs: Sequence[EncodedPair]) -> None:
+        self._pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, index: int) -> EncodedPair:
+        return self._pairs[index]
