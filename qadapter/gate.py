@@ -108,6 +108,12 @@ class TaskItems:
     higher_is_better: bool
 
 
+_NUMBERS_OF_A_PAIR = (
+    *("chosen_log_prob", "rejected_log_prob", "base_chosen_log_prob", "base_rejected_log_prob"),
+    *("chosen_tokens", "rejected_tokens"),
+)
+
+
 @dataclass(frozen=True)
 class Measured:
     """The evaluation's results for one policy.
@@ -132,7 +138,7 @@ class Measured:
     def read(cls, adaptation: Path, retention: Path) -> Measured:
         """Read the folders that `measure_adaptation` and `measure_retention` wrote."""
         rows = read_json_lines(adaptation / "pairs.jsonl")
-        column = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in rows[0]}
+        column = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in _NUMBERS_OF_A_PAIR}
         chosen, rejected = column["chosen_log_prob"], column["rejected_log_prob"]
         per_token = mean_margin(chosen, rejected, column["chosen_tokens"], column["rejected_tokens"])
         margins = {

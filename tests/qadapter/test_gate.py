@@ -33,6 +33,7 @@ def measured(folder: Path, right: int, facts: int, over_refusals: float | None, 
     rows = [
         {
             "pair": i,
+            "prompt": "7a61ffbe101f7e70",  # a digest
             "chosen_log_prob": -1.0 if i < right else -3.0,
             "rejected_log_prob": -2.0,
             "base_chosen_log_prob": -2.0,
