@@ -81,8 +81,9 @@ def test_a_served_model_needs_the_library_only() -> None:
     assert offenders([Path("tasks/tracking/served_policy.py")], "tasks", "flows", "prefect") == []
 
 
-def test_only_methods_sft_and_the_judge_know_trls_trainers() -> None:
-    training = [Path("qadapter/training/supervised.py"), Path("qadapter/judging/reward_training.py")]
+def test_only_trainings_and_the_judge_know_trls_trainers() -> None:
+    shared = ("supervised", "regularised", "orthogonal", "pairwise", "own_replies")  # by several methods
+    training = [Path("qadapter/judging/reward_training.py"), *(Path(f"qadapter/training/{name}.py") for name in shared)]
     others = [file for file in FILES if file not in training and file.parent != Path("qadapter/methods")]
     found = [name for file in others for name in imports(file) if name.startswith("trl.") and name.endswith("Trainer")]
     assert found == []

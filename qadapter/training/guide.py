@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
-from trl.trainer.utils import disable_dropout_in_model
 
 from qadapter.errors import QAdapterError
 from qadapter.policy.guided import Guide, GuidedForCausalLM
 from qadapter.preferences.tokenize import padding_id
 from qadapter.training.arguments import train_to_end
+from qadapter.training.pair_trainer import without_dropout
 
 if TYPE_CHECKING:
     from qadapter.training.adapt import Job
@@ -109,7 +109,7 @@ def train_guide(
         return {"input_ids": ids, "attention_mask": mask, "scored": scored, "outcome": outcome}
 
     policy = GuidedForCausalLM.from_base(job.network, job.lora, guide)
-    disable_dropout_in_model(policy)
+    without_dropout(policy)
     if arguments["activation_checkpointing"]:
         policy.peft_model.enable_input_require_grads()
     trainer = GuideTrainer(

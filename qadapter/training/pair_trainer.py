@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
-from trl.trainer.utils import disable_dropout_in_model
 
 from qadapter.inference.score import chunks, evaluating
 from qadapter.policy.adapters import adapted
@@ -144,6 +143,13 @@ def _gather(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return logits.gather(1, targets[:, None])[:, 0], logits.logsumexp(dim=-1)
 
 
+def without_dropout(model: nn.Module) -> None:
+    """Switch dropout off for good, so that a policy and its reference differ by the adapter alone."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
 def pair_trainer(
     job: Job,
     loss: Loss,
@@ -166,7 +172,7 @@ def pair_trainer(
     """
     pairs, arguments = job.on_pairs()
     model: Any = adapted(job.network, job.lora)
-    disable_dropout_in_model(model)
+    without_dropout(model)
     if arguments["activation_checkpointing"]:
         model.enable_input_require_grads()
     return trainer_of(

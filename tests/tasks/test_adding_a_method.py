@@ -113,13 +113,13 @@ def test_a_new_method_changes_no_others_keys(tmp_path: Path) -> None:
     methods = tmp_path / "qadapter/methods"
     (methods / "made_up.py").write_text(MADE_UP, encoding="utf-8")
     (methods / "both_replies.py").write_text(recipe(), encoding="utf-8")
-    edit(methods / "table.py", "import dpo,", "import both_replies, dpo, made_up,")
+    edit(methods / "table.py", "import (\n", "import (\n    both_replies,\n    made_up,\n")
     edit(
         methods / "table.py",
         "    q_adapter.METHOD,\n",
         "    both_replies.METHOD,\n    q_adapter.METHOD,\n    made_up.METHOD,\n",
     )
-    edit(methods / "dpo.py", "max_length=None", "max_length=99")
+    edit(methods / "dpo.py", "beta=choice.beta", "beta=2 * choice.beta")
     result = subprocess.run(
         [sys.executable, "-m", "tests.support.stage_keys", *NAMES, "both-replies", "made-up"],
         cwd=tmp_path,
