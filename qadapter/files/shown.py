@@ -106,8 +106,6 @@ def quiet_libraries() -> None:
     """Silence library warnings that neither the project nor the user can fix, in every process that trains."""
     # TRL 1.16 and PEFT 0.21 use names that transformers 5.23 deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
-    # MLflow asks for type hints and an input example of each logged model; its signature is given instead.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"mlflow\.pyfunc\b")
     # Without a GPU, it warns at import (by PEFT) that a kernel of the hub is missing, and uses its own.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 

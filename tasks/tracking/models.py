@@ -6,6 +6,7 @@ import hashlib
 import os
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -140,7 +141,7 @@ def log_served_model(
     described = {**numerics, **digests}
     config = {"name": name, **described} if local else {"name": name, "base": str(base), **described}
     packages = (*_PACKAGES, "bitsandbytes") if numerics.get("quantization", "none") != "none" else _PACKAGES
-    with _store() as uri, away_errors(uri), storage_errors(workspace()):
+    with _store() as uri, away_errors(uri), storage_errors(workspace()), _without_advice():
         logged = Model.log(
             artifact_path=None,
             flavor=mlflow.pyfunc,
@@ -161,6 +162,20 @@ def log_served_model(
         _push_to_disk(Path(logged.artifact_path))
         # A database client resolves `models:/…` in MLflow's global store, which may be another one.
         return str(logged.model_uri if uri.startswith("http") else logged.artifact_path)
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Swallow what MLflow advises on each logged model (type hints, an input example): its signature is given.
+
+    MLflow puts a filter of its own in front of any other while it warns, so what it warns of is caught; the rest is
+    passed on.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        yield
+    for one in caught:
+        if f"mlflow{os.sep}pyfunc" not in one.filename:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
 
 def _numerics(base: Path | str, local: bool, model: ModelSettings | None) -> dict[str, str]:
