@@ -45,7 +45,7 @@ def scored_states(
     if not _usable[policy]:
         return None
     hidden, head = _states(policy, input_ids, attention_mask)
-    return hidden[scored].to(head.weight.device, head.weight.dtype), head
+    return hidden[scored.to(hidden.device)].to(head.weight.device, head.weight.dtype), head
 
 
 def _may_be(policy: nn.Module) -> bool:
