@@ -6,8 +6,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 # Of the rate of a large product in float32, what a step reaches, as `estimate.training_flops` counts its operations:
-# a Q-Adapter's step of Gemma 3 270M, 8 pairs of 124 tokens, took 29 s of CPU time on one thread beside other work, which
-# is 44 GFLOP/s, where products alone reached 64 to 84 GFLOP/s.
+# a Q-Adapter's step of Gemma 3 270M, 8 pairs of 124 tokens, took 29 s of CPU time on one thread beside other work:
+# 44 GFLOP/s, where products alone reached 64 to 84 GFLOP/s.
 REACHED = 0.6
 _SECONDS = 0.4
 _ROWS = 256
