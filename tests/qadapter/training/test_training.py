@@ -103,9 +103,10 @@ def _watch(seen: Trained, patch: pytest.MonkeyPatch) -> None:
     def watched_step(trainer: Trainer, model: torch.nn.Module, inputs: dict[str, Any], *rest: Any) -> Any:
         if isinstance(inputs, list):  # prompts, each as often as it is answered
             seen.sequences.append(len(inputs))
-        else:
-            seen.sequences.append(sum(len(ids) for name, ids in inputs.items() if name.endswith("input_ids")))
-            seen.tokens += sum(int(mask.sum()) for name, mask in inputs.items() if name.endswith("attention_mask"))
+        else:  # KTO reads other rows' replies too, without learning from them
+            own = {name: value for name, value in inputs.items() if not name.startswith("KL_")}
+            seen.sequences.append(sum(len(ids) for name, ids in own.items() if name.endswith("input_ids")))
+            seen.tokens += sum(int(mask.sum()) for name, mask in own.items() if name.endswith("attention_mask"))
         seen.trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         loss = step(trainer, model, inputs, *rest)
         seen.base_after = [parameter.detach().clone() for parameter in networks]  # type: ignore[attr-defined]
