@@ -92,7 +92,7 @@ def write_report(
     for row in rows:
         card = card_file(folder, row.cell.domain, row.cell.method)
         if row.training is not None and card.is_file():
-            context.tracker.log_file(row.training.run_id, card, "card")
+            context.tracker.log_file(row.training.run_id, card, "train/adapter")  # in place of PEFT's own
     key = context.experiment.name.replace("_", "-")
     show_page(folder / "report.md", f"report-{key}", title)
     # Not a link: a browser does not follow links from Prefect's page to local files.
