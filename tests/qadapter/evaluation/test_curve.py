@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from qadapter.command.parser import main
 from qadapter.config.curve import CurveSettings
 from qadapter.config.evaluation import AdaptationSettings, RetentionSettings
 from qadapter.evaluation.curve.both_rows import DialledTexts, greedy_intervals, log_likelihoods
@@ -20,6 +22,7 @@ from qadapter.evaluation.preference import distinct_prompts, preference_metrics,
 from qadapter.files.artifacts import read_json
 from qadapter.inference.generate import generate_replies
 from qadapter.policy.dial import Dial
+from qadapter.policy.files import saved_dial
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.policy.objective import Objective
 from qadapter.preferences.pair import load_pairs
@@ -168,6 +171,27 @@ def test_each_point_is_the_policy_at_that_value(method: str, world: bool, toy: T
     metrics = read_json(out / "metrics.json")
     assert metrics["curve/1/adaptation"] == pytest.approx(found.points[-1].learnt.mean)
     assert 0 <= metrics["cost/curve_answers_reused"] <= 1
+
+
+def test_the_command_chooses_and_saves(toy: TinyToy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = toy.train("sft", tmp_path / "trained") / "adapter"
+    pairs = [{"prompt": f"how many is {i} ?", "chosen": "some", "rejected": "none at all"} for i in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    command = ["dial", str(adapter), "--base", str(toy.base), "--data", str(tmp_path / "pairs.jsonl"), "--points", "3"]
+    command += ["--tasks", "toy_facts,toy_sums", "--benchmarks", str(toy.world), "--limit", "24"]
+    capsys.readouterr()
+    assert main([*command, "--max-new-tokens", "8", "--max-length", "60", "--budget", "1", "--save"]) == 0
+    captured = capsys.readouterr()
+    printed = json.loads(captured.out)
+    assert printed["kind"] == "q-weight"
+    assert [point["dial"] for point in printed["points"]] in ([0.0, 0.5, 1.0], [0.0, 1.0])
+    assert printed["split"] == "dial-1"
+    assert printed["budget"]["max_forgetting"] == 1.0
+    assert saved_dial(adapter).value == printed["dial"]
+    assert f"stands at `q-weight={printed['dial']:g}`" in (adapter / "README.md").read_text() or printed["dial"] == 1
+    assert "(split dial-1)" in (adapter / "README.md").read_text()
+    assert printed["sentence"] in captured.err
+    assert main([*command[:2], "--tasks", "toy_facts"]) == 2  # no held-out pairs beside it
 
 
 # ---- which point is next --------------------------------------------------------------------------------------------
