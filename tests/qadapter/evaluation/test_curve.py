@@ -173,25 +173,19 @@ def test_each_point_is_the_policy_at_that_value(method: str, world: bool, toy: T
     assert 0 <= metrics["cost/curve_answers_reused"] <= 1
 
 
-def test_the_command_chooses_and_saves(toy: TinyToy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_refuses_to_choose_on_a_few_items(
+    toy: TinyToy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It measures the whole curve, and halves of a handful of items tell nothing."""
     adapter = toy.train("sft", tmp_path / "trained") / "adapter"
     pairs = [{"prompt": f"how many is {i} ?", "chosen": "some", "rejected": "none at all"} for i in range(40)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     command = ["dial", str(adapter), "--base", str(toy.base), "--data", str(tmp_path / "pairs.jsonl"), "--points", "3"]
     command += ["--tasks", "toy_facts,toy_sums", "--benchmarks", str(toy.world), "--limit", "24"]
     capsys.readouterr()
-    assert main([*command, "--max-new-tokens", "8", "--max-length", "60", "--budget", "1", "--save"]) == 0
-    captured = capsys.readouterr()
-    printed = json.loads(captured.out)
-    assert printed["kind"] == "q-weight"
-    assert [point["dial"] for point in printed["points"]] in ([0.0, 0.5, 1.0], [0.0, 1.0])
-    assert printed["split"] == "dial-1"
-    assert printed["budget"]["max_forgetting"] == 1.0
-    assert saved_dial(adapter).value == printed["dial"]
-    assert f"stands at `q-weight={printed['dial']:g}`" in (adapter / "README.md").read_text() or printed["dial"] == 1
-    assert "(split dial-1)" in (adapter / "README.md").read_text()
-    assert printed["sentence"] in captured.err
-    assert main([*command[:2], "--tasks", "toy_facts"]) == 2  # no held-out pairs beside it
+    assert main([*command, "--max-new-tokens", "8", "--max-length", "60", "--budget", "1", "--save"]) == 2
+    assert "too few to choose a dial on and report another half" in capsys.readouterr().err
+    assert saved_dial(adapter).as_trained
 
 
 # ---- which point is next --------------------------------------------------------------------------------------------
