@@ -418,7 +418,7 @@ def test_what_is_too_small_is_said_with_what_to_set() -> None:
     """54 pairs in steps of 64: one pass is 1 step, and ⌈30 · 64 / 54⌉ = 36 passes are 30."""
     changes = {"training.max_steps": None, "training.epochs": 1, "training.batch_size": 64}
     experiment = load_experiment("smoke", changes)
-    plans = dict.fromkeys(experiment.sources, plan.SourcePlan(54, 25, "", 2))
+    plans = dict.fromkeys(experiment.sources, plan.SourcePlan(54, 25, 12, "", 2))
     (section,) = plan._small(experiment, plans)
     assert section.splitlines()[1:3] == [
         "  WARNING: harmless: 1 steps of 64 pairs hardly change a model; give training.epochs=36, or a smaller "
@@ -426,9 +426,9 @@ def test_what_is_too_small_is_said_with_what_to_set() -> None:
         "  WARNING: harmless: 2 held-out pairs tell nothing (an accuracy is a multiple of 1/2); hold out at least 20 "
         "prompts with sources.harmless.heldout=20, or give sources.harmless.heldout_path",
     ]
-    plenty = dict.fromkeys(experiment.sources, plan.SourcePlan(6400, 25, "", 200))
+    plenty = dict.fromkeys(experiment.sources, plan.SourcePlan(6400, 25, 12, "", 200))
     assert plan._small(experiment, plenty) == []
-    assert plan._small(experiment, dict.fromkeys(experiment.sources, plan.SourcePlan(0, 25, ""))) == []  # unknown
+    assert plan._small(experiment, dict.fromkeys(experiment.sources, plan.SourcePlan(0, 25, 12, ""))) == []  # unknown
 
 
 def test_the_plan_of_mini(shared_data: Path) -> None:
