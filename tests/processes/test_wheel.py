@@ -165,7 +165,7 @@ def test_the_installed_command_trains_and_evaluates(installed: Path, tmp_path: P
     """`qadapter --help`, `train` and `eval` in a folder that has a model and pairs and nothing else."""
     shown = run(installed / "qadapter", "--help", folder=tmp_path)
     listed = re.findall(r"^  ([a-z][a-z-]*)  ", shown, flags=re.M)
-    assert listed[:8] == ["train", "generate", "score", "data", "chat", "export", "serve", "eval"]
+    assert listed[:9] == ["train", "generate", "score", "data", "chat", "export", "dial", "serve", "eval"]
     assert not {"run", "sweep", "customize", "up"} & set(listed)
     program = (
         "import importlib.util as u, qadapter, qadapter.config.experiment as e; "

@@ -94,7 +94,9 @@ def _rarest(items: int) -> float:
 
 
 def _moved(found: Interval, by: float) -> Interval:
-    return Interval(found.estimate + by, found.low + by, found.high + by, found.stderr, found.items, found.seeds)
+    """A share's interval around where it starts from; a share stays in [0, 1]."""
+    low, high = max(0.0, found.low + by), min(1.0, found.high + by)
+    return Interval(found.estimate + by, low, high, found.stderr, found.items, found.seeds)
 
 
 def split_curves(curves: Sequence[Curve]) -> tuple[Part, Part]:
