@@ -34,7 +34,7 @@ from tasks.stages.stage_run import StageResult, run_stage, task_result
 from tasks.stages.store import StageOutput, StageStore
 from tasks.tracking.registry import Candidate, Registry, Version
 from tasks.tracking.tracker import Tracker
-from tasks.train import Base, keyed
+from tasks.train import Base, keyed, log_adapter
 
 METHOD = q_adapter.METHOD.name
 LEDGER = "ledger"  # folder in the artifacts of a version's run
@@ -189,8 +189,9 @@ def train_candidate(context: RunContext, cell: Cell, base: Base, data: StageResu
             scratch=scratch,
         )
 
-    def log(run_id: str, _: StageOutput) -> None:
+    def log(run_id: str, output: StageOutput) -> None:
         log_pairs(context, run_id, experiment.domains[cell.domain].source, data.output, "train")
+        log_adapter(context, run_id, cell, output, choice.model_dump(exclude_none=True))
 
     result = run_stage(
         context,

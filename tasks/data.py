@@ -17,6 +17,7 @@ from qadapter.toyworld import world as toyworld
 from tasks.stages.context import RunContext
 from tasks.stages.stage_run import StageResult, run_stage, task_result
 from tasks.stages.store import StageOutput
+from tasks.tracking.tracker import DIGEST_LENGTH
 
 
 @task(task_run_name="toy-world")
@@ -142,6 +143,12 @@ def log_pairs(context: RunContext, run_id: str, source: str, prepared: StageOutp
         context=SIDES[side],
         profile={"pairs": summary[f"{side}_pairs"], "prompts": summary[f"{side}_prompts"]},
     )
+
+
+def heldout_data(source: str, prepared: StageOutput) -> tuple[str, str]:
+    """Name and digest of the data set that `log_pairs` logs of a source's held-out pairs."""
+    digest = str(read_json(prepared.path / "summary.json")["heldout_sha256"])
+    return f"{source}-heldout", digest[:DIGEST_LENGTH]
 
 
 @task(task_run_name="build-benchmarks")

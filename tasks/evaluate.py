@@ -8,13 +8,15 @@ from typing import Any
 
 from prefect import task
 
+from qadapter.config.evaluation import AdaptationSettings
 from qadapter.files.artifacts import read_json_lines
 from qadapter.files.folders import resolve_path
 from qadapter.judging.plan import case_of, judge_of
 from qadapter.judging.table import NO_JUDGE
-from tasks.data import log_pairs
+from tasks.data import heldout_data, log_pairs
 from tasks.judge import judge_material
 from tasks.stages.context import Cell, RunContext
+from tasks.stages.process_launcher import ProcessLauncher
 from tasks.stages.stage_run import StageResult, run_stage, task_result
 from tasks.stages.store import StageOutput
 from tasks.stages.task_reads import task_reads
@@ -81,22 +83,26 @@ def evaluate(
     if judge is not None:
         inputs["judge"] = judge.output
 
-    def compute(out: Path, scratch: Path) -> None:
-        from qadapter.evaluation.measure import measure_adaptation
-        from qadapter.judging.verdicts import comparison
+    launcher = ProcessLauncher.for_evaluation(experiment.launch, experiment.model)
 
-        answer_judge = open_judge(case, material) if open_judge and case else None
-        measure_adaptation(
+    def compute(out: Path, scratch: Path) -> None:
+        from qadapter.judging.comparing import measure_judged
+
+        launcher(
+            measure_judged,
+            open_judge,
+            case,
+            material,
+            experiment.evaluation.adaptation.generate,
             base.location,
             adapter,
             data.path / "heldout.jsonl",
             base_row.adaptation.path if base_row else None,
             model=experiment.model,
-            settings=experiment.evaluation.adaptation,
+            settings=AdaptationSettings(**experiment.evaluation.adaptation.measured()),
             max_length=experiment.training.max_length,
             world=world.path if world else None,
             style=style,
-            compare=comparison(answer_judge, experiment.evaluation.adaptation.generate),
             out=out,
             scratch=scratch,
         )
@@ -125,6 +131,7 @@ def evaluate(
         inputs=inputs,
         compute=compute,
         log=log,
+        model_data=heldout_data(source, data.output) if trained else None,
     )
     if trained is None:
         retention = base_retention
@@ -167,10 +174,13 @@ def _retention(
     read, definitions = task_reads(settings.tasks, benchmarks.path if benchmarks else None, official, own)
     inputs |= read
 
+    launcher = ProcessLauncher.for_evaluation(experiment.launch, experiment.model)
+
     def compute(out: Path, scratch: Path) -> None:
         from qadapter.evaluation.measure import measure_retention
 
-        measure_retention(
+        launcher(
+            measure_retention,
             base.location,
             trained.path / "adapter" if trained else None,
             base_retention.path if base_retention else None,
@@ -201,4 +211,5 @@ def _retention(
         },
         inputs=inputs,
         compute=compute,
+        model_data=(None, None) if trained else None,
     )

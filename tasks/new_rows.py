@@ -10,6 +10,7 @@ from prefect import task
 from qadapter.config.experiment import Experiment
 from tasks.evaluate import Evaluation
 from tasks.stages.context import RunContext
+from tasks.stages.process_launcher import ProcessLauncher
 from tasks.stages.stage_run import StageResult, run_stage, task_result
 from tasks.stages.store import StageOutput
 from tasks.train import Base
@@ -38,10 +39,13 @@ def look_at_new_rows(
     if champion_row is not None:
         inputs["champion_adaptation"] = champion_row.adaptation.output
 
+    launcher = ProcessLauncher.for_evaluation(experiment.launch, experiment.model)
+
     def compute(out: Path, scratch: Path) -> None:
         from qadapter.evaluation.new_rows import measure_new_rows
 
-        measure_new_rows(
+        launcher(
+            measure_new_rows,
             base.location,
             champion.path / "adapter" if champion else None,
             candidate.path / "adapter",

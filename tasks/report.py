@@ -18,7 +18,10 @@ from tasks.stages.context import RunContext
 from tasks.stages.prefect_artifacts import show, show_figure, show_page
 from tasks.stages.stage_run import StageResult, run_stage, task_result
 from tasks.stages.store import StageOutput
+from tasks.tracking.tracker import LONGEST_TAG
 
+NOTE_TAG = "mlflow.note.content"
+"""Tag of a run or an experiment that MLflow's page shows as its description."""
 FIGURES = ("retention_adaptation", "training_curves")
 
 
@@ -93,6 +96,7 @@ def write_report(
         card = card_file(folder, row.cell.domain, row.cell.method)
         if row.training is not None and card.is_file():
             context.tracker.log_file(row.training.run_id, card, "train/adapter")  # in place of PEFT's own
+    context.tracker.log_tags(context.parent_run_id, {NOTE_TAG: note_of(folder / "report.md")})
     key = context.experiment.name.replace("_", "-")
     show_page(folder / "report.md", f"report-{key}", title)
     # Not a link: a browser does not follow links from Prefect's page to local files.
@@ -108,6 +112,21 @@ def write_report(
     for figure in [*FIGURES, *(["curves_of_the_dial"] if along else [])]:
         show_figure(folder / f"{figure}.png", f"{figure}-{key}".replace("_", "-"), figure.replace("_", " "))
     return task_result(Report(folder, context.parent_run_id), result)
+
+
+def note_of(file: Path) -> str:
+    """A report's beginning as the description of its MLflow run: what was found, and the first table.
+
+    Args:
+        file: `report.md` or `sweep.md`, whose sections begin with `## `.
+    """
+    beginning, *sections = file.read_text(encoding="utf-8").split("\n## ")
+    where = "The whole report is among this run's artifacts, under `report`."
+    text = f"{beginning.partition(chr(10))[2].strip()}\n\n## {sections[0].strip()}" if sections else beginning.strip()
+    room = LONGEST_TAG - len(where) - 2
+    if len(text) > room:
+        text = text[:room].rpartition("\n")[0]
+    return f"{text}\n\n{where}"
 
 
 def metrics_of(row: Evaluation) -> dict[str, float]:

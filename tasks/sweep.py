@@ -13,12 +13,12 @@ from qadapter.config.sweep import Variant
 from qadapter.methods.table import knobs
 from tasks.curve import MeasuredCurve, measure_curve
 from tasks.evaluate import Evaluation, evaluate
-from tasks.report import Report, metrics_of
+from tasks.report import NOTE_TAG, Report, metrics_of, note_of
 from tasks.stages.context import Cell, RunContext
 from tasks.stages.prefect_artifacts import show_figure, show_page
 from tasks.stages.stage_run import StageResult, run_stage, task_result
 from tasks.stages.store import StageOutput
-from tasks.train import train_adapter
+from tasks.train import log_adapter, train_adapter
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ def move_dial(context: RunContext, cell: SweptCell, trained: StageResult, alpha_
         params={"domain": cell.domain},
         inputs={"adapter": trained.output},
         compute=compute,
+        log=lambda run_id, output: log_adapter(context, run_id, cell, output, {"alpha_0": alpha_0}),
     )
     return task_result(result, result)
 
@@ -142,6 +143,7 @@ def write_sweep(
     folder = result.path
     context.tracker.log_folder(context.parent_run_id, folder, "report")
     context.tracker.log_metrics(context.parent_run_id, result.output.metrics())
+    context.tracker.log_tags(context.parent_run_id, {NOTE_TAG: note_of(folder / "sweep.md")})
     key = f"sweep-{name}".replace("_", "-")
     show_page(folder / "sweep.md", key, title)
     show_figure(folder / "sweep.png", f"{key}-figure", "retention against adaptation")

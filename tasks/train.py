@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ from typing import Any, cast
 
 from prefect import task
 
+from qadapter.config.execution import LaunchSettings
 from qadapter.config.experiment import Experiment
 from qadapter.config.model import ModelSettings
 from qadapter.files.artifacts import read_json, read_json_lines, write_json
@@ -225,9 +227,13 @@ def prepare_need(
         config["training"] = keyed(experiment.training_of(domain))
     if "heldout_file" in need.takes:
         further["heldout_file"] = data.path / "heldout.jsonl"
-    launcher = ProcessLauncher(experiment.launch) if need.trains else None
-    if launcher is not None:
+    if need.trains:
+        launcher = ProcessLauncher(experiment.launch)
         config |= launcher.keyed()
+    elif need.shared:
+        launcher = ProcessLauncher.for_evaluation(experiment.launch, experiment.model)
+    else:
+        launcher = ProcessLauncher(LaunchSettings())
 
     def compute(out: Path, scratch: Path) -> None:
         arguments = {
@@ -238,10 +244,7 @@ def prepare_need(
             "out": out,
             **further,
         }
-        if launcher is None:
-            need.make(base.location, file, **arguments, scratch=scratch)
-        else:
-            launcher(need.make, base.location, file, **arguments, scratch=scratch)
+        launcher(need.make, base.location, file, **arguments, scratch=scratch)
         _add_needs_cost(out, made)
 
     result = run_stage(
@@ -292,6 +295,10 @@ def train_adapter(
         )
         _add_needs_cost(out, needs)
 
+    def log(run_id: str, output: StageOutput) -> None:
+        log_pairs(context, run_id, experiment.domains[cell.domain].source, data.output, "train")
+        log_adapter(context, run_id, cell, output, choice.model_dump(exclude_none=True))
+
     result = run_stage(
         context,
         "train",
@@ -309,7 +316,7 @@ def train_adapter(
             **launcher.keyed(),
         },
         params={"domain": cell.domain, "base": base.name},
-        log=lambda run_id, _: log_pairs(context, run_id, experiment.domains[cell.domain].source, data.output, "train"),
+        log=log,
         inputs=inputs,
         compute=compute,
     )
@@ -334,7 +341,23 @@ def _add_needs_cost(out: Path, needs: Mapping[str, StageResult]) -> None:
     write_json(file, metrics)
 
 
+def log_adapter(context: RunContext, run_id: str, cell: Cell, output: StageOutput, settings: Mapping[str, Any]) -> None:
+    """Log an adapter as the run's model; its measurements are logged to it later.
+
+    Args:
+        context: the flow run's context.
+        run_id: the adapter's run.
+        cell: its domain, method and seed.
+        output: its stage.
+        settings: the method's.
+    """
+    params = {"domain": cell.domain, "method": cell.method, "seed": cell.seed, **settings}
+    name = re.sub("[/:.%\"']", "-", cell.name)  # MLflow refuses these characters
+    context.tracker.log_model(run_id, name, output.digest[:16], params)
+
+
 def keyed(settings: Any) -> dict[str, Any]:
-    """The settings that a result depends on: all but the intervals of logging and saving."""
-    kept: dict[str, Any] = settings.model_dump(exclude={"save_steps", "logging_steps", "source", "corpus_sources"})
+    """The settings that a result depends on: all but the intervals of logging and saving, and the trackers."""
+    left_out = {"save_steps", "logging_steps", "report_to", "source", "corpus_sources"}
+    kept: dict[str, Any] = settings.model_dump(exclude=left_out)
     return kept

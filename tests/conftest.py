@@ -72,8 +72,7 @@ _LONGEST = [
     f"test_{name}"
     for name in (
         *("deployments", "recurring_processes", "outages", "killed", "pipeline", "customize", "customize_deployments"),
-        *("kill_matrices", "sweep", "process_launcher", "mlflow_server", "served_model", "wheel"),
-        *("paper_profile", "layers", "examples", "lm_eval_command"),
+        "kill_matrices",
     )
 ]
 _PROCESSES = Path(__file__).parent / "processes"

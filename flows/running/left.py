@@ -21,9 +21,12 @@ from typing import Any, TextIO
 from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.logging import get_run_logger
 from tqdm import tqdm
 
 from qadapter.errors import QAdapterError
+from qadapter.methods.method import Need
+from tasks.stages.context import Cell
 from tasks.stages.live import Place, duration, places
 
 BETWEEN_LINES = 60.0
@@ -45,6 +48,14 @@ class Submitted:
     name: str
     kind: str
     planned: float | None = None
+
+
+def kind_of(task: str, inputs: Mapping[str, Any]) -> str:
+    """The kind of a task, from its function's name and its inputs: `train dpo`, `answers`, `prepare_data`."""
+    cell, need = inputs.get("cell"), inputs.get("need")
+    if isinstance(cell, Cell):
+        return f"{task.split('_')[0]} {cell.method}"
+    return need.name if isinstance(need, Need) else task
 
 
 def seconds_left(
@@ -130,7 +141,6 @@ class Teller:
         folder: Path,
         parallel: int,
         *,
-        logger: Any,
         name: str,
         plan: Callable[[], Mapping[str, float]] | None = None,
         terminal: TextIO | None = None,
@@ -140,14 +150,13 @@ class Teller:
         Args:
             folder: where the stages write where they are.
             parallel: how many stages run side by side.
-            logger: of the flow run.
             name: of the experiment, for the artifact.
             plan: from nothing to task name → planned seconds, asked once, if the run lasts so long that a line is due.
             terminal: stream of the line; by default stderr. Only a terminal gets one.
         """
         self.tasks: list[Submitted] = []
         self.ended: set[str] = set()
-        self._folder, self._parallel, self._logger, self._name = folder, parallel, logger, name
+        self._folder, self._parallel, self._name = folder, parallel, name
         self._plan, self._planned = plan, None if plan else {}  # type: ignore[var-annotated]
         self._terminal = terminal or sys.stderr
         self._page: UUID | None = None
@@ -188,7 +197,7 @@ class Teller:
             now = places(self._folder)
             left = self.left(now)
             text = summary(self.tasks, self.ended, now, left)
-            self._logger.info("%s", text)
+            get_run_logger().info("%s", text)
             self._show(100 * len(self.ended) / max(1, len(self.tasks)), text)
         if self._page is not None:
             self._show(100.0, f"{len(self.ended)} of {len(self.tasks)} stages have finished")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.full_paper_repro import experiment_stages
+from flows.running.left import kind_of
 from flows.running.run_request import RunRequest
 from qadapter.config.experiment import Experiment
 from qadapter.config.sources import Source
@@ -241,7 +242,7 @@ def _costs(
     for stage in stages:
         estimate = _estimate(experiment, stage, plans, size, folder)
         if estimate:
-            groups.setdefault((stage.task, _kind(stage)), []).append(estimate)
+            groups.setdefault((stage.task, kind_of(stage.task, stage.inputs)), []).append(estimate)
     for (_, kind), estimates in groups.items():
         steps = [str(count) for count in sorted({estimate[0] for estimate in estimates}) if count]
         tokens, memory = sum(estimate[1] for estimate in estimates), max(estimate[3] for estimate in estimates)
@@ -274,14 +275,6 @@ def _on_this_machine(
         f"This machine\n  {operations / rate / 3600:.1f} h on its cores (parallel {experiment.parallel}, threads "
         f"{experiment.threads_per_stage}: {rate / 1e9:,.0f} GFLOP/s together, measured now)"
     ]
-
-
-def _kind(stage: PlannedStage) -> str:
-    cell = stage.inputs.get("cell")
-    if isinstance(cell, Cell):
-        return f"{stage.task.split('_')[0]} {cell.method}"
-    need = stage.inputs.get("need")
-    return need.name if isinstance(need, Need) else stage.task
 
 
 def _estimate(
@@ -388,6 +381,49 @@ def _generated(answers: int, longest: int | None, plan: SourcePlan | None) -> fl
     each = longest or LONGEST_ANSWER
     prompt = plan.tokens_per_sequence - plan.reply_tokens if plan else 0.0
     return answers * (_GENERATING * each + prompt)
+
+
+_PAIRS_OF_AN_UNREAD_SOURCE = 10_000
+
+
+def seconds_of(
+    stages: Sequence[tuple[Experiment, str, str, Mapping[str, Any]]], folder: Path | None
+) -> dict[str, float]:
+    """The plan's seconds for the stages of a run, without reading any data; only their ratios have to be right.
+
+    Args:
+        stages: each with its experiment, the name of its task's function, its own name and its inputs.
+        folder: the data folder.
+
+    Returns:
+        Name → seconds; stages of negligible cost are omitted.
+
+    Raises:
+        QAdapterError: the model's size is unknown.
+    """
+    import torch
+
+    machine = planning.ONE_H200 if torch.cuda.is_available() else planning.TWO_CORES
+    found: dict[str, float] = {}
+    sizes: dict[str, planning.ModelSize] = {}
+    for experiment, task, name, inputs in stages:
+        model = experiment.model.model_dump_json()
+        if model not in sizes:
+            sizes[model] = planning.model_size(experiment.model)
+        plans = {
+            key: _plan_source(experiment, key, None)
+            if experiment.toy_world
+            else SourcePlan(
+                source.max_train_pairs or source.expected_pairs or _PAIRS_OF_AN_UNREAD_SOURCE,
+                experiment.training.max_length / 2,
+                experiment.training.max_length / 4,
+                "",
+            )
+            for key, source in experiment.sources.items()
+        }
+        if estimate := _estimate(experiment, PlannedStage(task, name, inputs, ()), plans, sizes[model], folder):
+            found[name] = estimate[2] / machine.flops
+    return found
 
 
 def _assumptions(experiment: Experiment) -> str:

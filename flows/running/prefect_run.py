@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
@@ -13,11 +14,11 @@ from typing import Any
 from uuid import UUID
 
 from prefect.exceptions import UpstreamTaskError
-from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from flows.prefect_host.dead_runs import ended_flow_runs, report_crashed
 from flows.prefect_host.orphans import outlive_worker
+from flows.running.left import Teller, kind_of
 from flows.running.run_request import RunRequest
 from flows.running.runners import task_runner
 from flows.running.workers import ForkedWorkers
@@ -27,7 +28,6 @@ from tasks.stages.context import RunContext, workspace
 from tasks.stages.store import StageStore
 from tasks.tracking.tracker import FLOW_RUN_TAG, Tracker
 
-_SECONDS_BETWEEN_PROGRESS = 60.0
 _SECONDS_TO_FIND_A_STAGE = 3.0  # a stage that takes longer computes
 _SECONDS_FOR_MLFLOW = 60.0  # wait for MLflow at a run's end; later, pending writes are delivered at the next start
 
@@ -57,13 +57,19 @@ def checked_run(request: RunRequest) -> Iterator[PrefectRun]:
     os.environ.setdefault("OMP_NUM_THREADS", str(experiment.threads_per_stage))
     if experiment.parallel > 1:  # a thread that waits for another must not keep a core busy that a stage needs
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(root / "tensorboard"))  # where `report_to` names it
     tracker = Tracker.for_project(root)
     close_abandoned(tracker, request.experiment_name)
     parent = tracker.start_parent(
         request.experiment_name,
         f"{experiment.name} · {flow_run.get_name() or 'run'}",
         params=experiment.model_dump(mode="json", by_alias=True),
-        tags={"stage": "parent", "profile": request.profile, FLOW_RUN_TAG: flow_run.get_id() or ""},
+        tags={
+            "stage": "parent",
+            "profile": request.profile,
+            FLOW_RUN_TAG: flow_run.get_id() or "",
+            "mlflow.source.name": f"{flow_run.get_flow_name() or 'qadapter'} {request.profile}",
+        },
     )
     # Found stages are verified byte by byte: a power cut or a failing disk can change a file but not its size.
     store = StageStore(root / ".qadapter", verify_hashes=True)
@@ -84,19 +90,43 @@ class PrefectRun:
         self._futures: list[Any] = []
         self._completed: set[UUID] = set()
         self._runner: Any = task_runner(context.experiment)
+        self._submitted: list[tuple[Experiment, str, str, Mapping[str, Any]]] = []
+        self._live = {context.live}
+        self._teller = Teller(
+            context.live,
+            context.experiment.parallel,
+            name=f"{flow_run.get_flow_name() or 'run'} {context.experiment.name}",
+            plan=self._plan,
+        )
 
     def __enter__(self) -> PrefectRun:
         self._runner.__enter__()
+        self._teller.start()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._runner.__exit__(*error)
+        try:
+            self._runner.__exit__(*error)
+        finally:
+            self._teller.stop()
+            for folder in self._live:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def __call__(self, task: Any, **inputs: Any) -> Any:
         """Submit a task; returns a future of its result."""
+        name = str(task.task_run_name or task.name).format(**inputs)
+        self._submitted.append((self.experiment, task.fn.__name__, name, inputs))
+        self._teller.submitted(name, kind_of(task.fn.__name__, inputs))
         future = self._runner.submit(task, {"context": self._context, **inputs})
+        future.add_done_callback(lambda _: self._teller.ended.add(name))
         self._futures.append(future)
         return future
+
+    def _plan(self) -> dict[str, float]:
+        """Seconds that the plan estimates for each submitted task; those without an estimate are omitted."""
+        from flows.running.plan import seconds_of  # which imports the experiment's stages, and they this module
+
+        return seconds_of(self._submitted, self._context.data)
 
     def of(self, experiment: Experiment) -> PrefectRun:
         """The same run with other settings; it waits for the stages of both."""
@@ -109,13 +139,13 @@ class PrefectRun:
         """The same run with another store, in which stages of this one are not found."""
         other = copy(self)
         other._context = replace(self._context, store=store)
+        self._live.add(other._context.live)
         return other
 
     def settle(self) -> StagesFailedError | None:
-        """Wait for every stage, logging the progress once a minute; returns the failures, if there are any."""
+        """Wait for every stage; returns the failures, if there are any."""
         reasons = []
-        told = time.monotonic()
-        for place, future in enumerate(self._futures):
+        for future in self._futures:
             try:
                 self._wait(future)
             except UpstreamTaskError:  # raised by a process pool if another stage's failure stopped this one
@@ -127,9 +157,6 @@ class PrefectRun:
                 self._completed.add(future.task_run_id)
             elif future.state.is_failed() or future.state.is_crashed():
                 reasons.append(future.state.message)
-            if time.monotonic() - told > _SECONDS_BETWEEN_PROGRESS:
-                get_run_logger().info("%d of %d stages have finished", place + 1, len(self._futures))
-                told = time.monotonic()
         if not reasons:
             return None
         return StagesFailedError(

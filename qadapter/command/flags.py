@@ -20,7 +20,7 @@ Options = TypeVar("Options", bound=Settings)
 
 ALIASES = {"lr": "learning_rate"}
 """Short names that other projects use, as flags and as keys of a config file."""
-_REPEATED = {"adapter": "FOLDER", "prompt": "TEXT", "retain": "FILE"}  # flags that may be repeated
+_REPEATED = {"adapter": "FOLDER", "prompt": "TEXT", "retain": "FILE", "report_to": "NAME"}  # may be repeated
 _POSITIONAL = {"file": "FILE"}  # positional arguments
 
 

@@ -18,7 +18,7 @@ from qadapter.config.budget import Share
 from qadapter.config.dial import DialValue
 from qadapter.config.model import ModelSettings
 from qadapter.config.sources import ReadingSettings
-from qadapter.config.training import OptimizerSettings
+from qadapter.config.training import OptimizerSettings, Tracker
 
 RENDERING = ("thinking", "thoughts", "chat_template_kwargs")
 Thoughts = Literal["score", "leave-out"]
@@ -206,6 +206,9 @@ class TrainingOptions(OptimizerSettings):
     logging_steps: Count = Field(10, description="a line of numbers every so many steps")
     save_steps: Count | None = Field(100, description="a checkpoint every so many steps")
     seed: int = Field(0, description="of split, weights, order and dropout")
+    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(_repeated)] = Field(
+        (), description="tensorboard, wandb or trackio, which get the curves too; can be given several times"
+    )
 
 
 class AnswerOptions(Settings):

@@ -54,7 +54,7 @@ METRICS = "metrics.json"  # written last: a folder that has it is finished
 MOST_EPOCHS = 10
 _KNOBS = Knobs("--epochs {}", "--batch-size", "--heldout {}", "--heldout-data")
 LARGE_KL = 0.5  # nats per token; trainings that keep what the base could do lie below 0.2 (docs/findings.md)
-_NO_PART_OF_THE_RESULT = {"output", "resume", "overwrite", "logging_steps", "save_steps"}
+_NO_PART_OF_THE_RESULT = {"output", "resume", "overwrite", "logging_steps", "save_steps", "report_to"}
 
 
 def run(options: TrainOptions) -> None:

@@ -23,7 +23,7 @@ from qadapter.config.folder import CONFIGS
 from qadapter.config.methods import Methods
 from qadapter.config.model import LoraSettings, ModelSettings
 from qadapter.config.sources import Source, ToyWorldSettings
-from qadapter.config.training import DomainSettings, HelpfulSettings, OptimizerSettings, PretrainingSettings
+from qadapter.config.training import AdapterTraining, DomainSettings, HelpfulSettings, PretrainingSettings
 from qadapter.errors import QAdapterError, did_you_mean
 from qadapter.files.shown import shown
 from qadapter.files.yaml_text import read_yaml
@@ -70,6 +70,7 @@ class Experiment(Settings):
         threads: torch threads per stage; None: the machine's cores divided by `parallel`. A tiny model gains nothing
             from a second thread. The environment variable OMP_NUM_THREADS takes precedence.
         base_threads: torch threads of pre-training, which all other stages wait for; None: those of every stage.
+        system_metrics: log MLflow's system metrics (CPU, memory, disk, network, GPUs) to the run of each stage.
         launch: whether trainings run in this process or in several, through `accelerate launch`.
         run_domains: the domains that run; None: all. The others' sources need not be there.
         runner: where stages run side by side: in processes of this machine, or on a Dask or Ray cluster.
@@ -83,6 +84,7 @@ class Experiment(Settings):
     parallel: Count = 1
     threads: Count | None = None
     base_threads: Count | None = None
+    system_metrics: bool = False
     launch: LaunchSettings = LaunchSettings()
     runner: RunnerSettings = RunnerSettings()
     toy_world: ToyWorldSettings | None = None
@@ -92,7 +94,7 @@ class Experiment(Settings):
     pretraining: PretrainingSettings | None = None
     helpful_sft: HelpfulSettings | None = None
     lora: LoraSettings = LoraSettings()
-    training: OptimizerSettings
+    training: AdapterTraining
     domains: dict[Name, DomainSettings] = Field(min_length=1)
     run_domains: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
     methods: Methods
@@ -188,7 +190,7 @@ class Experiment(Settings):
         kind = judges.judge_of(self, domain)
         return kind.name if kind else NO_JUDGE
 
-    def training_of(self, domain: str) -> OptimizerSettings:
+    def training_of(self, domain: str) -> AdapterTraining:
         """The training settings of a domain's adapters."""
         epochs = self.domains[domain].epochs
         return self.training if epochs is None else self.training.model_copy(update={"epochs": epochs})

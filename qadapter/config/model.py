@@ -36,6 +36,8 @@ class ModelSettings(Settings):
         thinking: turn the thoughts of a thinking model on or off; None: the chat template decides.
         thoughts: whether thoughts in replies are scored or removed, in training and in scoring.
         chat_template_kwargs: further variables for the chat template.
+        device_map: `auto` spreads a base that does not fit on one device over all devices of one process, for
+            evaluation, generation and trainings in this process; a launched training splits it by its `launch.config`.
     """
 
     from_scratch: FromScratch | None = None
@@ -47,6 +49,7 @@ class ModelSettings(Settings):
     thinking: bool | None = None
     thoughts: Literal["score", "leave-out"] = "score"
     chat_template_kwargs: dict[str, Any] = {}
+    device_map: Literal["auto"] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ModelSettings:

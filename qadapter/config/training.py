@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from qadapter.config.base import Count, Name, NonNegative, Positive, Settings
+from qadapter.errors import QAdapterError
+
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
 class OptimizerSettings(Settings):
@@ -22,6 +26,8 @@ class OptimizerSettings(Settings):
         save_steps: steps between checkpoints, from which a killed training resumes; None: no checkpoints.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         bf16: mixed precision.
+        report_to: further trackers that get the curves while the training runs, besides MLflow: `tensorboard`, `wandb`,
+            `trackio`, each with its own environment variables.
     """
 
     learning_rate: Positive
@@ -38,6 +44,7 @@ class OptimizerSettings(Settings):
     logging_steps: Count = 10
     gradient_checkpointing: bool = False
     bf16: bool = False
+    report_to: tuple[Tracker, ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerSettings:
@@ -47,10 +54,60 @@ class OptimizerSettings(Settings):
             )
         return self
 
+    def check_trackers(self) -> None:
+        """Raise QAdapterError if a tracker of `report_to` is not installed."""
+        if missing := [name for name in self.report_to if find_spec(name) is None]:
+            raise QAdapterError(
+                f"report_to names {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; "
+                f"install it (pip install {' '.join(missing)}) or leave it out"
+            )
+
     @property
     def micro_batch(self) -> int:
         """Examples per forward pass."""
         return self.micro_batch_size or self.batch_size
+
+
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+class AdapterTraining(OptimizerSettings):
+    """How adapters are trained, and what is evaluated while they are.
+
+    Attributes:
+        eval_steps: steps between evaluations of the training's own metrics; None: none while training.
+        eval_pairs: training pairs set aside for it, whole prompts; the experiment's held-out pairs are not used. None:
+            `DEFAULT_EVAL_PAIRS`.
+        best_by: metric of that evaluation, such as `loss` or `rewards/accuracies`: the adapter is the checkpoint that
+            was best by it. Each evaluation then saves a checkpoint. Losses, KL and perplexity are better when smaller.
+        early_stopping: stop after so many evaluations in a row without a better `best_by` (by default `loss`).
+    """
+
+    eval_steps: Count | None = Field(None, exclude_if=_is_none)  # no part of a stage's key unless given
+    eval_pairs: Count | None = Field(None, exclude_if=_is_none)
+    best_by: Annotated[str, Field(min_length=1)] | None = Field(None, exclude_if=_is_none)
+    early_stopping: Count | None = Field(None, exclude_if=_is_none)
+
+    @model_validator(mode="after")
+    def _check_evaluation(self) -> AdapterTraining:
+        given = [name for name in ("eval_pairs", "best_by", "early_stopping") if getattr(self, name) is not None]
+        if self.eval_steps is None and given:
+            raise ValueError(f"{given[0]} has no effect without eval_steps; set the steps between evaluations")
+        if self.chosen_by and self.save_steps and self.save_steps != self.eval_steps:
+            raise ValueError(
+                f"save_steps {self.save_steps} and eval_steps {self.eval_steps}: to find the best checkpoint each "
+                "evaluation saves one; leave save_steps out"
+            )
+        return self
+
+    @property
+    def chosen_by(self) -> str | None:
+        """The metric that decides which checkpoint becomes the adapter; None for the last one."""
+        return self.best_by or ("loss" if self.early_stopping else None)
+
+
+DEFAULT_EVAL_PAIRS = 32
 
 
 class PretrainingSettings(OptimizerSettings):

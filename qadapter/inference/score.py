@@ -155,8 +155,9 @@ def evaluating(*models: torch.nn.Module) -> Iterator[None]:
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
-    """The device of the model's inputs."""
-    return next(model.parameters()).device
+    """The device of the model's inputs: that of its first parameter that is not left on the disk."""
+    places = (parameter.device for parameter in model.parameters())
+    return next((place for place in places if place.type != "meta"), torch.device("cpu"))
 
 
 def _leaves_out_prompts(model: torch.nn.Module) -> bool:

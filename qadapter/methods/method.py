@@ -95,6 +95,7 @@ class Need:
         takes: what else `make` gets. `lora` is the adapter's shape, `training` the domain's training settings (both are
             in the stage's key), `heldout_file` the pairs that no training sees.
         trains: whether it is a training, which runs in several processes where trainings do.
+        shared: whether several processes can share its work (`qadapter.progress.kept`), as they share evaluations.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Need:
     needs: tuple[Need, ...] = ()
     takes: tuple[Literal["lora", "training", "heldout_file"], ...] = ()
     trains: bool = False
+    shared: bool = False
 
 
 def no_needs(_: Any) -> tuple[Need, ...]:

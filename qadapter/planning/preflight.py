@@ -43,6 +43,9 @@ def check_experiment(
     Raises:
         QAdapterError: with all that is needed to put it right.
     """
+    for section in (experiment.training, experiment.pretraining, experiment.helpful_sft):
+        if section is not None:
+            section.check_trackers()
     if experiment.toy_world is None:
         _check_sources(experiment, fixed, folder, downloads, remote)
     retention = experiment.evaluation.retention

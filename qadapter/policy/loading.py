@@ -43,7 +43,7 @@ def load_base(
         architecture=architecture,
         dtype=settings.dtype,
         quantization=quantization_config(settings) if settings.quantization != "none" else None,
-        device_map=_place(),
+        device_map=_place(settings),
         **where,  # type: ignore[arg-type]
         **head,
     )
@@ -86,8 +86,13 @@ def check_pretrained(
         )
 
 
-def _place() -> dict[str, int] | None:
-    """Where to load a model: onto this process's GPU, or, to be split up or without a GPU, into main memory."""
+def _place(settings: ModelSettings) -> dict[str, int] | str | None:
+    """Where to load a model: onto this process's GPU, or, to be split up or without a GPU, into main memory.
+
+    With `device_map: auto`, accelerate spreads it over all devices, unless a launcher has started several processes.
+    """
+    if settings.device_map is not None and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return settings.device_map
     sharded = any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
     if sharded or not torch.cuda.is_available():
         return None

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
 from qadapter.config.model import LoraSettings, ModelSettings
-from qadapter.config.training import OptimizerSettings
+from qadapter.config.training import DEFAULT_EVAL_PAIRS, AdapterTraining, OptimizerSettings
 from qadapter.errors import QAdapterError
 from qadapter.policy.adapters import fitted
 from qadapter.policy.loading import load_base
@@ -29,6 +29,7 @@ from qadapter.training.arguments import (
     write_training_record,
 )
 from qadapter.training.encoded_pairs import refuse_unlearnable, report_truncation
+from qadapter.training.evaluated import Aside, evaluating_while_training, set_aside
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ class Job:
     Attributes:
         network, tokenizer: the frozen base.
         lora: the adapter's shape.
-        pairs, encoded: the N usable pairs, as text and as token ids.
+        pairs, encoded: the N usable pairs, as text and as token ids. Where the training evaluates, those that are set
+            aside for it are at the end, and the trainer leaves them out (`qadapter.training.evaluated`).
         single: the rows of a source of single replies, each as token ids with its label; none where it has pairs.
         max_length: largest number of tokens per sequence.
         needs: name of a stage that the method needs → its folder.
@@ -77,6 +79,7 @@ class Job:
         single: Sequence[Labelled] = (),
         base: str | Path = "",
         model: ModelSettings | None = None,
+        held: int = 0,
     ) -> None:
         self.single = list(single)
         self.network, self.tokenizer, self.lora = network, tokenizer, lora
@@ -85,6 +88,7 @@ class Job:
         self.max_length, self.needs, self.out = settings.max_length, dict(needs), out
         self.steps = settings.max_steps or 0
         self._settings = settings
+        self._held = held
         self._lengths: list[int] = []
         self._per_step = 0
         self._trained: int | None = None
@@ -177,7 +181,11 @@ class Job:
         return tokens_seen(self._lengths, self.steps, self._per_step)
 
     def _arguments(self, lengths: list[int], *, sequences_per_example: int) -> dict[str, Any]:
-        self._lengths, self._per_step = lengths, self._settings.batch_size * sequences_per_example
+        if self._held:  # row i belongs to pair i modulo their number; those at the end are not trained on
+            trained = len(self.encoded) - self._held
+            lengths = [length for i, length in enumerate(lengths) if i % len(self.encoded) < trained]
+        self._lengths = lengths
+        self._per_step = self._settings.batch_size * sequences_per_example
         return trainer_arguments(
             self._settings, seed=self.seed, scratch=self.scratch, sequences_per_example=sequences_per_example
         )
@@ -239,8 +247,15 @@ def train_adapter(
     single = encode_single(replies, tokenizer, training.max_length)
     # Two rows cost what a pair costs, and no last micro-batch has a single row, which no other row is compared with.
     single = single[: len(single) // 2 * 2]
-    settings = with_steps(training, len(encoded) or len(single) // 2, choice.learning_rate)
-    usable = [pairs[index] for index in kept]
+    usable, aside = [pairs[index] for index in kept], None
+    if isinstance(training, AdapterTraining) and training.eval_steps:
+        if not usable:
+            raise QAdapterError("training.eval_steps needs pairs, and the source has single replies; leave it out")
+        order, held = set_aside(usable, training.eval_pairs or DEFAULT_EVAL_PAIRS)
+        usable, encoded = [usable[place] for place in order], [encoded[place] for place in order]
+        aside = Aside(len(usable), held, training)
+    left = len(encoded) - (aside.held if aside else 0)
+    settings = with_steps(training, left or len(single) // 2, choice.learning_rate)
     job = Job(
         network,
         tokenizer,
@@ -255,10 +270,13 @@ def train_adapter(
         single=single,
         base=base,
         model=model,
+        held=aside.held if aside else 0,
     )
     set_seed(seed)
-    with measured_cost() as cost:
+    with measured_cost() as cost, evaluating_while_training(aside):
         trainer = train(job, choice)
+    if aside:
+        job.steps = trainer.state.global_step  # fewer than planned after an early stop
     own = {"cost/generated_tokens": float(job.generated)} if job.generated else {}
     write_adapter(out, trainer, cost, job.tokens(), encoded, **own)
 

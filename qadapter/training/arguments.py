@@ -18,12 +18,14 @@ from typing import Any, TypeVar
 import psutil
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from qadapter.config.training import OptimizerSettings
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import write_json
 from qadapter.progress.reports import Work, counted, report_row
 from qadapter.training.checkpoints import SealCheckpoints, last_checkpoint
+from qadapter.training.evaluated import evaluation_row, prepare_evaluation, stopped_early
 
 log = logging.getLogger(__name__)
 _NOT_OF_THE_CURVE = ("step", "epoch", "num_tokens", "step_time")
@@ -45,8 +47,9 @@ def trainer_arguments(
     `batch_size` covers all processes together; each accumulates over its share.
 
     Raises:
-        QAdapterError: the batch cannot be divided evenly between the started processes.
+        QAdapterError: the batch cannot be divided evenly between the started processes, or a tracker is not installed.
     """
+    settings.check_trackers()
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # set by torch.distributed; absent for a single process
     micro = settings.micro_batch_size or max(1, settings.batch_size // processes)
     if settings.batch_size % (micro * processes):
@@ -71,7 +74,7 @@ def trainer_arguments(
         "save_strategy": "steps" if settings.save_steps else "no",
         "save_steps": settings.save_steps or 500,
         "save_total_limit": 2,
-        "report_to": "none",
+        "report_to": list(settings.report_to) or "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "activation_checkpointing": settings.gradient_checkpointing,
@@ -152,8 +155,10 @@ def curve_row(entry: Mapping[str, float]) -> dict[str, float] | None:
         entry: what Trainer logged, with its step.
 
     Returns:
-        None if the entry has no loss, such as Trainer's summary at the end.
+        None if the entry is neither of the training nor of an evaluation, such as Trainer's summary at the end.
     """
+    if (evaluation := evaluation_row(entry)) is not None:
+        return evaluation
     # Sorted, since a resumed training reads its history in another order. TRL restarts its token count on resuming.
     named = ((name, value) for name, value in sorted(entry.items()) if name not in _NOT_OF_THE_CURVE)
     values = {f"train/{name}": value for name, value in named}
@@ -223,13 +228,32 @@ def train_to_end(trainer: AnyTrainer, name: str) -> AnyTrainer:
 
         score_replies_only(trainer.model)
     trainer.remove_callback(PrinterCallback)
+    _name_for_trackers(trainer, name)
+    prepare_evaluation(trainer, name)
     for callback in (ReportProgress(name), LogAtCheckpoints(), SealCheckpoints()):
         trainer.add_callback(callback)
     checkpoint = last_checkpoint(str(trainer.args.output_dir))
+    if checkpoint and stopped_early(trainer, checkpoint):
+        log.info("%s: had stopped early at step %d", name, trainer.state.global_step)
+        return trainer
     if checkpoint:
         log.info("%s: resumes after step %s, where it was stopped", name, checkpoint.rpartition("-")[2])
     trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
+
+
+def _name_for_trackers(trainer: Trainer, name: str) -> None:
+    """Name a training for the trackers of `report_to`: method and folder of checkpoints.
+
+    TensorBoard's files go to `TENSORBOARD_LOGGING_DIR`, by default beside the folder of checkpoints, which is deleted
+    after the training.
+    """
+    checkpoints = Path(str(trainer.args.output_dir)).absolute()
+    label = f"{name} {checkpoints.name}"
+    trainer.args.run_name = label
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = str(Path(callback.logging_dir or checkpoints.parent / "tensorboard", label))
 
 
 def save_weights(trainer: Trainer, folder: Path) -> None:
@@ -263,11 +287,12 @@ def write_training_record(out: Path, trainer: Trainer, cost: Cost, tokens: int, 
     model = trainer.model
     assert model is not None
     rows = curves(trainer.state)
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
     (out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_json(
         out / "metrics.json",
         {
-            **({"train/final_loss": rows[-1]["train/loss"]} if rows else {}),
+            **({"train/final_loss": losses[-1]} if losses else {}),
             "train/steps": trainer.state.global_step,
             "cost/train_seconds": cost.seconds,
             "cost/train_tokens": tokens,

@@ -48,6 +48,10 @@ class EncodedPairs(Dataset[EncodedPair]):
     def __getitem__(self, index: int) -> EncodedPair:
         return self._pairs[index]
 
+    def select(self, indices: Iterable[int]) -> EncodedPairs:
+        """Some of the pairs, as `datasets.Dataset.select` has it."""
+        return EncodedPairs([self._pairs[index] for index in indices])
+
     @property
     def truncation(self) -> Truncation:
         """What `max_length` removed."""

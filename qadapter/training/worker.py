@@ -1,4 +1,4 @@
-"""One process of a distributed training: `accelerate launch … -m qadapter.training.worker job.json`.
+"""One process of a distributed training or evaluation: `accelerate launch … -m qadapter.training.worker job.json`.
 
 A job is a function of `qadapter` and its arguments, as JSON. The process with rank 0 writes the results.
 """
@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from types import FunctionType
@@ -29,7 +30,7 @@ from qadapter.progress.reports import Listener, listening
 PROGRESS = "progress: "  # a line of rank 0's log; anything else a child prints is a library's
 REPORT = "report: "  # a report of rank 0 (`qadapter.progress.reports`) as JSON
 _SECONDS_BETWEEN_REPORTS = 1.0
-_TRAININGS = ("qadapter.training.", "qadapter.methods.", "qadapter.judging.")
+_TRAININGS = ("qadapter.training.", "qadapter.methods.", "qadapter.judging.", "qadapter.evaluation.")
 _SECTIONS = ("qadapter.",)
 
 
@@ -39,8 +40,8 @@ def write_job(file: Path, function: Callable[..., Any], positional: Sequence[Any
     Args:
         file: where to.
         function: a function at the top of one of `qadapter`'s modules; it takes `out`, the folder of its results.
-        positional, named: its arguments: JSON values, paths, sections of an experiment's config, and other functions
-            at the top of the modules where trainings are.
+        positional, named: its arguments: JSON values, paths, sections of an experiment's config, records (dataclasses)
+            of them, and other functions at the top of the modules where trainings and evaluations are.
 
     Raises:
         TypeError: an argument is something else.
@@ -82,6 +83,11 @@ def _tagged(value: Any) -> Any:
         return {"!path": str(value)}
     if isinstance(value, Settings):
         return {"!settings": _name_of(type(value)), "values": value.model_dump(mode="json", by_alias=True)}
+    if is_dataclass(value) and not isinstance(value, type) and type(value).__module__.startswith(_SECTIONS):
+        return {
+            "!record": _name_of(type(value)),
+            "fields": {one.name: getattr(value, one.name) for one in fields(value)},
+        }
     if isinstance(value, FunctionType) and value.__module__.startswith(_TRAININGS):
         return {"!function": _name_of(value)}
     raise TypeError(f"{type(value).__name__} cannot be handed to a training process")
@@ -97,6 +103,11 @@ def _untagged(value: dict[str, Any]) -> Any:
         if not issubclass(kind, Settings):
             raise ValueError(f"{value['!settings']} is not a section of a config")
         return kind.model_validate(value["values"])
+    if value.keys() == {"!record", "fields"}:
+        record: Any = _named(value["!record"], _SECTIONS)
+        if not (isinstance(record, type) and is_dataclass(record)):
+            raise ValueError(f"{value['!record']} is no record")
+        return record(**value["fields"])
     return value
 
 

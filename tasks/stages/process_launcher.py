@@ -1,4 +1,4 @@
-"""Run a training function in this process, or in several processes through `accelerate launch`."""
+"""Run a training or an evaluation in this process, or in several processes through `accelerate launch`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from qadapter.config.execution import LaunchSettings
+from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import read_json
 from qadapter.progress.reports import listener
@@ -34,12 +35,24 @@ class TrainingProcessError(RuntimeError):
 
 @dataclass(frozen=True)
 class ProcessLauncher:
-    """Calls a training function in the processes that the experiment's `launch` section asks for.
+    """Calls a function in the processes that the experiment's `launch` section asks for.
 
     An instance rather than a function, so that a stage's code digest ends here: `keyed` adds the engine to the key.
     """
 
     settings: LaunchSettings
+
+    @classmethod
+    def for_evaluation(cls, settings: LaunchSettings, model: ModelSettings) -> ProcessLauncher:
+        """The launcher of evaluation and generation: as many processes as trainings have, each with the whole base.
+
+        They share the batches (`qadapter.progress.kept`), whose results are those of one process: no part of a key. A
+        base that is spread over all devices (`model.device_map`) is one process's.
+        """
+        if settings.engine == "in-process" or model.device_map is not None:
+            return cls(LaunchSettings())
+        whole = settings.accelerate_config()["distributed_type"] == "MULTI_GPU"
+        return cls(settings if whole else settings.model_copy(update={"config": "ddp.yaml"}))
 
     def keyed(self) -> dict[str, Any]:
         """The engine as part of a stage's config; empty for `in-process`, which is the reference."""

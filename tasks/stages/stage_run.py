@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from qadapter.files.shown import shown
 from tasks.stages.context import LARGEST_LOGGED_FILE, RunContext
 from tasks.stages.live import LiveStage, shown_live
 from tasks.stages.store import StageOutput
+from tasks.tracking.system_metrics import system_metrics, wanted_by_environment
 from tasks.tracking.view import FRESH_TAG
 
 
@@ -47,6 +48,7 @@ def run_stage(
     tags: Mapping[str, Any] | None = None,
     params: Mapping[str, Any] | None = None,
     log: Callable[[str, StageOutput], None] | None = None,
+    model_data: tuple[str | None, str | None] | None = None,
 ) -> StageResult:
     """Run a stage through the store and log its metrics, curves, parameters and files, whether computed or found.
 
@@ -58,6 +60,8 @@ def run_stage(
         run_name: name of the child; by default name and label.
         tags, params: added to the run.
         log: logs further content, given the run's id and the finished stage.
+        model_data: of a measurement of the run's logged model: name and digest of the data set; None and None if it is
+            none that MLflow knows.
 
     Returns:
         The finished stage and its MLflow run.
@@ -69,7 +73,7 @@ def run_stage(
             context.parent_run_id,
             title,
             params=_given({**config, **(params or {})}),
-            tags={"stage": name, **(tags or {})},
+            tags={"stage": name, "mlflow.source.name": f"{module.replace('.', '/')}.py", **(tags or {})},
         )
     elif params:
         tracker.log_params(run_id, params)
@@ -81,7 +85,7 @@ def run_stage(
         folder=context.live,
     )
     with tracker.ending(run_id):
-        with shown_live(live), _masked_errors():
+        with shown_live(live), _system_metrics(context, run_id), _masked_errors():
             output = context.store.run(name, module=module, config=config, inputs=inputs, compute=compute)
         live.end(seconds=output.seconds, cached=output.cached)
         measured = {**output.metrics(), f"cost/{name}_stage_seconds": output.seconds}
@@ -91,6 +95,7 @@ def run_stage(
             params=output.params(),
             tags={f"cached.{name}": output.cached, f"digest.{name}": output.digest[:16], **fresh},
             history=[{"step": 0, **measured}, *live.unsent(output.history())],
+            model_data=model_data,
         )
         tracker.log_folder(run_id, output.path, name, max_bytes_per_file=LARGEST_LOGGED_FILE)
         if log:
@@ -98,6 +103,13 @@ def run_stage(
     how = f"found ({output.key[:12]}), it took" if output.cached else "done in"
     get_run_logger().info("%s: %s %.1f s", title, how, output.seconds)
     return StageResult(output, run_id)
+
+
+def _system_metrics(context: RunContext, run_id: str) -> AbstractContextManager[None]:
+    """What measures the machine while a stage runs, if that is asked for."""
+    if not (context.experiment.system_metrics or wanted_by_environment()):
+        return nullcontext()
+    return system_metrics(run_id, partial(context.tracker.log_history, run_id))
 
 
 @contextmanager

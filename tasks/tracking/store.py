@@ -28,7 +28,12 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import InvalidUrlException, MlflowException, RestException
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
-from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE, MAX_METRICS_PER_BATCH, MAX_PARAM_VAL_LENGTH
+from mlflow.utils.validation import (
+    MAX_DATASET_DIGEST_SIZE,
+    MAX_METRICS_PER_BATCH,
+    MAX_PARAM_VAL_LENGTH,
+    MAX_TAG_VAL_LENGTH,
+)
 
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import (
@@ -45,9 +50,12 @@ from tasks.stages.retries import retrying
 from tasks.tracking.spool import Entry
 
 __all__ = [
+    "KIND_TAG",
     "MAX_DATASET_DIGEST_SIZE",
     "MAX_METRICS_PER_BATCH",
     "MAX_PARAM_VAL_LENGTH",
+    "MAX_TAG_VAL_LENGTH",
+    "MODEL_TRAINING",
     "NOT_FOUND",
     "SQLITE",
     "AwayError",
@@ -70,6 +78,8 @@ _CLIENT_SETTINGS = {
     # One log line with the address of each run at its end: a flow run has dozens.
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+KIND_TAG, MODEL_TRAINING = "mlflow.experimentKind", "custom_model_development"
+"""Tag by which MLflow's page opens an experiment in its view of model training; without it, in that of GenAI."""
 NOT_FOUND = "RESOURCE_DOES_NOT_EXIST"
 """MLflow's error code for an unknown entity."""
 # The client retries after 408, 429, 500, 502, 503 and 504, and reports the last status in the first of these forms.
@@ -305,11 +315,11 @@ class MlflowStore:
         by default that would be below the current directory. A server has its own place for them. The caller holds
         `first_use`.
         """
-        place = {}
+        place: dict[str, Any] = {"tags": {KIND_TAG: MODEL_TRAINING}}
         if self.uri.startswith(SQLITE):
             known = self.call("search_experiments", view_type=ViewType.ALL, max_results=50_000)
             number = 1 + max((int(one.experiment_id) for one in known), default=0)
-            place = {"artifact_location": f"{self.artifact_root}/{number}"}
+            place["artifact_location"] = f"{self.artifact_root}/{number}"
         try:
             self.call("create_experiment", name, **place)
         except RefusedError as error:  # a process on another machine was faster
@@ -332,10 +342,17 @@ class MlflowStore:
         """
         match entry["what"]:
             case "batch":
+                of_model: dict[str, Any] = {}
+                if "model_data" in entry:
+                    name, digest = entry["model_data"]
+                    from tasks.tracking.logged_models import model_of  # which needs this module
+
+                    if (model_id := model_of(self, run)) is not None:
+                        of_model = {"model_id": model_id, "dataset_name": name, "dataset_digest": digest}
                 self.call(
                     "log_batch",
                     run,
-                    metrics=[Metric(*metric) for metric in entry.get("metrics", ())],
+                    metrics=[Metric(*metric, **of_model) for metric in entry.get("metrics", ())],
                     params=[Param(*param) for param in entry.get("params", ())],
                     tags=[RunTag(*tag) for tag in entry.get("tags", ())],
                 )
@@ -351,6 +368,10 @@ class MlflowStore:
                 self._upload(run, Path(entry["path"]), entry["artifact_path"], entry["max_bytes"])
             case "file":
                 self._store("log_artifact", run, entry["path"], entry["artifact_path"])
+            case "model":
+                from tasks.tracking.logged_models import log_model
+
+                log_model(self, run, name=entry["name"], digest=entry["digest"], params=entry["params"])
             case "text":
                 self._store("log_text", run, entry["text"], entry["artifact_file"])
             case "table":

@@ -11,10 +11,12 @@ import json
 import logging
 import os
 import re
+import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +25,21 @@ from qadapter.files.process_tags import ProcessTag
 from qadapter.files.shown import shown
 from tasks.tracking.outbox import TICKET, TICKET_TAG, Outbox
 from tasks.tracking.store import (
+    KIND_TAG,
     MAX_DATASET_DIGEST_SIZE,
     MAX_METRICS_PER_BATCH,
     MAX_PARAM_VAL_LENGTH,
+    MAX_TAG_VAL_LENGTH,
+    MODEL_TRAINING,
     SQLITE,
     MlflowStore,
+    RefusedError,
     first_use,
 )
 from tasks.tracking.view import view_tags
 
 _LOGGER = logging.getLogger(__name__)
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
 _NAMES_PER_BATCH = 100  # params, and as many tags
 _PATIENCE = 60.0  # seconds
 _PROCESS_TAG = "qadapter.process"
@@ -41,6 +48,10 @@ FLOW_RUN_TAG = "prefect.flow_run_id"
 """Tag of a parent run: the Prefect id of its flow run."""
 
 Row = Mapping[str, float]
+LONGEST_TAG: int = MAX_TAG_VAL_LENGTH
+"""Characters of the longest value of a tag."""
+DIGEST_LENGTH: int = MAX_DATASET_DIGEST_SIZE
+"""Characters of a data set's digest that MLflow keeps."""
 
 
 def tracking_uri(project_root: Path) -> str:
@@ -233,11 +244,14 @@ class Tracker:
                 f"MLflow's experiment {name!r} at {shown(self.uri)} was deleted. Bring it back with "
                 f"`mlflow experiments restore -x {found.experiment_id}`, or choose another experiment name."
             )
+        if KIND_TAG not in found.tags:  # of an older version of this project, or made by hand
+            self._store.call("set_experiment_tag", found.experiment_id, KIND_TAG, MODEL_TRAINING)
         return str(found.experiment_id)
 
     def _tags(self, tags: Mapping[str, Any] | None) -> dict[str, str]:
         return {
             "mlflow.user": _user(),
+            **_source(),
             _PROCESS_TAG: ProcessTag.own().text(),
             **{name: str(value) for name, value in (tags or {}).items()},
         }
@@ -260,6 +274,7 @@ class Tracker:
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, Any] | None = None,
         history: Iterable[Row] = (),
+        model_data: tuple[str | None, str | None] | None = None,
     ) -> None:
         """Log settings, tags and curves in as few calls as possible, since each call is several transactions.
 
@@ -269,6 +284,8 @@ class Tracker:
             tags: name → value.
             history: curves, each row {"step": n, metric name: value, ...}; rows need not contain every metric. A row
                 may have its `timestamp` (milliseconds since the epoch); with it, logging the row twice shows it once.
+            model_data: name and digest of the data set that the metrics were measured on, if they belong to the run's
+                logged model too (`log_model`); None and None for no data set.
         """
         now = _now()
         waiting: dict[str, list[Any]] = {
@@ -286,7 +303,9 @@ class Tracker:
             room = MAX_METRICS_PER_BATCH - sum(map(len, batch.values()))  # MLflow limits the sum of all three
             batch["metrics"] = waiting["metrics"][:room]
             waiting = {name: entries[len(batch[name]) :] for name, entries in waiting.items()}
-            self._outbox.record("batch", run_id, **{name: entries for name, entries in batch.items() if entries})
+            of_model = {"model_data": list(model_data)} if model_data and batch["metrics"] else {}
+            content = {name: entries for name, entries in batch.items() if entries}
+            self._outbox.record("batch", run_id, **content, **of_model)
 
     def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         """Log settings; `flatten` names nested ones."""
@@ -333,6 +352,22 @@ class Tracker:
             profile=json.dumps(dict(profile or {})),
             context=context,
         )
+
+    def log_model(self, run_id: str, name: str, digest: str, params: Mapping[str, Any]) -> None:
+        """Make an adapter the logged model of a run; see `tasks.tracking.logged_models`.
+
+        A server older than MLflow 3 has no logged models: then only a warning is logged.
+
+        Args:
+            run_id: the run that trained or found it.
+            name: of the model.
+            digest: of the adapter's stage.
+            params: its settings.
+        """
+        try:
+            self._outbox.record("model", run_id, name=name, digest=digest, params=flatten(params))
+        except RefusedError as error:
+            _LOGGER.warning("%s is not among MLflow's models: %s", name, error)
 
     # ---- files
 
@@ -397,6 +432,19 @@ class Tracker:
         run_of = self._outbox.run_of
         options = {name: run_of(value) if isinstance(value, str) else value for name, value in options.items()}
         return self._store.call(method, *(run_of(v) if isinstance(v, str) else v for v in arguments), **options)
+
+
+@lru_cache(maxsize=1)
+def _source() -> dict[str, str]:
+    """Tags of MLflow's Source column: what runs, and the commit of the project's code, if it is a git checkout."""
+    tags = {"mlflow.source.type": "LOCAL", "mlflow.source.name": "qadapter"}
+    command = ["git", "-C", str(PROJECT_ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git, no checkout, or another user's
+        return tags
+    commit, _, dirty = found.partition("-")
+    return {**tags, "mlflow.source.git.commit": commit, "mlflow.source.git.dirty": str(bool(dirty))}
 
 
 def _now() -> int:

@@ -25,7 +25,7 @@ class AnswerSettings(Settings):
 def base_answers(max_new_tokens: int, temperature: float) -> Need:
     """The need for the base's answers."""
     settings = AnswerSettings(max_new_tokens=max_new_tokens, temperature=temperature)
-    return Need(NAME, settings, "prompts", answer_prompts, _work)
+    return Need(NAME, settings, "prompts", answer_prompts, _work, shared=True)
 
 
 def _work(settings: AnswerSettings, plan: PairsPlan) -> Work:

@@ -43,6 +43,7 @@ from qadapter.training.checkpoints import last_checkpoint, seal
 from qadapter.training.corpus import read_corpus
 from qadapter.training.pretraining import CHAT_TEMPLATE, model_from_scratch, pretrain, train_tokenizer
 from qadapter.training.supervised import fine_tune_base, train_sft
+from tests.support.heard import Heard
 from tests.support.tiny_toy import (
     LORA,
     MODEL,
@@ -752,25 +753,6 @@ def test_the_sft_base_by_lora_is_merged(world: TinyToy, tmp_path: Path) -> None:
         untouched = load_base(world.base, MODEL)[0](ids).logits
     assert torch.allclose(merged, expected, atol=1e-5)
     assert not torch.allclose(merged, untouched, atol=1e-3)
-
-
-class Heard:
-    """A listener that writes down what it is told."""
-
-    def __init__(self) -> None:
-        self.told: list[Any] = []
-
-    def begin(self, work: str, unit: str, total: int, done: int) -> None:
-        self.told.append(f"{work}: {unit} {done} of {total}")
-
-    def at(self, done: int) -> None:
-        self.told.append(done)
-
-    def end(self) -> None:
-        self.told.append("end")
-
-    def row(self, row: Any) -> None:
-        self.told.append(dict(row))
 
 
 def test_a_training_reports_its_steps_and_curves(

@@ -1,0 +1,150 @@
+"""What is left of a flow run: from the plan, then from what was measured; in the log and in a terminal."""
+
+from __future__ import annotations
+
+import io
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.full_paper_repro import experiment_stages
+from flows.running import left as left_module
+from flows.running.left import Submitted, Teller, frame, kind_of, seconds_left, summary
+from flows.running.plan import Recorder, seconds_of
+from qadapter.config.experiment import load_experiment
+from qadapter.files.artifacts import write_json
+from tasks.stages.context import Cell
+from tasks.stages.live import Place
+
+NOW = 1_000_000.0
+TASKS = [
+    Submitted("train-a-sft-0", "train sft", 100),
+    Submitted("train-b-sft-0", "train sft", 100),
+    Submitted("train-a-dpo-0", "train dpo", 200),
+    Submitted("report", "write_report"),
+]
+
+
+def ended(task: str, seconds: float, *, cached: bool = False) -> Place:
+    return Place("train", task, task, NOW - 500, ended=True, seconds=seconds, cached=cached)
+
+
+def at_work(task: str, done: int, total: int, *, rate: float | None, began: float) -> Place:
+    return Place("train", task, task, NOW - began, "training", "step", done, total, rate)
+
+
+def left(names: set[str], *now: Place, parallel: int = 1) -> float | None:
+    return seconds_left(TASKS, names, now, parallel, NOW)
+
+
+def test_before_anything_was_measured_the_plan_counts() -> None:
+    assert left(set()) == 400
+    assert left(set(), parallel=2) == 200, "as long as the longest one"
+    assert seconds_left(TASKS[-1:], set(), (), 1, NOW) is None, "without plan and measurement nothing is known"
+
+
+def test_what_was_measured_counts_more_than_the_plan() -> None:
+    """SFT took three times the plan's 100 s: the other SFT takes as long, and DPO three times its 200 s."""
+    assert left({"train-a-sft-0"}, ended("train-a-sft-0", 300)) == 300 + 600
+
+
+def test_found_stages_measure_nothing() -> None:
+    assert left({"train-a-sft-0"}, ended("train-a-sft-0", 300, cached=True)) == 100 + 200
+
+
+def test_a_running_stage_knows_best() -> None:
+    """60 of 100 steps at 5 s each: 200 s, where the plan has 100 s less the 50 s so far."""
+    running = at_work("train-a-sft-0", 60, 100, rate=5.0, began=50)
+    assert left(set(), running) == 200 + 100 + 200
+    silent = at_work("train-a-sft-0", 0, 100, rate=None, began=30)
+    assert left(set(), silent) == 70 + 100 + 200
+
+
+def test_at_the_end_nothing_is_left() -> None:
+    assert left({task.name for task in TASKS}, ended("train-a-sft-0", 300)) == 0
+
+
+def test_the_line_of_the_log() -> None:
+    running = at_work("train-b-sft-0", 60, 100, rate=5.0, began=50)
+    assert summary(TASKS, {"train-a-sft-0"}, [ended("train-a-sft-0", 1), running], 500.0) == (
+        "1 of 4 stages have finished, about 8 min left in all; "
+        "train-b-sft-0: training: step 60 of 100 (60 %), 5.0 s per step, about 3 min left"
+    )
+    assert summary(TASKS, set(), [], None) == "0 of 4 stages have finished"
+
+
+def test_the_line_of_a_terminal_fits() -> None:
+    running = at_work("train-b-sft-0", 60, 100, rate=5.0, began=50)
+    text = frame(TASKS, {"train-a-sft-0"}, [running], 500.0, 120)
+    assert text.startswith("1/4 stages |")
+    assert text.endswith("| 25 % · about 8 min left · train-b-sft-0 training step 60/100")
+    assert len(frame(TASKS, {"train-a-sft-0"}, [running] * 9, 500.0, 80)) == 79
+
+
+def test_kinds() -> None:
+    assert kind_of("train_adapter", {"cell": Cell("a", "dpo", 0)}) == "train dpo"
+    assert kind_of("prepare_data", {"source": "a"}) == "prepare_data"
+
+
+def test_every_stage_of_the_plan_has_its_seconds() -> None:
+    """The same stages that `make plan` estimates, and nothing is read for it."""
+    experiment = load_experiment("smoke")
+    recorder = Recorder()
+    experiment_stages(experiment, recorder)
+    found = seconds_of([(experiment, stage.task, stage.name, stage.inputs) for stage in recorder.stages], None)
+    names = {stage.name for stage in recorder.stages}
+    assert found.keys() < names
+    assert {"pretrain", "helpful-sft", "train-academy-dpo-0", "evaluate-academy-dpo-0"} <= found.keys()
+    assert all(seconds > 0 for seconds in found.values())
+    assert found["train-academy-dpo-0"] > found["train-academy-sft-0"]
+
+
+class Terminal(io.StringIO):
+    """A terminal that keeps what was drawn."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("terminal", [Terminal(), io.StringIO()], ids=["terminal", "file"])
+def test_a_run_tells_and_draws(
+    tmp_path: Path, terminal: io.StringIO, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(left_module, "BETWEEN_LINES", 0.2)
+    monkeypatch.setattr(left_module, "_BETWEEN_FRAMES", 0.05)
+    shown: list[float] = []
+    monkeypatch.setattr(left_module, "create_progress_artifact", lambda share, **_: shown.append(share) or "id")
+    monkeypatch.setattr(left_module, "update_progress_artifact", lambda _, share, **__: shown.append(share))
+    caplog.set_level(logging.INFO, "flows.test")
+    monkeypatch.setattr(left_module, "get_run_logger", lambda: logging.getLogger("flows.test"))
+    asked = []
+
+    def plan() -> Mapping[str, float]:
+        asked.append(1)
+        return {"train-a-sft-0": 120.0}
+
+    teller = Teller(tmp_path, 1, name="full paper smoke", plan=plan, terminal=terminal)
+    teller.submitted("train-a-sft-0", "train sft")
+    teller.submitted("report", "write_report")
+    place: dict[str, Any] = asdict(Place("train", "a · sft", "train-a-sft-0", time.time(), "training", "step", 3, 9))
+    write_json(tmp_path / "train-a-sft-0-train.json", place)
+    teller.start()
+    time.sleep(0.9)
+    teller.ended.update(("train-a-sft-0", "report"))
+    teller.stop()
+    assert len(asked) == 1
+    assert caplog.messages[0].startswith("0 of 2 stages have finished, about 2 min left in all; train-a-sft-0: train")
+    assert (shown[0], shown[-1]) == (0.0, 100.0)
+    drawn = terminal.getvalue()
+    if terminal.isatty():
+        assert "0/2 stages |" in drawn
+        assert "training step 3/9" in drawn
+        assert drawn.endswith("\r\x1b[K"), "the line is wiped at the end"
+    else:
+        assert drawn == ""
