@@ -133,6 +133,18 @@ def experiment_with(sections: dict[str, Any]) -> Experiment:
     return Experiment.model_validate(laid(smoke, sections))
 
 
+def test_every_situation_is_held_by_a_test() -> None:
+    page = PAGES["docs/situations.md"]
+    rows = [line for line in page.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) >= 27
+    named = [re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row) for row in rows]
+    assert all(named)
+    for file, test in {entry for row in named for entry in row}:
+        tree = ast.parse((PROJECT_ROOT / file).read_text(encoding="utf-8"))
+        tests = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+        assert test in tests, f"{file} has no {test}"
+
+
 def test_the_groups_of_the_sweeps_page_are_valid() -> None:
     sweep = yaml.safe_load((PROJECT_ROOT / "configs/sweep/smoke.yaml").read_text(encoding="utf-8"))
     (block,) = re.findall(r"^    dpo:\n(?:    .*\n)+", PAGES["docs/sweep.md"], flags=re.M)

@@ -159,4 +159,6 @@ def _explain(problem: Any, options: type[Settings], given: Mapping[str, Any], co
     if not name:
         return str(message)
     shown = f" (given: {problem['input']!r})" if isinstance(problem["input"], str | int | float) else ""
-    return f"{flag(name) if name in given or config is None else f'{name} in {config}'}: {message}{shown}"
+    inner = "".join(f".{part}" for part in problem["loc"][1:]) if problem["type"] == "open_setting" else ""
+    where = f"{flag(name)}{inner}" if name in given or config is None else f"{name}{inner} in {config}"
+    return f"{where}: {message}{shown}"

@@ -7,17 +7,19 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter.command.options import RENDERING, PolicyOptions
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
 from qadapter.policy.adapters import adapter_place, base_of
+from qadapter.policy.base import fit_tokenizer
 from qadapter.policy.files import SETTINGS_FILE, read_settings
 from qadapter.policy.loading import load_base
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.ranges import check_dials, check_weights
-from qadapter.policy.tokenizer import RECORD, difference, policy_tokenizer, training_record
+from qadapter.policy.tokenizer import RECORD, difference, policy_tokenizer, training_record, unreadable_record
 from qadapter.preferences.template_settings import configured
 
 __all__ = ["RECORD", "as_base", "dials", "note", "open_base", "open_policy", "training_record"]
@@ -52,16 +54,20 @@ def open_policy(options: PolicyOptions) -> tuple[QAdapterForCausalLM, PreTrained
         record.pop("revision", None)  # of another base
     # Never trust_remote_code: a folder from elsewhere must not turn it on.
     numerics = {name: getattr(options, name) or record.get(name) for name in ("dtype", "quantization", "revision")}
-    settings = ModelSettings(
-        pretrained=base,
-        trust_remote_code=options.trust_remote_code,
-        **{name: value for name, value in numerics.items() if value is not None},
-    )
+    try:
+        settings = ModelSettings(
+            pretrained=base,
+            trust_remote_code=options.trust_remote_code,
+            **{name: value for name, value in numerics.items() if value is not None},
+            **(options.model or record.get("model") or {}),
+        )
+    except (ValidationError, TypeError) as error:
+        raise unreadable_record(first, error) from error
     if options.alpha_0 is not None or options.alpha_tilde is not None:  # before a large base is read
         check_dials(options.alpha_0 or 0.0, 1.0 if options.alpha_tilde is None else options.alpha_tilde)
     check_weights(dict(zip(map(str, options.adapter), weights, strict=True)))
     network, of_base = open_base(base, settings, say=False)
-    tokenizer = _tokenizer(options, of_base)
+    tokenizer = _tokenizer(options, of_base, network)
     policy = QAdapterForCausalLM.from_pretrained(first, network)
     if policy.plain and (options.alpha_0 is not None or options.alpha_tilde is not None):
         raise QAdapterError(
@@ -109,10 +115,12 @@ def _say_without_template(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _tokenizer(options: PolicyOptions, of_base: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def _tokenizer(
+    options: PolicyOptions, of_base: PreTrainedTokenizerBase, network: PreTrainedModel
+) -> PreTrainedTokenizerBase:
     """The tokenizer that the first adapter was trained with, with what the flags say of thinking and the template."""
     first, *others = (Path(folder).expanduser() for folder in options.adapter)
-    own = policy_tokenizer(first, of_base)
+    own = fit_tokenizer(policy_tokenizer(first, of_base), network)
     if (other := difference(own, of_base)) is not None:
         note(f"note: the adapter brings its own tokenizer, with {other}; it is used for the base's replies too")
     for folder in others:

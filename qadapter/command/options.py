@@ -11,16 +11,30 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from qadapter.config.base import Count, NonNegative, Positive, Settings, Temperature
+from qadapter.config.base import (
+    Alpha0,
+    AlphaTilde,
+    Count,
+    Epochs,
+    NonNegative,
+    Positive,
+    Seed,
+    Settings,
+    Temperature,
+)
 from qadapter.config.budget import Share
 from qadapter.config.dial import DialValue
-from qadapter.config.model import ModelSettings
+from qadapter.config.model import LoraSettings, ModelSettings
+from qadapter.config.open_settings import TRAINER_TWINS, loading_fields, located, trainer_fields, with_twins
 from qadapter.config.sources import ReadingSettings
 from qadapter.config.training import OptimizerSettings, Tracker
 
 RENDERING = ("thinking", "thoughts", "chat_template_kwargs")
+_OF_THE_MODEL = ("dtype", "quantization", "revision", "trust_remote_code", *RENDERING)
+_LORA_FLAGS = {"r": "lora_rank", "rank": "lora_rank", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+_LORA_FLAGS |= {name: name for name in ("lora_alpha", "lora_dropout", "target_modules")}
 Thoughts = Literal["score", "leave-out"]
 DType = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["none", "int8", "nf4"]
@@ -92,6 +106,20 @@ def _mapping(value: Any) -> Any:
     return found
 
 
+def _assigned(value: Any) -> Any:
+    """Fields and values as a YAML mapping, the name of a YAML file, or `name=value,other=value`."""
+    if not isinstance(value, str) or "=" not in value or "{" in value:
+        return _mapping(value)
+    found: dict[str, Any] = {}
+    for item in value.split(","):
+        name, equals, text = item.partition("=")
+        if not equals or not name.strip():
+            raise ValueError(f"expected name=value,other=value or a mapping such as '{{name: value}}', not {item!r}")
+        found[name.strip()] = yaml.safe_load(text)
+    return found
+
+
+Assigned = Annotated[dict[str, Any], BeforeValidator(_assigned)]
 Mapped = Annotated[dict[str, Any] | None, BeforeValidator(_mapping)]
 Place = Annotated[str, AfterValidator(_absolute)]
 Places = Annotated[tuple[Place, ...], BeforeValidator(_repeated)]
@@ -155,6 +183,18 @@ class BaseOptions(Settings):
     chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_json)] = Field(
         {}, description="further variables of the chat template, as JSON"
     )
+    model: Assigned = Field(
+        {},
+        exclude_if=lambda fields: not fields,
+        description="further arguments of from_pretrained: attn_implementation=eager",
+    )
+
+    @model_validator(mode="after")
+    def _loadable(self) -> BaseOptions:
+        if self.model:
+            with located("model"):
+                loading_fields(self.model, ModelSettings.model_fields, from_scratch=False)
+        return self
 
 
 class ObjectiveOptions(Settings):
@@ -163,8 +203,8 @@ class ObjectiveOptions(Settings):
     preset: Literal["paper", "published-code", "residual"] = Field(
         "residual", description="where the values start from"
     )
-    alpha_tilde: Positive | None = Field(None, description="α̃, temperature of the customised policy")
-    alpha_0: NonNegative | None = Field(None, description="α0, how much of the base is kept")
+    alpha_tilde: AlphaTilde | None = Field(None, description="α̃, temperature of the customised policy")
+    alpha_0: Alpha0 | None = Field(None, description="α0, how much of the base is kept")
     beta: NonNegative | None = Field(None, description="β, weight of the squared rewards")
     gamma: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="γ, discount")
     preference_scale: Positive | None = Field(None, description="w, scale of the Bradley-Terry model")
@@ -179,16 +219,31 @@ class AdapterOptions(Settings):
     """The adapter."""
 
     lora_rank: Count = Field(8, description="rank of LoRA")
-    lora_alpha: Positive = Field(16, description="alpha of LoRA")
+    lora_alpha: Annotated[float, Field(gt=0, le=1e6)] = Field(16, description="alpha of LoRA")
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="dropout in LoRA")
     target_modules: Modules = Field("all-linear", description="all-linear, or names: q_proj,v_proj")
+    lora: Assigned = Field(
+        {},
+        exclude_if=lambda fields: not fields,
+        description="further fields of peft's LoraConfig: use_rslora=true, or a mapping in YAML",
+    )
+
+    def lora_settings(self) -> LoraSettings:
+        """The adapter's shape."""
+        return LoraSettings(
+            rank=self.lora_rank,
+            alpha=self.lora_alpha,
+            dropout=self.lora_dropout,
+            target_modules=self.target_modules,
+            **self.lora,
+        )
 
 
 class TrainingOptions(OptimizerSettings):
     """How long and how fast."""
 
     learning_rate: Positive = Field(3e-4, description="the highest one of the schedule")
-    epochs: Positive | None = Field(  # type: ignore[assignment]  # a number as soon as the data are read
+    epochs: Epochs | None = Field(  # type: ignore[assignment]  # a number as soon as the data are read
         None, description="passes over the data, unless --max-steps is given (default: 1, for few pairs up to 10)"
     )
     max_steps: Count | None = Field(None, description="optimiser steps")
@@ -203,9 +258,15 @@ class TrainingOptions(OptimizerSettings):
     weight_decay: NonNegative = Field(0.0, description="AdamW's")
     bf16: bool = Field(False, description="mixed precision")
     gradient_checkpointing: bool = Field(False, description="less memory, more time")
+    trainer: Annotated[Assigned, AfterValidator(trainer_fields)] = Field(
+        {},
+        exclude_if=lambda fields: not fields,
+        description="further fields of transformers' TrainingArguments: optim=adafactor,max_grad_norm=0.5, or a "
+        "mapping in YAML",
+    )
     logging_steps: Count = Field(10, description="a line of numbers every so many steps")
     save_steps: Count | None = Field(100, description="a checkpoint every so many steps")
-    seed: int = Field(0, description="of split, weights, order and dropout")
+    seed: Seed = Field(0, description="of split, weights, order and dropout")
     report_to: Annotated[tuple[Tracker, ...], BeforeValidator(_repeated)] = Field(
         (), description="tensorboard, wandb or trackio, which get the curves too; can be given several times"
     )
@@ -242,10 +303,25 @@ class TrainOptions(
     resume: bool = Field(False, description="continue from the last checkpoint in --output, if there is one")
     overwrite: bool = Field(False, description="train anew: delete the training that lies in --output")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _twins(cls, data: Any) -> Any:
+        data = {**data, **{name: _assigned(data[name]) for name in ("trainer", "lora", "model") if data.get(name)}}
+        data = with_twins(data, TRAINER_TWINS, within="trainer")
+        data = with_twins(data, _LORA_FLAGS, within="lora")
+        return with_twins(data, {name: name for name in _OF_THE_MODEL}, within="model")
+
+    @model_validator(mode="after")
+    def _adaptable(self) -> TrainOptions:
+        if self.lora:
+            with located("lora"):
+                self.lora_settings()
+        return self
+
     def model_settings(self) -> ModelSettings:
         """How to load the base."""
-        names = {"dtype", "quantization", "revision", "trust_remote_code", *RENDERING}
-        return ModelSettings(pretrained=self.base, **self.model_dump(include=names, exclude_none=True))
+        given = self.model_dump(include=set(_OF_THE_MODEL), exclude_none=True)
+        return ModelSettings(pretrained=self.base, **given, **self.model)
 
 
 class PolicyOptions(BaseOptions):
@@ -260,8 +336,8 @@ class PolicyOptions(BaseOptions):
         "adapter (default: as saved with the adapter, else 1)",
     )
     weights: Numbers | None = Field(None, description="of each adapter in Q: 0.5,0.5 (default: equal, sum 1)")
-    alpha_0: NonNegative | None = Field(None, description="α0, how much of the base (default: as trained)")
-    alpha_tilde: Positive | None = Field(None, description="α̃, temperature of the policy (default: as trained)")
+    alpha_0: Alpha0 | None = Field(None, description="α0, how much of the base (default: as trained)")
+    alpha_tilde: AlphaTilde | None = Field(None, description="α̃, temperature of the policy (default: as trained)")
     base: Place | None = Field(None, description="folder or hub id of the base (default: what the adapter names)")
     dtype: DType | None = Field(None, description="of the base's weights (default: as trained)")
     quantization: Quantization | None = Field(None, description="of the base (default: as trained)")
@@ -273,7 +349,7 @@ class DecodingOptions(Settings):
 
     max_new_tokens: Count = Field(256, description="longest reply")
     temperature: Temperature = Field(0.0, description="0: the most likely token at each step; above 0: sampling")
-    seed: int = Field(0, description="of sampling")
+    seed: Seed = Field(0, description="of sampling")
 
 
 class FileOptions(Settings):
@@ -399,7 +475,7 @@ class ServeOptions(AddressOptions):
     base: Place | None = Field(None, description="folder or hub id (default: what the first adapter names)")
     dtype: DType | None = Field(None, description="of the base's weights (default: as trained, else its own)")
     quantization: Quantization | None = Field(None, description="of the base (default: as trained)")
-    revision: str | None = Field(None, description="of a base from the hub (default: main)")
+    revision: str | None = Field(None, description="of a base from the hub (default: as trained, else main)")
 
     @field_validator("adapter")
     @classmethod

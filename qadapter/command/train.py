@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter.command.opened import RECORD, as_base, note, open_base
@@ -19,7 +18,6 @@ from qadapter.command.options import TrainOptions
 from qadapter.command.retaining import ask, compared, own_benchmarks
 from qadapter.command.score import score_both
 from qadapter.command.speaking import look_at_answers
-from qadapter.config.model import LoraSettings
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.preference import margins, preference_metrics
 from qadapter.evaluation.statistics import mean_interval
@@ -32,11 +30,11 @@ from qadapter.inference.pair_scores import won
 from qadapter.planning.small import Knobs, passes, too_small
 from qadapter.policy.adapters import fitted
 from qadapter.policy.dial import AS_TRAINED
+from qadapter.policy.loading import lora_config
 from qadapter.preferences.building import Choices
 from qadapter.preferences.pair import PreferencePair, load_pairs
 from qadapter.preferences.prepare import PreparationSummary, prepare
 from qadapter.preferences.stream import first_usable_pair
-from qadapter.training.adapt import lora_config
 from qadapter.training.arguments import (
     LogAtCheckpoints,
     measured_cost,
@@ -81,8 +79,9 @@ def run(options: TrainOptions) -> None:
         first_usable_pair(files, options.domain, options.max_chars, Choices.of(options))
         if options.heldout_data or options.heldout_split:
             heldout_files = options.located(options.heldout_data or options.data, options.heldout_split)
+    adapter = lora_config(options.lora_settings())
     network, tokenizer = open_base(options.base, options.model_settings())
-    fitted(_lora(options), network, "--target-modules")
+    fitted(adapter, network, "--target-modules")
     if files is not None:  # nothing of an earlier training is deleted before data and base are seen to be usable
         with storage_errors(out):
             _start_anew(out, options)
@@ -131,7 +130,7 @@ def _train(
         train_dataset=train_set,
         eval_dataset=heldout_set,
         processing_class=tokenizer,
-        peft_config=_lora(options),
+        peft_config=lora_config(options.lora_settings()),
     )
     for callback in (LogAtCheckpoints(), SealCheckpoints()):
         trainer.add_callback(callback)
@@ -147,11 +146,9 @@ def _train(
     metrics = _evaluate(trainer, heldout, options) if heldout else {}
     if before is not None:
         metrics |= compared(before, ask(trainer.policy, tokenizer, own, options.micro_batch), out)
-    encoded = [train_set[place] for place in range(len(train_set))]
-    lengths = [2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in encoded]
     metrics |= train_set.truncation.metrics()
     _write_card(out, options, metrics, len(heldout))
-    write_training_record(out, trainer, cost, tokens_seen(lengths, steps, options.batch_size), **metrics)
+    write_training_record(out, trainer, cost, tokens_seen(train_set.lengths, steps, options.batch_size), **metrics)
 
 
 def _write_card(out: Path, options: TrainOptions, metrics: dict[str, float], heldout: int) -> None:
@@ -191,16 +188,6 @@ def say_small(options: TrainOptions, train: int, heldout: int, steps: int, epoch
         note(f"WARNING: {sentence}")
     if steps < options.logging_steps:
         note(f"  fewer steps than --logging-steps {options.logging_steps}: give --logging-steps 1 for a curve")
-
-
-def _lora(options: TrainOptions) -> LoraConfig:
-    settings = LoraSettings(
-        rank=options.lora_rank,
-        alpha=options.lora_alpha,
-        dropout=options.lora_dropout,
-        target_modules=options.target_modules,
-    )
-    return lora_config(settings)
 
 
 def _evaluate(trainer: QAdapterTrainer, heldout: list[PreferencePair], options: TrainOptions) -> dict[str, float]:

@@ -42,6 +42,22 @@ NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 
 
+Epochs = Annotated[float, Field(gt=0, le=1e6)]
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What numpy takes; torch would take more."""
+
+
+LARGEST_ALPHA, SMALLEST_ALPHA_TILDE = 1e9, 1e-6
+"""Beyond them float32 logits overflow or lose all precision."""
+
+Alpha0 = Annotated[float, Field(ge=0, le=LARGEST_ALPHA)]
+
+
+AlphaTilde = Annotated[float, Field(ge=SMALLEST_ALPHA_TILDE, le=LARGEST_ALPHA)]
+
+
 SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = 1e-3, 1e3
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from qadapter.config.base import Name, Settings
+from qadapter.config.base import Name, Seed, Settings
 from qadapter.config.budget import Budget
 from qadapter.config.curve import CurveSettings
 from qadapter.config.experiment import PROFILE_FOLDER, Experiment, load_experiment
@@ -69,7 +69,7 @@ class Customization(Settings):
     data: str | None = None
     domain: Name
     source: Source
-    seed: int = 0
+    seed: Seed = 0
     mix: Mix = Mix()
     gate: Gate = Gate()
     budget: Budget | None = None

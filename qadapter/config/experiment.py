@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import yaml
 from pydantic import AfterValidator, Field, ValidationError, create_model, model_validator
 
-from qadapter.config.base import Count, Name, Settings
+from qadapter.config.base import Count, Name, Seed, Settings
 from qadapter.config.evaluation import AdaptationSettings, BuiltBenchmarks, EvaluationSettings
 from qadapter.config.execution import LaunchSettings, RunnerSettings
 from qadapter.config.folder import CONFIGS
@@ -74,13 +74,14 @@ class Experiment(Settings):
         launch: whether trainings run in this process or in several, through `accelerate launch`.
         run_domains: the domains that run; None: all. The others' sources need not be there.
         runner: where stages run side by side: in processes of this machine, or on a Dask or Ray cluster.
+        trainer: further fields of `TrainingArguments` for the adapters' trainings: short for `training.trainer`.
         training: settings that all methods share: pairs per step, steps, length. A method on single conversations sees
             two sequences where a pairwise method sees one pair, so that the token budget is the same.
     """
 
     name: Name
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
-    base_seed: int = 0
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
+    base_seed: Seed = 0
     parallel: Count = 1
     threads: Count | None = None
     base_threads: Count | None = None
@@ -94,6 +95,7 @@ class Experiment(Settings):
     pretraining: PretrainingSettings | None = None
     helpful_sft: HelpfulSettings | None = None
     lora: LoraSettings = LoraSettings()
+    trainer: dict[str, Any] = Field({}, exclude=True)  # moved into `training` when a config is read
     training: AdapterTraining
     domains: dict[Name, DomainSettings] = Field(min_length=1)
     run_domains: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
@@ -120,6 +122,16 @@ class Experiment(Settings):
             "domains": {name: domains[name] for name in wanted},
             "sources": {name: source for name, source in sources.items() if name not in unused},
         }
+
+    @model_validator(mode="before")
+    @classmethod
+    def _move_trainer(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and isinstance(training := data.get("training"), Mapping):
+            shared, own = data.get("trainer"), training.get("trainer") or {}
+            if isinstance(shared, Mapping) and shared and isinstance(own, Mapping):
+                rest = {name: value for name, value in data.items() if name != "trainer"}
+                return {**rest, "training": {**training, "trainer": {**shared, **own}}}
+        return data
 
     @model_validator(mode="after")
     def _check(self) -> Experiment:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from qadapter.config.base import Count, Positive, Settings
+from qadapter.config.base import Count, Settings
+from qadapter.config.open_settings import LORA_TWINS, loading_fields, lora_fields, with_twins
 
 
 class FromScratch(Settings):
@@ -30,6 +31,8 @@ class FromScratch(Settings):
 class ModelSettings(Settings):
     """The pre-trained model: trained from scratch, or loaded from a folder or hub id.
 
+    `attn_implementation` and `experts_implementation` of `from_pretrained` can be given too.
+
     Attributes:
         quantization: precision of the frozen base while adapters train; `int8` and `nf4` need bitsandbytes.
         trust_remote_code: run code of the model's repository, with the user's rights. Off by default.
@@ -39,6 +42,8 @@ class ModelSettings(Settings):
         device_map: `auto` spreads a base that does not fit on one device over all devices of one process, for
             evaluation, generation and trainings in this process; a launched training splits it by its `launch.config`.
     """
+
+    model_config = ConfigDict(extra="allow")  # checked by `loading_fields`
 
     from_scratch: FromScratch | None = None
     pretrained: str | None = None
@@ -57,7 +62,15 @@ class ModelSettings(Settings):
             raise ValueError("give exactly one of from_scratch (a size) and pretrained (a folder or hub id)")
         if self.from_scratch and self.quantization != "none":
             raise ValueError("quantization is for pretrained models; a model from scratch is trained in full precision")
+        if self.__pydantic_extra__:
+            scratch = self.from_scratch is not None
+            found = loading_fields(self.loading(), type(self).model_fields, from_scratch=scratch)
+            self.__pydantic_extra__.update(found)
         return self
+
+    def loading(self) -> dict[str, Any]:
+        """The further arguments of `from_pretrained`."""
+        return dict(self.__pydantic_extra__ or {})
 
     def numerics(self) -> dict[str, Any]:
         """The precision settings that a result depends on, in addition to the weights."""
@@ -68,14 +81,49 @@ class ModelSettings(Settings):
         return self.model_dump(include={"thinking", "thoughts", "chat_template_kwargs"}, exclude_defaults=True)
 
     def key(self) -> dict[str, Any]:
-        """The settings that a result depends on, in addition to the weights: `numerics` and `rendering`."""
-        return {**self.numerics(), **self.rendering()}
+        """The settings that a result depends on, in addition to the weights."""
+        return {**self.numerics(), **self.rendering(), **self.loading()}
 
 
 class LoraSettings(Settings):
-    """The adapter, the same for every method (paper: rank 8, alpha 16, dropout 0.05)."""
+    """The adapter, the same for every method (paper: rank 8, alpha 16, dropout 0.05).
+
+    Every other field of PEFT's `LoraConfig` can be given under its own name: `use_rslora`, `use_dora`, `rank_pattern` …
+    """
+
+    model_config = ConfigDict(extra="allow")  # checked by `lora_fields`
 
     rank: Count = 8
-    alpha: Positive = 16
+    alpha: Annotated[float, Field(gt=0, le=1e6)] = 16
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     target_modules: str | tuple[str, ...] = "all-linear"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _twins(cls, data: Any) -> Any:
+        return with_twins(data, LORA_TWINS)
+
+    @model_validator(mode="after")
+    def _check(self) -> LoraSettings:
+        if self.__pydantic_extra__:
+            found = lora_fields(self.shape(), self.further(), type(self).model_fields)
+            self.__pydantic_extra__.update(found)
+        return self
+
+    def further(self) -> dict[str, Any]:
+        """The fields of `LoraConfig` beside the project's own settings."""
+        return dict(self.__pydantic_extra__ or {})
+
+    def shape(self) -> dict[str, Any]:
+        """The project's own settings as arguments of `LoraConfig`; alpha may be a fraction."""
+        modules = self.target_modules
+        return {
+            "r": self.rank,
+            "lora_alpha": int(self.alpha) if float(self.alpha).is_integer() else self.alpha,
+            "lora_dropout": self.dropout,
+            "target_modules": modules if isinstance(modules, str) else list(modules),
+        }
+
+    def fields(self) -> dict[str, Any]:
+        """All settings as arguments of `LoraConfig`."""
+        return {**self.shape(), **self.further()}

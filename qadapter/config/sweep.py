@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from qadapter.config.base import Name, NonNegative, Positive, Settings, refuse_repeats
+from qadapter.config.base import Name, NonNegative, Positive, Seed, Settings, refuse_repeats
 from qadapter.config.experiment import PROFILE_FOLDER, Experiment, explain_problems, load_experiment
 from qadapter.config.methods import MethodName
 from qadapter.errors import QAdapterError
@@ -89,7 +89,7 @@ class Sweep(Settings):
 
     name: Name
     profile: str
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     domains: Annotated[tuple[Name, ...], Field(min_length=1)]
     settings: dict[str, Any] = Field({})
     groups: dict[Name, Group] = Field(min_length=1)

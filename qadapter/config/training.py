@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from qadapter.config.base import Count, Name, NonNegative, Positive, Settings
+from qadapter.config.base import Count, Epochs, Name, NonNegative, Positive, Settings
+from qadapter.config.open_settings import TRAINER_TWINS, trainer_fields, with_twins
 from qadapter.errors import QAdapterError
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
+TrainerFields = Annotated[dict[str, Any], AfterValidator(trainer_fields)]
 
 
 class OptimizerSettings(Settings):
@@ -28,11 +30,12 @@ class OptimizerSettings(Settings):
         bf16: mixed precision.
         report_to: further trackers that get the curves while the training runs, besides MLflow: `tensorboard`, `wandb`,
             `trackio`, each with its own environment variables.
+        trainer: further fields of transformers' `TrainingArguments`, under their own names.
     """
 
     learning_rate: Positive
     max_steps: Count | None = None
-    epochs: Positive = 1.0
+    epochs: Epochs = 1.0
     batch_size: Count
     micro_batch_size: Count | None = None
     max_length: Annotated[int, Field(ge=2)]
@@ -45,6 +48,12 @@ class OptimizerSettings(Settings):
     gradient_checkpointing: bool = False
     bf16: bool = False
     report_to: tuple[Tracker, ...] = ()
+    trainer: TrainerFields = Field({}, exclude_if=lambda fields: not fields)  # no part of a key unless given
+
+    @model_validator(mode="before")
+    @classmethod
+    def _twins(cls, data: Any) -> Any:
+        return with_twins(data, TRAINER_TWINS, within="trainer")
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerSettings:
@@ -52,6 +61,8 @@ class OptimizerSettings(Settings):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             )
+        if "lr_scheduler_type" in self.trainer and self.schedule != "linear":
+            raise ValueError("trainer.lr_scheduler_type and schedule are the same setting; give one of them")
         return self
 
     def check_trackers(self) -> None:
@@ -144,4 +155,4 @@ class DomainSettings(Settings):
 
     source: Name
     base: Literal["pretrained", "helpful"] = "pretrained"
-    epochs: Positive | None = None
+    epochs: Epochs | None = None

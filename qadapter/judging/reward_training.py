@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from datasets import Dataset
-from peft import LoraConfig
 from torch.nn import Module
 from transformers import set_seed
 from trl import RewardConfig, RewardTrainer
@@ -19,6 +18,7 @@ from qadapter.config.training import OptimizerSettings
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.preference import encode_usable
 from qadapter.judging.rewards import ADAPTER, load_reward_base, pair_accuracy
+from qadapter.policy.loading import lora_config
 from qadapter.preferences.pair import load_pairs
 from qadapter.training.arguments import (
     measured_cost,
@@ -78,20 +78,13 @@ def train_judge(
     arguments = trainer_arguments(settings, seed=seed, scratch=scratch)
     # TRL 1.16 turns checkpointing on by default, and only under the name that transformers 5.23 deprecates.
     arguments["gradient_checkpointing"] = arguments["activation_checkpointing"]
-    modules = lora.target_modules
     with measured_cost() as cost:
         trainer = RewardTrainer(
             model=network,
             args=RewardConfig(**arguments, max_length=None),
             train_dataset=rows,
             processing_class=tokenizer,
-            peft_config=LoraConfig(
-                r=lora.rank,
-                lora_alpha=int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,  # type: ignore[arg-type]
-                lora_dropout=lora.dropout,
-                target_modules=modules if isinstance(modules, str) else list(modules),
-                task_type="SEQ_CLS",
-            ),
+            peft_config=lora_config(lora, "SEQ_CLS"),
         )
         train_to_end(trainer, "reward model")
     save_weights(trainer, out / ADAPTER)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from qadapter.config.base import NonNegative, Positive
+from qadapter.config.base import Alpha0, AlphaTilde, NonNegative, Positive
 from qadapter.config.model import ModelSettings
 from qadapter.config.training import OptimizerSettings
 from qadapter.methods.method import LEARNING_RATE, Knob, Look, Method, MethodSettings
@@ -27,8 +27,8 @@ class QAdapterSettings(MethodSettings):
     """
 
     preset: Literal["paper", "published-code", "residual"] = "paper"
-    alpha_tilde: Positive | None = None
-    alpha_0: NonNegative | None = None
+    alpha_tilde: AlphaTilde | None = None
+    alpha_0: Alpha0 | None = None
     beta: NonNegative | None = None
     gamma: Annotated[float, Field(gt=0, le=1)] | None = None
     preference_scale: Positive | None = None

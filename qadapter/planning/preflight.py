@@ -51,9 +51,12 @@ def check_experiment(
     retention = experiment.evaluation.retention
     check_tasks(retention.tasks)
     check_own(retention.own_files(folder))
+    if experiment.lora.further():
+        from qadapter.policy.loading import lora_config  # transformers takes seconds to import
+
+        lora_config(experiment.lora)
     if (pretrained := experiment.model.pretrained) and (remote or Path(pretrained).exists()):
-        from qadapter.policy.loading import check_pretrained  # transformers takes seconds to import
-        from qadapter.training.adapt import lora_config
+        from qadapter.policy.loading import check_pretrained, lora_config
 
         names, plain = expand_suites([*retention.tasks, *retention.own], retention.plain_tasks)
         templated = [name for name in names if name not in plain]

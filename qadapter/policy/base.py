@@ -10,7 +10,7 @@ import copy
 import functools
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from qadapter.errors import QAdapterError
 from qadapter.policy.architectures import refuse_architecture
 from qadapter.policy.gguf import gguf_file
 from qadapter.policy.probe import refuse_misbehaviour
+from qadapter.preferences.tokenize import limit_ids
 
 log = logging.getLogger(__name__)
 
@@ -41,32 +42,24 @@ _DERIVED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attenti
 _NAMED = 3  # tensors that an error names
 
 
-def load_config(
-    model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False, **changes: Any
-) -> PretrainedConfig:
+def load_config(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
     """The config of a base.
 
     Args:
         model: a folder, a hub id, a GGUF file or a folder that holds one.
         revision: of a base of the hub.
         trust_remote_code: whether code that comes with the base may run.
-        changes: values to set in it.
 
     Raises:
         QAdapterError: it cannot be reached or read, or is of an architecture that cannot be customised.
     """
     place, gguf = _located(model)
-    options: dict[str, Any] = {
-        "trust_remote_code": trust_remote_code,
-        "revision": revision or "main",
-        **gguf,
-        **changes,
-    }
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main", **gguf}
     try:
-        if gguf and not changes:
+        if gguf:
             file = Path(place) / gguf["gguf_file"]
             return copy.deepcopy(_gguf_config(place, file.name, file.stat().st_mtime_ns))
-        config = AutoConfig.from_pretrained(place, **options, **changes)
+        config: PretrainedConfig = AutoConfig.from_pretrained(place, **options)
     except Exception as error:  # the libraries raise almost every kind here, and all of them are about these files
         raise _unloadable(model, error) from error
     return config
@@ -121,13 +114,15 @@ def load_network(
         architecture: transformers' `Auto…` class. Another head than the vocabulary's starts random.
         dtype: of the weights; `auto` for what the files hold.
         quantization: a config of transformers' for weights that are not quantised yet.
-        options: of `from_pretrained`, and values to set in the config.
+        options: of `from_pretrained`, and values to set in the config. `torch_dtype` and `quantization_config` stand
+            for `dtype` and `quantization`.
 
     Raises:
         QAdapterError: it cannot be loaded, lacks tensors or holds others, needs a package that is not installed, or
             is of an architecture that cannot be customised. The message says which.
     """
     place, gguf = _located(model)
+    dtype, quantization = options.pop("torch_dtype", dtype), options.pop("quantization_config", quantization)
     config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
     causal = architecture is AutoModelForCausalLM
     if causal:
@@ -135,7 +130,10 @@ def load_network(
     _refuse_unknown_quantization(config, model, quantization)
     if quantization is not None:  # never passed as None: that would make transformers ignore the files' own
         options["quantization_config"] = quantization
-    options = {"use_safetensors": True, **options, **gguf}
+    # Tensors of another shape: so the loading report names them, and `_refuse_other_tensors` refuses them
+    options = {"use_safetensors": True, **options, **gguf, "ignore_mismatched_sizes": True}
+    if (generation := Path(place) / "generation_config.json").is_file():
+        read_json_object(generation)  # transformers would leave a broken one out, and its end tokens with it
     try:
         network, report = architecture.from_pretrained(
             place,
@@ -150,6 +148,7 @@ def load_network(
     except Exception as error:  # as in `load_config`
         raise _unloadable(model, error) from error
     _refuse_other_tensors(network, report, model, causal)
+    refuse_idle_options(network, options, model)
     network = network.eval()
     if gguf:
         network = _plain(network, model)
@@ -158,10 +157,18 @@ def load_network(
     return network
 
 
-def fit_padding(tokenizer: PreTrainedTokenizerBase, network: PreTrainedModel) -> None:
-    """Give a tokenizer a padding token that the base has an embedding for; padding is masked, so any will do."""
+def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, network: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """A tokenizer for this base: the one given, or a copy where the base has no embedding for some of its tokens.
+
+    The copy pads with a token that the base has (padding is masked, so any will do), and texts with a token that it
+    lacks have no token ids (`tokenize.text_ids`).
+    """
     embeddings: Any = network.get_input_embeddings()
     size = int(embeddings.weight.shape[0])
+    if max(tokenizer.get_vocab().values(), default=0) < size:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    limit_ids(tokenizer, size)
     pad = tokenizer.pad_token_id
     if pad is not None and pad >= size:
         eos = tokenizer.eos_token_id
@@ -174,6 +181,7 @@ def fit_padding(tokenizer: PreTrainedTokenizerBase, network: PreTrainedModel) ->
             tokenizer.convert_ids_to_tokens(other),
         )
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(other)
+    return tokenizer
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -247,8 +255,11 @@ def _refuse_unknown_quantization(config: PretrainedConfig, model: str | Path, as
     own = getattr(config, "quantization_config", None)
     if own is None:
         return
-    own = own if isinstance(own, dict) else own.to_dict()
+    if not isinstance(own, dict):
+        own = own.to_dict() if hasattr(own, "to_dict") else {}
     method = str(getattr(own.get("quant_method"), "value", own.get("quant_method")))
+    if own.get("load_in_8bit") or own.get("load_in_4bit"):  # configs of before there was a name for it
+        method = "bitsandbytes"
     known = [*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"]
     if method not in known:
         raise QAdapterError(
@@ -259,6 +270,19 @@ def _refuse_unknown_quantization(config: PretrainedConfig, model: str | Path, as
         raise QAdapterError(
             f"the model {str(model)!r} is quantised already (by {method}), so it cannot be quantised again. Leave "
             "quantization at none, or give the model in full precision."
+        )
+
+
+def refuse_idle_options(network: PreTrainedModel, options: Mapping[str, Any], model: str | Path) -> None:
+    """Refuse options of `from_pretrained` that this model has no use for.
+
+    Raises:
+        QAdapterError: an implementation of experts for a model without experts.
+    """
+    given = options.get("experts_implementation")
+    if given is not None and not any("experts" in name for name, _ in network.named_modules()):
+        raise QAdapterError(
+            f"experts_implementation is {given!r}, but the model {str(model)!r} has no experts. Leave it out."
         )
 
 

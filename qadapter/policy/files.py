@@ -288,9 +288,6 @@ def _load_base(folder: Path, base_model: str | Path | None, options: dict[str, A
         raise QAdapterError(
             f"The adapter in {folder} does not say which base it belongs to. Give base_model (a path or a model)."
         )
-    if "quantization_config" in options:
-        options = {**options, "quantization": options["quantization_config"]}
-        del options["quantization_config"]
     try:
         return load_network(place, **options)
     except QAdapterError as error:

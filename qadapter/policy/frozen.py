@@ -3,6 +3,8 @@
 Modules in eval mode do not draw. The one exception is gradient checkpointing: transformers' layers recompute in train
 mode only, and some of them (OPT, XGLM, BioGPT, Falcon …) call dropout as a function, with a probability that they keep
 as an attribute or read in their config. Only such a layer is put into train mode, alone, with those probabilities at 0.
+
+Trainers that put the whole model into train mode (TRL's) get a base whose probabilities are all 0 (`silence`).
 """
 
 from __future__ import annotations
@@ -11,10 +13,24 @@ import copy
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 _RANDOM = ("drop", "jitter")  # in the names of such probabilities: attention_dropout, resid_pdrop, layerdrop …
+
+
+def silence(base: nn.Module) -> None:
+    """Set every probability with which a base draws at random to 0, for good; an adapter put on later keeps its own."""
+    quiet: dict[int, PretrainedConfig] = {}
+    for module in base.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, PretrainedConfig):
+                setattr(module, name, quiet.setdefault(id(value), _without_randomness(value)))
+            elif _is_probability(name, value):
+                setattr(module, name, 0.0)
 
 
 class SilencedLayers:
@@ -61,6 +77,8 @@ def _is_probability(name: str, value: Any) -> bool:
 def _without_randomness(config: PretrainedConfig) -> PretrainedConfig:
     quiet = copy.copy(config)
     for name, value in vars(config).items():
-        if _is_probability(name, value):
+        if isinstance(value, PretrainedConfig):  # that of the text model in one for several kinds of input
+            setattr(quiet, name, _without_randomness(value))
+        elif _is_probability(name, value):
             setattr(quiet, name, 0.0)
     return quiet

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from peft import LoraConfig, PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qadapter.config.model import ModelSettings
+from qadapter.config.model import LoraSettings, ModelSettings
 from qadapter.errors import QAdapterError
-from qadapter.policy.adapters import fitted, load_adapter
+from qadapter.policy.adapters import fitted, load_adapter, refuse_config
 from qadapter.policy.architectures import refuse_architecture
-from qadapter.policy.base import fit_padding, load_config, load_network, load_tokenizer
+from qadapter.policy.base import fit_tokenizer, load_config, load_network, load_tokenizer, refuse_idle_options
 from qadapter.policy.dial import Dial
 from qadapter.policy.files import SETTINGS_FILE, plain_place, saved_dial
 from qadapter.policy.guided import GUIDE_FILE, GuidedForCausalLM
@@ -45,9 +45,10 @@ def load_base(
         quantization=quantization_config(settings) if settings.quantization != "none" else None,
         device_map=_place(settings),
         **where,  # type: ignore[arg-type]
+        **settings.loading(),
         **head,
     )
-    fit_padding(tokenizer, network)
+    tokenizer = fit_tokenizer(tokenizer, network)
     thoughts = settings.thoughts if settings.thoughts != "score" else None
     variables = settings.chat_template_kwargs
     return network, configured(tokenizer, thinking=settings.thinking, thoughts=thoughts, template=variables)
@@ -72,8 +73,8 @@ def check_pretrained(
         config = load_config(name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
         refuse_architecture(config, name)
         if adapter is not None:
-            with torch.device("meta"):  # the layers by name, without a number in them
-                skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
+            skeleton = _skeleton(config, settings)
+            refuse_idle_options(skeleton, settings.loading(), name)
             fitted(adapter, skeleton, "lora")
         tokenizer = load_tokenizer(name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
     except QAdapterError as error:
@@ -84,6 +85,35 @@ def check_pretrained(
             f"{', '.join(templated_tasks)} would be asked with one. Name a model tuned for conversation, or ask "
             f"without: evaluation.retention.plain_tasks=[{','.join(templated_tasks)}]"
         )
+
+
+def _skeleton(config: PretrainedConfig, settings: ModelSettings) -> PreTrainedModel:
+    """The model's layers by name, without a number in them.
+
+    Raises:
+        QAdapterError: the architecture cannot be made of this config, or in the way that is asked for.
+    """
+    options = {"trust_remote_code": settings.trust_remote_code, **settings.loading()}
+    try:
+        with torch.device("meta"):
+            network: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
+    except Exception as error:  # the libraries raise almost every kind here, and all of them are about this config
+        raise QAdapterError(
+            f"no {config.model_type} model can be made of the config of {settings.pretrained!r} "
+            f"({' '.join(str(error).split())[:300]})"
+        ) from error
+    return network
+
+
+def lora_config(settings: LoraSettings, task_type: str = "CAUSAL_LM") -> LoraConfig:
+    """PEFT's configuration of the adapter.
+
+    Raises:
+        QAdapterError: a field changes the base (`adapters.refuse_config`).
+    """
+    config = LoraConfig(**settings.fields(), task_type=task_type)
+    refuse_config(config, "lora")
+    return config
 
 
 def _place(settings: ModelSettings) -> dict[str, int] | str | None:

@@ -112,6 +112,7 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
             QAdapterError: a model that this method cannot work with; the message says why.
         """
         refuse_unworkable(peft_model)
+        check_dials(objective.alpha_0, objective.alpha_tilde)
         base: Any = peft_model.get_base_model()
         config = copy.deepcopy(base.config)
         config.alpha_0, config.alpha_tilde = objective.alpha_0, objective.alpha_tilde

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from qadapter.config.base import LARGEST_ALPHA, SMALLEST_ALPHA_TILDE
 from qadapter.errors import QAdapterError
 
-LARGEST = 1e9
-"""Largest α0 and α̃: beyond it, float32 logits overflow or lose all precision."""
-SMALLEST_ALPHA_TILDE = 1e-6
 LARGEST_WEIGHT = 1e6
 
 
@@ -18,10 +16,11 @@ def check_dials(alpha_0: float, alpha_tilde: float) -> None:
     Raises:
         QAdapterError: NaN, or out of range; the message names the range.
     """
-    if not 0 <= alpha_0 <= LARGEST or not SMALLEST_ALPHA_TILDE <= alpha_tilde <= LARGEST:  # NaN is in no range
+    valid = 0 <= alpha_0 <= LARGEST_ALPHA and SMALLEST_ALPHA_TILDE <= alpha_tilde <= LARGEST_ALPHA
+    if not valid:  # NaN is in no range
         raise QAdapterError(
             f"alpha_0 is {alpha_0} and alpha_tilde {alpha_tilde}; expected at least 0 and above 0: alpha_0 from 0 to "
-            f"{LARGEST:g}, alpha_tilde from {SMALLEST_ALPHA_TILDE:g} to {LARGEST:g}."
+            f"{LARGEST_ALPHA:g}, alpha_tilde from {SMALLEST_ALPHA_TILDE:g} to {LARGEST_ALPHA:g}."
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.errors import QAdapterError
@@ -15,10 +16,25 @@ RECORD = "train.yaml"  # what the command `train` was asked for; its own --confi
 
 
 def training_record(adapter: Path) -> dict[str, Any]:
-    """What `train` wrote down beside an adapter; empty for one that was trained otherwise."""
+    """What `train` wrote down beside an adapter; empty for one that was trained otherwise.
+
+    Raises:
+        QAdapterError: it is no YAML.
+    """
     file = adapter / RECORD
-    content = read_yaml(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        content = read_yaml(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise unreadable_record(adapter, error) from error
     return content if isinstance(content, dict) else {}
+
+
+def unreadable_record(adapter: Path, error: Exception) -> QAdapterError:
+    """The refusal of a record whose settings of the base are none."""
+    return QAdapterError(
+        f"{adapter / RECORD} does not say how to load the base ({' '.join(str(error).split())[:200]}); correct it, or "
+        "delete it and give --base and --dtype"
+    )
 
 
 def policy_tokenizer(adapter: Path, of_base: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

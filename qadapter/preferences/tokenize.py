@@ -21,6 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from qadapter.preferences.pair import Message, PreferencePair
 from qadapter.preferences.render import RenderError, prompt_text, rendered, turn_end
 
+_EMBEDDINGS = "_qadapter_embeddings"  # attribute of a tokenizer that has more tokens than its base
+
 
 class UnusablePair(ValueError):  # noqa: N818 - it is no programming error: the pair goes to quarantine with this reason
     """A pair that nothing can be learnt from; the message is the reason."""
@@ -174,13 +176,21 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, templated: bool) -> 
             puts in front by default stand in front; those that it would append never do, as the text goes on.
 
     Raises:
-        RenderError: the text cannot be tokenised.
+        RenderError: the text cannot be tokenised, or has a token that the base has no embedding for.
     """
     bare = _ids(tokenizer, text)
+    known = getattr(tokenizer, _EMBEDDINGS, None)
+    if known is not None and bare and max(bare) >= known:
+        raise RenderError(f"the tokenizer makes token id {max(bare)}, but the base has only {known} embeddings")
     appended = _ids(tokenizer, "")  # by a tokenizer that adds tokens although none are asked for
     if appended and bare[-len(appended) :] == appended:
         bare = bare[: -len(appended)]
     return bare if templated else [*_in_front(tokenizer), *bare]
+
+
+def limit_ids(tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
+    """Note how many embeddings the base has: texts with a token beyond them have no token ids."""
+    setattr(tokenizer, _EMBEDDINGS, embeddings)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from qadapter.evaluation.old_text import unmeasured_on_old_text
 from qadapter.evaluation.statistics import Interval, proportion_interval
 from qadapter.methods.table import METHODS, SUBJECT
+from qadapter.report.cuts import cut_sentences
 from qadapter.report.front import pareto_front
 from qadapter.report.intervals import Measured
 from qadapter.report.items import SCORE, WIN_RATE
@@ -228,6 +229,7 @@ def _by_subject(
         "judged": judged_sentences(rows),
         "judge": judge_sentences(measured) + undecided_sentences(measured) + unmeasured_on_old_text(config),
         "setting": setting,
+        "cuts": cut_sentences(rows),
         "seeds": seeds,
     }
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
 from qadapter.policy.adapter_rows import AdapterRows
 from qadapter.policy.adapters import ADAPTER_FILE, adapter_place, base_of, load_adapter
-from qadapter.policy.base import load_config
+from qadapter.policy.base import fit_tokenizer, load_config
 from qadapter.policy.dial import AS_TRAINED, Dial
 from qadapter.policy.files import SETTINGS_FILE, read_settings, saved_dial
 from qadapter.policy.guided import GUIDE_FILE, GuidedForCausalLM
@@ -27,7 +28,7 @@ from qadapter.policy.objective import Objective
 from qadapter.policy.positions import position_limit
 from qadapter.policy.probe import can_be_probed, logits_of, probe_ids, refuse_other_base
 from qadapter.policy.ranges import check_dials, check_weights
-from qadapter.policy.tokenizer import difference, policy_tokenizer, training_record
+from qadapter.policy.tokenizer import difference, policy_tokenizer, training_record, unreadable_record
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,9 @@ class ServedPolicies:
         """
         _refuse_names(adapters)
         self.tokenizer = tokenizer
-        self._tokenizers = {name: policy_tokenizer(folder, tokenizer) for name, folder in adapters.items()}
+        self._tokenizers = {
+            name: fit_tokenizer(policy_tokenizer(folder, tokenizer), base) for name, folder in adapters.items()
+        }
         for name, own in self._tokenizers.items():
             if (other := difference(own, tokenizer)) is not None:
                 log.warning("The adapter %s brings its own tokenizer, with %s; it is used.", name, other)
@@ -139,7 +142,8 @@ class ServedPolicies:
             dtype: float32, bfloat16 or float16; by default that of the first adapter's training if recorded, otherwise
                 that in the base's config.
             quantization: none, int8 or nf4 (the last two need bitsandbytes); by default as in that training, or none.
-            revision: revision of a base on the hub, preferably a commit; without it, the current main branch.
+            revision: revision of a base on the hub, preferably a commit; by default that of the first adapter's
+                training if its base is loaded, otherwise the current main branch.
 
         Raises:
             QAdapterError: as the constructor, or a base that cannot be loaded.
@@ -147,18 +151,22 @@ class ServedPolicies:
         _refuse_names(adapters)
         folder = next(iter(adapters.values()))
         place = next(iter(_places(folder)))
+        base_given = base is not None
         base = base or base_of(place)
         if not base:
             raise QAdapterError(f"The adapter in {folder} does not record its base. Give it with --base.")
         trained = training_record(folder)
-        settings = ModelSettings.model_validate(
-            {
-                "pretrained": str(base),
-                "dtype": dtype or trained.get("dtype") or _dtype(str(base), revision),
-                "quantization": quantization or trained.get("quantization") or "none",
-                "revision": revision,
-            }
-        )
+        revision = revision or (None if base_given else trained.get("revision"))
+        given = {
+            "pretrained": str(base),
+            "dtype": dtype or trained.get("dtype") or _dtype(str(base), revision),
+            "quantization": quantization or trained.get("quantization") or "none",
+            "revision": revision,
+        }
+        try:
+            settings = ModelSettings.model_validate({**given, **(trained.get("model") or {})})
+        except (ValidationError, TypeError) as error:
+            raise unreadable_record(folder, error) from error
         return cls(*load_base(str(base), settings), adapters)
 
     @property

@@ -17,7 +17,8 @@ from qadapter.config.model import LoraSettings, ModelSettings
 from qadapter.config.training import DEFAULT_EVAL_PAIRS, AdapterTraining, OptimizerSettings
 from qadapter.errors import QAdapterError
 from qadapter.policy.adapters import fitted
-from qadapter.policy.loading import load_base
+from qadapter.policy.frozen import silence
+from qadapter.policy.loading import load_base, lora_config
 from qadapter.preferences.pair import LabelledReply, PreferencePair, load_pairs, load_single
 from qadapter.preferences.tokenize import EncodedPair, UnusablePair, encode_pairs, encode_reply, truncation_of
 from qadapter.training.arguments import (
@@ -191,18 +192,6 @@ class Job:
         )
 
 
-def lora_config(settings: LoraSettings) -> LoraConfig:
-    """PEFT's configuration of the adapter; its alpha may be a fraction."""
-    modules = settings.target_modules
-    return LoraConfig(
-        r=settings.rank,
-        lora_alpha=int(settings.alpha) if float(settings.alpha).is_integer() else settings.alpha,  # type: ignore[arg-type]
-        lora_dropout=settings.dropout,
-        target_modules=modules if isinstance(modules, str) else list(modules),
-        task_type="CAUSAL_LM",
-    )
-
-
 def train_adapter(
     train: Callable[[Job, Any], Trainer],
     choice: Any,
@@ -237,6 +226,7 @@ def train_adapter(
         QAdapterError: no pair is left after truncation.
     """
     network, tokenizer = load_base(base, model)
+    silence(network)  # also for the trainers that put the base into train mode
     pairs, replies = load_pairs(pairs_file), load_single(pairs_file)
     kept: list[int] = []
     encoded: list[EncodedPair] = []

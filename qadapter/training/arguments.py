@@ -20,12 +20,14 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from qadapter.config.open_settings import for_arguments
 from qadapter.config.training import OptimizerSettings
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import write_json
 from qadapter.progress.reports import Work, counted, report_row
 from qadapter.training.checkpoints import SealCheckpoints, last_checkpoint
 from qadapter.training.evaluated import evaluation_row, prepare_evaluation, stopped_early
+from qadapter.training.sampling import group_rows
 
 log = logging.getLogger(__name__)
 _NOT_OF_THE_CURVE = ("step", "epoch", "num_tokens", "step_time")
@@ -38,7 +40,7 @@ def trainer_arguments(
     """Keyword arguments for any `TrainingArguments` subclass.
 
     Args:
-        settings: batch size, steps, learning rate and so on.
+        settings: batch size, steps, learning rate and so on; its open settings take precedence.
         seed: seed of weights, data order and dropout.
         scratch: folder of checkpoints; training resumes from an existing one.
         sequences_per_example: trainer rows per example of `settings`: 2 if a pair's budget is spent on single
@@ -80,6 +82,7 @@ def trainer_arguments(
         "activation_checkpointing": settings.gradient_checkpointing,
         "bf16": settings.bf16,
         "use_cpu": not torch.cuda.is_available(),
+        **for_arguments(settings.trainer),
     }
 
 
@@ -232,6 +235,7 @@ def train_to_end(trainer: AnyTrainer, name: str) -> AnyTrainer:
     prepare_evaluation(trainer, name)
     for callback in (ReportProgress(name), LogAtCheckpoints(), SealCheckpoints()):
         trainer.add_callback(callback)
+    group_rows(trainer)
     checkpoint = last_checkpoint(str(trainer.args.output_dir))
     if checkpoint and stopped_early(trainer, checkpoint):
         log.info("%s: had stopped early at step %d", name, trainer.state.global_step)

@@ -58,6 +58,11 @@ class EncodedPairs(Dataset[EncodedPair]):
         return truncation_of(self._pairs)
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens of each pair: the prompt twice, and both replies."""
+        return [2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in self._pairs]
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest prompt + reply."""
         return max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in self._pairs)

@@ -17,10 +17,11 @@ from trl import SFTConfig, SFTTrainer
 from qadapter.config.model import LoraSettings, ModelSettings
 from qadapter.config.training import HelpfulSettings
 from qadapter.policy.adapters import fitted, load_adapter
-from qadapter.policy.loading import load_base
+from qadapter.policy.frozen import silence
+from qadapter.policy.loading import load_base, lora_config
 from qadapter.preferences.pair import load_pairs
 from qadapter.preferences.tokenize import truncation_of
-from qadapter.training.adapt import encode_usable, lora_config
+from qadapter.training.adapt import encode_usable
 from qadapter.training.arguments import (
     for_trl,
     measured_cost,
@@ -93,7 +94,9 @@ def fine_tune_base(
     )
     arguments = trainer_arguments(settings, seed=seed, scratch=scratch)
     set_seed(seed)
-    if not settings.lora:
+    if settings.lora:
+        silence(network)
+    else:
         network.train()
     examples = [(pair.prompt_ids, pair.chosen_ids) for pair in encoded]
     with measured_cost() as cost:

@@ -21,7 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from qadapter.errors import QAdapterError
 from qadapter.policy import files as policy_files
-from qadapter.policy.base import fit_padding, load_network, load_tokenizer
+from qadapter.policy.base import fit_tokenizer, load_network, load_tokenizer
 from qadapter.policy.model import QAdapterForCausalLM, QAdapterOutput
 from qadapter.policy.objective import BatchTotals, Objective, batch_totals
 from qadapter.policy.positions import position_limit
@@ -29,10 +29,13 @@ from qadapter.policy.probe import refuse_misbehaviour, refuse_wrong_start
 from qadapter.preferences.pair import PreferencePair
 from qadapter.preferences.template_settings import configured
 from qadapter.preferences.tokenize import PreferenceCollator, padding_id
-from qadapter.training.config import QAdapterConfig
+from qadapter.training.config import QAdapterConfig, refuse_arguments
 from qadapter.training.encoded_pairs import EncodedPairs, encode_dataset
+from qadapter.training.sampling import by_length
 
 __all__ = ["QAdapterConfig", "QAdapterTrainer"]
+
+_UNCUT = 2**30  # tokens: longer than any sequence
 
 Rows = Iterable[Mapping[str, Any] | PreferencePair] | EncodedPairs
 
@@ -81,8 +84,13 @@ class QAdapterTrainer(Trainer):
         Raises:
             QAdapterError: the model or data cannot be trained; the message says why and what to change.
         """
+        refuse_arguments(args)
         if train_dataset is None and eval_dataset is None:
             raise QAdapterError("Neither training nor evaluation data were given. Give train_dataset.")
+        if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
+            raise QAdapterError(
+                f"processing_class is {type(processing_class).__name__}; expected a tokenizer of transformers'."
+            )
         if args.n_gpu > 1:
             raise QAdapterError(
                 f"{args.n_gpu} GPUs in one process would split pairs (DataParallel). "
@@ -97,8 +105,8 @@ class QAdapterTrainer(Trainer):
             thoughts=args.thoughts,  # type: ignore[arg-type]
             template=args.chat_template_kwargs,
         )
-        fit_padding(tokenizer, policy.peft_model.get_base_model())  # type: ignore[arg-type]
-        encode = _Encoder(tokenizer, args.max_length)
+        tokenizer = fit_tokenizer(tokenizer, policy.peft_model.get_base_model())  # type: ignore[arg-type]
+        encode = _Encoder(tokenizer, _UNCUT if args.max_length is None else args.max_length)
         train_pairs = None if train_dataset is None else encode(train_dataset, "training", args.allow_truncation)
         eval_pairs: EncodedPairs | dict[str, EncodedPairs] | None = None
         if isinstance(eval_dataset, Mapping):
@@ -130,6 +138,12 @@ class QAdapterTrainer(Trainer):
         policy = self.accelerator.unwrap_model(self.model)
         assert isinstance(policy, QAdapterForCausalLM)
         return policy
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Trainer's hook; pairs are grouped by the tokens that they have together."""
+        pairs = self.train_dataset if train_dataset is None else train_dataset
+        grouped = by_length(self, pairs.lengths) if isinstance(pairs, EncodedPairs) else None
+        return grouped or super()._get_train_sampler(train_dataset)
 
     def _get_num_items_in_batch(  # type: ignore[override]
         self, batch_samples: list[dict[str, Tensor]], device: torch.device

@@ -18,6 +18,7 @@ from lm_eval.models.utils import Collator
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.config.model import ModelSettings
+from qadapter.config.open_settings import LOADING
 from qadapter.errors import QAdapterError
 from qadapter.inference.score import by_length
 from qadapter.policy.base import load_tokenizer
@@ -25,6 +26,7 @@ from qadapter.policy.dial import Dial
 from qadapter.policy.loading import quantization_config
 from qadapter.policy.log_probs import token_terms
 from qadapter.policy.model import QAdapterForCausalLM
+from qadapter.policy.positions import position_limit
 from qadapter.policy.scored_states import scored_states
 from qadapter.policy.tokenizer import difference, policy_tokenizer
 from qadapter.progress.kept import computed
@@ -33,7 +35,10 @@ from qadapter.progress.reports import Work, counted, listening
 log = logging.getLogger(__name__)
 
 _OF_THE_POLICY = ("dial",)
-_OF_THE_BASE = ("base", "dtype", "quantization", "load_in_8bit", "load_in_4bit", "revision", "trust_remote_code")
+_OF_THE_BASE = (
+    *("base", "dtype", "quantization", "load_in_8bit", "load_in_4bit", "revision", "trust_remote_code"),
+    *LOADING,
+)
 # Those of `hf` that it looks at where the model is there already; it would take the others and do nothing with them.
 _OF_HF = (
     "tokenizer",
@@ -118,7 +123,8 @@ class PolicyLM(HFLM):
             place = torch.device(device or "cuda") if torch.cuda.is_available() else torch.device("cpu")
             loading = {name: settings.pop(name) for name in _OF_THE_BASE if name in settings}
             base, dial = loading.pop("base", None), Dial.of(settings.pop("dial", None))
-            options = _base_options(**loading)
+            further = {name: loading.pop(name) for name in LOADING if name in loading}
+            options = {**_base_options(**loading), **further}
             folder = pretrained
             pretrained = QAdapterForCausalLM.from_pretrained(folder, base, device_map={"": place}, **options)
             pretrained.dial = dial or pretrained.dial
@@ -133,6 +139,9 @@ class PolicyLM(HFLM):
         super().__init__(pretrained, tokenizer=tokenizer, backend="causal", **settings)
         self.shortened = 0
         self._texts: Work | None = None  # the texts that are read in windows now
+        limit = position_limit(self.config)
+        if limit is not None and (self._max_length or 0) > limit:
+            raise QAdapterError(f"max_length is {self._max_length}, but the model knows only {limit} positions.")
         if apply_chat_template:
             self._expect_template()
 
@@ -141,6 +150,17 @@ class PolicyLM(HFLM):
         if chat_template:
             self._expect_template()
         return super().chat_template(chat_template)
+
+    @property
+    def max_length(self) -> int:
+        """The model's context, prompt and answer together, in tokens.
+
+        A stretched rope counts with its factor, which `hf` leaves out. For a model without a limit it is `hf`'s own.
+        """
+        limit = position_limit(self.config)
+        if limit is None or self._max_length:
+            return int(super().max_length)
+        return limit
 
     def _expect_template(self) -> None:
         require_chat_template(self.tokenizer)

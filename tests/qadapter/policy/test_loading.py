@@ -17,10 +17,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qadapter.config.model import LoraSettings, ModelSettings
 from qadapter.errors import QAdapterError
-from qadapter.policy.base import fit_padding, load_config, load_network, load_tokenizer
+from qadapter.policy.base import fit_tokenizer, load_config, load_network, load_tokenizer
 from qadapter.policy.loading import check_pretrained, load_base
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.objective import Objective
+from qadapter.preferences.render import RenderError
+from qadapter.preferences.tokenize import prompt_ids
 from qadapter.training.adapt import lora_config
 from qadapter.training.config import QAdapterConfig
 from qadapter.training.trainer import QAdapterTrainer
@@ -103,7 +105,7 @@ def test_tensors_that_are_missing_left_over_or_of_another_shape(changed: Callabl
     extra = changed(lambda held: {**held, "model.layers.9.mlp.up_proj.weight": torch.zeros(48, 32)})
     assert "1 tensors fit nowhere (model.layers.9.mlp.up_proj.weight)" in refusal(extra)
     narrow = changed(lambda held: {name: value[:2] if "q_proj" in name else value for name, value in held.items()})
-    assert "could not be loaded" in refusal(narrow)
+    assert "2 tensors have another shape (model.layers.0.self_attn.q_proj.weight" in refusal(narrow)
 
 
 def test_tied_and_derived_tensors_are_not_missing(tmp_path: Path, changed: Callable[..., Path]):
@@ -254,12 +256,14 @@ def test_a_padding_token_without_embedding_is_replaced():
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     model = tiny_model()
     assert tokenizer.pad_token_id >= VOCABULARY
-    fit_padding(tokenizer, model)
-    assert tokenizer.pad_token == tokenizer.eos_token
-    assert tokenizer.pad_token_id < VOCABULARY
-    before = tokenizer.pad_token_id
-    fit_padding(tokenizer, model)
-    assert tokenizer.pad_token_id == before
+    fit = fit_tokenizer(tokenizer, model)
+    assert fit.pad_token == fit.eos_token
+    assert fit.pad_token_id < VOCABULARY
+    assert tokenizer.pad_token == "[PAD]"  # the one given is as it was
+    assert fit_tokenizer(byte_tokenizer(), model).pad_token == "<pad>"
+    with pytest.raises(RenderError, match=rf"token id {VOCABULARY}, but the base has only {VOCABULARY} embeddings"):
+        prompt_ids(fit, [{"role": "user", "content": "a[PAD]"}])
+    assert prompt_ids(fit, [{"role": "user", "content": "a"}])
 
 
 def test_the_trainer_pads_with_an_embedding(tmp_path: Path):

@@ -215,6 +215,20 @@ def test_rankings_are_computed(rows: list[Row]) -> None:
     assert sentences(Measured([r for r in rows if r.method == "base"])) == []
 
 
+def test_what_max_length_cut_is_said_per_domain(rows: list[Row]) -> None:
+    assert not [line for line in sentences(Measured(rows)) if "max_length" in line]
+    cut = [
+        row("harmless", "sft", 0, 0.8, 0.5, train__truncated_prompts=12.0, train__truncated_replies=1.0),
+        row("harmless", "dpo", 0, 0.8, 0.5, train__truncated_prompts=12.0, train__truncated_replies=1.0),
+        row("academy", "sft", 0, 0.8, 0.5, train__truncated_prompts=0.0, train__truncated_replies=3.0),
+    ]
+    (said,) = [line for line in sentences(Measured(cut)) if "max_length" in line]
+    assert said == (
+        "training.max_length cut the beginning of 12 prompts and the end of a reply in 1 pair (harmless); "
+        "the end of a reply in 3 pairs (academy)."
+    )
+
+
 def test_rankings_leave_out_what_was_not_measured() -> None:
     bare = [Row("d", "base", None, {}), Row("d", "sft", 0, {"adaptation/score": 0.5}), Row("d", "q-adapter", 0, {})]
     text = " ".join(sentences(Measured(bare)))

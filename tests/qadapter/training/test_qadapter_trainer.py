@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
+from transformers import TrainingArguments
 
 from qadapter.errors import QAdapterError
 from qadapter.policy.model import QAdapterForCausalLM
@@ -350,6 +352,86 @@ def test_refuses_early_what_cannot_work(tmp_path: Path):
         make_trainer(tmp_path, loss_implementation="quick")
     with pytest.raises(QAdapterError, match="There is no tokenizer with the base"):
         make_trainer(tmp_path, processing_class=None)
+
+
+# ---- options -------------------------------------------------------------------------------------------------------
+
+
+def test_options_that_would_have_no_effect_are_refused(tmp_path: Path):
+    for options, expected in (
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha cannot be set: NEFTune adds noise to the embeddings"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor cannot be set: preference objectives have no labels"),
+        ({"torch_compile": True}, "torch_compile cannot be set"),
+        ({"include_for_metrics": ["loss"]}, "include_for_metrics cannot be set"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "expected random, sequential or group_by_length"),
+        ({"max_length": 1}, r"max_length is 1; expected at least 2"),
+        ({"max_length": 64.5}, "max_length is 64.5"),
+        ({"alpha_tilde": 1e-300}, "alpha_tilde from 1e-06"),
+        ({"peft_config": lora(modules_to_save=["nrm"])}, "modules to save that llama does not have: nrm"),
+        ({"processing_class": "gpt2"}, "processing_class is str; expected a tokenizer"),
+    ):
+        with pytest.raises(QAdapterError, match=expected):
+            make_trainer(tmp_path, **options)
+    with pytest.raises(QAdapterError, match="args is TrainingArguments; expected QAdapterConfig"):
+        QAdapterTrainer(tiny_model(), TrainingArguments(str(tmp_path), use_cpu=True), pairs())
+
+
+def test_pairs_grouped_by_length_are_the_same_after_a_resume(tmp_path: Path):
+    """A step holds pairs of similar length, each pair comes once per epoch, and each epoch has its own order."""
+    data = [PreferencePair(({"role": "user", "content": "?" * (1 + 7 * i % 29)},), "Yes.", "No") for i in range(160)]
+    for name in ({"group_by_length": True}, {"train_sampling_strategy": "group_by_length"}):
+        trainer = make_trainer(tmp_path, data, max_length=None, **name)
+        sampler = trainer._get_train_sampler()
+        lengths = trainer.train_dataset.lengths
+        first = list(sampler)
+        assert sorted(first) == list(range(160))
+        spread = [max(x) - min(x) for x in (([lengths[i] for i in first[k : k + 4]]) for k in range(0, 160, 4))]
+        assert sum(spread) / len(spread) < (max(lengths) - min(lengths)) / 3
+        assert list(sampler) == first
+        sampler.set_epoch(1)
+        assert list(sampler) != first
+    assert not isinstance(make_trainer(tmp_path, data)._get_train_sampler(), type(sampler))
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
+def test_without_max_length_nothing_is_cut(tmp_path: Path):
+    data = [PreferencePair(({"role": "user", "content": "?" * 90},), "Yes." * 20, "No")]
+    cut = make_trainer(tmp_path, data, max_length=100)
+    assert cut.train_dataset.truncation.prompts == 1
+    whole = make_trainer(tmp_path, data, max_length=None)
+    assert whole.train_dataset.truncation.cut == 0
+    assert whole.train_dataset.longest == 90 + 81 + 4  # <bos><|user|>…<eos><|assistant|>, and a reply with its <eos>
+    with pytest.raises(QAdapterError, match=r"175 tokens long, but the base knows only 64 positions"):
+        make_trainer(tmp_path, data, max_length=None, model=tiny_model(max_position_embeddings=64))
+
+
+def test_frames_and_several_data_sets(tmp_path: Path):
+    import pandas as pd
+    from datasets import Dataset, DatasetDict
+
+    rows = [plain(pair) for pair in pairs()]
+    both = DatasetDict(train=Dataset.from_list(rows), test=Dataset.from_list(rows[:3]))
+    trainer = make_trainer(tmp_path, pd.DataFrame(rows), eval_dataset=both, max_steps=1)
+    assert len(trainer.train_dataset) == 8
+    assert {name: len(found) for name, found in trainer.eval_dataset.items()} == {"train": 8, "test": 3}
+    trainer.train()
+    assert "eval_test_loss" in trainer.evaluate()
+    with pytest.raises(QAdapterError, match=r"a DatasetDict with the keys train, test.*such as data\['train'\]"):
+        make_trainer(tmp_path, both)
+    with pytest.raises(QAdapterError, match="no length"):
+        make_trainer(tmp_path, both["train"].to_iterable_dataset())
+
+
+def test_a_fractional_alpha_is_the_number(tmp_path: Path):
+    trainer = make_trainer(tmp_path, peft_config=lora(lora_alpha=0.5), max_steps=1)
+    scalings = {module.scaling["default"] for module in trainer.policy.modules() if isinstance(module, LoraLayer)}
+    assert scalings == {0.5 / 4}
+    trainer.train()
+    trainer.save_model(str(tmp_path / "m"))
+    assert json.loads((tmp_path / "m" / "adapter_config.json").read_text())["lora_alpha"] == 0.5
+    loaded = QAdapterForCausalLM.from_pretrained(tmp_path / "m", base_model=tiny_model())
+    assert {module.scaling["default"] for module in loaded.modules() if isinstance(module, LoraLayer)} == {0.5 / 4}
 
 
 def test_refuses_several_gpus_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
