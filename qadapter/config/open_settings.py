@@ -82,7 +82,7 @@ _TRAINER_OWN = {
     **dict.fromkeys(("remove_unused_columns", "label_names", "length_column_name"), "rows are token ids already"),
     "use_cache": "a training needs no cache",
 }
-_SAMPLING = ("random", "sequential", "group_by_length")
+_SAMPLING = ("random", "group_by_length")
 
 _LORA_OWN = {
     **dict.fromkeys(("task_type", "peft_type", "auto_mapping", "peft_version"), "the kind of adapter is LoRA"),

@@ -78,7 +78,7 @@ def test_only_what_is_set_is_part_of_a_key() -> None:
         ("trainer.lr_scheduler_kwargs", {"cycles": 2}, "training.trainer.lr_scheduler_kwargs: "),
         ("trainer.optim_args", "a=1", "takes none of them"),
         ("trainer.dataloader_prefetch_factor", 2, "can only be set when data is loaded in a different process"),
-        ("trainer.train_sampling_strategy", "batch_rebalance", "expected random, sequential, group_by_length"),
+        ("trainer.train_sampling_strategy", "batch_rebalance", "expected random, group_by_length"),
         ("trainer.neftune_noise_alpha", 5, "NEFTune adds noise to the embeddings of the frozen base"),
         ("trainer.label_smoothing_factor", 0.1, "preference objectives have no labels to smooth"),
         ("trainer.output_dir", "x", "checkpoints have their own folder"),
