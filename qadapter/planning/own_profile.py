@@ -108,7 +108,8 @@ def _benchmarks(given: Sequence[str]) -> tuple[dict[str, Path], tuple[str, ...]]
             raise QAdapterError(f"two benchmarks are called {name!r}; give NAME=FILE")
         own[name] = path.absolute()
     check_own(own)
-    check_tasks(tasks)
+    if tasks:
+        check_tasks(tasks)
     return own, tuple(tasks)
 
 

@@ -49,7 +49,8 @@ def check_experiment(
     if experiment.toy_world is None:
         _check_sources(experiment, fixed, folder, downloads, remote)
     retention = experiment.evaluation.retention
-    check_tasks(retention.tasks)
+    if retention.tasks or not retention.own:
+        check_tasks(retention.tasks)
     check_own(retention.own_files(folder))
     if experiment.lora.further():
         from qadapter.policy.loading import lora_config  # transformers takes seconds to import

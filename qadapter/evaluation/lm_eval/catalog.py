@@ -113,8 +113,6 @@ def check_tasks(names: Sequence[str], data: Path | None = None) -> None:
         QAdapterError: see `find_tasks`, `require_scores` and `qadapter.evaluation.benchmarks.items.read_items`.
     """
     tasks, _ = expand_suites(names)
-    if not tasks:
-        return
     found = find_tasks(tasks)
     require_scores(tasks)
     for name in found.local:
