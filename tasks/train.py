@@ -245,7 +245,8 @@ def prepare_need(
             **further,
         }
         launcher(need.make, base.location, file, **arguments, scratch=scratch)
-        _add_needs_cost(out, made)
+        if made:
+            _add_needs_cost(out, made)
 
     result = run_stage(
         context,
@@ -326,18 +327,18 @@ def train_adapter(
 def _add_needs_cost(out: Path, needs: Mapping[str, StageResult]) -> None:
     """Add to a stage's metrics what its needs cost, and their own needs; other methods may share them.
 
-    `cost/needs_seconds`, `cost/needs_generated_tokens`, and for a training `cost/train_seconds_with_needs`.
+    `cost/needs_seconds`, `cost/needs_generated_tokens`, and for a training `cost/train_seconds_with_needs` and
+    `cost/generated_tokens`. Every training has all four, so that methods can be compared.
     """
-    if not needs:
-        return
     file, made = out / "metrics.json", [stage.output for stage in needs.values()]
     metrics: dict[str, float] = read_json(file) if file.is_file() else {}
     seconds = sum(one.seconds + one.metrics().get("cost/needs_seconds", 0.0) for one in made)
     names = ("cost/generated_tokens", "cost/needs_generated_tokens")
     tokens = sum(one.metrics().get(name, 0.0) for one in made for name in names)
-    metrics |= {"cost/needs_seconds": seconds} | ({"cost/needs_generated_tokens": tokens} if tokens else {})
+    metrics |= {"cost/needs_seconds": seconds, "cost/needs_generated_tokens": tokens}
     if "cost/train_seconds" in metrics:
         metrics["cost/train_seconds_with_needs"] = metrics["cost/train_seconds"] + seconds
+        metrics.setdefault("cost/generated_tokens", 0.0)
     write_json(file, metrics)
 
 

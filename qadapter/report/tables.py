@@ -312,10 +312,13 @@ def further_table(measured: Measured) -> Table:
 
 
 def cost_table(measured: Measured) -> Table:
-    """What each method costs, mean over domains and seeds."""
+    """What each method costs, mean over domains and seeds; costs that no method has are left out."""
     others = {name: (name.removeprefix("cost/").replace("_", " "), 1) for row in measured.rows for name in row.metrics}
     names = {n: COSTS.get(n, label) for n, label in {**COSTS, **others}.items() if n.startswith("cost/")}
-    return _by_measure(measured, names)
+    absent = {name for name in COSTS if all(not row.metrics.get(name) for row in measured.rows)}
+    if "cost/needs_seconds" in absent:
+        absent.add("cost/train_seconds_with_needs")
+    return _by_measure(measured, {name: shown for name, shown in names.items() if name not in absent})
 
 
 def _amount(name: str, value: float, digits: int) -> str:
