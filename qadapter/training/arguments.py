@@ -241,6 +241,7 @@ def train_to_end(trainer: AnyTrainer, name: str) -> AnyTrainer:
         log.info("%s: had stopped early at step %d", name, trainer.state.global_step)
         return trainer
     if checkpoint:
+        trainer.args.eval_on_start = False  # the evaluation before the first step is in the checkpoint's log
         log.info("%s: resumes after step %s, where it was stopped", name, checkpoint.rpartition("-")[2])
     trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
