@@ -43,7 +43,7 @@ from qadapter.training.arguments import (
     trainer_arguments,
     write_training_record,
 )
-from qadapter.training.checkpoints import SealCheckpoints, last_checkpoint
+from qadapter.training.checkpoints import SealCheckpoints, last_checkpoint, trained_to_the_end
 from qadapter.training.config import QAdapterConfig
 from qadapter.training.encoded_pairs import EncodedPairs, encode_dataset
 from qadapter.training.trainer import QAdapterTrainer
@@ -141,7 +141,8 @@ def _train(
             before = ask(trainer.policy, tokenizer, own, options.micro_batch)
     note(f"training: {steps} steps of {options.batch_size} pairs" + (f", from {checkpoint}" if checkpoint else ""))
     with measured_cost() as cost:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        if checkpoint is None or not trained_to_the_end(trainer, checkpoint):
+            trainer.train(resume_from_checkpoint=checkpoint)
     save_weights(trainer, out)
     metrics = _evaluate(trainer, heldout, options) if heldout else {}
     if before is not None:

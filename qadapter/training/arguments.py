@@ -25,7 +25,7 @@ from qadapter.config.training import OptimizerSettings
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import write_json
 from qadapter.progress.reports import Work, counted, report_row
-from qadapter.training.checkpoints import SealCheckpoints, last_checkpoint
+from qadapter.training.checkpoints import SealCheckpoints, last_checkpoint, trained_to_the_end
 from qadapter.training.evaluated import evaluation_row, prepare_evaluation, stopped_early
 from qadapter.training.sampling import group_rows
 
@@ -239,6 +239,9 @@ def train_to_end(trainer: AnyTrainer, name: str) -> AnyTrainer:
     checkpoint = last_checkpoint(str(trainer.args.output_dir))
     if checkpoint and stopped_early(trainer, checkpoint):
         log.info("%s: had stopped early at step %d", name, trainer.state.global_step)
+        return trainer
+    if checkpoint and trained_to_the_end(trainer, checkpoint):
+        log.info("%s: had made all %d steps", name, trainer.state.global_step)
         return trainer
     if checkpoint:
         trainer.args.eval_on_start = False  # the evaluation before the first step is in the checkpoint's log

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import digest_file, list_files, read_json, write_json
@@ -52,6 +53,29 @@ def last_checkpoint(scratch: str | Path) -> str | None:
             return str(folder)
         log.warning("%s is not whole and is passed over", folder)
     return None
+
+
+def trained_to_the_end(trainer: Trainer, checkpoint: str) -> bool:
+    """Whether a checkpoint is that of the last step; the trainer then has its weights, state and random state.
+
+    A training that was killed after its last step has nothing left to do. transformers would train one more step,
+    unless the last step is the last one of an epoch. Models that FSDP or DeepSpeed split up are left to transformers.
+
+    Args:
+        trainer: before its training, with the settings with which the checkpoint was written.
+        checkpoint: a complete one in the trainer's folder.
+    """
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return False
+    state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+    if state.global_step < state.max_steps:
+        return False
+    trainer._load_from_checkpoint(checkpoint)
+    trainer._load_rng_state(checkpoint)
+    trainer.state = state
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+        trainer._load_best_model()
+    return True
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -277,6 +277,11 @@ def test_pretraining_resumed_is_pretraining_uninterrupted(
     assert rows(whole / "history.jsonl") == rows(resumed / "history.jsonl")
     fresh = run(tmp_path / "fresh", tmp_path / "s3")
     assert same_weights(whole / "model", fresh / "model")
+    # Killed after its last step, in the middle of an epoch: there transformers itself would train an eighth one.
+    assert Path(str(last_checkpoint(tmp_path / "s1"))).name == "checkpoint-7"
+    ended = run(tmp_path / "ended", tmp_path / "s1")
+    assert same_weights(whole / "model", ended / "model")
+    assert rows(whole / "history.jsonl") == rows(ended / "history.jsonl")
 
 
 def test_the_longest_conversation_is_cut(world: TinyToy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -464,6 +469,9 @@ def test_resumed_is_uninterrupted(
     assert seen.sequences == adapters[method].sequences[4:]
     assert same_weights(adapters[method].out / "adapter", tmp_path / "resumed/adapter")
     assert curve(tmp_path / "resumed") == curve(adapters[method].out)
+    world.train(method, tmp_path / "ended", scratch=scratch)  # as after a kill between the last step and the adapter
+    assert same_weights(adapters[method].out / "adapter", tmp_path / "ended/adapter")
+    assert curve(tmp_path / "ended") == curve(adapters[method].out)
 
 
 @pytest.mark.parametrize("method", NAMES)
