@@ -100,7 +100,7 @@ def test_only_what_is_set_is_part_of_a_key() -> None:
         ("model.attn_implementation", "flash_attention_2", "FlashAttention2"),
         ("model.attn_implementation", "someone/kernel", "kernels of the hub are code that would run"),
         ("model.experts_implementation", "eager", "a model from scratch has no experts"),
-        ("model.device_map", "auto", "launch decides how a training is spread"),
+        ("model.max_memory", "9GB", "launch decides how a training is spread"),
         ("model.token", "x", "its name is that of a secret"),
         ("model.token", True, "set HF_TOKEN in the environment"),
         ("model.rope_parameters", {"factor": 2}, "a value of the base's config is changed in its config.json"),

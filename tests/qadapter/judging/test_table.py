@@ -52,6 +52,7 @@ class Found(Exception): pass
 def found(context, name, *, module, config, compute, **_):
     raise Found(code_digest(module, compute), json.dumps(config, sort_keys=True))
 tasks.evaluate.run_stage = tasks.judge.run_stage = found
+tasks.evaluate.heldout_data = lambda *_: ("", "")  # no part of a key
 stage = SimpleNamespace(path=Path("x"), output=Path("x"), run_id="")
 row = SimpleNamespace(adaptation=stage)
 endpoint = {"url": "http://127.0.0.1:9/v1", "model": "m", "api_key_variable": None}
