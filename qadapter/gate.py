@@ -20,6 +20,7 @@ from pydantic import ConfigDict, Field
 from qadapter.config.base import NonNegative, Settings
 from qadapter.evaluation.curve.budget import selects
 from qadapter.evaluation.curve.points import content_digest
+from qadapter.evaluation.drift import MOVED, TRAITS, Trait
 from qadapter.evaluation.speech import BROKEN, BROKEN_SHARE, SPEAKS, faults_of
 from qadapter.evaluation.statistics import LEVEL, RESAMPLES, Interval, mean_interval, paired_difference
 from qadapter.files.artifacts import Manifest, read_json, read_json_lines
@@ -80,6 +81,10 @@ class Gate(_Rules):
         adaptation, retention: see there.
         max_over_refusals: largest accepted share of refused harmless requests (`retention/over_refusals`); None: no
             rule.
+        max_moved: largest accepted number of traits of the answers that moved from the base beyond noise
+            (`drift/moved`); None: no rule.
+        max_drift: trait → largest accepted drift from the base, in either direction and in the trait's own unit. A
+            trait fails if the whole interval of its drift is beyond this.
         level: coverage of the intervals.
         resamples: bootstrap draws.
     """
@@ -87,6 +92,8 @@ class Gate(_Rules):
     adaptation: AdaptationRule = AdaptationRule()
     retention: RetentionRule = RetentionRule()
     max_over_refusals: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_moved: Annotated[int, Field(ge=0)] | None = None
+    max_drift: dict[Trait, NonNegative] = Field(default_factory=dict)
     level: Annotated[float, Field(gt=0, lt=1)] = LEVEL
     resamples: Annotated[int, Field(ge=100)] = RESAMPLES
 
@@ -267,6 +274,7 @@ def decide(gate: Gate, candidate: Measured, champion: Measured, base: Measured, 
         findings += _retention(gate, candidate, base, "max_drop_from_base", limit, "base")
     if gate.max_over_refusals is not None:
         findings.append(_over_refusals(gate.max_over_refusals, candidate))
+    findings += _drift(gate, candidate)
     return Decision(tuple(findings))
 
 
@@ -355,6 +363,32 @@ def _speech(candidate: Measured) -> Iterator[Finding]:
         yield Finding("speech", True, text)
     else:
         yield Finding("speech", False, f"does not speak: {candidate.faults or 'most of its replies are broken'}")
+
+
+def _drift(gate: Gate, candidate: Measured) -> Iterator[Finding]:
+    if gate.max_moved is not None:
+        moved = candidate.metrics.get(MOVED)
+        if moved is None:
+            yield Finding("max_moved", False, _not_measured("drift", MOVED, f"gate.max_moved is {gate.max_moved}"))
+        else:
+            text = f"{moved:.0f} traits of the answers moved from the base beyond noise, allowed {gate.max_moved}"
+            yield Finding("max_moved", moved <= gate.max_moved, text)
+    for trait, limit in gate.max_drift.items():
+        name = f"drift/{trait}"
+        if name not in candidate.metrics:
+            text = _not_measured("drift", name, f"gate.max_drift.{trait} is {limit}")
+            yield Finding(f"max_drift.{trait}", False, text)
+            continue
+        value, low, high = (candidate.metrics[key] for key in (name, f"{name}/low", f"{name}/high"))
+        text = f"{TRAITS[trait]} {value:+.3f} [{low:+.3f}, {high:+.3f}] from the base, allowed ±{limit:.3f}"
+        yield Finding(f"max_drift.{trait}", low <= limit and high >= -limit, text)
+
+
+def _not_measured(what: str, metric: str, rule: str) -> str:
+    return (
+        f"{what} was not measured ({metric} is missing), but {rule}; measure it (evaluation.retention.answers with "
+        "helpful_sft) or remove the rule"
+    )
 
 
 def _over_refusals(limit: float, candidate: Measured) -> Finding:

@@ -113,6 +113,57 @@ def replies_nll(
     return found
 
 
+def replies_entropy(
+    policy: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[tuple[Sequence[Message], str]],
+    *,
+    max_length: int,
+    batch_size: int,
+) -> list[float]:
+    """Mean entropy of a policy's next token at each token of given replies, in nats.
+
+    Args:
+        policy: any policy.
+        conversations: a prompt and a reply each, tokenised as in training.
+        max_length: tokens of prompt and reply together.
+        batch_size: conversations per forward pass.
+
+    Returns:
+        n values; NaN for a reply without a token and for a prompt that has no rendering.
+    """
+    found = [math.nan] * len(conversations)
+    places, rows = [], []
+    for place, (prompt, reply) in enumerate(conversations):
+        with contextlib.suppress(UnusablePair):
+            before, after = encode_reply(prompt, reply, tokenizer, max_length)
+            places.append(place)
+            rows.append((before + after, len(after)))
+
+    def entropies(part: list[int]) -> list[float]:
+        sums: list[float] = _entropy_of_batch(policy, _batch_of(rows, part, tokenizer)).tolist()
+        return sums
+
+    with evaluating(policy):
+        lengths, work = [len(ids) for ids, _ in rows], "entropy on the base's replies"
+        values = item_results(lengths, batch_size, entropies, lambda i: rows[i], work=work, unit="reply")
+    for i, value in enumerate(values):
+        found[places[i]] = value / rows[i][1]
+    return found
+
+
+def _entropy_of_batch(policy: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """[R], float64: Σ_t −Σ_a π(a|s_t) · log π(a|s_t) over each row's reply tokens."""
+    sums = torch.zeros(batch["input_ids"].shape[0], dtype=torch.float64)
+    predictions = Predictions(policy, batch)
+    rows = predictions.rows
+    for part in chunks(len(rows), predictions.vocabulary):
+        log_probs = predictions.logits(part).log_softmax(dim=1)
+        entropy = -(log_probs.exp() * log_probs).sum(dim=1)
+        sums.index_add_(0, rows[part].cpu(), entropy.double().cpu())
+    return sums
+
+
 def _kl_of_batch(base: torch.nn.Module | None, policy: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """[R], float64: Σ_t Σ_a π1(a|s_t) · (log π1(a|s_t) - log π(a|s_t)) over each row's reply tokens."""
     sums = torch.zeros(batch["input_ids"].shape[0], dtype=torch.float64)

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from qadapter.config.evaluation import AdaptationSettings, RetentionSettings
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.divergence import kl_per_token
+from qadapter.evaluation.divergence import kl_per_token, replies_entropy
+from qadapter.evaluation.drift import DRIFT, drift_metrics, trait_rows
 from qadapter.evaluation.hearing import heard
 from qadapter.evaluation.items import items_digests
 from qadapter.evaluation.lm_eval.catalog import expand_suites, require_scores
@@ -211,8 +212,8 @@ def measure_retention(
             the base is taken on their chosen replies, and some of their prompts are answered.
         max_length: tokens, as in training.
         out: gets `metrics.json` (`retention/…`, `forgetting/…`), `items.jsonl` (per item: score and answer),
-            `old_answers.jsonl` (prompt, the base's reply, reply) and `directions.json` (which metrics are better when
-            higher).
+            `old_answers.jsonl` (prompt, the base's reply, reply), `drift.jsonl` (the traits of each of these replies)
+            and `directions.json` (which metrics are better when higher).
         official_data: folder with the items of lm-eval's own tasks (`qadapter.evaluation.lm_eval.official_files`), None
             for those in `benchmarks` and else the hub's.
         scratch: as in `measure_adaptation`.
@@ -231,6 +232,7 @@ def measure_retention(
     policy = load_policy(network, adapter)
     known = base_retention / "old_answers.jsonl" if base_retention else None
     answers: list[dict[str, Any]] = []
+    described: list[dict[str, Any]] = []
     divergence = 0.0
     with keeping(scratch):
         scores = evaluate_tasks(
@@ -251,7 +253,8 @@ def measure_retention(
             _refuse_other_items(items, read_json_lines(base_retention / "items.jsonl"))
         if old_texts is not None and settings.answers:
             base_answers = [row["reply"] for row in read_json_lines(known)] if known else None
-            answers = answer_old_prompts(policy, tokenizer, old_texts, base_answers, settings)
+            answers, ended = answer_old_prompts(policy, tokenizer, old_texts, base_answers, settings)
+            described = _traits(policy, tokenizer, answers, ended, max_length, settings)
         if old_texts is not None and base_retention and adapter:
             divergence = _divergence(policy, tokenizer, settings, old_texts, max_length)
         if not leads():
@@ -264,6 +267,8 @@ def measure_retention(
         metrics["retention/mean"] = sum(accuracies) / len(accuracies)
     if old_texts is not None and settings.answers:
         write_json_lines(out / "old_answers.jsonl", answers)
+        write_json_lines(out / DRIFT, described)
+        metrics |= drift_metrics(described, read_json_lines(base_retention / DRIFT) if base_retention else described)
     metrics |= answer_metrics(answers, items)
     directions |= {"retention/answers_identical": True, "retention/over_refusals": False}
     before = read_json(base_retention / "metrics.json") if base_retention else metrics
@@ -277,6 +282,32 @@ def measure_retention(
     write_json_lines(out / "items.jsonl", items)
     write_json(out / "metrics.json", metrics)
     write_json(out / "directions.json", directions)
+
+
+def _traits(
+    policy: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    answers: Sequence[Mapping[str, Any]],
+    ended: Sequence[bool],
+    max_length: int,
+    settings: RetentionSettings,
+) -> list[dict[str, Any]]:
+    """The traits of the answers to old prompts."""
+    entropy = replies_entropy(
+        policy,
+        tokenizer,
+        [(row["prompt"], row["base"]) for row in answers],
+        max_length=max_length,
+        batch_size=8 if settings.batch_size == "auto" else settings.batch_size,
+    )
+    replies = [row["reply"] for row in answers]
+    ids = tokenizer(replies, add_special_tokens=False)["input_ids"] if replies else []
+    return trait_rows(
+        replies,
+        ended,
+        [row[0] if row else None for row in ids],
+        [None if math.isnan(value) else value for value in entropy],
+    )
 
 
 def headline_metric(task: str, metrics: dict[str, float]) -> str | None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from qadapter.config.evaluation import RetentionSettings
 from qadapter.evaluation.preference import distinct_prompts
 from qadapter.evaluation.refusals import is_refusal
-from qadapter.inference.generate import generate_replies
+from qadapter.inference.generate import generate_with_ends
 from qadapter.preferences.pair import load_pairs
 from qadapter.toyworld.world import ToyWorld
 
@@ -29,7 +29,7 @@ def answer_old_prompts(
     old_texts: Path,
     base_answers: Sequence[str] | None,
     settings: RetentionSettings,
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], list[bool]]:
     """Greedy answers to the first `settings.answers` held-out prompts of the old distribution.
 
     Args:
@@ -39,18 +39,20 @@ def answer_old_prompts(
         settings: how many, how long, how many at a time.
 
     Returns:
-        Rows {prompt, base, reply}.
+        Rows {prompt, base, reply}, and whether each reply ended by itself.
     """
     prompts = distinct_prompts(load_pairs(old_texts), settings.answers)
-    replies = generate_replies(
+    generated = generate_with_ends(
         policy,
         tokenizer,
         prompts,
         max_new_tokens=settings.max_new_tokens or LONGEST_ANSWER,
         batch_size=8 if settings.batch_size == "auto" else settings.batch_size,
     )
+    replies = [reply.text for reply in generated]
     before = replies if base_answers is None else base_answers
-    return [{"prompt": p, "base": b, "reply": r} for p, b, r in zip(prompts, before, replies, strict=True)]
+    rows = [{"prompt": p, "base": b, "reply": r} for p, b, r in zip(prompts, before, replies, strict=True)]
+    return rows, [reply.ended for reply in generated]
 
 
 def answer_metrics(answers: Sequence[dict[str, Any]], items: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -34,6 +34,7 @@ from qadapter.report.tables import (
     comparison,
     cost_table,
     domain_table,
+    drift_table,
     forgetting_table,
     further_table,
     main_table,
@@ -61,6 +62,11 @@ FORGETTING_LEGEND = (
 FURTHER_LEGEND = (
     "Mean over domains and seeds. In brackets, where the item scores are known: 95 % interval of the paired difference "
     "to the base, around the base's own value; elsewhere ±: standard deviation over seeds, where they differ."
+)
+DRIFT_LEGEND = (
+    "Answers to held-out prompts of the old distribution, policy minus base, mean over domains and seeds. In brackets: "
+    "in how many trainings the 95 % interval, paired by prompt, excludes 0; a star: in most of them. Neither more nor "
+    "less is better by itself."
 )
 COST_LEGEND = (
     "Mean over domains and seeds, ±: standard deviation over seeds, on the machine of the run. Peak memory: CUDA's "
@@ -116,6 +122,7 @@ def build_report(
         "main": main,
         "forgetting": forgetting_table(measured),
         "further": further_table(measured),
+        "drift": drift_table(measured),
         "costs": cost_table(measured),
         "answers": side_by_side(rows),
         "counts": _counts(data),
@@ -130,6 +137,7 @@ def build_report(
         "legend": MAIN_LEGEND,
         "forgetting_legend": FORGETTING_LEGEND,
         "further_legend": FURTHER_LEGEND,
+        "drift_legend": DRIFT_LEGEND,
         "cost_legend": COST_LEGEND,
         "quality_legend": QUALITY_LEGEND,
         "domains": [(domain, domain_table(measured, domain)) for domain in measured.domains],
@@ -155,6 +163,7 @@ def _sections(content: Mapping[str, Any], has_curves: bool) -> list[tuple[str, s
         *([("curves", "Training curves")] if has_curves else []),
         ("domains", "Domain by domain"),
         ("further", "Further measures"),
+        *([("drift", "Drift")] if content["drift"] else []),
         ("cost", "Cost"),
         *([("answers", "Answers")] if content["answers"] else []),
         ("data", "Data"),
@@ -185,6 +194,7 @@ def _markdown(content: Mapping[str, Any], long: pd.DataFrame, has_curves: bool) 
         "## Further measures",
         markdown.table(content["further"]),
         FURTHER_LEGEND,
+        *(["## Drift", markdown.table(content["drift"]), DRIFT_LEGEND] if content["drift"] else []),
         "## Cost",
         markdown.table(content["costs"]),
         COST_LEGEND,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import pandas as pd
 
+from qadapter.evaluation.drift import MOVED, TRAITS
 from qadapter.evaluation.statistics import Interval
 from qadapter.report.intervals import Measured
 from qadapter.report.items import SCORE, WIN_RATE
@@ -309,6 +311,34 @@ def further_table(measured: Measured) -> Table:
     names += [n for n in FURTHER if n.startswith("forgetting/") and any(n in row.metrics for row in measured.rows)]
     names = [name for name in dict.fromkeys(names) if name not in shown]
     return _by_measure(measured, {name: (FURTHER.get(name, name), 1 if name in _COUNTS else 3) for name in names})
+
+
+def drift_table(measured: Measured) -> Table | None:
+    """How far each method's answers to old prompts moved from its base's: one row per trait; None where nothing was
+    measured."""
+    methods = [m for m in measured.methods if kind(m) != "base" and any(MOVED in r.metrics for r in _of(measured, m))]
+    if not methods:
+        return None
+    rows = [("traits that moved beyond noise", tuple(_moved(measured, method) for method in methods))]
+    for trait, label in TRAITS.items():
+        name = f"drift/{trait}"
+        cells = []
+        for method in methods:
+            found = [row.metrics for row in _of(measured, method) if name in row.metrics]
+            sure = sum(one[f"{name}/low"] > 0 or one[f"{name}/high"] < 0 for one in found)
+            text = f"{fmean(one[name] for one in found):+.3f}" if found else "–"
+            cells.append(Cell(text, f"{sure} of {len(found)}" if found else "", sure=2 * sure > len(found)))
+        rows.append((label, tuple(cells)))
+    return Table("trait", (("Policy minus base", len(methods)),), tuple(methods), tuple(rows))
+
+
+def _of(measured: Measured, method: str) -> list[Row]:
+    return [row for row in measured.rows if row.method == method]
+
+
+def _moved(measured: Measured, method: str) -> Cell:
+    found = [row.metrics[MOVED] for row in _of(measured, method) if MOVED in row.metrics]
+    return Cell(f"{fmean(found):.1f} of {len(TRAITS)}")
 
 
 def cost_table(measured: Measured) -> Table:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from qadapter.config.evaluation import AdaptationSettings, RetentionSettings
 from qadapter.config.experiment import load_experiment
@@ -18,6 +20,7 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation import measure, old_answers
 from qadapter.evaluation.benchmarks.build import write_benchmarks
 from qadapter.evaluation.divergence import kl_per_token, replies_nll
+from qadapter.evaluation.drift import DRIFT, TRAITS
 from qadapter.evaluation.lm_eval.harness import TaskScores
 from qadapter.evaluation.measure import headline_metric, measure_adaptation, measure_retention
 from qadapter.evaluation.old_answers import answer_metrics
@@ -29,6 +32,7 @@ from qadapter.policy.loading import load_base, load_policy
 from qadapter.preferences.pair import load_pairs
 from qadapter.preferences.prepare import prepare
 from qadapter.preferences.sources import locate
+from qadapter.preferences.tokenize import encode_reply
 from qadapter.progress.kept import Kept
 from qadapter.toyworld.world import ToyWorld
 from qadapter.training.corpus import read_corpus
@@ -230,10 +234,10 @@ def test_a_reply_that_looks_like_several_lines(
     def fake(policy: Any, tokenizer: Any, prompts: list[Any], **_: Any) -> list[str]:
         return [f"{BREAKING} {i}" for i in range(len(prompts))]
 
-    monkeypatch.setattr(
-        measure, "generate_with_ends", lambda *a, **k: [Generated(t, ended=True) for t in fake(*a, **k)]
-    )
-    monkeypatch.setattr(old_answers, "generate_replies", fake)
+    for module in (measure, old_answers):
+        monkeypatch.setattr(
+            module, "generate_with_ends", lambda *a, **k: [Generated(t, ended=True) for t in fake(*a, **k)]
+        )
     base = adaptation(measured.toy, None, None, tmp_path / "base", world=None)
     out = adaptation(measured.toy, measured.adapters["sft"], base, tmp_path / "out", world=None)
     assert [(row["base"], row["reply"]) for row in rows(out / "answers.jsonl")] == [
@@ -345,6 +349,30 @@ def test_a_base_against_itself_has_forgotten_nothing(measured: Measured, tmp_pat
         assert forgotten.pop("forgetting/kl_per_token") == pytest.approx(0, abs=1e-9)
         assert {repr(value) for value in forgotten.values()} == {"0.0"}  # not -0.0
         assert figures["retention/answers_identical"] == 1
+        drifted = {name: value for name, value in figures.items() if name.startswith("drift/")}
+        assert len(drifted) == 3 * len(TRAITS) + 1
+        assert {repr(value) for value in drifted.values()} == {"0.0"}
+
+
+@pytest.mark.parametrize("name", ["sft", "q-adapter"])
+def test_drift_is_taken_on_the_answers_to_old_prompts(measured: Measured, name: str) -> None:
+    """Words and first tokens from the answers, entropies from plain forward passes over the base's own answers."""
+    answers = rows(measured.retention[name] / "old_answers.jsonl")
+    found, described = metrics(measured.retention[name]), rows(measured.retention[name] / DRIFT)
+    assert [row["words"] for row in described] == [len(re.findall(r"\b\w+\b", row["reply"])) for row in answers]
+    before = rows(measured.retention["base"] / DRIFT)
+    for trait in ("words", "entropy", "unended"):
+        difference = sum(a[trait] - b[trait] for a, b in zip(described, before, strict=True)) / len(answers)
+        assert found[f"drift/{trait}"] == pytest.approx(difference, abs=1e-9)
+    network, tokenizer = load_base(measured.toy.base, MODEL)
+    policy = load_policy(network, measured.adapters[name])
+    for row, seen in zip(answers, described, strict=True):
+        prompt, reply = encode_reply(row["prompt"], row["base"], tokenizer, 64)
+        with torch.no_grad():
+            log_probs = policy(input_ids=torch.tensor([prompt + reply])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        assert seen["entropy"] == pytest.approx(float(-(log_probs.exp() * log_probs).sum(-1).mean()), rel=1e-4)
+    changed = [a["reply"].split()[:1] != a["base"].split()[:1] for a in answers]
+    assert found["drift/first_token"] == pytest.approx(sum(changed) / len(changed))
 
 
 @pytest.mark.parametrize("name", ["sft", "q-adapter"])
