@@ -11,6 +11,9 @@ import torch
 from qadapter.evaluation.divergence import replies_entropy
 from qadapter.evaluation.drift import MOVED, TRAITS, Trait, drift_metrics, drifts, trait_rows, traits
 from qadapter.gate import Gate, Measured, decide
+from qadapter.report.intervals import Measured as Compared
+from qadapter.report.rows import Row
+from qadapter.report.tables import drift_table
 from tests.support.tiny_chat import byte_tokenizer
 
 
@@ -113,3 +116,21 @@ def test_the_gate_limits_drift() -> None:
     assert limit.endswith("allowed ±1.000")
     with pytest.raises(ValueError, match="max_drift"):
         Gate(max_drift={"wrods": 1.0})  # type: ignore[dict-item]
+
+
+def test_the_report_shows_drift_per_trait() -> None:
+    """Two seeds of one method: ten and twenty words more, the second one beyond noise; the base has no column."""
+    base = Row("d", "base", None, drift_metrics(described(["one two"]), described(["one two"])))
+    runs = []
+    for seed, (words, low, moved) in enumerate(((10.0, -1.0, 0.0), (20.0, 5.0, 1.0))):
+        metrics = {"drift/words": words, "drift/words/low": low, "drift/words/high": 30.0, MOVED: moved}
+        runs.append(Row("d", "sft", seed, metrics))
+    table = drift_table(Compared([base, *runs]))
+    assert table is not None
+    assert table.columns == ("sft",)
+    cells = {label: cell for label, (cell,) in table.rows}
+    assert cells["traits that moved beyond noise"].text == "0.5 of 9"
+    assert (cells["words per reply"].text, cells["words per reply"].interval) == ("+15.000", "1 of 2")
+    assert not cells["words per reply"].sure
+    assert cells["replies with a list"].text == "–"
+    assert drift_table(Compared([Row("d", "sft", 0, {})])) is None
