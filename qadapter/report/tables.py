@@ -327,7 +327,7 @@ def drift_table(measured: Measured) -> Table | None:
             found = [row.metrics for row in _of(measured, method) if name in row.metrics]
             sure = sum(one[f"{name}/low"] > 0 or one[f"{name}/high"] < 0 for one in found)
             text = f"{fmean(one[name] for one in found):+.3f}" if found else "–"
-            cells.append(Cell(text, f"{sure} of {len(found)}" if found else "", sure=2 * sure > len(found)))
+            cells.append(Cell(text, f"[{sure} of {len(found)}]" if found else "", sure=2 * sure > len(found)))
         rows.append((label, tuple(cells)))
     return Table("trait", (("Policy minus base", len(methods)),), tuple(methods), tuple(rows))
 

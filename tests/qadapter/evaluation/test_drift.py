@@ -130,7 +130,7 @@ def test_the_report_shows_drift_per_trait() -> None:
     assert table.columns == ("sft",)
     cells = {label: cell for label, (cell,) in table.rows}
     assert cells["traits that moved beyond noise"].text == "0.5 of 9"
-    assert (cells["words per reply"].text, cells["words per reply"].interval) == ("+15.000", "1 of 2")
+    assert (cells["words per reply"].text, cells["words per reply"].interval) == ("+15.000", "[1 of 2]")
     assert not cells["words per reply"].sure
     assert cells["replies with a list"].text == "–"
     assert drift_table(Compared([Row("d", "sft", 0, {})])) is None
