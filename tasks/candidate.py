@@ -38,7 +38,7 @@ from tasks.train import Base, keyed, log_adapter
 
 METHOD = q_adapter.METHOD.name
 LEDGER = "ledger"  # folder in the artifacts of a version's run
-_SHOWN = ("adaptation/", "retention/", "forgetting/")
+_SHOWN = ("adaptation/", "retention/", "forgetting/", "drift/moved")
 
 
 def registry_of(customization: Customization) -> Registry:
