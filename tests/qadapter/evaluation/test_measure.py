@@ -148,6 +148,8 @@ def test_the_measures_have_the_same_names_for_everyone(measured: Measured) -> No
     assert kept["base"] == kept["sft"] == kept["q-adapter"]
     assert kept["base"] == {
         *(f"{side}/{name}" for side in ("retention", "forgetting") for name in measured_tasks),
+        *(f"drift/{trait}{end}" for trait in TRAITS for end in ("", "/low", "/high")),
+        "drift/moved",
         "retention/answers_identical",
         "forgetting/answers_changed",
         "forgetting/kl_per_token",
