@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,25 +92,12 @@ def replies_nll(
     Returns:
         n values; NaN for a reply without a token and for a prompt that has no rendering.
     """
-    found = [math.nan] * len(conversations)
-    places, rows = [], []
-    for place, (prompt, reply) in enumerate(conversations):
-        with contextlib.suppress(UnusablePair):
-            before, after = encode_reply(prompt, reply, tokenizer, max_length)
-            places.append(place)
-            rows.append((before + after, len(after)))
-
-    def log_probs(part: list[int]) -> list[float]:
-        found: list[float] = reply_log_probs(policy, _batch_of(rows, part, tokenizer)).tolist()
-        return found
-
     base = _without_adapter(policy) if hasattr(policy, "disable_adapter") else contextlib.nullcontext()
-    with evaluating(policy), base:
-        lengths, work = [len(ids) for ids, _ in rows], "likelihood under the base"
-        values = item_results(lengths, batch_size, log_probs, lambda i: rows[i], work=work, unit="reply")
-    for i, value in enumerate(values):
-        found[places[i]] = -value / rows[i][1]
-    return found
+    with base:
+        means = _token_means(
+            policy, tokenizer, conversations, reply_log_probs, max_length, batch_size, work="likelihood under the base"
+        )
+    return [-mean for mean in means]
 
 
 def replies_entropy(
@@ -132,6 +119,24 @@ def replies_entropy(
     Returns:
         n values; NaN for a reply without a token and for a prompt that has no rendering.
     """
+    work = "entropy on the base's replies"
+    return _token_means(policy, tokenizer, conversations, _entropy_of_batch, max_length, batch_size, work=work)
+
+
+def _token_means(
+    policy: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[tuple[Sequence[Message], str]],
+    sums_of: Callable[[torch.nn.Module, dict[str, Tensor]], Tensor],
+    max_length: int,
+    batch_size: int,
+    *,
+    work: str,
+) -> list[float]:
+    """For each reply the mean over its tokens of what `sums_of` sums for each row of a batch.
+
+    NaN for a reply without a token and for a prompt that has no rendering.
+    """
     found = [math.nan] * len(conversations)
     places, rows = [], []
     for place, (prompt, reply) in enumerate(conversations):
@@ -140,13 +145,13 @@ def replies_entropy(
             places.append(place)
             rows.append((before + after, len(after)))
 
-    def entropies(part: list[int]) -> list[float]:
-        sums: list[float] = _entropy_of_batch(policy, _batch_of(rows, part, tokenizer)).tolist()
-        return sums
+    def sums(part: list[int]) -> list[float]:
+        values: list[float] = sums_of(policy, _batch_of(rows, part, tokenizer)).tolist()
+        return values
 
     with evaluating(policy):
-        lengths, work = [len(ids) for ids, _ in rows], "entropy on the base's replies"
-        values = item_results(lengths, batch_size, entropies, lambda i: rows[i], work=work, unit="reply")
+        lengths = [len(ids) for ids, _ in rows]
+        values = item_results(lengths, batch_size, sums, lambda i: rows[i], work=work, unit="reply")
     for i, value in enumerate(values):
         found[places[i]] = value / rows[i][1]
     return found
