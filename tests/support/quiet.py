@@ -1,4 +1,4 @@
-"""What a normal run should not print: warnings of libraries that nobody who runs it can do anything about."""
+"""What a normal run should not print: warnings of libraries about which the user can do nothing."""
 
 from __future__ import annotations
 

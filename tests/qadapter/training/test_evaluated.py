@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ from qadapter.errors import QAdapterError
 from qadapter.planning.preflight import check_experiment
 from qadapter.preferences.pair import load_pairs
 from qadapter.progress.reports import listening
-from qadapter.training.arguments import ReportProgress
 from qadapter.training.evaluated import larger_is_better, set_aside
 from tasks.train import keyed
 from tests.support.heard import Heard
+from tests.support.killed_training import killed_at
 from tests.support.tiny_toy import TinyToy, make_tiny_toy, rows
 
 EVALUATED = AdapterTraining(
@@ -38,23 +37,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> TinyToy:
 def curve_of(out: Path) -> list[dict[str, Any]]:
     """The training's curves."""
     return rows(out / "history.jsonl")
-
-
-class Killed(Exception):  # noqa: N818 - a kill, not an error
-    """Stands for `kill -9`."""
-
-
-def killed_at(step: int, patch: pytest.MonkeyPatch, train: Callable[[], object]) -> None:
-    """Train until an optimiser step is done, and no further."""
-
-    def kill(callback: ReportProgress, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == step:
-            raise Killed
-
-    with patch.context() as during:
-        during.setattr(ReportProgress, "on_step_end", kill)
-        with pytest.raises(Killed):
-            train()
 
 
 def same_weights(first: Path, second: Path) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,6 @@ from qadapter.preferences.pair import Message, load_pairs
 from qadapter.progress.reports import listening
 from qadapter.training import adapt, supervised
 from qadapter.training.arguments import (
-    ReportProgress,
     measured_cost,
     tokens_seen,
     trainer_arguments,
@@ -44,6 +42,7 @@ from qadapter.training.corpus import read_corpus
 from qadapter.training.pretraining import CHAT_TEMPLATE, model_from_scratch, pretrain, train_tokenizer
 from qadapter.training.supervised import fine_tune_base, train_sft
 from tests.support.heard import Heard
+from tests.support.killed_training import killed_at
 from tests.support.tiny_toy import (
     LORA,
     MODEL,
@@ -119,23 +118,6 @@ def _watch(seen: Trained, patch: pytest.MonkeyPatch) -> None:
 
 OWN_REPLIES = ("rloo", "grpo")
 GUIDED = ("vas", "pita")
-
-
-class Killed(Exception):  # noqa: N818 - a kill, not an error
-    """Stands for `kill -9`: nobody catches it."""
-
-
-def killed_at(step: int, patch: pytest.MonkeyPatch, train: Callable[[], object]) -> None:
-    """Train until an optimiser step is done, and no further."""
-
-    def kill(callback: ReportProgress, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == step:
-            raise Killed
-
-    with patch.context() as during:
-        during.setattr(ReportProgress, "on_step_end", kill)
-        with pytest.raises(Killed):
-            train()
 
 
 def same_weights(first: Path, second: Path) -> bool:
