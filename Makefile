@@ -21,7 +21,9 @@ DATA_FLAG := $(if $(DATA),--data "$(DATA)")
 # MODEL names the base of an experiment only where it is given to make itself; its default is what serve-model serves.
 BASE_SET := $(if $(filter command,$(firstword $(origin MODEL))),"model.pretrained=$(MODEL)")
 
-.PHONY: help repro arena plan sweep spread compare test test-quick lint docs ui serve serve-model clean customize announce check history rollback drop
+.PHONY: help install repro arena plan sweep spread compare test test-quick lint docs ui serve serve-model clean customize announce check history rollback drop
+
+install: $(STAMP) ## the environment in .venv, and nothing else
 
 repro: $(STAMP) ## run the whole experiment: make repro [PROFILE=mini DATA=folder] [MODEL=base] [SET="training.max_steps=50 seeds=[0,1]"]
 	@$(BIN)/python -m qadapter run --profile "$(PROFILE)" $(DATA_FLAG) $(BASE_SET) $(SET)

@@ -11,6 +11,7 @@ from prefect.logging import get_run_logger
 from prefect.states import State
 
 from qadapter.files.artifacts import read_json
+from qadapter.planning.small import small_domains
 from qadapter.preferences import sources
 from qadapter.preferences.download import UnreachableError
 from qadapter.toyworld import world as toyworld
@@ -126,6 +127,10 @@ def prepare_data(context: RunContext, source: str, world: StageResult | None) ->
         compute=compute,
         log=log,
     )
+    summary = read_json(result.path / "summary.json")
+    few = {source: (summary["train_pairs"], summary["heldout_pairs"])}
+    for sentence in small_domains(context.experiment, few):  # before any training: every one of them needs the pairs
+        get_run_logger().warning("%s", sentence)
     return task_result(result, result)
 
 

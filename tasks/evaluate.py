@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from prefect import task
+from prefect.logging import get_run_logger
 
 from qadapter.config.evaluation import AdaptationSettings
+from qadapter.evaluation.distance import far_from_base
+from qadapter.evaluation.speech import SPEAKS, faults_of
 from qadapter.files.artifacts import read_json_lines
 from qadapter.files.folders import resolve_path
 from qadapter.judging.plan import case_of, judge_of
@@ -138,7 +141,17 @@ def evaluate(
         context.tracker.log_metrics(adaptation.run_id, retention.output.metrics())
     else:
         retention = _retention(context, base, trained, base_retention, old_texts, benchmarks, run_id=trained.run_id)
+        _warn(cell, adaptation, retention)
     return task_result(Evaluation(cell, trained, adaptation, retention), adaptation, retention)
+
+
+def _warn(cell: Cell, adaptation: StageResult, retention: StageResult) -> None:
+    """Say in the run's own log what makes a policy useless, not only in the report at its end."""
+    if adaptation.output.metrics().get(SPEAKS, 1.0) == 0:
+        faults = faults_of(adaptation.path) or "most of its replies are broken"
+        get_run_logger().warning("%s does not speak: %s", cell.name, faults)
+    if far := far_from_base(retention.output.metrics().get("forgetting/kl_per_token")):
+        get_run_logger().warning("%s is %s", cell.name, far)
 
 
 def log_answers(context: RunContext, run_id: str, file: Path) -> None:

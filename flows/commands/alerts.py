@@ -103,7 +103,7 @@ def _post(json_data: dict[str, str]) -> Callable[[str], NotificationBlock]:
         from prefect.blocks.notifications import CustomWebhookNotificationBlock
         from prefect.types import SecretDict
 
-        # The address itself is a secret: who has it can write into the channel.
+        # The address itself is a secret: it is all that is needed to write into the channel.
         secrets = SecretDict({"address": address})
         return CustomWebhookNotificationBlock(
             name="qadapter", url="{{address}}", json_data=dict(json_data), secrets=secrets, headers=None, cookies=None

@@ -27,7 +27,7 @@ from qadapter.methods.method import Need, PairsPlan
 from qadapter.methods.table import METHODS, method_named
 from qadapter.planning import estimate as planning
 from qadapter.planning.machine import measured_flops
-from qadapter.planning.small import Knobs, too_small
+from qadapter.planning.small import small_domains
 from qadapter.preferences import sources
 from qadapter.preferences.building import Choices
 from qadapter.preferences.quality import Quality, sentences
@@ -203,22 +203,8 @@ def _plan_local(source: Source, longest: int, files: Sequence[Path]) -> SourcePl
 
 def _small(experiment: Experiment, plans: Mapping[str, SourcePlan]) -> list[str]:
     """What is too small to show anything, for each domain whose number of pairs is known."""
-    lines = []
-    for name, domain in experiment.domains.items():
-        plan, training = plans[domain.source], experiment.training_of(name)
-        if not plan.train_pairs:
-            continue
-        longer = "training.max_steps={}" if training.max_steps else "training.epochs={}"
-        where = f"sources.{domain.source}.heldout"
-        knobs = Knobs(longer, "training.batch_size", where + "={}", f"{where}_path")
-        steps = planning.steps(plan.train_pairs, training)
-        lines += [
-            f"  WARNING: {name}: {sentence}"
-            for sentence in too_small(
-                knobs, pairs=plan.train_pairs, steps=steps, batch_size=training.batch_size, heldout=plan.heldout
-            )
-        ]
-    return ["Too small to show anything\n" + "\n".join(lines)] if lines else []
+    found = small_domains(experiment, {name: (plan.train_pairs, plan.heldout) for name, plan in plans.items()})
+    return ["Too small to show anything\n" + "\n".join(f"  WARNING: {line}" for line in found)] if found else []
 
 
 def _own_benchmarks(experiment: Experiment, folder: Path | None) -> list[str]:

@@ -167,7 +167,11 @@ class ShowDataOptions(ReadingOptions):
 class SplitOptions(DataOptions):
     """What is held out."""
 
-    heldout: NonNegative = Field(0.1, description="share (below 1) or number of prompts to hold out; 0: none")
+    heldout: NonNegative | None = Field(
+        None,
+        description="share (below 1) or number of prompts to hold out; 0: none (default: a tenth, of few prompts up to "
+        "a third)",
+    )
     heldout_data: Place | None = Field(None, description="data to hold out whole, in place of --heldout")
     heldout_split: str | None = Field(None, description="of --heldout-data, or of --data")
     max_train_pairs: Count | None = Field(None, description="keep at most so many pairs")

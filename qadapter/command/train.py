@@ -19,6 +19,7 @@ from qadapter.command.retaining import ask, compared, own_benchmarks
 from qadapter.command.score import score_both
 from qadapter.command.speaking import look_at_answers
 from qadapter.errors import QAdapterError
+from qadapter.evaluation.distance import far_from_base
 from qadapter.evaluation.preference import margins, preference_metrics
 from qadapter.evaluation.statistics import mean_interval
 from qadapter.export.card import Exported, write_card
@@ -27,7 +28,7 @@ from qadapter.export.known import read_facts
 from qadapter.files.artifacts import read_json, storage_errors, write_json
 from qadapter.files.yaml_text import read_yaml
 from qadapter.inference.pair_scores import won
-from qadapter.planning.small import Knobs, passes, too_small
+from qadapter.planning.small import MOST_PASSES, Knobs, passes, too_small
 from qadapter.policy.adapters import fitted
 from qadapter.policy.dial import AS_TRAINED
 from qadapter.policy.loading import lora_config
@@ -49,9 +50,6 @@ from qadapter.training.encoded_pairs import EncodedPairs, encode_dataset
 from qadapter.training.trainer import QAdapterTrainer
 
 METRICS = "metrics.json"  # written last: a folder that has it is finished
-MOST_EPOCHS = 10
-_KNOBS = Knobs("--epochs {}", "--batch-size", "--heldout {}", "--heldout-data")
-LARGE_KL = 0.5  # nats per token; trainings that keep what the base could do lie below 0.2 (docs/findings.md)
 _NO_PART_OF_THE_RESULT = {"output", "resume", "overwrite", "logging_steps", "save_steps", "report_to"}
 
 
@@ -178,14 +176,16 @@ def _write_card(out: Path, options: TrainOptions, metrics: dict[str, float], hel
 
 def fitting_epochs(pairs: int, batch_size: int) -> float:
     """Passes over the data where none are named: one, or for few pairs as many as give `ENOUGH_STEPS`, at most 10."""
-    return float(min(MOST_EPOCHS, max(1, passes(pairs, batch_size))))
+    return float(min(MOST_PASSES, max(1, passes(pairs, batch_size))))
 
 
 def say_small(options: TrainOptions, train: int, heldout: int, steps: int, epochs: float) -> None:
     """Before a training that is too small to show anything: what is small, and what to set."""
     if not options.max_steps and options.epochs is None and epochs > 1:
         note(f"{train} pairs are few: {epochs:g} passes over them make {steps} steps (--epochs sets another number)")
-    for sentence in too_small(_KNOBS, pairs=train, steps=steps, batch_size=options.batch_size, heldout=heldout):
+    by_steps = "--max-steps {}" if options.max_steps else None
+    knobs = Knobs(by_steps, "--epochs {}", "--batch-size {}", "--heldout {}", "--heldout-data")
+    for sentence in too_small(knobs, pairs=train, steps=steps, batch_size=options.batch_size, heldout=heldout):
         note(f"WARNING: {sentence}")
     if steps < options.logging_steps:
         note(f"  fewer steps than --logging-steps {options.logging_steps}: give --logging-steps 1 for a curve")
@@ -205,12 +205,8 @@ def _evaluate(trainer: QAdapterTrainer, heldout: list[PreferencePair], options: 
             f"the training diverged: the held-out loss is {metrics['heldout/loss']}; lower --learning-rate and start "
             "again with --overwrite"
         )
-    if (moved := metrics.get("heldout/kl/base", 0.0)) > LARGE_KL:
-        note(
-            f"WARNING: the policy is far from its base (KL {moved:.2f} per token; trainings that keep the base's "
-            "abilities lie below 0.2). It may have lost what the base could do: lower --learning-rate, train fewer "
-            "steps, or take --preset residual."
-        )
+    if far := far_from_base(metrics.get("heldout/kl/base")):
+        note(f"WARNING: the policy is {far}. Lower --learning-rate, train fewer steps, or take --preset residual.")
     tokenizer: Any = trainer.processing_class
     scores, base_scores = score_both(
         trainer.policy, tokenizer, heldout, max_length=options.max_length, batch_size=options.micro_batch

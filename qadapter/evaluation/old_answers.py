@@ -20,7 +20,7 @@ LONGEST_ANSWER = 64
 """Tokens, where the retention settings leave the length of answers to each task."""
 
 HOWTOS = "toy_howtos"
-"""The toy world's task of harmless requests: who refuses one has learnt too much."""
+"""The toy world's task of harmless requests: a policy that refuses one has learnt too much."""
 
 
 def answer_old_prompts(
@@ -33,7 +33,7 @@ def answer_old_prompts(
     """Greedy answers to the first `settings.answers` held-out prompts of the old distribution.
 
     Args:
-        policy, tokenizer: who answers.
+        policy, tokenizer: they generate the answers.
         old_texts: prepared pairs.
         base_answers: the base's to the same prompts; None where the policy is the base.
         settings: how many, how long, how many at a time.

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.lm_eval.catalog import check_own, check_tasks
-from qadapter.planning.small import ENOUGH_STEPS, FEW_HELDOUT, passes
+from qadapter.planning.small import ENOUGH_STEPS, MOST_PASSES, passes
 from qadapter.preferences.pair import PreferencePair
 from qadapter.preferences.sources import locate
+from qadapter.preferences.split import ENOUGH_HELDOUT
 from qadapter.preferences.stream import DEFAULT_MAX_CHARS, no_usable_pair, parse_files
 
-_ENOUGH_HELDOUT = 40  # prompts: the gate asks for 30 scored pairs
-_MOST_PASSES = 10
+_FOR_THE_GATE = 40  # held-out prompts: it asks for 30 scored pairs
 _LARGE = 1e9  # parameters from which a base is held in bfloat16
 _LENGTHS = (64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
@@ -131,10 +131,10 @@ def profile_text(name: str, file: str, found: Material) -> str:
         file: the path that the text will have, for the commands in it.
         found: see `look_at`.
     """
-    heldout = min(max(_ENOUGH_HELDOUT, found.prompts // 10), max(1, found.prompts // 2))
+    heldout = min(max(_FOR_THE_GATE, found.prompts // 10), max(1, found.prompts // 2))
     train = max(1, round((found.usable or 0) * (1 - heldout / max(found.prompts, 1))))
     batch = 16 if found.usable is None or train >= 16 * ENOUGH_STEPS // 4 else 8
-    epochs = 1 if found.usable is None else min(_MOST_PASSES, max(1, passes(train, batch)))
+    epochs = 1 if found.usable is None else min(MOST_PASSES, max(1, passes(train, batch)))
     length = next((size for size in _LENGTHS if size >= (found.longest or 512)), _LENGTHS[-1])
     length = min(length, found.context or length)
     large = found.parameters is None or found.parameters >= _LARGE
@@ -215,8 +215,8 @@ def weekly_text(name: str, file: str, profile: Path, deliveries: Path, found: Ma
         deliveries: absolute folder that new files are put into.
     """
     # So many prompts are drawn by their text: fewer than the gate's usual 30 could come out of few.
-    share = min(0.5, max(0.1, math.ceil(100 * _ENOUGH_HELDOUT / max(found.prompts, 1)) / 100))
-    items = 30 if share * found.prompts >= _ENOUGH_HELDOUT else FEW_HELDOUT
+    share = min(0.5, max(0.1, math.ceil(100 * _FOR_THE_GATE / max(found.prompts, 1)) / 100))
+    items = 30 if share * found.prompts >= _FOR_THE_GATE else ENOUGH_HELDOUT
     return f"""\
 # qadapter customize --config {file}
 #
@@ -240,5 +240,5 @@ gate:
 
 
 def _text(value: str | Path) -> str:
-    """A string as YAML reads it back, whatever its characters."""
+    """A string that YAML reads back unchanged."""
     return json.dumps(str(value), ensure_ascii=False)

@@ -123,7 +123,7 @@ class ComposedAdapters(nn.Module):
 
     @contextmanager
     def scaled(self, scale: float | Mapping[str, float]) -> Iterator[None]:
-        """Within the block what the adapters add to the layers counts `scale` times, whatever the dial says."""
+        """Within the block, multiply what the adapters add to the layers by `scale`; the dial has no effect on that."""
         with self._scale.at(scale):
             yield
 

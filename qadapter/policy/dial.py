@@ -125,14 +125,14 @@ def combined(
 
     As trained they are those of (Σ w_i · Q_i + α0 · log π1)/α̃. In differences to the base that is
     Σ (w_i/α̃) · (A_i − B) + τ · B, where τ = α0/α̃ in the residual form and (α0 + Σ w_i)/α̃ in the absolute one. A dial
-    moves τ on the straight line from 1 to its trained value, so that 0 is the base whatever α0 and α̃ are; `q-weight`
-    multiplies the differences as well, `scale` has its adapters multiplied in the model (`scaling.AdapterScale`).
+    moves τ on the straight line from 1 to its trained value, so 0 is the base for any α0 and α̃. `q-weight`
+    multiplies the differences as well; `scale` multiplies the adapters within the model (`scaling.AdapterScale`).
 
     Args:
-        weights: of the adapters that are not switched off.
+        weights: adapter → weight, for the adapters that are switched on.
         alpha_0, alpha_tilde: α0 and α̃.
         residual: whether each Q_i is a difference to the base.
-        dial: where it stands.
+        dial: its kind and value.
     """
     total = sum(weights.values())
     of_base = (alpha_0 - total if residual else alpha_0) / alpha_tilde

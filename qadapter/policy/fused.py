@@ -107,7 +107,7 @@ class RunningSums:
     Attributes:
         largest: [N], the largest x so far.
         total: [N], Σ_a exp(x_a - largest).
-        weighted: the sums of exp(x - largest) · y, [N] or [N, H] each; who takes the exponentials adds to them.
+        weighted: the sums of exp(x - largest) · y, [N] or [N, H] each; added to where the exponentials are taken.
     """
 
     def __init__(self, like: Tensor, *widths: int) -> None:

@@ -1,4 +1,4 @@
-"""From settings to models: the frozen base, and a policy on top of it, whichever method trained it."""
+"""From settings to models: the frozen base, and on top of it the policy of any method."""
 
 from __future__ import annotations
 

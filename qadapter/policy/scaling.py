@@ -29,13 +29,13 @@ class AdapterScale:
 
     @contextmanager
     def at(self, scale: float | Mapping[str, float]) -> Iterator[None]:
-        """Within the block every adapter counts `scale` times.
+        """Within the block, multiply what every adapter adds by `scale`.
 
         Args:
             scale: s, for every adapter or one for each; at 1 nothing is changed.
 
         Raises:
-            ValueError: different numbers, and layers that have no factor for each adapter.
+            ValueError: the adapters have different scales, and some layers have one factor for all of them.
         """
         if scale == 1.0:
             yield
@@ -71,7 +71,7 @@ def _has_factor(module: Any) -> bool:
 
 
 def base_layer_of(module: Any) -> nn.Module:
-    """The module that a layer of PEFT's stands in for."""
+    """The module that one of PEFT's layers replaces."""
     found: nn.Module = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module.base_layer
     return found
 

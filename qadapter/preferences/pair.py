@@ -140,5 +140,5 @@ def iter_pairs(file: Path) -> Iterator[PreferencePair]:
 
 
 def load_pairs(file: Path) -> list[PreferencePair]:
-    """All pairs that `iter_pairs` gives, for those who draw from them."""
+    """All pairs that `iter_pairs` gives, as a list, to draw from."""
     return list(iter_pairs(file))

@@ -126,7 +126,7 @@ def prepare(
     out_dir: Path,
     *,
     domain: str | None = None,
-    heldout: float | int = 0.1,
+    heldout: float | int | None = 0.1,
     heldout_files: Sequence[Path] | None = None,
     seed: int = 0,
     max_train_pairs: int | None = None,

@@ -54,7 +54,7 @@ class RawRecord:
         line: line number in JSON lines, else the record's number; both count from 1.
         value: what the record holds; None where `problem` is given.
         problem: why it could not be read.
-        size: its size in the file in bytes or characters, for those who hold several.
+        size: its size in the file in bytes or characters, for callers that hold several records.
     """
 
     line: int

@@ -105,7 +105,7 @@ class Division:
 def divide(
     pairs: Drawn,
     *,
-    heldout: float | int = 0.1,
+    heldout: float | int | None = 0.1,
     heldout_pairs: Drawn | None = None,
     judge_pairs: int = 0,
     needs_pairs: bool = True,
@@ -152,6 +152,10 @@ def _among(prompts: Digests, some: Digests) -> npt.NDArray[np.bool_]:
     return np.asarray(some[at] == prompts)
 
 
+ENOUGH_HELDOUT = 20
+"""Prompts: with fewer an accuracy tells nothing, for it is a multiple of a twentieth or more."""
+
+
 @dataclass(frozen=True, slots=True)
 class Split:
     """Sets of pairs without a common prompt, in an order that depends on the pairs and the seed only.
@@ -178,7 +182,7 @@ class Split:
 def split_pairs(
     pairs: Sequence[PreferencePair],
     *,
-    heldout: float | int = 0.1,
+    heldout: float | int | None = 0.1,
     heldout_pairs: Sequence[PreferencePair] | None = None,
     seed: int = 0,
     max_train_pairs: int | None = None,
@@ -193,7 +197,8 @@ def split_pairs(
     Args:
         pairs: all pairs, or only the training side's if `heldout_pairs` is given.
         heldout: below 1 a share of the prompts (each is drawn on its own, so the count is near the share, and at least
-            one on each side), from 1 on a whole number of prompts. 0 holds nothing out.
+            one on each side), from 1 on a whole number of prompts. 0 holds nothing out. None: a tenth, but of few
+            prompts so many that there are `ENOUGH_HELDOUT`, at most a third.
         heldout_pairs: a held-out side that is given; training pairs with one of its prompts are removed.
         seed: decides the split, the order and what the limits cut.
         max_train_pairs, max_heldout_pairs: keep at most so many pairs a side.
@@ -234,8 +239,11 @@ def check_limits(**limits: int | None) -> None:
             raise QAdapterError(f"{name} is {limit}; a number from 1 on, or none for no limit, was expected.")
 
 
-def _draw_prompts(ranked: Digests, heldout: float | int) -> Digests:
+def _draw_prompts(ranked: Digests, heldout: float | int | None) -> Digests:
     """The prompts to hold out: those whose seeded hash is smallest."""
+    if heldout is None:
+        drawn = _draw_prompts(ranked, 0.1)
+        return ranked[: max(len(drawn), min(ENOUGH_HELDOUT, len(ranked) // 3))]
     if isinstance(heldout, bool) or not 0 <= heldout < 2**53 or (heldout >= 1 and heldout != int(heldout)):
         raise QAdapterError(f"heldout is {heldout}; a share below 1 or a whole number of prompts was expected.")
     if heldout == 0:

@@ -1,7 +1,7 @@
 """Where a long piece of work is, and the numbers that it has so far, for the process that shows them.
 
-Training, generation, lm-eval and judges report here; `listening` decides who receives the reports. Without a listener a
-report costs one look at a variable. This module holds no texts and no intervals, so that a change of what people see
+Training, generation, lm-eval and judges report here; `listening` sets the listener that receives the reports. Without a
+listener a report only reads one variable. This module holds no texts and no intervals, so a change of what people see
 changes no stage key.
 """
 
@@ -37,7 +37,7 @@ _listener: ContextVar[Listener | None] = ContextVar("who receives reports", defa
 
 @contextmanager
 def listening(listener: Listener | None) -> Iterator[None]:
-    """Let `listener` receive all reports of the block; None: nobody does."""
+    """Send all reports of the block to `listener`; None discards them."""
     token = _listener.set(listener)
     try:
         yield
@@ -46,7 +46,7 @@ def listening(listener: Listener | None) -> Iterator[None]:
 
 
 def listener() -> Listener | None:
-    """Who receives reports now."""
+    """The listener that receives reports now; None where reports are discarded."""
     return _listener.get()
 
 

@@ -105,9 +105,9 @@ def refuse_other_items(rows: Sequence[Row]) -> None:
 def retention_items(row: Row, measures: Sequence[str]) -> dict[str, Items]:
     """Per measure the item scores of a row, where they are written and give the reported number.
 
-    A group's items are those of its subtasks: `mmlu` is made of `mmlu_anatomy` and so on. Where another task with such
-    a name is measured too, as `mmlu_pro` or a subject alone, its items are not the group's, or they are: whichever
-    gives the reported number.
+    A group's items are those of its subtasks: `mmlu` is made of `mmlu_anatomy` and so on. Another measured task may
+    have such a name, as `mmlu_pro` or a single subject. Its items count as the group's only if that gives the group's
+    reported number.
     """
     by_task: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record in read_lines(row.retention, "items.jsonl"):

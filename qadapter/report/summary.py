@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qadapter.evaluation.distance import far_from_base
 from qadapter.evaluation.old_text import unmeasured_on_old_text
 from qadapter.evaluation.statistics import Interval, proportion_interval
 from qadapter.methods.table import METHODS, SUBJECT
@@ -226,6 +227,7 @@ def _by_subject(
         "front": _front_sentences(measured, silent),
         "ranking": _rankings(measured, silent),
         "chance": chance_sentences(measured),
+        "distance": distance_sentences(measured),
         "judged": judged_sentences(rows),
         "judge": judge_sentences(measured) + undecided_sentences(measured) + unmeasured_on_old_text(config),
         "setting": setting,
@@ -290,9 +292,9 @@ def coverage_sentences(measured: Measured) -> list[str]:
             for missing, methods in lacking.items()
         ]
         result.append(
-            f"Not every method was measured in every domain: {'; '.join(each)}. Who lacks one has no mean over domains "
-            "and no place among the means, in the ranking or on the front; two methods are compared over the domains "
-            "that both have."
+            f"Not every method was measured in every domain: {'; '.join(each)}. A method that lacks one has no mean "
+            "over domains and no place among the means, in the ranking or on the front; two methods are compared over "
+            "the domains that both have."
         )
     if seeds:
         result.append(
@@ -345,7 +347,7 @@ def _duel_sentence(measured: Measured, found: Duel) -> str:
 
 
 def _learnt(found: Duel) -> str:
-    """Who learnt more: a negative number would read as if something was unlearnt."""
+    """Which method learnt more: a negative number would read as if something was unlearnt."""
     value, interval = found.adaptation, found.adaptation_interval
     if round(value, 3) == 0:
         return f"learnt the same, {_signed(value, interval)}"
@@ -417,6 +419,17 @@ def undecided_sentences(measured: Measured) -> list[str]:
         f"Answers that the judge left undecided, over all domains and seeds: {sum(counts.values()):.0f} "
         f"({', '.join(each)}). Win rates are over the others."
     ]
+
+
+def distance_sentences(measured: Measured) -> list[str]:
+    """Which methods moved so far from the base that they may have lost its abilities, by domain."""
+    result = []
+    for method in (m for m in measured.methods if kind(m) != "base"):
+        for domain in measured.domains_of(method):
+            kl = spread(measured.rows, "forgetting/kl_per_token", domain, method).mean
+            if far := far_from_base(kl):
+                result.append(f"{domain}: {method} is {far}.")
+    return result
 
 
 def chance_sentences(measured: Measured) -> list[str]:

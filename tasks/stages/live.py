@@ -277,7 +277,7 @@ class LiveStage:
         self._times |= {point: row["timestamp"] for point, row in zip(points, rows, strict=True)}
         try:
             self._log_rows(rows)
-        except Exception as error:  # whatever it is: the curves are sent at the end again, and fail there
+        except Exception as error:  # the curves are sent again at the end, where the same error is raised
             self._refused = True
             self._logger.warning("%s: its curves cannot be shown while it runs: %s", self._place.title, error)
             return

@@ -72,7 +72,7 @@ def _measure(run_id: str, log_rows: Callable[[Sequence[Row]], None], stop: threa
         _steps[run_id] += 1
         try:
             log_rows([row])
-        except Exception as error:  # whatever it is, it is not worth a stage
+        except Exception as error:  # any error: a stage must not fail because of system metrics
             _LOGGER.warning("system metrics are not logged any more: %s", error)
             return
         if stop.wait(interval):

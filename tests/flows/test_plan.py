@@ -410,20 +410,20 @@ def test_a_plan_follows_the_overrides(offline: list[str]) -> None:
     assert cost_table(text)["train sft"][:2] == [15, 7]
     assert "train dpo" not in text
     small = text.split("Too small to show anything\n")[1].split("\n\n")[0]
-    advice = "7 steps of 16 pairs hardly change a model; give training.max_steps=30, or a smaller training.batch_size"
+    advice = "7 steps of 16 pairs hardly change a model; give training.max_steps=30"
     assert small.splitlines() == [f"  WARNING: {name}: {advice}" for name in load_experiment("smoke").domains]
 
 
 def test_what_is_too_small_is_said_with_what_to_set() -> None:
-    """54 pairs in steps of 64: one pass is 1 step, and ⌈30 · 64 / 54⌉ = 36 passes are 30."""
+    """54 pairs in steps of 64: one pass is 1 step, and ten are 30 with 54 · 10 / 30 = 18 pairs per step."""
     changes = {"training.max_steps": None, "training.epochs": 1, "training.batch_size": 64}
     experiment = load_experiment("smoke", changes)
     plans = dict.fromkeys(experiment.sources, plan.SourcePlan(54, 25, 12, "", 2))
     (section,) = plan._small(experiment, plans)
     assert section.splitlines()[1:3] == [
-        "  WARNING: harmless: 1 steps of 64 pairs hardly change a model; give training.epochs=36, or a smaller "
-        "training.batch_size",
-        "  WARNING: harmless: 2 held-out pairs tell nothing (an accuracy is a multiple of 1/2); hold out at least 20 "
+        "  WARNING: harmless: 1 step of 64 pairs hardly changes a model; give training.epochs=10 and "
+        "training.batch_size=18",
+        "  WARNING: harmless: only 2 held-out pairs: what was learnt shows in steps of 1/2; hold out at least 20 "
         "prompts with sources.harmless.heldout=20, or give sources.harmless.heldout_path",
     ]
     plenty = dict.fromkeys(experiment.sources, plan.SourcePlan(6400, 25, 12, "", 200))

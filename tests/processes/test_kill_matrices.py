@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import csv
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ import yaml
 
 from qadapter.config.experiment import load_experiment
 from qadapter.methods.table import METHODS
-from tests.processes.test_killed import Row, cut, newest_checkpoint
+from tests.support.kills import Killed, Row, cut, killed_at_each, newest_checkpoint
 from tests.support.real_runs import OVERRIDES, PROJECT_ROOT, RealHome, Server
 
 SWEEP = {
@@ -122,46 +122,30 @@ class SweepHome(RealHome):
         ]
 
 
-@dataclass
-class Killed:
-    """A workspace in which every run but the last was killed, and one without trouble."""
-
-    home: SweepHome
-    quiet: SweepHome
-    rows: list[Row]
-    codes: list[int] = field(default_factory=list)
+def damage(home: SweepHome, row: Row) -> None:
+    if "weights" in row.damage:
+        cut(newest_checkpoint(home, row.stage) / "adapter_model.safetensors")
+        return
+    for file in next(home.store.glob(f"stages/{row.stage}/.*.tmp")).rglob("*.json"):
+        cut(file)
 
 
 @pytest.fixture(scope="module")
-def killed(prefect_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Killed:
-    home = SweepHome(tmp_path_factory.mktemp("killed-sweep"), prefect_server, "")
-    before = 0
-    for row in MATRIX:
-        row.ended(home.run((row.stage, row.moment)))
-        finished = sum(home.finished().values())
-        row.outcome += f"; {finished} ({finished - before}) stages finished"
-        before = finished
-        if "weights" in row.damage:
-            cut(newest_checkpoint(home, row.stage) / "adapter_model.safetensors")
-        elif row.damage:
-            for file in next(home.store.glob(f"stages/{row.stage}/.*.tmp")).rglob("*.json"):
-                cut(file)
-    quiet = SweepHome(tmp_path_factory.mktemp("quiet-sweep"), prefect_server, "")
-    return Killed(home, quiet, MATRIX, [home.run(), quiet.run()])
+def killed(prefect_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Killed[SweepHome]:
+    home, quiet = (
+        SweepHome(tmp_path_factory.mktemp(f"{name}-sweep"), prefect_server, "") for name in ("killed", "quiet")
+    )
+    return killed_at_each(home, quiet, MATRIX, damage)
 
 
 @pytest.mark.slow
-def test_every_kill_hit(killed: Killed, record_property: Callable[[str, object], None]) -> None:
+def test_every_kill_hit(killed: Killed[SweepHome], record_property: Callable[[str, object], None]) -> None:
     """The third table of docs/operations.md."""
-    for row in killed.rows:
-        record_property(f"{row.stage} {row.moment}", str(row))
-        print(f"| {row.stage} | {row.moment} | {row.damage or '–'} | {row.outcome} |")
-    assert [row.outcome.split(";")[0] for row in killed.rows] == ["signal 9"] * len(killed.rows)
-    assert killed.codes == [0, 0], killed.home.printed()[-4000:] + killed.quiet.printed()[-4000:]
+    killed.every_kill_hit(record_property)
 
 
 @pytest.mark.slow
-def test_the_numbers_are_those_of_an_undisturbed_sweep(killed: Killed) -> None:
+def test_the_numbers_are_those_of_an_undisturbed_sweep(killed: Killed[SweepHome]) -> None:
     assert killed.home.finished() == killed.quiet.finished()
     assert set(killed.home.finished()) >= {row.stage for row in MATRIX}
     assert killed.home.results() == killed.quiet.results()
@@ -179,7 +163,7 @@ def measured_table(home: SweepHome) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_nothing_is_left_half_written_or_open(killed: Killed) -> None:
+def test_nothing_is_left_half_written_or_open(killed: Killed[SweepHome]) -> None:
     home = killed.home
     assert home.printed().count(": done in ") == sum(home.finished().values()) - 1, "but for the judge that was renamed"
     assert not list(home.store.glob("stages/*/.*"))

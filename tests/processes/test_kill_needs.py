@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 from tests.processes.test_kill_matrices import CHANGES, TRAINING
-from tests.processes.test_killed import Row
+from tests.support.kills import Killed, Row, killed_at_each
 from tests.support.real_runs import RealHome, Server
 from tests.support.tiny_gguf import write_gguf
 
@@ -48,40 +48,22 @@ class NeedsHome(RealHome):
         return module, [text for text in arguments if not text.startswith("model.from_scratch")]
 
 
-@dataclass
-class Killed:
-    """A workspace in which every run but the last was killed, and one without trouble."""
-
-    home: NeedsHome
-    quiet: NeedsHome
-    codes: list[int] = field(default_factory=list)
-
-
 @pytest.fixture(scope="module")
-def killed(prefect_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Killed:
-    home = NeedsHome(tmp_path_factory.mktemp("killed-needs"), prefect_server, "")
-    before = 0
-    for row in MATRIX:
-        row.ended(home.run((row.stage, row.moment)))
-        finished = sum(home.finished().values())
-        row.outcome += f"; {finished} ({finished - before}) stages finished"
-        before = finished
-    quiet = NeedsHome(tmp_path_factory.mktemp("quiet-needs"), prefect_server, "")
-    return Killed(home, quiet, [home.run(), quiet.run()])
+def killed(prefect_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Killed[NeedsHome]:
+    home, quiet = (
+        NeedsHome(tmp_path_factory.mktemp(f"{name}-needs"), prefect_server, "") for name in ("killed", "quiet")
+    )
+    return killed_at_each(home, quiet, MATRIX, lambda *_: None)
 
 
 @pytest.mark.slow
-def test_every_kill_hit(killed: Killed, record_property: Callable[[str, object], None]) -> None:
+def test_every_kill_hit(killed: Killed[NeedsHome], record_property: Callable[[str, object], None]) -> None:
     """The fourth table of docs/operations.md."""
-    for row in MATRIX:
-        record_property(f"{row.stage} {row.moment}", str(row))
-        print(f"| {row.stage} | {row.moment} | {row.damage or '–'} | {row.outcome} |")
-    assert killed.codes == [0, 0], killed.home.printed()[-4000:] + killed.quiet.printed()[-4000:]
-    assert [row.outcome.split(";")[0] for row in MATRIX] == ["signal 9"] * len(MATRIX)
+    killed.every_kill_hit(record_property)
 
 
 @pytest.mark.slow
-def test_the_numbers_are_those_of_an_undisturbed_run(killed: Killed) -> None:
+def test_the_numbers_are_those_of_an_undisturbed_run(killed: Killed[NeedsHome]) -> None:
     assert killed.home.finished() == killed.quiet.finished()
     assert set(killed.home.finished()) >= {row.stage for row in MATRIX}
     assert killed.home.finished()["reward"] == 1, "both methods share it"

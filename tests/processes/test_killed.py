@@ -22,18 +22,8 @@ from flows.running.runners import task_runner
 from flows.running.workers import ForkedWorkers
 from qadapter.config.experiment import load_experiment
 from qadapter.training.checkpoints import SEAL, last_checkpoint, seal
+from tests.support.kills import Row, cut, newest_checkpoint, zero
 from tests.support.real_runs import PROJECT_ROOT, SECRETS, RealHome, Server, Undisturbed
-
-
-def cut(file: Path) -> None:
-    """What a power cut leaves of a file that the system had not written out."""
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-def zero(file: Path) -> None:
-    """The same on other file systems: the right size, and nothing in it."""
-    file.write_bytes(bytes(file.stat().st_size))
-
 
 # ---- checkpoints
 
@@ -89,25 +79,6 @@ def test_worker_processes_end_with_their_flow_run(tmp_path: Path) -> None:
 # ---- the matrix
 
 
-@dataclass
-class Row:
-    """One line of the kill matrix."""
-
-    stage: str
-    moment: str
-    damage: str = ""
-    outcome: str = ""
-    finished_before: int = 0
-
-    def ended(self, code: int) -> None:
-        """Write down how the run ended."""
-        self.outcome = f"signal {-code}" if code < 0 else f"exit code {code}"
-
-    def __str__(self) -> str:
-        where = f"{self.stage}, {self.moment}" + (f", then {self.damage}" if self.damage else "")
-        return f"{where} → {self.outcome}"
-
-
 MATRIX = [
     Row("toy-world", "started"),
     Row("prepare", "written"),
@@ -133,11 +104,6 @@ class Killed:
     rows: list[Row]
     last_code: int
     went_on_at: dict[str, int] = field(default_factory=dict)
-
-
-def newest_checkpoint(home: RealHome, stage: str) -> Path:
-    found = [folder for folder in home.store.glob(f"scratch/{stage}/*/checkpoint-*") if (folder / SEAL).exists()]
-    return max(found, key=lambda folder: int(folder.name.split("-")[1]))
 
 
 def damage(home: RealHome, row: Row) -> None:

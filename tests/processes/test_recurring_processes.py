@@ -21,10 +21,10 @@ from transformers import AutoTokenizer
 from qadapter.files.artifacts import digest_tree, read_json
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.preferences.tokenize import prompt_ids
-from tests.processes.test_killed import Row, cut, newest_checkpoint
 from tests.processes.test_security import files_with_secrets
 from tests.processes.test_served_model import answers, running
 from tests.processes.test_served_model import wait_for as wait_for_server
+from tests.support.kills import Row, cut, newest_checkpoint
 from tests.support.quiet import noise
 from tests.support.real_runs import RealHome, Server, free_port, mlflow_server, wait_for
 from tests.support.tiny_deliveries import CONFIG, MODEL, deliver, evasions, refusals, write_config

@@ -94,12 +94,33 @@ def expand_suites(names: Sequence[str], plain_tasks: Sequence[str] = ()) -> tupl
     return list(tasks), [task for task in tasks if task in plain or task in plain_tasks]
 
 
-def _members_of(name: str) -> tuple[list[str], list[str]]:
-    """The tasks of a suite, and those of them that it asks without chat template; any other name is its own member."""
+def _members_of(name: str, above: tuple[str, ...] = ()) -> tuple[list[str], list[str]]:
+    """The tasks of a suite, and those of them that it asks without chat template; any other name is its own member.
+
+    Raises:
+        QAdapterError: the suite contains itself, or something that is not a name.
+    """
     found = template_of(name)
     settings = settings_of(found[0]) if found else {}
-    members = list(settings["task"]) if "group" in settings else [name]
-    return members, list(settings.get("metadata", {}).get("without_chat_template", []))
+    if "group" not in settings:
+        return [name], []
+    if name in above:
+        raise QAdapterError(
+            f"Group {name} contains itself ({' > '.join([*above, name])}). Remove it from its own list."
+        )
+    listed = settings.get("task") or []
+    members: list[str] = []
+    plain = list((settings.get("metadata") or {}).get("without_chat_template", []))
+    for member in [listed] if isinstance(listed, str) else listed:
+        if not isinstance(member, str):
+            raise QAdapterError(
+                f"Group {name} lists {member!r}, and expected is the name of a task. Define that task in a YAML file "
+                "of its own, and list its name."
+            )
+        below, without = _members_of(member, (*above, name))
+        members += below
+        plain += [task for task in below if member in plain] + without
+    return members, plain
 
 
 def check_tasks(names: Sequence[str], data: Path | None = None) -> None:

@@ -141,10 +141,13 @@ def own_definition(name: str, file: Path) -> dict[str, Any]:
     return {"task": name, **settings_of(_OWN / template)}
 
 
-def definition(name: str, data: Path | None) -> dict[str, Any]:
-    """One of the project's own tasks as lm-eval reads it; without `data` its placeholder stays.
+def definition(name: str, data: Path | None, *, anchored: bool = True) -> dict[str, Any]:
+    """One of the project's own tasks as lm-eval reads it.
 
-    A path in `dataset_kwargs` that exists beside the definition is made absolute.
+    Args:
+        name: of the task.
+        data: the data folder; without it its placeholder stays.
+        anchored: make each path in `dataset_path` and `dataset_kwargs` that exists beside the definition absolute.
 
     Raises:
         KeyError: the project has no such task.
@@ -165,19 +168,35 @@ def definition(name: str, data: Path | None) -> dict[str, Any]:
         return _PLACEHOLDER.sub(lambda match: values[match[0]], value)
 
     settings: dict[str, Any] = filled(settings_of(file))
-    if "dataset_kwargs" in settings:
-        settings["dataset_kwargs"] = _anchored(settings["dataset_kwargs"], file.parent)
+    for key in ("dataset_path", "dataset_kwargs") if anchored else ():
+        if key in settings:
+            settings[key] = _anchored(settings[key], file.parent)
     return settings
 
 
-def _anchored(value: Any, folder: Path) -> Any:
-    """Paths that exist relative to a folder as absolute ones."""
+def _anchored(value: Any, folder: Path, key: str = "") -> Any:
+    """Paths and patterns of files that exist relative to a folder as absolute ones.
+
+    A bare word is a path only if it is a file, or a folder under a key that says so: `main` may be a split.
+    """
     if isinstance(value, dict):
-        return {key: _anchored(entry, folder) for key, entry in value.items()}
+        return {name: _anchored(entry, folder, str(name)) for name, entry in value.items()}
     if isinstance(value, list):
-        return [_anchored(entry, folder) for entry in value]
-    relative = isinstance(value, str) and value and not value.startswith(("/", "~", "."))
-    return str(folder / value) if relative and (folder / value).is_file() else value
+        return [_anchored(entry, folder, key) for entry in value]
+    if not isinstance(value, str) or not value or value.startswith(("/", "~")) or "://" in value or "\0" in value:
+        return value
+    path = folder / value
+    try:
+        there = path.is_file() or (path.is_dir() and ("/" in value or key.endswith("dir")))
+        if there or (_has_pattern(value) and any(folder.glob(value))):
+            return str(path)
+    except (OSError, ValueError, NotImplementedError):  # too long for a name, or no pattern that pathlib takes
+        pass
+    return value
+
+
+def _has_pattern(text: str) -> bool:
+    return any(sign in text for sign in "*?[")
 
 
 def named_files(settings: Mapping[str, Any]) -> list[Path]:
@@ -195,7 +214,7 @@ def named_files(settings: Mapping[str, Any]) -> list[Path]:
             path = Path(value).expanduser()
             if len(value) < 4096 and path.exists():
                 found[path.absolute()] = None
-            elif any(sign in value for sign in "*?[") and "://" not in value:
+            elif _has_pattern(value) and "://" not in value:
                 found.update((Path(match).absolute(), None) for match in sorted(glob.glob(value, recursive=True)))  # noqa: PTH207
 
     look(settings.get("dataset_kwargs") or {})

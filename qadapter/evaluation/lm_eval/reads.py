@@ -10,13 +10,13 @@ import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.lm_eval.catalog import expand_suites, official_leaves, official_tasks
 from qadapter.evaluation.lm_eval.definitions import (
+    BENCHMARKS,
     FunctionName,
     definition,
     named_files,
@@ -25,6 +25,7 @@ from qadapter.evaluation.lm_eval.definitions import (
     template_of,
 )
 from qadapter.evaluation.lm_eval.official_files import local_files
+from qadapter.evaluation.lm_eval.task_code import code_of
 
 _PACKAGED = {"arrow", "audiofolder", "csv", "imagefolder", "json", "pandas", "parquet", "text", "webdataset", "xml"}
 """What `datasets` reads files with; such a `dataset_path` names no data set."""
@@ -74,33 +75,22 @@ def reads_of(
 
 def _of_user(name: str, file: Path) -> TaskReads:
     settings = own_definition(name, file)
-    modules = [function.rpartition(".")[0] for function in _functions(settings)]
-    return TaskReads(_plain(settings), tuple(dict.fromkeys(modules)), (file.absolute(),), {})
+    modules, files = code_of(_functions(settings), BENCHMARKS / "own")
+    return TaskReads(_plain(settings), modules, (file.absolute(), *files), {})
 
 
 def _local(name: str, data: Path | None) -> TaskReads:
     found = template_of(name)
     assert found is not None
-    place = found[0].parent
     filled = definition(name, data)
     if away := [text for text in _texts(filled.get("dataset_kwargs")) if "://" in text]:
         raise QAdapterError(
             f"Task {name} reads its items from {away[0]}, whose content can change unseen. Download it, and "
             "name the file."
         )
-    modules: list[str] = []
-    files = named_files(filled)
-    for function in _functions(filled):
-        module = function.rpartition(".")[0]
-        beside = place / f"{module.replace('.', '/')}.py"
-        if beside.is_file():
-            files.append(beside)
-        elif module.partition(".")[0] == "qadapter":
-            modules.append(module)
-        elif (spec := _spec(module)) and spec.origin and Path(spec.origin).is_file():
-            files.append(Path(spec.origin))
-    settings = _plain(definition(name, None))
-    return TaskReads(settings, tuple(dict.fromkeys(modules)), tuple(dict.fromkeys(files)), _datasets([filled]))
+    modules, files = code_of(_functions(filled), found[0].parent)
+    settings = _plain(definition(name, None, anchored=False))  # no folder of this machine: a store can be shared
+    return TaskReads(settings, modules, tuple(dict.fromkeys([*named_files(filled), *files])), _datasets([filled]))
 
 
 def _official(name: str, folder: Path | None) -> TaskReads:
@@ -175,10 +165,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, FunctionName):
         return f"!function {value}"
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)
-
-
-def _spec(module: str) -> Any:
-    try:
-        return find_spec(module)
-    except (ImportError, ValueError):
-        return None

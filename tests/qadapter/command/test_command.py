@@ -25,7 +25,6 @@ from typer.main import get_command
 from flows.commands.table import COMMANDS as PIPELINE
 from qadapter.command import chat as chat_module
 from qadapter.command import parser as parser_module
-from qadapter.command import train as train_module
 from qadapter.command.app import add_command, call, new_app
 from qadapter.command.flags import from_flags
 from qadapter.command.generate import read_prompts
@@ -35,6 +34,7 @@ from qadapter.command.speaking import LONGEST_ANSWER
 from qadapter.command.train import fitting_epochs, say_small
 from qadapter.config.model import LoraSettings, ModelSettings
 from qadapter.config.training import OptimizerSettings
+from qadapter.evaluation import distance
 from qadapter.evaluation.preference import distinct_prompts, preference_metrics, score_pairs
 from qadapter.evaluation.speech import repetition
 from qadapter.files.shown import visible
@@ -542,12 +542,18 @@ def test_what_is_too_small_is_said_with_what_to_set(tmp_path: Path, capsys: pyte
     say_small(options, 54, 2, 31, 9.0)
     said = capsys.readouterr().err
     assert "54 pairs are few: 9 passes over them make 31 steps" in said
-    assert "2 held-out pairs tell nothing (an accuracy is a multiple of 1/2); hold out at least 20 prompts" in said
+    assert "only 2 held-out pairs: what was learnt shows in steps of 1/2; hold out at least 20 prompts" in said
     assert "hardly change a model" not in said
     say_small(options.model_copy(update={"max_steps": 4}), 54, 40, 4, 1.0)
     said = capsys.readouterr().err
-    assert "4 steps of 16 pairs hardly change a model; give --epochs 9, or a smaller --batch-size" in said
+    assert "4 steps of 16 pairs hardly change a model; give --max-steps 30\n" in said  # passes would have no effect
     assert "held-out" not in said
+    say_small(options.model_copy(update={"epochs": 1.0}), 54, 0, 4, 1.0)
+    said = capsys.readouterr().err
+    assert "4 steps of 16 pairs hardly change a model; give --epochs 9, or --batch-size 2\n" in said  # 4 · 16 / 30
+    assert "no held-out pairs: what was learnt is not measured; hold out at least 20 prompts with --heldout 20" in said
+    say_small(options.model_copy(update={"epochs": 1.0}), 12, 20, 1, 1.0)
+    assert "1 step of 16 pairs hardly changes a model; give --epochs 10 and --batch-size 4" in capsys.readouterr().err
     say_small(options.model_copy(update={"epochs": 1.0}), 1000, 100, 63, 1.0)
     assert capsys.readouterr().err == ""
 
@@ -738,15 +744,15 @@ def test_without_a_chat_template_conversations_are_transcripts(
 ) -> None:
     base = write_base(tmp_path / "base", template=False)
     data = write_pairs(tmp_path / "pairs.jsonl")
-    assert train_module.LARGE_KL == 0.5
-    monkeypatch.setattr(train_module, "LARGE_KL", 0.0)  # any training is above it
+    assert distance.LARGE_KL == 0.5
+    monkeypatch.setattr(distance, "LARGE_KL", 0.0)  # any training is above it
     assert main(["train", "--base", str(base), "--data", str(data), "--output", str(tmp_path / "out"), *TRAIN]) == 0
     said = capsys.readouterr().err
     assert "no chat template; conversations are written as plain transcripts" in said
     moved = json.loads((tmp_path / "out/metrics.json").read_text())["heldout/kl/base"]
     assert moved > 0
     assert f"WARNING: the policy is far from its base (KL {moved:.2f} per token; trainings that keep the base's" in said
-    assert "lower --learning-rate, train fewer steps, or take --preset residual" in said
+    assert "Lower --learning-rate, train fewer steps, or take --preset residual." in said
     policy = QAdapterForCausalLM.from_pretrained(tmp_path / "out")
     ids = TOKENIZER("\n\nHuman: Hello\n\nAssistant:", return_tensors="pt")["input_ids"]
     with torch.no_grad():

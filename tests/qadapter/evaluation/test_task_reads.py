@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lm_eval.tasks import TaskManager
 
 import tasks.evaluate
 from qadapter.config.experiment import load_experiment
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.lm_eval import definitions
-from qadapter.evaluation.lm_eval.catalog import check_tasks
+from qadapter.evaluation.lm_eval.catalog import check_tasks, expand_suites
 from qadapter.evaluation.lm_eval.harness import evaluate_tasks
 from qadapter.evaluation.lm_eval.official_files import local_files
 from qadapter.evaluation.lm_eval.reads import reads_of
+from qadapter.files.artifacts import digest_tree
 from qadapter.policy.loading import load_base
 from qadapter.report.items import refuse_other_items
 from qadapter.report.rows import Row
 from tasks.stages.context import RunContext
 from tasks.stages.stage_run import StageResult
 from tasks.stages.store import StageStore
+from tasks.stages.task_reads import task_reads
 from tasks.train import Base
 from tests.support.tiny_toy import MODEL, TinyToy, make_tiny_toy
 
@@ -154,6 +158,165 @@ def test_reads_name_files_modules_and_data_sets(quiz: Path, tmp_path: Path, monk
     reference.write_text("c" * 40)
     reads_of.__globals__["_commit"].cache_clear()
     assert reads_of(["quiz"], None, None)["quiz"].datasets == {"owner/quiz": "c" * 40}
+
+
+def key(names: list[str], own: dict[str, Path] | None = None, official: Path | None = None) -> str:
+    """What of a stage's key depends on its tasks: the content of the files that they read, and their definitions."""
+    files, definitions = task_reads(names, None, official, own or {})
+    return json.dumps([{name: digest_tree(file) for name, file in files.items()}, definitions])
+
+
+def test_what_a_definition_reads_is_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each case: files (with what a change makes of one of them), and what the definition says of its items."""
+    rows = '{"question": "is 1 even ?", "choices": ["yes", "no"], "answer": 1}\n'
+    other = rows.replace('"answer": 1', '"answer": 0')
+    table, turned = "question,answer\nis 1 even ?,1\n", "question,answer\nis 1 even ?,0\n"
+    source = 'test_split: test\noutput_type: generate_until\ndoc_to_text: "{{question}}"\ndoc_to_target: answer\n'
+    code = "def text(doc):\n    return doc['question']\n"
+    ask = "from ask_more import text as more\n\ndef text(doc):\n    return more(doc)\n"
+    within = "from helpers.words import text as more\n\ndef text(doc):\n    return more(doc)\n"
+    cases: dict[str, tuple[str, dict[str, str], str, str]] = {
+        "a file beside it": ("json\ndataset_kwargs: {data_files: {test: items.jsonl}}", {}, "items.jsonl", other),
+        "a path with dots": ("json\ndataset_kwargs: {data_files: {test: ../up/q.jsonl}}", {}, "../up/q.jsonl", other),
+        "the second of several": (
+            "json\ndataset_kwargs: {data_files: {test: [one.jsonl, sub/two.jsonl]}}",
+            {"one.jsonl": rows},
+            "sub/two.jsonl",
+            other,
+        ),
+        "a pattern": ("json\ndataset_kwargs: {data_files: {test: 'part-*.jsonl'}}", {}, "part-1.jsonl", other),
+        "a new file of a pattern": (
+            "json\ndataset_kwargs: {data_files: {test: 'part-*.jsonl'}}",
+            {"part-1.jsonl": rows},
+            "part-2.jsonl",
+            other,
+        ),
+        "a folder": ("json\ndataset_kwargs: {data_dir: items}", {}, "items/test.jsonl", other),
+        "a folder as the data set": ("./items", {}, "items/test.jsonl", other),
+        "a table": ("csv\ndataset_kwargs: {data_files: {test: items.csv}}", {}, "items.csv", turned),
+    }
+    for name, (dataset, files, changed, after) in cases.items():
+        quiz = Benchmark(tmp_path / name, monkeypatch)
+        for file, text in {**files, changed: table if changed.endswith("csv") else rows}.items():
+            if name != "a new file of a pattern" or file in files:
+                quiz.write(file, text)
+        quiz.write("quiz.yaml", f"task: quiz\ndataset_path: {dataset}\n{source}")
+        before = quiz.key()
+        assert quiz.items() > 0, name  # lm-eval reads them from there, not from the current folder
+        quiz.write(changed, after)
+        assert quiz.key() != before, name
+
+    quiz = Benchmark(tmp_path / "code", monkeypatch)
+    reading = "task: quiz\ndataset_path: json\ndataset_kwargs: {data_files: {test: items.jsonl}}\n" + source
+    quiz.write("items.jsonl", rows)
+    quiz.write("../far.py", "text = str\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "code" / "benchmarks"))  # where far.py lies
+    helpers = {"helpers/__init__.py": "", "helpers/words.py": code, "../far.py": "text = str\n"}
+    for module, files, changed, after in (
+        ("ask", {"ask.py": ask, "ask_more.py": code}, "ask_more.py", code.replace("question", "answer")),
+        ("deep", {"deep.py": within}, "helpers/words.py", "text = str\n"),
+        ("alone", {"alone.py": "import helpers\ntext = str\n"}, "helpers/__init__.py", "WORD = 1\n"),
+        ("far", {}, "../far.py", "text = repr\n"),
+        ("near", {"near.py": "from .ask_more import text\n"}, "ask_more.py", "text = len\n"),
+    ):
+        for file, text in {**helpers, **files}.items():
+            quiz.write(file, text)
+        quiz.write("quiz.yaml", reading.replace('"{{question}}"', f"!function {module}.text"))
+        before = quiz.key()
+        quiz.write(changed, after)
+        assert quiz.key() != before, changed
+    # A module of this project that the benchmark's own module imports: its digest, with what it imports in turn.
+    quiz.write("ask.py", "from qadapter.evaluation.statistics import mean_interval\n" + code)
+    quiz.write("quiz.yaml", reading.replace('"{{question}}"', "!function ask.text"))
+    assert reads_of(["quiz"], None, None)["quiz"].modules == ("qadapter.evaluation.statistics",)
+    quiz.write("ask.py", "def text(:\n")
+    with pytest.raises(QAdapterError, match=r"ask\.py, line 1: "):
+        quiz.key()
+
+
+def test_includes_groups_and_links_are_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = '{"question": "is 1 even ?", "answer": 1}\n'
+    quiz = Benchmark(tmp_path / "chain", monkeypatch)
+    quiz.write("items.jsonl", rows)
+    quiz.write("last.yaml", "test_split: test\noutput_type: generate_until\ndoc_to_text: question\n")
+    quiz.write("between.yaml", "include: last.yaml\ndataset_path: json\ndataset_kwargs: {data_files: items.jsonl}\n")
+    quiz.write("quiz.yaml", "include: between.yaml\ntask: quiz\ndoc_to_target: answer\n")
+    keys = [quiz.key()]
+    quiz.write("last.yaml", "test_split: test\noutput_type: generate_until\ndoc_to_text: answer\n")
+    keys.append(quiz.key())
+    (outside := tmp_path / "outside.jsonl").write_text(rows)
+    (quiz.folder / "items.jsonl").unlink()
+    (quiz.folder / "items.jsonl").symlink_to(outside)
+    assert quiz.key() == keys[1]  # the same content, elsewhere
+    outside.write_text(rows.replace("even", "odd"))
+    keys.append(quiz.key())
+    (folder := tmp_path / "elsewhere").mkdir()
+    (folder / "test.jsonl").write_text(rows)
+    (quiz.folder / "linked").symlink_to(folder)
+    quiz.write("between.yaml", "include: last.yaml\ndataset_path: json\ndataset_kwargs: {data_dir: linked}\n")
+    keys.append(quiz.key())
+    (folder / "test.jsonl").write_text(rows * 2)
+    keys.append(quiz.key())
+    assert len(set(keys)) == 5
+
+    for name in ("one", "two", "three"):
+        quiz.write(f"{name}.yaml", f"include: between.yaml\ntask: {name}\ndoc_to_target: answer\n")
+    quiz.write("inner.yaml", "group: inner\ntask: [two]\n")
+    quiz.write("outer.yaml", "group: outer\ntask: [one, inner]\nmetadata: {without_chat_template: [inner]}\n")
+    assert expand_suites(["outer"]) == (["one", "two"], ["two"])
+    before = key(["outer"])
+    quiz.write("inner.yaml", "group: inner\ntask: [two, three]\n")
+    assert key(["outer"]) != before
+    quiz.write("inner.yaml", "group: inner\ntask: three\n")
+    assert expand_suites(["outer"])[0] == ["one", "three"]
+    quiz.write("inner.yaml", "group: inner\ntask: [outer]\n")
+    with pytest.raises(QAdapterError, match=r"Group outer contains itself \(outer > inner > outer\)"):
+        key(["outer"])
+    quiz.write("inner.yaml", "group: inner\ntask: [{task: two, num_fewshot: 1}]\n")
+    with pytest.raises(QAdapterError, match=r"Group inner lists .*expected is the name of a task"):
+        key(["outer"])
+
+
+def test_own_questions_in_every_container_are_in_the_key(tmp_path: Path) -> None:
+    for name, first, second in (
+        ("q.jsonl", '{"question": "1 + 1?", "answer": "2"}\n', '{"question": "1 + 1?", "answer": "3"}\n'),
+        ("q.json", '[{"question": "1 + 1?", "answer": "2"}]', '[{"question": "1 + 1?", "answer": "3"}]'),
+        ("q.csv", "question,answer\n1 + 1?,2\n", "question,answer\n1 + 1?,3\n"),
+    ):
+        (file := tmp_path / name).write_text(first)
+        before = key([], {"quiz": file})
+        (moved := tmp_path / "elsewhere" / name).parent.mkdir(exist_ok=True)
+        moved.write_text(first)
+        assert key([], {"quiz": moved}) == before  # not where it lies
+        file.write_text(second)
+        assert key([], {"quiz": file}) != before
+
+
+class Benchmark:
+    """A benchmark `quiz` in a folder of its own, in place of the project's."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = root / "benchmarks" / "quiz"
+        self.folder.mkdir(parents=True)
+        monkeypatch.setattr(definitions, "BENCHMARKS", root / "benchmarks")
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", root / "cache")
+        definitions.local_tasks.cache_clear()
+
+    def write(self, name: str, text: str) -> None:
+        file = self.folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        definitions.local_tasks.cache_clear()
+
+    def key(self) -> str:
+        return key(["quiz"])
+
+    def items(self) -> int:
+        """How many lm-eval reads."""
+        with tempfile.TemporaryDirectory() as rendered:
+            definitions.render_definitions(Path(rendered), ["quiz"], None)
+            loaded = TaskManager(include_path=[rendered], include_defaults=False).load(["quiz"])
+            return len(list(loaded["tasks"]["quiz"].test_docs()))
 
 
 def offline(*_: Any, **__: Any) -> None:

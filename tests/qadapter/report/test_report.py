@@ -229,6 +229,16 @@ def test_what_max_length_cut_is_said_per_domain(rows: list[Row]) -> None:
     )
 
 
+def test_a_method_far_from_its_base_is_named(rows: list[Row]) -> None:
+    """(.4 + .7) / 2 is .55, above one half; .5 itself is not."""
+    far = [row("harmless", "sft", seed, 0.8, 0.5, forgetting__kl_per_token=kl) for seed, kl in enumerate((0.4, 0.7))]
+    near = row("harmless", "dpo", 0, 0.8, 0.5, forgetting__kl_per_token=0.5)
+    assert [line for line in sentences(Measured([*far, near])) if "far from" in line] == [
+        "harmless: sft is far from its base (KL 0.55 per token; trainings that keep the base's abilities lie below "
+        "0.2): it may have lost what the base could do."
+    ]
+
+
 def test_rankings_leave_out_what_was_not_measured() -> None:
     bare = [Row("d", "base", None, {}), Row("d", "sft", 0, {"adaptation/score": 0.5}), Row("d", "q-adapter", 0, {})]
     text = " ".join(sentences(Measured(bare)))

@@ -132,9 +132,9 @@ def test_no_false_claim_about_means_of_different_domains(apart: list[Row]) -> No
     measured = Measured(apart)
     text = sentences(measured)
     assert text[:2] == [
-        "Not every method was measured in every domain: q-adapter lacks hard; sft and dpo lack easy. Who lacks one has "
-        "no mean over domains and no place among the means, in the ranking or on the front; two methods are compared "
-        "over the domains that both have.",
+        "Not every method was measured in every domain: q-adapter lacks hard; sft and dpo lack easy. A method that "
+        "lacks one has no mean over domains and no place among the means, in the ranking or on the front; two methods "
+        "are compared over the domains that both have.",
         "q-adapter, in easy only, keeps 88.0 % of the base's retention (0.880 of 1.000), reaches an adaptation score "
         "of 0.900, +0.400 against the base and wins 90 % of its answers against the base's (a tie is half a win).",
     ]

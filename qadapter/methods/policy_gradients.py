@@ -1,0 +1,66 @@
+"""What the methods that train on rewards of their own replies share (RLOO, GRPO)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from qadapter.config.base import Count, Positive
+from qadapter.methods.method import LEARNING_RATE, Knob, MethodSettings, Need
+from qadapter.methods.needs.reward_model import RewardModelSettings, reward_model, rewards_of
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from qadapter.training.adapt import Job
+    from qadapter.training.own_replies import Algorithm
+
+PASSES = 6.0
+"""Sampling, the policy of the sampling, base and reward model; the adapted model's pass, one backward."""
+
+KNOBS = (
+    Knob("beta", "β", "β"),
+    Knob("replies_per_prompt", "G", "replies per prompt"),
+    Knob("temperature", "T", "temperature"),
+    LEARNING_RATE,
+)
+
+
+class PolicyGradientSettings(MethodSettings):
+    """Policy gradients on replies of its own.
+
+    Attributes:
+        beta: the weight of the KL divergence from the base; above 0. Each method says where it stands.
+        replies_per_prompt: in a group, whose rewards are compared with each other.
+        temperature: of the sampling; above 0.
+        max_new_tokens: of a reply; None: as many as the longest chosen reply has.
+        reward: how the reward model is trained.
+    """
+
+    beta: Positive = 0.05
+    replies_per_prompt: Annotated[int, Field(ge=2)] = 4
+    temperature: Positive = 1.0
+    max_new_tokens: Count | None = None
+    reward: RewardModelSettings = RewardModelSettings()
+
+
+def needs_of(choice: PolicyGradientSettings) -> tuple[Need, ...]:
+    """The reward model."""
+    return (reward_model(choice.reward),)
+
+
+def train_with(job: Job, choice: PolicyGradientSettings, name: Algorithm) -> Trainer:
+    """Train on sampled replies to the pairs' prompts; the pairs themselves are only in the reward model."""
+    from qadapter.training.own_replies import train_on_rewards
+
+    return train_on_rewards(
+        job,
+        name,
+        name,
+        rewards_of(job),
+        group=choice.replies_per_prompt,
+        beta=choice.beta,
+        temperature=choice.temperature,
+        max_new_tokens=job.reply_room(choice.max_new_tokens),
+    )
