@@ -114,6 +114,11 @@ class TaskItems:
     weights: Floats | None
     higher_is_better: bool
 
+    @property
+    def mean(self) -> float:
+        """Weighted mean of the scores."""
+        return float(np.average(self.values, weights=self.weights))
+
 
 _NUMBERS_OF_A_PAIR = (
     *("chosen_log_prob", "rejected_log_prob", "base_chosen_log_prob", "base_rejected_log_prob"),
@@ -338,8 +343,16 @@ def _retention(
         drop = paired_difference(
             worse.values, better.values, weights=before.weights, level=gate.level, resamples=gate.resamples
         )
-        text = f"{task} down from the {rival} by {_shown(drop)}, {_against(limit, drop)}"
+        values = f"{now.mean:.3f} after {before.mean:.3f} of the {rival}"
+        text = f"{task} {values}: {_change(drop)}, {_against(limit, drop)}"
         yield Finding(name, drop.low <= limit, text, drop)
+
+
+def _change(drop: Interval) -> str:
+    """A drop in words, so that no sign has to be read: `worse by 0.050 [0.020, 0.080]`, `better by 0.010 [0.000, …]`."""
+    if drop.estimate < 0:
+        return f"better by {-drop.estimate:.3f} [{-drop.high + 0.0:.3f}, {-drop.low + 0.0:.3f}]"
+    return f"{'worse by' if drop.estimate > 0 else 'the same,'} {drop.estimate:.3f} [{drop.low:.3f}, {drop.high:.3f}]"
 
 
 def _against(limit: float, drop: Interval) -> str:

@@ -52,7 +52,7 @@ def run(overrides: Overrides = None, profile: Profile = "smoke", data: Data = No
             raise CommandFailedError(str(error)) from error
     report = Path(summary["report"])
     latest = link_latest(report.parent, workspace())
-    sys.stdout.write(_comparison(report) + "\n\n")
+    sys.stdout.write(f"{_comparison(report)}\n\n{_recommendation(report)}\n\n")
     sys.stdout.write(f"{experiment.name}: finished in {time.monotonic() - start:.0f} s\n")
     sys.stdout.write(f"report:  {latest / 'report.html'}\nfolder:  {report.parent}\n")
     sys.stdout.write(f"compare the runs: make ui   (MLflow on {workspace() / 'mlflow.db'})\n")
@@ -62,6 +62,11 @@ def _comparison(report: Path) -> str:
     """The table of the report, as it stands there."""
     text = report.read_text(encoding="utf-8")
     return text.split("## Comparison\n\n")[1].split("\n\n*adaptation*")[0]
+
+
+def _recommendation(report: Path) -> str:
+    """The first line of the report's box."""
+    return report.read_text(encoding="utf-8").split("> **Recommendation.** ")[1].partition("\n")[0]
 
 
 def link_latest(report: Path, workspace: Path) -> Path:

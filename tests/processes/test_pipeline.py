@@ -438,7 +438,7 @@ def test_the_saved_view_shows_no_row_twice(first: Ran, second: Ran) -> None:
     assert not repeated & {run.info.run_id for run in shown}
 
 
-def test_the_command_prints_table_and_places(first: Ran, second: Ran) -> None:
+def test_the_command_prints_table_answer_and_places(first: Ran, second: Ran) -> None:
     report = Path(first.summary["report"])
     lines = second.printed.splitlines()
     table = [line for line in lines if line.startswith("|")]
@@ -448,6 +448,8 @@ def test_the_command_prints_table_and_places(first: Ran, second: Ran) -> None:
     assert f"report:  {latest / 'report.html'}" in lines
     assert latest.resolve() == report.parent.resolve()
     assert any("make ui" in line for line in lines)
+    box = report.read_text(encoding="utf-8").splitlines()[2]
+    assert box.removeprefix("> **Recommendation.** ") in lines
 
 
 # ---- a changed setting

@@ -158,7 +158,7 @@ def test_small_steps_down_add_up_against_the_base(make: Any) -> None:
     strict = Gate(retention=RetentionRule(max_drop=0.0, max_drop_from_base=0.05))
     decision = decide(strict, candidate, champion, base)
     assert [f.rule for f in decision.findings if not f.passed] == ["retention.max_drop_from_base.facts"]
-    assert "down from the base by +0.105" in decision.reasons[0]
+    assert decision.reasons[0].startswith("facts 0.745 after 0.850 of the base: worse by 0.105 [0.0")
 
 
 def test_at_the_ceiling_not_worse_is_enough(make: Any) -> None:
@@ -188,7 +188,12 @@ def test_a_drop_that_passed_says_why(make: Any) -> None:
     assert "allowed 0.030: passed, because the interval reaches down to what is allowed" in finding.text
     gate = Gate(retention=RetentionRule(max_drop=0.001))
     (reason,) = decide(gate, make(90, 140), champion, champion).reasons
+    assert reason.startswith("facts 0.700 after 0.750 of the champion: worse by 0.050 [")
     assert reason.endswith("allowed 0.001: all of the interval is above it")
+    same, better = (decide(Gate(), make(90, facts), champion, champion).findings[1].text for facts in (150, 154))
+    assert same == "facts 0.750 after 0.750 of the champion: the same, 0.000 [0.000, 0.000], allowed 0.020"
+    assert better.startswith("facts 0.770 after 0.750 of the champion: better by 0.020 [0.0")
+    assert better.endswith("], allowed 0.020")
 
 
 def test_a_policy_that_does_not_speak_is_rejected_with_an_example(make: Any, tmp_path: Path) -> None:
@@ -395,7 +400,7 @@ def test_a_dial_that_saves_a_candidate_says_so(make: Any) -> None:
     champion, base = make(60, 150), make(50, 150)
     saved, lost = decide(Gate(), make(80, 150), champion, base), decide(Gate(), make(80, 100), champion, base)
     (sentence,) = what_the_dial_changes(lost, saved)
-    assert sentence.startswith("the dial saves it: as trained (dial 1) it would have been rejected: facts down from")
+    assert sentence.startswith("the dial saves it: as trained (dial 1) it would have been rejected: facts 0.")
     (sentence,) = what_the_dial_changes(saved, lost)
     assert sentence.startswith("the dial costs it: as trained (dial 1) it would have been promoted:")
     assert what_the_dial_changes(saved, saved) == what_the_dial_changes(lost, lost) == []
