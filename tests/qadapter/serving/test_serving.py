@@ -233,6 +233,8 @@ def test_a_seed_gives_the_same_replies_and_n_different_ones(world: World) -> Non
     assert replies(seed=7, n=3) == three
     assert replies(seed=8) == three[1:2]  # reply i has seed + i
     assert replies(seed=7, top_p=1e-9) == [world.reply("residual")]
+    unsaid = world.ask("residual", temperature=openai.omit, seed=7, n=3)  # without a temperature: 1, as docs say
+    assert [choice.message.content for choice in unsaid.choices] == three
 
 
 def test_a_stop_text_ends_the_reply_before_it(world: World) -> None:
