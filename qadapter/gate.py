@@ -349,7 +349,7 @@ def _retention(
 
 
 def _change(drop: Interval) -> str:
-    """A drop in words, so that no sign has to be read: `worse by 0.050 [0.020, 0.080]`, `better by 0.010 [0.000, …]`."""
+    """A drop in words, so that no sign has to be read: `worse by 0.050 [0.020, 0.080]`, `better by 0.010 [0, 0.030]`."""
     if drop.estimate < 0:
         return f"better by {-drop.estimate:.3f} [{-drop.high + 0.0:.3f}, {-drop.low + 0.0:.3f}]"
     return f"{'worse by' if drop.estimate > 0 else 'the same,'} {drop.estimate:.3f} [{drop.low:.3f}, {drop.high:.3f}]"

@@ -28,7 +28,7 @@ HOUR = 3600.0
 
 @flow(name=NAME)
 def customize(config: str = "smoke", force: bool = False) -> None:
-    """Nobody runs it."""
+    """It is never run."""
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_an_announcement_that_failed_is_tried_again_at_once(
         patch.setattr(flows.watch_preferences, "announce", refuse)
         assert watch_preferences(config, return_state=True).is_failed()
     assert look(config) == ("Announced", "incoming announced again: no run of this content has started since")
-    assert [seen.announcements for seen in heard] == [1], "nobody heard of the first"
+    assert [seen.announcements for seen in heard] == [1], "the first reached no server"
 
 
 def test_a_run_begins_behind_its_lock(config: str, tiny: Customization, monkeypatch: pytest.MonkeyPatch) -> None:

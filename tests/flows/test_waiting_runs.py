@@ -20,7 +20,7 @@ SAME = {"config": "smoke", "force": False}
 
 @flow
 def a_flow(config: str = "smoke", force: bool = False) -> None:
-    """Nobody runs it."""
+    """It is never run."""
 
 
 @pytest.fixture

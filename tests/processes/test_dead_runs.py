@@ -23,7 +23,7 @@ UNKNOWN = "0d7c5d6e-0000-4000-8000-000000000000"
 
 @flow
 def a_flow() -> None:
-    """Nobody runs it."""
+    """It is never run."""
 
 
 def run_in(prefect_client: SyncPrefectClient, state: State) -> str:

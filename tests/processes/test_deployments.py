@@ -218,7 +218,7 @@ def test_nothing_else_is_touched(line: str) -> None:
 
 
 def environment_for(url: str, home: Path) -> dict[str, str]:
-    """Of a new shell, whatever this process itself was given."""
+    """Of a new shell, without what this process itself was given."""
     environment = os.environ | {"PREFECT_API_URL": url, "PREFECT_HOME": str(home)}
     return {name: value for name, value in environment.items() if name not in (AUTH_VARIABLE, SERVER_AUTH_VARIABLE)}
 
@@ -236,7 +236,7 @@ def command_line(*arguments: str, home: Path, url: str, timeout: float = 60) -> 
     [("full-paper-repro", "ConnectError"), ("other-flow", "Invalid deployment name format: other-flow")],
 )
 def test_the_real_command_line_loads_the_plugin(tmp_path: Path, name: str, outcome: str) -> None:
-    """Nobody listens on port 9: a completed name gets as far as trying to connect, any other is refused before."""
+    """No server listens on port 9: a completed name gets as far as trying to connect, any other is refused before."""
     result = command_line("deployment", "run", name, home=tmp_path, url="http://127.0.0.1:9/api")
     assert result.returncode != 0
     assert outcome in result.stdout + result.stderr

@@ -1,4 +1,4 @@
-"""A watched data set of the hub, against a server that speaks its API: announced once, its token told to nobody."""
+"""A watched data set of the hub, against a server that speaks its API: announced once, its token never passed on."""
 
 from __future__ import annotations
 

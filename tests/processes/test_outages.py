@@ -348,7 +348,7 @@ def test_a_full_disk_below_mlflow_is_named(tmp_path: Path, monkeypatch: pytest.M
 def test_a_workspace_that_cannot_be_written_is_refused_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Below a file, where nobody can write, root neither."""
+    """Below a file, where not even root can write."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("QADAPTER_HOME", str(tmp_path / "file" / "home"))
     start = time.monotonic()

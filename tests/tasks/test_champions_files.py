@@ -139,7 +139,7 @@ def test_a_finished_stage_with_the_same_files_stands_in(told: Story, harm: Calla
 
 
 def test_a_champions_base_is_loaded_as_the_version_says(told: Story) -> None:
-    """Whatever the profile names now: another repository and its commit, another precision of the same files."""
+    """The profile may name another repository and its commit now, or another precision of the same files."""
     version, own = champion(told), {"dtype": "float32", "quantization": "none", "revision": None}
     with disable_run_logger():
         profile = ModelSettings(pretrained="another/model", revision="c" * 40, dtype="bfloat16", quantization="int8")

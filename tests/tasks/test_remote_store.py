@@ -1,4 +1,4 @@
-"""Machines that share finished stages: whole ones only, whatever was cut short, flipped or away."""
+"""Machines that share finished stages: whole ones only, after uploads cut short, flipped bytes and missing files."""
 
 from __future__ import annotations
 

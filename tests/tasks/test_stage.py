@@ -1,4 +1,4 @@
-"""A stage is computed once for its code, settings, inputs and versions, whoever asks and whatever was killed."""
+"""A stage is computed once for its code, settings, inputs and versions, by any caller and after any kill."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs in a real SQLite MLflow: what is written can be read back, whoever writes at the same time."""
+"""Runs in a real SQLite MLflow: what is written can be read back, with several writers at the same time."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def open_runs(tracker: Tracker, experiment: str, process: str, flow: str) -> lis
 
 
 def test_a_run_of_elsewhere_is_closed_when_its_flow_run_has_ended(tracker: Tracker, client: MlflowClient) -> None:
-    """Nobody here can see its process; a tag of an earlier version says too little of it."""
+    """Its process cannot be seen from here; a tag of an earlier version says too little of it."""
     elsewhere = replace(ProcessTag.own(), host="elsewhere").text()
     ended = open_runs(tracker, "elsewhere", elsewhere, "ended")
     old = open_runs(tracker, "elsewhere", "elsewhere 1234 1719858862.12", "ended")
@@ -262,7 +262,7 @@ def test_a_run_of_elsewhere_is_closed_when_its_flow_run_has_ended(tracker: Track
         asked.append(flows)
         return flows & {"ended", "of no run"}
 
-    assert tracker.close_abandoned("elsewhere") == [], "nobody was asked"
+    assert tracker.close_abandoned("elsewhere") == [], "no server was asked"
     assert set(tracker.close_abandoned("elsewhere", those_that_have)) == {*ended, *old, lone}
     assert asked == [{"ended", "alive"}]
     assert {client.get_run(run).info.status for run in [*ended, *old, lone]} == {"KILLED"}

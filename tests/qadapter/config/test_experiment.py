@@ -296,7 +296,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"domains.academy.epochs": 2},
         "domains.academy.epochs has no effect with training.max_steps",
     ),
-    "a source that nobody uses": (
+    "a source that no domain uses": (
         {"sources.spare": {"path": "x.jsonl"}},
         "sources ['spare'] are used by no domain",
     ),
@@ -388,7 +388,7 @@ def test_a_reward_model_without_pairs_is_refused_by_source() -> None:
 
 
 def test_who_judges() -> None:
-    """The toy world's rule, else a reward model where pairs are set apart for it, else nobody; or who is named."""
+    """The toy world's rule, else a reward model where pairs are set apart for it, else none; or the named judge."""
     assert load_experiment("smoke").judge_of("academy") == "rule"
     paper = load_experiment("paper", {"sources.harmless.judge_pairs": 0, "sources.academy.judge_pairs": 9})
     assert paper.judge_of("harmless") == "none"

@@ -176,7 +176,7 @@ def test_an_adapter_is_measured_against_the_bases_own_scores(measured: Measured,
 
 
 def test_answers_and_the_exact_rule(measured: Measured) -> None:
-    """In the toy world each distinct held-out prompt is answered, whatever `generate` says; refusals are counted."""
+    """In the toy world each distinct held-out prompt is answered, for any `generate`; refusals are counted."""
     toy = measured.toy
     answers = rows(measured.adaptation["sft"] / "answers.jsonl")
     prompts = list({one.prompt_digest: list(one.prompt) for one in load_pairs(toy.heldout)}.values())
@@ -231,7 +231,7 @@ BREAKING = "one\u2028two\u2029three\x85four"
 def test_a_reply_that_looks_like_several_lines(
     measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The base says it; its policy's measurement reads it back whole, and so does whoever reads the items."""
+    """The base says it; its policy's measurement reads it back whole, and so does every reader of the items."""
 
     def fake(policy: Any, tokenizer: Any, prompts: list[Any], **_: Any) -> list[str]:
         return [f"{BREAKING} {i}" for i in range(len(prompts))]
@@ -454,7 +454,7 @@ def fake_scores(values: dict[str, tuple[float, bool]]) -> TaskScores:
 
 
 def test_the_sign_of_forgetting(measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Positive is forgotten, whichever way a measure points, written out:
+    """Positive is forgotten, for measures of both directions, written out:
 
     accuracy .75 → .5: forgotten .25; bits per byte 2.0 → 2.5: forgotten .5; a gain is negative: .5 → .75.
     The mean is over accuracies: (.75 + .5)/2 = .625 before, (.5 + .75)/2 = .625 behind. Bits are not averaged in.

@@ -43,7 +43,7 @@ def test_the_level_sets_the_width() -> None:
 
 
 def test_pairing_removes_what_items_share() -> None:
-    """a and a + c differ by c whatever the item, so the interval has no width though both means are uncertain."""
+    """a and a + c differ by c in every item, so the interval has no width though both means are uncertain."""
     base = RNG.normal(size=50)
     interval = paired_difference(base + 0.25, base)
     assert (interval.low, interval.high) == pytest.approx((0.25, 0.25))

@@ -61,7 +61,7 @@ def test_wider_modes_are_narrowed(wide: None, tmp_path: Path) -> None:
     ]
     assert mode(outside) == 0o644
     (home / "script").chmod(0o744)
-    assert close_to_others(home) == 0, "nobody else can reach it"
+    assert close_to_others(home) == 0, "no other user can reach it"
     assert close_to_others(home, thorough=True) == 1
     assert close_to_others(tmp_path / "absent") == 0
     (tmp_path / "elsewhere").symlink_to(home)
@@ -131,7 +131,7 @@ def test_a_lock_file_of_another_user_is_refused_at_once(tmp_path: Path, monkeypa
 
 
 def test_every_lock_of_the_project_is_private() -> None:
-    """`FileLock` gives its file mode 0644 whatever the umask is; only `private_lock` makes one here."""
+    """`FileLock` gives its file mode 0644 under any umask; only `private_lock` makes one here."""
     assert private_lock(Path("x")).mode == 0o600
     for floor in ("qadapter", "tasks", "flows"):
         for file in (PROJECT_ROOT / floor).rglob("*.py"):

@@ -87,7 +87,7 @@ def test_a_process_is_dead_once_it_was_killed(other: tuple[subprocess.Popen[str]
     deadline = time.monotonic() + 10
     while tag.is_dead() is False and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert process.returncode is None, "nobody has asked for its end yet, it is a zombie"
+    assert process.returncode is None, "its end was not asked for yet, it is a zombie"
     assert tag.is_dead() is True
     process.wait()
     assert tag.is_dead() is True

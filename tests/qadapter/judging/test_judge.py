@@ -282,7 +282,7 @@ def test_the_estimate_comes_first_and_the_budget_holds(serve, tmp_path) -> None:
     "count", [None, "100", -1, True, float("nan"), float("inf"), 10**400, [100]], ids=lambda count: str(count)[:9]
 )
 def test_a_count_of_tokens_that_is_none_costs_what_was_estimated(serve, count) -> None:
-    """Nobody is charged by it: nothing is not free, and no number of any size ends the evaluation."""
+    """It is not what is charged: a missing number is not free, and no number of any size ends the evaluation."""
     message = {"choices": [{"message": {"content": "[[C]]"}}]}
     server = serve(lambda *_: (200, {**message, "usage": {"prompt_tokens": count, "completion_tokens": 10}}, 0))
     result = run(server, input_price=1.0, output_price=2.0, budget=1.0)

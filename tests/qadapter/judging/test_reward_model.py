@@ -93,7 +93,7 @@ def test_twice_the_same(toy: TinyToy, judge_folder: Path, tmp_path: Path) -> Non
 
 
 def test_preferences_that_mean_nothing_leave_it_at_chance(toy: TinyToy, tmp_path: Path) -> None:
-    """Held-out pairs of both directions: whatever it prefers, half of them say the opposite."""
+    """Held-out pairs of both directions: half of them contradict any preference."""
     held = load_pairs(toy.heldout)[:6]
     both = held + [type(one)(one.prompt, one.rejected, one.chosen) for one in held]
     out = trained(toy, tmp_path / "o", heldout_file=write_pairs(tmp_path / "h.jsonl", both))

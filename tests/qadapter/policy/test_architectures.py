@@ -71,7 +71,7 @@ def identity(base: PreTrainedModel) -> QAdapterForCausalLM:
 
 
 def off_is_the_base(policy: QAdapterForCausalLM, base: PreTrainedModel) -> None:
-    """Whatever the adapter has learnt; cached, uncached and with beams the text is that of the base's own generate."""
+    """For any trained adapter; cached, uncached and with beams the text is that of the base's own generate."""
     ids = tokens()
     with torch.no_grad():
         expected = base(input_ids=ids).logits

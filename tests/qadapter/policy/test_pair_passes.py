@@ -160,7 +160,7 @@ def odd_head() -> Any:
 
 
 def unforeseen_scale() -> Any:
-    """A head that looks plain, of a model that does something to its logits that nobody told us of."""
+    """A head that looks plain, of a model that does something undeclared to its logits."""
     model = tiny_model()
     model.lm_head.register_forward_hook(lambda _module, _args, output: output * 1.5)
     return model

@@ -340,7 +340,7 @@ def files(count: int) -> Iterator[list[Any]]:
 
 
 def test_damaged_files_add_up(tmp_path: Path) -> None:
-    """The same through files: a candidate comes out used or rejected, whatever the file was taken for."""
+    """The same through files: a candidate comes out used or rejected, in any layout that the file was taken for."""
     for number, rows in enumerate(files(12)):
         file = tmp_path / f"{number}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -73,7 +73,7 @@ def test_length_as_the_only_difference_is_warned_of() -> None:
 
 def test_items_of_a_benchmark_in_training_prompts_are_named() -> None:
     """Item 2 is quoted within a prompt (13 words in a row), item 3 is a whole prompt, item 4 has one word too few in
-    common, item 5 is too short to count; the held-out prompt is nobody's training."""
+    common, item 5 is too short to count; the held-out prompt is in no training."""
     items = [[words(20, i)] for i in range(1, 3)] + [["How many legs has a Spider?"], [words(20, 4)], ["Why?"]]
     quoted, nearly = items[1][0].split(), items[3][0].split()
     train = [

@@ -1,4 +1,4 @@
-"""One rendering: what training scores a reply behind is what generation starts from, whatever the template's shape."""
+"""One rendering: what training scores a reply behind is what generation starts from, for templates of any shape."""
 
 from __future__ import annotations
 

@@ -206,7 +206,7 @@ def test_file_names_that_are_not_utf_8_can_be_shown(tmp_path: Path) -> None:
 
 
 def test_links_out_of_a_folder_are_refused(tmp_path: Path) -> None:
-    """Whoever delivers into a folder does not choose what else the pipeline reads."""
+    """A delivery into a folder does not choose what else the pipeline reads."""
     secret = write(tmp_path / "elsewhere" / "secret.jsonl")
     folder = hub_folder(tmp_path / "set")
     (folder / "data" / "more.jsonl").symlink_to(folder / "data" / "train.jsonl")

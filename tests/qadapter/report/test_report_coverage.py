@@ -89,7 +89,7 @@ def test_intervals_are_of_the_seeds_of_their_numbers(tmp_path: Path) -> None:
 
 
 def test_a_missing_row_counts_as_missing_in_the_other_measures(apart: list[Row], overlapping: list[Row]) -> None:
-    """Nobody shares a domain: each stands alone. With the Q-Adapter on both: `hard`, where all three are."""
+    """No two methods share a domain: each stands alone. With the Q-Adapter on both: `hard`, where all three are."""
     assert comparable_domains(apart, "cost/train_seconds") == [["easy"], ["hard"]]
     assert comparable_domains(overlapping, "cost/train_seconds") == [["hard"]]
     assert comparable_domains(overlapping, "cost/unknown") == []

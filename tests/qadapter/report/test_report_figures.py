@@ -43,7 +43,7 @@ def stairs_of(panel: Axes, style: str) -> list[list[float]]:
 
 
 def test_what_was_not_measured_is_not_on_the_front() -> None:
-    """A comparison with NaN is false, so nothing would beat such a point; it beats nobody either."""
+    """A comparison with NaN is false, so nothing would beat such a point; it beats no other point either."""
     points = {"a": (0.5, 0.9), "b": (math.nan, 0.95), "c": (0.6, math.nan), "d": (0.4, 0.8)}
     assert pareto_front(points) == ["a"]
     assert pareto_front({"b": (math.nan, 0.95)}) == []
@@ -129,7 +129,7 @@ def test_the_sweeps_front_of_one_point_is_drawn(tmp_path: Path) -> None:
 
 
 def test_ties_are_broken_by_divergence_in_any_order() -> None:
-    """Both have the same trade in every seed; `near` moved less from the base, of `dark` nobody knows.
+    """Both have the same trade in every seed; `near` moved less from the base, of `dark` that is not known.
 
     On the other seeds of seed 0 `near` has 0.1 and `far` 0.3, on those of seed 1 0.2 and 0.1: there `far` is chosen.
     """

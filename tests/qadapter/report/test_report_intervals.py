@@ -412,7 +412,7 @@ def test_a_judge_at_chance_is_reported() -> None:
 
 
 def test_a_judges_interval_is_of_the_pairs_it_was_tried_on() -> None:
-    """30 right of 40 are [.598, .858] by Wilson, whatever number of pairs the policy's own accuracy is of.
+    """30 right of 40 are [.598, .858] by Wilson, for any number of pairs of the policy's own accuracy.
 
     With z² = 3.8415: centre (.75 + 3.8415/80)/(1 + 3.8415/40) = .7281, half a width
     1.96/1.09604 · √(.75 · .25/40 + 3.8415/6400) = .1299.
@@ -441,7 +441,7 @@ def test_undecided_answers_are_reported() -> None:
 
 
 def test_a_win_rate_has_its_interval(tmp_path: Path) -> None:
-    """Two wins and two ties of four are 0.75; in another domain nobody judged, so the mean is over the first."""
+    """Two wins and two ties of four are 0.75; in another domain there was no judge, so the mean is over the first."""
     rows = toy_rows(tmp_path)
     rows[1].metrics["adaptation/win_rate"] = 0.75
     rows.append(pair_row(tmp_path, "harmless", "q-adapter", 0, [1.0], 0.9))

@@ -1,4 +1,4 @@
-"""The report's pages: complete in themselves, safe whatever a model wrote, and well formed."""
+"""The report's pages: complete in themselves, safe for any text that a model wrote, and well formed."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def test_same_seed_same_bytes(files: Path, tmp_path: Path) -> None:
 
 
 def test_same_bytes_in_another_process(files: Path, tmp_path: Path) -> None:
-    """Whatever Python's hash seed: digests of these files are cache keys."""
+    """With any hash seed of Python: digests of these files are cache keys."""
     program = (
         "import sys; from pathlib import Path; from qadapter.toyworld.world import ToyWorld\n"
         f"ToyWorld(0).write(Path(sys.argv[1]), corpus_size=300, harmful_for_training={FOR_TRAINING})"

@@ -194,7 +194,7 @@ def test_resumed_is_bitwise_the_uninterrupted_run(tmp_path: Path):
             file.unlink()
         (tmp_path / "cut" / name).rmdir()
     resumed = make_trainer(tmp_path / "cut", **{**settings("cut"), "seed": 7})
-    with torch.no_grad():  # whatever was there before the checkpoint is loaded must not matter
+    with torch.no_grad():  # what was there before the checkpoint is loaded must not matter
         for parameter in resumed.policy.parameters():
             if parameter.requires_grad:
                 parameter.fill_(0.1)

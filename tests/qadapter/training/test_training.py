@@ -96,7 +96,7 @@ def _watch(seen: Trained, patch: pytest.MonkeyPatch) -> None:
 
     def watched_load(*arguments: Any) -> Any:
         network, tokenizer = load(*arguments)
-        networks.extend(network.parameters())  # the very tensors, whatever PEFT wraps around them
+        networks.extend(network.parameters())  # the very tensors, below all of PEFT's wrappers
         seen.base_before = [parameter.detach().clone() for parameter in network.parameters()]
         return network, tokenizer
 
