@@ -349,10 +349,14 @@ def _retention(
 
 
 def _change(drop: Interval) -> str:
-    """A drop in words, so that no sign has to be read: `worse by 0.050 [0.020, 0.080]`, `better by 0.010 [0, 0.030]`."""
+    """A drop in words, so that no sign has to be read: `worse by 0.050 [0.020, 0.080]`, `better by 0.010 [0, 0.03]`."""
+    word, ends = "the same,", (drop.estimate, drop.low, drop.high)
+    if drop.estimate:
+        word = "worse by" if drop.estimate > 0 else "better by"
     if drop.estimate < 0:
-        return f"better by {-drop.estimate:.3f} [{-drop.high + 0.0:.3f}, {-drop.low + 0.0:.3f}]"
-    return f"{'worse by' if drop.estimate > 0 else 'the same,'} {drop.estimate:.3f} [{drop.low:.3f}, {drop.high:.3f}]"
+        ends = (-drop.estimate, -drop.high, -drop.low)
+    size, low, high = (round(value, 3) + 0.0 for value in ends)  # + 0.0: never -0.000
+    return f"{word} {size:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _against(limit: float, drop: Interval) -> str:
