@@ -104,20 +104,23 @@ def _members_of(name: str, above: tuple[str, ...] = ()) -> tuple[list[str], list
     settings = settings_of(found[0]) if found else {}
     if "group" not in settings:
         return [name], []
-    if name in above:
+    group = settings["group"]
+    if group in above:
         raise QAdapterError(
-            f"Group {name} contains itself ({' > '.join([*above, name])}). Remove it from its own list."
+            f"Group {group} contains itself ({' > '.join([*above, group])}). Remove it from its own list."
         )
     listed = settings.get("task") or []
+    if not isinstance(listed, list):
+        raise QAdapterError(f"Group {group} has `task: {listed}`, and expected is a list: `task: [{listed}]`.")
     members: list[str] = []
     plain = list((settings.get("metadata") or {}).get("without_chat_template", []))
-    for member in [listed] if isinstance(listed, str) else listed:
+    for member in listed:
         if not isinstance(member, str):
             raise QAdapterError(
-                f"Group {name} lists {member!r}, and expected is the name of a task. Define that task in a YAML file "
+                f"Group {group} lists {member!r}, and expected is the name of a task. Define that task in a YAML file "
                 "of its own, and list its name."
             )
-        below, without = _members_of(member, (*above, name))
+        below, without = _members_of(member, (*above, group))
         members += below
         plain += [task for task in below if member in plain] + without
     return members, plain

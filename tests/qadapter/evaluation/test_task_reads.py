@@ -268,7 +268,10 @@ def test_includes_groups_and_links_are_in_the_key(tmp_path: Path, monkeypatch: p
     quiz.write("inner.yaml", "group: inner\ntask: [two, three]\n")
     assert key(["outer"]) != before
     quiz.write("inner.yaml", "group: inner\ntask: three\n")
-    assert expand_suites(["outer"])[0] == ["one", "three"]
+    with pytest.raises(
+        QAdapterError, match=r"Group inner has `task: three`, and expected is a list: `task: \[three\]`"
+    ):
+        key(["outer"])
     quiz.write("inner.yaml", "group: inner\ntask: [outer]\n")
     with pytest.raises(QAdapterError, match=r"Group outer contains itself \(outer > inner > outer\)"):
         key(["outer"])

@@ -19,7 +19,7 @@ from qadapter.report.build import build_report
 from qadapter.report.figures import retention_against_adaptation, styles_of
 from qadapter.report.intervals import Measured
 from qadapter.report.rows import Row, Spread, methods_of, ordered, spread
-from qadapter.report.summary import sentences, summary_metrics
+from qadapter.report.summary import first_sentences, sentences, summary_metrics
 from qadapter.report.tables import COLUMNS, comparison, cost_table, further_table, main_table, task_details
 from tests.support.report_files import toy_rows
 
@@ -226,6 +226,25 @@ def test_what_max_length_cut_is_said_per_domain(rows: list[Row]) -> None:
     assert said == (
         "training.max_length cut the beginning of 12 prompts and the end of a reply in 1 pair (harmless); "
         "the end of a reply in 3 pairs (academy)."
+    )
+
+
+def test_answers_without_a_judge_are_said_to_be_unjudged() -> None:
+    """Among the first six sentences: a preference between given replies says nothing of the own ones."""
+
+    def said(**metrics: float) -> list[str]:
+        rows = [row("harmless", "base", None, 0.5, 0.9), row("harmless", "dpo", 0, 1.0, 0.9, **metrics)]
+        first, further = first_sentences(Measured(rows))
+        assert not any("not judged" in line for line in further)
+        return [line for line in first if "not judged" in line]
+
+    assert said(adaptation__win_rate=0.7, adaptation__speaks=1.0) == []
+    assert said(adaptation__exact_rule=0.7, adaptation__speaks=1.0) == []
+    (unjudged,) = said(adaptation__speaks=1.0)
+    assert unjudged.startswith("Answers not judged: no judge compared the generated answers with the base's, so what ")
+    (unknown,) = said()
+    assert unknown == (
+        "Answers not judged: none are recorded, so it is not known whether the policies answer in language."
     )
 
 
