@@ -29,6 +29,7 @@ from qadapter.report.page import data_uri, page
 from qadapter.report.quality import LEGEND as QUALITY_LEGEND
 from qadapter.report.quality import quality_table, quality_warnings
 from qadapter.report.rows import Row
+from qadapter.report.speaking import silent_methods
 from qadapter.report.summary import duels, first_sentences, summary_metrics
 from qadapter.report.tables import (
     comparison,
@@ -111,7 +112,8 @@ def build_report(
     if curves:
         dial_figure(curves, out / DIAL_FIGURE, title)
     main, fought = main_table(measured), duels(measured)
-    (out / "report.tex").write_text(latex(main, f"{title}. {MAIN_LEGEND}"), encoding="utf-8")
+    legend = _main_legend(measured)
+    (out / "report.tex").write_text(latex(main, f"{title}. {legend}"), encoding="utf-8")
     first, further = first_sentences(measured, config, fought)
     content = {
         "title": title,
@@ -120,6 +122,7 @@ def build_report(
         "budgets": budget_table(curves),
         "notes": further,
         "main": main,
+        "legend": legend,
         "forgetting": forgetting_table(measured),
         "further": further_table(measured),
         "drift": drift_table(measured),
@@ -134,7 +137,6 @@ def build_report(
     }
     (out / "report.md").write_text(_markdown(content, long, has_curves), encoding="utf-8")
     for_page = {
-        "legend": MAIN_LEGEND,
         "forgetting_legend": FORGETTING_LEGEND,
         "further_legend": FURTHER_LEGEND,
         "drift_legend": DRIFT_LEGEND,
@@ -150,6 +152,14 @@ def build_report(
     html = page({**content, **for_page, "sections": _sections(content, has_curves)})
     (out / "report.html").write_text(html, encoding="utf-8")
     write_json(out / "metrics.json", {**summary_metrics(measured, fought), **budget_metrics(curves)})
+
+
+def _main_legend(measured: Measured) -> str:
+    """The main table's, with a warning of the numbers of methods that do not speak."""
+    silent = silent_methods(measured.rows)
+    if not silent:
+        return MAIN_LEGEND
+    return f"{MAIN_LEGEND} Without a place in the comparison, because they do not speak: {', '.join(silent)}."
 
 
 def _sections(content: Mapping[str, Any], has_curves: bool) -> list[tuple[str, str]]:
@@ -179,7 +189,7 @@ def _markdown(content: Mapping[str, Any], long: pd.DataFrame, has_curves: bool) 
         "\n".join(f"- {sentence}" for sentence in content["sentences"]),
         "## Main table",
         markdown.table(content["main"]),
-        f"{MAIN_LEGEND} Bold: the best method of the column.",
+        f"{content['legend']} Bold: the best method of the column.",
         "## Comparison",
         markdown.frame(long),
         LEGEND,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from qadapter.evaluation.speech import BROKEN, BROKEN_SHARE
 from qadapter.evaluation.statistics import Interval
 from qadapter.report.intervals import Measured, Sample
-from qadapter.report.items import RULE, SCORE
+from qadapter.report.items import RULE, SCORE, WIN_RATE, read_lines
 from qadapter.report.rows import kind, listed, spread_over
 from qadapter.report.speaking import silent_methods
 from qadapter.report.summary import adherence_gained
@@ -20,6 +20,7 @@ POWER = ((1.96 + 0.84) / 1.96) ** 2
 SEEDS = 3
 """Trainings from which the spread between trainings can be told at all."""
 MOST_ITEMS = 100_000
+_ANSWERS = "answers.jsonl"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class _Candidate:
     gain: Interval | None
     loss: Interval | None
     lost: float
+    answers: int
+    changed: int
 
     @property
     def worth(self) -> float:
@@ -52,12 +55,18 @@ class _Candidate:
     def surely_gains(self) -> bool:
         return self.gained > 0 and (self.gain is None or self.gain.low > 0)
 
+    @property
+    def writes(self) -> bool:
+        """Whether it writes anything but the base's answers; true where no answers are recorded."""
+        return self.changed > 0 or not self.answers
+
 
 def decide_for_reader(measured: Measured) -> Decision:
     """The box of a comparison.
 
-    The recommended method is the one with the highest gain less loss among those that answer in language and gain
-    something beyond noise; a second one that cannot be told from it is named with what would tell.
+    The recommended method is the one with the highest gain less loss among those that answer in language, gain
+    something beyond noise and do not write the base's answers word for word; a second one that cannot be told from it
+    is named with what would tell.
     """
     silent = silent_methods(measured.rows)
     trained = [method for method in measured.methods if kind(method) != "base"]
@@ -69,7 +78,10 @@ def decide_for_reader(measured: Measured) -> Decision:
     broken = f" Do not use {listed(silent)}: {they} not answer in language." if silent else ""
     if not found:
         return Decision(f"Use none of these.{broken or ' Nothing was measured that tells what was learnt.'}", ())
-    gaining = [candidate for candidate in found if candidate.surely_gains]
+    better = [candidate for candidate in found if candidate.surely_gains]
+    gaining = [candidate for candidate in better if candidate.writes]
+    if better and not gaining:
+        return Decision(_not_yet(better) + broken, _lines(measured, better[0]))
     if not gaining:
         return Decision(_not_enough(measured, found[0]) + broken, _lines(measured, found[0]))
     best, second = gaining[0], gaining[1] if len(gaining) > 1 else None
@@ -87,7 +99,9 @@ def _candidate(measured: Measured, method: str) -> _Candidate:
     sample = measured.forgetting(method, domains) if domains else None
     loss = sample.interval if sample else None
     lost = spread_over(measured.rows, "forgetting/mean", domains, method).mean if domains else math.nan
-    return _Candidate(method, gained, gain, loss, loss.estimate if loss else lost)
+    answers = [one for row in measured.rows if row.method == method for one in read_lines(row.adaptation, _ANSWERS)]
+    changed = sum(answer["reply"] != answer["base"] for answer in answers)
+    return _Candidate(method, gained, gain, loss, loss.estimate if loss else lost, len(answers), changed)
 
 
 def items_needed(interval: Interval, effect: float, items: int) -> int | None:
@@ -127,6 +141,17 @@ def _kind_of_items(measured: Measured) -> str:
 def _seeds(measured: Measured, method: str) -> str:
     count = len(measured.seeds(method))
     return "one training" if count == 1 else f"{count} trainings"
+
+
+def _not_yet(better: Sequence[_Candidate]) -> str:
+    """The methods score the wanted replies higher, and write what the base writes."""
+    one = len(better) == 1
+    count = sum(candidate.answers for candidate in better)
+    return (
+        f"Use none of these yet: {listed([candidate.method for candidate in better])} {'scores' if one else 'score'} "
+        f"the wanted replies higher, but still {'writes' if one else 'write'} the base's answers, word for word in all "
+        f"{count} that were generated. Train longer, or with a higher learning rate."
+    )
 
 
 def _not_enough(measured: Measured, best: _Candidate) -> str:
@@ -171,14 +196,12 @@ def _against(measured: Measured, best: _Candidate, second: _Candidate) -> str:
         text = f" It {listed(ahead)} than {second.method}, the next best, beyond chance"
         return f"{text}; {second.method} {listed(behind)}." if behind else f"{text}."
     sample = max(found, key=lambda s: abs(s.estimate))
+    if abs(sample.estimate) < 1e-9:
+        return f" It cannot be told from {second.method}: these data show no difference between the two."
     items = _items(sample)
     needed = items_needed(sample.interval, sample.estimate, items)
     what = _kind_of_items(measured) if sample is learnt else "questions about old abilities"
-    more = (
-        f"about {needed:,} {what} (now {items:,})"
-        if needed
-        else f"more than {MOST_ITEMS:,} {what} (if they differ at all)"
-    )
+    more = f"about {needed:,} {what} (now {items:,})" if needed else f"more than {MOST_ITEMS:,} {what}"
     return f" It cannot be told from {second.method} with these data: that takes {more} and {SEEDS} seeds."
 
 
@@ -192,12 +215,15 @@ def _lines(measured: Measured, chosen: _Candidate) -> tuple[tuple[str, str], ...
     what = "follows the new rule in" if rule else "prefers the better of two given replies in"
     times = "of its answers" if rule else "of the held-out pairs"
     gained = f"{method} {what} {_percent(now)} {times}; the base in {_percent(before)}."
-    return (
+    lines = (
         ("Gained", gained),
         ("Lost", _lost(measured, chosen, domains)),
-        *((("Answers", said),) if (said := _answers(measured, method, domains)) else ()),
+        ("Answers", _answers(measured, chosen, domains)),
         ("How sure", _sure(measured, chosen, domains)),
-        *((("Cost", cost),) if (cost := _cost(measured, method, domains)) else ()),
+        ("Cost", _cost(measured, method, domains)),
+    )
+    return tuple(
+        (about, text if text.startswith(method) else text[0].upper() + text[1:]) for about, text in lines if text
     )
 
 
@@ -226,16 +252,23 @@ def _lost(measured: Measured, chosen: _Candidate, domains: Sequence[str]) -> str
     return text
 
 
-def _answers(measured: Measured, method: str, domains: Sequence[str]) -> str:
-    """What a reader must know of a method that answers as badly as its base; nothing where most replies are whole."""
-    broken = spread_over(measured.rows, BROKEN, domains, method).mean
-    of_base = spread_over(measured.rows, BROKEN, domains, measured.base_of(method)).mean
-    if math.isnan(broken) or broken < BROKEN_SHARE:
-        return ""
-    return (
-        f"{_percent(broken)} of its generated answers are broken, and {_percent(of_base)} of the base's: read some "
-        "before you use it, and look for a better base."
-    )
+def _answers(measured: Measured, chosen: _Candidate, domains: Sequence[str]) -> str:
+    """What a reader must know of the generated answers: broken ones, and those that were not judged."""
+    broken = spread_over(measured.rows, BROKEN, domains, chosen.method).mean
+    of_base = spread_over(measured.rows, BROKEN, domains, measured.base_of(chosen.method)).mean
+    parts = []
+    judged = any(name in row.metrics for row in measured.rows for name in (RULE, WIN_RATE))
+    if chosen.answers and not judged:
+        parts.append(
+            f"{chosen.changed} of {chosen.answers} generated answers differ from the base's; whether they are better "
+            "was not judged: read some below."
+        )
+    if broken >= BROKEN_SHARE:
+        parts.append(
+            f"{_percent(broken)} of its generated answers are broken, and {_percent(of_base)} of the base's: read some "
+            "before you use it, and look for a better base."
+        )
+    return " ".join(parts)
 
 
 def _sure(measured: Measured, chosen: _Candidate, domains: Sequence[str]) -> str:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, Unpack
+from typing import Any
 
 from qadapter.config.base import Count, Positive, Settings
 from qadapter.config.model import ModelSettings
@@ -56,41 +55,31 @@ def _branch_work(settings: RolloutSettings, plan: PairsPlan) -> Work:
     return Work(0, plan.pairs * (1 + 4 * settings.per_prompt) * plan.tokens_per_sequence, 1)
 
 
-class Given(TypedDict):
-    """What a need's `make` is given besides base and pairs (`qadapter.methods.method.Need`)."""
-
-    model: ModelSettings
-    settings: RolloutSettings
-    batch_size: int
-    seed: int
-    out: Path
-    needs: Mapping[str, Path]
-    training: OptimizerSettings
-    scratch: NotRequired[Path | None]
-
-
 class _Sampler:
     """The base, its tokenizer, the training prompts as token ids, and the reward model."""
 
-    def __init__(self, base: str | Path, pairs_file: Path, given: Given) -> None:
+    def __init__(
+        self,
+        base: str | Path,
+        pairs_file: Path,
+        model: ModelSettings,
+        settings: RolloutSettings,
+        batch_size: int,
+        folder: Path,
+        training: OptimizerSettings,
+    ) -> None:
         from qadapter.policy.loading import load_base
         from qadapter.preferences.pair import load_pairs
         from qadapter.preferences.tokenize import encode_pairs
 
-        self._base, self._given = base, given
-        self.network, self.tokenizer = load_base(base, given["model"])
-        self.settings, self.seed, self.room = given["settings"], given["seed"], given["training"].max_length
-        pairs = encode_pairs(load_pairs(pairs_file), self.tokenizer, self.room).pairs
+        self.network, self.tokenizer = load_base(base, model)
+        self.settings, self._batch_size = settings, batch_size
+        pairs = encode_pairs(load_pairs(pairs_file), self.tokenizer, training.max_length).pairs
         self.prompts = [list(ids) for ids in dict.fromkeys(tuple(pair.prompt_ids) for pair in pairs)]
-        longest = self.settings.max_new_tokens or max(len(pair.chosen_ids) for pair in pairs)
-        self.longest = max(1, min(longest, self.room - max(map(len, self.prompts))))
+        longest = settings.max_new_tokens or max(len(pair.chosen_ids) for pair in pairs)
+        self.longest = max(1, min(longest, training.max_length - max(map(len, self.prompts))))
+        self._folder, self._base, self._model = folder, base, model
         self.generated = 0
-
-    def keeping(self) -> AbstractContextManager[None]:
-        """Within the block, what is generated is kept in the scratch folder, for a run after a kill."""
-        from qadapter.progress.kept import keeping
-
-        return keeping(self._given.get("scratch"))
 
     def continued(self, rows: list[list[int]], seed: int, *, greedily: bool = False) -> list[list[int]]:
         """Continuations of sequences of token ids."""
@@ -101,7 +90,7 @@ class _Sampler:
             self.tokenizer,
             rows,
             max_new_tokens=self.longest,
-            batch_size=self._given["batch_size"],
+            batch_size=self._batch_size,
             temperature=0.0 if greedily else self.settings.temperature,
             seed=seed,
         )
@@ -110,30 +99,54 @@ class _Sampler:
 
     def rewards(self, rows: list[list[int]]) -> list[float]:
         """The reward model's."""
-        given = self._given
-        return open_rewards(given["needs"][reward_model.NAME], self._base, given["model"], given["batch_size"])(rows)
+        return open_rewards(self._folder, self._base, self._model, self._batch_size)(rows)
 
-    def write(self, name: str, rows: list[dict[str, Any]]) -> None:
+    def write(self, out: Path, name: str, rows: list[dict[str, Any]]) -> None:
         """Write the rows, and what they cost."""
         from qadapter.files.artifacts import write_json
 
-        out = self._given["out"]
         (out / _FILES[name]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         write_json(out / "metrics.json", {"cost/generated_tokens": self.generated, f"{name}/rows": len(rows)})
 
 
-def sample_rollouts(base: str | Path, pairs_file: Path, **given: Unpack[Given]) -> None:
+def sample_rollouts(
+    base: str | Path,
+    pairs_file: Path,
+    *,
+    model: ModelSettings,
+    settings: RolloutSettings,
+    batch_size: int,
+    seed: int,
+    out: Path,
+    needs: Mapping[str, Path],
+    training: OptimizerSettings,
+    scratch: Path | None = None,
+) -> None:
     """Write `rollouts.jsonl`: for each reply of the base `prompt`, `reply` (token ids) and its `reward`."""
-    sampler = _Sampler(base, pairs_file, given)
-    prompts = [prompt for prompt in sampler.prompts for _ in range(sampler.settings.per_prompt)]
-    with sampler.keeping():
-        replies = sampler.continued(prompts, sampler.seed)
+    from qadapter.progress.kept import keeping
+
+    sampler = _Sampler(base, pairs_file, model, settings, batch_size, needs[reward_model.NAME], training)
+    prompts = [prompt for prompt in sampler.prompts for _ in range(settings.per_prompt)]
+    with keeping(scratch):
+        replies = sampler.continued(prompts, seed)
     rewards = sampler.rewards([prompt + reply for prompt, reply in zip(prompts, replies, strict=True)])
     rows = zip(prompts, replies, rewards, strict=True)
-    sampler.write(ROLLOUTS, [{"prompt": p, "reply": y, "reward": r} for p, y, r in rows])
+    sampler.write(out, ROLLOUTS, [{"prompt": p, "reply": y, "reward": r} for p, y, r in rows])
 
 
-def sample_branches(base: str | Path, pairs_file: Path, **given: Unpack[Given]) -> None:
+def sample_branches(
+    base: str | Path,
+    pairs_file: Path,
+    *,
+    model: ModelSettings,
+    settings: RolloutSettings,
+    batch_size: int,
+    seed: int,
+    out: Path,
+    needs: Mapping[str, Path],
+    training: OptimizerSettings,
+    scratch: Path | None = None,
+) -> None:
     """Write `branches.jsonl`: `prompt` (with the reply up to the cut), `reply` (a continuation), `preferred` (1 or 0).
 
     At each cut one continuation is greedy and one is sampled; which is preferred is drawn with the probability
@@ -142,15 +155,17 @@ def sample_branches(base: str | Path, pairs_file: Path, **given: Unpack[Given]) 
     import math
     import random
 
-    sampler = _Sampler(base, pairs_file, given)
-    seed, room = sampler.seed, sampler.room
+    from qadapter.progress.kept import keeping
+
+    sampler = _Sampler(base, pairs_file, model, settings, batch_size, needs[reward_model.NAME], training)
     draw = random.Random(seed)
     prefixes = []
-    with sampler.keeping():
+    with keeping(scratch):
         for prompt, reply in zip(sampler.prompts, sampler.continued(sampler.prompts, seed), strict=True):
-            cuts = sorted(draw.sample(range(len(reply)), min(sampler.settings.per_prompt, len(reply))))
+            cuts = sorted(draw.sample(range(len(reply)), min(settings.per_prompt, len(reply))))
             prefixes += [prompt + reply[:cut] for cut in cuts]
         greedy, sampled = sampler.continued(prefixes, seed, greedily=True), sampler.continued(prefixes, seed + 1)
+    room = training.max_length
     both = [
         (prefix, one[: room - len(prefix)], other[: room - len(prefix)])
         for prefix, one, other in zip(prefixes, greedy, sampled, strict=True)
@@ -162,7 +177,7 @@ def sample_branches(base: str | Path, pairs_file: Path, **given: Unpack[Given]) 
         wins = draw.random() < 1 / (1 + math.exp(min(700.0, second - first)))
         rows += [{"prompt": prefix, "reply": one, "preferred": int(wins)}]
         rows += [{"prompt": prefix, "reply": other, "preferred": int(not wins)}]
-    sampler.write(BRANCHES, rows)
+    sampler.write(out, BRANCHES, rows)
 
 
 def read_rows(folder: Path, name: str) -> list[dict[str, Any]]:

@@ -160,12 +160,20 @@ def test_reads_name_files_modules_and_data_sets(quiz: Path, tmp_path: Path, monk
     assert reads_of(["quiz"], None, None)["quiz"].datasets == {"owner/quiz": "c" * 40}
 
 
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """The names of tasks that were read from other folders are forgotten afterwards."""
+    yield
+    definitions.local_tasks.cache_clear()
+
+
 def key(names: list[str], own: dict[str, Path] | None = None, official: Path | None = None) -> str:
     """What of a stage's key depends on its tasks: the content of the files that they read, and their definitions."""
     files, definitions = task_reads(names, None, official, own or {})
     return json.dumps([{name: digest_tree(file) for name, file in files.items()}, definitions])
 
 
+@pytest.mark.usefixtures("forgotten")
 def test_what_a_definition_reads_is_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each case: files (with what a change makes of one of them), and what the definition says of its items."""
     rows = '{"question": "is 1 even ?", "choices": ["yes", "no"], "answer": 1}\n'
@@ -234,6 +242,7 @@ def test_what_a_definition_reads_is_in_the_key(tmp_path: Path, monkeypatch: pyte
         quiz.key()
 
 
+@pytest.mark.usefixtures("forgotten")
 def test_includes_groups_and_links_are_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = '{"question": "is 1 even ?", "answer": 1}\n'
     quiz = Benchmark(tmp_path / "chain", monkeypatch)

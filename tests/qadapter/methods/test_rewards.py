@@ -94,7 +94,7 @@ def test_advantages_by_hand(
 
     monkeypatch.setattr(trainer_of, "_generate_and_score_completions", watched)
     record = method_named(method)
-    monkeypatch.setattr(f"qadapter.methods.{method}.rewards_of", lambda _: reward)
+    monkeypatch.setattr("qadapter.methods.policy_gradients.rewards_of", lambda _: reward)
     training = TRAINING.model_copy(update={"max_steps": 2, "save_steps": None})
     choice = record.settings(replies_per_prompt=group)  # type: ignore[call-arg]
     out = world.train(method, tmp_path / "out", choice=choice, lora=NO_DROPOUT, training=training)

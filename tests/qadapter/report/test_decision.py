@@ -16,7 +16,7 @@ from qadapter.report.decision import decide_for_reader, items_needed
 from qadapter.report.intervals import Measured
 from qadapter.report.rows import Row
 from qadapter.report.summary import LONGEST_SUMMARY, first_sentences, sentences
-from tests.support.report_files import rule_row, write_lines
+from tests.support.report_files import pair_row, rule_row, write_lines
 
 WORDS = ("Pareto", "nats", "implied reward")
 
@@ -58,7 +58,7 @@ def test_a_clear_winner_is_recommended(tmp_path: Path) -> None:
         "93 % of the questions about old abilities are answered right; the base answers 95 %"
     )
     assert "one training only" in lines["How sure"]
-    assert lines["Cost"] == "training took 2 s per domain."
+    assert lines["Cost"] == "Training took 2 s per domain."
     assert not any(word in f"{found.recommendation} {lines}" for word in WORDS)
 
 
@@ -122,6 +122,39 @@ def test_a_base_that_babbles_is_said(tmp_path: Path) -> None:
     )
 
 
+def test_a_method_that_writes_as_its_base_is_not_recommended(tmp_path: Path) -> None:
+    """Every pair is preferred more than before, and every answer is the base's: no user would see a difference."""
+
+    def answered(method: str, gains: int, changed: int, **metrics: float) -> Row:
+        row = pair_row(tmp_path, "d", method, 0, [1.0] * gains + [-1.0] * (40 - gains), 0.9)
+        assert row.adaptation is not None
+        answers = [{"prompt": [], "base": f"b{i}", "reply": f"{'p' if i < changed else 'b'}{i}"} for i in range(20)]
+        write_lines(row.adaptation / "answers.jsonl", answers)
+        return replace(row, metrics={**row.metrics, **metrics})
+
+    base = Row("d", "base", None, {"adaptation/score": 0.5, "retention/mean": 0.9})
+    same = [answered("q-adapter", 40, 0), answered("dpo", 36, 0)]
+    found = decide_for_reader(Measured([base, *same]))
+    assert found.recommendation == (
+        "Use none of these yet: q-adapter and dpo score the wanted replies higher, but still write the base's answers, "
+        "word for word in all 40 that were generated. Train longer, or with a higher learning rate."
+    )
+    assert dict(found.lines)["Answers"].startswith("0 of 20 generated answers differ from the base's; whether they are")
+    found = decide_for_reader(Measured([base, same[0], answered("dpo", 36, 3)]))
+    assert found.recommendation == "Use dpo."
+    assert dict(found.lines)["Answers"].startswith("3 of 20 generated answers differ from the base's; whether they are")
+    judged = answered("dpo", 36, 3, adaptation__win_rate=0.8)
+    judged = replace(judged, metrics={name.replace("__", "/"): value for name, value in judged.metrics.items()})
+    assert "Answers" not in dict(decide_for_reader(Measured([base, judged])).lines)
+
+
+def test_methods_without_any_difference(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, {"base": 4, "q-adapter": 100, "dpo": 100}, {"base": 150, "q-adapter": 150, "dpo": 150})
+    assert decide_for_reader(Measured(rows)).recommendation == (
+        "Use q-adapter. It cannot be told from dpo: these data show no difference between the two."
+    )
+
+
 def test_a_policy_that_does_not_speak_wins_nothing(tmp_path: Path) -> None:
     """DPO has the highest score of all and answers `==========`."""
     follows = {"base": 4, "q-adapter": 100, "sft": 90, "dpo": 200}
@@ -145,6 +178,7 @@ def test_a_policy_that_does_not_speak_wins_nothing(tmp_path: Path) -> None:
     out.mkdir()
     build_report(rows, title="t", data={}, config={}, out=out)
     text = (out / "report.md").read_text(encoding="utf-8")
+    assert "Without a place in the comparison, because they do not speak: dpo. Bold: the best method" in text
     assert text.startswith("# t\n\n> **Recommendation.** Use q-adapter. It learnt more than sft")
     page = (out / "report.html").read_text(encoding="utf-8")
     assert page.index("Do not use dpo: it does not") < page.index("dpo does not speak") < page.index('id="comparison"')

@@ -156,7 +156,7 @@ def test_what_is_shared_is_compared_and_named(overlapping: list[Row]) -> None:
     """In `hard` the Q-Adapter learnt .2 less than SFT and kept .06 less; over both it keeps (.88 + .3) of (1 + .4)."""
     measured = Measured(overlapping)
     text = sentences(measured)
-    assert text[0].startswith("Not every method was measured in every domain: sft and dpo lack easy. Who")
+    assert text[0].startswith("Not every method was measured in every domain: sft and dpo lack easy. A method ")
     assert text[1].startswith("q-adapter keeps 84.3 % of the base's retention (0.590 of 0.700), reaches")
     assert text[2].startswith("q-adapter against sft, in hard only: sft learnt 0.200 more")
     assert "degradation avoided -0.060" in text[2]
