@@ -137,6 +137,7 @@ class Measured:
         tasks: retention task → its items.
         metrics: every measured number by its full name.
         faults: what is wrong with the generated replies, with an example; empty where nothing is.
+        changed: how many of the generated replies differ from the base's, and how many there are.
     """
 
     heldout: str
@@ -145,6 +146,7 @@ class Measured:
     tasks: dict[str, TaskItems]
     metrics: dict[str, float]
     faults: str = ""
+    changed: tuple[int, int] = (0, 0)
 
     @classmethod
     def read(cls, adaptation: Path, retention: Path) -> Measured:
@@ -161,6 +163,8 @@ class Measured:
             "preference_accuracy_length_normalised": per_token,
         }
         directions = read_json(retention / "directions.json")
+        answers = adaptation / "answers.jsonl"
+        replies = read_json_lines(answers) if answers.is_file() else []
         by_task: dict[str, list[dict[str, Any]]] = {}
         for item in read_json_lines(retention / "items.jsonl"):
             by_task.setdefault(item["task"], []).append(item)
@@ -171,6 +175,7 @@ class Measured:
             tasks={task: _task_items(task, items, directions) for task, items in by_task.items()},
             metrics={**read_json(adaptation / "metrics.json"), **read_json(retention / "metrics.json")},
             faults=faults_of(adaptation),
+            changed=(sum(row.get("reply") != row.get("base") for row in replies), len(replies)),
         )
 
     def reported(self, prompts: Sequence[str]) -> Measured:
@@ -377,6 +382,9 @@ def _speech(candidate: Measured) -> Iterator[Finding]:
         text = f"answers in language: {100 * share:.0f} % of its replies are broken"
         if share >= BROKEN_SHARE:
             text = f"answers no worse than its base: {100 * share:.0f} % of its replies are broken, as are its base's"
+        changed, count = candidate.changed
+        if count:
+            text += f"; {changed} of {count} differ from its base's"
         yield Finding("speech", True, text)
     else:
         yield Finding("speech", False, f"does not speak: {candidate.faults or 'most of its replies are broken'}")

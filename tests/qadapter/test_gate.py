@@ -211,6 +211,12 @@ def test_a_policy_that_does_not_speak_is_rejected_with_an_example(make: Any, tmp
     babbling = replace(speaking, metrics={**speaking.metrics, "adaptation/broken_replies": 0.9})
     passed = next(found for found in decide(Gate(), babbling, champion, champion).findings if found.rule == "speech")
     assert passed.text == "answers no worse than its base: 90 % of its replies are broken, as are its base's"
+    rows = [{"reply": "a", "base": "a"}, {"reply": "b", "base": "a"}]  # accuracies on pairs do not show that
+    (answers / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (answers / "speech.jsonl").write_text('{"faults": []}\n' * 2)
+    (answers / "metrics.json").write_text(json.dumps({"adaptation/speaks": 1.0, "adaptation/broken_replies": 0.0}))
+    found = decide(Gate(), Measured.read(answers, tmp_path / "1" / "r"), champion, champion).findings[0]
+    assert found.text == "answers in language: 0 % of its replies are broken; 1 of 2 differ from its base's"
 
 
 def test_over_refusals_are_limited_and_must_be_measured(make: Any) -> None:
