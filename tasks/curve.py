@@ -83,13 +83,15 @@ def measure_curve(
         )
 
     def log(run_id: str, output: StageOutput) -> None:
-        from qadapter.evaluation.curve.points import Curve
+        from qadapter.evaluation.curve.points import read_curves
 
-        columns: dict[str, list[Any]] = {"value": [], "adaptation": [], "retention": []}
-        for point in Curve.read(output.path).points:
-            columns["value"].append(point.value)
-            columns["adaptation"].append(point.learnt.mean)
-            columns["retention"].append(point.retention)
+        columns: dict[str, list[Any]] = {"dial": [], "value": [], "adaptation": [], "retention": []}
+        for curve in read_curves(output.path):
+            for point in curve.points:
+                columns["dial"].append(curve.kind)
+                columns["value"].append(point.value)
+                columns["adaptation"].append(point.learnt.mean)
+                columns["retention"].append(point.retention)
         context.tracker.log_table(run_id, columns, "curve.json")
 
     result = run_stage(

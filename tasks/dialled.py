@@ -50,14 +50,13 @@ def dial_candidate(
     """The same adapter with the dial that learnt most within the budget."""
 
     def compute(out: Path, _: Path) -> None:
-        from qadapter.evaluation.curve.budget import choose, facts_of
-        from qadapter.evaluation.curve.points import Curve
+        from qadapter.evaluation.curve.budget import choose_among, facts_of
+        from qadapter.evaluation.curve.points import read_curves
         from qadapter.files.artifacts import write_json
         from qadapter.policy.files import copy_turned
 
-        found = Curve.read(curve.stage.path)
-        choice = choose([found], budget)
-        copy_turned(adapter.path / "adapter", out / "adapter", dial=choice.dial(found))
+        choice = choose_among(read_curves(curve.stage.path), budget)
+        copy_turned(adapter.path / "adapter", out / "adapter", dial=choice.dial)
         write_json(out / CHOICE, facts_of(choice))
 
     result = run_stage(

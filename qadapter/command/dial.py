@@ -14,14 +14,15 @@ from qadapter.config.curve import CurveSettings
 from qadapter.config.evaluation import AdaptationSettings, RetentionSettings
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.curve.budget import SPLIT, Choice, choose, facts_of
+from qadapter.evaluation.curve.budget import SPLIT, Choice, choose_among, facts_of
 from qadapter.evaluation.curve.measure import measure_curve
-from qadapter.evaluation.curve.points import Curve
+from qadapter.evaluation.curve.points import read_curves
 from qadapter.export.card import Exported, write_card
 from qadapter.export.facts import FACTS, Facts, Measurement
 from qadapter.export.known import read_facts
 from qadapter.files.artifacts import read_json, storage_errors, write_json
 from qadapter.policy.base import load_tokenizer
+from qadapter.policy.dial import Dial
 from qadapter.policy.files import read_policy, write_dial
 from qadapter.policy.tokenizer import policy_tokenizer, training_record
 from qadapter.preferences.building import Choices
@@ -72,7 +73,7 @@ def run(options: DialOptions) -> None:
             model=model,
             adaptation=AdaptationSettings(batch_size=options.batch_size),
             retention=retention,
-            curve=CurveSettings(points=options.points),
+            curve=CurveSettings(kinds=options.kinds, points=options.points, values=options.values),
             max_length=options.max_length or record.get("max_length") or DEFAULT_MAX_LENGTH,
             world=None,
             style=None,
@@ -81,13 +82,17 @@ def run(options: DialOptions) -> None:
             official_data=Path(options.official_data) if options.official_data else None,
             own_tokenizer=policy_tokenizer(adapter, of_base),
         )
-        curve = Curve.read(out)
-    choice = choose([curve], budget)
+        curves = read_curves(out)
+    choice = choose_among(curves, budget)
     note(choice.sentence())
-    points = [{"dial": p.value, "adaptation": p.learnt.mean, "retention": p.retention} for p in curve.points]
-    print(json.dumps({"kind": curve.kind, **facts_of(choice), "points": points}, indent=2))
+    points = [
+        {"dial": str(Dial(curve.kind, p.value)), "adaptation": p.learnt.mean, "retention": p.retention}
+        for curve in curves
+        for p in curve.points
+    ]
+    print(json.dumps({**facts_of(choice), "points": points}, indent=2))
     if options.save:
-        _save(adapter, base, curve, choice)
+        _save(adapter, base, choice)
 
 
 def _heldout(options: DialOptions, adapter: Path, scratch: Path) -> Path:
@@ -110,9 +115,9 @@ def _heldout(options: DialOptions, adapter: Path, scratch: Path) -> Path:
     return file
 
 
-def _save(adapter: Path, base: str, curve: Curve, choice: Choice) -> None:
+def _save(adapter: Path, base: str, choice: Choice) -> None:
     """Set the adapter's dial; its card says what was measured there."""
-    dial = choice.dial(curve)
+    dial = choice.dial
     with storage_errors(adapter):
         write_dial(adapter, dial)
         known = Facts.from_json(read_json(adapter / FACTS)) if (adapter / FACTS).is_file() else Facts("")

@@ -30,6 +30,7 @@ from qadapter.config.model import LoraSettings, ModelSettings
 from qadapter.config.open_settings import TRAINER_TWINS, loading_fields, located, trainer_fields, with_twins
 from qadapter.config.sources import ReadingSettings
 from qadapter.config.training import OptimizerSettings, Tracker
+from qadapter.policy.dial import DialKind
 
 RENDERING = ("thinking", "thoughts", "chat_template_kwargs")
 _OF_THE_MODEL = ("dtype", "quantization", "revision", "trust_remote_code", *RENDERING)
@@ -444,7 +445,13 @@ class DialOptions(BaseOptions, ReadingOptions):
     dtype: DType | None = Field(None, description="of the base's weights (default: as trained)")
     quantization: Quantization | None = Field(None, description="of the base (default: as trained)")
     revision: str | None = Field(None, description="of a base from the hub (default: as trained)")
-    points: Annotated[int, Field(ge=2, le=33)] = Field(9, description="values of the dial to measure, ends included")
+    kinds: Annotated[tuple[DialKind, ...], BeforeValidator(_listed), Field(min_length=1)] = Field(
+        ("q-weight",), description="dials to measure and choose from: q-weight, scale, or q-weight,scale"
+    )
+    points: Annotated[int, Field(ge=2, le=33)] = Field(
+        9, description="values of each dial that are chosen between 0 and 1, ends included"
+    )
+    values: Numbers = Field((), description="further values to measure, above 1 too, a,b")
     limit: Count | None = Field(None, description="items per benchmark")
     batch_size: Count = Field(16, description="sequences per forward pass")
     max_new_tokens: Count | None = Field(None, description="longest answer (default: each benchmark's own)")

@@ -5,33 +5,57 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import fmean
 
 from qadapter.config.budget import Budget
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.curve.budget import Choice, Part, area_interval, choose_on, split_curves
-from qadapter.evaluation.curve.points import CURVE, Curve
+from qadapter.evaluation.curve.budget import (
+    Choice,
+    Part,
+    area_interval,
+    choose_on,
+    mean_adaptation,
+    mean_area_interval,
+    mean_difference,
+    mean_forgetting,
+    split_curves,
+)
+from qadapter.evaluation.curve.points import CURVE, Curve, read_curves
 from qadapter.evaluation.statistics import Interval
+from qadapter.methods.table import SUBJECT
+from qadapter.policy.dial import KINDS, DialKind
 from qadapter.report.rows import Row, listed, methods_of, ordered
 from qadapter.report.tables import Cell, Table, bracket, number
 
 BUDGETS = (0.005, 0.01, 0.02, 0.05)
 """Shares of the retention tasks' mean that may be forgotten."""
 LEGEND = (
-    "Each method at the value of its dial (weight on Q: 0 is the base, 1 the policy as trained) that learnt most "
-    "within the budget. The value is chosen on one half of the held-out pairs and benchmark items and everything shown "
-    "is measured on the other half (split `dial-1`, by content). In brackets: 95 % intervals over items and seeds. A "
-    "star: the whole interval of what was forgotten lies within the budget. *area*: adaptation that is reached, "
-    "averaged over all budgets from 0 to 5 %."
+    "Each method at the value of its dial (0 is the base, 1 the policy as trained) that learnt most within the budget. "
+    "The value is chosen on one half of the held-out pairs and benchmark items and everything shown is measured on the "
+    "other half (split `dial-1`, by content). In brackets: 95 % intervals over items and seeds. A star: the whole "
+    "interval of what was forgotten lies within the budget. *area*: adaptation that is reached, averaged over all "
+    "budgets from 0 to 5 %."
+)
+VALUES_LEGEND = (
+    "Adaptation / retention at each value of the dial that all methods were measured at, mean over seeds, on all "
+    "items. *q-weight*: base logits plus the weight times the difference that the policy makes. *scale*: the adapter "
+    "multiplied by it."
 )
 
 
 @dataclass(frozen=True)
 class MethodCurve:
-    """The curves of one method in one domain, over its seeds."""
+    """The curves of one method in one domain along one kind of dial, over its seeds."""
 
     domain: str
     method: str
+    kind: DialKind
     curves: tuple[Curve, ...]
+
+    @property
+    def metric(self) -> str:
+        """Where its metrics stand."""
+        return f"curve/{self.domain}/{self.method}{_suffix(self.kind)}"
 
     @cached_property
     def parts(self) -> tuple[Part, Part]:
@@ -47,29 +71,59 @@ class MethodCurve:
         """Area under the front."""
         return area_interval(*self.parts)
 
+    def mean(self, value: float) -> tuple[float, float]:
+        """Adaptation and retention at a value, mean over seeds, on all items."""
+        points = [next(point for point in curve.points if point.value == value) for curve in self.curves]
+        return fmean(point.learnt.mean for point in points), fmean(point.retention for point in points)
+
+
+def _suffix(kind: DialKind) -> str:
+    return "" if kind == "q-weight" else f"/{kind}"
+
 
 def curves_of(rows: Sequence[Row]) -> list[MethodCurve]:
-    """The curves behind the rows, by domain and method; those whose items cannot be split are left out."""
+    """The curves behind the rows, by domain, method and kind; those whose items cannot be split are left out."""
     found = []
     for domain in ordered(row.domain for row in rows):
         for method in methods_of(row for row in rows if row.domain == domain):
             folders = [row.curve for row in rows if (row.domain, row.method) == (domain, method) and row.curve]
-            curves = tuple(Curve.read(folder) for folder in folders if (folder / CURVE).is_file())
-            if not curves:
-                continue
-            one = MethodCurve(domain, method, curves)
-            try:
-                _ = one.parts
-            except QAdapterError:  # too few items in a half
-                continue
-            found.append(one)
+            curves = [curve for folder in folders if (folder / CURVE).is_file() for curve in read_curves(folder)]
+            for kind in ordered(curve.kind for curve in curves):
+                one = MethodCurve(domain, method, kind, tuple(curve for curve in curves if curve.kind == kind))  # type: ignore[arg-type]
+                try:
+                    _ = one.parts
+                except QAdapterError:  # too few items in a half
+                    continue
+                found.append(one)
+    return found
+
+
+def kinds_of(curves: Sequence[MethodCurve]) -> list[DialKind]:
+    """The kinds of dial that were measured."""
+    found = {one.kind for one in curves}
+    return [kind for kind in KINDS[::-1] if kind in found]
+
+
+def over_domains(curves: Sequence[MethodCurve]) -> list[list[MethodCurve]]:
+    """For each method and kind its curves in all domains; those that lack a domain or a seed are left out."""
+    domains = ordered(one.domain for one in curves)
+    found = []
+    for kind in kinds_of(curves):
+        for method in ordered(one.method for one in curves):
+            own = [one for one in curves if (one.method, one.kind) == (method, kind)]
+            if len(own) == len(domains) and len({len(one.curves) for one in own}) == 1:
+                found.append(own)
     return found
 
 
 def budget_table(curves: Sequence[MethodCurve]) -> Table | None:
-    """A row per domain and method: adaptation, dial and forgetting at each budget, and the area; None: no curves."""
+    """A row per domain, method and kind: adaptation, dial and forgetting at each budget, and the area.
+
+    With several domains each method has a row of its means over them as well. None without curves.
+    """
     if not curves:
         return None
+    many = len(kinds_of(curves)) > 1
     rows = []
     for one in curves:
         cells = []
@@ -80,66 +134,160 @@ def budget_table(curves: Sequence[MethodCurve]) -> Table | None:
                 Cell(f"{found.value:g}"),
                 Cell(number(found.forgetting.estimate), bracket(found.forgetting)),
             ]
-        rows.append((f"{one.domain} · {one.method}", (*cells, Cell(number(one.area.estimate), bracket(one.area)))))
+        rows.append((_label(one.domain, one, many), (*cells, Cell(number(one.area.estimate), bracket(one.area)))))
+    if len({one.domain for one in curves}) > 1:
+        for own in over_domains(curves):
+            cells = []
+            for budget in BUDGETS:
+                choices = [one.at(budget) for one in own]
+                learnt, lost = _means(own, choices)
+                cells += [
+                    Cell(number(learnt.estimate), bracket(learnt), sure=lost.high <= budget),
+                    Cell(f"{fmean(choice.value for choice in choices):.2f}"),
+                    Cell(number(lost.estimate), bracket(lost)),
+                ]
+            area = mean_area_interval([one.parts for one in own])
+            rows.append((_label("mean", own[0], many), (*cells, Cell(number(area.estimate), bracket(area)))))
     groups = (*((f"budget {100 * budget:g} %", 3) for budget in BUDGETS), ("front", 1))
     columns = (*("adaptation", "dial", "forgotten") * len(BUDGETS), "area")
-    return Table("domain · method", groups, columns, tuple(rows))
+    return Table("domain · method" + (" · dial" if many else ""), groups, columns, tuple(rows))
+
+
+def _label(domain: str, one: MethodCurve, many: bool) -> str:
+    return f"{domain} · {one.method}" + (f" · {one.kind}" if many else "")
+
+
+def _means(own: Sequence[MethodCurve], choices: Sequence[Choice]) -> tuple[Interval, Interval]:
+    reported, places = [one.parts[1] for one in own], [choice.place for choice in choices]
+    return mean_adaptation(reported, places), mean_forgetting(reported, places)
+
+
+def values_table(curves: Sequence[MethodCurve]) -> Table | None:
+    """A row per domain and method: adaptation / retention at each value that all were measured at; None: no curves."""
+    if not curves:
+        return None
+    kinds = kinds_of(curves)
+    common = {
+        kind: set.intersection(
+            *({point.value for point in curve.points} for one in curves if one.kind == kind for curve in one.curves)
+        )
+        for kind in kinds
+    }
+    shown: list[tuple[DialKind, float]] = [(kinds[0], 0.0), (kinds[0], 1.0)]
+    shown += [(kind, value) for kind in kinds for value in sorted(common[kind] - {0.0, 1.0})]
+    of = {(one.domain, one.method, one.kind): one for one in curves}
+    domains = ordered(one.domain for one in curves)
+    rows, means = [], []
+    for method in ordered(one.method for one in curves):
+        for domain in domains:
+            numbers = [of[at].mean(value) if (at := (domain, method, kind)) in of else None for kind, value in shown]
+            if any(numbers):
+                rows.append((domain, (f"{domain} · {method}", tuple(_pair(found) for found in numbers))))
+        if len(domains) > 1:
+            cells = []
+            for kind, value in shown:
+                own = [of[domain, method, kind].mean(value) for domain in domains if (domain, method, kind) in of]
+                whole = len(own) == len(domains)
+                cells.append(_pair((fmean(a for a, _ in own), fmean(b for _, b in own)) if whole else None))
+            means.append((f"mean · {method}", tuple(cells)))
+    by_domain = [row for domain in domains for of_domain, row in rows if of_domain == domain]
+    groups = (("", 2), *((kind, len(common[kind]) - 2) for kind in kinds if len(common[kind]) > 2))
+    columns = ("base", "as trained", *(f"{value:g}" for _, value in shown[2:]))
+    return Table("domain · method", groups, columns, (*by_domain, *means))
+
+
+def _pair(found: tuple[float, float] | None) -> Cell:
+    return Cell("–" if found is None else f"{number(found[0])} / {number(found[1])}")
 
 
 def budget_metrics(curves: Sequence[MethodCurve]) -> dict[str, float]:
-    """`curve/<domain>/<method>/adaptation_at_<budget>` with its interval, dial and forgetting, and the area."""
+    """`curve/<domain>/<method>/adaptation_at_<budget>` with its interval, dial and forgetting, and the area.
+
+    Means over several domains are those of the domain `mean`; those of the scale are under `<method>/scale`.
+    """
     found: dict[str, float] = {}
     for one in curves:
-        name = f"curve/{one.domain}/{one.method}"
         for budget in BUDGETS:
-            choice, key = one.at(budget), f"{name}/adaptation_at_{100 * budget:g}_percent"
-            found |= {
-                key: choice.adaptation.estimate,
-                f"{key}/low": choice.adaptation.low,
-                f"{key}/high": choice.adaptation.high,
-                f"{key}/dial": choice.value,
-                f"{key}/forgetting": choice.forgetting.estimate,
-            }
-        found |= {
-            f"{name}/area": one.area.estimate,
-            f"{name}/area/low": one.area.low,
-            f"{name}/area/high": one.area.high,
-        }
+            choice, key = one.at(budget), f"{one.metric}/adaptation_at_{100 * budget:g}_percent"
+            found |= _interval_metrics(key, choice.adaptation)
+            found |= {f"{key}/dial": choice.value, f"{key}/forgetting": choice.forgetting.estimate}
+        found |= _interval_metrics(f"{one.metric}/area", one.area)
+    if len({one.domain for one in curves}) > 1:
+        for own in over_domains(curves):
+            name = f"curve/mean/{own[0].method}{_suffix(own[0].kind)}"
+            for budget in BUDGETS:
+                learnt, lost = _means(own, [one.at(budget) for one in own])
+                key = f"{name}/adaptation_at_{100 * budget:g}_percent"
+                found |= {**_interval_metrics(key, learnt), f"{key}/forgetting": lost.estimate}
+            found |= _interval_metrics(f"{name}/area", mean_area_interval([one.parts for one in own]))
     return found
 
 
+def _interval_metrics(name: str, interval: Interval) -> dict[str, float]:
+    return {name: interval.estimate, f"{name}/low": interval.low, f"{name}/high": interval.high}
+
+
 def budget_sentences(curves: Sequence[MethodCurve], budget: float = 0.01) -> list[str]:
-    """For each domain which method learnt most at one budget, and where a dial takes back what training overshot."""
-    sentences = []
-    for domain in ordered(one.domain for one in curves):
-        here = {one.method: one.at(budget) for one in curves if one.domain == domain}
-        best = max(found.adaptation.estimate for found in here.values())
-        ahead = [method for method, found in here.items() if found.adaptation.estimate >= best - 1e-9]
-        unsure = [
-            method
-            for method, found in here.items()
-            if method not in ahead and found.adaptation.high >= min(here[m].adaptation.low for m in ahead)
-        ]
-        others = f"; not surely behind: {listed(unsure)}" if unsure else ""
-        sentences.append(
-            f"{domain}, at most {100 * budget:g} % forgotten: {listed(ahead)} "
-            f"{'learns' if len(ahead) == 1 else 'learn'} most, adaptation {best:.3f}{others}."
-        )
-    return sentences + _overshoot(curves, budget)
+    """Which methods learnt most at one budget, how far the Q-Adapter is ahead, and what a dial takes back."""
+    kinds, sentences = kinds_of(curves), []
+    for kind in kinds:
+        of_kind = [one for one in curves if one.kind == kind]
+        along = f" (dial {kind})" if len(kinds) > 1 else ""
+        domains = ordered(one.domain for one in of_kind)
+        sentences += _ahead(of_kind, budget, along)
+        if kind != kinds[0] and len(domains) > 1:
+            continue  # the table has them
+        for domain in domains:
+            here = {one.method: one.at(budget) for one in of_kind if one.domain == domain}
+            best = max(found.adaptation.estimate for found in here.values())
+            ahead = [method for method, found in here.items() if found.adaptation.estimate >= best - 1e-9]
+            unsure = [
+                method
+                for method, found in here.items()
+                if method not in ahead and found.adaptation.high >= min(here[m].adaptation.low for m in ahead)
+            ]
+            others = f"; not surely behind: {listed(unsure)}" if unsure else ""
+            sentences.append(
+                f"{domain}, at most {100 * budget:g} % forgotten{along}: {listed(ahead)} "
+                f"{'learns' if len(ahead) == 1 else 'learn'} most, adaptation {best:.3f}{others}."
+            )
+    return sentences + [sentence for kind in kinds for sentence in _overshoot(curves, kind, budget, len(kinds) > 1)]
 
 
-def _overshoot(curves: Sequence[MethodCurve], budget: float) -> list[str]:
+def _ahead(curves: Sequence[MethodCurve], budget: float, along: str) -> list[str]:
+    """How far the Q-Adapter is ahead of each method at equal budgets, mean over domains."""
+    means = {own[0].method: own for own in over_domains(curves)}
+    ours = means.pop(SUBJECT.name, None)
+    if not ours or not means:
+        return []
+    differences = []
+    for method, theirs in means.items():
+        places = [[one.at(budget).place for one in own] for own in (ours, theirs)]
+        found = mean_difference([one.parts[1] for one in ours], places[0], [one.parts[1] for one in theirs], places[1])
+        verdict = "larger than the noise" if found.excludes_zero else "not larger than the noise"
+        differences.append(f"{method} {found.estimate:+.3f} {bracket(found)}, {verdict}")
+    where = f"mean over {len(ours)} domains" if len(ours) > 1 else ours[0].domain
+    return [
+        f"At most {100 * budget:g} % forgotten, {where}{along}: adaptation of {SUBJECT.name} minus that of "
+        f"{'; '.join(differences)}."
+    ]
+
+
+def _overshoot(curves: Sequence[MethodCurve], kind: DialKind, budget: float, many: bool) -> list[str]:
     """Policies that forgot more than the budget as trained and stay within it at a smaller dial without a loss."""
     saved = []
     for one in curves:
+        if one.kind != kind:
+            continue
         _, reported = one.parts
-        last, found = len(reported.values) - 1, one.at(budget)
+        last, found = reported.values.index(1.0), one.at(budget)
         before, after = reported.adaptation(last), found.adaptation.estimate
-        if reported.forgetting(last) > budget and found.value > 0 and after >= before - 0.01:
+        if reported.forgetting(last) > budget and 0 < found.value < 1 and after >= before - 0.01:
             saved.append(
                 f"{one.domain} · {one.method} (forgotten {reported.forgetting(last):.3f} as trained, "
                 f"{found.forgetting.estimate:.3f} at {found.value:g}; adaptation {before:.3f} and {after:.3f})"
             )
     if not saved:
         return []
-    return [f"What the dial takes back at no cost in adaptation: {listed(saved)}."]
+    which = f"the dial {kind}" if many else "the dial"
+    return [f"What {which} takes back at no cost in adaptation: {listed(saved)}."]

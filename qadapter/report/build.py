@@ -16,7 +16,14 @@ from qadapter.files.shown import to_csv
 from qadapter.report import markdown
 from qadapter.report.answers import answers_table, side_by_side
 from qadapter.report.budget import LEGEND as BUDGET_LEGEND
-from qadapter.report.budget import budget_metrics, budget_sentences, budget_table, curves_of
+from qadapter.report.budget import (
+    VALUES_LEGEND,
+    budget_metrics,
+    budget_sentences,
+    budget_table,
+    curves_of,
+    values_table,
+)
 from qadapter.report.cards import write_cards
 from qadapter.report.curves import training_curves
 from qadapter.report.decision import Decision, decide_for_reader
@@ -120,6 +127,7 @@ def build_report(
         "decision": decide_for_reader(measured),
         "sentences": [*first, *budget_sentences(curves)],
         "budgets": budget_table(curves),
+        "values": values_table(curves),
         "notes": further,
         "main": main,
         "legend": legend,
@@ -146,6 +154,7 @@ def build_report(
         "figure": data_uri(out / FIGURE),
         "curves": data_uri(out / CURVES) if has_curves else "",
         "budget_legend": BUDGET_LEGEND,
+        "values_legend": VALUES_LEGEND,
         "dial_figure": data_uri(out / DIAL_FIGURE) if curves else "",
     }
     write_cards(measured, data, config, out)
@@ -229,6 +238,9 @@ def _budgets(content: Mapping[str, Any]) -> list[str]:
         f"![curves of the dial]({DIAL_FIGURE})",
         markdown.table(content["budgets"]),
         BUDGET_LEGEND,
+        "### At each value of the dial",
+        markdown.table(content["values"]),
+        VALUES_LEGEND,
     ]
 
 

@@ -11,6 +11,7 @@ of a given text. They are linear in w, so for a given text two things follow fro
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from qadapter.evaluation.divergence import right_padded
 from qadapter.inference.score import Predictions, by_length, chunks, evaluating
-from qadapter.policy.dial import Dial
+from qadapter.policy.dial import Dial, DialKind
 from qadapter.policy.model import QAdapterForCausalLM
 
 Text = tuple[tuple[int, ...], tuple[int, ...]]
@@ -50,18 +51,23 @@ class _AtDial(nn.Module):
         )
 
 
-def _rows(
-    policy: QAdapterForCausalLM, texts: Sequence[Text], pad: int, batch_size: int
-) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor, Tensor]]:
-    """For chunks of predicted tokens: which text each is of [N], B [N, V], P [N, V] and the token [N]."""
-    sides = [_AtDial(policy, Dial("q-weight", value)) for value in (0.0, 1.0)]
+ENDS = (Dial("q-weight", 0.0), Dial("q-weight", 1.0))
+"""The dials of B and P."""
+
+
+def rows_at(
+    policy: QAdapterForCausalLM, dials: Sequence[Dial], texts: Sequence[Text], *, pad: int, batch_size: int
+) -> Iterator[tuple[NDArray[np.int64], list[Tensor], Tensor]]:
+    """For chunks of predicted tokens: which text each is of [N], [N, V] logits at each dial, and the token [N]."""
+    sides = [_AtDial(policy, dial) for dial in dials]
     with evaluating(policy):
         for some in by_length([len(prompt) + len(rest) for prompt, rest in texts], batch_size):
             batch = right_padded([([*texts[i][0], *texts[i][1]], len(texts[i][1])) for i in some], pad)
-            base, trained = (Predictions(side, batch) for side in sides)
-            for part in chunks(len(base.rows), 4 * base.vocabulary):
-                of = np.array(some)[base.rows[part].cpu().numpy()]
-                yield of, base.logits(part), trained.logits(part), base.targets[part]
+            found = [Predictions(side, batch) for side in sides]
+            first = found[0]
+            for part in chunks(len(first.rows), 2 * len(sides) * first.vocabulary):
+                of = np.array(some)[first.rows[part].cpu().numpy()]
+                yield of, [one.logits(part) for one in found], first.targets[part]
 
 
 def greedy_intervals(
@@ -79,7 +85,7 @@ def greedy_intervals(
         [n, 2], lowest and highest weight; the first above the second where there is none.
     """
     found = np.tile([-math.inf, math.inf], (len(texts), 1))
-    for of, base, trained, targets in _rows(policy, texts, pad, batch_size):
+    for of, (base, trained), targets in rows_at(policy, ENDS, texts, pad=pad, batch_size=batch_size):
         index = targets[:, None].to(base.device)
         at_0 = (base.gather(1, index) - base).double()  # how far the token is ahead of each other one, at weight 0
         slope = (trained.gather(1, index) - trained).double() - at_0
@@ -106,28 +112,45 @@ def log_likelihoods(
         [n, W], summed over the text's tokens in nats; [n, W], whether the text is the greedy one.
     """
     sums, greedy = np.zeros((len(texts), len(values))), np.ones((len(texts), len(values)), dtype=bool)
-    for of, base, trained, targets in _rows(policy, texts, pad, batch_size):
-        base, trained, index = base.float(), trained.float(), targets[:, None].to(base.device)
+    for of, (base, trained), targets in rows_at(policy, ENDS, texts, pad=pad, batch_size=batch_size):
+        base, trained = base.float(), trained.float()
         for column, value in enumerate(values):
             logits = torch.lerp(base, trained, float(value))
-            scores = logits.gather(1, index).squeeze(1) - logits.logsumexp(dim=1)
-            np.add.at(sums[:, column], of, scores.double().cpu().numpy())
-            best = (logits.argmax(dim=1) == targets.to(logits.device)).cpu().numpy()
-            np.logical_and.at(greedy[:, column], of, best)
+            add_scores(sums[:, column], greedy[:, column], of, logits, targets)
     return sums, greedy
 
 
-class DialledTexts:
-    """Greedy answers and log-likelihoods of one policy at every weight that is asked for.
+def add_scores(
+    sums: NDArray[np.float64], greedy: NDArray[np.bool_], of: NDArray[np.int64], logits: Tensor, targets: Tensor
+) -> None:
+    """Add the log-probabilities of some tokens to those of their texts, and whether each is the greedy one.
+
+    Args:
+        sums, greedy: [n], of the texts; changed.
+        of: [N], which text each token is of.
+        logits: [N, V].
+        targets: [N], the tokens.
+    """
+    targets = targets.to(logits.device)
+    scores = logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(dim=1)
+    np.add.at(sums, of, scores.double().cpu().numpy())
+    np.logical_and.at(greedy, of, (logits.argmax(dim=1) == targets).cpu().numpy())
+
+
+class WeightedTexts:
+    """Greedy answers and log-likelihoods of one policy at every weight on Q that is asked for.
 
     An answer that is known with the interval of its weights is not generated again; a likelihood is computed once, for
     all weights of a grid.
 
     Attributes:
-        policy: whose; its dial is set by whoever generates.
+        kind: of the dial.
+        policy: whose; its own dial does not matter.
         grid: the weights that are asked for.
         generated, reused: answers that had to be generated, and those that were known.
     """
+
+    kind: DialKind = "q-weight"
 
     def __init__(self, policy: QAdapterForCausalLM, grid: Sequence[float], *, pad: int, batch_size: int) -> None:
         self.policy, self.grid = policy, tuple(grid)
@@ -136,8 +159,13 @@ class DialledTexts:
         self._scored: dict[Text, tuple[NDArray[np.float64], NDArray[np.bool_]]] = {}
         self.generated = self.reused = 0
 
-    def learn(self, texts: Sequence[Text]) -> None:
-        """Take in answers, with the weights at which they are the greedy ones."""
+    def learn(self, texts: Sequence[Text], value: float) -> None:
+        """Take in answers, with the weights at which they are the greedy ones.
+
+        Args:
+            texts: prompts and answers.
+            value: the weight that they were given at; here every weight is looked at.
+        """
         new = [text for text in dict.fromkeys(texts) if text[1] and not self._knows(*text)]
         if not new:
             return
@@ -148,9 +176,20 @@ class DialledTexts:
     def _knows(self, prompt: tuple[int, ...], answer: tuple[int, ...]) -> bool:
         return any(known == answer for known, _, _ in self._answers.get(prompt, ()))
 
-    def answer(self, prompt: Sequence[int], value: float) -> tuple[int, ...] | None:
-        """The greedy answer at a weight; None if it is not known."""
-        for answer, low, high in self._answers.get(tuple(prompt), ()):
+    def known(self) -> dict[float, list[Text]]:
+        """Every answer that was learnt, by a weight at which it is the greedy one."""
+        found: dict[float, list[Text]] = defaultdict(list)
+        for prompt, answers in self._answers.items():
+            for answer, low, high in answers:
+                found[min(max(low, 0.0), high)].append((prompt, answer))
+        return found
+
+    def answers(self, prompts: Sequence[tuple[int, ...]], value: float) -> list[tuple[int, ...] | None]:
+        """The greedy answer to each prompt at a weight; None where it is not known."""
+        return [self._answer(prompt, value) for prompt in prompts]
+
+    def _answer(self, prompt: tuple[int, ...], value: float) -> tuple[int, ...] | None:
+        for answer, low, high in self._answers.get(prompt, ()):
             if low <= value <= high:
                 return answer
         return None

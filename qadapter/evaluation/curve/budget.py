@@ -15,12 +15,14 @@ from qadapter.config.budget import Budget
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.curve.points import Curve, Point
 from qadapter.evaluation.statistics import Interval, mean_of_tasks_interval, proportion_interval
-from qadapter.policy.dial import Dial
+from qadapter.policy.dial import Dial, DialKind
 
 SPLIT = "dial-1"
 """Name of the split of held-out items into the part that the dial is chosen on and the part that is reported."""
 DRAWS = 2000
 """Bootstrap draws of an interval."""
+LARGEST_BUDGET = 0.05
+"""Of forgetting, for the area under the front."""
 FEWEST = 4
 """Items that each part needs of what is compared."""
 Mask = NDArray[np.bool_]
@@ -40,6 +42,7 @@ class Part:
     """A curve on one part of the items, as differences to its base (point 0).
 
     Attributes:
+        kind: of the dial.
         values: [P], of the dial.
         gained: [S, P, n], adaptation minus the base's, for S adapters that differ in their seed.
         lost: task → [S, P, n], the base's score minus the policy's (reversed where lower is better).
@@ -49,6 +52,7 @@ class Part:
         before: the base's own adaptation.
     """
 
+    kind: DialKind
     values: tuple[float, ...]
     gained: NDArray[np.float64]
     lost: Mapping[str, NDArray[np.float64]]
@@ -67,26 +71,55 @@ class Part:
         found = [np.average(self.lost[name][:, place], axis=1, weights=self.weights[name]).mean() for name in names]
         return float(np.mean(found)) if found else math.nan
 
-    def adaptation_interval(self, place: int) -> Interval:
-        """95 % interval of the adaptation at a point."""
-        found = mean_of_tasks_interval([self.gained[:, place]], resamples=DRAWS)
-        return _moved(found, self.before)
 
-    def forgetting_interval(self, place: int, task: str | None = None) -> Interval:
-        """95 % interval of the forgetting at a point; as wide at least as its number of items can tell."""
-        names = [task] if task else list(self.averaged)
-        tables = [self.lost[name][:, place] for name in names]
-        found = mean_of_tasks_interval(tables, weights=[self.weights[name] for name in names], resamples=DRAWS)
-        # A bootstrap of items of which none changed has no width; Wilson's interval for none of n has.
-        half = math.sqrt(sum(_rarest(table.shape[1]) ** 2 for table in tables)) / len(tables)
-        return Interval(
-            found.estimate,
-            min(found.low, found.estimate - half),
-            max(found.high, found.estimate + half),
-            found.stderr,
-            found.items,
-            found.seeds,
-        )
+def mean_adaptation(parts: Sequence[Part], places: Sequence[int]) -> Interval:
+    """95 % interval of the adaptation, mean over domains, each at its own point.
+
+    Args:
+        parts: of each domain, with the same seeds.
+        places: of each domain's point.
+    """
+    found = mean_of_tasks_interval(
+        [part.gained[:, place] for part, place in zip(parts, places, strict=True)], resamples=DRAWS
+    )
+    return _moved(found, float(np.mean([part.before for part in parts])))
+
+
+def mean_forgetting(parts: Sequence[Part], places: Sequence[int], task: str | None = None) -> Interval:
+    """95 % interval of the forgetting, mean over domains; as wide at least as its number of items can tell.
+
+    Domains share their retention items: an item is drawn for all of them at once.
+
+    Args:
+        parts, places: as in `mean_adaptation`.
+        task: of which; the mean over tasks without it.
+    """
+    names = [task] if task else list(parts[0].averaged)
+    tables = [
+        np.mean([part.lost[name][:, place] for part, place in zip(parts, places, strict=True)], axis=0)
+        for name in names
+    ]
+    found = mean_of_tasks_interval(tables, weights=[parts[0].weights[name] for name in names], resamples=DRAWS)
+    # A bootstrap of items of which none changed has no width; Wilson's interval for none of n has.
+    half = math.sqrt(sum(_rarest(table.shape[1]) ** 2 for table in tables)) / len(tables)
+    low, high = min(found.low, found.estimate - half), max(found.high, found.estimate + half)
+    return Interval(found.estimate, low, high, found.stderr, found.items, found.seeds)
+
+
+def mean_difference(
+    ours: Sequence[Part], our_places: Sequence[int], theirs: Sequence[Part], their_places: Sequence[int]
+) -> Interval:
+    """95 % interval of how much more one method learnt than another, mean over domains, paired by item and seed.
+
+    Args:
+        ours, theirs: of each domain, on the same items and with the same seeds.
+        our_places, their_places: of each domain's point.
+    """
+    sides = [
+        [part.gained[:, place] for part, place in zip(parts, places, strict=True)]
+        for parts, places in ((ours, our_places), (theirs, their_places))
+    ]
+    return mean_of_tasks_interval([a - b for a, b in zip(*sides, strict=True)], resamples=DRAWS)
 
 
 def _rarest(items: int) -> float:
@@ -106,10 +139,13 @@ def split_curves(curves: Sequence[Curve]) -> tuple[Part, Part]:
         curves: of one method in one domain, one for each seed; values that not all have are left out.
 
     Raises:
-        QAdapterError: they were measured on different items, or a part has too few.
+        QAdapterError: they were measured on different items or along different dials, a part has too few items, or no
+            task has a score of which more is better, so that there is no mean that could fall.
     """
     if len({curve.points[0].learnt.ids for curve in curves}) != 1:
         raise QAdapterError("The curves were measured on different held-out items, so that they cannot be averaged.")
+    if len({curve.kind for curve in curves}) != 1:
+        raise QAdapterError("The curves are of different kinds of dial, so that they cannot be averaged.")
     common = sorted(set.intersection(*({point.value for point in curve.points} for curve in curves)))
     rows = [[next(p for p in curve.points if p.value == value) for value in common] for curve in curves]
     first = rows[0][0]
@@ -124,11 +160,17 @@ def split_curves(curves: Sequence[Curve]) -> tuple[Part, Part]:
     parts = []
     for side in (True, False):
         masks = {name: mask == side for name, mask in kept.items()}
-        parts.append(_part(common, rows, chosen == side, masks))
+        parts.append(_part(curves[0].kind, common, rows, chosen == side, masks))
     return parts[0], parts[1]
 
 
-def _part(values: Sequence[float], rows: Sequence[Sequence[Point]], chosen: Mask, masks: Mapping[str, Mask]) -> Part:
+def _part(
+    kind: DialKind,
+    values: Sequence[float],
+    rows: Sequence[Sequence[Point]],
+    chosen: Mask,
+    masks: Mapping[str, Mask],
+) -> Part:
     fewest = min([int(chosen.sum()), *(int(mask.sum()) for mask in masks.values())])
     if fewest < FEWEST:
         raise QAdapterError(
@@ -155,7 +197,12 @@ def _part(values: Sequence[float], rows: Sequence[Sequence[Point]], chosen: Mask
         ]
     )
     averaged = tuple(name for name, task in first.kept.items() if task.higher)
-    return Part(tuple(values), gained, lost, weights, averaged, refused, float(of_base.mean()))
+    if not averaged:
+        raise QAdapterError(
+            f"None of the benchmarks ({', '.join(first.kept) or 'none given'}) has a score of which more is better, so "
+            "no mean can fall below the base's; add a benchmark that is scored by accuracy."
+        )
+    return Part(kind, tuple(values), gained, lost, weights, averaged, refused, float(of_base.mean()))
 
 
 @dataclass(frozen=True)
@@ -164,6 +211,7 @@ class Choice:
 
     Attributes:
         budget: that was asked for.
+        kind: of the dial.
         value: of the dial; 0 (the base) where no point above it satisfies the budget.
         place: of the point.
         adaptation, forgetting: on the part that it was not chosen on.
@@ -176,6 +224,7 @@ class Choice:
     """
 
     budget: Budget
+    kind: DialKind
     value: float
     place: int
     adaptation: Interval
@@ -186,9 +235,10 @@ class Choice:
     nearest: tuple[float, float] | None
     items: tuple[int, int]
 
-    def dial(self, curve: Curve) -> Dial:
+    @property
+    def dial(self) -> Dial:
         """The dial of the point."""
-        return Dial(curve.kind, self.value)
+        return Dial(self.kind, self.value)
 
     def sentence(self) -> str:
         """What was chosen and how sure it is, for people."""
@@ -200,14 +250,14 @@ class Choice:
         if self.nearest is not None:
             value, by = self.nearest
             return (
-                f"no point above 0 stays within the budget of {limit:g}: the nearest, {value:g}, exceeds it by "
-                f"{by:.4f}. The dial stays at 0, the base"
+                f"no point above 0 stays within the budget of {limit:g}: the nearest, {Dial(self.kind, value)}, "
+                f"exceeds it by {by:.4f}. The dial stays at 0, the base"
             )
         if self.sure:
-            return f"dial {self.value:g}: {learnt}, {shown}, within the budget of {limit:g} with confidence, {where}"
+            return f"dial {self.dial}: {learnt}, {shown}, within the budget of {limit:g} with confidence, {where}"
         over = found.high - limit
         return (
-            f"dial {self.value:g}: {learnt}, {shown}, {where}. Not surely within the budget of {limit:g}: the interval "
+            f"dial {self.dial}: {learnt}, {shown}, {where}. Not surely within the budget of {limit:g}: the interval "
             f"reaches {over:.4f} beyond it"
         )
 
@@ -239,6 +289,22 @@ def choose(curves: Sequence[Curve], budget: Budget) -> Choice:
     return choose_on(selection, reported, budget)
 
 
+def choose_among(curves: Sequence[Curve], budget: Budget) -> Choice:
+    """`choose` for one adapter's curves along several kinds of dial: that of the kind that learnt most.
+
+    Among equals the one that forgot less on the selection part is taken, then the kind that comes first.
+
+    Args:
+        curves: one for each kind.
+        budget: how much may be forgotten.
+
+    Raises:
+        QAdapterError: as `split_curves`.
+    """
+    found = [choose([curve], budget) for curve in curves]
+    return max(found, key=lambda choice: (round(choice.expected[0], 12), -round(choice.expected[1], 12)))
+
+
 def choose_on(selection: Part, reported: Part, budget: Budget) -> Choice:
     """`choose`, for parts that are there already."""
     places = range(len(selection.values))
@@ -256,12 +322,13 @@ def choose_on(selection: Part, reported: Part, budget: Budget) -> Choice:
     if not any(selection.values[place] > 0 for place in within):
         place = min((place for place in places if selection.values[place] > 0), key=over.__getitem__)
         nearest = (selection.values[place], over[place])
-    forgetting = reported.forgetting_interval(best)
+    forgetting = mean_forgetting([reported], [best])
     return Choice(
         budget=budget,
+        kind=selection.kind,
         value=selection.values[best],
         place=best,
-        adaptation=reported.adaptation_interval(best),
+        adaptation=mean_adaptation([reported], [best]),
         forgetting=forgetting,
         gain=mean_of_tasks_interval([reported.gained[:, best]], resamples=DRAWS),
         expected=(selection.adaptation(best), selection.forgetting(best)),
@@ -271,7 +338,7 @@ def choose_on(selection: Part, reported: Part, budget: Budget) -> Choice:
     )
 
 
-def front_area(part: Part, place_of: Sequence[int] | None = None, largest: float = 0.05) -> float:
+def front_area(part: Part, place_of: Sequence[int] | None = None, largest: float = LARGEST_BUDGET) -> float:
     """Area under the front: adaptation that is reached, averaged over all forgetting budgets from 0 to `largest`.
 
     Args:
@@ -280,9 +347,13 @@ def front_area(part: Part, place_of: Sequence[int] | None = None, largest: float
         largest: the largest budget.
     """
     places = range(len(part.values)) if place_of is None else place_of
-    reached = sorted((max(0.0, part.forgetting(place)), part.adaptation(place)) for place in places)
-    area, best, at = 0.0, part.before, 0.0
-    for forgetting, adaptation in reached:
+    points = [(part.forgetting(place), part.adaptation(place)) for place in places]
+    return _area(points, part.before, largest)
+
+
+def _area(points: Sequence[tuple[float, float]], before: float, largest: float) -> float:
+    area, best, at = 0.0, before, 0.0
+    for forgetting, adaptation in sorted((max(0.0, lost), learnt) for lost, learnt in points):
         if forgetting > largest:
             break
         area += best * (forgetting - at)
@@ -290,28 +361,66 @@ def front_area(part: Part, place_of: Sequence[int] | None = None, largest: float
     return (area + best * (largest - at)) / largest
 
 
-def area_interval(selection: Part, reported: Part, *, largest: float = 0.05, resamples: int = 500) -> Interval:
+def area_interval(
+    selection: Part, reported: Part, *, largest: float = LARGEST_BUDGET, resamples: int = DRAWS
+) -> Interval:
     """The area under the front with its 95 % bootstrap interval, on the reported part.
 
     Which points lie on the front is decided on the selection part. Seeds and items are drawn with replacement.
     """
-    places = _front(selection)
-    estimate = front_area(reported, places, largest)
+    return mean_area_interval([(selection, reported)], largest=largest, resamples=resamples)
+
+
+def mean_area_interval(
+    domains: Sequence[tuple[Part, Part]], *, largest: float = LARGEST_BUDGET, resamples: int = DRAWS
+) -> Interval:
+    """`area_interval` of the mean over domains, which share their seeds and their retention items.
+
+    Args:
+        domains: selection part and reported part of each.
+        largest: the largest budget.
+        resamples: bootstrap draws.
+    """
     rng = np.random.default_rng(0)
-    seeds, items = reported.gained.shape[0], reported.gained.shape[2]
-    draws = []
-    for _ in range(resamples):
-        of_seeds = rng.integers(seeds, size=seeds)
-        learnt = rng.integers(items, size=items)
-        gained = reported.gained[of_seeds][:, :, learnt]
-        lost, weights = {}, {}
-        for name, table in reported.lost.items():
-            drawn = rng.integers(table.shape[2], size=table.shape[2])
-            lost[name], weights[name] = table[of_seeds][:, :, drawn], reported.weights[name][drawn]
-        part = Part(reported.values, gained, lost, weights, reported.averaged, reported.refused, reported.before)
-        draws.append(front_area(part, places, largest))
+    first = domains[0][1]
+    seeds = len(first.gained)
+    of_seeds = rng.multinomial(seeds, [1 / seeds] * seeds, size=resamples) / seeds  # [R, S]
+    counts = {name: _counts(rng, table.shape[2], resamples) for name, table in first.lost.items()}
+    estimate, items, draws = 0.0, 0, np.zeros(resamples)
+    for selection, reported in domains:
+        places = _front(selection)
+        gained = reported.gained[:, places]
+        learnt = reported.before + _drawn(gained, _counts(rng, gained.shape[2], resamples), of_seeds)
+        lost = np.mean(
+            [
+                _drawn(reported.lost[name][:, places], counts[name] * reported.weights[name], of_seeds)
+                for name in reported.averaged
+            ],
+            axis=0,
+        )
+        draws += [
+            _area(list(zip(*points, strict=True)), reported.before, largest)
+            for points in zip(lost.tolist(), learnt.tolist(), strict=True)
+        ]
+        estimate += front_area(reported, places, largest)
+        items += gained.shape[2]
+    draws, estimate = draws / len(domains), estimate / len(domains)
     low, high = np.quantile(draws, [0.025, 0.975])
-    return Interval(estimate, float(low), float(high), float(np.std(draws)), items, seeds)
+    return Interval(estimate, float(low), float(high), float(draws.std()), items, seeds)
+
+
+def _counts(rng: np.random.Generator, items: int, resamples: int) -> NDArray[np.float64]:
+    """[R, n], how often each item is drawn."""
+    return rng.multinomial(items, [1 / items] * items, size=resamples).astype(np.float64)
+
+
+def _drawn(
+    table: NDArray[np.float64], weights: NDArray[np.float64], of_seeds: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """[R, P] weighted means of [S, P, n], under each draw of items [R, n] and of seeds [R, S]."""
+    by_item = np.einsum("spn,rn->rsp", table, weights, optimize=True) / weights.sum(axis=1)[:, None, None]
+    found: NDArray[np.float64] = np.einsum("rsp,rs->rp", by_item, of_seeds)
+    return found
 
 
 def _front(part: Part) -> list[int]:
@@ -323,6 +432,7 @@ def _front(part: Part) -> list[int]:
 def facts_of(choice: Choice) -> dict[str, Any]:
     """A choice as plain values."""
     return {
+        "kind": choice.kind,
         "dial": choice.value,
         "budget": choice.budget.model_dump(),
         "adaptation": [choice.adaptation.estimate, choice.adaptation.low, choice.adaptation.high],

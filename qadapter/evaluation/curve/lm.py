@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qadapter.evaluation.curve.both_rows import DialledTexts
+from qadapter.evaluation.curve.scaled import DialledTexts
 from qadapter.evaluation.lm_eval.model import PolicyLM
 from qadapter.policy.dial import Dial
 
 
 class DialledLM(PolicyLM):
-    """`PolicyLM` at one weight on Q; what `DialledTexts` knows stands in for the model's passes.
+    """`PolicyLM` at one value of a dial; what `DialledTexts` knows stands in for the model's passes.
 
     Attributes:
-        texts: shared by the weights of one policy.
-        value: the weight.
+        texts: shared by the values of one policy and kind.
+        value: of the dial.
     """
 
     def __init__(self, texts: DialledTexts, value: float, **settings: Any) -> None:
@@ -34,19 +34,19 @@ class DialledLM(PolicyLM):
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
         mask: Tensor = settings["attention_mask"]
         if settings.get("do_sample") or settings.get("temperature"):
-            self.model.dial = Dial("q-weight", self.value)
+            self.model.dial = Dial(self.texts.kind, self.value)
             return super()._model_generate(context, max_length, stop, **settings)
         prompts = [tuple(row[keep.bool()].tolist()) for row, keep in zip(context, mask, strict=True)]
-        answers = [self.texts.answer(prompt, self.value) for prompt in prompts]
+        answers = self.texts.answers(prompts, self.value)
         open_ = [place for place, answer in enumerate(answers) if answer is None]
         self.texts.reused += len(prompts) - len(open_)
         if open_:
-            self.model.dial = Dial("q-weight", self.value)
+            self.model.dial = Dial(self.texts.kind, self.value)
             output = super()._model_generate(
                 context[open_], max_length, stop, **{**settings, "attention_mask": mask[open_]}
             )
             found = [self._trimmed(row) for row in output[:, context.shape[1] :].tolist()]
-            self.texts.learn([(prompts[place], answer) for place, answer in zip(open_, found, strict=True)])
+            self.texts.learn([(prompts[place], answer) for place, answer in zip(open_, found, strict=True)], self.value)
             self.texts.generated += len(open_)
             for place, answer in zip(open_, found, strict=True):
                 answers[place] = answer

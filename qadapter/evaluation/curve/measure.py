@@ -1,4 +1,4 @@
-"""Measure one adapter at several weights on Q: adaptation and retention item by item."""
+"""Measure one adapter at several values of its dial: adaptation and retention item by item."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from qadapter.config.curve import CurveSettings
 from qadapter.config.evaluation import AdaptationSettings, RetentionSettings
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.curve.both_rows import DialledTexts
+from qadapter.evaluation.curve.both_rows import WeightedTexts
 from qadapter.evaluation.curve.lm import DialledLM
 from qadapter.evaluation.curve.points import (
-    CURVE,
     Curve,
     Measure,
     Point,
     content_digest,
     next_value,
     prompt_digest,
+    write_curves,
 )
+from qadapter.evaluation.curve.scaled import DialledTexts, ScaledTexts
 from qadapter.evaluation.lm_eval.catalog import expand_suites
 from qadapter.evaluation.lm_eval.harness import TaskScores, opened_tasks
 from qadapter.evaluation.measure import headline_metric
@@ -48,6 +49,7 @@ from qadapter.toyworld.world import ToyWorld
 
 Known = tuple[Path | None, Path | None]
 """Folders that `measure_adaptation` and `measure_retention` wrote for the base and for the policy as trained."""
+_KNOWN_AT = (0.0, 1.0)
 
 
 def measure_curve(
@@ -70,19 +72,19 @@ def measure_curve(
     own_tokenizer: PreTrainedTokenizerBase | None = None,
     own: Mapping[str, Path] | None = None,
 ) -> None:
-    """Measure the curve of one adapter and write it.
+    """Measure the curve of one adapter, for each kind of dial that is asked for, and write them.
 
     Args:
         base: folder or hub id of the base model.
         adapter: the adapter's folder.
         heldout_file: prepared pairs.
         model, adaptation, retention: of the experiment.
-        curve: how many points.
+        curve: which dials and how many points.
         max_length: tokens, as in training.
         world: folder of the toy world the data is from, None for real data.
         style: the domain's style in the toy world, None for harmless.
         benchmarks: folder with `benchmarks/` for the project's own tasks.
-        out: gets `curve.json` (`Curve`) and `metrics.json`.
+        out: gets `curve.json` (`points.read_curves`) and `metrics.json`.
         known_adaptation, known_retention: where the answers of base and policy were written down already; each is
             looked at once to see at which weights it stays the same.
         official_data: as in `measure_retention`.
@@ -93,13 +95,15 @@ def measure_curve(
     tokenizer = own_tokenizer or of_base
     policy = dialled(load_policy(network, adapter))
     batch_size = 8 if retention.batch_size == "auto" else int(retention.batch_size)
-    texts = DialledTexts(policy, curve.grid, pad=padding_id(tokenizer), batch_size=max(batch_size, 1))
-    start = time.perf_counter()
+    options = {"pad": padding_id(tokenizer), "batch_size": max(batch_size, 1)}
+    clocks = time.perf_counter(), time.process_time()
     pairs = load_pairs(heldout_file)
-    learnt = _Adaptation(texts, tokenizer, pairs, adaptation, max_length, world, style, known_adaptation)
     named, _ = expand_suites(retention.tasks)
     tasks = [*named, *(own or {})]
-    points: list[Point] = []
+    found: list[Curve] = []
+    metrics: dict[str, float] = {}
+    generated = reused = 0
+    before: DialledTexts | None = None
     with opened_tasks(
         tokenizer,
         retention.tasks,
@@ -112,25 +116,35 @@ def measure_curve(
         max_gen_toks=retention.max_new_tokens,
     ) as score:
 
-        def lm_at(value: float) -> Callable[[bool], DialledLM]:
+        def lm_at(texts: DialledTexts, value: float) -> Callable[[bool], DialledLM]:
             return lambda chat: DialledLM(
                 texts, value, tokenizer=tokenizer, batch_size=batch_size, apply_chat_template=chat
             )
 
-        _learn_retention(texts, lm_at(0.0), tokenizer, set(retention.plain_tasks), known_retention)
-        value: float | None = curve.grid[0]
-        while value is not None:
-            points.append(_point(value, learnt.at(value), score(lm_at(value)), tasks))
-            value = next_value(points, curve)
+        for kind in curve.kinds:
+            start = time.perf_counter()
+            texts: DialledTexts = (
+                WeightedTexts(policy, curve.all_values, **options)
+                if kind == "q-weight"
+                else ScaledTexts(policy, **options)
+            )
+            learnt = _Adaptation(texts, tokenizer, pairs, adaptation, max_length, world, style, known_adaptation)
+            _learn_retention(texts, lm_at(texts, 0.0), tokenizer, set(retention.plain_tasks), known_retention)
+            for value_before, answers in (before.known() if before else {}).items():
+                texts.learn(answers, value_before)
+            points = [point for one in found[:1] for point in one.points if point.value in (0.0, 1.0)]
+            while (value := next_value(points, curve)) is not None:
+                points.append(_point(value, learnt.at(value), score(lm_at(texts, value)), tasks))
+            found.append(Curve(kind, tuple(sorted(points, key=lambda point: point.value))))
+            metrics |= found[-1].metrics()
+            metrics[f"cost/curve_{kind}_seconds"] = time.perf_counter() - start
+            generated, reused, before = generated + texts.generated, reused + texts.reused, texts
     policy.dial = AS_TRAINED
-    found = Curve("q-weight", tuple(sorted(points, key=lambda point: point.value)))
-    write_json(out / CURVE, found.to_json())
-    seconds = time.perf_counter() - start
-    answers = max(1, texts.generated + texts.reused)
-    write_json(
-        out / "metrics.json",
-        {**found.metrics(), "cost/curve_seconds": seconds, "cost/curve_answers_reused": texts.reused / answers},
-    )
+    write_curves(out, found)
+    wall, cpu = time.perf_counter() - clocks[0], time.process_time() - clocks[1]
+    metrics |= {"cost/curve_seconds": wall, "cost/curve_cpu_seconds": cpu}
+    metrics["cost/curve_answers_reused"] = reused / max(1, generated + reused)
+    write_json(out / "metrics.json", metrics)
 
 
 def dialled(policy: Any) -> QAdapterForCausalLM:
@@ -182,17 +196,17 @@ def _learn_retention(
 ) -> None:
     """Take in the answers that base and policy gave to the benchmarks' generated questions."""
     models: dict[bool, DialledLM] = {}
-    found = []
-    for folder in known:
+    for value, folder in zip(_KNOWN_AT, known, strict=True):
         if folder is None:
             continue
+        found = []
         for row in read_json_lines(folder / "items.jsonl"):
             if not isinstance(row["response"], str) or not row["response"]:
                 continue
             chat = row["task"] not in plain
             lm = models[chat] if chat in models else models.setdefault(chat, lm_of(chat))
             found.append((lm.prompt_ids(row["prompt"]), _ended(tokenizer, row["response"])))
-    texts.learn(found)
+        texts.learn(found, value)
 
 
 def _ended(tokenizer: PreTrainedTokenizerBase, answer: str) -> tuple[int, ...]:
@@ -203,7 +217,7 @@ def _ended(tokenizer: PreTrainedTokenizerBase, answer: str) -> tuple[int, ...]:
 
 
 class _Adaptation:
-    """Adaptation at each weight: the toy world's rule on answers, or pairs won by log-probability per token."""
+    """Adaptation at each value: the toy world's rule on answers, or pairs won by log-probability per token."""
 
     def __init__(
         self,
@@ -225,12 +239,11 @@ class _Adaptation:
         room = context_of(texts.policy) - settings.max_new_tokens
         self._ids = [tuple(prompt_ids(tokenizer, prompt)[-room:]) for prompt in self._prompts]
         self._names = tuple(prompt_digest(prompt) for prompt in self._prompts)
-        for folder in known:
+        for value, folder in zip(_KNOWN_AT, known, strict=True):
             if folder is not None:
                 replies = [row["reply"] for row in read_json_lines(folder / "answers.jsonl")]
-                texts.learn(
-                    [(ids, _ended(tokenizer, reply)) for ids, reply in zip(self._ids, replies, strict=True) if reply]
-                )
+                given = zip(self._ids, replies, strict=True)
+                texts.learn([(ids, _ended(tokenizer, reply)) for ids, reply in given if reply], value)
 
     def _encode(self, pairs: Sequence[PreferencePair], max_length: int) -> None:
         indices, encoded = encode_usable(self._tokenizer, pairs, max_length)
@@ -241,7 +254,7 @@ class _Adaptation:
         self._names = tuple(prompt_digest(pairs[i].prompt) for i in indices)
 
     def at(self, value: float) -> Measure:
-        """The measure at a weight."""
+        """The measure at a value."""
         if self._world is not None:
             replies = [self._text(answer) for answer in self._answers(value)]
             hits = follows_rule(self._world, self._style, self._prompts, replies)
@@ -260,8 +273,8 @@ class _Adaptation:
         return end_ids(self._tokenizer, self._texts.policy.generation_config.eos_token_id)
 
     def _answers(self, value: float) -> list[tuple[int, ...]]:
-        """The answer to each prompt at a weight; those that are not known are generated, in batches."""
-        known = {ids: self._texts.answer(ids, value) for ids in self._ids}
+        """The answer to each prompt at a value; those that are not known are generated, in batches."""
+        known = dict(zip(self._ids, self._texts.answers(self._ids, value), strict=True))
         found = {ids: answer for ids, answer in known.items() if answer is not None}
         open_ = [ids for ids in known if ids not in found]
         policy, pad, ends = self._texts.policy, padding_id(self._tokenizer), self._ends()
@@ -278,12 +291,12 @@ class _Adaptation:
                     input_ids=given,
                     attention_mask=mask,
                     generation_config=settings,
-                    dial=Dial("q-weight", value),
+                    dial=Dial(self._texts.kind, value),
                 )
             for ids, row in zip(some, output[:, width:].tolist(), strict=True):
                 stop = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
                 found[ids] = tuple(row[:stop])
-        self._texts.learn([(ids, found[ids]) for ids in open_])
+        self._texts.learn([(ids, found[ids]) for ids in open_], value)
         self._texts.generated += len(open_)
         self._texts.reused += len(known) - len(open_)
         return [found[ids] for ids in self._ids]

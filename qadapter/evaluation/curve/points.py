@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from qadapter.config.curve import CurveSettings
 from qadapter.errors import QAdapterError
-from qadapter.files.artifacts import read_json
-from qadapter.policy.dial import Dial, DialKind
+from qadapter.files.artifacts import read_json, write_json
+from qadapter.policy.dial import DialKind
 
 CURVE = "curve.json"
 Floats = NDArray[np.float64]
@@ -80,7 +80,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """The points of one adapter, the base (0) first.
+    """The points of one adapter along one kind of dial, the base (0) first.
 
     Attributes:
         kind: of the dial.
@@ -90,16 +90,18 @@ class Curve:
     kind: DialKind
     points: tuple[Point, ...]
 
-    def dial(self, place: int) -> Dial:
-        """The dial of a point."""
-        return Dial(self.kind, self.points[place].value)
+    @property
+    def as_trained(self) -> Point:
+        """The policy as trained."""
+        return next(point for point in self.points if point.value == 1.0)
 
     def metrics(self) -> dict[str, float]:
-        """`curve/<value>/adaptation` and so on, for each point."""
+        """`curve/<value>/adaptation` and so on, for each point; `curve/scale/<value>/…` for the scale."""
+        name = "curve" if self.kind == "q-weight" else f"curve/{self.kind}"
         found: dict[str, float] = {}
         for point in self.points:
-            found[f"curve/{point.value:g}/adaptation"] = point.learnt.mean
-            found[f"curve/{point.value:g}/retention"] = point.retention
+            found[f"{name}/{point.value:g}/adaptation"] = point.learnt.mean
+            found[f"{name}/{point.value:g}/retention"] = point.retention
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -120,27 +122,36 @@ class Curve:
         }
 
     @classmethod
-    def read(cls, folder: Path) -> Curve:
-        """What `measure_curve` wrote.
-
-        Raises:
-            QAdapterError: there is none, or it is something else.
-        """
-        content = read_json(folder / CURVE)
-        try:
-            ids = content["ids"]
-            points = tuple(
-                Point(
-                    row["value"],
-                    _with_ids(ids["learnt"], row["learnt"]),
-                    {name: _with_ids(ids["kept"][name], task) for name, task in row["kept"].items()},
-                    None if row["refused"] is None else _with_ids((), row["refused"]),
-                )
-                for row in content["points"]
+    def from_json(cls, content: Mapping[str, Any]) -> Curve:
+        """What `to_json` gave."""
+        ids = content["ids"]
+        points = tuple(
+            Point(
+                row["value"],
+                _with_ids(ids["learnt"], row["learnt"]),
+                {name: _with_ids(ids["kept"][name], task) for name, task in row["kept"].items()},
+                None if row["refused"] is None else _with_ids((), row["refused"]),
             )
-            return cls(content["kind"], points)
-        except (KeyError, TypeError) as error:
-            raise QAdapterError(f"{folder / CURVE} is no curve ({error!r}). Measure it again.") from error
+            for row in content["points"]
+        )
+        return cls(content["kind"], points)
+
+
+def write_curves(folder: Path, curves: Sequence[Curve]) -> None:
+    """Write the curves of one adapter, one for each kind of dial."""
+    write_json(folder / CURVE, [curve.to_json() for curve in curves])
+
+
+def read_curves(folder: Path) -> tuple[Curve, ...]:
+    """What `write_curves` wrote.
+
+    Raises:
+        QAdapterError: it is something else.
+    """
+    try:
+        return tuple(Curve.from_json(content) for content in read_json(folder / CURVE))
+    except (KeyError, TypeError, ValueError) as error:
+        raise QAdapterError(f"{folder / CURVE} is no curve ({error!r}). Measure it again.") from error
 
 
 def _without_ids(measure: Measure) -> dict[str, Any]:
@@ -155,26 +166,27 @@ def _with_ids(ids: Sequence[str], row: Mapping[str, Any]) -> Measure:
 def next_value(points: Sequence[Point], settings: CurveSettings) -> float | None:
     """The value to measure next; None where the curve is resolved or has its points.
 
-    After both ends, the middle of the two neighbours that lie farthest apart: the change of adaptation and of
-    retention, each as a share of its change over the whole curve.
+    After both ends the values that the settings name, then the middle of the two neighbours between 0 and 1 that lie
+    farthest apart: the change of adaptation and of retention, each as a share of its change from 0 to 1.
 
     Args:
         points: measured so far.
         settings: how many there may be, and the grid that they lie on.
     """
-    grid, done = settings.grid, sorted(points, key=lambda point: point.value)
-    if not done:
-        return grid[0]
-    if len(done) == 1:
-        return grid[-1]
-    if len(done) >= settings.points:
+    measured = {point.value for point in points}
+    named = [value for value in settings.values if value not in (0.0, 1.0)]
+    for value in (0.0, 1.0, *named):
+        if value not in measured:
+            return value
+    if len(points) - len(named) >= settings.points:
         return None
+    done = sorted((point for point in points if point.value <= 1.0), key=lambda point: point.value)
     ranges = [
         max(values) - min(values) or 1.0 for values in ([p.learnt.mean for p in done], [p.retention for p in done])
     ]
     best, chosen = 0.0, None
     for left, right in pairwise(done):
-        inside = [value for value in grid if left.value < value < right.value]
+        inside = [value for value in settings.grid if left.value < value < right.value]
         changes = abs(right.learnt.mean - left.learnt.mean), abs(right.retention - left.retention)
         if not inside or max(changes) <= settings.resolution:
             continue

@@ -85,7 +85,10 @@ def test_where_no_point_satisfies_the_budget_it_says_by_how_much() -> None:
     assert found.nearest is not None
     assert found.nearest[0] == 0.25
     assert found.nearest[1] == pytest.approx(0.09, abs=0.02)
-    assert "no point above 0 stays within the budget of 0.01: the nearest, 0.25, exceeds it by 0.0" in found.sentence()
+    assert (
+        "no point above 0 stays within the budget of 0.01: the nearest, q-weight=0.25, exceeds it by 0.0"
+        in found.sentence()
+    )
 
 
 def test_few_items_give_no_confidence() -> None:

@@ -13,9 +13,10 @@ import torch
 from qadapter.command.parser import main
 from qadapter.config.curve import CurveSettings
 from qadapter.config.evaluation import AdaptationSettings, RetentionSettings
-from qadapter.evaluation.curve.both_rows import DialledTexts, greedy_intervals, log_likelihoods
+from qadapter.evaluation.curve.both_rows import WeightedTexts, greedy_intervals, log_likelihoods
 from qadapter.evaluation.curve.measure import dialled, measure_curve
-from qadapter.evaluation.curve.points import Curve, Measure, Point, next_value
+from qadapter.evaluation.curve.points import Measure, Point, next_value, read_curves
+from qadapter.evaluation.curve.scaled import ScaledTexts
 from qadapter.evaluation.lm_eval.harness import evaluate_tasks
 from qadapter.evaluation.measure import measure_adaptation, measure_retention
 from qadapter.evaluation.preference import distinct_prompts, preference_metrics, score_pairs
@@ -81,14 +82,48 @@ def test_likelihoods_at_every_weight_come_from_one_pass() -> None:
 def test_what_is_known_is_not_computed_again() -> None:
     policy, ids = make_policy(objective=Objective.preset("residual")), tokens(1, 12)
     text = (tuple(ids[0, :5].tolist()), tuple(ids[0, 5:].tolist()))
-    texts = DialledTexts(policy, GRID, pad=0, batch_size=4)
+    texts = WeightedTexts(policy, GRID, pad=0, batch_size=4)
     first = texts.likelihoods([text], 0.5)
     passes: list[int] = []
     policy.get_input_embeddings().register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
     assert texts.likelihoods([text, text], 0.25) != [first[0]] * 2
-    texts.learn([(text[0], ())])
-    assert texts.answer(text[0], 0.5) is None
+    texts.learn([(text[0], ())], 0.5)
+    assert texts.answers([text[0]], 0.5) == [None]
     assert passes == []
+
+
+def test_a_known_answer_at_another_scale_takes_one_pass() -> None:
+    """Against decoding at that scale: an answer is given exactly where it is the greedy one."""
+    policy, prompts = make_policy(objective=Objective.preset("residual")), tokens(3, 8)
+
+    def written(scale: float) -> list[tuple[int, ...]]:
+        output = policy.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=6,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            dial=Dial("scale", scale),
+        )
+        return [tuple(row) for row in output[:, 8:].tolist()]
+
+    asked = [tuple(row) for row in prompts.tolist()]
+    answers = {scale: written(scale) for scale in (0.0, 0.5, 1.0, 1.5)}
+    assert answers[0.0] != answers[1.5]
+    texts = ScaledTexts(policy, pad=0, batch_size=4)
+    for scale in (0.0, 0.5, 1.5):
+        texts.learn(list(zip(asked, answers[scale], strict=True)), scale)
+    for scale, expected in answers.items():
+        known = [
+            answer if answer in {answers[other][row] for other in (0.0, 0.5, 1.5)} else None
+            for row, answer in enumerate(expected)
+        ]
+        assert texts.answers(asked, scale) == known
+    passes: list[int] = []
+    policy.get_input_embeddings().register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
+    assert texts.answers(asked, 0.5) == answers[0.5]
+    assert passes == [3]  # those of the nearest scale, all right
 
 
 # ---- a whole curve --------------------------------------------------------------------------------------------------
@@ -131,45 +166,48 @@ def test_each_point_is_the_policy_at_that_value(method: str, world: bool, toy: T
         )  # fmt: skip
     out = tmp_path / "curve"
     out.mkdir()
-    settings = CurveSettings(points=5, steps=8)
+    settings = CurveSettings(kinds=("q-weight", "scale"), points=4, values=(1.5,), steps=8)
     measure_curve(
         toy.base, adapter, toy.heldout, model=MODEL, adaptation=ADAPTATION, retention=RETENTION, curve=settings,
         max_length=64, world=where, style=None, benchmarks=toy.world, out=out,
         known_adaptation=(known["adaptation"][0], known["adaptation"][1]),
         known_retention=(known["retention"][0], known["retention"][1]),
     )  # fmt: skip
-    found = Curve.read(out)
-    assert found == Curve.read(out)
-    assert found.points[0].value == 0.0
-    assert found.points[-1].value == 1.0
+    weighted, scaled = read_curves(out)
+    assert [weighted.kind, scaled.kind] == ["q-weight", "scale"]
     ends = [read_json(folder / "metrics.json") for folder in (*known["adaptation"], *known["retention"])]
-    for point, learnt, kept in ((found.points[0], ends[0], ends[2]), (found.points[-1], ends[1], ends[3])):
-        score = "adaptation/score" if world else "adaptation/preference_accuracy_length_normalised"
-        assert point.learnt.mean == pytest.approx(learnt[score])
-        assert point.retention == pytest.approx(kept["retention/mean"])
     pairs = load_pairs(toy.heldout)
     network, tokenizer = load_base(toy.base, MODEL)
     base_scores = score_pairs(network, tokenizer, pairs, max_length=64, batch_size=8)
     policy = dialled(load_policy(network, adapter))
-    for point in found.points:
-        policy.dial = Dial("q-weight", point.value)
-        if world:
-            prompts = distinct_prompts(pairs)
-            replies = generate_replies(policy, tokenizer, prompts, max_new_tokens=12, batch_size=4)
-            hits = follows_rule(ToyWorld.read(toy.world), None, prompts, replies)
-            assert point.learnt.values == tuple(map(float, hits))
-        else:
-            scores = score_pairs(policy, tokenizer, pairs, max_length=64, batch_size=8)
-            expected = preference_metrics(scores, base_scores)["preference_accuracy_length_normalised"]
-            assert point.learnt.mean == pytest.approx(expected)
-        scores = evaluate_tasks(
-            policy, tokenizer, list(RETENTION.tasks), data=toy.world, limit=12, batch_size=8, max_gen_toks=12
-        )
-        for task in RETENTION.tasks:
-            (measured,) = [one for name, one in point.kept.items() if f"/{task}/" in name]
-            assert measured.values == tuple(float(item["score"]) for item in scores.samples[task])
+    for found in (weighted, scaled):
+        assert [found.points[0].value, found.as_trained.value, found.points[-1].value] == [0.0, 1.0, 1.5]
+        assert len(found.points) <= 5
+        for point, learnt, kept in ((found.points[0], ends[0], ends[2]), (found.as_trained, ends[1], ends[3])):
+            score = "adaptation/score" if world else "adaptation/preference_accuracy_length_normalised"
+            assert point.learnt.mean == pytest.approx(learnt[score])
+            assert point.retention == pytest.approx(kept["retention/mean"])
+        for point in found.points:
+            policy.dial = Dial(found.kind, point.value)
+            if world:
+                prompts = distinct_prompts(pairs)
+                replies = generate_replies(policy, tokenizer, prompts, max_new_tokens=12, batch_size=4)
+                hits = follows_rule(ToyWorld.read(toy.world), None, prompts, replies)
+                assert point.learnt.values == tuple(map(float, hits))
+            else:
+                scores = score_pairs(policy, tokenizer, pairs, max_length=64, batch_size=8)
+                expected = preference_metrics(scores, base_scores)["preference_accuracy_length_normalised"]
+                assert point.learnt.mean == pytest.approx(expected)
+            scores = evaluate_tasks(
+                policy, tokenizer, list(RETENTION.tasks), data=toy.world, limit=12, batch_size=8, max_gen_toks=12
+            )
+            for task in RETENTION.tasks:
+                (measured,) = [one for name, one in point.kept.items() if f"/{task}/" in name]
+                assert measured.values == tuple(float(item["score"]) for item in scores.samples[task])
     metrics = read_json(out / "metrics.json")
-    assert metrics["curve/1/adaptation"] == pytest.approx(found.points[-1].learnt.mean)
+    assert metrics["curve/1/adaptation"] == pytest.approx(weighted.as_trained.learnt.mean)
+    assert metrics["curve/scale/1.5/retention"] == pytest.approx(scaled.points[-1].retention)
+    assert metrics["cost/curve_seconds"] >= metrics["cost/curve_scale_seconds"] > 0
     assert 0 <= metrics["cost/curve_answers_reused"] <= 1
 
 
@@ -215,5 +253,9 @@ def test_a_resolved_curve_takes_no_more_points() -> None:
     assert next_value(ends, settings) is None
     assert next_value([ends[0], point(1.0, 0.52, 0.9)], settings) == 0.5
     assert next_value([ends[0], point(1.0, 0.505, 0.895)], settings) is None
+    named = CurveSettings(points=2, values=(1.0, 1.5, 0.3))
+    assert next_value(ends, named) == 1.5
+    assert next_value([*ends, point(1.5, 1.0, 0.1)], named) == 0.3
+    assert next_value([*ends, point(1.5, 1.0, 0.1), point(0.3, 1.0, 0.1)], named) is None
     everything = [point(value, value, 1 - value) for value in CurveSettings(points=9, steps=4).grid]
     assert next_value(everything, CurveSettings(points=9, steps=4)) is None

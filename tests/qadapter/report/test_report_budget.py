@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from qadapter.evaluation.curve.budget import selects
-from qadapter.evaluation.curve.points import CURVE, Curve, Measure, Point
-from qadapter.files.artifacts import write_json
-from qadapter.report.budget import budget_metrics, budget_sentences, budget_table, curves_of
+from qadapter.evaluation.curve.points import Curve, Measure, Point, write_curves
+from qadapter.policy.dial import DialKind
+from qadapter.report.budget import budget_metrics, budget_sentences, budget_table, curves_of, values_table
 from qadapter.report.build import build_report
 from qadapter.report.dial_figure import DIAL_FIGURE
 from qadapter.report.rows import Row
@@ -20,18 +20,21 @@ ITEMS, KEPT = 200, 2000
 VALUES = (0.0, 0.5, 1.0)
 
 
-def write_curve(folder: Path, learnt: tuple[float, ...], kept: tuple[float, ...]) -> Path:
-    """Curves whose shares hold in each half of the split, as far as whole items allow."""
+def curve_at(
+    learnt: tuple[float, ...], kept: tuple[float, ...], values: tuple[float, ...] = VALUES, kind: DialKind = "q-weight"
+) -> Curve:
+    """Shares that hold in each half of the split, as far as whole items allow."""
     points = []
-    for place, value in enumerate(VALUES):
+    for place, value in enumerate(values):
         task = Measure(names("r", KEPT), hits(names("r", KEPT), kept[place]))
-        points.append(
-            Point(
-                value, Measure(names("a", ITEMS), hits(names("a", ITEMS), learnt[place])), {"retention/facts/em": task}
-            )
-        )
+        gained = Measure(names("a", ITEMS), hits(names("a", ITEMS), learnt[place]))
+        points.append(Point(value, gained, {"retention/facts/em": task}))
+    return Curve(kind, tuple(points))
+
+
+def write_curve(folder: Path, learnt: tuple[float, ...], kept: tuple[float, ...]) -> Path:
     folder.mkdir(parents=True)
-    write_json(folder / CURVE, Curve("q-weight", tuple(points)).to_json())
+    write_curves(folder, [curve_at(learnt, kept)])
     return folder
 
 
@@ -113,9 +116,79 @@ def test_the_report_has_the_curves(rows: list[Row], tmp_path: Path) -> None:
     assert not (tmp_path / "without" / DIAL_FIGURE).exists()
 
 
+@pytest.fixture
+def both(tmp_path: Path) -> list[Row]:
+    """Two domains, two methods, both dials up to 1.5. The seed's curve is the same in both domains but for academy's
+    q-adapter, which learns half of what it learns on law."""
+    values, rows = (0.0, 0.5, 1.0, 1.5), []
+    metrics = {"adaptation/score": 0.5, "retention/mean": 0.9, "forgetting/mean": 0.1}
+    for domain, most in (("law", 0.8), ("academy", 0.4)):
+        rows.append(Row(domain, "base", None, {**metrics, "forgetting/mean": 0.0}))
+        for method, learnt, kept in (
+            ("q-adapter", (0.0, most, most, most), (1.0, 1.0, 1.0, 0.9)),
+            ("dpo", (0.0, 1.0, 0.5, 0.0), (1.0, 1.0, 0.9, 0.8)),
+        ):
+            folder = tmp_path / domain / method
+            folder.mkdir(parents=True)
+            weighted = curve_at(learnt, kept, values)
+            scaled = curve_at((learnt[0], learnt[1] / 2, *learnt[2:]), kept, values, "scale")
+            write_curves(folder, [weighted, scaled])
+            rows.append(Row(domain, method, 0, metrics, curve=folder))
+    return rows
+
+
+def test_both_dials_side_by_side(both: list[Row], tmp_path: Path) -> None:
+    curves = curves_of(both)
+    assert [(one.domain, one.method, one.kind) for one in curves[:3]] == [
+        ("law", "q-adapter", "q-weight"),
+        ("law", "q-adapter", "scale"),
+        ("law", "dpo", "q-weight"),
+    ]
+    assert all(Curve.from_json(one.to_json()) == one for own in curves for one in own.curves)
+    table = values_table(curves)
+    assert table is not None
+    assert table.groups == (("", 2), ("q-weight", 2), ("scale", 2))
+    assert table.columns == ("base", "as trained", "0.5", "1.5", "0.5", "1.5")
+    assert [label for label, _ in table.rows] == [
+        *(f"{domain} · {method}" for domain in ("law", "academy", "mean") for method in ("q-adapter", "dpo"))
+    ]
+    shown = {label: [cell.text for cell in cells] for label, cells in table.rows}
+    assert shown["law · dpo"] == [
+        *("0.000 / 1.000", "0.500 / 0.900", "1.000 / 1.000", "0.000 / 0.800", "0.500 / 1.000", "0.000 / 0.800")
+    ]
+    assert shown["mean · q-adapter"][1] == "0.600 / 1.000"  # (.8 + .4)/2
+    budgets = budget_table(curves)
+    assert budgets is not None
+    assert [label for label, _ in budgets.rows][-4:] == [
+        *(f"mean · {method} · {kind}" for kind in ("q-weight", "scale") for method in ("q-adapter", "dpo"))
+    ]
+    assert [cell.text for cell in dict(budgets.rows)["mean · q-adapter · q-weight"][:3]] == ["0.600", "0.50", "0.000"]
+    metrics = budget_metrics(curves)
+    assert metrics["curve/law/dpo/scale/adaptation_at_1_percent"] == 0.5
+    assert metrics["curve/law/dpo/adaptation_at_1_percent"] == 1.0
+    assert metrics["curve/mean/q-adapter/adaptation_at_1_percent"] == pytest.approx(0.6)
+    assert metrics["curve/mean/dpo/scale/area"] == pytest.approx(0.5)  # half is reached with nothing forgotten
+    build_report(both, title="t", data={}, config={}, out=tmp_path)
+    text, page = ((tmp_path / f"report.{end}").read_text() for end in ("md", "html"))
+    assert "### At each value of the dial" in text
+    assert "0.500 / 0.900" in text
+    assert "0.500 / 0.900" in page
+
+
+def test_how_far_ahead_at_equal_budgets(both: list[Row]) -> None:
+    """On law 1 − .8, on academy 1 − .4: DPO at .5 is ahead by .4 in the mean; as trained it would be behind."""
+    sentences = budget_sentences(curves_of(both))
+    start = "At most 1 % forgotten, mean over 2 domains (dial q-weight): adaptation of q-adapter minus that of dpo -0.4"
+    assert sentences[0].startswith(start)
+    assert sentences[0].endswith(", larger than the noise.")
+    assert sentences[1].startswith("law, at most 1 % forgotten (dial q-weight): dpo learns most, adaptation 1.000")
+    assert "At most 1 % forgotten, mean over 2 domains (dial scale)" in sentences[3]
+    assert sentences[4].startswith("What the dial q-weight takes back at no cost in adaptation: law · dpo")
+
+
 def test_curves_with_too_few_items_are_left_out(tmp_path: Path) -> None:
     few = Point(0.0, Measure(("a",), (0.0,)), {"retention/x/em": Measure(("b",), (1.0,))})
-    write_json(tmp_path / CURVE, Curve("q-weight", (few, Point(1.0, few.learnt, few.kept))).to_json())
+    write_curves(tmp_path, [Curve("q-weight", (few, Point(1.0, few.learnt, few.kept)))])
     assert curves_of([Row("d", "sft", 0, {}, curve=tmp_path)]) == []
     assert budget_table([]) is None
 
