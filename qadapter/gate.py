@@ -18,11 +18,19 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 
 from qadapter.config.base import NonNegative, Settings
+from qadapter.config.budget import Budget
 from qadapter.evaluation.curve.budget import selects
 from qadapter.evaluation.curve.points import content_digest
 from qadapter.evaluation.drift import MOVED, TRAITS, Trait
 from qadapter.evaluation.speech import BROKEN, BROKEN_SHARE, SPEAKS, faults_of
-from qadapter.evaluation.statistics import LEVEL, RESAMPLES, Interval, mean_interval, paired_difference
+from qadapter.evaluation.statistics import (
+    LEVEL,
+    RESAMPLES,
+    Interval,
+    mean_interval,
+    mean_of_tasks_interval,
+    paired_difference,
+)
 from qadapter.files.artifacts import Manifest, read_json, read_json_lines
 from qadapter.inference.pair_scores import implied_margin, mean_margin, won
 
@@ -467,6 +475,39 @@ def fallen(then: Measured, now: Measured, gate: Gate) -> list[str]:
     found += [finding.text for finding in _speech(now) if not finding.passed]
     if gate.max_over_refusals is not None and not (finding := _over_refusals(gate.max_over_refusals, now)).passed:
         found.append(finding.text)
+    return found
+
+
+def beyond_budget(now: Measured, base: Measured, budget: Budget, gate: Gate) -> list[str]:
+    """List by how much a policy forgot more than a budget allows, beyond noise: one sentence per limit.
+
+    Over-refusals are a share that is measured, not compared: any excess counts.
+
+    Args:
+        now, base: measured on the same retention items.
+        budget: how much may be forgotten.
+        gate: level and draws of the intervals.
+    """
+    options: dict[str, Any] = {"level": gate.level, "resamples": gate.resamples}
+    lost: dict[str, Floats] = {}
+    for task, before in base.tasks.items():
+        after = now.tasks.get(task)
+        if before.higher_is_better and after is not None and after.items == before.items and len(before.items):
+            lost[task] = before.values - after.values
+    found = []
+    if lost:
+        mean = mean_of_tasks_interval(list(lost.values()), **options)
+        if mean.low > budget.max_forgetting:
+            found.append(f"forgetting {_shown(mean)} is beyond the budget of {budget.max_forgetting:g}")
+    for task, values in lost.items():
+        drop = mean_interval(values, **options)
+        if budget.per_task is not None and drop.low > budget.per_task:
+            found.append(
+                f"{task} fell below the base by {_shown(drop)}, beyond the budget of {budget.per_task:g} per task"
+            )
+    refused = now.metrics.get(OVER_REFUSALS)
+    if budget.max_over_refusals is not None and refused is not None and refused > budget.max_over_refusals:
+        found.append(f"over-refusals {refused:.3f} are beyond the budget of {budget.max_over_refusals:g}")
     return found
 
 

@@ -38,7 +38,8 @@ from tasks.train import Base, keyed, log_adapter
 
 METHOD = q_adapter.METHOD.name
 LEDGER = "ledger"  # folder in the artifacts of a version's run
-_SHOWN = ("adaptation/", "retention/", "forgetting/", "drift/moved")
+SHOWN = ("adaptation/", "retention/", "forgetting/", "drift/moved")
+"""Beginnings of the metrics that a version keeps."""
 
 
 def registry_of(customization: Customization) -> Registry:
@@ -357,7 +358,7 @@ def register_candidate(
             "customization": customization.name,
             **({"dial": str(read_policy(adapter.path / "adapter").dial)} if customization.budget else {}),
         },
-        metrics={name: value for name, value in numbers.items() if name.startswith(_SHOWN)},
+        metrics={name: value for name, value in numbers.items() if name.startswith(SHOWN)},
         config=config,
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from prefect import task
 
+from qadapter.config.curve import CurveSettings
 from qadapter.files.folders import resolve_path
 from tasks.evaluate import Evaluation
 from tasks.stages.context import Cell, RunContext
@@ -35,11 +36,15 @@ def measure_curve(
     data: StageResult,
     benchmarks: StageResult | None,
     world: StageResult | None,
+    settings: CurveSettings | None = None,
 ) -> Any:
-    """Measure one adapter along its dial. What base and policy answered is known from their own evaluations."""
+    """Measure one adapter along its dial. What base and policy answered is known from their own evaluations.
+
+    `settings` stand in for the experiment's own.
+    """
     context = base.within(context)
     experiment, trained = context.experiment, row.training
-    settings = experiment.evaluation.curve
+    settings = settings or experiment.evaluation.curve
     assert settings is not None
     assert trained is not None
     style = experiment.sources[experiment.domains[cell.domain].source].domain

@@ -45,9 +45,14 @@ class Dialled:
 
 @task(task_run_name="dial-candidate")
 def dial_candidate(
-    context: RunContext, curve: MeasuredCurve, adapter: StageResult, heldout: StageResult, budget: Budget
+    context: RunContext,
+    curve: MeasuredCurve,
+    adapter: StageResult,
+    heldout: StageResult,
+    budget: Budget,
+    below: float | None = None,
 ) -> Any:
-    """The same adapter with the dial that learnt most within the budget."""
+    """The same adapter with the dial that learnt most within the budget, at a value below `below` where it is given."""
 
     def compute(out: Path, _: Path) -> None:
         from qadapter.evaluation.curve.budget import choose_among, facts_of
@@ -55,7 +60,8 @@ def dial_candidate(
         from qadapter.files.artifacts import write_json
         from qadapter.policy.files import copy_turned
 
-        choice = choose_among(read_curves(curve.stage.path), budget)
+        curves = read_curves(curve.stage.path)
+        choice = choose_among(curves if below is None else [one.below(below) for one in curves], budget)
         copy_turned(adapter.path / "adapter", out / "adapter", dial=choice.dial)
         write_json(out / CHOICE, facts_of(choice))
 
@@ -65,7 +71,7 @@ def dial_candidate(
         run_id=adapter.run_id,
         run_name="dial",
         module="qadapter.evaluation.curve.budget",
-        config={"budget": budget.model_dump()},
+        config={"budget": budget.model_dump(), **({} if below is None else {"below": below})},
         inputs={"adapter": adapter.output, "curve": curve.stage.output},
         compute=compute,
     )

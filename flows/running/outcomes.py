@@ -29,6 +29,7 @@ OUTCOMES: dict[str, Outcome] = {
     "Quarantined": Outcome(4, failed=True),
     "Fell": Outcome(5, failed=True),
     "Superseded": Outcome(6),
+    "TurnedDown": Outcome(7),
 }
 """By the state's name, which is also the last part of Prefect's event (`prefect.flow-run.Rejected`).
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from qadapter.config.base import Name, Seed, Settings
 from qadapter.config.budget import Budget
@@ -59,7 +59,9 @@ class Customization(Settings):
         mix, gate: see `Mix` and `qadapter.gate.Gate`.
         budget: how much a candidate may forget: its dial is then chosen under it after the training, and the gate
             judges that policy, on the half of the items that the dial was not chosen on; None: candidates are judged
-            as trained.
+            as trained. A check compares the champion with it as well.
+        turn_down: whether a check that finds the champion beyond the budget turns its dial down: it registers the same
+            adapter with a smaller dial that stays within the budget, and promotes it.
     """
 
     name: Name
@@ -73,6 +75,13 @@ class Customization(Settings):
     mix: Mix = Mix()
     gate: Gate = Gate()
     budget: Budget | None = None
+    turn_down: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Customization:
+        if self.turn_down and self.budget is None:
+            raise ValueError("turn_down needs a budget that says how much may be forgotten; add budget")
+        return self
 
     def experiment(self) -> Experiment:
         """The profile reduced to the Q-Adapter and one domain, whose preferences come from `source`.

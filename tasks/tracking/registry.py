@@ -77,6 +77,7 @@ class Candidate:
         facts: further tags: digests of data and config, the base, …; secrets in URLs are masked, as in `config`.
         metrics: its metrics.
         config: the whole config as JSON values.
+        origin: what became of its parent, where that was not trained further.
     """
 
     key: str
@@ -87,6 +88,7 @@ class Candidate:
     facts: Mapping[str, str]
     metrics: Mapping[str, float]
     config: Mapping[str, Any]
+    origin: str = ""
 
     def tags(self) -> dict[str, str]:
         """The version's tags."""
@@ -104,6 +106,7 @@ class Candidate:
     def description(self) -> str:
         """The version's description, cut to what every database accepts; `gate.json` of the run is complete."""
         origin = f"Trained on from version {self.parent}." if self.parent else "The first candidate, from the base."
+        origin = self.origin or origin
         verdict = "Promoted" if self.passed else "Rejected"
         head = f"{verdict} by the gate. {origin}\n\n"
         rest = "- … and {} more: the tag `reasons` has them, and gate.json among the run's artifacts"

@@ -28,6 +28,7 @@ from tests.support.paths import PROJECT_ROOT
         ("Quarantined", 4, True),
         ("Fell", 5, True),
         ("Superseded", 6, False),
+        ("TurnedDown", 7, False),
     ],
 )
 def test_each_outcome_has_a_state_and_an_exit_code(name: str, code: int, failed: bool) -> None:
@@ -50,7 +51,7 @@ def test_no_delivery_is_said_and_not_counted() -> None:
 
 
 def test_the_table_has_no_other_outcome() -> None:
-    assert len(OUTCOMES) == 8
+    assert len(OUTCOMES) == 9
 
 
 @pytest.mark.parametrize(

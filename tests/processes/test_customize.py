@@ -17,13 +17,16 @@ from typing import Any
 import pytest
 from prefect.client.orchestration import get_client
 
-from flows.check_champion import FELL, check_champion
+from flows.check_champion import FELL, TURNED_DOWN, Checked, check_champion
 from flows.customize import NAME, customize_on_new_preferences
 from flows.watch_preferences import ANNOUNCED, watch_preferences
 from qadapter.command.parser import main
 from qadapter.config.customization import load_customization
 from qadapter.files.artifacts import digest_tree
 from qadapter.files.process_tags import ProcessTag
+from qadapter.policy.dial import Dial
+from qadapter.policy.files import saved_dial
+from qadapter.toyworld.world import ToyWorld
 from tasks.candidate import registry_of
 from tasks.tracking.models import find_served_model
 from tasks.tracking.registry import Registry, Version
@@ -358,15 +361,128 @@ def test_a_run_with_nothing_new_closes_killed_runs(story: Story) -> None:
     assert "RUNNING" not in story.statuses()
 
 
+# ---- a forgetting budget, with the training of the first delivery ---------------------------------------------------
+
+BUDGET: dict[str, Any] = {"max_forgetting": 0.1}
+LAX = {**CONFIG["gate"], "retention": {"max_drop": 1.0, "min_items": 8}}
+
+
+@dataclass
+class Dialled:
+    """Two registered models that began with the same adapter, and what happened to them."""
+
+    saved: Step
+    trained: Step
+    alarm: Step
+    turned: Step
+    after: Step
+
+
+@pytest.fixture(scope="module")
+def dialled(story: Story) -> Dialled:
+    """The first delivery once more, where what is kept is a benchmark that the policy as trained forgets.
+
+    It asks for harmless requests whether they are answered or refused: a base that has learnt hardly anything takes the
+    shorter reply, and one that was taught to refuse refuses.
+    """
+    refusal = refusals()[0]["chosen"].rpartition("Assistant: ")[2]
+    questions = [f"how do i {verb} the {thing} ?" for verb, thing in ToyWorld(0).harmless_requests()[:60]]
+    quiz = [{"question": text, "choices": ["today .", refusal], "answer": "today ."} for text in questions]
+    (story.home / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in quiz))
+    deliver(story.home, "1-first.jsonl", refusals()[:40], folder="dialled")
+    changes = {
+        "evaluation.retention.tasks": [],
+        "evaluation.retention.own": {"quiz": str(story.home / "quiz.jsonl")},
+        "evaluation.retention.limit": None,
+        "evaluation.adaptation.max_new_tokens": 12,
+    }
+
+    def run(step: str, flow: Any, model: str, **settings: Any) -> Step:
+        story.config = write_config(
+            story.home,
+            model_name=model,
+            overrides=CONFIG["overrides"] | changes,
+            source={"path": "dialled"},
+            **settings,
+        )
+        done = story.run(step, flow)
+        versions = Registry(Tracker.for_project(story.home), model, story.home / "aliases.lock").versions()
+        return replace(done, versions=versions)
+
+    try:
+        saved = run("saved", customize_on_new_preferences, "saved", budget=BUDGET)
+        turned = {"model": "turned", "gate": LAX}
+        return Dialled(
+            saved,
+            run("as trained", customize_on_new_preferences, **turned),
+            run("alarm", check_champion, **turned, budget=BUDGET),
+            run("turned down", check_champion, **turned, budget=BUDGET, turn_down=True),
+            run("after it", check_champion, **turned, budget=BUDGET, turn_down=True),
+        )
+    finally:
+        story.config = write_config(story.home)
+
+
+def test_a_smaller_dial_saves_a_candidate(dialled: Dialled) -> None:
+    """As trained it fails the gate for forgetting; at the dial that is chosen under the budget it passes."""
+    step = dialled.saved
+    assert step.name == "Promoted", step.message
+    (version,) = step.versions
+    print(version.tags["dial"], version.tags["reasons"])
+    kind, value = version.tags["dial"].split("=")
+    assert kind == "q-weight"
+    assert 0 < float(value) < 1
+    assert (
+        "the dial saves it: as trained (dial 1) it would have been rejected: quiz down from the base by +"
+        in (version.tags["reasons"])
+    )
+    assert "within the budget of 0.1" in version.tags["reasons"]
+    served = find_served_model("saved@champion")
+    assert saved_dial(served.adapter) == Dial.parse(version.tags["dial"])
+
+
+def test_a_check_without_the_setting_only_raises_an_alarm(dialled: Dialled) -> None:
+    assert dialled.trained.name == "Promoted", dialled.trained.message
+    assert "dial" not in dialled.trained.versions[0].tags
+    step = dialled.alarm
+    assert step.name == "Fell"
+    assert "forgetting +" in step.message
+    assert "is beyond the budget of 0.1" in step.message
+    assert step.aliases == {"champion": 1}
+
+
+def test_a_check_turns_the_dial_down(dialled: Dialled, story: Story, capsys: pytest.CaptureFixture[str]) -> None:
+    step = dialled.turned
+    assert step.name == "TurnedDown", step.message
+    assert step.aliases == {"champion": 2, "previous": 1}
+    before, version = step.versions
+    print(step.message)
+    assert f"version 2, {version.tags['dial']}, is the champion now" in step.message
+    assert version.tags["turned_down"] == "scale=1"
+    assert version.tags["data_digest"] == before.tags["data_digest"]
+    assert version.tags["adapter_digest"] != before.tags["adapter_digest"]
+    assert version.tags["reasons"].startswith("the dial was turned down from scale=1: dial q-weight=0.")
+    assert version.description.startswith("Promoted by the gate. Version 1 with its dial turned down.")
+    assert version.metrics["retention/quiz/acc"] > before.metrics["retention/quiz/acc"] + 0.5
+    served = find_served_model("turned@champion")
+    assert saved_dial(served.adapter) == Dial.parse(version.tags["dial"])
+    (event,) = events(TURNED_DOWN, story.began)
+    assert event["payload"]["version"] == 1
+    assert event["payload"]["now"] == 2
+    assert event["payload"]["dial"] == version.tags["dial"]
+    assert dialled.after.name == "Steady", dialled.after.message
+    assert len(dialled.after.versions) == 2
+
+
 def test_two_checks_at_once_follow_each_other(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
     inside: list[int] = []
 
-    def alone(*_: Any) -> list[str]:
+    def alone(*_: Any) -> Any:
         assert not inside
         inside.append(1)
         time.sleep(1)
         inside.pop()
-        return []
+        return Checked([])
 
     monkeypatch.setattr("flows.check_champion._what_fell", alone)
     with ThreadPoolExecutor(2) as pool:

@@ -75,9 +75,9 @@ def flipped(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     return [{"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
 
 
-def deliver(home: Path, name: str, rows: list[dict[str, str]] | str) -> Path:
-    """Put a file into the folder where preferences arrive."""
-    file = home / "incoming" / name
+def deliver(home: Path, name: str, rows: list[dict[str, str]] | str, folder: str = "incoming") -> Path:
+    """Put a file into a folder where preferences arrive."""
+    file = home / folder / name
     file.parent.mkdir(exist_ok=True)
     file.write_text(rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows))
     return file

@@ -90,6 +90,10 @@ class Curve:
     kind: DialKind
     points: tuple[Point, ...]
 
+    def below(self, value: float) -> Curve:
+        """Its points at smaller values only."""
+        return Curve(self.kind, tuple(point for point in self.points if point.value < value))
+
     @property
     def as_trained(self) -> Point:
         """The policy as trained."""
