@@ -62,9 +62,14 @@ class MethodCurve:
         """The part that a dial is chosen on, and the part that is reported."""
         return split_curves(self.curves)
 
+    @cached_property
+    def choices(self) -> dict[float, Choice]:
+        """The operating point under each of `BUDGETS`."""
+        return {budget: choose_on(*self.parts, Budget(max_forgetting=budget)) for budget in BUDGETS}
+
     def at(self, budget: float) -> Choice:
-        """The operating point under a budget."""
-        return choose_on(*self.parts, Budget(max_forgetting=budget))
+        """The operating point under one of `BUDGETS`."""
+        return self.choices[budget]
 
     @cached_property
     def area(self) -> Interval:
@@ -140,7 +145,7 @@ def budget_table(curves: Sequence[MethodCurve]) -> Table | None:
             cells = []
             for budget in BUDGETS:
                 choices = [one.at(budget) for one in own]
-                learnt, lost = _means(own, choices)
+                learnt, lost = means_of(own, choices)
                 cells += [
                     Cell(number(learnt.estimate), bracket(learnt), sure=lost.high <= budget),
                     Cell(f"{fmean(choice.value for choice in choices):.2f}"),
@@ -157,7 +162,8 @@ def _label(domain: str, one: MethodCurve, many: bool) -> str:
     return f"{domain} · {one.method}" + (f" · {one.kind}" if many else "")
 
 
-def _means(own: Sequence[MethodCurve], choices: Sequence[Choice]) -> tuple[Interval, Interval]:
+def means_of(own: Sequence[MethodCurve], choices: Sequence[Choice]) -> tuple[Interval, Interval]:
+    """Adaptation and forgetting of one method, mean over domains, each at its own operating point."""
     reported, places = [one.parts[1] for one in own], [choice.place for choice in choices]
     return mean_adaptation(reported, places), mean_forgetting(reported, places)
 
@@ -216,7 +222,7 @@ def budget_metrics(curves: Sequence[MethodCurve]) -> dict[str, float]:
         for own in over_domains(curves):
             name = f"curve/mean/{own[0].method}{_suffix(own[0].kind)}"
             for budget in BUDGETS:
-                learnt, lost = _means(own, [one.at(budget) for one in own])
+                learnt, lost = means_of(own, [one.at(budget) for one in own])
                 key = f"{name}/adaptation_at_{100 * budget:g}_percent"
                 found |= {**_interval_metrics(key, learnt), f"{key}/forgetting": lost.estimate}
             found |= _interval_metrics(f"{name}/area", mean_area_interval([one.parts for one in own]))
@@ -260,17 +266,24 @@ def _ahead(curves: Sequence[MethodCurve], budget: float, along: str) -> list[str
     ours = means.pop(SUBJECT.name, None)
     if not ours or not means:
         return []
-    differences = []
-    for method, theirs in means.items():
-        places = [[one.at(budget).place for one in own] for own in (ours, theirs)]
-        found = mean_difference([one.parts[1] for one in ours], places[0], [one.parts[1] for one in theirs], places[1])
-        verdict = "larger than the noise" if found.excludes_zero else "not larger than the noise"
-        differences.append(f"{method} {found.estimate:+.3f} {bracket(found)}, {verdict}")
+    differences = [f"{method} {difference_text(ahead_of(ours, theirs, budget))}" for method, theirs in means.items()]
     where = f"mean over {len(ours)} domains" if len(ours) > 1 else ours[0].domain
     return [
         f"At most {100 * budget:g} % forgotten, {where}{along}: adaptation of {SUBJECT.name} minus that of "
         f"{'; '.join(differences)}."
     ]
+
+
+def ahead_of(ours: Sequence[MethodCurve], theirs: Sequence[MethodCurve], budget: float) -> Interval:
+    """How much more one method learnt than another at equal budgets, mean over the same domains."""
+    sides = [([one.parts[1] for one in own], [one.at(budget).place for one in own]) for own in (ours, theirs)]
+    return mean_difference(*sides[0], *sides[1])
+
+
+def difference_text(found: Interval) -> str:
+    """A difference with its interval, and whether it is larger than its noise."""
+    verdict = "larger than the noise" if found.excludes_zero else "not larger than the noise"
+    return f"{found.estimate:+.3f} {bracket(found)}, {verdict}"
 
 
 def _overshoot(curves: Sequence[MethodCurve], kind: DialKind, budget: float, many: bool) -> list[str]:

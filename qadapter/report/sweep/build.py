@@ -18,6 +18,7 @@ from qadapter.report import markdown
 from qadapter.report.budget import LEGEND as BUDGET_LEGEND
 from qadapter.report.budget import budget_metrics, budget_sentences, budget_table, curves_of
 from qadapter.report.rows import Row, Spread, listed, ordered, spread
+from qadapter.report.sweep.equal import equal_budgets_section
 from qadapter.report.sweep.figure import draw_sweep
 from qadapter.report.sweep.halves import halves_section
 from qadapter.report.sweep.points import (
@@ -81,9 +82,14 @@ def build_sweep_report(
         sections += ["## Every setting", _markdown(_table(points, front, base, base_rows)), _LEGEND]
     curves = curves_of(rows)
     if (budgets := budget_table(curves)) is not None:
-        sections += ["## At equal budgets", *(f"- {line}" for line in budget_sentences(curves))]
-        sections += [markdown.table(budgets), BUDGET_LEGEND]
-        metrics |= budget_metrics(curves)
+        section, of_methods = equal_budgets_section(curves, settings)
+        sections += [*section, "## Every setting at equal budgets"]
+        sections += [
+            "\n".join(f"- {line}" for line in budget_sentences(curves)),
+            markdown.table(budgets),
+            BUDGET_LEGEND,
+        ]
+        metrics |= {**budget_metrics(curves), **of_methods}
     (out / "sweep.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     write_json(out / "metrics.json", metrics)
 

@@ -15,6 +15,8 @@ from qadapter.report.budget import budget_metrics, budget_sentences, budget_tabl
 from qadapter.report.build import build_report
 from qadapter.report.dial_figure import DIAL_FIGURE
 from qadapter.report.rows import Row
+from qadapter.report.sweep.build import build_sweep_report
+from qadapter.report.sweep.points import RULE, Setting
 
 ITEMS, KEPT = 200, 2000
 VALUES = (0.0, 0.5, 1.0)
@@ -184,6 +186,40 @@ def test_how_far_ahead_at_equal_budgets(both: list[Row]) -> None:
     assert sentences[1].startswith("law, at most 1 % forgotten (dial q-weight): dpo learns most, adaptation 1.000")
     assert "At most 1 % forgotten, mean over 2 domains (dial scale)" in sentences[3]
     assert sentences[4].startswith("What the dial q-weight takes back at no cost in adaptation: law · dpo")
+
+
+def test_a_sweep_compares_methods_at_equal_budgets(tmp_path: Path) -> None:
+    """Two settings of each method. At 1 % DPO's best is `high` at .5, though as trained `low` learns most."""
+    settings = {
+        "sft a": ((0.0, 0.2, 0.4), (1.0, 1.0, 1.0)),
+        "sft b": ((0.0, 0.3, 1.0), (1.0, 1.0, 0.97)),
+        "dpo low": ((0.0, 0.1, 0.9), (1.0, 1.0, 1.0)),
+        "dpo high": ((0.0, 1.0, 0.0), (1.0, 1.0, 0.9)),
+        "residual": ((0.0, 0.5, 0.5), (1.0, 1.0, 1.0)),
+    }
+    metrics = {"adaptation/score": 0.5, "retention/mean": 0.9, "forgetting/mean": 0.0, RULE: 0.5}
+    rows = [Row("academy", "base", None, metrics)]
+    described = []
+    for name, (learnt, kept) in settings.items():
+        rows.append(Row("academy", name, 0, metrics, curve=write_curve(tmp_path / name, learnt, kept)))
+        method = "q-adapter" if name == "residual" else name.split()[0]
+        described.append(Setting(name, name.split()[0], method, (method,), True, {}, name))
+    out = tmp_path / "sweep"
+    out.mkdir()
+    build_sweep_report(rows, described, expected=1, title="t", out=out)
+    text = (out / "sweep.md").read_text()
+    section = text.partition("## The methods at equal forgetting budgets")[2].partition("## Every setting")[0]
+    lines = {line.split("|")[1].strip(): line for line in section.splitlines() if line.startswith("|")}
+    assert "dpo high, dial 0.5" in lines["dpo"]
+    assert "sft a, dial 1" in lines["sft"]  # at .5, 1 and 2 %
+    assert "sft b, dial 1" in lines["sft"]  # at 5 %
+    assert "- q-adapter − dpo: at 0.5 % -0.5" in section
+    assert "larger than the noise" in section
+    found = json.loads((out / "metrics.json").read_text())
+    assert found["sweep/equal/dpo/adaptation_at_1_percent"] == 1.0
+    assert found["sweep/equal/sft/adaptation_at_1_percent"] == pytest.approx(0.4, abs=0.01)
+    assert found["sweep/equal/sft/adaptation_at_5_percent"] == 1.0
+    assert found["sweep/equal/difference_at_1_percent/dpo"] == pytest.approx(-0.5, abs=0.01)
 
 
 def test_curves_with_too_few_items_are_left_out(tmp_path: Path) -> None:
