@@ -173,6 +173,7 @@ def _turned_down(
         data=heldout,
         benchmarks=ground.benchmarks,
         world=world,
+        old_texts=ground.old_texts,
         settings=settings,
     )
     dialled = step(

@@ -201,6 +201,7 @@ def _customize(
             data=heldout,
             benchmarks=ground.benchmarks,
             world=world,
+            old_texts=ground.old_texts,
         )
         dialled = step(dial_candidate, curve=curve, adapter=adapter, heldout=heldout, budget=customization.budget)
         adapter = step(

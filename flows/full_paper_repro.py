@@ -130,7 +130,7 @@ def experiment_stages(experiment: Experiment, run: Run) -> Any:
 
 def curve_inputs(shared: Mapping[str, Any]) -> dict[str, Any]:
     """Of the inputs of an evaluation those of the curve."""
-    return {name: shared[name] for name in ("base", "data", "benchmarks", "world")}
+    return {name: shared[name] for name in ("base", "data", "benchmarks", "world", "old_texts")}
 
 
 @flow(name="full-paper-repro")

@@ -36,6 +36,7 @@ def measure_curve(
     data: StageResult,
     benchmarks: StageResult | None,
     world: StageResult | None,
+    old_texts: StageResult | None = None,
     settings: CurveSettings | None = None,
 ) -> Any:
     """Measure one adapter along its dial. What base and policy answered is known from their own evaluations.
@@ -64,6 +65,8 @@ def measure_curve(
     }
     if world is not None:
         inputs["world"] = world.output
+    if old_texts is not None:
+        inputs["old_texts"] = old_texts.output
 
     def compute(out: Path, _: Path) -> None:
         from qadapter.evaluation.curve.measure import measure_curve as measure
@@ -85,18 +88,23 @@ def measure_curve(
             known_retention=(base_row.retention.path, row.retention.path),
             official_data=official,
             own=own,
+            old_texts=old_texts.path / "heldout.jsonl" if old_texts else None,
         )
 
     def log(run_id: str, output: StageOutput) -> None:
         from qadapter.evaluation.curve.points import read_curves
 
-        columns: dict[str, list[Any]] = {"dial": [], "value": [], "adaptation": [], "retention": []}
+        further = ("over_refusals", "answers_identical", "kl_per_token")
+        names = ("dial", "value", "adaptation", "retention", *further)
+        columns: dict[str, list[Any]] = {name: [] for name in names}
         for curve in read_curves(output.path):
             for point in curve.points:
                 columns["dial"].append(curve.kind)
                 columns["value"].append(point.value)
                 columns["adaptation"].append(point.learnt.mean)
                 columns["retention"].append(point.retention)
+                for name in further:
+                    columns[name].append(point.further().get(name))
         context.tracker.log_table(run_id, columns, "curve.json")
 
     result = run_stage(

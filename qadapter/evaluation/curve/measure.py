@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from qadapter.config.curve import CurveSettings
 from qadapter.config.evaluation import AdaptationSettings, RetentionSettings
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
+from qadapter.evaluation.curve.asked import AskedPrompts, ended
 from qadapter.evaluation.curve.both_rows import WeightedTexts
 from qadapter.evaluation.curve.lm import DialledLM
+from qadapter.evaluation.curve.old import OldText
 from qadapter.evaluation.curve.points import (
     Curve,
     Measure,
@@ -35,15 +37,13 @@ from qadapter.evaluation.measure import headline_metric
 from qadapter.evaluation.old_answers import HOWTOS
 from qadapter.evaluation.preference import distinct_prompts, encode_usable
 from qadapter.files.artifacts import read_json_lines, write_json
-from qadapter.inference.generate import context_of
 from qadapter.inference.pair_scores import mean_margin, won
-from qadapter.policy.dial import AS_TRAINED, Dial
+from qadapter.policy.dial import AS_TRAINED
 from qadapter.policy.guided import GuidedForCausalLM
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.preferences.pair import Message, PreferencePair, load_pairs
-from qadapter.preferences.render import end_ids
-from qadapter.preferences.tokenize import padding_id, prompt_ids
+from qadapter.preferences.tokenize import padding_id
 from qadapter.toyworld.rules import follows_rule
 from qadapter.toyworld.world import ToyWorld
 
@@ -71,6 +71,7 @@ def measure_curve(
     official_data: Path | None = None,
     own_tokenizer: PreTrainedTokenizerBase | None = None,
     own: Mapping[str, Path] | None = None,
+    old_texts: Path | None = None,
 ) -> None:
     """Measure the curve of one adapter, for each kind of dial that is asked for, and write them.
 
@@ -89,7 +90,7 @@ def measure_curve(
             looked at once to see at which weights it stays the same.
         official_data: as in `measure_retention`.
         own_tokenizer: the policy's, where it is not its base's.
-        own: as in `measure_retention`.
+        own, old_texts: as in `measure_retention`; None: nothing is measured on old text.
     """
     network, of_base = load_base(base, model)
     tokenizer = own_tokenizer or of_base
@@ -133,8 +134,12 @@ def measure_curve(
             for value_before, answers in (before.known() if before else {}).items():
                 texts.learn(answers, value_before)
             points = [point for one in found[:1] for point in one.points if point.value in (0.0, 1.0)]
+            done = len(points)
             while (value := next_value(points, curve)) is not None:
                 points.append(_point(value, learnt.at(value), score(lm_at(texts, value)), tasks))
+            if old_texts is not None:
+                old = OldText(texts, tokenizer, old_texts, retention, max_length, known_retention[1])
+                points[done:] = _on_old_text(points[done:], old)
             found.append(Curve(kind, tuple(sorted(points, key=lambda point: point.value))))
             metrics |= found[-1].metrics()
             metrics[f"cost/curve_{kind}_seconds"] = time.perf_counter() - start
@@ -173,6 +178,15 @@ def _point(value: float, learnt: Measure, scores: TaskScores, tasks: Sequence[st
     return Point(value, learnt, kept, refused)
 
 
+def _on_old_text(points: Sequence[Point], old: OldText) -> list[Point]:
+    """The points with what was measured on old text; harmless requests are its prompts where no task asks them."""
+    found = []
+    for point, kl in zip(points, old.divergences([point.value for point in points]), strict=True):
+        unchanged, refused = old.answers(point.value) or (None, None)
+        found.append(replace(point, kl=kl, unchanged=unchanged, refused=point.refused or refused))
+    return found
+
+
 def _belongs(task: str, of: str) -> bool:
     """Whether a task is a headline task or one of a group's."""
     return task == of or task.startswith(f"{of}_")
@@ -205,15 +219,8 @@ def _learn_retention(
                 continue
             chat = row["task"] not in plain
             lm = models[chat] if chat in models else models.setdefault(chat, lm_of(chat))
-            found.append((lm.prompt_ids(row["prompt"]), _ended(tokenizer, row["response"])))
+            found.append((lm.prompt_ids(row["prompt"]), ended(tokenizer, row["response"])))
         texts.learn(found, value)
-
-
-def _ended(tokenizer: PreTrainedTokenizerBase, answer: str) -> tuple[int, ...]:
-    """An answer's tokens with the end of a turn. Where it was written otherwise, it is found out when it is learnt."""
-    ids: Any = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    end: Any = tokenizer.eos_token_id
-    return (*ids, int(end))
 
 
 class _Adaptation:
@@ -230,20 +237,23 @@ class _Adaptation:
         style: str | None,
         known: Known,
     ) -> None:
-        self._texts, self._tokenizer, self._settings, self._style = texts, tokenizer, settings, style
+        self._texts, self._tokenizer, self._style = texts, tokenizer, style
         self._world = ToyWorld.read(world) if world else None
         if self._world is None:
             self._encode(pairs, max_length)
             return
         self._prompts: list[list[Message]] = distinct_prompts(pairs)
-        room = context_of(texts.policy) - settings.max_new_tokens
-        self._ids = [tuple(prompt_ids(tokenizer, prompt)[-room:]) for prompt in self._prompts]
         self._names = tuple(prompt_digest(prompt) for prompt in self._prompts)
+        self._asked = AskedPrompts(
+            texts,
+            tokenizer,
+            self._prompts,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+        )
         for value, folder in zip(_KNOWN_AT, known, strict=True):
             if folder is not None:
-                replies = [row["reply"] for row in read_json_lines(folder / "answers.jsonl")]
-                given = zip(self._ids, replies, strict=True)
-                texts.learn([(ids, _ended(tokenizer, reply)) for ids, reply in given if reply], value)
+                self._asked.learn([row["reply"] for row in read_json_lines(folder / "answers.jsonl")], value)
 
     def _encode(self, pairs: Sequence[PreferencePair], max_length: int) -> None:
         indices, encoded = encode_usable(self._tokenizer, pairs, max_length)
@@ -256,47 +266,9 @@ class _Adaptation:
     def at(self, value: float) -> Measure:
         """The measure at a value."""
         if self._world is not None:
-            replies = [self._text(answer) for answer in self._answers(value)]
-            hits = follows_rule(self._world, self._style, self._prompts, replies)
+            hits = follows_rule(self._world, self._style, self._prompts, self._asked.replies(value))
             return Measure(self._names, tuple(map(float, hits)))
         # Not by the implied reward: that prefers the chosen reply at the smallest weight already.
         sums = [np.array([score for score, _ in self._texts.likelihoods(side, value)]) for side in self._sides]
         counts = [np.array([len(reply) for _, reply in side]) for side in self._sides]
         return Measure(self._names, tuple(won(mean_margin(*sums, *counts)).tolist()))
-
-    def _text(self, answer: tuple[int, ...]) -> str:
-        ends = self._ends()
-        stop = next((place for place, token in enumerate(answer) if token in ends), len(answer))
-        return str(self._tokenizer.decode(list(answer[:stop]), skip_special_tokens=True)).strip()
-
-    def _ends(self) -> list[int]:
-        return end_ids(self._tokenizer, self._texts.policy.generation_config.eos_token_id)
-
-    def _answers(self, value: float) -> list[tuple[int, ...]]:
-        """The answer to each prompt at a value; those that are not known are generated, in batches."""
-        known = dict(zip(self._ids, self._texts.answers(self._ids, value), strict=True))
-        found = {ids: answer for ids, answer in known.items() if answer is not None}
-        open_ = [ids for ids in known if ids not in found]
-        policy, pad, ends = self._texts.policy, padding_id(self._tokenizer), self._ends()
-        settings = GenerationConfig(
-            max_new_tokens=self._settings.max_new_tokens, eos_token_id=ends, pad_token_id=pad, do_sample=False
-        )
-        for start in range(0, len(open_), self._settings.batch_size):
-            some = open_[start : start + self._settings.batch_size]
-            width = max(map(len, some))
-            given = torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in some], device=policy.device)
-            mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in some], device=policy.device)
-            with torch.no_grad():
-                output = policy.generate(
-                    input_ids=given,
-                    attention_mask=mask,
-                    generation_config=settings,
-                    dial=Dial(self._texts.kind, value),
-                )
-            for ids, row in zip(some, output[:, width:].tolist(), strict=True):
-                stop = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
-                found[ids] = tuple(row[:stop])
-        self._texts.learn([(ids, found[ids]) for ids in open_], value)
-        self._texts.generated += len(open_)
-        self._texts.reused += len(known) - len(open_)
-        return [found[ids] for ids in self._ids]

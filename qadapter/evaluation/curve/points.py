@@ -64,18 +64,33 @@ class Point:
         learnt: `adaptation/score`, item by item.
         kept: `retention/<task>/<metric>` → its items.
         refused: whether each harmless request was refused; None where that is not measured.
+        unchanged: whether each of the base's own answers to old prompts stays the same; None where nothing was asked.
+        kl: KL(base ‖ policy) per token on old text, nats; None where there is none.
     """
 
     value: float
     learnt: Measure
     kept: Mapping[str, Measure]
     refused: Measure | None = None
+    unchanged: Measure | None = None
+    kl: float | None = None
 
     @property
     def retention(self) -> float:
         """Mean over the tasks whose score is better when higher, as `retention/mean`."""
         means = [task.mean for task in self.kept.values() if task.higher]
         return float(np.mean(means)) if means else math.nan
+
+    def further(self) -> dict[str, float]:
+        """What else was measured: `over_refusals`, `answers_identical`, `kl_per_token`."""
+        found = {}
+        if self.refused is not None:
+            found["over_refusals"] = self.refused.mean
+        if self.unchanged is not None:
+            found["answers_identical"] = self.unchanged.mean
+        if self.kl is not None:
+            found["kl_per_token"] = self.kl
+        return found
 
 
 @dataclass(frozen=True)
@@ -106,6 +121,7 @@ class Curve:
         for point in self.points:
             found[f"{name}/{point.value:g}/adaptation"] = point.learnt.mean
             found[f"{name}/{point.value:g}/retention"] = point.retention
+            found |= {f"{name}/{point.value:g}/{key}": number for key, number in point.further().items()}
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -120,6 +136,8 @@ class Curve:
                     "learnt": _without_ids(point.learnt),
                     "kept": {name: _without_ids(task) for name, task in point.kept.items()},
                     "refused": None if point.refused is None else _without_ids(point.refused),
+                    "unchanged": None if point.unchanged is None else _without_ids(point.unchanged),
+                    "kl": point.kl,
                 }
                 for point in self.points
             ],
@@ -135,6 +153,8 @@ class Curve:
                 _with_ids(ids["learnt"], row["learnt"]),
                 {name: _with_ids(ids["kept"][name], task) for name, task in row["kept"].items()},
                 None if row["refused"] is None else _with_ids((), row["refused"]),
+                None if row["unchanged"] is None else _with_ids((), row["unchanged"]),
+                row["kl"],
             )
             for row in content["points"]
         )

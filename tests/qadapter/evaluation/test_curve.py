@@ -17,6 +17,7 @@ from qadapter.evaluation.curve.both_rows import WeightedTexts, greedy_intervals,
 from qadapter.evaluation.curve.measure import dialled, measure_curve
 from qadapter.evaluation.curve.points import Measure, Point, next_value, read_curves
 from qadapter.evaluation.curve.scaled import ScaledTexts
+from qadapter.evaluation.divergence import kl_per_token
 from qadapter.evaluation.lm_eval.harness import evaluate_tasks
 from qadapter.evaluation.measure import measure_adaptation, measure_retention
 from qadapter.evaluation.preference import distinct_prompts, preference_metrics, score_pairs
@@ -135,7 +136,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> TinyToy:
 
 
 ADAPTATION = AdaptationSettings(max_new_tokens=12, generate=4)
-RETENTION = RetentionSettings(tasks=("toy_facts", "toy_howtos"), limit=12, max_new_tokens=12, batch_size=8)
+RETENTION = RetentionSettings(tasks=("toy_facts", "toy_howtos"), limit=12, max_new_tokens=12, batch_size=8, answers=4)
 
 
 def no_judge(prompts: Any, before: Any, replies: Any) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -162,7 +163,7 @@ def test_each_point_is_the_policy_at_that_value(method: str, world: bool, toy: T
         )  # fmt: skip
         measure_retention(
             toy.base, policy, of_base["retention"], model=MODEL, settings=RETENTION, benchmarks=toy.world,
-            old_texts=None, max_length=64, out=folders["retention"],
+            old_texts=toy.heldout, max_length=64, out=folders["retention"],
         )  # fmt: skip
     out = tmp_path / "curve"
     out.mkdir()
@@ -171,7 +172,7 @@ def test_each_point_is_the_policy_at_that_value(method: str, world: bool, toy: T
         toy.base, adapter, toy.heldout, model=MODEL, adaptation=ADAPTATION, retention=RETENTION, curve=settings,
         max_length=64, world=where, style=None, benchmarks=toy.world, out=out,
         known_adaptation=(known["adaptation"][0], known["adaptation"][1]),
-        known_retention=(known["retention"][0], known["retention"][1]),
+        known_retention=(known["retention"][0], known["retention"][1]), old_texts=toy.heldout,
     )  # fmt: skip
     weighted, scaled = read_curves(out)
     assert [weighted.kind, scaled.kind] == ["q-weight", "scale"]
@@ -180,6 +181,9 @@ def test_each_point_is_the_policy_at_that_value(method: str, world: bool, toy: T
     network, tokenizer = load_base(toy.base, MODEL)
     base_scores = score_pairs(network, tokenizer, pairs, max_length=64, batch_size=8)
     policy = dialled(load_policy(network, adapter))
+    old = distinct_prompts(pairs, 4)
+    policy.dial = Dial("scale", 0.0)
+    of_base = generate_replies(policy, tokenizer, old, max_new_tokens=12, batch_size=8)
     for found in (weighted, scaled):
         assert [found.points[0].value, found.as_trained.value, found.points[-1].value] == [0.0, 1.0, 1.5]
         assert len(found.points) <= 5
@@ -187,8 +191,20 @@ def test_each_point_is_the_policy_at_that_value(method: str, world: bool, toy: T
             score = "adaptation/score" if world else "adaptation/preference_accuracy_length_normalised"
             assert point.learnt.mean == pytest.approx(learnt[score])
             assert point.retention == pytest.approx(kept["retention/mean"])
+            assert point.further() == {
+                "over_refusals": pytest.approx(kept["retention/over_refusals"]),
+                "answers_identical": pytest.approx(kept["retention/answers_identical"]),
+                "kl_per_token": pytest.approx(kept["forgetting/kl_per_token"], abs=1e-6),
+            }
         for point in found.points:
             policy.dial = Dial(found.kind, point.value)
+            kl = kl_per_token(
+                None, policy, tokenizer, [(p.prompt, p.chosen) for p in pairs[:12]], max_length=64, batch_size=8
+            )
+            assert point.kl == pytest.approx(kl.per_token, abs=1e-6)
+            assert point.unchanged is not None
+            answered = generate_replies(policy, tokenizer, old, max_new_tokens=12, batch_size=8)
+            assert point.unchanged.values == tuple(map(float, map(str.__eq__, answered, of_base)))
             if world:
                 prompts = distinct_prompts(pairs)
                 replies = generate_replies(policy, tokenizer, prompts, max_new_tokens=12, batch_size=4)
