@@ -164,11 +164,13 @@ def test_both_dials_side_by_side(both: list[Row], tmp_path: Path) -> None:
     assert [label for label, _ in budgets.rows][-4:] == [
         *(f"mean · {method} · {kind}" for kind in ("q-weight", "scale") for method in ("q-adapter", "dpo"))
     ]
-    assert [cell.text for cell in dict(budgets.rows)["mean · q-adapter · q-weight"][:3]] == ["0.600", "0.50", "0.000"]
+    learnt, dial, lost = (cell.text for cell in dict(budgets.rows)["mean · q-adapter · q-weight"][:3])
+    assert float(learnt) == pytest.approx(0.6, abs=0.005)  # of whole items in a half
+    assert (dial, lost) == ("0.50", "0.000")
     metrics = budget_metrics(curves)
     assert metrics["curve/law/dpo/scale/adaptation_at_1_percent"] == 0.5
     assert metrics["curve/law/dpo/adaptation_at_1_percent"] == 1.0
-    assert metrics["curve/mean/q-adapter/adaptation_at_1_percent"] == pytest.approx(0.6)
+    assert metrics["curve/mean/q-adapter/adaptation_at_1_percent"] == pytest.approx(0.6, abs=0.005)
     assert metrics["curve/mean/dpo/scale/area"] == pytest.approx(0.5)  # half is reached with nothing forgotten
     build_report(both, title="t", data={}, config={}, out=tmp_path)
     text, page = ((tmp_path / f"report.{end}").read_text() for end in ("md", "html"))
