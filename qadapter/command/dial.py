@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qadapter.command.opened import base_of_adapter, note, require_adapter
 from qadapter.command.options import DialOptions
+from qadapter.command.retaining import own_benchmarks
 from qadapter.config.budget import Budget
 from qadapter.config.curve import CurveSettings
 from qadapter.config.evaluation import AdaptationSettings, RetentionSettings
@@ -54,14 +55,18 @@ def run(options: DialOptions) -> None:
     budget = Budget(
         max_forgetting=options.budget, per_task=options.per_task, max_over_refusals=options.max_over_refusals
     )
+    own = own_benchmarks(options.retain)
+    of_base = load_tokenizer(base, revision=model.revision, trust_remote_code=options.trust_remote_code)
+    tokenizer = policy_tokenizer(adapter, of_base)
     retention = RetentionSettings(
         tasks=options.tasks,
-        plain_tasks=options.plain_tasks,
+        own={name: str(file) for name, file in own.items()},
+        # as in `qadapter train --retain`
+        plain_tasks=options.plain_tasks if tokenizer.chat_template else (*options.tasks, *own),
         limit=options.limit,
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
     )
-    of_base = load_tokenizer(base, revision=model.revision, trust_remote_code=options.trust_remote_code)
     with tempfile.TemporaryDirectory(prefix="qadapter-dial-") as scratch:
         heldout = _heldout(options, adapter, Path(scratch))
         out = Path(scratch) / "curve"
@@ -80,7 +85,8 @@ def run(options: DialOptions) -> None:
             benchmarks=Path(options.benchmarks) if options.benchmarks else None,
             out=out,
             official_data=Path(options.official_data) if options.official_data else None,
-            own_tokenizer=policy_tokenizer(adapter, of_base),
+            own_tokenizer=tokenizer,
+            own=own,
         )
         curves = read_curves(out)
     choice = choose_among(curves, budget)

@@ -423,7 +423,7 @@ class ExportOptions(PolicyOptions, ReadingOptions):
     public: bool = Field(False, description="make a new repository public")
 
 
-class DialOptions(BaseOptions, ReadingOptions):
+class DialOptions(RetainOptions, BaseOptions, ReadingOptions):
     """Choose an adapter's dial under a forgetting budget."""
 
     adapter: Annotated[Strings, AfterValidator(_one)] = Field(
@@ -433,7 +433,7 @@ class DialOptions(BaseOptions, ReadingOptions):
     per_task: Share | None = Field(None, description="largest drop of a single benchmark")
     max_over_refusals: Share | None = Field(None, description="largest share of refused harmless requests (toy world)")
     tasks: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
-        min_length=1, description="benchmarks that measure what is kept: names of lm-eval or of this project, a,b"
+        (), description="benchmarks that measure what is kept: names of lm-eval or of this project, a,b"
     )
     plain_tasks: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
         (), description="of these, those that are asked without chat template"
@@ -459,6 +459,12 @@ class DialOptions(BaseOptions, ReadingOptions):
         None, description="tokens of a pair (default: as trained, else 512)"
     )
     save: bool = Field(False, description="set the adapter's dial to the value found, and write its model card anew")
+
+    @model_validator(mode="after")
+    def _something_to_keep(self) -> DialOptions:
+        if not self.tasks and not self.retain:
+            raise ValueError("nothing says what is to be kept; give --tasks, or --retain with questions of your own")
+        return self
 
 
 class AddressOptions(Settings):

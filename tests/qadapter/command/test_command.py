@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,12 +36,14 @@ from qadapter.command.train import fitting_epochs, say_small
 from qadapter.config.model import LoraSettings, ModelSettings
 from qadapter.config.training import OptimizerSettings
 from qadapter.evaluation import distance
+from qadapter.evaluation.lm_eval.model import PolicyLM
 from qadapter.evaluation.preference import distinct_prompts, preference_metrics, score_pairs
 from qadapter.evaluation.speech import repetition
 from qadapter.files.shown import visible
 from qadapter.inference.generate import generate_replies
 from qadapter.methods import q_adapter
 from qadapter.policy.dial import Dial
+from qadapter.policy.files import saved_dial
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.preferences.pair import load_pairs
@@ -714,6 +717,49 @@ def test_mistakes_do_not_end_it(talk: Callable[..., list[str]]) -> None:
         "'nan' is not a number of at least 0",
     ]
     assert "/quit" in lines[-1]
+
+
+@pytest.mark.parametrize("kinds", ["q-weight", "scale"])
+def test_a_dial_is_chosen_saved_and_taken(
+    kinds: str,
+    place: Path,
+    policy: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`qadapter dial --save`; then `generate`, `chat` and lm-eval take the adapter with that dial."""
+    turned = tmp_path / "turned"
+    shutil.copytree(place / "out", turned)
+    quiz = [{"question": f"Thing {i}?", "choices": ["red", "I do not say."], "answer": "red"} for i in range(40)]
+    (tmp_path / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in quiz))
+    command = ["dial", str(turned), "--data", str(write_pairs(tmp_path / "pairs.jsonl", 60)), "--budget", "1"]
+    command += ["--retain", str(tmp_path / "quiz.jsonl"), "--kinds", kinds, "--points", "3", "--values", "0.75"]
+    capsys.readouterr()
+    assert main([*command, "--save"]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    dial = Dial(found["kind"], found["dial"])
+    assert {point["dial"] for point in found["points"]} >= {f"{kinds}={value}" for value in ("0", "0.75", "1")}
+    assert (found["kind"], found["split"], found["sure"]) == (kinds, "dial-1", True)
+    assert 0 < dial.value < 1, "a smaller one of equals is taken"
+    assert f"dial {dial}: adaptation " in printed.err
+    assert saved_dial(turned) == dial
+    card = (turned / "README.md").read_text()
+    assert f"Its dial stands at `{dial}`" in card
+    assert "the half of the items that the dial was not chosen on (split dial-1)" in card
+    expected = printed_reply(policy, "Which colour is thing 3?", dial=dial)
+    assert main(["generate", "--adapter", str(turned), "--prompt", "Which colour is thing 3?", *SHORT]) == 0
+    assert capsys.readouterr().out.strip() == expected
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Which colour is thing 3?\n"))
+    assert main(["chat", "--adapter", str(turned), *SHORT]) == 0
+    assert capsys.readouterr().out.strip() == expected
+    assert PolicyLM(str(turned), base=str(place / "base"), tokenizer=TOKENIZER).model.dial == dial
+
+
+def test_a_dial_needs_something_that_is_kept(place: Path, refused: Callable[..., str]) -> None:
+    message = refused("dial", str(place / "out"), "--data", str(place / "pairs.jsonl"))
+    assert "nothing says what is to be kept; give --tasks, or --retain" in message
 
 
 def test_ctrl_c_stops_a_reply_and_then_the_chat(
