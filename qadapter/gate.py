@@ -19,7 +19,7 @@ from pydantic import ConfigDict, Field
 
 from qadapter.config.base import NonNegative, Settings
 from qadapter.config.budget import Budget
-from qadapter.evaluation.curve.budget import selects
+from qadapter.evaluation.curve.parts import selects
 from qadapter.evaluation.curve.points import content_digest
 from qadapter.evaluation.drift import MOVED, TRAITS, Trait
 from qadapter.evaluation.speech import BROKEN, BROKEN_SHARE, SPEAKS, faults_of
@@ -187,7 +187,7 @@ class Measured:
         )
 
     def reported(self, prompts: Sequence[str]) -> Measured:
-        """Only the items that a dial was not chosen on (`qadapter.evaluation.curve.budget`).
+        """Only the items that a dial was not chosen on (`qadapter.evaluation.curve.parts`).
 
         Args:
             prompts: digest of the prompt of each held-out pair, by its position in the held-out file.

@@ -15,8 +15,9 @@ from qadapter.config.curve import CurveSettings
 from qadapter.config.evaluation import AdaptationSettings, RetentionSettings
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.curve.budget import SPLIT, Choice, choose_among, facts_of
+from qadapter.evaluation.curve.budget import Choice, choose_among, facts_of
 from qadapter.evaluation.curve.measure import measure_curve
+from qadapter.evaluation.curve.parts import SPLIT
 from qadapter.evaluation.curve.points import read_curves
 from qadapter.export.card import Exported, write_card
 from qadapter.export.facts import FACTS, Facts, Measurement

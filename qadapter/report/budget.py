@@ -9,17 +9,9 @@ from statistics import fmean
 
 from qadapter.config.budget import Budget
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.curve.budget import (
-    Choice,
-    Part,
-    area_interval,
-    choose_on,
-    mean_adaptation,
-    mean_area_interval,
-    mean_difference,
-    mean_forgetting,
-    split_curves,
-)
+from qadapter.evaluation.curve.area import area_interval, mean_area_interval
+from qadapter.evaluation.curve.budget import Choice, choose_on
+from qadapter.evaluation.curve.parts import Part, mean_adaptation, mean_difference, mean_forgetting, split_curves
 from qadapter.evaluation.curve.points import CURVE, Curve, read_curves
 from qadapter.evaluation.statistics import Interval
 from qadapter.methods.table import SUBJECT

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from qadapter.config.customization import Customization, customizations, load_customization
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.curve.budget import selects
+from qadapter.evaluation.curve.parts import selects
 from qadapter.evaluation.curve.points import content_digest
 from qadapter.files.artifacts import Manifest
 from qadapter.gate import AdaptationRule, Gate, Measured, RetentionRule, decide, fallen, what_the_dial_changes

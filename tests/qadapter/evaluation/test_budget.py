@@ -7,14 +7,9 @@ import pytest
 
 from qadapter.config.budget import Budget
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.curve.budget import (
-    SPLIT,
-    area_interval,
-    choose,
-    front_area,
-    selects,
-    split_curves,
-)
+from qadapter.evaluation.curve.area import area_interval, front_area
+from qadapter.evaluation.curve.budget import choose
+from qadapter.evaluation.curve.parts import SPLIT, selects, split_curves
 from qadapter.evaluation.curve.points import Curve, Measure, Point
 
 VALUES = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qadapter.evaluation.curve.budget import selects
+from qadapter.evaluation.curve.parts import selects
 from qadapter.evaluation.curve.points import Curve, Measure, Point, write_curves
 from qadapter.policy.dial import DialKind
 from qadapter.report.budget import budget_metrics, budget_sentences, budget_table, curves_of, values_table

@@ -1,0 +1,105 @@
+"""The area under the front of a curve: adaptation that is reached, averaged over forgetting budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qadapter.evaluation.curve.parts import DRAWS, Part
+from qadapter.evaluation.statistics import Interval
+
+LARGEST_BUDGET = 0.05
+"""Of forgetting, for the area under the front."""
+
+
+def front_area(part: Part, place_of: Sequence[int] | None = None, largest: float = LARGEST_BUDGET) -> float:
+    """Area under the front: adaptation that is reached, averaged over all forgetting budgets from 0 to `largest`.
+
+    Args:
+        part: of the items.
+        place_of: which points count; all by default.
+        largest: the largest budget.
+    """
+    places = range(len(part.values)) if place_of is None else place_of
+    points = [(part.forgetting(place), part.adaptation(place)) for place in places]
+    return _area(points, part.before, largest)
+
+
+def _area(points: Sequence[tuple[float, float]], before: float, largest: float) -> float:
+    area, best, at = 0.0, before, 0.0
+    for forgetting, adaptation in sorted((max(0.0, lost), learnt) for lost, learnt in points):
+        if forgetting > largest:
+            break
+        area += best * (forgetting - at)
+        at, best = forgetting, max(best, adaptation)
+    return (area + best * (largest - at)) / largest
+
+
+def area_interval(
+    selection: Part, reported: Part, *, largest: float = LARGEST_BUDGET, resamples: int = DRAWS
+) -> Interval:
+    """The area under the front with its 95 % bootstrap interval, on the reported part.
+
+    Which points lie on the front is decided on the selection part. Seeds and items are drawn with replacement.
+    """
+    return mean_area_interval([(selection, reported)], largest=largest, resamples=resamples)
+
+
+def mean_area_interval(
+    domains: Sequence[tuple[Part, Part]], *, largest: float = LARGEST_BUDGET, resamples: int = DRAWS
+) -> Interval:
+    """`area_interval` of the mean over domains, which share their seeds and their retention items.
+
+    Args:
+        domains: selection part and reported part of each.
+        largest: the largest budget.
+        resamples: bootstrap draws.
+    """
+    rng = np.random.default_rng(0)
+    first = domains[0][1]
+    seeds = len(first.gained)
+    of_seeds = rng.multinomial(seeds, [1 / seeds] * seeds, size=resamples) / seeds  # [R, S]
+    counts = {name: _counts(rng, table.shape[2], resamples) for name, table in first.lost.items()}
+    estimate, items, draws = 0.0, 0, np.zeros(resamples)
+    for selection, reported in domains:
+        places = _front(selection)
+        gained = reported.gained[:, places]
+        learnt = reported.before + _drawn(gained, _counts(rng, gained.shape[2], resamples), of_seeds)
+        lost = np.mean(
+            [
+                _drawn(reported.lost[name][:, places], counts[name] * reported.weights[name], of_seeds)
+                for name in reported.averaged
+            ],
+            axis=0,
+        )
+        draws += [
+            _area(list(zip(*points, strict=True)), reported.before, largest)
+            for points in zip(lost.tolist(), learnt.tolist(), strict=True)
+        ]
+        estimate += front_area(reported, places, largest)
+        items += gained.shape[2]
+    draws, estimate = draws / len(domains), estimate / len(domains)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Interval(estimate, float(low), float(high), float(draws.std()), items, seeds)
+
+
+def _counts(rng: np.random.Generator, items: int, resamples: int) -> NDArray[np.float64]:
+    """[R, n], how often each item is drawn."""
+    return rng.multinomial(items, [1 / items] * items, size=resamples).astype(np.float64)
+
+
+def _drawn(
+    table: NDArray[np.float64], weights: NDArray[np.float64], of_seeds: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """[R, P] weighted means of [S, P, n], under each draw of items [R, n] and of seeds [R, S]."""
+    by_item = np.einsum("spn,rn->rsp", table, weights, optimize=True) / weights.sum(axis=1)[:, None, None]
+    found: NDArray[np.float64] = np.einsum("rsp,rs->rp", by_item, of_seeds)
+    return found
+
+
+def _front(part: Part) -> list[int]:
+    """Places of the points that no other beats on both sides."""
+    at = [(part.adaptation(place), -part.forgetting(place)) for place in range(len(part.values))]
+    return [place for place, (x, y) in enumerate(at) if not any(a >= x and b >= y and (a > x or b > y) for a, b in at)]
