@@ -12,12 +12,22 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from qadapter.config.budget import Budget
 from qadapter.config.customization import Customization, customizations, load_customization
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.curve.parts import selects
 from qadapter.evaluation.curve.points import content_digest
 from qadapter.files.artifacts import Manifest
-from qadapter.gate import AdaptationRule, Gate, Measured, RetentionRule, decide, fallen, what_the_dial_changes
+from qadapter.gate import (
+    AdaptationRule,
+    Gate,
+    Measured,
+    RetentionRule,
+    beyond_budget,
+    decide,
+    fallen,
+    what_the_dial_changes,
+)
 
 PAIRS, ITEMS = 100, 200
 
@@ -83,6 +93,19 @@ def test_scores_are_read_as_they_were_measured(make: Any) -> None:
     assert texts.weights is not None
     assert texts.weights.tolist() == [10, 30] * 15
     assert not texts.higher_is_better
+
+
+def test_beyond_a_budget_means_beyond_noise(make: Any) -> None:
+    """20 of 200 facts lost: .1, standard error √(.1 · .9/200) = .021; texts are no accuracy and do not count."""
+    base, now = make(50, 150), make(50, 130, bits=9.0, over_refusals=0.3)
+    (text,) = beyond_budget(now, base, Budget(max_forgetting=0.03), Gate())
+    assert text.startswith("forgetting +0.100 [+0.0")
+    assert text.endswith("is beyond the budget of 0.03")
+    assert beyond_budget(now, base, Budget(max_forgetting=0.08), Gate()) == [], "noise could explain .1 after .08"
+    both = beyond_budget(now, base, Budget(max_forgetting=1.0, per_task=0.03, max_over_refusals=0.2), Gate())
+    assert both[0].startswith("facts fell below the base by +0.100 [")
+    assert both[1:] == ["over-refusals 0.300 are beyond the budget of 0.2"]
+    assert beyond_budget(base, base, Budget(max_forgetting=0.0, per_task=0.0), Gate()) == []
 
 
 def test_a_better_candidate_passes_with_its_numbers_as_reasons(make: Any) -> None:
