@@ -182,8 +182,9 @@ def test_both_dials_side_by_side(both: list[Row], tmp_path: Path) -> None:
 def test_how_far_ahead_at_equal_budgets(both: list[Row]) -> None:
     """On law 1 − .8, on academy 1 − .4: DPO at .5 is ahead by .4 in the mean; as trained it would be behind."""
     sentences = budget_sentences(curves_of(both))
-    start = "At most 1 % forgotten, mean over 2 domains (dial q-weight): adaptation of q-adapter minus that of dpo -0.4"
+    start = "At most 1 % forgotten, mean over 2 domains (dial q-weight): adaptation of q-adapter minus that of dpo "
     assert sentences[0].startswith(start)
+    assert float(sentences[0].removeprefix(start).split()[0]) == pytest.approx(-0.4, abs=0.005)
     assert sentences[0].endswith(", larger than the noise.")
     assert sentences[1].startswith("law, at most 1 % forgotten (dial q-weight): dpo learns most, adaptation 1.000")
     assert "At most 1 % forgotten, mean over 2 domains (dial scale)" in sentences[3]
