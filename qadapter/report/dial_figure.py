@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from matplotlib import rc_context
@@ -16,13 +17,14 @@ from numpy.typing import NDArray
 
 from qadapter.evaluation.curve.points import Curve
 from qadapter.methods.method import Marker
+from qadapter.policy.dial import DialKind
 from qadapter.report.budget import MethodCurve, kinds_of
 from qadapter.report.figures import styles_of
 from qadapter.report.rows import ordered
 
 DIAL_FIGURE = "curves_of_the_dial.png"
 _DRAWS = 400
-_DASHES = {"q-weight": "-", "scale": "--"}
+_DASHES: dict[DialKind, Literal["-", "--"]] = {"q-weight": "-", "scale": "--"}
 Floats = NDArray[np.float64]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -80,5 +81,6 @@ class AskedPrompts:
 
 def ended(tokenizer: PreTrainedTokenizerBase, answer: str) -> tuple[int, ...]:
     """An answer's tokens with the end of a turn."""
-    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    return (*ids, int(tokenizer.eos_token_id))  # type: ignore[arg-type, misc]
+    ids: Any = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    end: Any = tokenizer.eos_token_id
+    return (*ids, int(end))

@@ -82,8 +82,8 @@ def build_sweep_report(
         sections += ["## Every setting", _markdown(_table(points, front, base, base_rows)), _LEGEND]
     curves = curves_of(rows)
     if (budgets := budget_table(curves)) is not None:
-        section, of_methods = equal_budgets_section(curves, settings)
-        sections += [*section, "## Every setting at equal budgets"]
+        of_budgets, of_methods = equal_budgets_section(curves, settings)
+        sections += [*of_budgets, "## Every setting at equal budgets"]
         sections += [
             "\n".join(f"- {line}" for line in budget_sentences(curves)),
             markdown.table(budgets),
