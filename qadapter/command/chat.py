@@ -15,7 +15,7 @@ from qadapter.command.options import ChatOptions
 from qadapter.config.base import refuse_temperature
 from qadapter.errors import QAdapterError, did_you_mean
 from qadapter.files.shown import visible
-from qadapter.inference.generate import longest_reply, reply_text
+from qadapter.inference.generate import longest_reply, only_as_asked, reply_text
 from qadapter.inference.score import device_of
 from qadapter.policy.dial import Dial
 from qadapter.policy.positions import position_limit
@@ -122,11 +122,12 @@ class Chat:
             note(f"(the first {len(ids) - room} tokens of the conversation no longer fit and are left out; /reset?)")
         print(label, end="", flush=True)
         given = torch.tensor([ids[-room:]], device=device_of(self._policy))
-        with torch.no_grad():
+        decoding = self._decoding(longest)
+        with torch.no_grad(), only_as_asked(self._policy):
             output = self._policy.generate(
                 input_ids=given,
                 attention_mask=torch.ones_like(given),
-                generation_config=(decoding := self._decoding(longest)),
+                generation_config=decoding,
                 streamer=VisibleStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True),
             )
         return reply_text(self._tokenizer, output[0, given.shape[1] :].tolist(), decoding.eos_token_id)

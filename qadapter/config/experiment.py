@@ -157,11 +157,25 @@ class Experiment(Settings):
                     "it to all or first, or take these methods out of methods.run"
                 )
 
+    def _refused_by_methods(self) -> Iterator[str]:
+        """Settings of the trainings that a method of this experiment cannot follow."""
+        from qadapter.methods.table import method_named
+
+        for name in self.methods.run:
+            refuses = method_named(name).refuses
+            for setting, key in self.training.asked().items():
+                if setting in refuses:
+                    yield (
+                        f"training.{key}: {name} cannot follow it ({refuses[setting]}): leave it out, or take {name} "
+                        "out of methods.run"
+                    )
+
     def _contradictions(self) -> Iterator[str]:
         """Yield one sentence per contradiction between sections."""
         if repeated := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
             yield f"seeds names {repeated} more than once"
         yield from self._single_replies()
+        yield from self._refused_by_methods()
         named = {f"domains.{name}.source": domain.source for name, domain in self.domains.items()}
         if self.helpful_sft:
             named["helpful_sft.source"] = self.helpful_sft.source

@@ -38,8 +38,14 @@ LORA_TWINS = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 NO_EFFECT = {
     "neftune_noise_alpha": "NEFTune adds noise to the embeddings of the frozen base, so that log π1 would be a sample",
     "label_smoothing_factor": "preference objectives have no labels to smooth",
-    "use_liger_kernel": "Liger's kernels replace the loss that each method computes itself",
-    "torch_compile": "rows choose their adapter by hooks that a compiled graph does not see",
+    **dict.fromkeys(
+        ("use_liger_kernel", "liger_kernel_config"),
+        "Liger's kernels replace the loss that each method computes itself",
+    ),
+    **dict.fromkeys(
+        ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+        "rows choose their adapter by hooks that a compiled graph does not see",
+    ),
     "include_for_metrics": "the measures are computed from the loss, not from logits",
     "batch_eval_metrics": "the measures are computed from the loss, not from logits",
 }
@@ -51,7 +57,10 @@ _TRACKING = "the run is tracked by the project itself"
 _PLACES = "launch decides how a training is spread over processes"
 _TRAINER_OWN = {
     **dict.fromkeys(("output_dir", "resume_from_checkpoint", "ignore_data_skip"), "checkpoints have their own folder"),
-    **dict.fromkeys(("save_strategy", "save_only_model"), "save_steps sets when a whole checkpoint is saved"),
+    **dict.fromkeys(
+        ("save_strategy", "save_only_model", "enable_jit_checkpoint"),
+        "save_steps sets when a whole checkpoint is saved",
+    ),
     **dict.fromkeys(("seed", "data_seed"), "set the seed of the experiment or the command"),
     **dict.fromkeys(
         ("per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size", "dataloader_drop_last"),
@@ -83,6 +92,8 @@ _TRAINER_OWN = {
     "use_cache": "a training needs no cache",
 }
 _SAMPLING = ("random", "group_by_length")
+_WORKERS = ("fork",)  # what some methods make of their rows cannot be sent to a process that is started anew
+_OF_OPTIMISERS = ("optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon")
 
 _LORA_OWN = {
     **dict.fromkeys(("task_type", "peft_type", "auto_mapping", "peft_version"), "the kind of adapter is LoRA"),
@@ -164,6 +175,8 @@ def trainer_fields(given: dict[str, Any]) -> dict[str, Any]:
     _raise(dict.fromkeys(negative, "expected a number from 0"), given)
     if given.get("train_sampling_strategy", "random") not in _SAMPLING:
         _raise({"train_sampling_strategy": f"expected {', '.join(_SAMPLING)}"}, given)
+    if given.get("dataloader_multiprocessing_context", _WORKERS[0]) not in _WORKERS:
+        _raise({"dataloader_multiprocessing_context": f"expected {', '.join(_WORKERS)}"}, given)
     _ask(given, _refuse_arguments)
     return given
 
@@ -242,10 +255,18 @@ def _refuse_arguments(values: Mapping[str, Any]) -> None:
     arguments = TrainingArguments(output_dir=gettempdir(), report_to="none", use_cpu=cpu, **for_arguments(values))
     model: Any = torch.nn.Linear(2, 2)
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-    if arguments.optim_args:
-        plain = dataclasses.replace(arguments, optim_args=None)
-        if Trainer.get_optimizer_cls_and_kwargs(plain, model)[1] == options:
-            raise ValueError(f"the optimiser {arguments.optim} takes none of them")
+    defaults: dict[str, Any] = {one.name: one.default for one in dataclasses.fields(arguments)}
+    for name in _OF_OPTIMISERS:
+        if getattr(arguments, name) == defaults[name]:
+            continue
+        try:
+            without = Trainer.get_optimizer_cls_and_kwargs(
+                dataclasses.replace(arguments, **{name: defaults[name]}), model
+            )
+        except Exception:
+            continue
+        if without == (kind, options):
+            raise ValueError(f"the optimiser {arguments.optim} takes no {name}")
     workers = arguments.dataloader_num_workers
     DataLoader(
         [0],  # type: ignore[arg-type]

@@ -61,6 +61,9 @@ class OptimizerSettings(Settings):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             )
+        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+            if self.trainer.get(name) and not self.gradient_checkpointing:
+                raise ValueError(f"trainer.{name} has no effect without gradient_checkpointing")
         if "lr_scheduler_type" in self.trainer and self.schedule != "linear":
             raise ValueError("trainer.lr_scheduler_type and schedule are the same setting; give one of them")
         return self
@@ -77,6 +80,15 @@ class OptimizerSettings(Settings):
     def micro_batch(self) -> int:
         """Examples per forward pass."""
         return self.micro_batch_size or self.batch_size
+
+    def asked(self) -> dict[str, str]:
+        """What methods may not be able to follow: name → key in this section."""
+        found = {name: f"trainer.{name}" for name in self.trainer}
+        if self.trainer.get("train_sampling_strategy") == "group_by_length":
+            found["group_by_length"] = "trainer.train_sampling_strategy"
+        if not self.trainer.get("group_by_length", True):
+            del found["group_by_length"]
+        return found
 
 
 def _is_none(value: object) -> bool:
@@ -111,6 +123,10 @@ class AdapterTraining(OptimizerSettings):
                 "evaluation saves one; leave save_steps out"
             )
         return self
+
+    def asked(self) -> dict[str, str]:
+        """As of every training, and the evaluation while it runs."""
+        return super().asked() | ({} if self.eval_steps is None else {"eval_steps": "eval_steps"})
 
     @property
     def chosen_by(self) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qadapter.inference.generate import generation_settings, left_padded
+from qadapter.inference.generate import generation_settings, left_padded, only_as_asked
 from qadapter.inference.score import device_of, evaluating, item_results
 
 
@@ -47,7 +47,8 @@ def continue_ids(
             found.append(new[: stop + 1])
         return found
 
-    with evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    devices = [device] if device.type == "cuda" else []
+    with evaluating(model), only_as_asked(model), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         return item_results(
             [len(row) for row in rows],

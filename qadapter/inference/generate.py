@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -91,7 +92,8 @@ def generate_with_ends(
         rows = output[:, batch["input_ids"].shape[1] :].tolist()
         return [_generated(tokenizer, row, settings.eos_token_id) for row in rows]
 
-    with evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    devices = [device] if device.type == "cuda" else []
+    with evaluating(model), only_as_asked(model), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         found = item_results(
             [len(ids[place]) for place in places],
@@ -195,7 +197,7 @@ def left_padded(rows: Sequence[list[int]], pad: int, device: torch.device) -> di
 def generation_settings(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float
 ) -> GenerationConfig:
-    """Generation settings that override all of a model's defaults except its additional end tokens."""
+    """Generation settings, for `only_as_asked`; of a model's own, its additional end tokens are among them."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     return GenerationConfig(
@@ -205,6 +207,24 @@ def generation_settings(
         use_cache=True,
         **(sampling or {"do_sample": False}),
     )
+
+
+@contextmanager
+def only_as_asked(model: Any) -> Iterator[None]:
+    """Within the block the model generates as it is asked, and as nothing else.
+
+    transformers takes what a call leaves open from the base's `generation_config.json`: penalties, beams, tokens that
+    are never written. They are no part of the distribution that is trained and measured.
+    """
+    own = getattr(model, "generation_config", None)
+    if own is None:
+        yield
+        return
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def context_of(model: torch.nn.Module) -> int:

@@ -51,15 +51,13 @@ def train(job: Job, choice: KTOSettings) -> Trainer:
         def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
             return dataset
 
-        def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
-            self.args.train_sampling_strategy = "random"
-            return super()._get_train_sampler(train_dataset)
-
     rows, arguments = job.on_labelled()
+    order = arguments.pop("train_sampling_strategy", "random")  # TRL takes none but its own
     good = sum(label for _, _, label in rows)
     weights = balanced(good, len(rows) - good, choice)
     # The micro-batches of the first epoch are mixed by the sampler; the order here is what the seed gives it to mix.
-    random.Random(arguments["data_seed"]).shuffle(rows)
+    if not job.held:  # else the rows of a pair have to be found by their places
+        random.Random(arguments["data_seed"]).shuffle(rows)
     trainer = TokenizedKTOTrainer(
         model=job.network,
         args=KTOConfig(
@@ -81,6 +79,7 @@ def train(job: Job, choice: KTOSettings) -> Trainer:
         processing_class=job.tokenizer,
         peft_config=job.lora,
     )
+    trainer.args.train_sampling_strategy = order
     return train_to_end(trainer, METHOD.name)
 
 

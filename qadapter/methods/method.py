@@ -133,6 +133,8 @@ class Method(Generic[S]):
         needs: from its settings to the stages that it needs.
         by_default: whether it runs where a config names no methods.
         takes_single: whether it trains on single replies with a label (`pairing: none`) as well as on pairs.
+        refuses: settings of `training` that it cannot follow (`eval_steps`, `group_by_length`, fields of `trainer`),
+            each with the reason; an experiment with both is refused when it is read.
         moves_alpha_0: whether its trained adapter can be measured with another α0 at inference.
         family: from a sweep's changes of its settings to the family that the setting is shown in; None: its name.
         families: the looks of its families; none: its name with `look`.
@@ -149,6 +151,7 @@ class Method(Generic[S]):
     needs: Callable[[S], tuple[Need, ...]] = no_needs
     by_default: bool = False
     takes_single: bool = False
+    refuses: Mapping[str, str] = field(default_factory=dict)
     moves_alpha_0: bool = False
     family: Callable[[Mapping[str, Any]], str] | None = None
     families: Mapping[str, Look] = field(default_factory=dict)

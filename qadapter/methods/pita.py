@@ -66,4 +66,5 @@ METHOD = Method(
     group="guided",
     strength="guidance",
     needs=needs,
+    refuses={"eval_steps": "it is trained on continuations of the base, so no pair can be set aside"},
 )

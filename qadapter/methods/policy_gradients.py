@@ -26,6 +26,13 @@ KNOBS = (
     LEARNING_RATE,
 )
 
+REFUSES = {
+    "eval_steps": "it has no loss on given pairs: it learns from rewards of replies that it samples itself",
+    "group_by_length": "the replies to a prompt are a group, and how long they get is not known before",
+    "include_num_input_tokens_seen": "it counts the tokens of its own replies itself",
+}
+"""Settings of `training` that they cannot follow (`Method.refuses`)."""
+
 
 class PolicyGradientSettings(MethodSettings):
     """Policy gradients on replies of its own.

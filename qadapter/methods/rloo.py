@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qadapter.methods.method import Look, Method
-from qadapter.methods.policy_gradients import KNOBS, PASSES, PolicyGradientSettings, needs_of, train_with
+from qadapter.methods.policy_gradients import KNOBS, PASSES, REFUSES, PolicyGradientSettings, needs_of, train_with
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -32,4 +32,5 @@ METHOD = Method(
     group="RL",
     strength="beta",
     needs=needs_of,
+    refuses=REFUSES,
 )

@@ -59,4 +59,8 @@ METHOD = Method(
     look=Look("#882255", "x"),
     group="preference losses",
     strength="beta",
+    refuses={
+        "eval_steps": "its opponent's replies to the pairs that are set aside would change with every iteration",
+        "include_num_input_tokens_seen": "it counts the tokens of its opponent's replies itself",
+    },
 )

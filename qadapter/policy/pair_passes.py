@@ -22,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 from qadapter.policy.fused import VocabularyHead
 from qadapter.policy.objective import scored_positions
 from qadapter.policy.passes import RowPasses
+from qadapter.policy.positions import turns_with_length
 
 # Encoding the prompt once takes a second, smaller pass. It pays if it spares at least this share of the tokens, and at
 # least so many tokens × width²: measured on one CPU thread; on a GPU, by what a kernel launch costs there.
@@ -107,7 +108,8 @@ class PairPasses:
         self.usable = passes.rows.supported and self._decoder is not None and VocabularyHead.of(base) is not None
         self._tolerance = 5e-2 if getattr(base, "quantization_method", None) is not None else 1e-3
         takes = inspect.signature(self._decoder.forward).parameters if self._decoder is not None else {}
-        self.share_prompts = share_prompts and {"position_ids", "past_key_values"} <= set(takes)
+        cached = {"position_ids", "past_key_values"} <= set(takes) and not turns_with_length(self._config)
+        self.share_prompts = share_prompts and cached
         self._head_checked = self._cache_checked = False
         self._sharded = dist.is_initialized() and any(
             isinstance(parameter, DTensor) for parameter in model.parameters()

@@ -179,7 +179,7 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, templated: bool) -> 
         RenderError: the text cannot be tokenised, or has a token that the base has no embedding for.
     """
     bare = _ids(tokenizer, text)
-    known = getattr(tokenizer, _EMBEDDINGS, None)
+    known = embeddings_of(tokenizer)
     if known is not None and bare and max(bare) >= known:
         raise RenderError(f"the tokenizer makes token id {max(bare)}, but the base has only {known} embeddings")
     appended = _ids(tokenizer, "")  # by a tokenizer that adds tokens although none are asked for
@@ -191,6 +191,12 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, templated: bool) -> 
 def limit_ids(tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
     """Note how many embeddings the base has: texts with a token beyond them have no token ids."""
     setattr(tokenizer, _EMBEDDINGS, embeddings)
+
+
+def embeddings_of(tokenizer: Any) -> int | None:
+    """How many embeddings the base has; None for a tokenizer whose tokens all have one."""
+    known: int | None = getattr(tokenizer, _EMBEDDINGS, None)
+    return known
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from qadapter.inference.generate import only_as_asked
 from qadapter.preferences.render import end_ids, special_texts, turn_end
 from qadapter.preferences.tokenize import padding_id
 from qadapter.serving.policies import Blend, ServedPolicies
@@ -163,7 +164,7 @@ class Generator:
         reader = ReplyReader(tokenizer, len(prompt), stop, on_text, cancelled, ends, scores)
         if turn.seed is not None:
             torch.manual_seed(turn.seed)
-        with self.policies.speaking(turn.blend) as dials:
+        with self.policies.speaking(turn.blend) as dials, only_as_asked(model):
             model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),

@@ -61,6 +61,7 @@ class Job:
         model: how the base is loaded.
         seed: of the training.
         scratch: folder of checkpoints.
+        held: how many pairs, at the end, are set aside for evaluation.
         generated: tokens that the method generated itself, prompts not counted.
     """
 
@@ -89,7 +90,7 @@ class Job:
         self.max_length, self.needs, self.out = settings.max_length, dict(needs), out
         self.steps = settings.max_steps or 0
         self._settings = settings
-        self._held = held
+        self.held = held
         self._lengths: list[int] = []
         self._per_step = 0
         self._trained: int | None = None
@@ -182,8 +183,8 @@ class Job:
         return tokens_seen(self._lengths, self.steps, self._per_step)
 
     def _arguments(self, lengths: list[int], *, sequences_per_example: int) -> dict[str, Any]:
-        if self._held:  # row i belongs to pair i modulo their number; those at the end are not trained on
-            trained = len(self.encoded) - self._held
+        if self.held:  # row i belongs to pair i modulo their number; those at the end are not trained on
+            trained = len(self.encoded) - self.held
             lengths = [length for i, length in enumerate(lengths) if i % len(self.encoded) < trained]
         self._lengths = lengths
         self._per_step = self._settings.batch_size * sequences_per_example

@@ -16,6 +16,7 @@ from qadapter.policy.guided import Guide, GuidedForCausalLM
 from qadapter.preferences.tokenize import padding_id
 from qadapter.training.arguments import train_to_end
 from qadapter.training.pair_trainer import without_dropout
+from qadapter.training.sampling import MeasuredRows
 
 if TYPE_CHECKING:
     from qadapter.training.adapt import Job
@@ -116,7 +117,7 @@ def train_guide(
         model=policy,
         args=TrainingArguments(**arguments, remove_unused_columns=False),
         data_collator=collated,
-        train_dataset=list(range(len(rows))),
+        train_dataset=MeasuredRows(range(len(rows)), [len(prompt) + len(reply) for prompt, reply in rows]),
         processing_class=job.tokenizer,
         loss=loss,
     )

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import GenerationConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import read_json, write_json
 from qadapter.preferences.render import end_ids
 from qadapter.training.arguments import for_trl, train_to_end
+from qadapter.training.sampling import GROUPED
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -85,9 +87,11 @@ def train_on_rewards(
         temperature, max_new_tokens: of the sampling.
 
     Raises:
-        QAdapterError: a micro-batch is no multiple of `group`.
+        QAdapterError: a micro-batch is no multiple of `group`, or rows are to be grouped by length.
     """
     prompts, arguments = job.on_prompts(group)
+    if arguments.get("train_sampling_strategy") == GROUPED:  # the replies to a prompt would not come together
+        raise QAdapterError(f"{name} samples its replies in groups; leave {GROUPED} out")
     counted = GeneratedTokens()
 
     def rewarded(prompts: list[list[int]], completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -100,7 +104,8 @@ def train_on_rewards(
         "grpo": (GRPOConfig, TokenizedGRPOTrainer),
     }[algorithm]
     own_ends = getattr(job.network.generation_config, "eos_token_id", None)
-    job.network.generation_config.eos_token_id = end_ids(job.tokenizer, own_ends)  # a turn's end ends a reply too
+    # A turn's end ends a reply too; of the base's own settings nothing else is asked for (`only_as_asked`)
+    job.network.generation_config = GenerationConfig(eos_token_id=end_ids(job.tokenizer, own_ends))
     trainer: Any = trainer_of(
         model=job.network,
         reward_funcs=rewarded,

@@ -14,12 +14,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from qadapter.inference.score import chunks, evaluating
 from qadapter.policy.adapters import adapted
 from qadapter.policy.objective import scored_positions
-from qadapter.preferences.tokenize import EncodedPair, PreferenceCollator, padding_id
+from qadapter.preferences.tokenize import PreferenceCollator, padding_id
+from qadapter.training.encoded_pairs import EncodedPairs
+from qadapter.training.sampling import MeasuredRows
 
 if TYPE_CHECKING:
     from qadapter.training.adapt import Job
@@ -70,7 +74,7 @@ class PairTrainer(Trainer):
     def __init__(self, *arguments: Any, loss: Loss, divisor: Divisor, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.loss, self.divisor = loss, divisor
-        self._margins: list[Tensor] = []
+        self._margins: dict[bool, list[Tensor]] = {True: [], False: []}  # while training, and in an evaluation
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """What the step's loss divides by, over its micro-batches and all processes."""
@@ -100,7 +104,7 @@ class PairTrainer(Trainer):
         scores = self.scores(model, inputs)
         with torch.no_grad():
             chosen, rejected = scores.log_ratios.sum(dim=1).chunk(2)
-            self._margins.append(chosen - rejected)
+            self._margins[model.training].append(chosen - rejected)
         return self.loss(scores, inputs) / num_items_in_batch * self.accelerator.num_processes  # DDP takes the mean
 
     def scores(self, model: nn.Module, inputs: Mapping[str, Any]) -> Scores:
@@ -115,17 +119,49 @@ class PairTrainer(Trainer):
         filled = (torch.zeros(scored.shape, device=ids.device).masked_scatter(scored, part) for part in (*own, *base))
         return Scores(scored, *filled)
 
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The loss of a batch that is evaluated."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            count = self._get_num_items_in_batch([inputs], self.args.device)
+            loss = self.compute_loss(model, inputs, num_items_in_batch=count)
+        self._margins[False][-1] = self.accelerator.gather_for_metrics(self._margins[False][-1])
+        return loss, None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Trainer's loop, with the margins over the whole set."""
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        found = self._taken(training=False)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})  # type: ignore[union-attr]
+        return output
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the margins since the last time beside the training loss."""
-        if "loss" in logs and self._margins:
-            margins = torch.cat(self._margins)
-            self._margins = []
-            logs = {
-                **logs,
-                "rewards/margins": float(margins.mean()),
-                "rewards/accuracies": float((margins > 0).float().mean()),
-            }
-        super().log(logs, start_time)
+        super().log({**logs, **(self._taken(training=True) if "loss" in logs else {})}, start_time)
+
+    def _taken(self, *, training: bool) -> dict[str, float]:
+        """The mean margin and the share of positive ones since the last time; nothing where there was no batch."""
+        if not self._margins[training]:
+            return {}
+        margins = torch.cat(self._margins[training])
+        self._margins[training] = []
+        return {
+            "rewards/margins": float(margins.mean()),
+            "rewards/accuracies": float((margins > 0).float().mean()),
+        }
 
 
 def _gathered(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,7 +192,8 @@ def pair_trainer(
     divisor: Divisor,
     *,
     trainer_of: type[PairTrainer] = PairTrainer,
-    dataset: Any = None,
+    dataset: Sequence[Any] | None = None,
+    lengths: Sequence[int] | None = None,
     collator: Callable[[Sequence[Any]], dict[str, Tensor]] | None = None,
     further: Mapping[str, Any] | None = None,
 ) -> PairTrainer:
@@ -166,11 +203,13 @@ def pair_trainer(
         job: the training.
         loss, divisor: see `PairTrainer`.
         trainer_of: a subclass.
-        dataset: in place of the pairs themselves, with a `collator` of its own.
+        dataset: rows in place of the pairs themselves, one for each, with a `collator` of their own.
+        lengths: tokens of each row, where they are not those of the pairs.
         collator: from rows of the dataset to a batch, which has the keys of `collate_pairs`.
         further: arguments of the subclass.
     """
     pairs, arguments = job.on_pairs()
+    rows = EncodedPairs(pairs)
     model: Any = adapted(job.network, job.lora)
     without_dropout(model)
     if arguments["activation_checkpointing"]:
@@ -179,20 +218,9 @@ def pair_trainer(
         model=model,
         args=TrainingArguments(**arguments, remove_unused_columns=False),
         data_collator=collator or PreferenceCollator(padding_id(job.tokenizer)),
-        train_dataset=dataset or _Pairs(pairs),
+        train_dataset=rows if dataset is None else MeasuredRows(dataset, lengths or rows.lengths),
         processing_class=job.tokenizer,
         loss=loss,
         divisor=divisor,
         **(further or {}),
     )
-
-
-class _Pairs(torch.utils.data.Dataset[EncodedPair]):
-    def __init__(self, pairs: Sequence[EncodedPair]) -> None:
-        self._pairs = pairs
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def __getitem__(self, index: int) -> EncodedPair:
-        return self._pairs[index]

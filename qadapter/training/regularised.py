@@ -59,7 +59,9 @@ class RegularisedTrainer(SFTTrainer):
         ]
         likelihood, divergence = (torch.stack(column).sum() for column in zip(*sums, strict=True))
         tokens = torch.as_tensor(scored.sum() if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
-        self._metrics["train"]["kl/base"].append(float(divergence.detach()) / max(1, int(scored.sum())))
+        self._metrics["train" if model.training else "eval"]["kl/base"].append(
+            float(divergence.detach()) / max(1, int(scored.sum()))
+        )
         loss = (likelihood + self.weight * divergence) / tokens
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages the gradients over the processes

@@ -130,17 +130,6 @@ class SelfPlayTrainer(PairTrainer):
         return found
 
 
-class _Indices(torch.utils.data.Dataset[int]):
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> int:
-        return index
-
-
 def _batch(indices: Sequence[int]) -> dict[str, Tensor]:
     return {"index": torch.tensor(indices)}
 
@@ -173,7 +162,8 @@ def train_against_itself(
         loss,
         "pairs",
         trainer_of=SelfPlayTrainer,
-        dataset=_Indices(len(job.encoded)),
+        dataset=range(len(job.encoded)),
+        lengths=[len(prompt) + len(reply) for prompt, reply in job.chosen()],  # the opponent's are made later
         collator=_batch,
         further={"job": job, "iterations": iterations, "sampling": sampling},
     )

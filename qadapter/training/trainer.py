@@ -31,7 +31,7 @@ from qadapter.preferences.template_settings import configured
 from qadapter.preferences.tokenize import PreferenceCollator, padding_id
 from qadapter.training.config import QAdapterConfig, refuse_arguments
 from qadapter.training.encoded_pairs import EncodedPairs, encode_dataset
-from qadapter.training.sampling import by_length
+from qadapter.training.sampling import by_length, in_order
 
 __all__ = ["QAdapterConfig", "QAdapterTrainer"]
 
@@ -144,6 +144,10 @@ class QAdapterTrainer(Trainer):
         pairs = self.train_dataset if train_dataset is None else train_dataset
         grouped = by_length(self, pairs.lengths) if isinstance(pairs, EncodedPairs) else None
         return grouped or super()._get_train_sampler(train_dataset)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """Trainer's hook; pairs that are only measured stay in their order."""
+        return in_order(self, eval_dataset)
 
     def _get_num_items_in_batch(  # type: ignore[override]
         self, batch_samples: list[dict[str, Tensor]], device: torch.device

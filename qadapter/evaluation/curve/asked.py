@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qadapter.evaluation.curve.scaled import DialledTexts
-from qadapter.inference.generate import context_of
+from qadapter.inference.generate import context_of, only_as_asked
 from qadapter.policy.dial import Dial
 from qadapter.preferences.pair import Message
 from qadapter.preferences.render import end_ids
@@ -63,7 +63,7 @@ class AskedPrompts:
             width = max(map(len, some))
             given = torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in some], device=policy.device)
             mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in some], device=policy.device)
-            with torch.no_grad():
+            with torch.no_grad(), only_as_asked(policy):
                 output = policy.generate(
                     input_ids=given,
                     attention_mask=mask,

@@ -21,7 +21,7 @@ from qadapter.config.model import ModelSettings
 from qadapter.config.open_settings import LOADING
 from qadapter.errors import QAdapterError
 from qadapter.inference.score import by_length
-from qadapter.policy.base import load_tokenizer
+from qadapter.policy.base import fit_tokenizer, load_tokenizer
 from qadapter.policy.dial import Dial
 from qadapter.policy.loading import quantization_config
 from qadapter.policy.log_probs import token_terms
@@ -29,6 +29,7 @@ from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.positions import position_limit
 from qadapter.policy.scored_states import scored_states
 from qadapter.policy.tokenizer import difference, policy_tokenizer
+from qadapter.preferences.tokenize import embeddings_of
 from qadapter.progress.kept import computed
 from qadapter.progress.reports import Work, counted, listening
 
@@ -136,6 +137,8 @@ class PolicyLM(HFLM):
                     log.warning("The adapter in %s brings its own tokenizer, with %s; it is used.", folder, other)
         if isinstance(tokenizer, str):
             tokenizer = load_tokenizer(tokenizer)
+        if tokenizer is not None:  # else `hf` looks for one beside the model
+            tokenizer = fit_tokenizer(tokenizer, pretrained)
         super().__init__(pretrained, tokenizer=tokenizer, backend="causal", **settings)
         self.shortened = 0
         self._texts: Work | None = None  # the texts that are read in windows now
@@ -167,6 +170,27 @@ class PolicyLM(HFLM):
         if self.add_bos_token is None:
             # A template writes its own special tokens, and training tokenises its text without adding any.
             self.add_bos_token = False
+
+    def tok_encode(self, string: str, *arguments: Any, **options: Any) -> list[int]:
+        """As the parent's, of texts that the model can read.
+
+        Raises:
+            QAdapterError: the text has no token ids, or one that the model has no embedding for.
+        """
+        try:
+            ids: list[int] = super().tok_encode(string, *arguments, **options)
+        except (TypeError, UnicodeError) as error:
+            raise QAdapterError(
+                f"The tokenizer cannot read the text {_shown(string)} of a benchmark ({type(error).__name__}). Leave "
+                "such items out of the benchmark."
+            ) from error
+        if (known := embeddings_of(self.tokenizer)) is not None and ids and max(ids) >= known:
+            raise QAdapterError(
+                f"The tokenizer makes token id {max(ids)} of the text {_shown(string)} of a benchmark, but the model "
+                f"has only {known} embeddings. Leave such items out of the benchmark, or give the tokenizer that the "
+                "base was trained with."
+            )
+        return ids
 
     def tok_batch_encode(
         self,
@@ -361,6 +385,10 @@ class PolicyLM(HFLM):
 def _samples(settings: Mapping[str, Any]) -> bool:
     """Whether generation with these settings draws random numbers."""
     return bool(settings.get("do_sample")) or float(settings.get("temperature") or 0) > 0
+
+
+def _shown(text: str) -> str:
+    return ascii(text if len(text) <= 60 else f"{text[:60]}…")
 
 
 def _refuse_ignored(names: Iterable[str], known: Iterable[str]) -> None:

@@ -177,6 +177,24 @@ def test_a_policy_asked_with_absurd_numbers(flags: str, place: Path, capsys: pyt
     assert POLICIES[flags] in refusal(capsys, *asked, *flags.split())
 
 
+def test_the_bases_own_decoding_settings_are_not_used(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Penalties, beams and suppressed tokens of its `generation_config.json` are no part of what was trained."""
+    other = shutil.copytree(place / "base", tmp_path / "other")
+    settings = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "num_beams": 3, "do_sample": True, "top_k": 2}
+    settings |= {"suppress_tokens": list(range(100, 250)), "min_new_tokens": 6, "max_time": 1e-9, "stop_strings": ["a"]}
+    edit("generation_config.json", **settings)(other)
+    asked = ["generate", "--adapter", str(place / "out"), "--prompt", "a", "--compare-base", "--max-new-tokens", "6"]
+    said = []
+    for base in (place / "base", other):
+        capsys.readouterr()
+        assert main([*asked, "--base", str(base)]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert "base: " in said[0]
+
+
 def test_what_was_asked_for_is_what_was_trained(place: Path, tmp_path: Path) -> None:
     """The fraction of alpha, the fields of LoraConfig and of TrainingArguments, and how the base was loaded."""
     out = place / "out"

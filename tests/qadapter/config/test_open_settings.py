@@ -28,7 +28,7 @@ def test_a_config_takes_fields_of_the_three_classes() -> None:
     found = load_experiment(
         "smoke",
         {
-            "trainer": {"optim": "adafactor", "max_grad_norm": 0.5, "weight_decay": 0.1, "adam_epsilon": "1e-7"},
+            "trainer": {"optim": "adamw_torch", "max_grad_norm": 0.5, "weight_decay": 0.1, "adam_epsilon": "1e-7"},
             "training.trainer": {"max_grad_norm": 0.25},
             "lora.use_rslora": True,
             "lora.rank_pattern": {"q_proj": 4},
@@ -36,7 +36,7 @@ def test_a_config_takes_fields_of_the_three_classes() -> None:
         },
     )
     # the section's own value wins; a twin goes to the project's own field; YAML's text is a number
-    assert found.training.trainer == {"optim": "adafactor", "max_grad_norm": 0.25, "adam_epsilon": 1e-7}
+    assert found.training.trainer == {"optim": "adamw_torch", "max_grad_norm": 0.25, "adam_epsilon": 1e-7}
     assert found.training.weight_decay == 0.1
     config = lora_config(found.lora)
     assert (config.use_rslora, config.rank_pattern, config.r) == (True, {"q_proj": 4}, 8)
@@ -76,7 +76,7 @@ def test_only_what_is_set_is_part_of_a_key() -> None:
         ("trainer.max_grad_norm", -1.0, "expected a number from 0"),
         ("trainer.adam_beta1", 2.0, "training.trainer.adam_beta1: Invalid beta parameter"),
         ("trainer.lr_scheduler_kwargs", {"cycles": 2}, "training.trainer.lr_scheduler_kwargs: "),
-        ("trainer.optim_args", "a=1", "takes none of them"),
+        ("trainer.optim_args", "a=1", "takes no optim_args"),
         ("trainer.dataloader_prefetch_factor", 2, "can only be set when data is loaded in a different process"),
         ("trainer.train_sampling_strategy", "batch_rebalance", "expected random, group_by_length"),
         ("trainer.neftune_noise_alpha", 5, "NEFTune adds noise to the embeddings of the frozen base"),

@@ -10,7 +10,7 @@ from lm_eval.models.huggingface import HFLM
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.lm_eval.model import PolicyLM
 from tests.support.tiny_chat import byte_tokenizer
-from tests.support.tiny_models import tiny_model
+from tests.support.tiny_models import VOCABULARY, tiny_model
 
 TOKENIZER = byte_tokenizer()
 LONG = "abcdefgh" * 12  # 96 tokens
@@ -48,3 +48,26 @@ def test_a_sliding_window_is_no_limit(architecture: str):
     model = tiny_model(architecture)  # a window of 8
     assert PolicyLM(model, tokenizer=TOKENIZER).max_length == 256
     assert score(model, LONG, "xyz") == pytest.approx(direct(model, LONG, "xyz"), abs=1e-3)
+
+
+def test_texts_that_the_model_cannot_read_are_named():
+    """A token beyond the embeddings, and half a surrogate pair: `hf` ends in the libraries' own errors."""
+    tokenizer, model = byte_tokenizer(), tiny_model()
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    lm = PolicyLM(model, tokenizer=tokenizer, batch_size=2)
+    assert lm.tokenizer.pad_token_id < VOCABULARY  # rows of unequal length can be padded
+    read = [Instance("loglikelihood", {}, pair, 0) for pair in (("a", "b"), ("a longer one", "c"))]
+    ours, plain = lm.loglikelihood(read), PolicyLM(model, tokenizer=TOKENIZER, batch_size=2).loglikelihood(read)
+    assert ours == plain
+    sampled = {"max_gen_toks": 2, "until": ["\n"]}
+    for text, reason in (("<extra> a", f"token id {VOCABULARY} of the text '"), ("\ud800", "cannot read the text")):
+        asked = [
+            Instance("loglikelihood", {}, (text, "b"), 0),
+            Instance("loglikelihood", {}, ("a", text), 0),
+            Instance("loglikelihood_rolling", {}, (text,), 0),
+            Instance("generate_until", {}, (text, sampled), 0),
+        ]
+        for request in asked:
+            with pytest.raises(QAdapterError, match=reason):
+                getattr(lm, request.request_type)([request])

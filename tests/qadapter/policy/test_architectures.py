@@ -15,13 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, PreTraine
 
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.lm_eval.model import PolicyLM
+from qadapter.policy import pair_passes
 from qadapter.policy.architectures import REFUSED, refuse_architecture
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.objective import Objective
 from qadapter.policy.positions import position_limit
 from qadapter.policy.probe import refuse_misbehaviour, refuse_other_base, refuse_wrong_start
 from tests.qadapter.policy.test_pair_passes import batch_of
-from tests.support.tiny_architectures import ARCHITECTURES, tiny_architecture
+from tests.support.tiny_architectures import ARCHITECTURES, CONFIGS, tiny_architecture
 from tests.support.tiny_chat import byte_tokenizer
 from tests.support.tiny_models import VOCABULARY, lora, moved
 
@@ -245,6 +246,46 @@ def test_an_adapter_that_moves_the_base_is_measured():
 def test_a_stretched_rope_reads_further(rope: dict[str, object], limit: int):
     config = AutoConfig.for_model("llama", max_position_embeddings=64, rope_parameters={"rope_theta": 10000.0, **rope})
     assert position_limit(config) == limit
+
+
+ROPES: dict[str, dict[str, object]] = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0},
+    "llama3": {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "longrope": {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_texts_beyond_the_length_that_a_rope_was_trained_on(kind: str, monkeypatch: pytest.MonkeyPatch):
+    """Some ropes turn by the length of the whole text: then no prompt is encoded on its own for a longer sequence."""
+    monkeypatch.setattr(pair_passes, "_WORK_TO_SPARE", {"cpu": 0.0})
+    rope = {**ROPES[kind], "rope_theta": 10000.0, "original_max_position_embeddings": 8}
+    phi3 = kind == "longrope"  # which starts its cache anew where the factors change
+    further = {"original_max_position_embeddings": 8} if phi3 else {}
+    config = {**CONFIGS["phi3" if phi3 else "llama"], "max_position_embeddings": 32, "rope_parameters": rope, **further}
+
+    def made() -> PreTrainedModel:
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model("phi3" if phi3 else "llama", **config)).eval()
+
+    ids = tokens(length=7)  # and 12 with what is generated
+    policy, base = moved(identity(made())), made()
+    policy.config.alpha_0 = 0.7
+    with torch.no_grad(), policy.disable_adapter():
+        same(policy(input_ids=ids).logits, base(input_ids=ids).logits, 1e-5)
+        for cached in (True, False):
+            assert torch.equal(generate(policy, ids, use_cache=cached), generate(base, ids, use_cache=cached))
+    losses = []
+    for implementation in ("fused", "readable"):
+        policy.loss_implementation = implementation  # type: ignore[assignment]
+        losses.append(policy(**batch_of(2)).loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    passes = policy._pair_passes
+    assert passes is not None
+    assert passes.share_prompts == (kind not in ("dynamic", "longrope"))
+    trains(policy)
 
 
 def test_models_without_positions_have_no_limit():
