@@ -266,7 +266,7 @@ def _refuse_arguments(values: Mapping[str, Any]) -> None:
         except Exception:
             continue
         if without == (kind, options):
-            raise ValueError(f"the optimiser {arguments.optim} takes no {name}")
+            raise ValueError(f"the optimiser {getattr(arguments.optim, 'value', arguments.optim)} takes no {name}")
     workers = arguments.dataloader_num_workers
     DataLoader(
         [0],  # type: ignore[arg-type]

@@ -51,9 +51,20 @@ class EncodedPair:
     lost_end: bool = field(default=False, compare=False)
 
 
+@dataclass(frozen=True, slots=True)
+class EncodedReply:
+    """Token ids of a prompt and of one reply to it; `lost_…` as in `EncodedPair`."""
+
+    prompt_ids: list[int]
+    reply_ids: list[int]
+    lost_prompt: int
+    lost_reply: int
+    lost_end: bool
+
+
 @dataclass
 class Truncation:
-    """How many of some pairs lost tokens to `max_length`.
+    """How many of some pairs, or of some single replies, lost tokens to `max_length`.
 
     Attributes:
         pairs: all of them.
@@ -131,7 +142,15 @@ def encode_texts(
 def encode_reply(
     prompt: Sequence[Message], reply: str, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[int], list[int]]:
-    """Token ids of one reply to a prompt, rendered and cut as those of a pair: (prompt ids, reply ids).
+    """`encoded_reply`, as (prompt ids, reply ids)."""
+    found = encoded_reply(prompt, reply, tokenizer, max_length)
+    return found.prompt_ids, found.reply_ids
+
+
+def encoded_reply(
+    prompt: Sequence[Message], reply: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> EncodedReply:
+    """Token ids of one reply to a prompt, rendered and cut as those of a pair.
 
     Raises:
         UnusablePair: a reply or a prompt without a token, or messages that have no rendering.
@@ -141,12 +160,14 @@ def encode_reply(
     try:
         before, text = rendered(tokenizer, prompt, reply)
         ids = text_ids(tokenizer, before, templated)
-        reply_ids = _reply_ids(tokenizer, before, ids, text, templated)[: max_length - 1]
+        whole = _reply_ids(tokenizer, before, ids, text, templated)
     except RenderError as error:
         raise UnrenderablePair(str(error)) from error
-    if not ids or not reply_ids:
+    kept = whole[: max_length - 1]
+    if not ids or not kept:
         raise UnusablePair("no prompt token or no reply token is left")
-    return ids[-(max_length - len(reply_ids)) :], reply_ids
+    room, lost = max_length - len(kept), len(whole) - len(kept)
+    return EncodedReply(ids[-room:], kept, max(len(ids) - room, 0), lost, 0 < lost <= _end_length(tokenizer))
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], **template: Any) -> list[int]:
@@ -232,8 +253,8 @@ def encode_pairs(
     return replace(found, unrenderable=unrenderable)
 
 
-def truncation_of(pairs: Iterable[EncodedPair]) -> Truncation:
-    """What `max_length` took from these pairs."""
+def truncation_of(pairs: Iterable[EncodedPair | EncodedReply]) -> Truncation:
+    """What `max_length` took from these pairs or single replies."""
     counts = Truncation()
     for pair in pairs:
         counts.pairs += 1

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,16 @@ from qadapter.policy.adapters import fitted
 from qadapter.policy.frozen import silence
 from qadapter.policy.loading import load_base, lora_config
 from qadapter.preferences.pair import LabelledReply, PreferencePair, load_pairs, load_single
-from qadapter.preferences.tokenize import EncodedPair, UnusablePair, encode_pairs, encode_reply, truncation_of
+from qadapter.preferences.tokenize import (
+    EncodedPair,
+    EncodedReply,
+    Truncation,
+    UnrenderablePair,
+    UnusablePair,
+    encode_pairs,
+    encoded_reply,
+    truncation_of,
+)
 from qadapter.training.arguments import (
     Cost,
     measured_cost,
@@ -235,7 +243,9 @@ def train_adapter(
         kept, encoded = encode_usable(
             pairs, tokenizer, training.max_length, out / "unused.jsonl", training.allow_truncation
         )
-    single = encode_single(replies, tokenizer, training.max_length)
+    single, cuts = encode_single(
+        replies, tokenizer, training.max_length, out / "unused.jsonl", training.allow_truncation
+    )
     # Two rows cost what a pair costs, and no last micro-batch has a single row, which no other row is compared with.
     single = single[: len(single) // 2 * 2]
     usable, aside = [pairs[index] for index in kept], None
@@ -269,29 +279,55 @@ def train_adapter(
     if aside:
         job.steps = trainer.state.global_step  # fewer than planned after an early stop
     own = {"cost/generated_tokens": float(job.generated)} if job.generated else {}
+    if single:
+        own |= cuts.metrics()
     write_adapter(out, trainer, cost, job.tokens(), encoded, **own)
 
 
 def encode_single(
-    replies: Sequence[LabelledReply], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[Labelled]:
-    """Token ids of single replies with their labels; those without a token or a rendering are left out, and counted in
-    the log.
+    replies: Sequence[LabelledReply],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    unused: Path,
+    allow_truncation: bool,
+) -> tuple[list[Labelled], Truncation]:
+    """Token ids of single replies with their labels, and what `max_length` took of them; the others are recorded.
 
     Raises:
-        QAdapterError: none is left of some.
+        QAdapterError: none is left of some, or the data are not fit for training (`refuse_unlearnable`).
     """
-    found: list[Labelled] = []
-    for reply in replies:
-        with suppress(UnusablePair):
-            found.append((*encode_reply(reply.prompt, reply.reply, tokenizer, max_length), reply.good))
-    if replies and not found:
-        raise QAdapterError(f"none of {len(replies)} single replies has a token at max_length {max_length}; raise it")
-    if len(found) < len(replies):
-        log.warning(
-            "%d of %d single replies cannot be rendered and are left out", len(replies) - len(found), len(replies)
+    rows: list[Labelled] = []
+    encoded: list[EncodedReply] = []
+    left: list[tuple[int, str]] = []
+    unrenderable = 0
+    for index, reply in enumerate(replies):
+        try:
+            found = encoded_reply(reply.prompt, reply.reply, tokenizer, max_length)
+        except UnusablePair as error:
+            left.append((index, str(error)))
+            unrenderable += isinstance(error, UnrenderablePair)
+            continue
+        encoded.append(found)
+        rows.append((found.prompt_ids, found.reply_ids, reply.good))
+    cuts = truncation_of(encoded)
+    if not replies:
+        return rows, cuts
+    unused.write_text("".join(json.dumps({"reply": index, "reason": reason}) + "\n" for index, reason in left))
+    if not rows:
+        raise QAdapterError(
+            f"none of {len(replies)} single replies has a token at max_length {max_length} (first reason: "
+            f"{left[0][1]}); raise it"
         )
-    return found
+    if left:
+        log.warning(
+            "%d of %d single replies are unusable and left out, the first at index %d: %s",
+            len(left),
+            len(replies),
+            *left[0],
+        )
+    report_truncation("training", cuts, max_length, "replies")
+    refuse_unlearnable("training", left, unrenderable, cuts, max_length, allow_truncation, "replies")
+    return rows, cuts
 
 
 def with_steps(training: OptimizerSettings, examples: int, learning_rate: float | None) -> OptimizerSettings:

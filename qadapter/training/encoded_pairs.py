@@ -133,15 +133,16 @@ def encode_dataset(
     return EncodedPairs(pairs, sorted(quarantined))
 
 
-def report_truncation(name: str, truncation: Truncation, max_length: int) -> None:
-    """Warn if `max_length` cut tokens of more than a few per cent of the pairs."""
+def report_truncation(name: str, truncation: Truncation, max_length: int, what: str = "pairs") -> None:
+    """Warn if `max_length` cut tokens of more than a few per cent of the pairs, or of what else is trained on."""
     if max(truncation.prompts, truncation.replies) > _NOTEWORTHY * truncation.pairs:
         log.warning(
-            "max_length %d cuts %d of %d %s pairs: %d lose the beginning of their prompt, %d the end of a reply",
+            "max_length %d cuts %d of %d %s %s: %d lose the beginning of their prompt, %d the end of a reply",
             max_length,
             truncation.cut,
             truncation.pairs,
             name,
+            what,
             truncation.prompts,
             truncation.replies,
         )
@@ -154,6 +155,7 @@ def refuse_unlearnable(
     truncation: Truncation,
     max_length: int,
     allow_truncation: bool,
+    what: str = "pairs",
 ) -> None:
     """Refuse a training on data that are mostly unusable.
 
@@ -164,6 +166,7 @@ def refuse_unlearnable(
         truncation: the cuts of the other pairs.
         max_length: the length that they were cut to.
         allow_truncation: whether most replies may be cut.
+        what: what the data are.
 
     Raises:
         QAdapterError: more than half of the pairs cannot be rendered, or lost the end of a reply.
@@ -172,13 +175,13 @@ def refuse_unlearnable(
     if 2 * unrenderable > total:
         reasons = Counter(reason for _, reason in quarantined)
         raise QAdapterError(
-            f"{unrenderable} of {total} {name} pairs cannot be rendered with this tokenizer and chat template, "
+            f"{unrenderable} of {total} {name} {what} cannot be rendered with this tokenizer and chat template, "
             f"most because {reasons.most_common(1)[0][0]}. Nothing was trained."
         )
     if 2 * truncation.replies > truncation.pairs and not allow_truncation:
         raise QAdapterError(
-            f"max_length {max_length} cuts a reply of {truncation.replies} of {truncation.pairs} {name} pairs, so that "
-            "a policy would learn answers without an end. Nothing was trained. Raise max_length, or set "
+            f"max_length {max_length} cuts a reply of {truncation.replies} of {truncation.pairs} {name} {what}, so "
+            "that a policy would learn answers without an end. Nothing was trained. Raise max_length, or set "
             "allow_truncation to train anyway."
         )
 

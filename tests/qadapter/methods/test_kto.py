@@ -143,6 +143,13 @@ def test_single_replies_are_taken_as_they_are(world: TinyToy, tmp_path: Path, mo
     metrics = json.loads((out / "metrics.json").read_text())
     tokens = sum(int(batch["attention_mask"].sum()) for batch in watch.batches)
     assert metrics["cost/train_tokens"] == tokens
+    cut = training.model_copy(update={"max_length": 4})
+    with pytest.raises(QAdapterError, match="max_length 4 cuts a reply of 7 of 7 training replies"):
+        world.train("kto", tmp_path / "cut", pairs_file=folder / "train.jsonl", training=cut)
+    cut = cut.model_copy(update={"allow_truncation": True, "max_steps": 1})
+    out = world.train("kto", tmp_path / "allowed", pairs_file=folder / "train.jsonl", training=cut)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert [metrics[f"train/truncated_{what}"] for what in ("prompts", "replies")] == [7, 7]
     (folder / SINGLE).unlink()
     with pytest.raises(QAdapterError, match="none of 0 training pairs"):
         world.train("dpo", tmp_path / "dpo", pairs_file=folder / "train.jsonl")

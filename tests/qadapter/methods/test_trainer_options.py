@@ -78,8 +78,8 @@ def prompt_and_replies(row: Any) -> tuple[list[int], list[list[int]]]:
     pair = row[0] if isinstance(row, tuple) else row
     if isinstance(pair, EncodedPair):
         return pair.prompt_ids, [pair.chosen_ids, pair.rejected_ids]
-    if "completion_mask" in pair:
-        start = pair["completion_mask"].index(1)
+    if "labels" in pair:
+        start = sum(label == -100 for label in pair["labels"])
         return pair["input_ids"][:start], [pair["input_ids"][start:]]
     if "chosen_labels" in pair:
         start = sum(label == -100 for label in pair["chosen_labels"])
