@@ -10,7 +10,6 @@ import copy
 import functools
 import json
 import logging
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,18 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from qadapter.errors import QAdapterError
 from qadapter.policy.architectures import refuse_architecture
+from qadapter.policy.checkpoint import (
+    refuse_idle_options,
+    refuse_other_tensors,
+    refuse_own_adapter,
+    refuse_token_ids,
+    refuse_unknown_quantization,
+    refuse_whole_numbers,
+    with_adapter,
+)
 from qadapter.policy.gguf import gguf_file
 from qadapter.policy.probe import refuse_misbehaviour
 from qadapter.preferences.tokenize import limit_ids
@@ -36,10 +43,6 @@ log = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
 """Any of them makes a folder that of a tokenizer."""
-
-# Buffers that old checkpoints hold and that are computed anew: nothing is lost with them
-_DERIVED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
-_NAMED = 3  # tensors that an error names
 
 
 def load_config(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -89,10 +92,12 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             place, padding_side="left", trust_remote_code=trust_remote_code, revision=revision or "main", **gguf
         )
+        tokenizer("a")  # some values of its config are looked at only now
     except Exception as error:  # as in `load_config`
         raise _unloadable(model, error, "its tokenizer") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    _refuse_split_tokens(tokenizer, model)
     _refuse_broken_template(tokenizer, model)
     return tokenizer
 
@@ -127,13 +132,14 @@ def load_network(
     causal = architecture is AutoModelForCausalLM
     if causal:
         refuse_architecture(config, str(model))
-    _refuse_unknown_quantization(config, model, quantization)
+    refuse_unknown_quantization(config, model, quantization)
     if quantization is not None:  # never passed as None: that would make transformers ignore the files' own
         options["quantization_config"] = quantization
-    # Tensors of another shape: so the loading report names them, and `_refuse_other_tensors` refuses them
+    # Tensors of another shape: so the loading report names them, and `refuse_other_tensors` refuses them
     options = {"use_safetensors": True, **options, **gguf, "ignore_mismatched_sizes": True}
     if (generation := Path(place) / "generation_config.json").is_file():
-        read_json_object(generation)  # transformers would leave a broken one out, and its end tokens with it
+        # transformers would leave a broken one out, and its end tokens with it
+        refuse_token_ids(read_json_object(generation), generation)
     try:
         network, report = architecture.from_pretrained(
             place,
@@ -147,7 +153,9 @@ def load_network(
         raise
     except Exception as error:  # as in `load_config`
         raise _unloadable(model, error) from error
-    _refuse_other_tensors(network, report, model, causal)
+    refuse_own_adapter(network, model)
+    refuse_other_tensors(network, report, model, causal)
+    refuse_whole_numbers(network, model)
     refuse_idle_options(network, options, model)
     network = network.eval()
     if gguf:
@@ -208,6 +216,8 @@ def _located(model: str | Path) -> tuple[str, dict[str, str]]:
         raise QAdapterError(
             f"the folder {path} is no model: it has no config.json; give one that save_pretrained wrote"
         )
+    if (path / "adapter_config.json").is_file():
+        raise with_adapter(path)
     return str(path), {}
 
 
@@ -233,7 +243,8 @@ def _plain(network: PreTrainedModel, model: str | Path) -> PreTrainedModel:
 
 def _unloadable(model: str | Path, error: Exception, what: str | None = None) -> QAdapterError:
     """One sentence for what the libraries raise, with its cause in their own words."""
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     if isinstance(error, KeyError):
         reason = f"unknown key {reason}"
     part = f" ({what})" if what else ""
@@ -242,7 +253,8 @@ def _unloadable(model: str | Path, error: Exception, what: str | None = None) ->
             f"the model {str(model)!r} brings code of its own{part}, and none of it was run. If you trust it, turn "
             "trust_remote_code on."
         )
-    if isinstance(error, ImportError) or "pip install" in str(error):
+    lacking = "pip install" in str(error) and "does not recognize this architecture" not in str(error)
+    if isinstance(error, ImportError) or lacking:
         return QAdapterError(f"the model {str(model)!r} cannot be loaded{part} without a package: {reason}")
     return QAdapterError(
         f"the model {str(model)!r} could not be loaded{part} ({reason[:300]}); give a folder with "
@@ -250,74 +262,12 @@ def _unloadable(model: str | Path, error: Exception, what: str | None = None) ->
     )
 
 
-def _refuse_unknown_quantization(config: PretrainedConfig, model: str | Path, asked: object | None) -> None:
-    """Refuse what transformers would load as if it were not quantised, and two quantisations at once."""
-    own = getattr(config, "quantization_config", None)
-    if own is None:
-        return
-    if not isinstance(own, dict):
-        own = own.to_dict() if hasattr(own, "to_dict") else {}
-    method = str(getattr(own.get("quant_method"), "value", own.get("quant_method")))
-    if own.get("load_in_8bit") or own.get("load_in_4bit"):  # configs of before there was a name for it
-        method = "bitsandbytes"
-    known = [*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"]
-    if method not in known:
+def _refuse_split_tokens(tokenizer: PreTrainedTokenizerBase, model: str | Path) -> None:
+    if getattr(tokenizer, "split_special_tokens", False):
         raise QAdapterError(
-            f"the model {str(model)!r} is quantised by {method!r}, which transformers does not know; it reads "
-            f"{', '.join(sorted(known))}"
+            f"the tokenizer of {str(model)!r} splits special tokens in texts (split_special_tokens), so that turns and "
+            "their ends would be letters. Set it to false in tokenizer_config.json."
         )
-    if asked is not None:
-        raise QAdapterError(
-            f"the model {str(model)!r} is quantised already (by {method}), so it cannot be quantised again. Leave "
-            "quantization at none, or give the model in full precision."
-        )
-
-
-def refuse_idle_options(network: PreTrainedModel, options: Mapping[str, Any], model: str | Path) -> None:
-    """Refuse options of `from_pretrained` that this model has no use for.
-
-    Raises:
-        QAdapterError: an implementation of experts for a model without experts.
-    """
-    given = options.get("experts_implementation")
-    if given is not None and not any("experts" in name for name, _ in network.named_modules()):
-        raise QAdapterError(
-            f"experts_implementation is {given!r}, but the model {str(model)!r} has no experts. Leave it out."
-        )
-
-
-def _refuse_other_tensors(network: PreTrainedModel, report: Any, model: str | Path, causal: bool) -> None:
-    """Refuse a checkpoint that is not what the architecture holds: the rest would be random.
-
-    Args:
-        network: as loaded.
-        report: transformers' loading report. It counts tied weights as there.
-        model: for the message.
-        causal: whether the head is the checkpoint's own; another one is new, and the checkpoint's is left over.
-    """
-    body = "" if causal else f"{network.base_model_prefix}."
-    missing = sorted(name for name in report["missing_keys"] if name.startswith(body))
-    unexpected = sorted(name for name in report["unexpected_keys"] if not name.endswith(_DERIVED))
-    if not causal:
-        head = {f"{name.partition('.')[0]}." for name in ("lm_head.weight", "embed_out.weight", "output.weight")}
-        unexpected = [name for name in unexpected if not name.startswith(tuple(head))]
-    mismatched = sorted(str(entry[0]) for entry in report["mismatched_keys"])
-    problems = [
-        f"{len(names)} tensors {fault} ({_some(names)})"
-        for names, fault in ((missing, "are missing"), (unexpected, "fit nowhere"), (mismatched, "have another shape"))
-        if names
-    ]
-    problems += [str(message) for message in report.get("error_msgs") or []]
-    if problems:
-        raise QAdapterError(
-            f"the checkpoint {str(model)!r} does not fit {type(network).__name__}: {'; '.join(problems)}. Layers "
-            "without their weights would be random, so nothing was done. Save the model again with save_pretrained."
-        )
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:_NAMED]) + (" …" if len(names) > _NAMED else "")
 
 
 def _refuse_broken_template(tokenizer: PreTrainedTokenizerBase, model: str | Path) -> None:

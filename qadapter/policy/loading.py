@@ -15,7 +15,8 @@ from qadapter.config.model import LoraSettings, ModelSettings
 from qadapter.errors import QAdapterError
 from qadapter.policy.adapters import fitted, load_adapter, refuse_config
 from qadapter.policy.architectures import refuse_architecture
-from qadapter.policy.base import fit_tokenizer, load_config, load_network, load_tokenizer, refuse_idle_options
+from qadapter.policy.base import fit_tokenizer, load_config, load_network, load_tokenizer
+from qadapter.policy.checkpoint import refuse_idle_options
 from qadapter.policy.dial import Dial
 from qadapter.policy.files import SETTINGS_FILE, plain_place, saved_dial
 from qadapter.policy.guided import GUIDE_FILE, GuidedForCausalLM

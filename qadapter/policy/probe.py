@@ -85,7 +85,14 @@ def refuse_misbehaviour(base: PreTrainedModel, name: str) -> None:
     if not can_be_probed(base):
         return
     ids = probe_ids(base)
-    logits = logits_of(base, ids)
+    try:
+        logits = logits_of(base, ids)
+    except Exception as error:  # a model may fail in any way, and all of them are about its files
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise QAdapterError(
+            f"{name} was loaded, and cannot read a text ({reason}): its config and its weights do not belong together, "
+            "or it needs what is not installed."
+        ) from error
     if not bool(logits.isfinite().all()):
         raise QAdapterError(
             f"{name} answers with NaN or infinite logits, in {base.dtype}: its weights are damaged, or do not fit into "

@@ -260,7 +260,7 @@ ROPES: dict[str, dict[str, object]] = {
 @pytest.mark.parametrize("kind", ROPES)
 def test_texts_beyond_the_length_that_a_rope_was_trained_on(kind: str, monkeypatch: pytest.MonkeyPatch):
     """Some ropes turn by the length of the whole text: then no prompt is encoded on its own for a longer sequence."""
-    monkeypatch.setattr(pair_passes, "_WORK_TO_SPARE", {"cpu": 0.0})
+    monkeypatch.setattr(pair_passes, "_WORK_TO_SPARE", {"cuda": 0.0})
     rope = {**ROPES[kind], "rope_theta": 10000.0, "original_max_position_embeddings": 8}
     phi3 = kind == "longrope"  # which starts its cache anew where the factors change
     further = {"original_max_position_embeddings": 8} if phi3 else {}

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qadapter.config.model import LoraSettings, ModelSettings
 from qadapter.errors import QAdapterError
 from qadapter.policy.base import fit_tokenizer, load_config, load_network, load_tokenizer
+from qadapter.policy.checkpoint import refuse_own_adapter
 from qadapter.policy.loading import check_pretrained, load_base
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.objective import Objective
@@ -187,6 +188,27 @@ def test_a_quantisation_needs_its_package(method: dict[str, Any], package: str, 
 def test_an_unknown_quantisation_is_not_ignored(changed: Callable[..., Path]):
     message = refusal(changed(quantization_config={"quant_method": "nonesuch"}))
     assert "is quantised by 'nonesuch', which transformers does not know" in message
+    for without in ({}, {"quant_method": None}):
+        assert "names no quant_method" in refusal(changed(quantization_config=without))
+    # its tensors are plain: bitsandbytes reads them, and fails at the first text
+    assert "cannot read a text (" in refusal(changed(quantization_config={"load_in_8bit": True}))
+
+
+def test_packed_weights_without_their_scales(changed: Callable[..., Path]):
+    """Integers are no weights: read as such they are whole numbers, in any precision."""
+
+    def packed(held: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: (value * 127 / value.abs().max()).to(torch.int8) if "q_proj" in name else value
+            for name, value in held.items()
+        }
+
+    for dtype in ("float32", "bfloat16"):
+        assert "2 matrices of whole numbers (model.layers.0.self_attn.q_proj.weight" in refusal(
+            changed(packed), dtype=dtype
+        )
+    eighth = changed(lambda held: {name: value.to(torch.float8_e4m3fn).float() for name, value in held.items()})
+    assert load_network(eighth).dtype == torch.float32  # rounded, but weights
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
@@ -209,6 +231,27 @@ def test_files_that_are_no_model(plain: Path, changed: Callable[..., Path], tmp_
     broken = changed()
     (broken / "config.json").write_text("{")
     assert "could not be loaded" in refusal(broken)
+    assert "'vocab_size': TypeError: Field 'vocab_size' expected int" in refusal(changed(vocab_size="x"))
+    assert "could not be loaded (The checkpoint you are trying to load has model type" in refusal(changed(model_type=3))
+
+
+def test_a_base_that_brings_an_adapter(changed: Callable[..., Path]):
+    """transformers would put it onto the base unasked."""
+    both = changed()
+    saved_adapter(both)
+    assert "holds an adapter too" in refusal(both)
+    network = tiny_model()
+    network._hf_peft_config_loaded = True
+    with pytest.raises(QAdapterError, match="holds an adapter too"):
+        refuse_own_adapter(network, "someone/model")
+
+
+@pytest.mark.parametrize("value", ["x", [2, "x"], True, 1.5], ids=str)
+def test_ends_that_are_no_token_ids(value: object, changed: Callable[..., Path]):
+    folder = changed()
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": value}))
+    assert "expected a token id, or a list of them" in refusal(folder)
 
 
 def test_tokenizers_that_are_missing_or_broken(changed: Callable[..., Path]):
@@ -220,6 +263,14 @@ def test_tokenizers_that_are_missing_or_broken(changed: Callable[..., Path]):
     (broken / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }")
     assert "the chat template of" in (message := refusal(broken))
     assert "is broken (line 1" in message
+    for value, reason in (
+        ({"model_max_length": "x"}, "could not be loaded (its tokenizer)"),
+        ({"split_special_tokens": True}, "splits special tokens in texts"),
+    ):
+        odd = changed()
+        file = odd / "tokenizer_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **value}))
+        assert reason in refusal(odd)
 
 
 def test_no_code_runs_unasked(changed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):

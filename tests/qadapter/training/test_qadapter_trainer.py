@@ -246,7 +246,11 @@ def test_best_checkpoint_is_loaded_at_the_end(tmp_path: Path):
 
 def test_evaluation_over_batches_is_the_objective_over_all(tmp_path: Path):
     trainer = make_trainer(
-        tmp_path, eval_dataset={"a": pairs(7), "b": pairs(2)}, per_device_eval_batch_size=3, objective="residual"
+        tmp_path,
+        eval_dataset={"a": pairs(7), "b": pairs(2)},
+        per_device_eval_batch_size=3,
+        objective="residual",
+        group_by_length=True,  # of the pairs that are trained on; these stay in their order
     )
     trainer.train()
     metrics = trainer.evaluate()
