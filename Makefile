@@ -1,6 +1,7 @@
 # The two commands are `make repro` and `make test`; `make help` lists the others.
 PROFILE ?= smoke
 SWEEP ?= smoke
+SEQUENCE ?= smoke
 DATA ?=
 SET ?=
 RUNS ?=
@@ -21,7 +22,7 @@ DATA_FLAG := $(if $(DATA),--data "$(DATA)")
 # MODEL names the base of an experiment only where it is given to make itself; its default is what serve-model serves.
 BASE_SET := $(if $(filter command,$(firstword $(origin MODEL))),"model.pretrained=$(MODEL)")
 
-.PHONY: help install repro arena plan sweep spread compare test test-quick lint docs ui serve serve-model clean customize announce check history rollback drop
+.PHONY: help install repro arena plan sweep continual spread compare test test-quick lint docs ui serve serve-model clean customize announce check history rollback drop
 
 install: $(STAMP) ## the environment in .venv, and nothing else
 
@@ -36,6 +37,9 @@ plan: $(STAMP) ## check and estimate an experiment without running it: make plan
 
 sweep: $(STAMP) ## many settings, tables and front: make sweep [SWEEP=mini DATA=folder] [PLAN=1]
 	@$(BIN)/python -m qadapter sweep --sweep "$(SWEEP)" $(DATA_FLAG) $(if $(PLAN),--plan) $(BASE_SET) $(SET)
+
+continual: $(STAMP) ## one preference after the other, four ways: make continual [SEQUENCE=small DATA=folder] [PLAN=1]
+	@$(BIN)/python -m qadapter continual --sequence "$(SEQUENCE)" $(DATA_FLAG) $(if $(PLAN),--plan) $(BASE_SET) $(SET)
 
 spread: $(STAMP) ## an experiment over a work pool, a run for each method: make spread DEPLOYMENT=full-paper-repro/docker [PROFILE=mini DATA=folder]
 	@$(BIN)/python -m qadapter spread "$(DEPLOYMENT)" --profile "$(PROFILE)" $(DATA_FLAG) $(SET)

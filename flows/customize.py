@@ -172,7 +172,7 @@ def _customize(
         ledger=ledger,
         learnt=learnt,
         world=world,
-        everything=champion is None or waiting == 0,
+        everything=champion is None or waiting == 0 or customization.start == "base",
     )
     step(measure_quality, source=PREFERENCES, data=mixture, benchmarks=world)
     if not force and read_json(mixture.path / "summary.json")["fresh_pairs"] == 0:
@@ -186,9 +186,7 @@ def _customize(
     if champion is not None:
         champion_adapter = fetch(step, customization, champion)
         champion_row = measure(cell, champion_adapter, base_row)
-        trained = step(train_candidate, cell=cell, base=ground.base, data=mixture, champion=champion_adapter)
-    else:
-        trained = step(train_adapter, cell=cell, base=ground.base, data=mixture, needs={})
+    trained = train(step, customization, cell, ground.base, mixture, champion_adapter)
     adapter = step(take_adapter, label="candidate", folder=trained.path / "adapter", run_id=trained.run_id)
     rows = Rows(measure(cell, adapter, base_row), champion_row, base_row)
     if customization.budget is not None:
@@ -238,6 +236,20 @@ def _customize(
     if left_alone := registry.promote(version):
         return "Superseded", f"{left_alone}; {outcome}", place
     return "Promoted", outcome, place
+
+
+def train(
+    step: Step,
+    customization: Customization,
+    cell: Cell,
+    base: Base,
+    mixture: StageResult,
+    champion: StageResult | None,
+) -> Any:
+    """Train a candidate: the champion's adapter further, or a new one where there is none or the config wants that."""
+    if champion is None or customization.start == "base":
+        return step(train_adapter, cell=cell, base=base, data=mixture, needs={})
+    return step(train_candidate, cell=cell, base=base, data=mixture, champion=champion)
 
 
 def _trained_on(changes: Changes, waiting: int) -> str:

@@ -123,7 +123,7 @@ def experiment_stages(experiment: Experiment, run: Run) -> Any:
             trained = run(train_adapter, cell=cell, base=base, data=pairs, needs=needs[method])
             row = run(evaluate, cell=cell, trained=trained, base_row=base_row, **shared)
             rows.append(row)
-            if experiment.evaluation.curve and method_named(method).group != "guided":  # their dial is `guidance`
+            if experiment.evaluation.curve:
                 curves.append(run(measure_curve, cell=cell, row=row, base_row=base_row, **curve_inputs(shared)))
     return run(write_report, rows=rows, data=common.data, quality=common.quality, curves=curves)
 

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
@@ -171,7 +171,7 @@ def train_candidate(context: RunContext, cell: Cell, base: Base, data: StageResu
     """Train the champion's adapter further."""
     context = base.within(context)
     experiment = context.experiment
-    choice, seed = experiment.methods.of(METHOD), experiment.seeds[0]
+    choice, seed = experiment.methods.of(METHOD), cast(int, cell.seed)
     launcher = ProcessLauncher(experiment.launch)
 
     def compute(out: Path, scratch: Path) -> None:

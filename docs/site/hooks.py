@@ -54,18 +54,21 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def config_page() -> str:
-    """The schema of a profile, a sweep and a customisation: a table for each section."""
+    """The schema of a profile, a sweep, a sequence and a customisation: a table for each section."""
+    from qadapter.config.continual import Continual
     from qadapter.config.customization import Customization
     from qadapter.config.experiment import Experiment
     from qadapter.config.sweep import Sweep
 
     parts = [
         "# Config schema",
-        "Generated from the code. Profiles are the files `configs/*.yaml`, sweeps `configs/sweep/*.yaml`, "
-        "customisations `configs/customize/*.yaml`. Keys that are not listed here are errors.",
+        "Generated from the code. Profiles are the files `configs/*.yaml`, sweeps `configs/sweep/*.yaml`, sequences "
+        "`configs/continual/*.yaml`, customisations `configs/customize/*.yaml`. Keys that are not listed here are "
+        "errors.",
     ]
     seen: dict[type[BaseModel], None] = {}
-    for title, model in (("Profile", Experiment), ("Sweep", Sweep), ("Customisation", Customization)):
+    sections = (("Profile", Experiment), ("Sweep", Sweep), ("Sequence", Continual), ("Customisation", Customization))
+    for title, model in sections:
         parts += [f"## {title}", *(_section(one) for one in _models(model, seen))]
     return "\n\n".join(parts) + "\n"
 

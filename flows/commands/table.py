@@ -9,7 +9,19 @@ from typing import Any, NamedTuple
 
 import typer
 
-from flows.commands import alerts, compare, drop, init_profile, recurring, run, serve, serve_model, spread, sweep
+from flows.commands import (
+    alerts,
+    compare,
+    continual,
+    drop,
+    init_profile,
+    recurring,
+    run,
+    serve,
+    serve_model,
+    spread,
+    sweep,
+)
 from flows.environment import prepare_environment
 from qadapter.command.app import add_command
 from qadapter.errors import QAdapterError
@@ -52,6 +64,13 @@ COMMANDS: dict[str, PipelineCommand] = {
         """\
   qadapter sweep --sweep smoke
   qadapter sweep --sweep mini --data path/to/folder --plan""",
+    ),
+    "continual": PipelineCommand(
+        continual.continual,
+        "take up one preference after the other in four ways, and measure all earlier ones after each",
+        """\
+  qadapter continual --sequence smoke
+  qadapter continual --sequence small --data path/to/folder --plan""",
     ),
     "spread": PipelineCommand(
         spread.spread,

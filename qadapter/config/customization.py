@@ -56,6 +56,8 @@ class Customization(Settings):
         source: where preferences arrive: a folder, a growing file, a URL, or a hub data set. A relative path starts at
             the workspace; `{data}` is the toy world (whose preferences never change), or `data`.
         seed: the seed of the trainings.
+        start: where a candidate's training starts: `champion`, whose adapter is trained on, or `base`: a new adapter
+            learns all pairs each time (docs/continual.md compares both).
         mix, gate: see `Mix` and `qadapter.gate.Gate`.
         budget: how much a candidate may forget: its dial is then chosen under it after the training, and the gate
             judges that policy, on the half of the items that the dial was not chosen on; None: candidates are judged
@@ -72,6 +74,7 @@ class Customization(Settings):
     domain: Name
     source: Source
     seed: Seed = 0
+    start: Literal["champion", "base"] = Field("champion", exclude_if=lambda value: value == "champion")
     mix: Mix = Mix()
     gate: Gate = Gate()
     budget: Budget | None = None

@@ -24,6 +24,8 @@ class RetentionSettings(Settings):
         max_new_tokens: longest generated answer in tokens; None: each task's own limit.
         plain_tasks: members of `tasks` and `own` that are prompted without the chat template (the paper: MMLU).
         answers: number of held-out helpful prompts answered greedily, to count which of the base's own answers changed.
+        reworded: items per task that are asked in other words too (`qadapter.evaluation.rewording`), to see how far the
+            answers depend on the wording; 0 asks none.
         official_data: folder with the items of lm-eval's own tasks, instead of the hub; `{data}` is the data folder.
     """
 
@@ -35,6 +37,7 @@ class RetentionSettings(Settings):
     batch_size: Count | Literal["auto"] = 64
     max_new_tokens: Count | None = None
     answers: Annotated[int, Field(ge=0)] = 16
+    reworded: Annotated[int, Field(ge=0)] = 0
     official_data: str | None = None
 
     @model_validator(mode="after")
@@ -123,8 +126,8 @@ class EvaluationSettings(Settings):
 
     Attributes:
         retention, adaptation: see there.
-        curve: measure each adapter at several values of its dial too; null: only as trained. Methods that guide the
-            base's decoding have no curve.
+        curve: measure each adapter at several values of its dial too; null: only as trained. The dial of a method that
+            guides the base's decoding is the weight of its guidance.
     """
 
     retention: RetentionSettings

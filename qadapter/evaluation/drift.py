@@ -21,11 +21,14 @@ from qadapter.evaluation.statistics import Interval, paired_difference
 
 DRIFT = "drift.jsonl"
 """File beside `old_answers.jsonl`: the traits of each reply."""
+REWORDED = "reworded.jsonl"
+"""File beside `items.jsonl`: the questions that were asked in other words (`rewording.reworded_rows`)."""
 MOVED = "drift/moved"
 """Metric: how many traits moved beyond noise."""
 
 Trait = Literal[
-    "words", "hedges", "lists", "tables", "refusals", "evasions", "unended", "first_token", "entropy"
+    "words", "hedges", "lists", "tables", "refusals", "evasions", "unended", "first_token", "entropy",
+    "rewording", "agreement",
 ]  # fmt: skip
 TRAITS: dict[Trait, str] = {
     "words": "words per reply",
@@ -37,7 +40,11 @@ TRAITS: dict[Trait, str] = {
     "unended": "replies without an end",
     "first_token": "replies that begin with another token",
     "entropy": "entropy on the base's own replies, nats per token",
+    "rewording": "change of the score by re-wording a question",
+    "agreement": "same answer to a re-worded question",
 }
+_OF_REWORDED: dict[Trait, str] = {"rewording": "change", "agreement": "same"}
+"""Trait → its column in `reworded.jsonl`."""
 
 _WORD = re.compile(r"\b\w+\b")
 _HEDGE = re.compile(
@@ -92,26 +99,38 @@ def trait_rows(
     ]
 
 
-def drifts(rows: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> dict[Trait, Interval]:
+Rows = Sequence[Mapping[str, Any]]
+
+
+def drifts(rows: Rows, base: Rows, reworded: Rows = (), base_reworded: Rows = ()) -> dict[Trait, Interval]:
     """Trait → policy minus base, over the prompts for which both were measured.
 
     Args:
         rows, base: of `trait_rows`, for the same prompts.
+        reworded, base_reworded: of `rewording.reworded_rows`, for the same questions.
     """
     found = {}
-    for trait in TRAITS:
+    for trait, column in _OF_REWORDED.items():
+        pairs = [(row[column], before[column]) for row, before in zip(reworded, base_reworded, strict=True)]
+        if pairs:
+            found[trait] = paired_difference(*np.array(pairs, dtype=np.float64).T)
+    for trait in (trait for trait in TRAITS if trait not in _OF_REWORDED):
         both = [(row[trait], before[trait]) for row, before in zip(rows, base, strict=True)]
         if trait == "first_token":
             both = [(float(now != before), 0.0) for now, before in both]
         values = np.array([pair for pair in both if None not in pair], dtype=np.float64).reshape(-1, 2)
         if len(values):
             found[trait] = paired_difference(values[:, 0], values[:, 1])
-    return found
+    return {trait: found[trait] for trait in TRAITS if trait in found}
 
 
-def drift_metrics(rows: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """`drift/<trait>` with the ends of its interval (`…/low`, `…/high`), and `drift/moved`; nothing without a row."""
-    found = drifts(rows, base)
+def drift_metrics(rows: Rows, base: Rows, reworded: Rows = (), base_reworded: Rows = ()) -> dict[str, float]:
+    """`drift/<trait>` with the ends of its interval (`…/low`, `…/high`), and `drift/moved`; nothing without a row.
+
+    Args:
+        rows, base, reworded, base_reworded: as in `drifts`.
+    """
+    found = drifts(rows, base, reworded, base_reworded)
     metrics = {
         name: value + 0.0  # never -0.0
         for trait, interval in found.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,18 +16,20 @@ from qadapter.config.evaluation import AdaptationSettings, RetentionSettings
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.divergence import kl_per_token, replies_entropy
-from qadapter.evaluation.drift import DRIFT, drift_metrics, trait_rows
+from qadapter.evaluation.drift import DRIFT, REWORDED, drift_metrics, trait_rows
 from qadapter.evaluation.hearing import heard
 from qadapter.evaluation.items import items_digests
 from qadapter.evaluation.lm_eval.catalog import expand_suites, require_scores
 from qadapter.evaluation.lm_eval.harness import evaluate_tasks
 from qadapter.evaluation.old_answers import answer_metrics, answer_old_prompts
 from qadapter.evaluation.preference import PairScores, distinct_pairs, preference_metrics, score_pairs
+from qadapter.evaluation.rewording import reworded, reworded_rows
 from qadapter.evaluation.speech import SPEECH, Speech
 from qadapter.files.artifacts import read_json, read_json_lines, write_json, write_json_lines
 from qadapter.inference.generate import generate_replies, generate_with_ends
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.preferences.pair import Message, PreferencePair, load_pairs
+from qadapter.preferences.tokenize import UnusablePair, encode_reply
 from qadapter.progress.kept import keeping, leads, spending
 from qadapter.toyworld.rules import exact_measures
 from qadapter.toyworld.world import ToyWorld
@@ -81,11 +84,13 @@ def measure_adaptation(
     with keeping(scratch):
         scores = score_pairs(policy, tokenizer, pairs, max_length=max_length, batch_size=settings.batch_size)
         said = _answer(policy, tokenizer, asked, base_adaptation, settings, max_length) if asked else None
+        distance = _new_divergence(policy, tokenizer, asked, base_adaptation, settings, max_length)
         if not leads():
             return
     base_scores = _read_scores(base_adaptation / "pairs.jsonl") if base_adaptation else scores
     metrics = {f"adaptation/{name}": value for name, value in preference_metrics(scores, base_scores).items()}
     if said is not None:
+        metrics["adaptation/kl_per_token"] = distance
         metrics["cost/decoding_tokens_per_second"] = said.tokens_per_second
         if world is not None:
             metrics |= exact_measures(ToyWorld.read(world), style, said.prompts, said.replies)
@@ -140,6 +145,30 @@ def _answer(
         batch_size=settings.batch_size,
     )
     return _Said(prompts, replies, speech, tokens / seconds)
+
+
+def _new_divergence(
+    policy: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[PreferencePair],
+    base_adaptation: Path | None,
+    settings: AdaptationSettings,
+    max_length: int,
+) -> float:
+    """KL(base ‖ policy) per token on the base's own answers to held-out prompts; 0 for the base itself."""
+    if base_adaptation is None or not asked:
+        return 0.0
+    replies = _read_replies(base_adaptation)[0]
+    conversations = []
+    for pair, reply in zip(asked, replies, strict=True):
+        with contextlib.suppress(UnusablePair):
+            encode_reply(pair.prompt, reply, tokenizer, max_length)
+            conversations.append((pair.prompt, reply))
+    if not conversations:
+        return 0.0
+    batch_size = settings.batch_size
+    found = kl_per_token(None, policy, tokenizer, conversations, max_length=max_length, batch_size=batch_size)
+    return found.per_token
 
 
 def _read_replies(base_adaptation: Path) -> tuple[list[str], list[float]]:
@@ -212,8 +241,9 @@ def measure_retention(
             the base is taken on their chosen replies, and some of their prompts are answered.
         max_length: tokens, as in training.
         out: gets `metrics.json` (`retention/…`, `forgetting/…`), `items.jsonl` (per item: score and answer),
-            `old_answers.jsonl` (prompt, the base's reply, reply), `drift.jsonl` (the traits of each of these replies)
-            and `directions.json` (which metrics are better when higher).
+            `old_answers.jsonl` (prompt, the base's reply, reply), `drift.jsonl` (the traits of each of these replies),
+            `reworded.jsonl` (the questions that were asked in other words) and `directions.json` (which metrics are
+            better when higher).
         official_data: folder with the items of lm-eval's own tasks (`qadapter.evaluation.lm_eval.official_files`), None
             for those in `benchmarks` and else the hub's.
         scratch: as in `measure_adaptation`.
@@ -233,6 +263,7 @@ def measure_retention(
     known = base_retention / "old_answers.jsonl" if base_retention else None
     answers: list[dict[str, Any]] = []
     described: list[dict[str, Any]] = []
+    again: list[dict[str, Any]] = []
     divergence = 0.0
     with keeping(scratch):
         scores = evaluate_tasks(
@@ -251,6 +282,8 @@ def measure_retention(
         items = [{"task": task, **item} for task, rows in scores.samples.items() for item in rows]
         if base_retention:
             _refuse_other_items(items, read_json_lines(base_retention / "items.jsonl"))
+        if settings.reworded:
+            again = reworded_rows(items, _asked_again(policy, tokenizer, settings, benchmarks, official_data, own))
         if old_texts is not None and settings.answers:
             base_answers = [row["reply"] for row in read_json_lines(known)] if known else None
             answers, ended = answer_old_prompts(policy, tokenizer, old_texts, base_answers, settings)
@@ -268,7 +301,9 @@ def measure_retention(
     if old_texts is not None and settings.answers:
         write_json_lines(out / "old_answers.jsonl", answers)
         write_json_lines(out / DRIFT, described)
-        metrics |= drift_metrics(described, read_json_lines(base_retention / DRIFT) if base_retention else described)
+    if settings.reworded:
+        write_json_lines(out / REWORDED, again)
+    metrics |= _drift(described, again, base_retention)
     metrics |= answer_metrics(answers, items)
     directions |= {"retention/answers_identical": True, "retention/over_refusals": False}
     before = read_json(base_retention / "metrics.json") if base_retention else metrics
@@ -282,6 +317,43 @@ def measure_retention(
     write_json_lines(out / "items.jsonl", items)
     write_json(out / "metrics.json", metrics)
     write_json(out / "directions.json", directions)
+
+
+def _drift(
+    described: list[dict[str, Any]], again: list[dict[str, Any]], base_retention: Path | None
+) -> dict[str, float]:
+    """The drift from the base; of the base from itself, all zeros."""
+
+    def of_base(name: str, own: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return read_json_lines(base_retention / name) if base_retention and own else own
+
+    return drift_metrics(described, of_base(DRIFT, described), again, of_base(REWORDED, again))
+
+
+def _asked_again(
+    policy: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: RetentionSettings,
+    benchmarks: Path | None,
+    official_data: Path | None,
+    own: Mapping[str, Path] | None,
+) -> dict[str, list[dict[str, Any]]]:
+    """The first items of each task, asked in other words."""
+    most = {name: settings.items_of(name) or settings.reworded for name in (*settings.tasks, *(own or {}))}
+    scores = evaluate_tasks(
+        policy,
+        tokenizer,
+        settings.tasks,
+        own=own,
+        data=benchmarks,
+        official_data=official_data,
+        limits={name: min(count, settings.reworded) for name, count in most.items()},
+        batch_size=settings.batch_size,
+        plain_tasks=settings.plain_tasks,
+        max_gen_toks=settings.max_new_tokens,
+        in_words=reworded,
+    )
+    return scores.samples
 
 
 def _traits(

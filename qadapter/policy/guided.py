@@ -91,7 +91,7 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         peft_model: the base with the adapter, which reads and never writes.
         value_head: from hidden states to a number.
         guide: how the numbers move the logits.
-        weight: of the guide's offsets, the dial: 0 is the base.
+        weight: of the guide's offsets, the dial's value: 0 is the base.
         by_masks: whether candidates are read behind a cached prefix through a mask of their own; otherwise each is a
             sequence of its own, and nothing is cached.
     """
@@ -171,18 +171,22 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         head.load_state_dict(weights)
         return cls(load_adapter(base_model, folder, is_trainable=is_trainable), head, guide).eval()
 
+    @property
+    def dial(self) -> Dial:
+        """Where the dial stands: with `q-weight` v the candidates' logits move v times as far."""
+        return Dial("q-weight", self.weight)
+
+    @dial.setter
+    def dial(self, dial: Dial) -> None:
+        self.weight = _weight_of(dial)
+
     def moved(self, dial: Dial | None) -> GuidedForCausalLM:
-        """This policy with its dial moved: with `q-weight` v the candidates' logits move v times as far.
+        """This policy with its dial moved; None: as trained.
 
         Raises:
-            QAdapterError: another kind of dial, which scales adapters that are the policy themselves.
+            QAdapterError: another kind of dial than `q-weight`, which scales adapters that are the policy themselves.
         """
-        if dial is not None and not dial.as_trained and dial.kind != "q-weight":
-            raise QAdapterError(
-                f"the dial {dial.kind} scales an adapter's weights, and this adapter only guides the base's decoding; "
-                f"use q-weight={dial.value:g}"
-            )
-        self.weight = 1.0 if dial is None else dial.value
+        self.weight = 1.0 if dial is None else _weight_of(dial)
         return self
 
     def load_weights(self, folder: Path) -> None:
@@ -202,6 +206,7 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         only_numbers: bool = False,
+        dial: Dial | None = None,
         **_: Any,
     ) -> GuidedOutput:
         """Guided logits, or the head's numbers.
@@ -215,6 +220,7 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: return a cache.
             logits_to_keep: only the logits of the last so many positions (0: all).
             only_numbers: [B, T] numbers instead of logits, with gradients.
+            dial: for this pass; where the policy's own stands without.
         """
         known = past_key_values.get_seq_length() if past_key_values is not None else 0
         mask = attention_mask
@@ -233,17 +239,18 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         given = {name: value for name, value in given.items() if name in self._base_arguments}
         with self._passes.bare(len(input_ids)):
             logits = self.peft_model(**given).logits
-        if not self._base_only and self.guide.strength and self.weight:
-            logits = self._guided(logits.float(), input_ids, mask, position_ids, caches)
+        weight = self.weight if dial is None else _weight_of(dial)
+        if not self._base_only and self.guide.strength and weight:
+            logits = self._guided(logits.float(), input_ids, mask, position_ids, caches, weight)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
         return GuidedOutput(loss=loss, logits=logits, past_key_values=caches)
 
     def _guided(
-        self, logits: Tensor, ids: Tensor, mask: Tensor, position_ids: Tensor, caches: PassCaches | None
+        self, logits: Tensor, ids: Tensor, mask: Tensor, position_ids: Tensor, caches: PassCaches | None, weight: float
     ) -> Tensor:
-        """The base's logits [B, K, V] of the last K positions, moved."""
+        """The base's logits [B, K, V] of the last K positions, moved `weight` times as far as the guide says."""
         candidates = logits.topk(min(self.guide.top_k, logits.shape[-1]), dim=-1).indices
         if self.by_masks:
             cache = caches.part(1) if caches is not None else DynamicCache(config=self._text_config)
@@ -251,7 +258,7 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
             hidden = self._behind_prefix(candidates, mask, position_ids, cache)
         else:
             hidden = self._as_sequences(candidates, ids, mask)
-        offsets = self.weight * self.guide.offsets(self._numbers(hidden))
+        offsets = weight * self.guide.offsets(self._numbers(hidden))
         return logits.scatter_add(-1, candidates, offsets.to(logits.dtype))
 
     def _behind_prefix(self, candidates: Tensor, mask: Tensor, position_ids: Tensor, cache: Cache) -> Tensor:
@@ -350,11 +357,20 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(self) -> bool:  # type: ignore[override]
         return self.by_masks
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """GenerationMixin's; where candidates are sequences of their own, every token reads the whole text again."""
+    def generate(self, *args: Any, dial: Dial | None = None, **kwargs: Any) -> Any:
+        """GenerationMixin's; where candidates are sequences of their own, every token reads the whole text again.
+
+        Args:
+            args, kwargs: of GenerationMixin.
+            dial: for this text; where the policy's own stands without.
+        """
         if not self.by_masks:
             kwargs["use_cache"] = False
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
+        before, self.weight = self.weight, self.weight if dial is None else _weight_of(dial)
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.weight = before
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The base's own."""
@@ -372,6 +388,20 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         base: Any = self.peft_model.get_base_model()
         found: nn.Module = base.get_output_embeddings()
         return found
+
+
+def _weight_of(dial: Dial) -> float:
+    """What a dial multiplies the guide's offsets with.
+
+    Raises:
+        QAdapterError: the dial is of another kind.
+    """
+    if not dial.as_trained and dial.kind != "q-weight":
+        raise QAdapterError(
+            f"the dial {dial.kind} scales an adapter's weights, and this adapter only guides the base's decoding; "
+            f"use q-weight={dial.value:g}"
+        )
+    return dial.value
 
 
 def read_guide(folder: Path) -> Guide:

@@ -16,7 +16,7 @@ from qadapter.evaluation.curve.points import CURVE, Curve, read_curves
 from qadapter.evaluation.statistics import Interval
 from qadapter.methods.table import SUBJECT
 from qadapter.policy.dial import KINDS, DialKind
-from qadapter.report.rows import Row, listed, methods_of, ordered
+from qadapter.report.rows import Row, groups_of, listed, methods_of, ordered
 from qadapter.report.tables import Cell, Table, bracket, number
 
 BUDGETS = (0.005, 0.01, 0.02, 0.05)
@@ -147,7 +147,19 @@ def budget_table(curves: Sequence[MethodCurve]) -> Table | None:
             rows.append((_label("mean", own[0], many), (*cells, Cell(number(area.estimate), bracket(area)))))
     groups = (*((f"budget {100 * budget:g} %", 3) for budget in BUDGETS), ("front", 1))
     columns = (*("adaptation", "dial", "forgotten") * len(BUDGETS), "area")
-    return Table("domain · method" + (" · dial" if many else ""), groups, columns, tuple(rows))
+    return Table("domain · method" + (" · dial" if many else ""), groups, columns, tuple(rows), _sections(curves))
+
+
+def _sections(curves: Sequence[MethodCurve]) -> tuple[tuple[str, int], ...]:
+    """Where there are many methods: a heading per domain and kind of method."""
+    domains = ordered(one.domain for one in curves)
+    shown = {name: [one.method for one in curves if one.domain == name] for name in domains}
+    if len(domains) > 1:
+        shown["mean"] = [own[0].method for own in over_domains(curves)]
+    found = {name: groups_of(methods) for name, methods in shown.items()}
+    if not all(found[name] for name, methods in shown.items() if methods):
+        return ()
+    return tuple((f"{name}: {group}", count) for name, groups in found.items() for group, count in groups)
 
 
 def _label(domain: str, one: MethodCurve, many: bool) -> str:
@@ -249,7 +261,24 @@ def budget_sentences(curves: Sequence[MethodCurve], budget: float = 0.01) -> lis
                 f"{domain}, at most {100 * budget:g} % forgotten{along}: {listed(ahead)} "
                 f"{'learns' if len(ahead) == 1 else 'learn'} most, adaptation {best:.3f}{others}."
             )
+    sentences += _behind([one for one in curves if one.kind == kinds[0]])
     return sentences + [sentence for kind in kinds for sentence in _overshoot(curves, kind, budget, len(kinds) > 1)]
+
+
+def _behind(curves: Sequence[MethodCurve]) -> list[str]:
+    """The methods that another one beats surely at every budget: their intervals of adaptation do not meet."""
+    sentences = []
+    for domain in ordered(one.domain for one in curves):
+        here = {one.method: [one.at(budget).adaptation for budget in BUDGETS] for one in curves if one.domain == domain}
+        lowest = [max(found[place].low for found in here.values()) for place in range(len(BUDGETS))]
+        beaten = [
+            method
+            for method, found in here.items()
+            if all(one.high < low for one, low in zip(found, lowest, strict=True))
+        ]
+        if beaten and len(here) > 2:
+            sentences.append(f"{domain}, surely behind another method at every budget: {listed(beaten)}.")
+    return sentences
 
 
 def _ahead(curves: Sequence[MethodCurve], budget: float, along: str) -> list[str]:

@@ -72,7 +72,8 @@ FURTHER_LEGEND = (
     "to the base, around the base's own value; elsewhere ±: standard deviation over seeds, where they differ."
 )
 DRIFT_LEGEND = (
-    "Answers to held-out prompts of the old distribution, policy minus base, mean over domains and seeds. In brackets: "
+    "Answers to held-out prompts of the old distribution and to benchmark questions in other words; policy minus base, "
+    "mean over domains and seeds. In brackets: "
     "in how many trainings the 95 % interval, paired by prompt, excludes 0; a star: in most of them. Neither more nor "
     "less is better by itself."
 )

@@ -26,27 +26,31 @@ DIAL_FIGURE = "curves_of_the_dial.png"
 _DRAWS = 400
 _DASHES: dict[DialKind, Literal["-", "--"]] = {"q-weight": "-", "scale": "--"}
 Floats = NDArray[np.float64]
+_MANY = 10  # methods: more need larger panels
 
 
 @rc_context({"text.parse_math": False})
 def dial_figure(curves: Sequence[MethodCurve], file: Path, title: str) -> Figure:
     """Draw the curve of each method with its band, the base, and the policies as trained.
 
-    The band is the 95 % bootstrap interval of retention at each point, over items and seeds. Large marks: as trained.
-    With both kinds of dial the scale's curves are dashed.
+    The band is the 95 % bootstrap interval of retention at each point, over items and seeds; the bands of many methods
+    would cover each other and are left out. Large marks: as trained. With both kinds of dial the scale's curves are
+    dashed.
     """
     domains = ordered(one.domain for one in curves)
     styles = styles_of(ordered(one.method for one in curves))
     columns = min(3, len(domains))
     lines = math.ceil(len(domains) / columns)
-    figure = Figure(figsize=(max(6.0, 4.4 * columns), 4.2 * lines + 0.6), layout="constrained")
+    many = len(styles) > _MANY
+    wide, high = (7.0, 6.2) if many else (4.4, 4.2)
+    figure = Figure(figsize=(max(6.0, wide * columns), high * lines + (1.4 if many else 0.6)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(lines, columns, squeeze=False)
     for place, panel in enumerate(axes.flat):
         if place >= len(domains):
             panel.set_visible(False)
             continue
-        _panel(panel, [one for one in curves if one.domain == domains[place]], styles)
+        _panel(panel, [one for one in curves if one.domain == domains[place]], styles, bands=not many)
         panel.set_title(domains[place], fontweight="bold")
         panel.set_xlabel("learnt: adaptation")
         panel.set_ylabel("kept: retention, mean over tasks")
@@ -57,19 +61,20 @@ def dial_figure(curves: Sequence[MethodCurve], file: Path, title: str) -> Figure
     if len(kinds := kinds_of(curves)) > 1:
         handles += [Line2D([], [], color="#555555", linestyle=_DASHES[kind], label=f"dial {kind}") for kind in kinds]
     handles.append(Line2D([], [], color="#000000", marker="*", linestyle="", markersize=11, label="base (dial 0)"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8 if many else 6), frameon=False)
     figure.suptitle(f"{title}: from the base over the policy as trained (large marks)")
     figure.savefig(file, dpi=130)
     return figure
 
 
-def _panel(axes: Axes, curves: Sequence[MethodCurve], styles: dict[str, tuple[str, Marker]]) -> None:
+def _panel(axes: Axes, curves: Sequence[MethodCurve], styles: dict[str, tuple[str, Marker]], *, bands: bool) -> None:
     for one in curves:
         colour, marker = styles[one.method]
         values, learnt, kept, low, high = _line(one.curves)
         axes.plot(learnt, kept, color=colour, marker=marker, markersize=4, linewidth=1.6, markerfacecolor="none",
                   linestyle=_DASHES[one.kind])  # fmt: skip
-        axes.fill_between(learnt, low, high, color=colour, alpha=0.12, linewidth=0)
+        if bands:
+            axes.fill_between(learnt, low, high, color=colour, alpha=0.12, linewidth=0)
         trained = values.index(1.0)
         axes.plot(learnt[trained], kept[trained], color=colour, marker=marker, markersize=11, markerfacecolor="none",
                   markeredgewidth=2.2)  # fmt: skip

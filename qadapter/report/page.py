@@ -17,8 +17,9 @@ def data_uri(file: Path) -> str:
     return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
 
 
-def page(content: Mapping[str, Any]) -> str:
-    """Fill in the template; what it is given is text, never markup (`autoescape`), because some of it is a model's."""
+def page(content: Mapping[str, Any], template: str = TEMPLATE) -> str:
+    """Fill in a template of this folder; what it is given is text, never markup (`autoescape`), because some of it is a
+    model's."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -26,4 +27,4 @@ def page(content: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(TEMPLATE).render(content)
+    return environment.get_template(template).render(content)

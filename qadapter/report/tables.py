@@ -68,6 +68,7 @@ FURTHER = {
     "adaptation/repetition": "replies' share that repeats itself ↓",
     "adaptation/replies_ended": "replies that ended by themselves ↑",
     "adaptation/reply_nll": "replies' surprise for the base, nats per token",
+    "adaptation/kl_per_token": "KL(base ‖ policy) per token on the base's answers to new prompts, nats ↓",
     "adaptation/well_formed": "answers with the right attributes, in any style ↑",
     "adaptation/win_rate": "win rate of answers against the base ↑",
     "adaptation/ties": "ties, answers",
@@ -243,10 +244,11 @@ def domain_table(measured: Measured, domain: str) -> Table:
         for name in [*measured.measures, None]:
             found = spread(measured.rows, name or "retention/mean", domain, method)
             scores.append((found, measured.retention(method, domain, name), measured.higher.get(name or "", True)))
-        scores.append((spread(measured.rows, "forgetting/kl_per_token", domain, method), None, False))
+        for name in ("forgetting/kl_per_token", "adaptation/kl_per_token"):
+            scores.append((spread(measured.rows, name, domain, method), None, False))
         rows.append((method, scores))
-    columns = ["score", *(_task(measured, name) for name in measured.measures), "mean", "KL/token ↓"]
-    groups = (("Learnt", 1), ("Kept", len(measured.measures) + 1), ("Distance", 1))
+    columns = ["score", *(_task(measured, name) for name in measured.measures), "mean", "old text ↓", "new prompts ↓"]
+    groups = (("Learnt", 1), ("Kept", len(measured.measures) + 1), ("KL(base ‖ policy) per token", 2))
     return _by_group("method", groups, columns, _marked(rows, silent_methods(measured.rows)))
 
 
@@ -322,6 +324,8 @@ def drift_table(measured: Measured) -> Table | None:
     rows = [("traits that moved beyond noise", tuple(_moved(measured, method) for method in methods))]
     for trait, label in TRAITS.items():
         name = f"drift/{trait}"
+        if not any(name in row.metrics for row in measured.rows):
+            continue
         cells = []
         for method in methods:
             found = [row.metrics for row in _of(measured, method) if name in row.metrics]
@@ -337,8 +341,9 @@ def _of(measured: Measured, method: str) -> list[Row]:
 
 
 def _moved(measured: Measured, method: str) -> Cell:
-    found = [row.metrics[MOVED] for row in _of(measured, method) if MOVED in row.metrics]
-    return Cell(f"{fmean(found):.1f} of {len(TRAITS)}")
+    found = [row.metrics for row in _of(measured, method) if MOVED in row.metrics]
+    count = max(sum(f"drift/{trait}" in one for trait in TRAITS) for one in found)
+    return Cell(f"{fmean(one[MOVED] for one in found):.1f} of {count}")
 
 
 def cost_table(measured: Measured) -> Table:

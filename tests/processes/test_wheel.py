@@ -175,7 +175,7 @@ def test_the_installed_command_trains_and_evaluates(installed: Path, tmp_path: P
     found, where, *others = run(installed / "python", "-c", program, folder=tmp_path).split()
     assert found == version()
     assert Path(where).is_relative_to(installed.parent)
-    assert others == ["None", "None", "arena", "mini", "paper", "small", "smoke"]
+    assert others == ["None", "None", "arena", "arena-small", "mini", "paper", "small", "smoke"]
 
     tiny_llama().save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")

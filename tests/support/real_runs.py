@@ -80,7 +80,9 @@ SECRETS = {
 """In the environment of every run; `test_security.py` looks for them in all that the undisturbed runs wrote."""
 
 
-_PLACES = {"metrics.json", "sweep.csv", "adapter_config.json", "README.md"}
+_PLACES = {
+    "metrics.json", "sweep.csv", "continual.md", "continual.html", "adapter_config.json", "README.md"
+}  # fmt: skip
 """Files with costs; and PEFT's two, which name the base's folder."""
 
 

@@ -23,7 +23,11 @@ from torch import Tensor, nn
 from qadapter.evaluation.divergence import right_padded
 from qadapter.inference.score import Predictions, by_length, chunks, evaluating
 from qadapter.policy.dial import Dial, DialKind
+from qadapter.policy.guided import GuidedForCausalLM
 from qadapter.policy.model import QAdapterForCausalLM
+
+DialledPolicy = QAdapterForCausalLM | GuidedForCausalLM
+"""A policy whose logits are those of its base plus the dial's value times a difference that does not depend on it."""
 
 Text = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a prompt, and of what follows it."""
@@ -32,7 +36,7 @@ Text = tuple[tuple[int, ...], tuple[int, ...]]
 class _AtDial(nn.Module):
     """A policy with its dial at a value, up to a constant at each position."""
 
-    def __init__(self, policy: QAdapterForCausalLM, dial: Dial) -> None:
+    def __init__(self, policy: DialledPolicy, dial: Dial) -> None:
         super().__init__()
         self._policy, self._dial = [policy], dial  # no submodule: modes and parameters are the policy's own affair
 
@@ -56,7 +60,7 @@ ENDS = (Dial("q-weight", 0.0), Dial("q-weight", 1.0))
 
 
 def rows_at(
-    policy: QAdapterForCausalLM, dials: Sequence[Dial], texts: Sequence[Text], *, pad: int, batch_size: int
+    policy: DialledPolicy, dials: Sequence[Dial], texts: Sequence[Text], *, pad: int, batch_size: int
 ) -> Iterator[tuple[NDArray[np.int64], list[Tensor], Tensor]]:
     """For chunks of predicted tokens: which text each is of [N], [N, V] logits at each dial, and the token [N]."""
     sides = [_AtDial(policy, dial) for dial in dials]
@@ -70,9 +74,7 @@ def rows_at(
                 yield of, [one.logits(part) for one in found], first.targets[part]
 
 
-def greedy_intervals(
-    policy: QAdapterForCausalLM, texts: Sequence[Text], *, pad: int, batch_size: int
-) -> NDArray[np.float64]:
+def greedy_intervals(policy: DialledPolicy, texts: Sequence[Text], *, pad: int, batch_size: int) -> NDArray[np.float64]:
     """The weights at which greedy decoding of the prompt writes each text, token for token.
 
     Args:
@@ -100,7 +102,7 @@ def greedy_intervals(
 
 
 def log_likelihoods(
-    policy: QAdapterForCausalLM, texts: Sequence[Text], values: Sequence[float], *, pad: int, batch_size: int
+    policy: DialledPolicy, texts: Sequence[Text], values: Sequence[float], *, pad: int, batch_size: int
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Log-likelihood of each text after its prompt, at each weight.
 
@@ -152,7 +154,7 @@ class WeightedTexts:
 
     kind: DialKind = "q-weight"
 
-    def __init__(self, policy: QAdapterForCausalLM, grid: Sequence[float], *, pad: int, batch_size: int) -> None:
+    def __init__(self, policy: DialledPolicy, grid: Sequence[float], *, pad: int, batch_size: int) -> None:
         self.policy, self.grid = policy, tuple(grid)
         self._options: Mapping[str, int] = {"pad": pad, "batch_size": batch_size}
         self._answers: dict[tuple[int, ...], list[tuple[tuple[int, ...], float, float]]] = {}

@@ -16,9 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from qadapter.config.curve import CurveSettings
 from qadapter.config.evaluation import AdaptationSettings, RetentionSettings
 from qadapter.config.model import ModelSettings
-from qadapter.errors import QAdapterError
 from qadapter.evaluation.curve.asked import AskedPrompts, ended
-from qadapter.evaluation.curve.both_rows import WeightedTexts
+from qadapter.evaluation.curve.both_rows import DialledPolicy, WeightedTexts
 from qadapter.evaluation.curve.lm import DialledLM
 from qadapter.evaluation.curve.old import OldText
 from qadapter.evaluation.curve.points import (
@@ -122,7 +121,7 @@ def measure_curve(
                 texts, value, tokenizer=tokenizer, batch_size=batch_size, apply_chat_template=chat
             )
 
-        for kind in curve.kinds:
+        for kind in ("q-weight",) if isinstance(policy, GuidedForCausalLM) else curve.kinds:
             start = time.perf_counter()
             texts: DialledTexts = (
                 WeightedTexts(policy, curve.all_values, **options)
@@ -152,18 +151,26 @@ def measure_curve(
     write_json(out / "metrics.json", metrics)
 
 
-def dialled(policy: Any) -> QAdapterForCausalLM:
-    """A policy of `load_policy` as one whose dial can be moved.
-
-    Raises:
-        QAdapterError: it guides the base's decoding, so that base and policy share no pass.
-    """
+def dialled(policy: Any) -> DialledPolicy:
+    """A policy of `load_policy` as one whose dial can be moved; one that guides the base's decoding can as it is."""
     if isinstance(policy, GuidedForCausalLM):
-        raise QAdapterError("an adapter that guides the base's decoding has no curve; measure it at other guidances")
+        return policy
     return QAdapterForCausalLM.around(policy).eval() if isinstance(policy, PeftModel) else policy
 
 
 def _point(value: float, learnt: Measure, scores: TaskScores, tasks: Sequence[str]) -> Point:
+    howtos = [ToyWorld.is_refusal(str(row["response"])) for row in scores.samples.get(HOWTOS, ())]
+    refused = Measure((), tuple(map(float, howtos))) if howtos else None
+    return Point(value, learnt, kept_items(scores, tasks), refused)
+
+
+def kept_items(scores: TaskScores, tasks: Sequence[str]) -> dict[str, Measure]:
+    """`retention/<task>/<metric>` → its items, for the one metric that each task is known by.
+
+    Args:
+        scores: of lm-eval.
+        tasks: tasks and groups.
+    """
     metrics = {f"retention/{name}": number for name, number in scores.metrics.items()}
     kept = {}
     for task in tasks:
@@ -171,11 +178,8 @@ def _point(value: float, learnt: Measure, scores: TaskScores, tasks: Sequence[st
         rows = [(other, row) for other, items in scores.samples.items() if _belongs(other, task) for row in items]
         if name is None or not rows:
             continue
-        higher = scores.higher_is_better.get(name.removeprefix("retention/"), True)
-        kept[name] = _task(rows, higher)
-    howtos = [ToyWorld.is_refusal(str(row["response"])) for row in scores.samples.get(HOWTOS, ())]
-    refused = Measure((), tuple(map(float, howtos))) if howtos else None
-    return Point(value, learnt, kept, refused)
+        kept[name] = _task(rows, scores.higher_is_better.get(name.removeprefix("retention/"), True))
+    return kept
 
 
 def _on_old_text(points: Sequence[Point], old: OldText) -> list[Point]:

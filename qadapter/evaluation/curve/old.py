@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qadapter.config.evaluation import RetentionSettings
 from qadapter.evaluation.curve.asked import AskedPrompts
-from qadapter.evaluation.curve.both_rows import ENDS, Text, rows_at
+from qadapter.evaluation.curve.both_rows import ENDS, DialledPolicy, Text, rows_at
 from qadapter.evaluation.curve.points import Measure
 from qadapter.evaluation.curve.scaled import DialledTexts
 from qadapter.evaluation.old_answers import LONGEST_ANSWER
@@ -20,7 +20,6 @@ from qadapter.evaluation.preference import distinct_prompts
 from qadapter.evaluation.refusals import is_refusal
 from qadapter.files.artifacts import read_json_lines
 from qadapter.policy.dial import Dial
-from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.preferences.pair import load_pairs
 from qadapter.preferences.tokenize import encode_reply, padding_id
 
@@ -82,7 +81,7 @@ class OldText:
 
 
 def kl_along(
-    policy: QAdapterForCausalLM, dials: Sequence[Dial], texts: Sequence[Text], *, pad: int, batch_size: int
+    policy: DialledPolicy, dials: Sequence[Dial], texts: Sequence[Text], *, pad: int, batch_size: int
 ) -> list[float]:
     """KL(base ‖ policy) of the next token at each token of given replies, at several dials of one kind, in nats.
 

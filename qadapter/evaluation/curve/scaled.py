@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from qadapter.evaluation.curve.both_rows import Text, WeightedTexts, add_scores, rows_at
+from qadapter.evaluation.curve.both_rows import DialledPolicy, Text, WeightedTexts, add_scores, rows_at
 from qadapter.policy.dial import Dial, DialKind
-from qadapter.policy.model import QAdapterForCausalLM
 
 _TRIES = 3
 """Known answers that are read for a prompt before it is answered token by token."""
@@ -32,7 +31,7 @@ class ScaledTexts:
 
     kind: DialKind = "scale"
 
-    def __init__(self, policy: QAdapterForCausalLM, *, pad: int, batch_size: int) -> None:
+    def __init__(self, policy: DialledPolicy, *, pad: int, batch_size: int) -> None:
         self.policy = policy
         self._options: Mapping[str, int] = {"pad": pad, "batch_size": batch_size}
         self._answers: dict[tuple[int, ...], dict[tuple[int, ...], list[float]]] = {}

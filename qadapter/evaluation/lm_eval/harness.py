@@ -81,6 +81,7 @@ def evaluate_tasks(
     max_gen_toks: int | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
+    in_words: Callable[[str], str] | None = None,
 ) -> TaskScores:
     """Score a policy on tasks of `qadapter/evaluation/benchmarks` and of lm-eval itself.
 
@@ -101,6 +102,7 @@ def evaluate_tasks(
         max_gen_toks: the longest answer in tokens, in place of each task's own.
         device: where to run; the model's own device by default.
         seed: seed of the choice of worked examples and of sampled answers.
+        in_words: from the text of a question to the text that is asked in its place.
 
     Raises:
         QAdapterError: an unknown task, a benchmark file that is missing or faulty, a tokenizer without a chat template,
@@ -124,6 +126,7 @@ def evaluate_tasks(
             num_fewshot=num_fewshot,
             max_gen_toks=max_gen_toks,
             seed=seed,
+            in_words=in_words,
         ) as score:
             return score(
                 lambda chat: PolicyLM(model, tokenizer=tokenizer, batch_size=batch_size, apply_chat_template=chat)
@@ -148,12 +151,13 @@ def opened_tasks(
     num_fewshot: int | None = None,
     max_gen_toks: int | None = None,
     seed: int = 0,
+    in_words: Callable[[str], str] | None = None,
 ) -> Iterator[Callable[[Callable[[bool], PolicyLM]], TaskScores]]:
     """Load tasks once, to score with several models.
 
     Args:
         tokenizer, tasks, own, data, official_data, limit, limits, apply_chat_template, plain_tasks,
-            fewshot_as_multiturn, num_fewshot, max_gen_toks, seed: as in `evaluate_tasks`.
+            fewshot_as_multiturn, num_fewshot, max_gen_toks, seed, in_words: as in `evaluate_tasks`.
 
     Yields:
         A function that scores: it is given what makes lm-eval's model for tasks with chat template (True) or without.
@@ -178,6 +182,8 @@ def opened_tasks(
             loaded = _load(manager, some)
             for task in loaded["tasks"].values():
                 _configure(task, num_fewshot=num_fewshot, max_gen_toks=max_gen_toks, seed=seed)
+                if in_words is not None:
+                    _ask_in(task, in_words)
             parts.append((chat, most, loaded))
 
         def score(make: Callable[[bool], PolicyLM]) -> TaskScores:
@@ -248,6 +254,17 @@ def _configure(task: Any, *, num_fewshot: int | None, max_gen_toks: int | None, 
     task.set_fewshot_seed(seed=seed)
     if max_gen_toks is not None and task.get_config("output_type") == "generate_until":
         task.set_config(key="generation_kwargs", value={"max_gen_toks": max_gen_toks}, update=True)
+
+
+def _ask_in(task: Any, in_words: Callable[[str], str]) -> None:
+    """Let a loaded task ask its questions, and its worked examples, in other words."""
+    original = task.doc_to_text
+
+    def asked(*arguments: Any, **options: Any) -> Any:
+        text = original(*arguments, **options)
+        return in_words(text) if isinstance(text, str) else text  # elsewhere it is the number of the right choice
+
+    task.doc_to_text = asked
 
 
 def _collect(raw: Any, loaded: Any) -> TaskScores:

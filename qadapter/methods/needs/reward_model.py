@@ -1,7 +1,8 @@
 """A reward model of the training pairs: RLOO, GRPO and ShiQ learn from it; it scores the rollouts of VAS and PITA.
 
 It is the base with a LoRA of the policies' shape and a head of one number, trained on the pairs that the policies train
-on. Its rewards are centred and scaled to unit variance over those pairs' replies: a β means the same everywhere.
+on. Its rewards are centred and scaled to unit variance over those pairs' replies: a β means the same everywhere. On its
+own scale a difference of two rewards is the log odds that one reply is preferred, as it was trained.
 """
 
 from __future__ import annotations
@@ -87,23 +88,25 @@ def train_reward_model(
     )
     metrics = read_json(out / "metrics.json")
     write_json(out / "metrics.json", {name.replace("judge/", f"{NAME}/"): value for name, value in metrics.items()})
-    write_json(out / SCALE, {"mean": 0.0, "deviation": 1.0})
     _, tokenizer = load_base(base, model)
     pairs = encode_pairs(load_pairs(pairs_file), tokenizer, training.max_length).pairs
-    score = open_rewards(out, base, model, batch_size)
+    score = open_rewards(out, base, model, batch_size, standardised=False)
     found = score([pair.prompt_ids + ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)])
     mean = sum(found) / len(found)
     deviation = (sum((one - mean) ** 2 for one in found) / len(found)) ** 0.5
     write_json(out / SCALE, {"mean": mean, "deviation": deviation or 1.0})
 
 
-def open_rewards(folder: Path, base: str | Path, model: ModelSettings, batch_size: int) -> Reward:
+def open_rewards(
+    folder: Path, base: str | Path, model: ModelSettings, batch_size: int, *, standardised: bool = True
+) -> Reward:
     """The rewards that a trained reward model gives, on token ids: the end token is among what it reads.
 
     Args:
         folder: what `train_reward_model` wrote.
         base, model: the base and how it is loaded.
         batch_size: sequences per forward pass.
+        standardised: mean 0 and deviation 1 over the training pairs' replies; otherwise on the model's own scale.
     """
     from qadapter.files.artifacts import read_json
     from qadapter.judging.rewards import ADAPTER, load_reward_base, rewards
@@ -112,7 +115,8 @@ def open_rewards(folder: Path, base: str | Path, model: ModelSettings, batch_siz
 
     network, tokenizer = load_reward_base(base, model)
     loaded = load_adapter(network, folder / ADAPTER)
-    scale, padding = read_json(folder / SCALE), padding_id(tokenizer)
+    scale = read_json(folder / SCALE) if standardised else {"mean": 0.0, "deviation": 1.0}
+    padding = padding_id(tokenizer)
 
     def reward(rows: Sequence[Sequence[int]]) -> list[float]:
         found = rewards(loaded, [list(row) for row in rows], padding, batch_size)

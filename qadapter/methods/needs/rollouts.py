@@ -25,7 +25,8 @@ class RolloutSettings(Settings):
     Attributes:
         per_prompt: replies for each distinct prompt.
         temperature: of the sampling.
-        max_new_tokens: of a reply; None: as many as the longest chosen reply has.
+        max_new_tokens: of a reply; None: as many as the longest reply of a pair has, chosen or rejected, for the reward
+            of a reply without its end says little.
     """
 
     per_prompt: Count = 4
@@ -76,7 +77,7 @@ class _Sampler:
         self.settings, self._batch_size = settings, batch_size
         pairs = encode_pairs(load_pairs(pairs_file), self.tokenizer, training.max_length).pairs
         self.prompts = [list(ids) for ids in dict.fromkeys(tuple(pair.prompt_ids) for pair in pairs)]
-        longest = settings.max_new_tokens or max(len(pair.chosen_ids) for pair in pairs)
+        longest = settings.max_new_tokens or max(len(ids) for p in pairs for ids in (p.chosen_ids, p.rejected_ids))
         self.longest = max(1, min(longest, training.max_length - max(map(len, self.prompts))))
         self._folder, self._base, self._model = folder, base, model
         self.generated = 0
@@ -97,9 +98,10 @@ class _Sampler:
         self.generated += sum(map(len, found))
         return found
 
-    def rewards(self, rows: list[list[int]]) -> list[float]:
+    def rewards(self, rows: list[list[int]], *, standardised: bool = True) -> list[float]:
         """The reward model's."""
-        return open_rewards(self._folder, self._base, self._model, self._batch_size)(rows)
+        reward = open_rewards(self._folder, self._base, self._model, self._batch_size, standardised=standardised)
+        return reward(rows)
 
     def write(self, out: Path, name: str, rows: list[dict[str, Any]]) -> None:
         """Write the rows, and what they cost."""
@@ -149,8 +151,9 @@ def sample_branches(
 ) -> None:
     """Write `branches.jsonl`: `prompt` (with the reply up to the cut), `reply` (a continuation), `preferred` (1 or 0).
 
-    At each cut one continuation is greedy and one is sampled; which is preferred is drawn with the probability
-    σ(r_greedy − r_sampled). Two equal continuations are left out.
+    The first cut of each reply is before its first token, the others are drawn. At each cut one continuation is greedy
+    and one is sampled; which is preferred is drawn with the probability σ(r_greedy − r_sampled), with r on the reward
+    model's own scale. Two equal continuations are left out.
     """
     import math
     import random
@@ -162,8 +165,8 @@ def sample_branches(
     prefixes = []
     with keeping(scratch):
         for prompt, reply in zip(sampler.prompts, sampler.continued(sampler.prompts, seed), strict=True):
-            cuts = sorted(draw.sample(range(len(reply)), min(settings.per_prompt, len(reply))))
-            prefixes += [prompt + reply[:cut] for cut in cuts]
+            later = draw.sample(range(1, len(reply)), min(settings.per_prompt, len(reply)) - 1) if reply else []
+            prefixes += [prompt + reply[:cut] for cut in [0, *sorted(later)]]
         greedy, sampled = sampler.continued(prefixes, seed, greedily=True), sampler.continued(prefixes, seed + 1)
     room = training.max_length
     both = [
@@ -171,7 +174,7 @@ def sample_branches(
         for prefix, one, other in zip(prefixes, greedy, sampled, strict=True)
         if one != other and len(prefix) < room
     ]
-    found = sampler.rewards([prefix + ids for prefix, one, other in both for ids in (one, other)])
+    found = sampler.rewards([prefix + ids for prefix, *two in both for ids in two], standardised=False)
     rows = []
     for (prefix, one, other), first, second in zip(both, found[::2], found[1::2], strict=True):
         wins = draw.random() < 1 / (1 + math.exp(min(700.0, second - first)))

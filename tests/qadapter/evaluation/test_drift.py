@@ -47,10 +47,25 @@ def test_traits_of_a_reply(reply: str, expected: dict[str, float]) -> None:
 def test_the_same_policy_has_no_drift() -> None:
     assert set(TRAITS) == set(get_args(Trait))
     rows = described(["It is four.", "Could you clarify?", ""])
-    metrics = drift_metrics(rows, rows)
+    asked = [{"change": -1.0, "same": 0.0}, {"change": 0.0, "same": 1.0}]
+    metrics = drift_metrics(rows, rows, asked, asked)
     assert {name.split("/")[1] for name in metrics} == {*TRAITS, "moved"}
     assert set(metrics.values()) == {0.0}
     assert drift_metrics([], []) == {}
+    assert {name.split("/")[1] for name in drift_metrics(rows, rows)} == {*TRAITS, "moved"} - {"rewording", "agreement"}
+
+
+def test_robustness_to_wording_is_a_paired_difference() -> None:
+    """The base loses 4 of 40 points by the rewording, the policy 24 of 40: 20 more of 40, and as many other answers."""
+    before = [{"change": -1.0 if place < 4 else 0.0, "same": float(place >= 4)} for place in range(40)]
+    after = [{"change": -1.0 if place < 24 else 0.0, "same": float(place >= 24)} for place in range(40)]
+    found = drifts([], [], after, before)
+    assert found["rewording"].estimate == found["agreement"].estimate == -0.5
+    assert found["rewording"].high < 0
+    metrics = drift_metrics([], [], after, before)
+    assert metrics[MOVED] == 2
+    with pytest.raises(ValueError, match="zip"):
+        drifts([], [], after, before[:-1])
 
 
 def test_drift_is_a_paired_difference() -> None:
@@ -129,8 +144,10 @@ def test_the_report_shows_drift_per_trait() -> None:
     assert table is not None
     assert table.columns == ("sft",)
     cells = {label: cell for label, (cell,) in table.rows}
-    assert cells["traits that moved beyond noise"].text == "0.5 of 9"
+    assert cells["traits that moved beyond noise"].text == "0.5 of 1", "of those that were measured"
     assert (cells["words per reply"].text, cells["words per reply"].interval) == ("+15.000", "[1 of 2]")
     assert not cells["words per reply"].sure
+    assert "replies with a list" in cells, "the base has it, with the text of the old distribution"
     assert cells["replies with a list"].text == "–"
+    assert "same answer to a re-worded question" not in cells
     assert drift_table(Compared([Row("d", "sft", 0, {})])) is None

@@ -20,7 +20,7 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation import measure, old_answers
 from qadapter.evaluation.benchmarks.build import write_benchmarks
 from qadapter.evaluation.divergence import kl_per_token, replies_nll
-from qadapter.evaluation.drift import DRIFT, TRAITS
+from qadapter.evaluation.drift import DRIFT, REWORDED, TRAITS
 from qadapter.evaluation.lm_eval.harness import TaskScores
 from qadapter.evaluation.measure import headline_metric, measure_adaptation, measure_retention
 from qadapter.evaluation.old_answers import answer_metrics
@@ -39,7 +39,9 @@ from qadapter.training.corpus import read_corpus
 from tests.support.tiny_toy import MODEL, TRAINING, TinyToy, make_tiny_toy, pair, rows, write_pairs
 
 ADAPTATION = AdaptationSettings(batch_size=5, max_new_tokens=12, generate=3)
-RETENTION = RetentionSettings(tasks=("toy_facts", "toy_sums"), limit=6, batch_size=8, max_new_tokens=12, answers=5)
+RETENTION = RetentionSettings(
+    tasks=("toy_facts", "toy_sums"), limit=6, batch_size=8, max_new_tokens=12, answers=5, reworded=4
+)
 LENGTH = 64
 
 ADAPTATION_KEYS = {
@@ -54,8 +56,10 @@ ADAPTATION_KEYS = {
 }
 
 SPEECH_KEYS = {
-    f"adaptation/{name}" for name in ("broken_replies", "repetition", "replies_ended", "reply_nll", "speaks")
+    f"adaptation/{name}"
+    for name in ("broken_replies", "repetition", "replies_ended", "reply_nll", "speaks", "kl_per_token")
 }
+"""Where replies were generated."""
 
 
 @dataclass
@@ -210,6 +214,18 @@ def test_answers_are_judged_against_the_bases(measured: Measured) -> None:
     assert after["adaptation/ties"] == [row["verdict"] for row in answers].count("tie")
 
 
+def test_the_divergence_on_new_prompts(measured: Measured) -> None:
+    """KL(base ‖ policy) per token on the base's own answers to the held-out prompts; 0 for the base."""
+    answers = rows(measured.adaptation["base"] / "answers.jsonl")
+    network, tokenizer = load_base(measured.toy.base, MODEL)
+    policy = load_policy(network, measured.adapters["sft"])
+    conversations = [(row["prompt"], row["reply"]) for row in answers]
+    expected = kl_per_token(None, policy, tokenizer, conversations, max_length=LENGTH, batch_size=3).per_token
+    assert metrics(measured.adaptation["sft"])["adaptation/kl_per_token"] == pytest.approx(expected, rel=1e-4)
+    assert expected > 1e-3
+    assert metrics(measured.adaptation["base"])["adaptation/kl_per_token"] == 0
+
+
 @pytest.mark.parametrize(("generate", "answered"), [(3, 3), (0, None), (1000, 12)])
 def test_real_data_has_no_exact_rule(measured: Measured, tmp_path: Path, generate: int, answered: int | None) -> None:
     """The headline is the implied reward then, and only so many prompts are answered, for reading."""
@@ -354,6 +370,26 @@ def test_a_base_against_itself_has_forgotten_nothing(measured: Measured, tmp_pat
         drifted = {name: value for name, value in figures.items() if name.startswith("drift/")}
         assert len(drifted) == 3 * len(TRAITS) + 1
         assert {repr(value) for value in drifted.values()} == {"0.0"}
+
+
+@pytest.mark.parametrize("name", ["sft", "q-adapter"])
+def test_questions_are_asked_in_other_words(measured: Measured, name: str) -> None:
+    """The first four of each task, with the scores of lm-eval; drift is the policy's change minus the base's."""
+    asked, before = (rows(measured.retention[one] / REWORDED) for one in (name, "base"))
+    assert [(row["task"], row["doc_id"]) for row in asked] == [
+        (task, place) for task in ("toy_facts", "toy_sums") for place in range(4)
+    ]
+    items = {(row["task"], row["doc_id"]): row for row in rows(measured.retention[name] / "items.jsonl")}
+    for row in asked:
+        was = items[row["task"], row["doc_id"]]
+        assert row["prompt"] != was["prompt"]
+        assert "tell me" in row["prompt"]
+        assert row["score"] - row["change"] == was["score"]
+        assert row["same"] == (row["response"] == was["response"])
+    found = metrics(measured.retention[name])
+    for trait, column in (("rewording", "change"), ("agreement", "same")):
+        expected = np.mean([a[column] - b[column] for a, b in zip(asked, before, strict=True)])
+        assert found[f"drift/{trait}"] == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", ["sft", "q-adapter"])

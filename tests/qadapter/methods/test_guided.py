@@ -12,10 +12,12 @@ import torch
 from lm_eval.api.instance import Instance
 
 from qadapter.errors import QAdapterError
+from qadapter.evaluation.curve.both_rows import log_likelihoods
 from qadapter.evaluation.divergence import kl_per_token
 from qadapter.evaluation.lm_eval.model import PolicyLM
 from qadapter.files.artifacts import read_json
 from qadapter.inference.generate import generate_replies
+from qadapter.methods.needs.reward_model import RewardModelSettings, open_rewards, reward_model
 from qadapter.methods.needs.rollouts import BRANCHES, ROLLOUTS, RolloutSettings, read_rows
 from qadapter.methods.pita import PITASettings
 from qadapter.methods.vas import VASSettings, returns
@@ -250,6 +252,64 @@ def test_branches_share_a_prefix_and_differ(world: TinyToy) -> None:
         assert one["reply"] != other["reply"]
         assert one["preferred"] + other["preferred"] == 1
         assert len(one["prompt"]) + max(len(one["reply"]), len(other["reply"])) <= TRAINING.max_length
+
+
+def test_a_branch_begins_before_the_first_token(world: TinyToy) -> None:
+    """With one cut per reply all continuations are whole replies to the training prompts."""
+    from qadapter.methods.pita import needs
+
+    folder = world.needs(needs(PITASettings(branches=RolloutSettings(per_prompt=1))))[BRANCHES]
+    _, tokenizer = load_base(world.base, MODEL)
+    asked = {tuple(prompt_ids(tokenizer, one.prompt)) for one in load_pairs(world.pairs)}
+    found = read_rows(folder, BRANCHES)
+    assert found
+    assert {tuple(row["prompt"]) for row in found} <= asked
+
+
+def test_rollouts_are_as_long_as_rejected_replies(world: TinyToy) -> None:
+    """Here the rejected replies are longer than the chosen ones: none of the base's is cut where those are whole."""
+    from qadapter.methods.vas import needs
+    from qadapter.preferences.tokenize import encode_pairs
+
+    _, tokenizer = load_base(world.base, MODEL)
+    pairs = encode_pairs(load_pairs(world.pairs), tokenizer, TRAINING.max_length).pairs
+    chosen, rejected = (
+        max(len(ids(one)) for one in pairs) for ids in (lambda p: p.chosen_ids, lambda p: p.rejected_ids)
+    )
+    assert rejected > chosen
+    found = read_rows(world.needs(needs(VASSettings(rollouts=RolloutSettings(per_prompt=3))))[ROLLOUTS], ROLLOUTS)
+    assert chosen < max(len(row["reply"]) for row in found) <= rejected
+
+
+def test_rewards_on_the_models_own_scale(world: TinyToy) -> None:
+    """Standardised ones are (r − mean)/deviation of these; a label of PITA is drawn with σ of their difference."""
+    reward = reward_model(RewardModelSettings())
+    folder = world.needs((reward,))[reward.name]
+    asked = [list(range(1, 9)), [5, 4, 3], [7] * 6]
+    own = open_rewards(folder, world.base, MODEL, 2, standardised=False)(asked)
+    scale = read_json(folder / "scale.json")
+    expected = [(one - scale["mean"]) / scale["deviation"] for one in own]
+    assert open_rewards(folder, world.base, MODEL, 2)(asked) == pytest.approx(expected, abs=1e-5)
+    assert scale["deviation"] != pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_guides_dial_is_linear_in_its_logits(world: TinyToy) -> None:
+    """Likelihoods at every weight from the passes at 0 and 1, and by forward passes with the dial at each."""
+    policy = moved(load_base(world.base, MODEL)[0], Guide("preference", 4.0, 20))
+    texts = [((1, 7, 9), (4, 3, 8)), ((2, 5), (6,))]
+    weights = (0.0, 0.25, 1.0)
+    sums, _ = log_likelihoods(policy, texts, weights, pad=0, batch_size=2)
+    for row, (prompt, rest) in enumerate(texts):
+        for column, weight in enumerate(weights):
+            with torch.no_grad():
+                logits = policy(torch.tensor([[*prompt, *rest]]), dial=Dial("q-weight", weight)).logits[0]
+            scores = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+            expected = sum(float(scores[place, token]) for place, token in enumerate(rest))
+            assert sums[row, column] == pytest.approx(expected, abs=1e-4)
+    assert abs(sums[0, 0] - sums[0, 2]) > 1e-3, "the guide moves something"
+    assert policy.dial.as_trained
+    assert policy.generate(torch.tensor([[1, 7, 9]]), max_new_tokens=2, dial=Dial("q-weight", 0.0)).shape == (1, 5)
+    assert policy.weight == 1.0
 
 
 def test_vas_fits_the_rewards(world: TinyToy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,28 @@ def test_what_it_says_of_equal_budgets(rows: list[Row]) -> None:
         "What the dial takes back at no cost in adaptation: academy · dpo (forgotten 0.100 as trained, 0.000 at 0.5; "
         "adaptation 0.000 and 1.000)."
     )
+
+
+def test_many_methods_are_listed_by_group(tmp_path: Path) -> None:
+    """Eleven methods in two domains and their means: a heading per domain and kind, and every row below one."""
+    metrics = {"adaptation/score": 0.5, "retention/mean": 0.9}
+    many = ["q-adapter", "sft", "dpo", "replay", "orpo", "kto", "ipo", "rpo", "rloo", "kl-sft", "vas"]
+    found = []
+    for domain, method in product(("academy", "harmless"), many):
+        curve = write_curve(tmp_path / domain / method, (0.0, 0.5, 0.2 if method == "ipo" else 1.0), (1.0, 1.0, 1.0))
+        found.append(Row(domain, method, 0, metrics, curve=curve))
+    table = budget_table(curves_of(found))
+    assert table is not None
+    assert [heading for heading, _ in table.sections][:6] == [
+        "academy: Q-Adapter", "academy: baselines", "academy: preference losses", "academy: RL",
+        "academy: regularised", "academy: guided",
+    ]  # fmt: skip
+    assert sum(count for _, count in table.sections) == len(table.rows) == 33
+    assert [label for label, _ in table.parts[1][1]] == ["academy · sft", "academy · replay"]
+    behind = [line for line in budget_sentences(curves_of(found)) if "surely behind" in line]
+    assert behind == [
+        f"{domain}, surely behind another method at every budget: ipo." for domain in ("academy", "harmless")
+    ]
 
 
 def test_metrics_of_the_run(rows: list[Row]) -> None:

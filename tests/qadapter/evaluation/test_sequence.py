@@ -1,0 +1,176 @@
+"""A sequence of preferences: ACC and BWT by hand, weights under a budget, and adapters composed on a tiny base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qadapter.config.budget import Budget
+from qadapter.config.evaluation import AdaptationSettings, RetentionSettings
+from qadapter.errors import QAdapterError
+from qadapter.evaluation.curve.parts import selects
+from qadapter.evaluation.curve.points import Measure
+from qadapter.evaluation.sequence.matrix import Passage
+from qadapter.evaluation.sequence.measure import (
+    HeldOut,
+    Ruler,
+    Tried,
+    best_of,
+    candidates,
+    choose_weights,
+    measure_outcome,
+)
+from qadapter.evaluation.sequence.outcome import Outcome
+from qadapter.files.artifacts import read_json
+from qadapter.policy.files import read_policy
+from qadapter.policy.loading import load_base, load_policy
+from tests.support.tiny_toy import MODEL, NO_DROPOUT, TinyToy, make_tiny_toy
+
+DOMAINS = ("one", "two", "three")
+IDS = tuple(f"item-{i}" for i in range(10))
+
+
+def measure(mean: float) -> Measure:
+    """Ten items of which the first so many are right."""
+    right = round(10 * mean)
+    return Measure(IDS, tuple([1.0] * right + [0.0] * (10 - right)))
+
+
+def outcome(scores: Sequence[float], retention: float) -> Outcome:
+    """Scores of the first domains, and two tasks that are averaged; a third one is in another unit."""
+    kept = {"a": measure(retention), "b": measure(retention), "bits": Measure(IDS, (2.0,) * 10, None, higher=False)}
+    return Outcome({name: measure(score) for name, score in zip(DOMAINS, scores, strict=False)}, kept)
+
+
+def passage(matrix: Sequence[Sequence[float]], retention: Sequence[float]) -> Passage:
+    """One seed."""
+    steps = tuple(outcome(row, kept) for row, kept in zip(matrix, retention, strict=True))
+    return Passage(DOMAINS, (steps,), outcome((0, 0, 0), 1.0))
+
+
+# ---- by hand
+
+
+def test_average_accuracy_and_backward_transfer_by_hand() -> None:
+    """ACC = (.4 + .7 + 1)/3, BWT = ((.4 − .9) + (.7 − .8))/2, the base lost .2."""
+    found = passage([[0.9], [0.6, 0.8], [0.4, 0.7, 1.0]], [1.0, 0.9, 0.8])
+    assert found.accuracy.estimate == pytest.approx(2.1 / 3)
+    assert found.backward_transfer.estimate == pytest.approx(-0.3)
+    assert found.learnt == pytest.approx(0.9)
+    assert found.forgetting.estimate == pytest.approx(0.2)
+    assert found.retention.tolist() == pytest.approx([1.0, 0.9, 0.8])
+    assert np.isnan(found.matrix[np.triu_indices(3, 1)]).all()
+    assert found.matrix[1, :2].tolist() == pytest.approx([0.6, 0.8])
+    assert found.accuracy.low < found.accuracy.estimate < found.accuracy.high
+
+
+def test_seeds_are_averaged_and_ways_compared_in_pairs() -> None:
+    one = passage([[0.9], [0.6, 0.8], [0.4, 0.7, 1.0]], [1, 1, 1])
+    other = passage([[0.5], [0.4, 0.6], [0.2, 0.5, 0.8]], [1, 1, 1])
+    both = Passage(DOMAINS, (*one.outcomes, *other.outcomes), one.base)
+    assert both.accuracy.estimate == pytest.approx(0.6)
+    assert both.matrix[0, 0] == pytest.approx(0.7)
+    assert (both.accuracy.seeds, both.accuracy.items) == (2, 30)
+    assert one.difference(other).estimate == pytest.approx(0.2)
+    assert one.difference(one).estimate == 0
+    assert not one.difference(one).excludes_zero
+
+
+def test_an_outcome_survives_its_file_and_splits_by_item(tmp_path: Path) -> None:
+    found = outcome((0.5, 0.3), 0.9)
+    found.write(tmp_path)
+    assert Outcome.read(tmp_path) == found
+    chosen, reported = found.part(selection=True), found.part(selection=False)
+    ids = [*chosen.learnt["one"].ids, *reported.learnt["one"].ids]
+    assert sorted(ids) == sorted(IDS)
+    assert all(selects(item) for item in chosen.kept["a"].ids)
+    assert not any(selects(item) for item in reported.kept["a"].ids)
+    assert found.averaged == ["a", "b"]
+    assert found.adaptation == pytest.approx(0.4)
+
+
+def test_candidates_keep_what_was_there_first() -> None:
+    """The policy as it was, then every new weight with every factor on the earlier ones, each combination once."""
+    assert candidates((), (0.5, 1.0), (1.0, 0.5)) == [(0.0,), (0.5,), (1.0,)]
+    assert candidates((1.0,), (0.5, 1.0), (1.0, 0.5)) == [
+        (1.0, 0.0), (1.0, 0.5), (1.0, 1.0), (0.5, 0.5), (0.5, 1.0)
+    ]  # fmt: skip
+    assert candidates((0.0,), (1.0,), (1.0, 0.5)) == [(0.0, 0.0), (0.0, 1.0)]
+
+
+def test_the_best_weights_within_a_budget() -> None:
+    """Most learnt within the budget; among equals less forgotten, then smaller; nothing within: as it was."""
+    tried = [
+        Tried((1.0, 0.0), 0.5, 0.0, 0.0),
+        Tried((1.0, 0.5), 0.8, 0.01, 0.03),
+        Tried((1.0, 0.75), 0.8, 0.02, 0.02),
+        Tried((1.0, 1.0), 0.9, 0.05, 0.2),
+    ]
+    assert best_of(tried, Budget(max_forgetting=0.02)).weights == (1.0, 0.5)
+    assert best_of(tried, Budget(max_forgetting=0.02, per_task=0.025)).weights == (1.0, 0.75)
+    assert best_of(tried, Budget(max_forgetting=0.1)).weights == (1.0, 1.0)
+    assert best_of(tried, Budget(max_forgetting=0)).weights == (1.0, 0.0)
+    assert best_of([Tried((0.0,), 0.1, 0.5, 0.5), tried[3]], Budget(max_forgetting=0)).weights == (0.0,)
+    equal = [Tried((1.0,), 0.5, 0.0, 0.0), Tried((0.5,), 0.5, 0.0, 0.0)]
+    assert best_of(equal, Budget()).weights == (0.5,)
+
+
+# ---- on a tiny base
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> TinyToy:
+    return make_tiny_toy(tmp_path_factory.mktemp("sequence"), heldout=24)
+
+
+def ruler(world: TinyToy) -> Ruler:
+    retention = RetentionSettings(tasks=("toy_facts",), limit=24, max_new_tokens=6)
+    adaptation = AdaptationSettings(batch_size=16, max_new_tokens=12)
+    heldout = {"harmless": HeldOut(world.heldout), "again": HeldOut(world.heldout, "academy")}
+    return Ruler(heldout, adaptation, retention, 64, world.world, world.world)
+
+
+def test_composed_adapters_are_the_sum_that_was_chosen(world: TinyToy, tmp_path: Path) -> None:
+    """Whatever the budget, the policy is its adapters at the chosen weights; at a budget of 1 the best-learning one."""
+    folders = [world.train("q-adapter", tmp_path / str(seed), seed=seed, lora=NO_DROPOUT) for seed in (0, 1)]
+    (tmp_path / "base").mkdir()
+    measure_outcome(world.base, None, model=MODEL, ruler=ruler(world), out=tmp_path / "base")
+    of_base = Outcome.read(tmp_path / "base")
+    assert set(of_base.learnt) == {"harmless", "again"}
+    assert len(of_base.learnt["harmless"].ids) == 24
+    assert len(of_base.kept["retention/toy_facts/exact_match"].ids) == 24
+    options = {"model": MODEL, "ruler": ruler(world), "weights": (0.5, 1.0), "factors": (1.0,), "of_base": of_base}
+    out = tmp_path / "composed"
+    out.mkdir()
+    adapters = [folder / "adapter" for folder in folders]
+    choose_weights(world.base, adapters, before=(1.0,), budget=Budget(max_forgetting=1), out=out, **options)  # type: ignore[arg-type]
+    choice = read_json(out / "choice.json")
+    assert [tuple(one["weights"]) for one in choice["tried"]] == [(1.0, 0.0), (1.0, 0.5), (1.0, 1.0)]
+    best = max(one["adaptation"] for one in choice["tried"])
+    assert next(one for one in choice["tried"] if one["weights"] == choice["weights"])["adaptation"] == best
+    assert list(read_policy(out / "adapter").adapter_weights.values()) == choice["weights"]
+    ids = torch.tensor([[1, 5, 7, 9]])
+    rows = []
+    with torch.no_grad():
+        base_logits = load_base(world.base, MODEL)[0](ids).logits
+        for folder in (*adapters, out / "adapter"):
+            policy = load_policy(load_base(world.base, MODEL)[0], folder)
+            rows.append(policy(ids).logits.log_softmax(-1))
+    start = base_logits.log_softmax(-1)
+    summed = start + sum(w * (row - start) for w, row in zip(choice["weights"], rows[:2], strict=True))
+    torch.testing.assert_close(rows[2], summed.log_softmax(-1), atol=1e-4, rtol=1e-4)
+
+
+def test_too_few_items_to_choose_on_are_refused(world: TinyToy, tmp_path: Path) -> None:
+    few = outcome((0.5,), 0.5)
+    small = Outcome({name: Measure(one.ids[:2], one.values[:2]) for name, one in few.learnt.items()}, few.kept)
+    folder = world.train("q-adapter", tmp_path / "few", lora=NO_DROPOUT)
+    with pytest.raises(QAdapterError, match=r"items of one are in the half .* at least 4"):
+        choose_weights(
+            world.base, [folder / "adapter"], model=MODEL, ruler=ruler(world), before=(), budget=Budget(),
+            weights=(1.0,), factors=(1.0,), of_base=small, out=tmp_path,
+        )  # fmt: skip
