@@ -35,3 +35,9 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     if near:
         return f", did you mean {near[0]!r}?"
     return f"; known: {', '.join(names)}" if names else ""
+
+
+def first_reason(error: Exception) -> str:
+    """What an error of a library says first, in one line: with the line behind one that ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return (" ".join(lines[:2]) if lines[0].endswith(":") else lines[0])[:300]

@@ -10,10 +10,10 @@ from __future__ import annotations
 import copy
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import regex
 import torch
@@ -27,12 +27,13 @@ from peft import (
 )
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from pydantic import TypeAdapter, ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qadapter.errors import QAdapterError, did_you_mean
+from qadapter.errors import QAdapterError, did_you_mean, first_reason
 from qadapter.policy.base import read_json_object
 
 Config = TypeVar("Config", bound=PeftConfig)
@@ -52,6 +53,11 @@ _FREE = {
     *("alpha", "rank_dropout", "module_dropout", "use_effective_conv2d", "decompose_both", "decompose_factor"),
     *("feedforward_modules", "init_ia3_weights", "init_weights", "rank_dropout_scale", "full_matrix", "use_scalar"),
     *("projection_prng_key", "save_projection", "vera_dropout", "d_initial"),
+}
+# Fields whose values are names, layers and ranks
+_SHAPES = {
+    *("target_modules", "exclude_modules", "target_parameters", "modules_to_save", "layers_pattern"),
+    *("layers_to_transform", "rank_pattern", "alpha_pattern", "r"),
 }
 _STARTS = (True, False, "gaussian")  # of `init_lora_weights`: the others take their start out of the base's weights
 _WAY_OUT = {
@@ -184,7 +190,7 @@ def adapted(base: PreTrainedModel, config: PeftConfig, where: str = "The adapter
     try:
         return get_peft_model(base, config)
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise QAdapterError(f"{where} does not fit {type(base).__name__}: {_first_line(error)}") from error
+        raise QAdapterError(f"{where} does not fit {type(base).__name__}: {first_reason(error)}") from error
 
 
 def _named(pattern: str, names: Iterable[str], where: str, must: bool) -> list[str]:
@@ -202,7 +208,11 @@ def _named(pattern: str, names: Iterable[str], where: str, must: bool) -> list[s
         left -= time.monotonic() - begun
     if must and not found:
         ends = sorted({name.rpartition(".")[2] for name in names} - {str(n) for n in range(1000)})
-        raise QAdapterError(f"{where} is {pattern[:80]!r}, which fits no layer{did_you_mean(pattern, ends)}")
+        if pattern in ends:
+            hint = f": a text is a pattern of whole names. Give a list: [{pattern}]"
+        else:
+            hint = did_you_mean(pattern, ends)
+        raise QAdapterError(f"{where} is {pattern[:80]!r}, which fits no layer{hint}")
     return found
 
 
@@ -245,10 +255,6 @@ def _adaptable(base: PreTrainedModel) -> list[str] | None:
 def _routes(module: nn.Module) -> bool:
     """Whether it is a linear layer by its class and a router by what it does: Llama 4's returns two tensors."""
     return "router" in type(module).__name__.lower() and type(module).forward is not nn.Linear.forward
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -300,12 +306,26 @@ def read_config(folder: Path) -> PeftConfig:
             "another adapter. Update PEFT, or remove them if they mean nothing."
         )
     own = {name: value for name, value in content.items() if name in names and name != "peft_type"}
+    _refuse_types(own, get_type_hints(kind), file)
     try:
         config = kind(**{name: value for name, value in own.items() if value is not None or name not in ("task_type",)})
     except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise QAdapterError(f"{file} cannot be read: {_first_line(error)}") from error
+        raise QAdapterError(f"{file} cannot be read: {first_reason(error)}") from error
     refuse_config(config, f"The adapter in {folder}")
     return config
+
+
+def _refuse_types(content: Mapping[str, Any], hints: Mapping[str, Any], file: Path) -> None:
+    """Refuse lists, mappings and ranks that are something else; PEFT would fail on them somewhere."""
+    for name in _SHAPES & content.keys() & hints.keys():
+        if content[name] is None:
+            continue
+        try:
+            TypeAdapter(hints[name]).validate_python(content[name], strict=True)
+        except ValidationError as error:
+            raise QAdapterError(
+                f"{file}: {name} is {content[name]!r}: {error.errors()[0]['msg']}. Save the adapter again."
+            ) from error
 
 
 def base_of(folder: Path) -> str | None:
@@ -352,7 +372,7 @@ def load_adapter(
         raise
     except (RuntimeError, ValueError, TypeError, KeyError, NotImplementedError) as error:
         raise QAdapterError(
-            f"{where} does not fit this base ({_first_line(error)}). Use the base that it was trained on."
+            f"{where} does not fit this base ({first_reason(error)}). Use the base that it was trained on."
         ) from error
     _refuse_other_tensors(model, outcome, name, where)
     if not is_trainable:
@@ -382,9 +402,13 @@ def _weights(file: Path) -> dict[str, Tensor]:
             pass
         weights: dict[str, Tensor] = load_file(str(file))
     except Exception as error:  # safetensors' own error is no subclass of another
-        raise QAdapterError(f"{file} is damaged ({_first_line(error)}). Save the adapter again.") from error
+        raise QAdapterError(f"{file} is damaged ({first_reason(error)}). Save the adapter again.") from error
     for key, value in weights.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value.float()).all()):
+        if not value.is_floating_point():
+            raise QAdapterError(
+                f"{file} holds integers ({key}), which are packed weights without their scales. Save the adapter again."
+            )
+        if not bool(torch.isfinite(value.float()).all()):
             raise QAdapterError(f"{file} holds NaN or infinite weights ({key}). Train the adapter again.")
     return weights
 

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from qadapter.errors import QAdapterError
+from qadapter.errors import QAdapterError, first_reason
 from qadapter.policy.architectures import refuse_architecture
 from qadapter.policy.checkpoint import (
     refuse_idle_options,
@@ -243,8 +243,7 @@ def _plain(network: PreTrainedModel, model: str | Path) -> PreTrainedModel:
 
 def _unloadable(model: str | Path, error: Exception, what: str | None = None) -> QAdapterError:
     """One sentence for what the libraries raise, with its cause in their own words."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    reason = first_reason(error)
     if isinstance(error, KeyError):
         reason = f"unknown key {reason}"
     part = f" ({what})" if what else ""
@@ -257,7 +256,7 @@ def _unloadable(model: str | Path, error: Exception, what: str | None = None) ->
     if isinstance(error, ImportError) or lacking:
         return QAdapterError(f"the model {str(model)!r} cannot be loaded{part} without a package: {reason}")
     return QAdapterError(
-        f"the model {str(model)!r} could not be loaded{part} ({reason[:300]}); give a folder with "
+        f"the model {str(model)!r} could not be loaded{part} ({reason}); give a folder with "
         "safetensors weights, a GGUF file or a hub id, and for a gated model set HF_TOKEN"
     )
 

@@ -125,7 +125,8 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path):
         (renamed, r"4 tensors are missing .*; 4 tensors fit nowhere"),
         (lacking, "14 tensors are missing"),
         ({**whole, "base_model.model.x.lora_A.weight": torch.zeros(2)}, "1 tensors fit nowhere"),
-        ({name: value[:1] for name, value in whole.items()}, "does not fit this base"),
+        ({name: value[:1] for name, value in whole.items()}, r"does not fit this base .*size mismatch for base_model"),
+        ({name: value.to(torch.int8) for name, value in whole.items()}, "holds integers"),
         ({**whole, next(iter(whole)): torch.full_like(whole[next(iter(whole))], torch.nan)}, "NaN or infinite weights"),
     ):
         save_file({name: value.contiguous() for name, value in tensors.items()}, file)
@@ -154,6 +155,10 @@ def test_fields_that_peft_does_not_know(tmp_path: Path):
     edited(folder, some_new_switch=None, lora_alpha=float("nan"))
     with pytest.raises(QAdapterError, match="lora_alpha=nan"):
         read_config(folder)
+    for name, value in (("target_modules", [3]), ("rank_pattern", 3), ("r", "4"), ("layers_to_transform", "x")):
+        edited(saved(tmp_path / name), **{name: value})
+        with pytest.raises(QAdapterError, match=rf"{name} is .*: Input should be a valid"):
+            load_adapter(tiny_model(), tmp_path / name)
     (folder / "adapter_config.json").write_text("[]")
     with pytest.raises(QAdapterError, match="holds no JSON object"):
         read_config(folder)
@@ -182,6 +187,8 @@ def test_a_pattern_becomes_the_names_that_it_fits():
     assert sorted(config.target_modules) == [f"model.layers.1.self_attn.{name}_proj" for name in "qv"]
     with pytest.raises(QAdapterError, match=r"'q_prj', which fits no layer, did you mean 'q_proj'\?"):
         fitted(lora(target_modules="q_prj"), tiny_model())
+    with pytest.raises(QAdapterError, match=r"Give a list: \[q_proj\]"):
+        fitted(lora(target_modules="q_proj"), tiny_model())
     with pytest.raises(QAdapterError, match="is no regular expression"):
         fitted(lora(target_modules="(q"), tiny_model())
 
