@@ -52,7 +52,40 @@ def prepare(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     where = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
-    print(f"{where}, {torch.get_num_threads()} threads, {options.dtype}, torch {torch.__version__}\n")
+    print(f"{where}, {torch.get_num_threads()} threads, {options.dtype}, torch {torch.__version__}")
+    products, bandwidth = rates(options.device, getattr(torch, options.dtype))
+    print(f"matrix products {products:.0f} GFlop/s, copies {bandwidth:.1f} GB/s")
+    print("each side runs twice before it is timed\n")
+
+
+def rates(device: str, dtype: torch.dtype, size: int = 1024, copied: int = 2**26) -> tuple[float, float]:
+    """What this machine does: 10⁹ floating-point operations a second in matrix products, 10⁹ bytes a second in copies.
+
+    A side that computes much and one that moves much memory change places with these two numbers.
+
+    Args:
+        device: `cpu` or `cuda`.
+        dtype: of the numbers.
+        size: of the square matrices.
+        copied: numbers in the copied array.
+    """
+    left, right = torch.randn(size, size, device=device).to(dtype), torch.randn(size, size, device=device).to(dtype)
+    source = torch.zeros(copied, device=device, dtype=dtype)
+    target = torch.empty_like(source)
+    out = torch.empty_like(left)
+
+    def best(work: Callable[[], object]) -> float:
+        found = []
+        for _ in range(6):  # the first one loads kernels and touches the pages
+            _settle(device)
+            start = time.perf_counter()
+            work()
+            _settle(device)
+            found.append(time.perf_counter() - start)
+        return statistics.median(found[1:])
+
+    products = 2 * size**3 / best(lambda: torch.mm(left, right, out=out)) / 1e9
+    return products, 2 * source.nbytes / best(lambda: target.copy_(source)) / 1e9
 
 
 def compare(

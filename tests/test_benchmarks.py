@@ -29,6 +29,15 @@ def test_prints_one_table(script, extra: list[str], sides: int, capsys: pytest.C
     assert rows[0].split()[-3] == "1.00x"
 
 
+def test_the_machines_rates_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    products, bandwidth = measure.rates("cpu", torch.float32, size=64, copied=2**12)
+    assert products > 0
+    assert bandwidth > 0
+    measure.prepare(measure.arguments(None).parse_args([]))
+    (_, line, *_) = capsys.readouterr().out.splitlines()
+    assert line.startswith("matrix products ")
+
+
 def test_a_side_without_room_is_not_run() -> None:
     def boom() -> None:
         raise AssertionError("it was run")
