@@ -16,6 +16,7 @@ from qadapter.errors import QAdapterError
 from qadapter.policy.adapters import adapter_place, base_of
 from qadapter.policy.base import fit_tokenizer
 from qadapter.policy.files import SETTINGS_FILE, read_settings
+from qadapter.policy.gguf import gguf_file
 from qadapter.policy.loading import load_base
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.ranges import check_dials, check_weights
@@ -101,6 +102,8 @@ def open_base(
     Raises:
         QAdapterError: no model there.
     """
+    if gguf_file(base) is not None:
+        note(f"reading {base}; a GGUF file is unpacked each time, which takes a minute or more for a large vocabulary")
     network, tokenizer = load_base(base, settings)
     if say:
         _say_without_template(tokenizer)
