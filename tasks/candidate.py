@@ -18,7 +18,7 @@ from qadapter.config.customization import Customization
 from qadapter.config.experiment import Experiment
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.new_rows import new_rows_sentence
+from qadapter.evaluation.new_rows_text import new_rows_sentence
 from qadapter.files.artifacts import digest_file, digest_tree, read_json
 from qadapter.gate import Decision, Measured, decide, what_the_dial_changes
 from qadapter.methods import q_adapter

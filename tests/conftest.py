@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from inspect import unwrap
 from pathlib import Path
-from types import CodeType
+from types import CodeType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -26,6 +28,7 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 
 from flows.running import forking
 from tests.support.paths import SHARED
+from tests.support.prefect_tables import prefect_tables, shared_folder
 from tests.support.real_runs import data_folder, data_server, prefect_server, undisturbed  # noqa: F401 - fixtures of several files
 
 # One process per test process that all others are forked from, whoever needs it first: it has imported everything.
@@ -40,7 +43,7 @@ def _shared(name: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def harness() -> Iterator[None]:
+def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A Prefect server and database for all flow runs inside this process; tests look only at what is theirs on it.
 
     One, because Prefect's sender of events is one for the whole process, and keeps the address that it first had. What
@@ -55,7 +58,11 @@ def harness() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, temporary_settings(auth):
         for setting, value in auth.items():  # the commands take no server that asks for none
             patch.setenv(setting.name, value)
-        with prefect_test_harness(server_startup_timeout=90):
+        folder = tmp_path_factory.mktemp("harness")
+        patch.setattr("prefect.testing.utilities.mkdtemp", lambda: str(folder))
+        with ExitStack() as server:
+            with prefect_tables(folder / "prefect-test.db", shared_folder(tmp_path_factory)):
+                server.enter_context(prefect_test_harness(server_startup_timeout=90))
             yield
 
 
@@ -68,11 +75,23 @@ def prefect_client(harness: None) -> Iterator[SyncPrefectClient]:
         yield client
 
 
+@pytest.fixture
+def forked_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches of several processes without their imports; a test of `test_process_launcher.py` runs the command."""
+    from tests.support.forked_launch import ForkedLaunch
+
+    forked = SimpleNamespace(**vars(subprocess) | {"Popen": ForkedLaunch})
+    monkeypatch.setattr("tasks.stages.process_launcher.subprocess", forked)
+
+
 _LONGEST = [
     f"test_{name}"
     for name in (
-        *("deployments", "recurring_processes", "outages", "killed", "pipeline", "customize", "customize_deployments"),
-        "kill_matrices",
+        *("deployments", "recurring_processes", "customize_deployments", "pipeline", "customize", "command"),
+        *("prefect_access", "paper_profile", "wheel", "served_model", "outages", "killed", "served_without_network"),
+        *("process_launcher", "mlflow_server", "sweep", "kill_needs", "architectures", "kill_matrices"),
+        *("own_model_page", "announce", "security", "qadapter_distributed", "evaluation_processes", "lm_eval_command"),
+        *("hub_watcher", "adding_a_method", "champions_files", "curve", "preference_tasks", "official_tasks"),
     )
 ]
 _PROCESSES = Path(__file__).parent / "processes"
@@ -97,6 +116,16 @@ def _starts_processes(test: Callable[..., object], fixtures: set[str]) -> bool:
         needed = (known[name] for name in used & set(known))
         waiting += [value for value in needed if str(getattr(value, "__module__", "")).startswith("tests.")]
     return False
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Files that share a server go to the test process that has it."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from tests.support.scheduling import SharedServers
+
+    return SharedServers(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from qadapter.config.model import ModelSettings
+from qadapter.evaluation.new_rows_text import NEW_ROWS
 from qadapter.evaluation.preference import Floats, PairScores, margins, score_pairs
-from qadapter.files.artifacts import read_json, read_json_lines, write_json, write_json_lines
+from qadapter.files.artifacts import read_json_lines, write_json, write_json_lines
 from qadapter.inference.pair_scores import implied_margin, won
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.preferences.pair import load_pairs
 from qadapter.progress.kept import keeping, leads
 
-NEW_ROWS = "new_rows.jsonl"
 MOST = 200
 """New pairs that are scored; of more, some at even distances."""
-_SHOWN = 3
-_PROMPT = 60  # characters
 
 
 def measure_new_rows(
@@ -90,29 +87,6 @@ def measure_new_rows(
         }
     write_json_lines(out / NEW_ROWS, rows)
     write_json(out / "metrics.json", metrics)
-
-
-def new_rows_sentence(folder: Path) -> str:
-    """What `measure_new_rows` found, for people."""
-    metrics = read_json(folder / "metrics.json")
-    count, of_candidate = int(metrics["new_rows/n"]), metrics["new_rows/candidate_accuracy"]
-    text = f"of {count} new pairs the candidate prefers the chosen reply in {of_candidate:.3f}"
-    if "new_rows/champion_accuracy" not in metrics:
-        return text
-    text += f", the champion in {metrics['new_rows/champion_accuracy']:.3f}"
-    suspected = [row for row in read_json_lines(folder / NEW_ROWS) if row["suspected"]]
-    if not suspected:
-        return text
-    shown = ", ".join(repr(_last_turn(row)) for row in suspected[:_SHOWN])
-    return (
-        f"{text}; {len(suspected)} labels may be flipped, because the champion is sure of the opposite, for example of "
-        f"{shown} (all of them: {NEW_ROWS} among the files of the candidate's MLflow run)"
-    )
-
-
-def _last_turn(row: dict[str, Any]) -> str:
-    text = " ".join(str(row["prompt"][-1]["content"]).split())
-    return text if len(text) <= _PROMPT else text[:_PROMPT] + " …"
 
 
 def _heldout_margins(adaptation: Path) -> Floats:

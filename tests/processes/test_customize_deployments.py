@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sqlite3
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -31,6 +29,7 @@ from qadapter.errors import QAdapterError
 from tasks.preferences import Seen
 from tasks.tracking.registry import Version
 from tests.processes.test_deployments import Served, checkpoints, served, wait_until
+from tests.support.forked_process import ForkedProcess, be_module
 from tests.support.paths import PROJECT_ROOT
 from tests.support.tiny_deliveries import CONFIG, MODEL, deliver, evasions, refusals, write_config
 
@@ -134,21 +133,23 @@ def runs_of(served: Served, flow: str) -> list[dict[str, Any]]:
 
 def announce_at_once(served: Served, times: int) -> None:
     """Run the command that announces, several times side by side."""
+    folder = served.folder
     started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "qadapter", "announce", "--config", "smoke"],
+        ForkedProcess(
+            be_module,
+            *("qadapter", "announce", "--config", "smoke"),
             cwd=PROJECT_ROOT,
             env=served.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            stdout=folder / f"announced-{number}",
+            stderr=folder / f"announced-{number}.err",
         )
-        for _ in range(times)
+        for number in range(times)
     ]
-    for process in started:
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-        assert out == f"{ANNOUNCED} for smoke sent to {served.url}\n"
+    for number, process in enumerate(started):
+        assert process.wait(timeout=120) == 0, (folder / f"announced-{number}.err").read_text()
+        said = folder / f"announced-{number}"
+        assert said.read_text() == f"{ANNOUNCED} for smoke sent to {served.url}\n"
+        said.unlink()
 
 
 def ended_runs(served: Served, count: int) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -36,6 +37,7 @@ from tests.processes.test_security import files_with_secrets
 from tests.support.commands import subcommand
 from tests.support.modes import others_modes
 from tests.support.paths import PROJECT_ROOT
+from tests.support.prefect_tables import prefect_tables, shared_folder
 from tests.support.real_runs import SECRETS, free_port
 
 spread = subcommand("spread")
@@ -314,6 +316,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     }
     environment.pop("MLFLOW_TRACKING_URI", None)
     (folder / "home").mkdir()
+    tables = ExitStack()
+    tables.enter_context(prefect_tables(folder / "prefect" / "prefect.db", shared_folder(tmp_path_factory)))
     with (folder / "serve.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "qadapter", "up"],
@@ -325,7 +329,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         )
     served = Served(process, url, folder)
     try:
-        wait_until(lambda: "Ready." in served.log, 120, "a ready server and worker", served)
+        with tables:
+            wait_until(lambda: "Ready." in served.log, 120, "a ready server and worker", served)
         yield served
     finally:
         family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []

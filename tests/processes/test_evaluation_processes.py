@@ -108,7 +108,7 @@ def assert_same_files(one: Path, two: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # four launches
+@pytest.mark.usefixtures("forked_launch")
 def test_two_processes_evaluate_as_one(toy: TinyToy, tmp_path: Path) -> None:
     """Each computed a share of the batches, and one reported for both."""
     here = ProcessLauncher(LaunchSettings())

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -38,7 +39,9 @@ from qadapter.command.parser import main
 from qadapter.errors import QAdapterError
 from tests.support.browser import opened, page_of_another_origin
 from tests.support.modes import others_modes
+from tests.support.own_servers import serve_prefect
 from tests.support.paths import PROJECT_ROOT
+from tests.support.prefect_tables import prefect_tables, shared_folder
 from tests.support.real_runs import Server, free_port
 
 AUTH = "the-auth-string-of-this-test"
@@ -57,8 +60,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         AUTH_VARIABLE: AUTH,
         SERVER_AUTH_VARIABLE: AUTH,
     }
-    command = server_process.command(parent=os.getpid(), port=port)
-    started = Server(command, environment["PREFECT_API_URL"], folder.parent / "server.log", environment).start()
+    command, log = ["--host", "127.0.0.1", "--port", str(port)], folder.parent / "server.log"
+    started = Server(command, environment["PREFECT_API_URL"], log, environment, target=serve_prefect)
+    with prefect_tables(folder / "prefect.db", shared_folder(tmp_path_factory)):
+        started.start()
     try:
         with httpx.Client(base_url=started.url, headers=HEADERS, timeout=60) as client:
             flow = client.post("/flows/", json={"name": "victim"}).raise_for_status().json()["id"]
@@ -427,12 +432,15 @@ with prefect_server():
 
 
 @pytest.mark.slow
-def test_a_temporary_server_ends_with_its_run(tmp_path: Path) -> None:
+def test_a_temporary_server_ends_with_its_run(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """One run is stopped (TERM), one killed, one ends as a file that shrinks does (BUS); they share a database."""
     for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGBUS):
-        process = start_a_run(tmp_path)
-        assert process.stdout is not None
-        url = process.stdout.readline().strip()
+        with ExitStack() as tables:
+            if not (tmp_path / "prefect.db").exists():
+                tables.enter_context(prefect_tables(tmp_path / "prefect.db", shared_folder(tmp_path_factory)))
+            process = start_a_run(tmp_path)
+            assert process.stdout is not None
+            url = process.stdout.readline().strip()
         assert url.startswith("http://127.0.0.1:")
         (server,) = psutil.Process(process.pid).children(recursive=True)
         assert httpx.post(f"{url}/flow_runs/filter", json={}, timeout=30).status_code == 401

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -41,7 +40,7 @@ from tasks.stages.stage_run import StageResult
 from tasks.stages.store import StageOutput, StageStore
 from tasks.tracking.tracker import Tracker
 from tasks.train import Base, train_adapter
-from tests.support.forked_launch import ForkedLaunch, drive
+from tests.support.forked_launch import drive
 from tests.support.tiny_toy import CHOICES, LORA, MODEL, TRAINING, TinyToy, make_tiny_toy, rows
 
 TWO = {"launch.engine": "accelerate", "launch.processes": 2}
@@ -109,15 +108,8 @@ def test_two_processes_are_one_with_the_same_batch(toy: TinyToy, tmp_path: Path)
     assert_same(one, two)
 
 
-@pytest.fixture
-def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launches without their imports; the test above shows the command itself."""
-    forking = SimpleNamespace(**vars(subprocess) | {"Popen": ForkedLaunch})
-    monkeypatch.setattr("tasks.stages.process_launcher.subprocess", forking)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked")
+@pytest.mark.usefixtures("forked_launch")
 def test_a_candidate_is_trained_on_by_two_processes_as_by_one(toy: TinyToy, tmp_path: Path) -> None:
     """A Q-Adapter by two processes as by one, and then both go on from it."""
     champion = run_stage(toy, tmp_path, "q-adapter")
@@ -129,7 +121,7 @@ def test_a_candidate_is_trained_on_by_two_processes_as_by_one(toy: TinyToy, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked")
+@pytest.mark.usefixtures("forked_launch")
 def test_a_judge_is_trained_by_two_processes_as_by_one(toy: TinyToy, tmp_path: Path) -> None:
     folder, world = tmp_path / "pairs", toy.pairs.parents[1] / "world/hh-rlhf"
     heldout = [world / "harmless-heldout.jsonl"]
@@ -226,7 +218,7 @@ def test_killed_it_leaves_no_orphan_and_goes_on_where_it_stopped(toy: TinyToy, t
     assert steps_of_each == [STEPS, STEPS]
 
 
-@pytest.mark.usefixtures("forked")
+@pytest.mark.usefixtures("forked_launch")
 def test_a_failing_process_reports(toy: TinyToy, tmp_path: Path) -> None:
     """A mistake that no user can make: the message has the error, not torchrun's summary."""
     launcher = ProcessLauncher(LaunchSettings(engine="accelerate", processes=1))
@@ -237,7 +229,7 @@ def test_a_failing_process_reports(toy: TinyToy, tmp_path: Path) -> None:
     assert len(str(failed.value).splitlines()) < 60
 
 
-@pytest.mark.usefixtures("forked")
+@pytest.mark.usefixtures("forked_launch")
 def test_what_a_process_refuses_is_a_refusal_here(toy: TinyToy, tmp_path: Path) -> None:
     """The base is there, and its weights are not what they say."""
     launcher = ProcessLauncher(LaunchSettings(engine="accelerate", processes=1))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,21 +11,26 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
+from flows.running.forking import forking
 from qadapter.policy.model import QAdapterForCausalLM
 from tests.qadapter.training.test_qadapter_trainer import pairs
 from tests.support.distributed_worker import gradient_policy, loss_of, train, whole_totals
+from tests.support.forked_launch import launch
 from tests.support.paths import PROJECT_ROOT
 from tests.support.real_runs import free_port
 from tests.support.tiny_models import tiny_model
 
 
-def run_two(launcher: list[str], *arguments: str) -> None:
-    """Run the worker in two processes."""
+def run_two(folder: Path, launcher: list[str], *arguments: str) -> None:
+    """Run the worker in two processes of a launcher; `test_process_launcher.py` starts one as its command."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     environment["PYTHONPATH"] = os.pathsep.join([str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", *launcher, "-m", "tests.support.distributed_worker", *arguments]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    command, log = [*launcher[1:], "-m", "tests.support.distributed_worker", *arguments], folder / "launcher.log"
+    log.touch()
+    process = forking().Process(target=launch, args=(launcher[0], command, environment, str(log)))
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0, log.read_text()[-3000:]
 
 
 @pytest.mark.slow
@@ -38,7 +41,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path):
     (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(config))
     launcher = ["accelerate.commands.launch", f"--config_file={tmp_path / 'accelerate.yaml'}"]
     launcher += [f"--main_process_port={free_port()}"]
-    run_two(launcher, "train", str(tmp_path / "two"), "residual", "2")
+    run_two(tmp_path, launcher, "train", str(tmp_path / "two"), "residual", "2")
     train(tmp_path / "one", "residual", 4)
     one, two = (load_file(tmp_path / name / "result.safetensors") for name in ("one", "two"))
     assert (one.pop("world").item(), two.pop("world").item()) == (1, 2)
@@ -50,7 +53,8 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path):
 
 @pytest.mark.slow
 def test_sharding_keeps_the_gradient_and_saves_the_adapter(tmp_path: Path):
-    run_two(["torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"], "shard", str(tmp_path))
+    launcher = ["torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    run_two(tmp_path, launcher, "shard", str(tmp_path))
     policy = gradient_policy()
     loss_of(policy, pairs(8), whole_totals(policy)).backward()
     sharded = load_file(tmp_path / "result.safetensors")

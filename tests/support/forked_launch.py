@@ -21,7 +21,6 @@ from typing import Any, TextIO
 from flows.running.forking import forking
 
 _MODULE = "accelerate.commands.launch"
-_WORKER = "qadapter.training.worker"
 
 
 class ForkedLaunch:
@@ -35,7 +34,7 @@ class ForkedLaunch:
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "output"
             os.mkfifo(output)
-            self._process = context.Process(target=_launch, args=(command[3:], env, str(output)))
+            self._process = context.Process(target=launch, args=(_MODULE, command[3:], env, str(output)))
             self._process.start()
             self.stdout: TextIO = output.open(encoding="utf-8", errors="replace")
         self.pid = self._process.pid
@@ -60,8 +59,8 @@ class ForkedLaunch:
         self._process.kill()
 
 
-def _launch(arguments: list[str], environment: dict[str, str], output: str) -> None:
-    """Be `accelerate launch` with these arguments."""
+def launch(module: str, arguments: list[str], environment: dict[str, str], output: str) -> None:
+    """Be `python -m module arguments`, where the module is Accelerate's command or torchrun's."""
     import accelerate.commands.launch
     import torch.distributed.run as torchrun
 
@@ -72,26 +71,26 @@ def _launch(arguments: list[str], environment: dict[str, str], output: str) -> N
 
     def elastic_launch(config: Any, entrypoint: str) -> Callable[..., Any]:
         def start(*arguments: str) -> Any:
-            assert arguments[:3] == ("-u", "-m", _WORKER), (entrypoint, arguments)
-            return real(config=replace(config, start_method="fork"), entrypoint=_work)(*arguments[3:])
+            assert arguments[:2] == ("-u", "-m"), (entrypoint, arguments)
+            return real(config=replace(config, start_method="fork"), entrypoint=_work)(*arguments[2:])
 
         return start
 
     torchrun.elastic_launch = elastic_launch  # type: ignore[assignment,misc]
-    sys.argv = ["accelerate", *arguments]
-    accelerate.commands.launch.main()
+    sys.argv = [module, *arguments]
+    (accelerate.commands.launch if module == _MODULE else torchrun).main()
 
 
-def _work(*arguments: str) -> None:
-    """Be `python -m qadapter.training.worker` in a process that torchrun's agent forked."""
-    sys.argv = [_WORKER, *arguments]
-    sys.modules.pop(_WORKER, None)
-    runpy.run_module(_WORKER, run_name="__main__", alter_sys=True)
+def _work(module: str, *arguments: str) -> None:
+    """Be `python -m module arguments` in a process that torchrun's agent forked."""
+    sys.argv = [module, *arguments]
+    sys.modules.pop(module, None)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def _print_to(output: str) -> None:
-    """Print into a pipe, and log as a process that has not set up anything."""
-    pipe = os.open(output, os.O_WRONLY)
+    """Print into a pipe or file, and log as a process that has not set up anything."""
+    pipe = os.open(output, os.O_WRONLY | os.O_APPEND)
     for number in (1, 2):
         os.dup2(pipe, number)
     for name in ("", "qadapter", "tasks"):

@@ -13,7 +13,6 @@ import signal
 import socket
 import sqlite3
 import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -27,12 +26,14 @@ from typing import Any
 
 import pytest
 
-from flows.prefect_host import server_process
 from flows.prefect_host.access import AUTH_VARIABLE, SERVER_AUTH_VARIABLE
 from flows.running.forking import forking
 from qadapter.files.artifacts import MANIFEST, Manifest, read_json
 from qadapter.toyworld.world import ToyWorld
+from tests.support.forked_process import ForkedProcess
+from tests.support.own_servers import serve_mlflow, serve_prefect
 from tests.support.paths import PROJECT_ROOT
+from tests.support.prefect_tables import prefect_tables, shared_folder
 
 OVERRIDES: dict[str, Any] = {
     "parallel": 1,
@@ -101,19 +102,27 @@ class Server:
     url: str
     log: Path
     environment: dict[str, str] = field(default_factory=dict)
-    process: subprocess.Popen[bytes] | None = None
+    process: subprocess.Popen[bytes] | ForkedProcess | None = None
+    target: Callable[..., None] | None = None
+    """What a forked process does, given the command; without it the command starts a process."""
 
     def start(self) -> Server:
         """Start it and wait until it answers."""
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command,
-                cwd=PROJECT_ROOT,
-                env=os.environ | self.environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+        environment = os.environ | self.environment
+        if self.target is not None:
+            self.process = ForkedProcess(
+                self.target, *self.command, cwd=PROJECT_ROOT, env=environment, stdout=self.log, own_group=True
             )
+        else:
+            with self.log.open("ab") as log:
+                self.process = subprocess.Popen(
+                    self.command,
+                    cwd=PROJECT_ROOT,
+                    env=environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
         wait_for(self._answers, 240, f"an answer of {self.url}", lambda: self.log.read_text(errors="replace")[-3000:])
         return self
 
@@ -148,16 +157,16 @@ def mlflow_server(folder: Path, files: str | None = None) -> Server:
     destination = files or str(folder / "files")
     store = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", destination]
     where = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command = [sys.executable, "-m", "mlflow", "server", *store, *where]
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    return Server(command, f"http://127.0.0.1:{port}", folder / "mlflow-server.log", environment)
+    log = folder / "mlflow-server.log"
+    return Server([*store, *where], f"http://127.0.0.1:{port}", log, environment, target=serve_mlflow)
 
 
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A Prefect server with its database, for all real runs of the session."""
     folder, port = tmp_path_factory.mktemp("prefect"), free_port()
-    command = server_process.command(parent=os.getpid(), port=port)
+    command = ["--host", "127.0.0.1", "--port", str(port)]
     environment = {
         "PREFECT_HOME": str(folder),
         "PREFECT_SERVER_UI_ENABLED": "false",
@@ -165,7 +174,9 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
         AUTH_VARIABLE: SECRETS[AUTH_VARIABLE],
         SERVER_AUTH_VARIABLE: SECRETS[AUTH_VARIABLE],
     }
-    server = Server(command, f"http://127.0.0.1:{port}/api", folder / "server.log", environment).start()
+    server = Server(command, f"http://127.0.0.1:{port}/api", folder / "server.log", environment, target=serve_prefect)
+    with prefect_tables(folder / "prefect.db", shared_folder(tmp_path_factory)):
+        server.start()
     try:
         yield server
     finally:

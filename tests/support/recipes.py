@@ -6,12 +6,11 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
+from tests.support.forked_process import be_script, completed
 from tests.support.paths import PROJECT_ROOT
 
 
@@ -39,13 +38,6 @@ def add_line(file: Path, after: str, line: str) -> None:
 
 def run_in(project: Path, script: str, *arguments: str) -> list[Any]:
     """The JSON values that a script prints, one per line, when it runs on a copy of the project."""
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        cwd=project,
-        env={**os.environ, "PYTHONPATH": str(project)},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    done = completed(be_script, script, str(project), *arguments, cwd=project, env=os.environ)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from qadapter.config.model import FromScratch, LoraSettings, ModelSettings
@@ -61,7 +63,6 @@ class TinyToy:
         base: folder of the model.
         pairs, heldout: prepared pairs of the harmless preference.
         answers: the base's answers to the prompts of `pairs`.
-        conversations: what the base was trained on.
         made: the folder of each need that a training had so far.
     """
 
@@ -70,8 +71,12 @@ class TinyToy:
     pairs: Path
     heldout: Path
     answers: Path
-    conversations: list[list[Message]]
     made: dict[Need, Path] = field(default_factory=dict)
+
+    @property
+    def conversations(self) -> list[list[Message]]:
+        """What the base was trained on."""
+        return read_corpus([self.world])
 
     def train(self, method: str, out: Path, **changes: Any) -> Path:
         """One adapter, in `out`; `changes` to the arguments of `train_adapter`."""
@@ -124,27 +129,42 @@ class TinyToy:
         return out
 
 
+_MADE = TemporaryDirectory(prefix="tiny-toy-")
+
+
 def make_tiny_toy(root: Path, steps: int = 60, heldout: int = 12) -> TinyToy:
-    """Everything from scratch, in an empty folder."""
-    ToyWorld(0).write(root / "world", corpus_size=400)
-    prepare(
-        [root / "world/hh-rlhf/harmless.jsonl"],
-        root / "pairs",
-        heldout_files=[root / "world/hh-rlhf/harmless-heldout.jsonl"],
-        max_train_pairs=PAIRS,
-        max_heldout_pairs=heldout,
-    )
-    toy = TinyToy(
+    """Everything from scratch, in an empty folder; the second time in a test process, a copy of the first."""
+    made = Path(_MADE.name, f"{steps}-{heldout}")
+    if not made.exists():
+        made.mkdir()
+        _make(_places(made), steps, heldout)
+    shutil.copytree(made, root, dirs_exist_ok=True)
+    return _places(root)
+
+
+def _places(root: Path) -> TinyToy:
+    return TinyToy(
         root / "world",
         root / "base/model",
         root / "pairs/train.jsonl",
         root / "pairs/heldout.jsonl",
         root / "answers/answers.json",
-        read_corpus([root / "world"]),
+    )
+
+
+def _make(toy: TinyToy, steps: int, heldout: int) -> None:
+    ToyWorld(0).write(toy.world, corpus_size=400)
+    prepare(
+        [toy.world / "hh-rlhf/harmless.jsonl"],
+        toy.pairs.parent,
+        heldout_files=[toy.world / "hh-rlhf/harmless-heldout.jsonl"],
+        max_train_pairs=PAIRS,
+        max_heldout_pairs=heldout,
     )
     settings = PretrainingSettings(learning_rate=2e-2, max_steps=steps, batch_size=16, max_length=64, logging_steps=1)
     toy.base.parent.mkdir()
-    pretrain(toy.conversations, SIZE, settings, seed=0, out=toy.base.parent, scratch=root / "base-scratch")
+    scratch = toy.world.with_name("base-scratch")
+    pretrain(toy.conversations, SIZE, settings, seed=0, out=toy.base.parent, scratch=scratch)
     toy.answers.parent.mkdir()
     answer_prompts(
         toy.base,
@@ -155,7 +175,6 @@ def make_tiny_toy(root: Path, steps: int = 60, heldout: int = 12) -> TinyToy:
         seed=0,
         out=toy.answers.parent,
     )
-    return toy
 
 
 def pair(prompt: str, chosen: str, rejected: str) -> PreferencePair:

@@ -7,8 +7,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from qadapter.policy.loading import load_base
 from qadapter.preferences.pair import load_pairs
 from qadapter.preferences.tokenize import encode_pair
 from qadapter.training.adapt import Job, lora_config, train_adapter
+from tests.support.forked_process import be_script, completed
 from tests.support.paths import PROJECT_ROOT
 from tests.support.stage_keys import stage_keys
 from tests.support.tiny_toy import LORA, MODEL, TRAINING, TinyToy, make_tiny_toy
@@ -120,14 +119,9 @@ def test_a_new_method_changes_no_others_keys(tmp_path: Path) -> None:
         "    both_replies.METHOD,\n    q_adapter.METHOD,\n    made_up.METHOD,\n",
     )
     edit(methods / "dpo.py", "beta=choice.beta", "beta=2 * choice.beta")
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.support.stage_keys", *NAMES, "both-replies", "made-up"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    script = "import json, sys, tests.support.stage_keys as keys; print(json.dumps(keys.stage_keys(sys.argv[1:])))"
+    names = (*NAMES, "both-replies", "made-up")
+    result = completed(be_script, script, str(tmp_path), *names, cwd=tmp_path, env=os.environ)
     assert result.returncode == 0, result.stderr[-2000:]
     after = json.loads(result.stdout)
     new = {"counts"}

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from qadapter.evaluation import new_rows
-from qadapter.evaluation.new_rows import measure_new_rows, new_rows_sentence
+from qadapter.evaluation.new_rows import measure_new_rows
+from qadapter.evaluation.new_rows_text import new_rows_sentence
 from qadapter.evaluation.preference import score_pairs
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.preferences.pair import load_pairs

@@ -1,0 +1,35 @@
+"""What `new_rows.py` found, for people: without torch, for flows that find everything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qadapter.files.artifacts import read_json, read_json_lines
+
+NEW_ROWS = "new_rows.jsonl"
+_SHOWN = 3
+_PROMPT = 60  # characters
+
+
+def new_rows_sentence(folder: Path) -> str:
+    """What `measure_new_rows` found, for people."""
+    metrics = read_json(folder / "metrics.json")
+    count, of_candidate = int(metrics["new_rows/n"]), metrics["new_rows/candidate_accuracy"]
+    text = f"of {count} new pairs the candidate prefers the chosen reply in {of_candidate:.3f}"
+    if "new_rows/champion_accuracy" not in metrics:
+        return text
+    text += f", the champion in {metrics['new_rows/champion_accuracy']:.3f}"
+    suspected = [row for row in read_json_lines(folder / NEW_ROWS) if row["suspected"]]
+    if not suspected:
+        return text
+    shown = ", ".join(repr(_last_turn(row)) for row in suspected[:_SHOWN])
+    return (
+        f"{text}; {len(suspected)} labels may be flipped, because the champion is sure of the opposite, for example of "
+        f"{shown} (all of them: {NEW_ROWS} among the files of the candidate's MLflow run)"
+    )
+
+
+def _last_turn(row: dict[str, Any]) -> str:
+    text = " ".join(str(row["prompt"][-1]["content"]).split())
+    return text if len(text) <= _PROMPT else text[:_PROMPT] + " …"
