@@ -150,7 +150,7 @@ sys.path.insert(0, sys.argv[1])
 before = os.getcwd()
 names = json.loads(sys.argv[2])
 for name in names:
-    if name.startswith(("flows.", "tasks.")):
+    if name.startswith("flows."):
         importlib.import_module(name)
 heavy = [name for name in ("torch", "transformers", "peft", "trl", "lm_eval") if name in sys.modules]
 for name in names:

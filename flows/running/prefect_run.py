@@ -29,6 +29,7 @@ from tasks.stages.store import StageStore
 from tasks.tracking.tracker import FLOW_RUN_TAG, Tracker
 
 _SECONDS_TO_FIND_A_STAGE = 3.0  # a stage that takes longer computes
+_SECONDS_TO_BEGIN_A_STAGE = 0.1  # once one has computed, the next that takes longer is taken to compute too
 _SECONDS_FOR_MLFLOW = 60.0  # wait for MLflow at a run's end; later, pending writes are delivered at the next start
 
 
@@ -89,6 +90,7 @@ class PrefectRun:
         self._context = context
         self._futures: list[Any] = []
         self._completed: set[UUID] = set()
+        self._computes = False  # whether a stage was seen that was not found
         self._runner: Any = task_runner(context.experiment)
         self._submitted: list[tuple[Experiment, str, str, Mapping[str, Any]]] = []
         self._live = {context.live}
@@ -166,10 +168,12 @@ class PrefectRun:
 
     def _wait(self, future: Any) -> None:
         """Wait for a stage; meanwhile a worker process that has nothing to do gets ready for computing."""
-        begin = time.monotonic()
-        future.wait(timeout=_SECONDS_TO_FIND_A_STAGE)
-        if time.monotonic() - begin >= _SECONDS_TO_FIND_A_STAGE and isinstance(self._runner, ForkedWorkers):
-            self._runner.warm_up()
+        begin, patience = time.monotonic(), _SECONDS_TO_BEGIN_A_STAGE if self._computes else _SECONDS_TO_FIND_A_STAGE
+        future.wait(timeout=patience)
+        if time.monotonic() - begin >= patience:
+            self._computes = True
+            if isinstance(self._runner, ForkedWorkers):
+                self._runner.warm_up()
         future.wait()
 
     def finished(self, futures: Sequence[Any]) -> list[Any]:

@@ -42,6 +42,7 @@ class ForkedWorkers(ProcessPoolTaskRunner):
     """Prefect's pool of processes, which are forked instead of spawned."""
 
     _warm: set[int]
+    _warming: Future[int] | None
 
     def __enter__(self) -> ForkedWorkers:
         """Start the pool; a worker starts with its first stage."""
@@ -53,13 +54,16 @@ class ForkedWorkers(ProcessPoolTaskRunner):
             initializer=_initialize_process_pool_worker,
             initargs=(self._subprocess_message_queue, begin_worker, (dict(os.environ),)),
         )
-        self._warm = set()
+        self._warm, self._warming = set(), None
         return self
 
     def warm_up(self) -> None:
         """Let the next worker that has nothing else to do import what computing takes; nothing once all have."""
-        if self._executor is not None and len(self._warm) < self._max_workers:
-            self._executor.submit(import_for_computing).add_done_callback(self._note)
+        if self._executor is None or len(self._warm) >= self._max_workers:
+            return
+        if self._warming is None or self._warming.done():
+            self._warming = self._executor.submit(import_for_computing)
+            self._warming.add_done_callback(self._note)
 
     def _note(self, done: Future[int]) -> None:
         if not done.cancelled() and done.exception() is None:

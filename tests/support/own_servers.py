@@ -33,7 +33,8 @@ def serve_mlflow(*arguments: str) -> None:
     def run_here(command: Sequence[str], extra_env: Mapping[str, str], **_: Any) -> None:
         assert list(command[1:3]) == ["-m", "uvicorn"], command
         os.environ.update(extra_env)
-        for name in [name for name in sys.modules if f"{name}.".startswith("mlflow.server.")]:
+        kept = "mlflow.server.otlp_metrics"  # Prometheus registers a counter once
+        for name in [name for name in sys.modules if f"{name}.".startswith("mlflow.server.") and name != kept]:
             del sys.modules[name]  # it reads the environment when it is imported
         uvicorn.main.main(list(command[3:]), standalone_mode=False)
         sys.exit()
