@@ -47,11 +47,12 @@ spread: $(STAMP) ## an experiment over a work pool, a run for each method: make 
 compare: $(STAMP) ## the report of any recorded runs: make compare RUNS="run-id run-id" [OUTPUT=folder]
 	@$(BIN)/python -m qadapter compare $(RUNS) --output "$(OUTPUT)"
 
-test: $(STAMP) ## run all tests, two files at a time
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Three on two cores: a test of processes often waits for one.
+test: $(STAMP) ## run all tests, three files at a time
+	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-quick: $(STAMP) ## run the unit tests: no server, no process
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not processes" --ignore tests/processes
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not processes" --ignore tests/processes
 
 lint: $(STAMP) ## lint, format check, type check
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
