@@ -419,7 +419,7 @@ def _assumptions(experiment: Experiment) -> str:
             "2 operations per parameter and token for each pass: forward 1, backward 1 through activations, 1 through",
             "  weights;",
             f"  {_passes(experiment)}pre-training 3",
-            *(f"{machine.name} reaches {machine.flops / 1e12:,.2f} TFLOP/s" for machine in _MACHINES),
+            *(f"{machine.name}: {machine.flops / 1e12:,.2f} TFLOP/s" for machine in _MACHINES),
             "the head works on scored tokens only (replies, choices); a generated token counts twice;",
             "an item of an unknown lm-eval task reads max_length tokens, and there are "
             f"{planning.ITEMS_OF_OTHER_TASKS:,} of them, or `limit`; a judge's own reading is not counted",

@@ -92,6 +92,8 @@ def plan_judges(experiment: Experiment, rows: int) -> list[str]:
     for kind in dict.fromkeys(kinds.values()):
         domains = [domain for domain in kinds if kinds[domain] is kind]
         lines.append(f"{kind.name if kind else NO_JUDGE}: {', '.join(domains)}")
-        if kind is not None:
+        if kind is None:
+            lines[-1] += " (the report shows the answers; nothing compares them)"
+        else:
             prices += kind.plan([case_of(experiment, domain, kind) for domain in domains], rows)
     return lines + prices

@@ -185,6 +185,11 @@ methods:
   q-adapter: {{preset: residual}}
   dpo: {{beta: 0.1}}
 
+# Conversations of before, a file of pairs like the above, let the report say how far the answers to them have moved:
+# sources.old: {{path: old.jsonl}}
+# helpful_sft: {{source: old, lora: true, learning_rate: 3.0e-4, batch_size: 8, max_length: {length}}}
+# evaluation.retention.answers: 16
+
 evaluation:
   retention:  # what the model could do before: each is asked of the base and of every adapter
     # Tasks of lm-eval by name (gsm8k_cot, hellaswag, …; `lm_eval ls tasks` lists them).
