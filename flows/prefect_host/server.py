@@ -30,6 +30,8 @@ from qadapter.files.shown import shown
 _ROOT = Path(__file__).resolve().parents[2]
 _START_SECONDS = 90.0  # a first start creates the database, on two busy cores
 _STOP_SECONDS = 5.0
+_LOG = "temporary-server.log"
+_LARGEST_LOG = 2**20  # bytes; a log above that begins anew
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -157,7 +159,10 @@ def _started(home: Path, auth: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """A temporary server process on a free port. The port is bound here, so that no other process can take it."""
     from prefect.settings import get_current_settings  # imported only where a server is started: that takes a second
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    # Prefect's server writes a traceback for each write that it repeats; the run's own output is for its user.
+    log = home / _LOG
+    mode = "wb" if log.is_file() and log.stat().st_size > _LARGEST_LOG else "ab"
+    with socket.create_server(("127.0.0.1", 0)) as listener, log.open(mode) as said:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
         process = subprocess.Popen(
             command(parent=os.getpid(), listener=listener.fileno(), temporary=True),
@@ -171,13 +176,15 @@ def _started(home: Path, auth: str) -> Iterator[tuple[str, Callable[[], None]]]:
             },
             cwd=_ROOT,
             stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=subprocess.STDOUT,
             pass_fds=[listener.fileno()],
             start_new_session=True,  # Ctrl-C ends the run, which then still reports its state
         )
 
     def ready() -> None:
         if wrong := wait_for_answer(process, url, home, _START_SECONDS):
-            raise QAdapterError(f"The temporary Prefect server {wrong}.")
+            raise QAdapterError(f"The temporary Prefect server {wrong}; its log is {log}.")
 
     try:
         yield url, ready
