@@ -150,7 +150,7 @@ def _not_yet(better: Sequence[_Candidate]) -> str:
     return (
         f"Use none of these yet: {listed([candidate.method for candidate in better])} {'scores' if one else 'score'} "
         f"the wanted replies higher, but still {'writes' if one else 'write'} the base's answers, word for word in all "
-        f"{count} that were generated. Train longer, or with a higher learning rate."
+        f"{count} that were generated. Train longer (training.epochs) or faster (training.learning_rate)."
     )
 
 
@@ -258,7 +258,9 @@ def _answers(measured: Measured, chosen: _Candidate, domains: Sequence[str]) -> 
     of_base = spread_over(measured.rows, BROKEN, domains, measured.base_of(chosen.method)).mean
     parts = []
     judged = any(name in row.metrics for row in measured.rows for name in (RULE, WIN_RATE))
-    if chosen.answers and not judged:
+    if not chosen.writes:
+        parts.append(f"All {chosen.answers} generated answers are the base's, word for word.")
+    elif chosen.answers and not judged:
         parts.append(
             f"{chosen.changed} of {chosen.answers} generated answers differ from the base's; whether they are better "
             "was not judged: read some below."

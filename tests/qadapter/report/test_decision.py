@@ -137,9 +137,9 @@ def test_a_method_that_writes_as_its_base_is_not_recommended(tmp_path: Path) -> 
     found = decide_for_reader(Measured([base, *same]))
     assert found.recommendation == (
         "Use none of these yet: q-adapter and dpo score the wanted replies higher, but still write the base's answers, "
-        "word for word in all 40 that were generated. Train longer, or with a higher learning rate."
+        "word for word in all 40 that were generated. Train longer (training.epochs) or faster (training.learning_rate)."
     )
-    assert dict(found.lines)["Answers"].startswith("0 of 20 generated answers differ from the base's; whether they are")
+    assert dict(found.lines)["Answers"] == "All 20 generated answers are the base's, word for word."
     found = decide_for_reader(Measured([base, same[0], answered("dpo", 36, 3)]))
     assert found.recommendation == "Use dpo."
     assert dict(found.lines)["Answers"].startswith("3 of 20 generated answers differ from the base's; whether they are")
