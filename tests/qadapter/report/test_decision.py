@@ -137,7 +137,8 @@ def test_a_method_that_writes_as_its_base_is_not_recommended(tmp_path: Path) -> 
     found = decide_for_reader(Measured([base, *same]))
     assert found.recommendation == (
         "Use none of these yet: q-adapter and dpo score the wanted replies higher, but still write the base's answers, "
-        "word for word in all 40 that were generated. Train longer (training.epochs) or faster (training.learning_rate)."
+        "word for word in all 40 that were generated. Train longer (training.epochs) or faster "
+        "(training.learning_rate)."
     )
     assert dict(found.lines)["Answers"] == "All 20 generated answers are the base's, word for word."
     found = decide_for_reader(Measured([base, same[0], answered("dpo", 36, 3)]))
