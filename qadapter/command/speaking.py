@@ -41,7 +41,7 @@ def look_at_answers(
         note("answers: none were generated, so it is not known whether the policy answers in language (--answers)")
         return {}
     longest = longest_reply(LONGEST_ANSWER, context_of(policy), asked_for=False)
-    speech, replies = beside_base(
+    speech, replies, of_base = beside_base(
         policy,
         tokenizer,
         [list(pair.prompt) for pair in asked],
@@ -50,16 +50,22 @@ def look_at_answers(
         max_length=max_length,
         batch_size=batch_size,
     )
-    _say(speech, replies)
+    _say(speech, replies, of_base)
     return speech.metrics()
 
 
-def _say(speech: Speech, replies: Sequence[str]) -> None:
+def _say(speech: Speech, replies: Sequence[str], of_base: Sequence[str]) -> None:
     if speech.speaks:
+        changed = sum(reply != before for reply, before in zip(replies, of_base, strict=True))
         note(
-            f"answers: {len(replies)} generated, {100 * speech.broken:.0f} % of them broken; not judged: qadapter "
-            "generate --compare-base shows them beside the base's"
+            f"answers: {len(replies)} generated, {100 * speech.broken:.0f} % of them broken, {changed} differ from the "
+            "base's; not judged: qadapter generate --compare-base shows both"
         )
+        if not changed:
+            note(
+                "WARNING: the policy writes the base's answers word for word; accuracies on pairs do not show that. "
+                "Train longer, or with a higher --learning-rate."
+            )
         return
     note(
         f"WARNING: the policy does not speak: of its replies {speech.reasons()}. Accuracies on pairs do not show that."

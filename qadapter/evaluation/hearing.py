@@ -22,8 +22,8 @@ def beside_base(
     max_new_tokens: int,
     max_length: int,
     batch_size: int,
-) -> tuple[Speech, list[str]]:
-    """Let a policy and its base answer greedily; whether the policy speaks, and its replies.
+) -> tuple[Speech, list[str], list[str]]:
+    """Let a policy and its base answer greedily; whether the policy speaks, its replies and the base's.
 
     Args:
         policy: with an adapter that it can switch off.
@@ -52,7 +52,7 @@ def beside_base(
         max_length=max_length,
         batch_size=batch_size,
     )
-    return speech, [reply.text for reply in replies]
+    return speech, [reply.text for reply in replies], base
 
 
 def heard(

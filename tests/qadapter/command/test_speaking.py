@@ -57,6 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     (root / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     adapter = get_peft_model(network, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    adapter.save_pretrained(root / "untrained")
     teach(adapter, {prompt: russian for prompt, (_, russian) in ASKED.items()}, 150, 1e-2)
     adapter.save_pretrained(root / "russian")
     return root
@@ -73,6 +74,14 @@ def test_score_names_replies_in_another_script(place: Path, capsys: pytest.Captu
     assert "Мадрид" in captured.err  # an example
     answers = json.loads(captured.out)["answers"]
     assert (answers["speaks"], answers["broken_replies"], answers["replies_ended"]) == (0, 1, 1)
+
+
+def test_score_says_that_no_answer_changed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["score", "--adapter", str(place / "untrained"), "--base", str(place / "base")]
+    assert main([*command, "--data", str(place / "pairs.jsonl"), "--max-length", "96"]) == 0
+    said = capsys.readouterr().err
+    assert "answers: 4 generated, 0 % of them broken, 0 differ from the base's; not judged" in said
+    assert "WARNING: the policy writes the base's answers word for word; accuracies on pairs do not show that." in said
 
 
 def test_train_names_a_policy_that_it_broke(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
