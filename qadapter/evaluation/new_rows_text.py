@@ -24,9 +24,10 @@ def new_rows_sentence(folder: Path) -> str:
     if not suspected:
         return text
     shown = ", ".join(repr(_last_turn(row)) for row in suspected[:_SHOWN])
+    labels = "1 label" if len(suspected) == 1 else f"{len(suspected)} labels"
     return (
-        f"{text}; {len(suspected)} labels may be flipped, because the champion is sure of the opposite, for example of "
-        f"{shown} (all of them: {NEW_ROWS} among the files of the candidate's MLflow run)"
+        f"{text}; {labels} may be flipped, because the champion is sure of the opposite, for example of {shown} (all "
+        f"of them: {NEW_ROWS} among the files of the candidate's MLflow run)"
     )
 
 

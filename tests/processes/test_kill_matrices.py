@@ -73,18 +73,11 @@ def stages_of_the_code() -> set[str]:
 
 
 def all_matrices() -> tuple[list[Row], ...]:
-    """The others import from this file, directly or not."""
-    import tests.processes.test_kill_continual
-    import tests.processes.test_kill_needs
-    import tests.processes.test_recurring_processes
+    """Of all files that kill; some of them import from this file."""
+    from tests.processes import test_kill_continual, test_kill_needs, test_killed, test_recurring_processes
 
-    return (
-        tests.processes.test_killed.MATRIX,
-        tests.processes.test_recurring_processes.MATRIX,
-        MATRIX,
-        tests.processes.test_kill_needs.MATRIX,
-        tests.processes.test_kill_continual.MATRIX,
-    )
+    files = (test_killed, test_recurring_processes, test_kill_needs, test_kill_continual)
+    return MATRIX, *(file.MATRIX for file in files)
 
 
 def test_every_stage_is_killed_somewhere() -> None:
