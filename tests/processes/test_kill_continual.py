@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.processes.test_kill_matrices import TRAINING
-from tests.processes.test_killed import Row, cut
+from tests.support.kills import Row, cut
 from tests.support.real_runs import OVERRIDES, RealHome, Server
 
 SEQUENCE: dict[str, Any] = {
