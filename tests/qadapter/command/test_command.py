@@ -750,7 +750,7 @@ def test_a_dial_is_chosen_saved_and_taken(
     assert "the half of the items that the dial was not chosen on (split dial-1)" in card
     expected = printed_reply(policy, "Which colour is thing 3?", dial=dial)
     assert main(["generate", "--adapter", str(turned), "--prompt", "Which colour is thing 3?", *SHORT]) == 0
-    assert capsys.readouterr().out.strip() == expected
+    assert capsys.readouterr().out.strip() == f"user: Which colour is thing 3?\nreply: {expected}"
     monkeypatch.setattr(sys, "stdin", io.StringIO("Which colour is thing 3?\n"))
     assert main(["chat", "--adapter", str(turned), *SHORT]) == 0
     assert capsys.readouterr().out.strip() == expected
