@@ -113,9 +113,27 @@ def read_request(body: bytes) -> ChatRequest:
     try:
         return ChatRequest.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise RequestError(f"{where or 'body'}: {first['msg']}", param=where or None) from error
+        where, reason = _first_problem(error)
+        raise RequestError(f"{where or 'body'}: {reason}", param=where or None) from error
+
+
+def _first_problem(error: ValidationError) -> tuple[str, str]:
+    """The field that is wrong, as the client wrote it, and why.
+
+    Of a field that can be one of several kinds, pydantic names the kind in the path and says of each why it is not that
+    one: the reason that lies deepest is that of the kind which was meant.
+    """
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
+    first = problems[0]["loc"]
+    place = next((i for i, part in enumerate(first) if _is_kind(part)), len(first))
+    same = [problem for problem in problems if problem["loc"][:place] == first[:place]]
+    meant = max(same, key=lambda problem: len(problem["loc"]))
+    where = ".".join(str(part) for part in meant["loc"] if not _is_kind(part))
+    return where, meant["msg"].removeprefix("Value error, ")
+
+
+def _is_kind(part: int | str) -> bool:
+    return isinstance(part, str) and (part in ("str", "constrained-str") or "[" in part)
 
 
 def prepare(request: ChatRequest, generator: Generator) -> Prepared:

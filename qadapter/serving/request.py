@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from qadapter.config.base import Temperature
 from qadapter.config.dial import DialValue
@@ -82,7 +82,9 @@ class ChatRequest(_Strict):
         chat_template_kwargs: variables for the chat template, such as `enable_thinking`.
         user, safety_identifier, prompt_cache_key, metadata, parallel_tool_calls: taken, of no effect.
         presence_penalty, frequency_penalty, response_format, tools, tool_choice, functions, function_call, logit_bias,
-            store, service_tier, modalities, top_k, min_p, repetition_penalty: only the values that ask for nothing.
+            store, service_tier, modalities, top_k, min_p, repetition_penalty, best_of, echo, ignore_eos, min_tokens,
+            stop_token_ids, skip_special_tokens, add_generation_prompt, continue_final_message: only the values that ask
+            for nothing.
         dial: how far from the base (0) to what was trained (1) or beyond, for any adapter or mix: `scale=0.5` or
             `q-weight=0.75`; the adapter's own without it.
         alpha_0, alpha_tilde: α0 and α̃ of this request; the adapter's own without them.
@@ -123,6 +125,14 @@ class ChatRequest(_Strict):
     top_k: Literal[-1, 0] = 0
     min_p: Annotated[float, Field(ge=0, le=0)] = 0.0
     repetition_penalty: Annotated[float, Field(ge=1, le=1)] = 1.0
+    best_of: Literal[1] = 1
+    echo: Literal[False] = False
+    ignore_eos: Literal[False] = False
+    min_tokens: Literal[0] = 0
+    stop_token_ids: Annotated[list[Anything], Field(max_length=0)] = []
+    skip_special_tokens: Literal[True] = True
+    add_generation_prompt: Literal[True] = True
+    continue_final_message: Literal[False] = False
     dial: DialValue | None = None
     alpha_0: Annotated[float, Field(ge=0, le=1e9)] | None = None
     alpha_tilde: Annotated[float, Field(ge=1e-6, le=1e9)] | None = None
@@ -149,8 +159,17 @@ class ChatRequest(_Strict):
             raise ValueError("the last message has no content")
         return messages
 
-    @model_validator(mode="after")
-    def _logprobs(self) -> ChatRequest:
-        if self.top_logprobs and not self.logprobs:
+    @field_validator("top_logprobs")
+    @classmethod
+    def _with_logprobs(cls, top: int | None, info: ValidationInfo) -> int | None:
+        if top and not info.data.get("logprobs"):
             raise ValueError("top_logprobs needs logprobs: true")
-        return self
+        return top
+
+    @field_validator("max_completion_tokens")
+    @classmethod
+    def _one_length(cls, longest: int | None, info: ValidationInfo) -> int | None:
+        other = info.data.get("max_tokens")
+        if longest is not None and other is not None and longest != other:
+            raise ValueError(f"{longest} is asked for here and {other} as max_tokens; give one of them")
+        return longest

@@ -108,7 +108,17 @@ def test_fields_that_ask_for_nothing_are_taken(client: openai.OpenAI) -> None:
         "prompt_cache_key": "k",
         "presence_penalty": 0,
         "frequency_penalty": 0,
-        "extra_body": {"top_k": -1, "min_p": 0, "repetition_penalty": 1.0, "chat_template_kwargs": {}, "n": None},
+        "extra_body": {
+            "echo": False,
+            "best_of": 1,
+            "skip_special_tokens": True,
+            "stop_token_ids": [],
+            "top_k": -1,
+            "min_p": 0,
+            "repetition_penalty": 1.0,
+            "chat_template_kwargs": {},
+            "n": None,
+        },
     }
     assert ask(client, **nothing).choices == alone
     turns = [

@@ -321,6 +321,8 @@ def test_dials_do_not_leak_between_clients(world: World) -> None:
 
 # ---- what is refused
 
+IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://localhost/a.png"}}]}
+
 
 @pytest.mark.parametrize(
     ("model", "options", "error", "says"),
@@ -342,13 +344,21 @@ def test_dials_do_not_leak_between_clients(world: World) -> None:
         ("residual", {"extra_body": {"alpha_tilde": 1e-42}}, openai.BadRequestError, "alpha_tilde: "),
         ("residual", {"extra_body": {"alpha_0": 1e40}}, openai.BadRequestError, "alpha_0: "),
         ("residual", {"extra_body": {"adapters": {"plain": 1e39}}}, openai.BadRequestError, "adapters.plain: "),
-        ("residual", {"stop": ["x"] * 17}, openai.BadRequestError, "stop."),
-        ("residual", {"stop": "x" * 1001}, openai.BadRequestError, "stop."),
+        ("residual", {"stop": ["x"] * 17}, openai.BadRequestError, "stop: "),
+        ("residual", {"stop": "x" * 1001}, openai.BadRequestError, "stop: String should have at most 1000"),
+        ("residual", {"extra_body": {"stop": ["x", None]}}, openai.BadRequestError, "stop.1: "),
+        ("residual", {"max_completion_tokens": 3, "max_tokens": 4}, openai.BadRequestError, "give one of them"),
+        (
+            "residual",
+            {"messages": [IMAGE]},
+            openai.BadRequestError,
+            "messages.0.content.0.type: Input should be 'text'",
+        ),
         ("residual", {"messages": [{"role": "user"}]}, openai.BadRequestError, "the last message has no content"),
         ("residual", {"messages": [{"role": "tool", "content": "x"}]}, openai.BadRequestError, "messages.0.role: "),
         ("residual", {"extra_body": {"chat_template_kwargs": {"x": 1}}}, openai.BadRequestError, "no variable 'x'"),
         ("residual", {"n": 1000}, openai.BadRequestError, "n: "),
-        ("residual", {"extra_body": {"dial": "half"}}, openai.BadRequestError, "dial: Value error, 'half' is no dial"),
+        ("residual", {"extra_body": {"dial": "half"}}, openai.BadRequestError, "dial: 'half' is no dial"),
         ("base", {"extra_body": {"dial": "scale=1"}}, openai.BadRequestError, "The base has no dials"),
         ("base", {"extra_body": {"alpha_0": 1}}, openai.BadRequestError, "The base has no dials"),
         ("base", {"extra_body": {"compare_base": True}}, openai.BadRequestError, "cannot be compared with itself"),
