@@ -30,6 +30,7 @@ from qadapter.errors import QAdapterError
 from qadapter.policy.adapters import ADAPTER_FILE, adapted, load_adapter, set_adapter_tensors
 from qadapter.policy.caches import PassCaches
 from qadapter.policy.dial import Dial
+from qadapter.policy.files import saved_dial
 from qadapter.policy.passes import RowPasses
 
 GUIDE_FILE = "guide.json"
@@ -155,10 +156,10 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(  # type: ignore[override]
         cls, path: str | Path, base_model: PreTrainedModel, *, is_trainable: bool = False
     ) -> GuidedForCausalLM:
-        """Load what `save_pretrained` wrote, in eval mode.
+        """Load what `save_pretrained` wrote, in eval mode, with the dial that was saved beside it.
 
         Raises:
-            QAdapterError: no such folder, or files missing or damaged in it.
+            QAdapterError: no such folder, files missing or damaged in it, or a saved dial that is no `q-weight`.
         """
         folder = Path(path)
         guide = read_guide(folder)
@@ -169,7 +170,8 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         device = next(base_model.parameters()).device
         head = nn.Linear(int(weights["weight"].shape[1]), 1).to(device)
         head.load_state_dict(weights)
-        return cls(load_adapter(base_model, folder, is_trainable=is_trainable), head, guide).eval()
+        policy = cls(load_adapter(base_model, folder, is_trainable=is_trainable), head, guide).eval()
+        return policy if is_trainable else policy.moved(saved_dial(folder))
 
     @property
     def dial(self) -> Dial:

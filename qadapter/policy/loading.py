@@ -176,7 +176,8 @@ def load_policy(
         policy.dial = dial or policy.dial
         return policy
     if (adapter / GUIDE_FILE).is_file():
-        return GuidedForCausalLM.from_pretrained(adapter, base).moved(dial)
+        guided = GuidedForCausalLM.from_pretrained(adapter, base)
+        return guided if dial is None else guided.moved(dial)
     dial = dial or saved_dial(adapter)
     plain = load_adapter(base, plain_place(adapter)).eval()
     return plain if dial.as_trained else QAdapterForCausalLM.around(plain, dial).eval()

@@ -79,7 +79,7 @@ def measure_curve(
         adapter: the adapter's folder.
         heldout_file: prepared pairs.
         model, adaptation, retention: of the experiment.
-        curve: which dials and how many points.
+        curve: which dials and how many points; one that guides the base has `q-weight` alone.
         max_length: tokens, as in training.
         world: folder of the toy world the data is from, None for real data.
         style: the domain's style in the toy world, None for harmless.

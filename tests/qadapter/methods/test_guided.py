@@ -22,6 +22,7 @@ from qadapter.methods.needs.rollouts import BRANCHES, ROLLOUTS, RolloutSettings,
 from qadapter.methods.pita import PITASettings
 from qadapter.methods.vas import VASSettings, returns
 from qadapter.policy.dial import Dial
+from qadapter.policy.files import write_dial
 from qadapter.policy.guided import GUIDE_FILE, Guide, GuidedForCausalLM
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.preferences.pair import load_pairs
@@ -310,6 +311,18 @@ def test_a_guides_dial_is_linear_in_its_logits(world: TinyToy) -> None:
     assert policy.dial.as_trained
     assert policy.generate(torch.tensor([[1, 7, 9]]), max_new_tokens=2, dial=Dial("q-weight", 0.0)).shape == (1, 5)
     assert policy.weight == 1.0
+
+
+def test_a_saved_dial_is_read(world: TinyToy, tmp_path: Path) -> None:
+    """`qadapter dial --save` writes it; a scale is refused, for the adapter is not the policy itself."""
+    moved(load_base(world.base, MODEL)[0], Guide("value", 2.0, 20)).save_pretrained(tmp_path)
+    assert load_policy(load_base(world.base, MODEL)[0], tmp_path).weight == 1.0
+    write_dial(tmp_path, Dial("q-weight", 0.25))
+    assert load_policy(load_base(world.base, MODEL)[0], tmp_path).weight == 0.25
+    assert load_policy(load_base(world.base, MODEL)[0], tmp_path, Dial("q-weight", 1.0)).weight == 1.0
+    write_dial(tmp_path, Dial("scale", 0.5))
+    with pytest.raises(QAdapterError, match=r"use q-weight=0\.5"):
+        load_policy(load_base(world.base, MODEL)[0], tmp_path)
 
 
 def test_vas_fits_the_rewards(world: TinyToy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
