@@ -66,7 +66,8 @@ def mean_area_interval(
     for selection, reported in domains:
         places = _front(selection)
         gained = reported.gained[:, places]
-        learnt = reported.before + _drawn(gained, _counts(rng, gained.shape[2], resamples), of_seeds)
+        # The base's adaptation is not drawn with it, so a draw of gains alone could pass the ends of its range.
+        learnt = np.clip(reported.before + _drawn(gained, _counts(rng, gained.shape[2], resamples), of_seeds), 0, 1)
         lost = np.mean(
             [
                 _drawn(reported.lost[name][:, places], counts[name] * reported.weights[name], of_seeds)

@@ -142,3 +142,11 @@ def test_area_under_the_front() -> None:
     assert found.low < found.estimate < found.high
     assert found.estimate == pytest.approx(exact)
     assert front_area(reported, [0]) == 0.0
+
+
+def test_the_interval_of_an_area_stays_within_shares() -> None:
+    """A base that already answers a tenth as asked, and a policy that answers all: no draw reaches more than 1."""
+    selection, reported = split_curves([curve(steps([0.1, 0.6, 1], 60), steps([1, 1, 1], 60))])
+    found = area_interval(selection, reported)
+    assert found.estimate == pytest.approx(1.0)
+    assert 0.8 < found.low <= found.high <= 1.0
