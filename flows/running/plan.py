@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ from tasks.stages.context import Cell
 _GENERATING = 2
 
 _WORTH_MEASURING = 5e7  # parameters; smaller models' time goes into other things than products
+
+_SECONDS_TO_BEGIN = 15.0  # of a stage: imports, the base from the disk, its files' digests, MLflow
 
 _MACHINES = (planning.TWO_CORES, planning.ONE_H200)
 
@@ -255,12 +258,40 @@ def _on_this_machine(
     """The time of all stages on this machine's cores, whose rate is measured, if they can hold the model."""
     if size.parameters < _WORTH_MEASURING or planning.weights_gb(size, experiment.model) > 16:
         return []
-    operations = sum(found[2] for stage in stages if (found := _estimate(experiment, stage, plans, size, folder)))
-    rate = measured_flops(size.hidden_size, experiment.parallel, experiment.threads_per_stage)
+    rate = measured_flops(
+        size.hidden_size, experiment.parallel, experiment.threads_per_stage, experiment.model.matmul_precision
+    )
+    seconds = {}
+    for stage in stages:
+        if found := _estimate(experiment, stage, plans, size, folder):
+            seconds[stage] = _SECONDS_TO_BEGIN + found[2] / (rate / experiment.parallel)
+    hours = makespan(stages, seconds, experiment.parallel) / 3600
     return [
-        f"This machine\n  {operations / rate / 3600:.1f} h on its cores (parallel {experiment.parallel}, threads "
+        f"This machine\n  {hours:.1f} h on its cores (parallel {experiment.parallel}, threads "
         f"{experiment.threads_per_stage}: {rate / 1e9:,.0f} GFLOP/s together, measured now)"
     ]
+
+
+def makespan(stages: Sequence[PlannedStage], seconds: Mapping[PlannedStage, float], parallel: int) -> float:
+    """Seconds from the first stage's start to the last one's end.
+
+    Args:
+        stages: in the order of submission.
+        seconds: of each; those that are left out take no time.
+        parallel: how many run side by side. Whichever has the results of all that it feeds on may start; the first
+            submitted goes first.
+    """
+    clock, waiting, ended = 0.0, list(stages), set[PlannedStage]()
+    place = {stage: number for number, stage in enumerate(stages)}
+    running: list[tuple[float, int, PlannedStage]] = []
+    while waiting or running:
+        ready = [stage for stage in waiting if ended.issuperset(stage.feeds_on)][: parallel - len(running)]
+        for stage in ready:
+            waiting.remove(stage)
+            heappush(running, (clock + seconds.get(stage, 0.0), place[stage], stage))
+        clock, _, done = heappop(running)
+        ended.add(done)
+    return clock
 
 
 def _estimate(

@@ -14,18 +14,20 @@ _ROWS = 256
 _LARGEST_WEIGHTS = 2**24  # elements: out of any cache, as a head or the layers of a model are
 
 
-def measured_flops(width: int, stages: int, threads: int) -> float:
+def measured_flops(width: int, stages: int, threads: int, precision: str = "highest") -> float:
     """Operations per second that `stages` trainings side by side reach together on this machine's cores.
 
     Args:
         width: of the model's hidden states.
         stages: how many run at the same time.
         threads: of each.
+        precision: of products (`ModelSettings.matmul_precision`).
     """
     import torch
 
-    before = torch.get_num_threads()
+    before, precise = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
     weights = torch.randn(_LARGEST_WEIGHTS // width, width)
     hidden = torch.randn(_ROWS, width)
 
@@ -42,3 +44,4 @@ def measured_flops(width: int, stages: int, threads: int) -> float:
             return REACHED * sum(side_by_side.map(rate, range(stages)))
     finally:
         torch.set_num_threads(before)
+        torch.set_float32_matmul_precision(precise)

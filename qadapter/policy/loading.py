@@ -31,12 +31,14 @@ def load_base(
 
     Args:
         model: a folder, a GGUF file or a hub id.
-        settings: precision, quantization, whether remote code may run; thinking and the chat template's variables.
+        settings: precision, quantization, whether remote code may run; thinking and the chat template's variables. The
+            precision of products holds for this process, until another base is loaded.
         architecture: transformers' `Auto…` class of another head on the same body, and that head's settings.
 
     Raises:
         QAdapterError: the model cannot be reached, is not what its config says, or needs what is not installed.
     """
+    torch.set_float32_matmul_precision(settings.matmul_precision)
     where = {"trust_remote_code": settings.trust_remote_code, "revision": settings.revision}
     tokenizer = load_tokenizer(model, **where)  # type: ignore[arg-type]
     network = load_network(

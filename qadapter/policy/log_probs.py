@@ -12,10 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from qadapter.policy.fused import BLOCK_ELEMENTS, NARROWEST_BLOCK, RunningSums, VocabularyHead
-
-LARGE_VOCABULARY = 2**15
-"""From so many tokens on the head costs as much as the layers; below, trainers' and models' own ways are as fast."""
+from qadapter.policy.fused import NARROWEST_BLOCK, RunningSums, VocabularyHead, block_elements
 
 
 class TokenTerms(NamedTuple):
@@ -44,7 +41,7 @@ def token_terms(hidden: Tensor, head: VocabularyHead, targets: Tensor) -> TokenT
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
-    elements = BLOCK_ELEMENTS.get(device, BLOCK_ELEMENTS["cuda"])
+    elements = block_elements(device, len(head.weight))
     with torch.autocast(device, enabled=False):
         return TokenTerms(*_TokenTerms.apply(hidden.to(dtype), head.to(dtype), targets, elements))
 
@@ -52,16 +49,16 @@ def token_terms(hidden: Tensor, head: VocabularyHead, targets: Tensor) -> TokenT
 class _TokenTerms(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden: Tensor, head: VocabularyHead, targets: Tensor, block_elements: int
+        ctx: FunctionCtx, hidden: Tensor, head: VocabularyHead, targets: Tensor, elements: int
     ) -> tuple[Tensor, ...]:
         precise = torch.promote_types(hidden.dtype, torch.float32)
         terms = torch.empty((4, len(hidden)), dtype=precise, device=hidden.device)
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
-        at_once = max(block_elements // NARROWEST_BLOCK, 1)
+        at_once = max(elements // NARROWEST_BLOCK, 1)
         for start in range(0, len(hidden), at_once):
             rows = slice(start, start + at_once)
             by_hidden = None if gradient is None else gradient[rows]
-            terms[:, rows] = torch.stack(_terms(hidden[rows], head, targets[rows], block_elements, by_hidden))
+            terms[:, rows] = torch.stack(_terms(hidden[rows], head, targets[rows], elements, by_hidden))
         log_probs, entropy, mean_logits, is_top = terms.unbind()
         is_top = is_top.bool()
         if gradient is not None:
@@ -76,7 +73,7 @@ class _TokenTerms(torch.autograd.Function):
 
 
 def _terms(
-    hidden: Tensor, head: VocabularyHead, targets: Tensor, block_elements: int, gradient: Tensor | None
+    hidden: Tensor, head: VocabularyHead, targets: Tensor, elements: int, gradient: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probability, entropy, mean logit and whether the token is the likeliest, each [N].
 
@@ -84,7 +81,7 @@ def _terms(
     """
     precise = torch.promote_types(hidden.dtype, torch.float32)
     count, size = len(hidden), len(head.weight)
-    width = min(max(block_elements // max(count, 1), NARROWEST_BLOCK), size)
+    width = min(max(elements // max(count, 1), NARROWEST_BLOCK), size)
     buffer = torch.empty(2 * count * width, dtype=precise, device=hidden.device)
     like = buffer[:count]
     taken, slope_taken, total = torch.zeros_like(like), torch.ones_like(like), torch.zeros_like(like)

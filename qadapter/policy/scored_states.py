@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qadapter.policy.adapter_rows import AdapterRows
-from qadapter.policy.fused import VocabularyHead
+from qadapter.policy.fused import LARGE_VOCABULARY, VocabularyHead
 from qadapter.policy.guided import GuidedForCausalLM
-from qadapter.policy.log_probs import LARGE_VOCABULARY
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.pair_passes import decoder_of, equal_but_for_rounding
 

@@ -16,8 +16,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from trl.trainer.utils import FusedCausalLMOutput
 
-from qadapter.policy.fused import VocabularyHead
-from qadapter.policy.log_probs import LARGE_VOCABULARY, token_terms
+from qadapter.policy.fused import LARGE_VOCABULARY, VocabularyHead
+from qadapter.policy.log_probs import token_terms
 from qadapter.policy.pair_passes import decoder_of, equal_but_for_rounding
 
 _TOKENS_CHECKED = 4

@@ -45,8 +45,9 @@ def view_tags(experiment_id: str, known: Mapping[str, str]) -> dict[str, str]:
 
 
 def view_path(experiment_id: str) -> str:
-    """The path of the view behind the `#` of MLflow's address."""
-    return f"/experiments/{experiment_id}/runs?compareRunsMode=CHART&viewStateShareKey={KEY}"
+    """The path of the view behind the `#` of MLflow's address, beside the side bar of model training."""
+    page = f"/experiments/{experiment_id}/runs?compareRunsMode=CHART&viewStateShareKey={KEY}"
+    return f"{page}&workflowType=machine_learning"
 
 
 def view_state() -> dict[str, Any]:

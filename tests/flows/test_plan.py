@@ -399,6 +399,18 @@ def test_the_plan_of_smoke(offline: list[str]) -> None:
     assert offline == []
 
 
+def test_the_time_of_stages_side_by_side() -> None:
+    """Two at a time: 5 s alone, then 4 beside 3, then 2 beside what is left of the 4, and a stage that takes none."""
+    base = PlannedStage("t", "base", {}, ())
+    long, short, last = (PlannedStage("t", name, {}, (base,)) for name in ("long", "short", "last"))
+    end = PlannedStage("t", "end", {}, (long, short, last))
+    seconds = {base: 5.0, long: 4.0, short: 3.0, last: 2.0}
+    stages = [base, long, short, last, end]
+    assert plan.makespan(stages, seconds, 2) == 5 + 3 + 2
+    assert plan.makespan(stages, seconds, 1) == 5 + 4 + 3 + 2
+    assert plan.makespan(stages, seconds, 3) == 5 + 4
+
+
 def test_a_pairwise_step_takes_three_passes_and_sft_two(offline: list[str]) -> None:
     table = cost_table(plan_text("smoke", None, ["training.max_steps=1000000"]))
     assert table["train q-adapter"][4] == pytest.approx(1.5 * table["train sft"][4], rel=0.01)

@@ -9,6 +9,7 @@ import pytest
 from qadapter.command.flags import read_options
 from qadapter.command.options import GenerateOptions, TrainOptions
 from qadapter.config.experiment import Experiment, load_experiment
+from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
 from qadapter.planning.preflight import check_experiment
 from qadapter.policy.loading import lora_config
@@ -59,6 +60,9 @@ def test_only_what_is_set_is_part_of_a_key() -> None:
         {"use_dora"},
         {"attn_implementation"},
     ]
+    pretrained = ModelSettings(pretrained="base")
+    rounded = ModelSettings(pretrained="base", matmul_precision="medium")
+    assert set(rounded.key()) - set(pretrained.key()) == {"matmul_precision"}
     twin = load_experiment("smoke", {"trainer.weight_decay": 0.5})
     assert keyed(twin.training) == keyed(load_experiment("smoke", {"training.weight_decay": 0.5}).training)
     assert keyed(PLAIN.training) == keyed(load_experiment("smoke", {"trainer": {}}).training)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from qadapter.config.experiment import load_experiment
 from qadapter.config.model import LoraSettings, ModelSettings
 from qadapter.errors import QAdapterError
 from qadapter.policy.base import fit_tokenizer, load_config, load_network, load_tokenizer
@@ -129,6 +130,24 @@ def test_another_head_starts_new_and_the_body_is_whole(plain: Path, changed: Cal
     half = changed(lambda held: {name: value for name, value in held.items() if "layers.1." not in name})
     with pytest.raises(QAdapterError, match="9 tensors are missing"):
         load_base(half, SETTINGS, Classifier, num_labels=1)
+
+
+def test_products_of_fewer_bits(plain: Path):
+    """bfloat16 has 8 bits: a factor is off by at most 2^-9 of itself, so a product of two by less than 2^-7.9."""
+    a, b = torch.randn(256, 256), torch.randn(256, 256)
+    exact, bound = a.double() @ b.double(), 2**-7.9 * (a.double().abs() @ b.double().abs())
+    try:
+        network, _ = load_base(plain, SETTINGS.model_copy(update={"matmul_precision": "medium"}))
+        assert torch.get_float32_matmul_precision() == "medium"
+        rounded, logits = a @ b, network(tokens()).logits
+        assert rounded.dtype == logits.dtype == torch.float32
+        assert bool(((rounded.double() - exact).abs() <= bound).all())
+    finally:
+        network, _ = load_base(plain, SETTINGS)
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.equal(network(tokens()).logits, tiny_model()(tokens()).logits)
+    with pytest.raises(QAdapterError, match="matmul_precision is for pretrained models"):
+        load_experiment("smoke", {"model.matmul_precision": "medium"})
 
 
 # ---- quantisation --------------------------------------------------------------------------------------------------

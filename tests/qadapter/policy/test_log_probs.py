@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qadapter.evaluation.divergence import kl_per_token
 from qadapter.inference.score import Predictions, reply_log_probs
-from qadapter.policy import log_probs, scored_states
+from qadapter.policy import fused, log_probs, scored_states
 from qadapter.policy.fused import VocabularyHead
 from qadapter.policy.log_probs import token_terms
 from tests.qadapter.policy.test_fused import head_logits
@@ -21,7 +21,7 @@ from tests.support.tiny_models import tiny_model
 @pytest.mark.parametrize("head", ["linear", "bias and scale", "softcap"])
 def test_terms_are_those_of_the_logits(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In blocks of 4 positions and 7 tokens of 23, the last block being narrower."""
-    monkeypatch.setitem(log_probs.BLOCK_ELEMENTS, "cpu", 28)
+    monkeypatch.setitem(fused.BLOCK_ELEMENTS, "cpu", 28)
     monkeypatch.setattr(log_probs, "NARROWEST_BLOCK", 7)
     draw = torch.Generator().manual_seed(0)
     weight, bias = (torch.randn(*size, generator=draw, dtype=torch.float64) for size in ((23, 6), (23,)))
