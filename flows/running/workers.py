@@ -16,6 +16,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from functools import cache
 from importlib import import_module
 from types import SimpleNamespace
+from typing import Any
 
 from prefect.client import orchestration
 from prefect.context import refresh_global_settings_context
@@ -56,6 +57,13 @@ class ForkedWorkers(ProcessPoolTaskRunner):
         )
         self._warm, self._warming = set(), None
         return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        """Wait for the stages that run. After a signal, end them: the next run resumes them where they were."""
+        if kind is not None and not issubclass(kind, Exception) and self._executor is not None:
+            for process in list(self._executor._processes.values()):
+                process.kill()
+        super().__exit__(kind, error, traceback)
 
     def warm_up(self) -> None:
         """Let the next worker that has nothing else to do import what computing takes; nothing once all have."""

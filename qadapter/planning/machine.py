@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-# Of the rate of a large product in float32, what a step reaches, as `estimate.training_flops` counts its operations:
-# a Q-Adapter's step of Gemma 3 270M, 8 pairs of 124 tokens, took 29 s of CPU time on one thread beside other work:
-# 44 GFLOP/s, where products alone reached 64 to 84 GFLOP/s.
-REACHED = 0.6
+# Of the rate of a large product in float32, what a step reaches, as `estimate.training_flops` counts its operations: a
+# step of Gemma 3 270M, 8 pairs of 58 tokens a sequence, took 24 s (Q-Adapter) and 25 s (DPO) of CPU time on one thread
+# beside other work: 50 GFLOP/s, where products alone reached 101.
+REACHED = 0.5
 _SECONDS = 0.4
 _ROWS = 256
 _LARGEST_WEIGHTS = 2**24  # elements: out of any cache, as a head or the layers of a model are

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,7 @@ from prefect.task_runners import ProcessPoolTaskRunner, ThreadPoolTaskRunner
 
 from flows.full_paper_repro import full_paper_repro
 from flows.running.runners import task_runner
+from flows.running.workers import ForkedWorkers
 from qadapter.config.experiment import load_experiment
 from qadapter.errors import QAdapterError
 from tests.processes.test_deployments import TINY
@@ -37,6 +39,19 @@ def test_dask_is_a_cluster_of_this_machine_or_the_one_that_is_named() -> None:
     assert here.cluster_kwargs["threads_per_worker"] == 1
     there = runner(runner__engine="dask", runner__address="tcp://scheduler:8786")
     assert there.address == "tcp://scheduler:8786"
+
+
+def test_a_signal_does_not_wait_for_the_stages_that_run() -> None:
+    """A training takes hours, and the next run resumes it."""
+    workers = ForkedWorkers(max_workers=1)
+    with pytest.raises(KeyboardInterrupt), workers:  # noqa: PT012 - the signal comes while a stage runs
+        assert workers._executor is not None
+        stage = workers._executor.submit(time.sleep, 600)
+        while not stage.running():
+            time.sleep(0.1)
+        begin = time.monotonic()
+        raise KeyboardInterrupt
+    assert time.monotonic() - begin < 30
 
 
 class StandIn:
