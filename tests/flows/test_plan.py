@@ -258,6 +258,7 @@ def test_a_curve_feeds_on_both_evaluations() -> None:
         "evaluate-academy-dpo-0",
         "evaluate-academy-base-None",
         "prepare-academy",
+        "prepare-helpful",
         "toy-world",
     }
     assert {name for name in by_name if name.startswith("curve-")} < by_name["report"]
