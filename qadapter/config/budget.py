@@ -23,3 +23,10 @@ class Budget(Settings):
     max_forgetting: Share = 0.01
     per_task: Share | None = None
     max_over_refusals: Share | None = None
+
+    def __str__(self) -> str:
+        """`1 %, 2 % per task, 5 % over-refusals`."""
+        parts = [f"{100 * self.max_forgetting:g} %"]
+        parts += [f"{100 * self.per_task:g} % per task"] if self.per_task is not None else []
+        parts += [f"{100 * self.max_over_refusals:g} % over-refusals"] if self.max_over_refusals is not None else []
+        return ", ".join(parts)

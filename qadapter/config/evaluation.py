@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from qadapter.config.base import Count, Name, Settings, refuse_repeats
+from qadapter.config.budget import Budget
 from qadapter.config.curve import CurveSettings
 from qadapter.files.folders import resolve_path
 
@@ -128,8 +129,17 @@ class EvaluationSettings(Settings):
         retention, adaptation: see there.
         curve: measure each adapter at several values of its dial too; null: only as trained. The dial of a method that
             guides the base's decoding is the weight of its guidance.
+        budget: how much may be forgotten: the report then has each method's operating point under it, beside those at
+            its fixed budgets. It needs `curve`.
     """
 
     retention: RetentionSettings
     adaptation: AdaptationSettings = AdaptationSettings()
     curve: CurveSettings | None = None
+    budget: Budget | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluationSettings:
+        if self.budget is not None and self.curve is None:
+            raise ValueError("budget needs points of the dial to choose from; add `curve: {points: 5}`")
+        return self

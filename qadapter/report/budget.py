@@ -131,7 +131,7 @@ def budget_table(curves: Sequence[MethodCurve]) -> Table | None:
                 Cell(f"{found.value:g}"),
                 Cell(number(found.forgetting.estimate), bracket(found.forgetting)),
             ]
-        rows.append((_label(one.domain, one, many), (*cells, Cell(number(one.area.estimate), bracket(one.area)))))
+        rows.append((label_of(one.domain, one, many), (*cells, Cell(number(one.area.estimate), bracket(one.area)))))
     if len({one.domain for one in curves}) > 1:
         for own in over_domains(curves):
             cells = []
@@ -144,7 +144,7 @@ def budget_table(curves: Sequence[MethodCurve]) -> Table | None:
                     Cell(number(lost.estimate), bracket(lost)),
                 ]
             area = mean_area_interval([one.parts for one in own])
-            rows.append((_label("mean", own[0], many), (*cells, Cell(number(area.estimate), bracket(area)))))
+            rows.append((label_of("mean", own[0], many), (*cells, Cell(number(area.estimate), bracket(area)))))
     groups = (*((f"budget {100 * budget:g} %", 3) for budget in BUDGETS), ("front", 1))
     columns = (*("adaptation", "dial", "forgotten") * len(BUDGETS), "area")
     return Table("domain · method" + (" · dial" if many else ""), groups, columns, tuple(rows), _sections(curves))
@@ -162,7 +162,8 @@ def _sections(curves: Sequence[MethodCurve]) -> tuple[tuple[str, int], ...]:
     return tuple((f"{name}: {group}", count) for name, groups in found.items() for group, count in groups)
 
 
-def _label(domain: str, one: MethodCurve, many: bool) -> str:
+def label_of(domain: str, one: MethodCurve, many: bool) -> str:
+    """`academy · dpo`, with the kind of dial where there are several."""
     return f"{domain} · {one.method}" + (f" · {one.kind}" if many else "")
 
 

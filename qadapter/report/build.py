@@ -32,6 +32,8 @@ from qadapter.report.figures import retention_against_adaptation
 from qadapter.report.intervals import Measured
 from qadapter.report.items import refuse_other_items
 from qadapter.report.latex import latex
+from qadapter.report.own_budget import LEGEND as OWN_BUDGET_LEGEND
+from qadapter.report.own_budget import budget_of, own_budget_table
 from qadapter.report.page import data_uri, page
 from qadapter.report.quality import LEGEND as QUALITY_LEGEND
 from qadapter.report.quality import quality_table, quality_warnings
@@ -129,6 +131,7 @@ def build_report(
         "sentences": [*first, *budget_sentences(curves)],
         "budgets": budget_table(curves),
         "values": values_table(curves),
+        "own_budget": own_budget_table(curves, budget_of(config)),
         "notes": further,
         "main": main,
         "legend": legend,
@@ -156,6 +159,7 @@ def build_report(
         "curves": data_uri(out / CURVES) if has_curves else "",
         "budget_legend": BUDGET_LEGEND,
         "values_legend": VALUES_LEGEND,
+        "own_budget_legend": OWN_BUDGET_LEGEND,
         "dial_figure": data_uri(out / DIAL_FIGURE) if curves else "",
     }
     write_cards(measured, data, config, out)
@@ -239,10 +243,16 @@ def _budgets(content: Mapping[str, Any]) -> list[str]:
         f"![curves of the dial]({DIAL_FIGURE})",
         markdown.table(content["budgets"]),
         BUDGET_LEGEND,
+        *_own_budget(content),
         "### At each value of the dial",
         markdown.table(content["values"]),
         VALUES_LEGEND,
     ]
+
+
+def _own_budget(content: Mapping[str, Any]) -> list[str]:
+    table = content["own_budget"]
+    return [] if table is None else ["### Under the profile's budget", markdown.table(table), OWN_BUDGET_LEGEND]
 
 
 def _decision(found: Decision) -> str:

@@ -9,12 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qadapter.config.budget import Budget
+from qadapter.config.experiment import load_experiment
+from qadapter.errors import QAdapterError
 from qadapter.evaluation.curve.parts import selects
 from qadapter.evaluation.curve.points import Curve, Measure, Point, write_curves
 from qadapter.policy.dial import DialKind
 from qadapter.report.budget import budget_metrics, budget_sentences, budget_table, curves_of, values_table
 from qadapter.report.build import build_report
 from qadapter.report.dial_figure import DIAL_FIGURE
+from qadapter.report.own_budget import own_budget_table
 from qadapter.report.rows import Row
 from qadapter.report.sweep.build import build_sweep_report
 from qadapter.report.sweep.points import RULE, Setting
@@ -246,6 +250,25 @@ def test_a_sweep_compares_methods_at_equal_budgets(tmp_path: Path) -> None:
     assert found["sweep/equal/sft/adaptation_at_1_percent"] == pytest.approx(0.4, abs=0.01)
     assert found["sweep/equal/sft/adaptation_at_5_percent"] == 1.0
     assert found["sweep/equal/difference_at_1_percent/dpo"] == pytest.approx(-0.5, abs=0.01)
+
+
+def test_the_profiles_own_budget(rows: list[Row], tmp_path: Path) -> None:
+    budget = {"max_forgetting": 0.05, "per_task": 0.01}
+    build_report(rows, title="t", data={}, config={"evaluation": {"budget": budget}}, out=tmp_path)
+    text, page = ((tmp_path / f"report.{end}").read_text() for end in ("md", "html"))
+    section = text.partition("### Under the profile's budget")[2].partition("###")[0]
+    assert "| academy · sft | 0.400 [" in " ".join(section.split()), "a task may lose 1 %, so .5 and not 1"
+    assert "| 0.5 " in section
+    assert "budget 5 %, 1 % per task" in page
+    assert "perhaps: " not in section
+    assert "surely" in section
+    nowhere = Budget(max_forgetting=0.0)
+    lost = write_curve(tmp_path / "lost", (0.0, 1.0, 1.0), (1.0, 0.9, 0.8))
+    table = own_budget_table(curves_of([Row("d", "sft", 0, {}, curve=lost)]), nowhere)
+    assert table is not None
+    assert [cell.text for cell in table.rows[0][1]][1:] == ["0", "0.000", "no: 0.5 exceeds it by 0.1000"]
+    with pytest.raises(QAdapterError, match=r"evaluation.*budget needs points of the dial"):
+        load_experiment("smoke", {"evaluation.budget.max_forgetting": 0.01})
 
 
 def test_curves_with_too_few_items_are_left_out(tmp_path: Path) -> None:
