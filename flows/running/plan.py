@@ -352,8 +352,19 @@ def _estimate(
         if cell.method != "base":
             more, more_scored = _retention_reads(experiment, plans, folder)
             tokens, scored = tokens + more, scored + more_scored
+        if stage.task == "measure_curve":
+            passes = _curve_passes(experiment)
+            tokens, scored = passes * tokens, passes * scored
         return 0, tokens, planning.training_flops(size, tokens, 1, scored), weights
     return None
+
+
+def _curve_passes(experiment: Experiment) -> int:
+    """How many evaluations a curve is worth: one for both ends and all weights on Q, one for each other scale."""
+    curve = experiment.evaluation.curve
+    if curve is None or "scale" not in curve.kinds:
+        return 1
+    return 1 + curve.points - 2 + len(curve.values)
 
 
 def _retention_reads(

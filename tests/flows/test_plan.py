@@ -258,11 +258,21 @@ def test_a_curve_feeds_on_both_evaluations() -> None:
         "evaluate-academy-dpo-0",
         "evaluate-academy-base-None",
         "prepare-academy",
-        "prepare-helpful",
+        "prepare-helpful",  # the old text
         "toy-world",
     }
     assert {name for name in by_name if name.startswith("curve-")} < by_name["report"]
     assert len([name for name in by_name if name.startswith("curve-")]) == 20
+
+
+def test_a_scale_costs_an_evaluation_and_a_weight_none(offline: list[str]) -> None:
+    """Three points between the ends and one beyond: four evaluations more than for the weights, which come from one."""
+    curve = "evaluation.curve.points=5 evaluation.curve.values=[1.5]".split()
+    weights, scales = (
+        cost_table(plan_text("smoke", None, ["run_domains=[academy]", *curve, f"evaluation.curve.kinds=[{kinds}]"]))
+        for kinds in ("q-weight", "q-weight,scale")
+    )
+    assert scales["measure_curve"][2] == pytest.approx(5 * weights["measure_curve"][2], rel=0.01)
 
 
 def test_a_reward_model_is_trained_for_the_rows_of_its_domain() -> None:
