@@ -272,7 +272,7 @@ def test_a_scale_costs_an_evaluation_and_a_weight_none(offline: list[str]) -> No
         cost_table(plan_text("smoke", None, ["run_domains=[academy]", *curve, f"evaluation.curve.kinds=[{kinds}]"]))
         for kinds in ("q-weight", "q-weight,scale")
     )
-    assert scales["measure_curve"][2] == pytest.approx(5 * weights["measure_curve"][2], rel=0.01)
+    assert scales["measure sft"][2] == pytest.approx(5 * weights["measure sft"][2], rel=0.01)
 
 
 def test_a_reward_model_is_trained_for_the_rows_of_its_domain() -> None:

@@ -22,6 +22,7 @@ from flows.customize import NAME, customize_on_new_preferences
 from flows.watch_preferences import ANNOUNCED, watch_preferences
 from qadapter.command.parser import main
 from qadapter.config.customization import load_customization
+from qadapter.evaluation.curve.budget import choose_among
 from qadapter.files.artifacts import digest_tree
 from qadapter.files.process_tags import ProcessTag
 from qadapter.policy.dial import Dial
@@ -361,17 +362,21 @@ def test_a_run_with_nothing_new_closes_killed_runs(story: Story) -> None:
     assert "RUNNING" not in story.statuses()
 
 
-# ---- a forgetting budget, with the training of the first delivery ---------------------------------------------------
+# ---- a forgetting budget --------------------------------------------------------------------------------------------
 
 BUDGET: dict[str, Any] = {"max_forgetting": 0.1}
-LAX = {**CONFIG["gate"], "retention": {"max_drop": 1.0, "min_items": 8}}
+LAX = {
+    "adaptation": {**CONFIG["gate"]["adaptation"], "min_items": 16},
+    "retention": {"max_drop": 1.0, "min_items": 8},
+}
 
 
 @dataclass
 class Dialled:
-    """Two registered models that began with the same adapter, and what happened to them."""
+    """A workspace whose champion is found beyond its budget."""
 
-    saved: Step
+    home: Path
+    began: datetime
     trained: Step
     alarm: Step
     turned: Step
@@ -379,97 +384,75 @@ class Dialled:
 
 
 @pytest.fixture(scope="module")
-def dialled(story: Story) -> Dialled:
-    """The first delivery once more, where what is kept is a benchmark that the policy as trained forgets.
-
-    It asks for harmless requests whether they are answered or refused: a base that has learnt hardly anything takes the
-    shorter reply, and one that was taught to refuse refuses.
-    """
-    refusal = refusals()[0]["chosen"].rpartition("Assistant: ")[2]
+def dialled(harness: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dialled]:
+    """A champion as trained, three checks. A base this small has nothing to forget: that it forgot, and which of the
+    measured points is within the budget, is said for it; all else is what a check does."""
+    home = tmp_path_factory.mktemp("dialled")
     questions = [f"how do i {verb} the {thing} ?" for verb, thing in ToyWorld(0).harmless_requests()[:60]]
-    quiz = [{"question": text, "choices": ["today .", refusal], "answer": "today ."} for text in questions]
-    (story.home / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in quiz))
-    deliver(story.home, "1-first.jsonl", refusals()[:40], folder="dialled")
+    quiz = [
+        {"question": text, "choices": ["today .", "no , that would do harm ."], "answer": "A"} for text in questions
+    ]
+    (home / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in quiz))
     changes = {
         "evaluation.retention.tasks": [],
-        "evaluation.retention.own": {"quiz": str(story.home / "quiz.jsonl")},
+        "evaluation.retention.own": {"quiz": str(home / "quiz.jsonl")},
         "evaluation.retention.limit": None,
-        "evaluation.adaptation.max_new_tokens": 12,
+        "evaluation.curve": {"points": 2, "values": [0.5]},
     }
 
-    def run(step: str, flow: Any, model: str, **settings: Any) -> Step:
-        story.config = write_config(
-            story.home,
-            model_name=model,
-            overrides=CONFIG["overrides"] | changes,
-            source={"path": "dialled"},
-            **settings,
-        )
-        done = story.run(step, flow)
-        versions = Registry(Tracker.for_project(story.home), model, story.home / "aliases.lock").versions()
-        return replace(done, versions=versions)
+    def run(flow: Any, **settings: Any) -> Step:
+        overrides = CONFIG["overrides"] | changes
+        return Story(home, write_config(home, overrides=overrides, gate=LAX, **settings)).run("", flow)
 
-    try:
-        saved = run("saved", customize_on_new_preferences, "saved", budget=BUDGET)
-        turned = {"model": "turned", "gate": LAX}
-        return Dialled(
-            saved,
-            run("as trained", customize_on_new_preferences, **turned),
-            run("alarm", check_champion, **turned, budget=BUDGET),
-            run("turned down", check_champion, **turned, budget=BUDGET, turn_down=True),
-            run("after it", check_champion, **turned, budget=BUDGET, turn_down=True),
-        )
-    finally:
-        story.config = write_config(story.home)
+    def half(curves: Any, budget: Any) -> Any:
+        return replace(choose_among(curves, budget), value=0.5)
 
-
-def test_a_smaller_dial_saves_a_candidate(dialled: Dialled) -> None:
-    """As trained it fails the gate for forgetting; at the dial that is chosen under the budget it passes."""
-    step = dialled.saved
-    assert step.name == "Promoted", step.message
-    (version,) = step.versions
-    print(version.tags["dial"], version.tags["reasons"])
-    kind, value = version.tags["dial"].split("=")
-    assert kind == "q-weight"
-    assert 0 < float(value) < 1
-    assert (
-        "the dial saves it: as trained (dial 1) it would have been rejected: quiz down from the base by +"
-        in (version.tags["reasons"])
-    )
-    assert "within the budget of 0.1" in version.tags["reasons"]
-    served = find_served_model("saved@champion")
-    assert saved_dial(served.adapter) == Dial.parse(version.tags["dial"])
+    with workspace_at(home) as patch:
+        deliver(home, "1-first.jsonl", refusals()[:40])
+        began = datetime.now(UTC)
+        trained = run(customize_on_new_preferences)
+        with patch.context() as said:
+            said.setattr("flows.check_champion.beyond_budget", lambda *_: ["forgetting +0.3 is beyond the budget"])
+            alarm = run(check_champion, budget=BUDGET)
+            said.setattr("qadapter.evaluation.curve.budget.choose_among", half)
+            turned = run(check_champion, budget=BUDGET, turn_down=True)
+        yield Dialled(home, began, trained, alarm, turned, run(check_champion, budget=BUDGET, turn_down=True))
 
 
 def test_a_check_without_the_setting_only_raises_an_alarm(dialled: Dialled) -> None:
     assert dialled.trained.name == "Promoted", dialled.trained.message
     assert "dial" not in dialled.trained.versions[0].tags
-    step = dialled.alarm
-    assert step.name == "Fell"
-    assert "forgetting +" in step.message
-    assert "is beyond the budget of 0.1" in step.message
-    assert step.aliases == {"champion": 1}
+    assert dialled.alarm.name == "Fell"
+    assert dialled.alarm.message.startswith("version 1 of qadapter-tiny: forgetting +0.3 is beyond the budget")
+    assert dialled.alarm.aliases == {"champion": 1}
 
 
-def test_a_check_turns_the_dial_down(dialled: Dialled, story: Story, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_check_turns_the_dial_down(dialled: Dialled) -> None:
     step = dialled.turned
     assert step.name == "TurnedDown", step.message
     assert step.aliases == {"champion": 2, "previous": 1}
     before, version = step.versions
-    print(step.message)
-    assert f"version 2, {version.tags['dial']}, is the champion now" in step.message
-    assert version.tags["turned_down"] == "scale=1"
+    assert "the dial was turned down from scale=1: dial q-weight=0.5: adaptation" in step.message
+    assert step.message.endswith("; version 2, q-weight=0.5, is the champion now")
+    assert (version.tags["dial"], version.tags["turned_down"]) == ("q-weight=0.5", "scale=1")
     assert version.tags["data_digest"] == before.tags["data_digest"]
     assert version.tags["adapter_digest"] != before.tags["adapter_digest"]
-    assert version.tags["reasons"].startswith("the dial was turned down from scale=1: dial q-weight=0.")
     assert version.description.startswith("Promoted by the gate. Version 1 with its dial turned down.")
-    assert version.metrics["retention/quiz/acc"] > before.metrics["retention/quiz/acc"] + 0.5
-    served = find_served_model("turned@champion")
-    assert saved_dial(served.adapter) == Dial.parse(version.tags["dial"])
-    (event,) = events(TURNED_DOWN, story.began)
-    assert event["payload"]["version"] == 1
-    assert event["payload"]["now"] == 2
-    assert event["payload"]["dial"] == version.tags["dial"]
+    assert "retention/quiz/acc" in version.metrics
+    with workspace_at(dialled.home):
+        served = find_served_model(f"{MODEL}@champion")
+        out = StringIO()
+        with redirect_stdout(out):
+            assert main(["history", "--config", str(dialled.home / "tiny.yaml")]) == 0
+    assert saved_dial(served.adapter) == Dial("q-weight", 0.5)
+    assert "the dial was turned down from scale=1" in out.getvalue()
+    (event,) = events(TURNED_DOWN, dialled.began)
+    assert (event["payload"]["version"], event["payload"]["now"]) == (1, 2)
+    assert event["payload"]["dial"] == "q-weight=0.5"
+
+
+def test_the_check_after_it_has_nothing_to_do(dialled: Dialled) -> None:
+    """The new version is compared with its own measurements at its own dial."""
     assert dialled.after.name == "Steady", dialled.after.message
     assert len(dialled.after.versions) == 2
 

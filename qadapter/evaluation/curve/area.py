@@ -82,7 +82,7 @@ def mean_area_interval(
         estimate += front_area(reported, places, largest)
         items += gained.shape[2]
     draws, estimate = draws / len(domains), estimate / len(domains)
-    low, high = np.quantile(draws, [0.025, 0.975])
+    low, high = np.quantile(draws, [0.025, 0.975]).clip(0.0, 1.0)  # a mean of shares, around a base that is not drawn
     return Interval(estimate, float(low), float(high), float(draws.std()), items, seeds)
 
 

@@ -128,8 +128,9 @@ def choose_on(selection: Part, reported: Part, budget: Budget) -> Choice:
         ),
     )
     nearest = None
-    if not any(selection.values[place] > 0 for place in within):
-        place = min((place for place in places if selection.values[place] > 0), key=over.__getitem__)
+    above = [place for place in places if selection.values[place] > 0]
+    if above and not set(above) & set(within):
+        place = min(above, key=over.__getitem__)
         nearest = (selection.values[place], over[place])
     forgetting = mean_forgetting([reported], [best])
     return Choice(
