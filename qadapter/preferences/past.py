@@ -44,7 +44,8 @@ def mix_pairs(new: Path, old: Sequence[Path], out: Path, *, share: float, seed: 
 
 
 def _lines(file: Path) -> list[str]:
-    return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    # Not `splitlines`: it also cuts at the line separators that a JSON string may hold.
+    return [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def _draw(line: str, seed: int) -> float:

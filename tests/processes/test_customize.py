@@ -416,7 +416,9 @@ def dialled(harness: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             alarm = run(check_champion, budget=BUDGET)
             said.setattr("qadapter.evaluation.curve.budget.choose_among", half)
             turned = run(check_champion, budget=BUDGET, turn_down=True)
-        yield Dialled(home, began, trained, alarm, turned, run(check_champion, budget=BUDGET, turn_down=True))
+        after = run(check_champion, budget=BUDGET, turn_down=True)
+    # Out of its workspace again: tests of the other story follow.
+    yield Dialled(home, began, trained, alarm, turned, after)
 
 
 def test_a_check_without_the_setting_only_raises_an_alarm(dialled: Dialled) -> None:
