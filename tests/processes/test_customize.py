@@ -384,7 +384,7 @@ class Dialled:
 
 
 @pytest.fixture(scope="module")
-def dialled(harness: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dialled]:
+def dialled(harness: None, tmp_path_factory: pytest.TempPathFactory) -> Dialled:
     """A champion as trained, three checks. A base this small has nothing to forget: that it forgot, and which of the
     measured points is within the budget, is said for it; all else is what a check does."""
     home = tmp_path_factory.mktemp("dialled")
@@ -418,7 +418,7 @@ def dialled(harness: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             turned = run(check_champion, budget=BUDGET, turn_down=True)
         after = run(check_champion, budget=BUDGET, turn_down=True)
     # Out of its workspace again: tests of the other story follow.
-    yield Dialled(home, began, trained, alarm, turned, after)
+    return Dialled(home, began, trained, alarm, turned, after)
 
 
 def test_a_check_without_the_setting_only_raises_an_alarm(dialled: Dialled) -> None:
