@@ -74,18 +74,12 @@ def rates(device: str, dtype: torch.dtype, size: int = 1024, copied: int = 2**26
     target = torch.empty_like(source)
     out = torch.empty_like(left)
 
-    def best(work: Callable[[], object]) -> float:
-        found = []
-        for _ in range(6):  # the first one loads kernels and touches the pages
-            _settle(device)
-            start = time.perf_counter()
-            work()
-            _settle(device)
-            found.append(time.perf_counter() - start)
-        return statistics.median(found[1:])
+    def typical(work: Callable[[], object]) -> float:
+        found = [_seconds(work, device) for _ in range(6)]
+        return statistics.median(found[1:])  # the first one loads kernels and touches the pages
 
-    products = 2 * size**3 / best(lambda: torch.mm(left, right, out=out)) / 1e9
-    return products, 2 * source.nbytes / best(lambda: target.copy_(source)) / 1e9
+    products = 2 * size**3 / typical(lambda: torch.mm(left, right, out=out)) / 1e9
+    return products, 2 * source.nbytes / typical(lambda: target.copy_(source)) / 1e9
 
 
 def compare(
@@ -109,12 +103,7 @@ def compare(
     seconds: dict[str, list[float]] = {name: [] for name in fitting}
     for _ in range(rounds):
         for name, work in fitting.items():
-            _settle(device)
-            start = time.perf_counter()
-            work()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(_seconds(work, device))
     return {
         name: Measured(statistics.median(seconds[name]), peaks[name]) if name in fitting else TooLarge(expected[name])
         for name in sides
@@ -144,10 +133,16 @@ def _free_bytes(device: str) -> int:
     return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
 
 
-def _settle(device: str) -> None:
+def _seconds(work: Callable[[], object], device: str) -> float:
+    """Of the work alone: what is pending is done before, and collecting garbage is no part of it."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def _peak(work: Callable[[], object], device: str) -> int:

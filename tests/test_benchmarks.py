@@ -31,7 +31,7 @@ def test_prints_one_table(script, extra: list[str], sides: int, capsys: pytest.C
 
 def test_the_machines_rates_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     products, bandwidth = measure.rates("cpu", torch.float32, size=64, copied=2**12)
-    assert products > 0
+    assert products > 0.1, "a product of 64 × 64 takes microseconds: what is around it is not counted"
     assert bandwidth > 0
     measure.prepare(measure.arguments(None).parse_args([]))
     (_, line, *_) = capsys.readouterr().out.splitlines()
