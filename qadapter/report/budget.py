@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,7 +48,7 @@ class MethodCurve:
     @property
     def metric(self) -> str:
         """Where its metrics stand."""
-        return f"curve/{self.domain}/{self.method}{_suffix(self.kind)}"
+        return _metric(self.domain, self.method, self.kind)
 
     @cached_property
     def parts(self) -> tuple[Part, Part]:
@@ -225,13 +226,18 @@ def budget_metrics(curves: Sequence[MethodCurve]) -> dict[str, float]:
         found |= _interval_metrics(f"{one.metric}/area", one.area)
     if len({one.domain for one in curves}) > 1:
         for own in over_domains(curves):
-            name = f"curve/mean/{own[0].method}{_suffix(own[0].kind)}"
+            name = _metric("mean", own[0].method, own[0].kind)
             for budget in BUDGETS:
                 learnt, lost = means_of(own, [one.at(budget) for one in own])
                 key = f"{name}/adaptation_at_{100 * budget:g}_percent"
                 found |= {**_interval_metrics(key, learnt), f"{key}/forgetting": lost.estimate}
             found |= _interval_metrics(f"{name}/area", mean_area_interval([one.parts for one in own]))
     return found
+
+
+def _metric(domain: str, method: str, kind: DialKind) -> str:
+    """The beginning of a metric's name. A sweep calls a setting `sft lr=0.001`, and MLflow takes no `=` in a name."""
+    return re.sub(r"[^\w\-. :/]", "-", f"curve/{domain}/{method}{_suffix(kind)}")
 
 
 def _interval_metrics(name: str, interval: Interval) -> dict[str, float]:

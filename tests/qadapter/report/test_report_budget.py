@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import product
 from pathlib import Path
 
@@ -222,7 +223,7 @@ def test_a_sweep_compares_methods_at_equal_budgets(tmp_path: Path) -> None:
     """Two settings of each method. At 1 % DPO's best is `high` at .5, though as trained `low` learns most."""
     settings = {
         "sft a": ((0.0, 0.2, 0.4), (1.0, 1.0, 1.0)),
-        "sft b": ((0.0, 0.3, 1.0), (1.0, 1.0, 0.97)),
+        "sft lr=0.1": ((0.0, 0.3, 1.0), (1.0, 1.0, 0.97)),
         "dpo low": ((0.0, 0.1, 0.9), (1.0, 1.0, 1.0)),
         "dpo high": ((0.0, 1.0, 0.0), (1.0, 1.0, 0.9)),
         "residual": ((0.0, 0.5, 0.5), (1.0, 1.0, 1.0)),
@@ -242,13 +243,15 @@ def test_a_sweep_compares_methods_at_equal_budgets(tmp_path: Path) -> None:
     lines = {line.split("|")[1].strip(): line for line in section.splitlines() if line.startswith("|")}
     assert "dpo high, dial 0.5" in lines["dpo"]
     assert "sft a, dial 1" in lines["sft"]  # at .5, 1 and 2 %
-    assert "sft b, dial 1" in lines["sft"]  # at 5 %
+    assert "sft lr=0.1, dial 1" in lines["sft"]  # at 5 %
     assert "- q-adapter − dpo: at 0.5 % -0.5" in section
     assert "larger than the noise" in section
     found = json.loads((out / "metrics.json").read_text())
     assert found["sweep/equal/dpo/adaptation_at_1_percent"] == 1.0
     assert found["sweep/equal/sft/adaptation_at_1_percent"] == pytest.approx(0.4, abs=0.01)
     assert found["sweep/equal/sft/adaptation_at_5_percent"] == 1.0
+    assert found["curve/academy/sft lr-0.1/adaptation_at_5_percent"] == 1.0
+    assert [name for name in found if not re.fullmatch(r"[\w\-. :/]+", name)] == [], "MLflow takes no other names"
     assert found["sweep/equal/difference_at_1_percent/dpo"] == pytest.approx(-0.5, abs=0.01)
 
 
