@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -266,24 +267,24 @@ def measure_retention(
     again: list[dict[str, Any]] = []
     divergence = 0.0
     with keeping(scratch):
-        scores = evaluate_tasks(
+        ask = partial(
+            evaluate_tasks,
             policy,
             tokenizer,
             settings.tasks,
             own=own,
             data=benchmarks,
             official_data=official_data,
-            limit=settings.limit,
-            limits=settings.limits,
             batch_size=settings.batch_size,
             plain_tasks=settings.plain_tasks,
             max_gen_toks=settings.max_new_tokens,
         )
+        scores = ask(limit=settings.limit, limits=settings.limits)
         items = [{"task": task, **item} for task, rows in scores.samples.items() for item in rows]
         if base_retention:
             _refuse_other_items(items, read_json_lines(base_retention / "items.jsonl"))
         if settings.reworded:
-            again = reworded_rows(items, _asked_again(policy, tokenizer, settings, benchmarks, official_data, own))
+            again = reworded_rows(items, ask(limits=_reworded_of(settings, own or {}), in_words=reworded).samples)
         if old_texts is not None and settings.answers:
             base_answers = [row["reply"] for row in read_json_lines(known)] if known else None
             answers, ended = answer_old_prompts(policy, tokenizer, old_texts, base_answers, settings)
@@ -330,30 +331,10 @@ def _drift(
     return drift_metrics(described, of_base(DRIFT, described), again, of_base(REWORDED, again))
 
 
-def _asked_again(
-    policy: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: RetentionSettings,
-    benchmarks: Path | None,
-    official_data: Path | None,
-    own: Mapping[str, Path] | None,
-) -> dict[str, list[dict[str, Any]]]:
-    """The first items of each task, asked in other words."""
-    most = {name: settings.items_of(name) or settings.reworded for name in (*settings.tasks, *(own or {}))}
-    scores = evaluate_tasks(
-        policy,
-        tokenizer,
-        settings.tasks,
-        own=own,
-        data=benchmarks,
-        official_data=official_data,
-        limits={name: min(count, settings.reworded) for name, count in most.items()},
-        batch_size=settings.batch_size,
-        plain_tasks=settings.plain_tasks,
-        max_gen_toks=settings.max_new_tokens,
-        in_words=reworded,
-    )
-    return scores.samples
+def _reworded_of(settings: RetentionSettings, own: Collection[str]) -> dict[str, int]:
+    """How many items of each task are asked in other words: the first ones."""
+    most = {name: settings.items_of(name) or settings.reworded for name in (*settings.tasks, *own)}
+    return {name: min(count, settings.reworded) for name, count in most.items()}
 
 
 def _traits(

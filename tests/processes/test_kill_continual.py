@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import yaml
 
 from tests.processes.test_kill_matrices import TRAINING
-from tests.support.kills import Row, cut
+from tests.support.kills import Killed, Row, cut, killed_at_each
 from tests.support.real_runs import OVERRIDES, RealHome, Server
 
 SEQUENCE: dict[str, Any] = {
@@ -60,44 +60,28 @@ class ContinualHome(RealHome):
         return module, ["continual", "--sequence", str(file), *kept]
 
 
-@dataclass
-class Killed:
-    """A workspace in which every run but the last was killed, and one without trouble."""
-
-    home: ContinualHome
-    quiet: ContinualHome
-    codes: list[int] = field(default_factory=list)
-
-
 @pytest.fixture(scope="module")
-def killed(prefect_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Killed:
-    home = ContinualHome(tmp_path_factory.mktemp("killed-continual"), prefect_server, "")
-    before = 0
-    for row in MATRIX:
-        row.ended(home.run((row.stage, row.moment)))
-        finished = sum(home.finished().values())
-        row.outcome += f"; {finished} ({finished - before}) stages finished"
-        before = finished
-        if row.damage:
-            for file in next(home.store.glob(f"stages/{row.stage}/.*.tmp")).rglob("*.json"):
-                cut(file)
-    quiet = ContinualHome(tmp_path_factory.mktemp("quiet-continual"), prefect_server, "")
-    return Killed(home, quiet, [home.run(), quiet.run()])
+def killed(prefect_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Killed[ContinualHome]:
+    home, quiet = (
+        ContinualHome(tmp_path_factory.mktemp(f"{name}-continual"), prefect_server, "") for name in ("killed", "quiet")
+    )
+    return killed_at_each(home, quiet, MATRIX, cut_what_was_written)
+
+
+def cut_what_was_written(home: ContinualHome, row: Row) -> None:
+    for file in next(home.store.glob(f"stages/{row.stage}/.*.tmp")).rglob("*.json"):
+        cut(file)
 
 
 @pytest.mark.slow
-def test_every_kill_hit(killed: Killed, record_property: Callable[[str, object], None]) -> None:
+def test_every_kill_hit(killed: Killed[ContinualHome], record_property: Callable[[str, object], None]) -> None:
     """The fifth table of docs/operations.md."""
-    for row in MATRIX:
-        record_property(f"{row.stage} {row.moment}", str(row))
-        print(f"| {row.stage} | {row.moment} | {row.damage or '–'} | {row.outcome} |")
+    killed.every_kill_hit(record_property)
     print(f"finished: {sum(killed.home.finished().values())}")
-    assert killed.codes == [0, 0], killed.home.printed()[-4000:] + killed.quiet.printed()[-4000:]
-    assert [row.outcome.split(";")[0] for row in MATRIX] == ["signal 9"] * len(MATRIX)
 
 
 @pytest.mark.slow
-def test_the_numbers_are_those_of_an_undisturbed_run(killed: Killed) -> None:
+def test_the_numbers_are_those_of_an_undisturbed_run(killed: Killed[ContinualHome]) -> None:
     finished = killed.home.finished()
     assert finished == killed.quiet.finished()
     assert finished["train"] == 2 + 1 + 1, "two alone, one on both, one trained on with replay"
@@ -110,7 +94,7 @@ def test_the_numbers_are_those_of_an_undisturbed_run(killed: Killed) -> None:
 
 
 @pytest.mark.slow
-def test_the_report_has_every_way(killed: Killed) -> None:
+def test_the_report_has_every_way(killed: Killed[ContinualHome]) -> None:
     (folder,) = killed.home.store.glob("stages/continual-report/[!.]*")
     table = json.loads((folder / "matrix.json").read_text(encoding="utf-8"))
     assert set(table["way"]) == set(SEQUENCE["ways"])

@@ -36,23 +36,26 @@ from tests.support.tiny_toy import MODEL, TinyToy, make_tiny_toy
 GRID = tuple(step / 8 for step in range(9))
 
 
+def greedy(policy: Any, prompts: torch.Tensor, dial: Dial) -> list[tuple[int, ...]]:
+    """The six tokens that the policy writes after each of the prompts [B, T] at a dial."""
+    output = policy.generate(
+        input_ids=prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=6,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        dial=dial,
+    )
+    return [tuple(row) for row in output[:, prompts.shape[1] :].tolist()]
+
+
 @pytest.mark.parametrize("objective", [Objective.preset("residual"), ABSOLUTE], ids=["residual", "absolute"])
 def test_an_interval_is_where_the_answer_is_generated(objective: Objective) -> None:
     """By brute force: the greedy answer at each weight, generated there."""
     policy, prompts = make_policy(objective=objective), tokens(3, 8)
     values = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0, 1.3)
-    answers: dict[float, list[tuple[int, ...]]] = {}
-    for value in values:
-        output = policy.generate(
-            input_ids=prompts,
-            attention_mask=torch.ones_like(prompts),
-            max_new_tokens=6,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-            dial=Dial("q-weight", value),
-        )
-        answers[value] = [tuple(row) for row in output[:, 8:].tolist()]
+    answers = {value: greedy(policy, prompts, Dial("q-weight", value)) for value in values}
     seen = 0
     for row in range(3):
         prompt = tuple(prompts[row].tolist())
@@ -98,16 +101,7 @@ def test_a_known_answer_at_another_scale_takes_one_pass() -> None:
     policy, prompts = make_policy(objective=Objective.preset("residual")), tokens(3, 8)
 
     def written(scale: float) -> list[tuple[int, ...]]:
-        output = policy.generate(
-            input_ids=prompts,
-            attention_mask=torch.ones_like(prompts),
-            max_new_tokens=6,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-            dial=Dial("scale", scale),
-        )
-        return [tuple(row) for row in output[:, 8:].tolist()]
+        return greedy(policy, prompts, Dial("scale", scale))
 
     asked = [tuple(row) for row in prompts.tolist()]
     answers = {scale: written(scale) for scale in (0.0, 0.5, 1.0, 1.5)}
