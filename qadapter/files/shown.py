@@ -108,6 +108,12 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     # Without a GPU, it warns at import (by PEFT) that a kernel of the hub is missing, and uses its own.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # It orders checkpoints of less than a second by their numbers instead of their times, and warns of that.
+    logging.getLogger("transformers.trainer_utils").addFilter(_not_of_checkpoint_times)
+
+
+def _not_of_checkpoint_times(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("mtime may not be reliable")
 
 
 def guard_logs() -> None:

@@ -9,13 +9,15 @@ from typing import Any
 import pandas as pd
 import pytest
 from pydantic import ValidationError
+from transformers import trainer_utils
+from transformers.trainer_utils import sort_checkpoints
 
 from qadapter.config.customization import Customization
 from qadapter.config.experiment import load_experiment
 from qadapter.config.sources import Source
 from qadapter.errors import QAdapterError
 from qadapter.files import shown as module
-from qadapter.files.shown import csv_cell, guard_logs, remember_secret, shown, to_csv, visible
+from qadapter.files.shown import csv_cell, guard_logs, quiet_libraries, remember_secret, shown, to_csv, visible
 from qadapter.files.url_secrets import check_variable, filled_in, secrets_in
 from qadapter.judging.endpoint import EndpointSettings
 
@@ -165,3 +167,14 @@ def test_a_spreadsheet_takes_no_cell_for_a_formula(tmp_path: Path) -> None:
     file = tmp_path / "t.csv"
     to_csv(pd.DataFrame({"=head": ["=1+1", "fine"], "score": [-0.5, 1.0]}), file)
     assert file.read_text() == "'=head,score\n'=1+1,-0.5\nfine,1.0\n"
+
+
+def test_checkpoints_of_less_than_a_second_warn_of_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    trainer_utils.logger.warning_once.cache_clear()  # type: ignore[attr-defined]
+    quiet_libraries()
+    with caplog.at_level(logging.WARNING):
+        found = sort_checkpoints(str(tmp_path), use_mtime=True)
+    assert [Path(each).name for each in found] == ["checkpoint-9", "checkpoint-10"]
+    assert not caplog.records
