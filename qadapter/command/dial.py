@@ -88,6 +88,7 @@ def run(options: DialOptions) -> None:
             official_data=Path(options.official_data) if options.official_data else None,
             own_tokenizer=tokenizer,
             own=own,
+            allow_base_mismatch=options.allow_base_mismatch,
         )
         curves = read_curves(out)
     choice = choose_among(curves, budget)

@@ -69,13 +69,13 @@ def open_policy(options: PolicyOptions) -> tuple[QAdapterForCausalLM, PreTrained
     check_weights(dict(zip(map(str, options.adapter), weights, strict=True)))
     network, of_base = open_base(base, settings, say=False)
     tokenizer = _tokenizer(options, of_base, network)
-    policy = QAdapterForCausalLM.from_pretrained(first, network)
+    policy = QAdapterForCausalLM.from_pretrained(first, network, allow_base_mismatch=options.allow_base_mismatch)
     if policy.plain and (options.alpha_0 is not None or options.alpha_tilde is not None):
         raise QAdapterError(
             f"{first} is a plain PEFT adapter (it has no {SETTINGS_FILE}); --alpha-0 and --alpha-tilde are for "
             "Q-Adapters. Its dial is --dial: scale=0.5 or q-weight=0.5"
         )
-    _compose(policy, others, weights)
+    _compose(policy, others, weights, options.allow_base_mismatch)
     _turn(policy, options)
     return policy, tokenizer
 
@@ -183,13 +183,13 @@ def base_of_adapter(folder: Path) -> str:
     return str(base)
 
 
-def _compose(policy: QAdapterForCausalLM, others: list[Path], weights: tuple[float, ...]) -> None:
+def _compose(policy: QAdapterForCausalLM, others: list[Path], weights: tuple[float, ...], mismatch: bool) -> None:
     """Load the other adapters and weigh all of them; a folder's own weights count within its share."""
     if not others and weights == (1.0,):
         return
     shares = {name: own * weights[0] for name, own in policy.adapter_weights.items()}
     for place, (folder, weight) in enumerate(zip(others, weights[1:], strict=True), start=2):
-        policy.attach(folder, f"adapter_{place}")
+        policy.attach(folder, f"adapter_{place}", allow_base_mismatch=mismatch)
         shares[f"adapter_{place}"] = weight
     policy.set_adapter_weights(shares)
 

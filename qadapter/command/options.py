@@ -29,7 +29,8 @@ from qadapter.config.dial import DialValue
 from qadapter.config.model import LoraSettings, ModelSettings
 from qadapter.config.open_settings import TRAINER_TWINS, loading_fields, located, trainer_fields, with_twins
 from qadapter.config.sources import ReadingSettings
-from qadapter.config.training import OptimizerSettings, Tracker
+from qadapter.config.trackers import Tracker
+from qadapter.config.training import AdapterTraining
 from qadapter.policy.dial import DialKind
 
 RENDERING = ("thinking", "thoughts", "chat_template_kwargs")
@@ -69,6 +70,10 @@ def _absolute(place: str) -> str:
     """A path that exists, absolute: it is written down, and read from other folders. Hub ids and URLs as they are."""
     path = Path(place).expanduser()
     return str(path.absolute()) if path.exists() else place
+
+
+def _is_none(value: object) -> bool:
+    return value is None
 
 
 def _one(values: tuple[str, ...]) -> tuple[str, ...]:
@@ -244,7 +249,7 @@ class AdapterOptions(Settings):
         )
 
 
-class TrainingOptions(OptimizerSettings):
+class TrainingOptions(AdapterTraining):
     """How long and how fast."""
 
     learning_rate: Positive = Field(3e-4, description="the highest one of the schedule")
@@ -271,10 +276,29 @@ class TrainingOptions(OptimizerSettings):
     )
     logging_steps: Count = Field(10, description="a line of numbers every so many steps")
     save_steps: Count | None = Field(100, description="a checkpoint every so many steps")
+    eval_steps: Count | None = Field(
+        None, exclude_if=_is_none, description="evaluate every so many steps, on training pairs that are set aside"
+    )
+    eval_pairs: Count | None = Field(
+        None, exclude_if=_is_none, description="training pairs to set aside for it, whole prompts (default: 32)"
+    )
+    best_by: Annotated[str, Field(min_length=1)] | None = Field(
+        None, exclude_if=_is_none, description="keep the checkpoint that is best by this: loss, rewards/accuracies"
+    )
+    early_stopping: Count | None = Field(
+        None, exclude_if=_is_none, description="stop after so many evaluations without a better one"
+    )
     seed: Seed = Field(0, description="of split, weights, order and dropout")
     report_to: Annotated[tuple[Tracker, ...], BeforeValidator(_repeated)] = Field(
         (), description="tensorboard, wandb or trackio, which get the curves too; can be given several times"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _saves_when_it_evaluates(cls, data: Any) -> Any:
+        if data.get("eval_steps") and (data.get("best_by") or data.get("early_stopping")):
+            return {"save_steps": data["eval_steps"], **data}
+        return data
 
 
 class AnswerOptions(Settings):
@@ -347,6 +371,9 @@ class PolicyOptions(BaseOptions):
     dtype: DType | None = Field(None, description="of the base's weights (default: as trained)")
     quantization: Quantization | None = Field(None, description="of the base (default: as trained)")
     revision: str | None = Field(None, description="of a base from the hub (default: as trained)")
+    allow_base_mismatch: bool = Field(
+        False, description="use a base that is another one than the adapter was trained on"
+    )
 
 
 class DecodingOptions(Settings):
@@ -445,6 +472,9 @@ class DialOptions(RetainOptions, BaseOptions, ReadingOptions):
     dtype: DType | None = Field(None, description="of the base's weights (default: as trained)")
     quantization: Quantization | None = Field(None, description="of the base (default: as trained)")
     revision: str | None = Field(None, description="of a base from the hub (default: as trained)")
+    allow_base_mismatch: bool = Field(
+        False, description="use a base that is another one than the adapter was trained on"
+    )
     kinds: Annotated[tuple[DialKind, ...], BeforeValidator(_listed), Field(min_length=1)] = Field(
         ("q-weight",), description="dials to measure and choose from: q-weight, scale, or q-weight,scale"
     )
@@ -493,6 +523,9 @@ class ServeOptions(AddressOptions):
     dtype: DType | None = Field(None, description="of the base's weights (default: as trained, else its own)")
     quantization: Quantization | None = Field(None, description="of the base (default: as trained)")
     revision: str | None = Field(None, description="of a base from the hub (default: as trained, else main)")
+    allow_base_mismatch: bool = Field(
+        False, description="use a base that is another one than the adapter was trained on"
+    )
 
     @field_validator("adapter")
     @classmethod

@@ -24,4 +24,5 @@ def run(options: ServeOptions) -> None:
             host=options.host,
             port=options.port,
             cors_origins=options.cors_origin,
+            allow_base_mismatch=options.allow_base_mismatch,
         )

@@ -18,6 +18,7 @@ from qadapter.command.options import TrainOptions
 from qadapter.command.retaining import ask, compared, own_benchmarks
 from qadapter.command.score import score_both
 from qadapter.command.speaking import look_at_answers
+from qadapter.config.training import DEFAULT_EVAL_PAIRS
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.distance import far_from_base
 from qadapter.evaluation.preference import margins, preference_metrics
@@ -47,6 +48,7 @@ from qadapter.training.arguments import (
 from qadapter.training.checkpoints import SealCheckpoints, last_checkpoint, trained_to_the_end
 from qadapter.training.config import QAdapterConfig
 from qadapter.training.encoded_pairs import EncodedPairs, encode_dataset
+from qadapter.training.evaluated import evaluate_while_training, set_aside, stopped_early
 from qadapter.training.trainer import QAdapterTrainer
 
 METRICS = "metrics.json"  # written last: a folder that has it is finished
@@ -70,6 +72,7 @@ def run(options: TrainOptions) -> None:
         note(f"{out} is finished already")
         _print_outcome(out, read_json(out / METRICS))
         return
+    options.check_trackers()
     own = own_benchmarks(options.retain)
     files = heldout_files = None
     if not resuming:
@@ -111,7 +114,7 @@ def _train(
 ) -> None:
     heldout = load_pairs(out / "data" / "heldout.jsonl")
     allowed = options.allow_truncation
-    train_pairs = load_pairs(out / "data" / "train.jsonl")
+    train_pairs, aside = _apart(load_pairs(out / "data" / "train.jsonl"), options)
     train_set = encode_dataset(train_pairs, tokenizer, options.max_length, "training", allow_truncation=allowed)
     heldout_set = encode_dataset(heldout, tokenizer, options.max_length, "held-out") if heldout else None
     _write_unused(out / "unused.jsonl", train_set, heldout_set)
@@ -126,10 +129,13 @@ def _train(
         model=network,
         args=QAdapterConfig(**options.objective(), **arguments),
         train_dataset=train_set,
-        eval_dataset=heldout_set,
+        eval_dataset=encode_dataset(aside, tokenizer, options.max_length, "set aside") if aside else heldout_set,
         processing_class=tokenizer,
         peft_config=lora_config(options.lora_settings()),
     )
+    if aside:
+        evaluate_while_training(trainer, options)
+        note(f"evaluation: every {options.eval_steps} steps, on {len(aside)} training pairs that are set aside")
     for callback in (LogAtCheckpoints(), SealCheckpoints()):
         trainer.add_callback(callback)
     checkpoint = last_checkpoint(out / "checkpoints")
@@ -139,15 +145,31 @@ def _train(
             before = ask(trainer.policy, tokenizer, own, options.micro_batch)
     note(f"training: {steps} steps of {options.batch_size} pairs" + (f", from {checkpoint}" if checkpoint else ""))
     with measured_cost() as cost:
-        if checkpoint is None or not trained_to_the_end(trainer, checkpoint):
+        if checkpoint is None or not (stopped_early(trainer, checkpoint) or trained_to_the_end(trainer, checkpoint)):
+            trainer.args.eval_on_start = trainer.args.eval_on_start and checkpoint is None
             trainer.train(resume_from_checkpoint=checkpoint)
+    steps, history = trainer.state.global_step, list(trainer.state.log_history)
     save_weights(trainer, out)
-    metrics = _evaluate(trainer, heldout, options) if heldout else {}
+    metrics = _evaluate(trainer, heldout, heldout_set, options) if heldout else {}
+    if aside:
+        trainer.state.log_history = history  # the curve of the pairs set aside has no point of the held-out ones
     if before is not None:
         metrics |= compared(before, ask(trainer.policy, tokenizer, own, options.micro_batch), out)
     metrics |= train_set.truncation.metrics()
     _write_card(out, options, metrics, len(heldout))
     write_training_record(out, trainer, cost, tokens_seen(train_set.lengths, steps, options.batch_size), **metrics)
+
+
+def _apart(pairs: list[PreferencePair], options: TrainOptions) -> tuple[list[PreferencePair], list[PreferencePair]]:
+    """The pairs to train on, and those that the training evaluates.
+
+    Raises:
+        QAdapterError: none would be left to train on.
+    """
+    if not options.eval_steps:
+        return pairs, []
+    order, held = set_aside(pairs, options.eval_pairs or DEFAULT_EVAL_PAIRS)
+    return [pairs[i] for i in order[:-held]], [pairs[i] for i in order[-held:]]
 
 
 def _write_card(out: Path, options: TrainOptions, metrics: dict[str, float], heldout: int) -> None:
@@ -191,13 +213,15 @@ def say_small(options: TrainOptions, train: int, heldout: int, steps: int, epoch
         note(f"  fewer steps than --logging-steps {options.logging_steps}: give --logging-steps 1 for a curve")
 
 
-def _evaluate(trainer: QAdapterTrainer, heldout: list[PreferencePair], options: TrainOptions) -> dict[str, float]:
+def _evaluate(
+    trainer: QAdapterTrainer, heldout: list[PreferencePair], encoded: Any, options: TrainOptions
+) -> dict[str, float]:
     """The objective on the held-out pairs (`heldout/…`), and the pipeline's measures of them (`adaptation/…`).
 
     Raises:
         QAdapterError: the training diverged.
     """
-    evaluated = trainer.evaluate()
+    evaluated = trainer.evaluate(encoded)
     names = [name for name in evaluated if name.startswith(("eval_rewards/", "eval_loss", "eval_kl/"))]
     metrics = {f"heldout/{name.removeprefix('eval_')}": float(evaluated[name]) for name in names}
     if not all(map(math.isfinite, metrics.values())):

@@ -52,7 +52,9 @@ NO_EFFECT = {
 """Fields of TrainingArguments that none of the methods can follow, with the reason."""
 
 _STEPS = "every method takes the same steps on the same tokens; set batch_size and micro_batch_size"
-_EVALUATION = "held-out pairs are measured after the training"
+_EVALUATION = (
+    "held-out pairs are measured after the training, and eval_steps, not within trainer, evaluates while it runs"
+)
 _TRACKING = "the run is tracked by the project itself"
 _PLACES = "launch decides how a training is spread over processes"
 _TRAINER_OWN = {

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from qadapter.config.base import Count, Epochs, Name, NonNegative, Positive, Settings
 from qadapter.config.open_settings import TRAINER_TWINS, trainer_fields, with_twins
-from qadapter.errors import QAdapterError
+from qadapter.config.trackers import Tracker, check_trackers
 
-Tracker = Literal["tensorboard", "wandb", "trackio"]
 TrainerFields = Annotated[dict[str, Any], AfterValidator(trainer_fields)]
 
 
@@ -69,12 +67,8 @@ class OptimizerSettings(Settings):
         return self
 
     def check_trackers(self) -> None:
-        """Raise QAdapterError if a tracker of `report_to` is not installed."""
-        if missing := [name for name in self.report_to if find_spec(name) is None]:
-            raise QAdapterError(
-                f"report_to names {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; "
-                f"install it (pip install {' '.join(missing)}) or leave it out"
-            )
+        """Raise QAdapterError if a tracker of `report_to` is not installed or cannot be imported."""
+        check_trackers(self.report_to)
 
     @property
     def micro_batch(self) -> int:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from qadapter.errors import QAdapterError
 from qadapter.export.merge import merge_into_base
 from qadapter.policy.adapters import ADAPTER_FILE, CONFIG_FILE
+from qadapter.policy.fingerprint import write_fingerprint
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.preferences.render import end_ids
 from qadapter.preferences.tokenize import padding_id
@@ -76,6 +77,7 @@ def write_lora(
         for key, value in weights.items()
     }
     save_file(scaled, str(out / ADAPTER_FILE), metadata={"format": "pt"})
+    write_fingerprint(model.get_base_model(), out)
     (out / CONFIG_FILE).write_text(json.dumps({**config, "inference_mode": True}, indent=2, sort_keys=True) + "\n")
     tokenizer.save_pretrained(str(out))
 

@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 
 from qadapter.errors import QAdapterError, did_you_mean, first_reason
 from qadapter.policy.base import read_json_object
+from qadapter.policy.fingerprint import refuse_mismatch
 
 Config = TypeVar("Config", bound=PeftConfig)
 
@@ -335,7 +336,12 @@ def base_of(folder: Path) -> str | None:
 
 
 def load_adapter(
-    model: PreTrainedModel | PeftModel, folder: Path, name: str = "default", *, is_trainable: bool = False
+    model: PreTrainedModel | PeftModel,
+    folder: Path,
+    name: str = "default",
+    *,
+    is_trainable: bool = False,
+    allow_base_mismatch: bool = False,
 ) -> PeftModel:
     """Put an adapter onto a base, or beside the adapters that are there.
 
@@ -344,10 +350,11 @@ def load_adapter(
         folder: with `adapter_config.json` and safetensors weights.
         name: what to call it.
         is_trainable: whether it is to be trained on.
+        allow_base_mismatch: whether the base may be another one than the adapter was trained on.
 
     Raises:
-        QAdapterError: weights of another kind, an adapter that is refused, one that does not fit the base, or one whose
-            file lacks tensors, holds others, or holds NaN.
+        QAdapterError: weights of another kind, an adapter that is refused, one that does not fit the base or was
+            trained on another one, or one whose file lacks tensors, holds others, or holds NaN.
     """
     where = f"The adapter in {folder}"
     if not (folder / ADAPTER_FILE).is_file():
@@ -358,6 +365,8 @@ def load_adapter(
     weights = _weights(folder / ADAPTER_FILE)
     bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     config = _resolved(read_config(folder), bare, where)
+    if not allow_base_mismatch:
+        refuse_mismatch(bare, folder)
     config.inference_mode = not is_trainable
     try:
         if isinstance(model, PeftModel):

@@ -35,6 +35,7 @@ from qadapter.policy.checkpoint import (
     refuse_whole_numbers,
     with_adapter,
 )
+from qadapter.policy.fingerprint import remember
 from qadapter.policy.gguf import gguf_file
 from qadapter.policy.probe import refuse_misbehaviour
 from qadapter.preferences.tokenize import limit_ids
@@ -162,6 +163,7 @@ def load_network(
         network = _plain(network, model)
     if causal:
         refuse_misbehaviour(network, str(model))
+        remember(network)
     return network
 
 

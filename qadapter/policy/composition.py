@@ -78,7 +78,9 @@ class ComposedAdapters(nn.Module):
             )
         return complete
 
-    def attach(self, path: str | Path, name: str, weight: float | None = None) -> None:
+    def attach(
+        self, path: str | Path, name: str, weight: float | None = None, *, allow_base_mismatch: bool = False
+    ) -> None:
         """Load another trained adapter of the same base beside the ones that are there.
 
         A plain PEFT adapter counts as one of the residual form. The dial of this policy holds for all; one that was
@@ -88,10 +90,11 @@ class ComposedAdapters(nn.Module):
             path: folder that `save_pretrained` or another training wrote.
             name: what to call it.
             weight: its weight in Q from now on; not given, it is loaded and switched off.
+            allow_base_mismatch: whether it may have been trained on another base.
 
         Raises:
-            QAdapterError: the name is taken, the folder is no adapter, it was trained in the other parametrisation,
-                or the weights are then invalid in this one.
+            QAdapterError: the name is taken, the folder is no adapter, it was trained in the other parametrisation or
+                on another base, or the weights are then invalid in this one.
         """
         if name in self.peft_model.peft_config:
             raise QAdapterError(f"An adapter named {name!r} is there already. Choose another name.")
@@ -105,7 +108,7 @@ class ComposedAdapters(nn.Module):
             )
         weights = {**self._adapter_weights, name: weight or 0.0}
         self._checked(weights, list(weights))  # before anything is loaded
-        load_adapter(self.peft_model, place, name)
+        load_adapter(self.peft_model, place, name, allow_base_mismatch=allow_base_mismatch)
         self._passes, self._scale = RowPasses(self.peft_model), AdapterScale(self.peft_model)
         self._pair_passes = None
         self.train(self.training)

@@ -21,6 +21,7 @@ from qadapter.errors import QAdapterError
 from qadapter.policy.adapters import ADAPTER_FILE, adapter_place, base_of, load_adapter, set_adapter_tensors
 from qadapter.policy.base import load_network, read_json_object
 from qadapter.policy.dial import AS_TRAINED, Dial
+from qadapter.policy.fingerprint import write_fingerprint
 from qadapter.policy.objective import Objective
 from qadapter.policy.probe import can_be_probed, logits_of, probe_ids
 from qadapter.policy.ranges import check_dials, check_weights
@@ -71,6 +72,8 @@ def save(
     )
     if not is_main_process:
         return
+    for name in settings.adapter_weights:
+        write_fingerprint(peft_model.get_base_model(), _place(folder, name))
     if settings.plain:
         write_dial(folder, settings.dial)
         return
@@ -221,7 +224,12 @@ def read_policy(folder: Path) -> PolicySettings:
 
 
 def load(
-    folder: Path, base_model: str | Path | PreTrainedModel | None, *, is_trainable: bool, **base_options: Any
+    folder: Path,
+    base_model: str | Path | PreTrainedModel | None,
+    *,
+    is_trainable: bool,
+    allow_base_mismatch: bool = False,
+    **base_options: Any,
 ) -> tuple[PeftModel, PolicySettings, Tensor | None]:
     """Base with adapters, the settings, and the base's logits of `probe.probe_ids` from before it had adapters.
 
@@ -243,9 +251,10 @@ def load(
         base = _load_base(folder, base_model, base_options)
     expected = logits_of(base, probe_ids(base)) if can_be_probed(base) else None
     first, *others = settings.adapter_weights
-    peft_model = load_adapter(base, _place(folder, first), first, is_trainable=is_trainable)
+    allowed = {"allow_base_mismatch": allow_base_mismatch}
+    peft_model = load_adapter(base, _place(folder, first), first, is_trainable=is_trainable, **allowed)
     for name in others:
-        load_adapter(peft_model, _place(folder, name), name)
+        load_adapter(peft_model, _place(folder, name), name, **allowed)
     return peft_model, settings, expected
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from qadapter.errors import QAdapterError
+from qadapter.progress.reports import counted
 
 
 def gguf_file(model: str | Path) -> Path | None:
@@ -40,5 +44,26 @@ def unpack(file: Path, dtype: str, out: Path) -> None:
     """
     from qadapter.policy.base import load_network, load_tokenizer
 
-    load_network(file, dtype=dtype).save_pretrained(out / "model")
+    with _tensors_reported():
+        network = load_network(file, dtype=dtype)
+    network.save_pretrained(out / "model")
     load_tokenizer(file).save_pretrained(out / "model")
+
+
+@contextmanager
+def _tensors_reported() -> Iterator[None]:
+    """Report each tensor that transformers unpacks in the block; it shows them with a bar of tqdm only."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    def bar(tensors: Any, *_: Any, **__: Any) -> Iterator[Any]:
+        with counted("unpacking", "tensor", len(tensors)) as work:
+            for tensor in tensors:
+                yield tensor
+                work.advance()
+
+    before = reader.tqdm
+    reader.tqdm = bar
+    try:
+        yield
+    finally:
+        reader.tqdm = before

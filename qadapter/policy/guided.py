@@ -31,6 +31,7 @@ from qadapter.policy.adapters import ADAPTER_FILE, adapted, load_adapter, set_ad
 from qadapter.policy.caches import PassCaches
 from qadapter.policy.dial import Dial
 from qadapter.policy.files import saved_dial
+from qadapter.policy.fingerprint import write_fingerprint
 from qadapter.policy.passes import RowPasses
 
 GUIDE_FILE = "guide.json"
@@ -148,18 +149,25 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         if not is_main_process:
             return
         (folder / HEAD_FILE).parent.mkdir(exist_ok=True)
+        write_fingerprint(self.peft_model.get_base_model(), folder)
         weights = {name: one.detach().cpu().contiguous() for name, one in self.value_head.state_dict().items()}
         save_file(weights, folder / HEAD_FILE)
         (folder / GUIDE_FILE).write_text(json.dumps({"format": _FORMAT, **asdict(self.guide)}, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, path: str | Path, base_model: PreTrainedModel, *, is_trainable: bool = False
+        cls,
+        path: str | Path,
+        base_model: PreTrainedModel,
+        *,
+        is_trainable: bool = False,
+        allow_base_mismatch: bool = False,
     ) -> GuidedForCausalLM:
         """Load what `save_pretrained` wrote, in eval mode, with the dial that was saved beside it.
 
         Raises:
-            QAdapterError: no such folder, files missing or damaged in it, or a saved dial that is no `q-weight`.
+            QAdapterError: no such folder, files missing or damaged in it, a saved dial that is no `q-weight`, or
+                another base than it was trained on, unless that is allowed.
         """
         folder = Path(path)
         guide = read_guide(folder)
@@ -170,7 +178,8 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         device = next(base_model.parameters()).device
         head = nn.Linear(int(weights["weight"].shape[1]), 1).to(device)
         head.load_state_dict(weights)
-        policy = cls(load_adapter(base_model, folder, is_trainable=is_trainable), head, guide).eval()
+        allowed = {"allow_base_mismatch": allow_base_mismatch}
+        policy = cls(load_adapter(base_model, folder, is_trainable=is_trainable, **allowed), head, guide).eval()
         return policy if is_trainable else policy.moved(saved_dial(folder))
 
     @property

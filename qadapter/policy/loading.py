@@ -155,7 +155,7 @@ def quantization_config(settings: ModelSettings) -> object:
 
 
 def load_policy(
-    base: PreTrainedModel, adapter: Path | None, dial: Dial | None = None
+    base: PreTrainedModel, adapter: Path | None, dial: Dial | None = None, *, allow_base_mismatch: bool = False
 ) -> PreTrainedModel | PeftModel | QAdapterForCausalLM | GuidedForCausalLM:
     """A policy ready to score and to generate.
 
@@ -163,6 +163,7 @@ def load_policy(
         base: from `load_base`; the adapter is put onto it.
         adapter: folder that a training wrote; None for the base itself.
         dial: where its dial stands; as saved with the adapter without it.
+        allow_base_mismatch: whether the base may be another one than the adapter was trained on.
 
     Returns:
         The base, a `PeftModel` (SFT, DPO, replay: as trained), a `GuidedForCausalLM` (VAS, PITA), or a
@@ -173,13 +174,14 @@ def load_policy(
     """
     if adapter is None:
         return base
+    allowed = {"allow_base_mismatch": allow_base_mismatch}
     if (adapter / SETTINGS_FILE).is_file():
-        policy = QAdapterForCausalLM.from_pretrained(adapter, base_model=base).eval()
+        policy = QAdapterForCausalLM.from_pretrained(adapter, base_model=base, **allowed).eval()
         policy.dial = dial or policy.dial
         return policy
     if (adapter / GUIDE_FILE).is_file():
-        guided = GuidedForCausalLM.from_pretrained(adapter, base)
+        guided = GuidedForCausalLM.from_pretrained(adapter, base, **allowed)
         return guided if dial is None else guided.moved(dial)
     dial = dial or saved_dial(adapter)
-    plain = load_adapter(base, plain_place(adapter)).eval()
+    plain = load_adapter(base, plain_place(adapter), **allowed).eval()
     return plain if dial.as_trained else QAdapterForCausalLM.around(plain, dial).eval()

@@ -210,6 +210,7 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
         base_model: str | Path | PreTrainedModel | None = None,
         *,
         is_trainable: bool = False,
+        allow_base_mismatch: bool = False,
         **base_options: Any,
     ) -> QAdapterForCausalLM:
         """Load what `save_pretrained` wrote, or any plain PEFT adapter, in eval mode.
@@ -218,13 +219,19 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
             path: the folder.
             base_model: the base or where it lies; the place named in the adapter's config without it.
             is_trainable: whether the adapter is to be trained on.
+            allow_base_mismatch: whether the base may be another one than the adapter was trained on.
             base_options: for `AutoModelForCausalLM.from_pretrained` (`dtype`, `device_map`, `quantization_config` …).
 
         Raises:
-            QAdapterError: no such folder, a file missing in it, or no base found.
+            QAdapterError: no such folder, a file missing in it, no base found, or another one than the adapter was
+                trained on.
         """
         peft_model, settings, expected = policy_files.load(
-            Path(path), base_model, is_trainable=is_trainable, **base_options
+            Path(path),
+            base_model,
+            is_trainable=is_trainable,
+            allow_base_mismatch=allow_base_mismatch,
+            **base_options,
         )
         policy = cls(peft_model, settings.objective, settings.adapter_weights)
         refuse_other_base(policy, expected)

@@ -1,17 +1,20 @@
-"""How far a long reading is, as log lines."""
+"""How far a long reading is: as log lines, and reported as megabytes of how many (`qadapter.progress.reports`)."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from qadapter.preferences.containers import Position
+from qadapter.progress.reports import Work, counted
 
 logger = logging.getLogger(__name__)
 
 EVERY_SECONDS = 20.0
+_BYTES = 1_000_000  # that are reported as one
 
 
 class Progress:
@@ -32,6 +35,14 @@ class Progress:
         self._total, self._done, self._size = sum(self._sizes.values()), 0, 0
         self.rows, self.position = 0, Position()
         self._start = self._told = time.monotonic()
+        self._work: Work | None = None
+
+    @contextmanager
+    def reported(self, work: str) -> Iterator[None]:
+        """Report the reading while the block reads, as a piece of work of this name."""
+        with counted(work, "megabyte", -(-self._total // _BYTES)) as self._work:
+            yield
+        self._work = None
 
     def next_file(self, file: Path) -> Position:
         """The position for the reader of the next file."""
@@ -42,13 +53,22 @@ class Progress:
     def count(self) -> None:
         """Count a row, and log the progress if it is due."""
         self.rows += 1
-        if self.rows % 256 == 0 and time.monotonic() - self._told >= EVERY_SECONDS:
+        if self.rows % 256:
+            return
+        if self._work is not None:
+            self._work.at(round(self._read / _BYTES))
+        if time.monotonic() - self._told >= EVERY_SECONDS:
             self._told = time.monotonic()
             logger.info("%s", self.text())
+
+    @property
+    def _read(self) -> float:
+        """Bytes that were read."""
+        return self._done + self._size * self.position.share
 
     def text(self) -> str:
         """For people: `120,000 rows (12 %), 8,100 rows/s, about 110 s left`."""
         seconds = max(1e-9, time.monotonic() - self._start)
-        share = (self._done + self._size * self.position.share) / max(1, self._total)
+        share = self._read / max(1, self._total)
         left = f", about {seconds * (1 - share) / share:,.0f} s left" if share > 0 else ""
         return f"{self.rows:,} rows ({share:.0%}), {self.rows / seconds:,.0f} rows/s{left}"

@@ -129,12 +129,13 @@ def measure(
     quality = Quality(is_refusal, benchmarks)
     files = [prepared / name for name in ("train.jsonl", "judge.jsonl", "heldout.jsonl")]
     progress = Progress([file for file in files if file.exists()])
-    for file in files:
-        if file.exists():
-            progress.next_file(file)
-            for pair in iter_pairs(file):
-                quality.add(pair, held_out=file.name == "heldout.jsonl")
-                progress.count()
+    with progress.reported("looking at pairs"):
+        for file in files:
+            if file.exists():
+                progress.next_file(file)
+                for pair in iter_pairs(file):
+                    quality.add(pair, held_out=file.name == "heldout.jsonl")
+                    progress.count()
     return quality.report(summary)
 
 

@@ -79,16 +79,17 @@ def stream_files(
     for reader in opened.distinct():
         reader.give_single(findings.single)
     progress = Progress(files)
-    for number, file in enumerate(files):
-        position = progress.next_file(file)
-        if file in aside:
-            logger.warning("%s", str(aside[file]).partition(". Expected")[0] + "; it is set aside")
-            yield Rejected(file, 1, aside[file].reason)
-            continue
-        records = file_records(file, choices, position=position)
-        for item in parse_records(file, records, opened.readers[file], max_chars, number):
-            progress.count()
-            yield item
+    with progress.reported("reading preferences"):
+        for number, file in enumerate(files):
+            position = progress.next_file(file)
+            if file in aside:
+                logger.warning("%s", str(aside[file]).partition(". Expected")[0] + "; it is set aside")
+                yield Rejected(file, 1, aside[file].reason)
+                continue
+            records = file_records(file, choices, position=position)
+            for item in parse_records(file, records, opened.readers[file], max_chars, number):
+                progress.count()
+                yield item
     for reader in opened.distinct():
         for shard, line, candidate in reader.finish():
             progress.count()

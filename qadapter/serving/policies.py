@@ -78,18 +78,27 @@ class ServedPolicies:
         tokenizer: the base's own.
     """
 
-    def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapters: Mapping[str, Path]) -> None:
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        adapters: Mapping[str, Path],
+        *,
+        allow_base_mismatch: bool = False,
+    ) -> None:
         """Put every adapter onto the base.
 
         Args:
             base: in evaluation mode; it is changed in place.
             tokenizer: the base's.
             adapters: model name to the folder that a training wrote.
+            allow_base_mismatch: whether the base may be another one than they were trained on.
 
         Raises:
             QAdapterError: no adapter, a reserved name, or a folder without an adapter for this base.
         """
         _refuse_names(adapters)
+        allowed = {"allow_base_mismatch": allow_base_mismatch}
         self.tokenizer = tokenizer
         self._tokenizers = {
             name: fit_tokenizer(policy_tokenizer(folder, tokenizer), base) for name, folder in adapters.items()
@@ -107,7 +116,7 @@ class ServedPolicies:
                 )
             self._chooses_rows = False
             self._served[guided[0]] = _Served(Blend({"default": 1.0}), 0.0)
-            self.policy = GuidedForCausalLM.from_pretrained(adapters[guided[0]], base)
+            self.policy = GuidedForCausalLM.from_pretrained(adapters[guided[0]], base, **allowed)
             return
         peft_model: PeftModel | None = None
         expected = logits_of(base, probe_ids(base)) if can_be_probed(base) else None
@@ -115,7 +124,7 @@ class ServedPolicies:
             weights: dict[str, float] = {}
             for place, weight in _places(folder).items():
                 inner = f"served_{len(self._served)}_{len(weights)}"  # a name of PEFT's can hold no dot
-                peft_model = load_adapter(peft_model or base, place, inner)
+                peft_model = load_adapter(peft_model or base, place, inner, **allowed)
                 weights[inner] = weight
             self._served[name] = _describe(folder, weights)
         assert peft_model is not None
@@ -133,6 +142,7 @@ class ServedPolicies:
         dtype: str | None = None,
         quantization: str | None = None,
         revision: str | None = None,
+        allow_base_mismatch: bool = False,
     ) -> ServedPolicies:
         """Load the base, then as the constructor.
 
@@ -144,6 +154,7 @@ class ServedPolicies:
             quantization: none, int8 or nf4 (the last two need bitsandbytes); by default as in that training, or none.
             revision: revision of a base on the hub, preferably a commit; by default that of the first adapter's
                 training if its base is loaded, otherwise the current main branch.
+            allow_base_mismatch: whether the base may be another one than the adapters were trained on.
 
         Raises:
             QAdapterError: as the constructor, or a base that cannot be loaded.
@@ -167,7 +178,7 @@ class ServedPolicies:
             settings = ModelSettings.model_validate({**given, **(trained.get("model") or {})})
         except (ValidationError, TypeError) as error:
             raise unreadable_record(folder, error) from error
-        return cls(*load_base(str(base), settings), adapters)
+        return cls(*load_base(str(base), settings), adapters, allow_base_mismatch=allow_base_mismatch)
 
     @property
     def names(self) -> list[str]:

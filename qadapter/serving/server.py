@@ -33,6 +33,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     cors_origins: Sequence[str] = (),
+    allow_base_mismatch: bool = False,
 ) -> None:
     """Load everything and answer until interrupted.
 
@@ -44,6 +45,7 @@ def serve(
         revision: of a base of the hub; its main branch without it.
         host, port: where to listen; port 0 takes a free one.
         cors_origins: the pages, as `https://name:port`, that may ask from a browser.
+        allow_base_mismatch: whether the base may be another one than the adapters were trained on.
 
     Raises:
         QAdapterError: something cannot be loaded, the address is taken, or the key in the environment is empty.
@@ -73,7 +75,7 @@ def serve(
     except OSError as error:
         raise QAdapterError(f"{host}:{port} cannot be listened on ({error.strerror}). Give another --port.") from error
     with listener:
-        policies = ServedPolicies.load(adapters, base, dtype, quantization, revision)
+        policies = ServedPolicies.load(adapters, base, dtype, quantization, revision, allow_base_mismatch)
         generator = Generator(policies)
         where = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         if not _is_loopback(host) and key is None:

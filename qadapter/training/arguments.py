@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import psutil
 import torch
+from peft import PeftModel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
@@ -24,6 +25,7 @@ from qadapter.config.open_settings import for_arguments
 from qadapter.config.training import OptimizerSettings
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import write_json
+from qadapter.policy.fingerprint import write_fingerprint
 from qadapter.progress.reports import Work, counted, report_row
 from qadapter.training.checkpoints import SealCheckpoints, last_checkpoint, trained_to_the_end
 from qadapter.training.evaluated import evaluation_row, prepare_evaluation, stopped_early
@@ -267,6 +269,9 @@ def _name_for_trackers(trainer: Trainer, name: str) -> None:
 def save_weights(trainer: Trainer, folder: Path) -> None:
     """Save a trained model without Trainer's pickle of its arguments, which is not used and unsafe to load."""
     trainer.save_model(str(folder))
+    model = trainer.accelerator.unwrap_model(trainer.model) if trainer.model is not None else None
+    if isinstance(model, PeftModel) and trainer.is_world_process_zero():  # a policy's own `save_pretrained` does it
+        write_fingerprint(model.get_base_model(), folder)
     (folder / "training_args.bin").unlink(missing_ok=True)
 
 

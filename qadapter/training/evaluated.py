@@ -117,7 +117,14 @@ def prepare_evaluation(trainer: Trainer, name: str) -> None:
     held = [i for i in range(count) if i % aside.pairs >= first]
     kept = [i for i in range(count) if i % aside.pairs < first]
     trainer.train_dataset, trainer.eval_dataset = rows.select(kept), rows.select(held)  # type: ignore[union-attr]
-    args, settings = trainer.args, aside.settings
+    evaluate_while_training(trainer, aside.settings)
+    every = aside.settings.eval_steps
+    log.info("%s: evaluates every %s steps on %d of its %d pairs", name, every, aside.held, aside.pairs)
+
+
+def evaluate_while_training(trainer: Trainer, settings: AdapterTraining) -> None:
+    """Let a trainer evaluate its `eval_dataset` every `eval_steps`, keep the best checkpoint and stop early."""
+    args = trainer.args
     args.eval_strategy = IntervalStrategy.STEPS
     args.eval_steps = settings.eval_steps
     args.eval_on_start = True
@@ -130,7 +137,6 @@ def prepare_evaluation(trainer: Trainer, name: str) -> None:
         trainer.add_callback(RequireMetric(metric))
         if settings.early_stopping is not None:
             trainer.add_callback(StopEarly(settings.early_stopping))
-    log.info("%s: evaluates every %s steps on %d of its %d pairs", name, args.eval_steps, aside.held, aside.pairs)
 
 
 def evaluation_row(entry: Mapping[str, float]) -> dict[str, float] | None:

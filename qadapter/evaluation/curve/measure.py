@@ -71,6 +71,7 @@ def measure_curve(
     own_tokenizer: PreTrainedTokenizerBase | None = None,
     own: Mapping[str, Path] | None = None,
     old_texts: Path | None = None,
+    allow_base_mismatch: bool = False,
 ) -> None:
     """Measure the curve of one adapter, for each kind of dial that is asked for, and write them.
 
@@ -90,10 +91,11 @@ def measure_curve(
         official_data: as in `measure_retention`.
         own_tokenizer: the policy's, where it is not its base's.
         own, old_texts: as in `measure_retention`; None: nothing is measured on old text.
+        allow_base_mismatch: whether the base may be another one than the adapter was trained on.
     """
     network, of_base = load_base(base, model)
     tokenizer = own_tokenizer or of_base
-    policy = dialled(load_policy(network, adapter))
+    policy = dialled(load_policy(network, adapter, allow_base_mismatch=allow_base_mismatch))
     batch_size = 8 if retention.batch_size == "auto" else int(retention.batch_size)
     options = {"pad": padding_id(tokenizer), "batch_size": max(batch_size, 1)}
     clocks = time.perf_counter(), time.process_time()

@@ -35,7 +35,7 @@ from qadapter.progress.reports import Work, counted, listening
 
 log = logging.getLogger(__name__)
 
-_OF_THE_POLICY = ("dial",)
+_OF_THE_POLICY = ("dial", "allow_base_mismatch")
 _OF_THE_BASE = (
     *("base", "dtype", "quantization", "load_in_8bit", "load_in_4bit", "revision", "trust_remote_code"),
     *LOADING,
@@ -106,10 +106,11 @@ class PolicyLM(HFLM):
             device: device of a loaded policy; without a GPU, always the CPU.
             apply_chat_template: whether prompts will come out of a chat template.
             settings: of `hf`, those that matter for a model in memory (`batch_size`, `max_length` …); with a folder
-                also its `dial` (`scale=0.5`, `q-weight=0.75`; as saved with the adapter by default) and what is loaded
-                as its base, and how: `base` (folder or hub id; the one that the folder names by
-                default), `dtype` (`auto` by default), `quantization` (or `load_in_8bit`, `load_in_4bit` for `int8`,
-                `nf4`), `revision`, `trust_remote_code`, as in `ModelSettings`.
+                also its `dial` (`scale=0.5`, `q-weight=0.75`; as saved with the adapter by default),
+                `allow_base_mismatch` (a base that it was not trained on), and what is loaded as its base, and how:
+                `base` (folder or hub id; the one that the folder names by default), `dtype` (`auto` by default),
+                `quantization` (or `load_in_8bit`, `load_in_4bit` for `int8`, `nf4`), `revision`, `trust_remote_code`,
+                as in `ModelSettings`.
 
         Raises:
             QAdapterError: an argument that would be ignored, or whose value nothing is known to do with; no Q-Adapter
@@ -126,8 +127,10 @@ class PolicyLM(HFLM):
             base, dial = loading.pop("base", None), Dial.of(settings.pop("dial", None))
             further = {name: loading.pop(name) for name in LOADING if name in loading}
             options = {**_base_options(**loading), **further}
-            folder = pretrained
-            pretrained = QAdapterForCausalLM.from_pretrained(folder, base, device_map={"": place}, **options)
+            folder, mismatch = pretrained, bool(settings.pop("allow_base_mismatch", False))
+            pretrained = QAdapterForCausalLM.from_pretrained(
+                folder, base, device_map={"": place}, allow_base_mismatch=mismatch, **options
+            )
             pretrained.dial = dial or pretrained.dial
             if tokenizer is None:
                 of_base = {name: options[name] for name in ("revision", "trust_remote_code")}

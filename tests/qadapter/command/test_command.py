@@ -323,7 +323,9 @@ def test_every_record_is_accounted_for(place: Path) -> None:
     assert summary["train_pairs"] + summary["heldout_pairs"] == 24
     assert not (place / "out/checkpoints").exists()
     assert sorted(yaml.safe_load((place / "out/train.yaml").read_text())) == sorted(
-        set(TrainOptions.model_fields) - {"resume", "overwrite", "trainer", "lora", "model"}  # empty: not written
+        set(TrainOptions.model_fields)
+        - {"resume", "overwrite"}
+        - {"trainer", "lora", "model", "eval_steps", "eval_pairs", "best_by", "early_stopping"}  # empty: not written
     )
 
 
@@ -391,6 +393,41 @@ def test_a_stopped_training_goes_on_bitwise(
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert metrics["train/steps"] == 1
     assert not any(name.startswith(("heldout/", "adaptation/")) for name in metrics)
+
+
+def test_evaluation_while_training_and_the_best_checkpoint(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    """Every second step on training pairs that are set aside; an early stop; the adapter is that of the best one."""
+    saved: dict[int, Any] = {}
+    whole = QAdapterTrainer._save_checkpoint
+
+    def keep(trainer: Any, *arguments: Any) -> None:
+        whole(trainer, *arguments)
+        folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+        saved[trainer.state.global_step] = load_file(folder / "adapter_model.safetensors")
+
+    monkeypatch.setattr(QAdapterTrainer, "_save_checkpoint", keep)
+    data = ["--base", str(place / "base"), "--data", str(place / "pairs.jsonl"), "--output", str(tmp_path / "out")]
+    # A learning rate that overshoots: the first evaluations are the best ones
+    asked = ["--eval-steps", "2", "--eval-pairs", "4", "--early-stopping", "2", "--learning-rate", "3"]
+    without = TRAIN[:-2]  # --save-steps: each evaluation saves
+    assert main(["train", *data, *without, *asked, "--max-steps", "40"]) == 0
+    history = [json.loads(line) for line in (tmp_path / "out/history.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["eval/loss"] for row in history if "eval/loss" in row}
+    assert [*losses] == [*range(0, max(losses) + 1, 2)]
+    best = min((step for step in losses if step), key=lambda step: losses[step])
+    assert max(losses) == best + 4 < 40
+    trained = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert all(torch.equal(value, saved[best][name]) for name, value in trained.items())
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["train/steps"] == best + 4
+    assert metrics["heldout/loss"] != losses[best]
+    again = [*data[:-1], str(tmp_path / "other"), *without]
+    assert "best_by has no effect without eval_steps" in refused("train", *again, "--best-by", "loss")
+    assert "the evaluation has no 'accuracy'; it has" in refused(
+        "train", *again, "--eval-steps", "2", "--eval-pairs", "4", "--best-by", "accuracy"
+    )
 
 
 def test_flags_win_over_the_config(place: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from qadapter.preferences.prepare import PreparationSummary, prepare
 from qadapter.preferences.records import Reason
 from qadapter.preferences.split import split_pairs
 from qadapter.preferences.stream import first_usable_pair, parse_files
+from tests.support.heard import Heard
 
 
 def pair(prompt: str, chosen: str = "yes", rejected: str = "no") -> PreferencePair:
@@ -195,9 +196,13 @@ def test_a_long_reading_says_how_far_it_is(
 ) -> None:
     """Four equal files that are read in one piece each: a quarter, a half, three quarters and all of the bytes."""
     monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "_BYTES", 1)
     files = [lines(tmp_path / f"{i}.jsonl", *rows(300, 1000 + 300 * i)) for i in range(4)]
-    with caplog.at_level(logging.INFO):
+    size, heard = sum(file.stat().st_size for file in files), Heard()
+    with caplog.at_level(logging.INFO), heard.listening():
         prepare(files, tmp_path / "out")
+    assert heard.told[0] == f"reading preferences: megabyte 0 of {size}"
+    assert heard.told[1:6] == [*(pytest.approx(size * part / 4, abs=1) for part in (1, 2, 3, 4)), "end"]
     told = [
         re.fullmatch(r"([\d,]+) rows \((\d+)%\), [\d,]+ rows/s, about \d+ s left", line) for line in caplog.messages
     ]

@@ -450,8 +450,11 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path: Path, world: World) -> N
         ServedPolicies.load({"base": world.folder("plain")}, **base)
     other = QAdapterForCausalLM.from_base(tiny_llama(hidden=16), lora(), Objective.preset("residual"))
     other.save_pretrained(tmp_path / "other")
+    both = {"x": world.folder("plain"), "y": tmp_path / "other"}
+    with pytest.raises(QAdapterError, match="was trained on another base"):
+        ServedPolicies.load(both, **base)
     with pytest.raises(QAdapterError, match="does not fit this base"):
-        ServedPolicies.load({"x": world.folder("plain"), "y": tmp_path / "other"}, **base)
+        ServedPolicies.load(both, **base, allow_base_mismatch=True)
 
 
 def test_an_adapter_of_another_kind_is_served_alone(tmp_path: Path, world: World) -> None:

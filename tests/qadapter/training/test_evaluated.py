@@ -165,7 +165,7 @@ def test_other_trackers_get_the_curves_too(world: TinyToy, tmp_path: Path, monke
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             told.append((args.run_name, state.global_step, "loss" in logs))
 
-    monkeypatch.setattr("qadapter.config.training.find_spec", lambda _: True)
+    monkeypatch.setattr("qadapter.config.training.check_trackers", lambda _: None)
     monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "trackio", Tracker)
     training = EVALUATED.model_copy(update={"eval_steps": None, "eval_pairs": None, "report_to": ("trackio",)})
     world.train("sft", tmp_path / "out", training=training)
@@ -174,7 +174,7 @@ def test_other_trackers_get_the_curves_too(world: TinyToy, tmp_path: Path, monke
 
 
 def test_a_tracker_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qadapter.config.training.find_spec", lambda _: None)
+    monkeypatch.setattr("qadapter.config.trackers.find_spec", lambda _: None)
     experiment = load_experiment("smoke", {"helpful_sft.report_to": ["wandb", "trackio"]})
     with pytest.raises(QAdapterError, match=r"report_to names wandb, trackio, which are not installed; install it"):
         check_experiment(experiment, None, fixed={}, rows=1, downloads=tmp_path, remote=False)
