@@ -36,6 +36,7 @@ from qadapter.inference.pair_scores import implied_margin, mean_margin, won
 
 Floats = NDArray[np.float64]
 MIN_ITEMS = 30
+SAME_ANSWERS = 10
 OVER_REFUSALS = "retention/over_refusals"
 
 
@@ -54,6 +55,8 @@ class AdaptationRule(_Rules):
         min_gain: smallest accepted difference to the champion.
         beyond_noise: the interval of the difference must also lie above 0.
         min_items: minimum number of scored held-out pairs.
+        allow_same_answers: whether a candidate may pass whose generated replies are all the base's, word for word
+            (`SAME_ANSWERS` of them or more): it wins pairs, and its users would notice nothing.
 
     Where the champion is at the ceiling (a candidate that won every pair would not pass), the rule is instead that the
     candidate is not worse beyond noise.
@@ -65,6 +68,7 @@ class AdaptationRule(_Rules):
     min_gain: float = 0.0
     beyond_noise: bool = True
     min_items: Annotated[int, Field(ge=1)] = MIN_ITEMS
+    allow_same_answers: bool = Field(False, exclude_if=lambda allowed: not allowed)
 
 
 class RetentionRule(_Rules):
@@ -93,6 +97,8 @@ class Gate(_Rules):
             (`drift/moved`); None: no rule.
         max_drift: trait → largest accepted drift from the base, in either direction and in the trait's own unit. A
             trait fails if the whole interval of its drift is beyond this.
+        flipped_labels: what a delivery leads to whose labels look reversed to base and champion: the candidate is
+            rejected, or the verdict only reports it.
         level: coverage of the intervals.
         resamples: bootstrap draws.
     """
@@ -102,6 +108,7 @@ class Gate(_Rules):
     max_over_refusals: Annotated[float, Field(ge=0, le=1)] | None = None
     max_moved: Annotated[int, Field(ge=0)] | None = None
     max_drift: dict[Trait, NonNegative] = Field(default_factory=dict)
+    flipped_labels: Literal["reject", "report"] = Field("reject", exclude_if=lambda what: what == "reject")
     level: Annotated[float, Field(gt=0, lt=1)] = LEVEL
     resamples: Annotated[int, Field(ge=100)] = RESAMPLES
 
@@ -285,7 +292,7 @@ def decide(gate: Gate, candidate: Measured, champion: Measured, base: Measured, 
         candidate, champion, base: measured on the same pairs and items. For a first candidate the base is the champion.
         rival: what to call the champion in sentences.
     """
-    findings = [*_speech(candidate), _adaptation(gate, candidate, champion, rival)]
+    findings = [*_speech(candidate), _adaptation(gate, candidate, champion, rival), *_same_answers(gate, candidate)]
     findings += _retention(gate, candidate, champion, "max_drop", gate.retention.max_drop, rival)
     if gate.retention.max_drop_from_base is not None:
         limit = gate.retention.max_drop_from_base
@@ -396,6 +403,19 @@ def _speech(candidate: Measured) -> Iterator[Finding]:
         yield Finding("speech", True, text)
     else:
         yield Finding("speech", False, f"does not speak: {candidate.faults or 'most of its replies are broken'}")
+
+
+def _same_answers(gate: Gate, candidate: Measured) -> Iterator[Finding]:
+    """Reject a policy that answers as its base does; yields nothing where it does not, or too few replies say so."""
+    changed, count = candidate.changed
+    if count >= SAME_ANSWERS and not changed:
+        allowed = gate.adaptation.allow_same_answers
+        text = f"its {count} answers are all the base's, word for word, so that its users would notice nothing" + (
+            ", which gate.adaptation.allow_same_answers accepts"
+            if allowed
+            else "; train longer, or set gate.adaptation.allow_same_answers"
+        )
+        yield Finding("adaptation.allow_same_answers", allowed, text)
 
 
 def _drift(gate: Gate, candidate: Measured) -> Iterator[Finding]:

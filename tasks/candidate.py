@@ -18,9 +18,9 @@ from qadapter.config.customization import Customization
 from qadapter.config.experiment import Experiment
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.new_rows_text import new_rows_sentence
+from qadapter.evaluation.new_rows_text import new_rows_sentence, reversed_sentence
 from qadapter.files.artifacts import digest_file, digest_tree, read_json
-from qadapter.gate import Decision, Measured, decide, what_the_dial_changes
+from qadapter.gate import Decision, Finding, Measured, decide, what_the_dial_changes
 from qadapter.methods import q_adapter
 from qadapter.preferences.ledger import RECORDS
 from qadapter.serving.registered import DamagedError
@@ -285,6 +285,9 @@ def judge_candidate(
     notes = [] if new_rows is None else [new_rows_sentence(new_rows.path)]
     if rows.dialled is not None and rows.as_trained is not None:
         notes += [rows.dialled.choice["sentence"], *what_the_dial_changes(judged(rows.as_trained), decision)]
+    if new_rows is not None and (reversed_labels := reversed_sentence(new_rows.path)):
+        found = Finding("flipped_labels", customization.gate.flipped_labels == "report", reversed_labels)
+        decision = replace(decision, findings=(*decision.findings, found))
     if notes:
         decision = replace(decision, notes=tuple(notes))
     run_id = rows.candidate.adaptation.run_id

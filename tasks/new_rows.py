@@ -33,6 +33,7 @@ def look_at_new_rows(
         **base.inputs(),
         "candidate": candidate.output,
         "fresh": mixture.path / "fresh.jsonl",
+        "trained": mixture.path / "train.jsonl",
     }
     if champion is not None:
         inputs["champion"] = champion.output
@@ -56,6 +57,7 @@ def look_at_new_rows(
             batch_size=settings.batch_size,
             out=out,
             scratch=scratch,
+            trained=mixture.path / "train.jsonl",
         )
 
     result = run_stage(

@@ -31,6 +31,22 @@ def new_rows_sentence(folder: Path) -> str:
     )
 
 
+def reversed_sentence(folder: Path) -> str:
+    """What makes a whole delivery look reversed, with its numbers; empty where it does not."""
+    metrics = read_json(folder / "metrics.json")
+    if not metrics.get("new_rows/look_reversed"):
+        return ""
+    views = [
+        f"the {who} prefers the chosen reply in {metrics[f'new_rows/{who}_accuracy']:.3f} of the {of} pairs after "
+        f"{metrics[f'new_rows/earlier/{who}_accuracy']:.3f} of earlier ones"
+        for who, of in (("base", f"{int(metrics['new_rows/n'])} new"), ("champion", "new"))
+    ]
+    return (
+        f"the labels of the delivery look reversed: {views[0]}, {views[1]}. Check them; if they are meant so, set "
+        "gate.flipped_labels to report"
+    )
+
+
 def _last_turn(row: dict[str, Any]) -> str:
     text = " ".join(str(row["prompt"][-1]["content"]).split())
     return text if len(text) <= _PROMPT else text[:_PROMPT] + " …"

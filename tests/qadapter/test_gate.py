@@ -242,6 +242,27 @@ def test_a_policy_that_does_not_speak_is_rejected_with_an_example(make: Any, tmp
     assert found.text == "answers in language: 0 % of its replies are broken; 1 of 2 differ from its base's"
 
 
+def test_a_candidate_that_answers_as_its_base_does_is_rejected(make: Any) -> None:
+    """It wins 90 of 100 pairs after 60, and all of its 20 answers are the base's."""
+    champion, candidate = make(60, 150), make(90, 150)
+    same = replace(candidate, changed=(0, 20))
+    (reason,) = decide(Gate(), same, champion, champion).reasons
+    assert reason.startswith("its 20 answers are all the base's, word for word, so that its users would notice nothing")
+    for few in (replace(candidate, changed=(1, 20)), replace(candidate, changed=(0, 9)), candidate):
+        assert decide(Gate(), few, champion, champion).passed
+    allowed = decide(Gate(adaptation=AdaptationRule(allow_same_answers=True)), same, champion, champion)
+    assert allowed.passed
+    assert any("allow_same_answers accepts" in reason for reason in allowed.reasons)
+
+
+def test_new_rules_change_no_config_that_does_not_set_them() -> None:
+    """A recurring customisation runs again when its config changes: a new rule must not look like that."""
+    given = Gate().model_dump()
+    assert "flipped_labels" not in given
+    assert "allow_same_answers" not in given["adaptation"]
+    assert Gate.model_validate({"flipped_labels": "report"}).model_dump()["flipped_labels"] == "report"
+
+
 def test_over_refusals_are_limited_and_must_be_measured(make: Any) -> None:
     champion = make(60, 150)
     gate = Gate(max_over_refusals=0.1)

@@ -10,8 +10,9 @@ import pytest
 
 from qadapter.evaluation import new_rows
 from qadapter.evaluation.new_rows import measure_new_rows
-from qadapter.evaluation.new_rows_text import new_rows_sentence
+from qadapter.evaluation.new_rows_text import new_rows_sentence, reversed_sentence
 from qadapter.evaluation.preference import score_pairs
+from qadapter.evaluation.reversed_labels import View, look_reversed
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.preferences.pair import load_pairs
 from tests.support.tiny_toy import MODEL, TRAINING, make_tiny_toy, pair, rows, write_pairs
@@ -69,3 +70,53 @@ def test_flipped_labels_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     measure_new_rows(toy.base, None, candidate, fresh, None, model=MODEL, max_length=64, batch_size=4, out=first)
     assert [row["champion_margin"] for row in rows(first / "new_rows.jsonl")] == [None] * 4
     assert "champion" not in new_rows_sentence(first)
+
+
+def share(right: int, of: int) -> np.ndarray:
+    return np.array([1.0] * right + [0.0] * (of - right))
+
+
+def test_both_views_decide_whether_a_delivery_looks_reversed() -> None:
+    """Of 40 pairs 27 are .675 [.509, .814] and 13 the mirror; 24 of 40 are .600 [.433, .751], which may be chance."""
+    base = View(share(13, 40), share(27, 40))  # against the preference before, for it now
+    assert (base.direction, base.reading) == (-1, "reversed")
+    sure, barely = View(share(38, 40), share(2, 40)), View(share(24, 40), share(16, 40))
+    assert (sure.reading, barely.direction, barely.reading) == ("reversed", 0, "unknown")
+    assert look_reversed(base, sure)
+    assert look_reversed(base, barely)  # a champion that has learnt next to nothing does not speak against it
+    assert not look_reversed(base, View(share(38, 40), share(37, 40)))
+    assert not look_reversed(base, View(share(38, 40), share(20, 40)))  # another kind of pairs: it sees nothing in them
+    assert not look_reversed(View(share(24, 40), share(2, 40)), sure)  # a base without a view
+    assert not look_reversed(View(share(13, 40), share(13, 40)), sure)
+    assert View(share(0, 19), share(19, 19)).reading == "unknown"  # too few
+
+
+def test_a_reversed_delivery_is_seen_beside_earlier_pairs(tmp_path: Path) -> None:
+    """The base's and the champion's shares of the reversed pairs are one minus those of the pairs themselves."""
+    toy = make_tiny_toy(tmp_path / "toy")
+    training = TRAINING.model_copy(update={"learning_rate": 5e-2, "max_steps": 8, "save_steps": None})
+    champion = toy.train("q-adapter", tmp_path / "champion", training=training) / "adapter"
+    good = [
+        pair(" ".join([str(p.prompt[-1]["content"])] * times), p.chosen, p.rejected)
+        for p in load_pairs(toy.pairs)
+        for times in (1, 2, 3)
+    ]
+    reversed_ones = [pair(str(p.prompt[-1]["content"]), p.rejected, p.chosen) for p in good]
+    fresh = write_pairs(tmp_path / "fresh.jsonl", reversed_ones)
+    trained = write_pairs(tmp_path / "train.jsonl", [*reversed_ones, *good])
+    adaptation = heldout_margins(tmp_path / "adaptation", [1.0])
+    out = tmp_path / "out"
+    out.mkdir()
+    options = {"model": MODEL, "max_length": 64, "batch_size": 4, "out": out}
+    measure_new_rows(toy.base, champion, champion, fresh, adaptation, trained=trained, **options)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["new_rows/n"] == metrics["new_rows/earlier/n"] == len(good) == 30
+    for who in ("base", "champion"):
+        assert metrics[f"new_rows/{who}_accuracy"] == pytest.approx(1 - metrics[f"new_rows/earlier/{who}_accuracy"])
+    sentence = reversed_sentence(out)
+    assert bool(sentence) is bool(metrics["new_rows/look_reversed"])
+    (out / "metrics.json").write_text(json.dumps({**metrics, "new_rows/look_reversed": 1.0}))
+    assert reversed_sentence(out).startswith(
+        f"the labels of the delivery look reversed: the base prefers the chosen reply in "
+        f"{metrics['new_rows/base_accuracy']:.3f} of the {len(good)} new pairs after "
+    )
