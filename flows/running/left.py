@@ -34,6 +34,10 @@ _BETWEEN_FRAMES = 0.5  # of the line in a terminal
 _LAST_WORDS = 3.0
 _LOGGER = logging.getLogger(__name__)
 
+PREPARES = "prepare_data"
+"""Kind of the tasks after which more is known of how long the others take."""
+_UNSURE = 1.5  # by this factor a plan may be wrong before anything was measured
+
 
 @dataclass(frozen=True)
 class Submitted:
@@ -107,11 +111,23 @@ def seconds_left(
     return max(sum(rest) / min(parallel, len(rest)), max(rest)) if rest else 0.0
 
 
+def measured(ended: set[str], now: Iterable[Place]) -> bool:
+    """Whether a stage that computed has ended: until then an estimate is the plan's alone."""
+    return any(place.task in ended and not place.cached for place in now)
+
+
+def left_text(left: float, sure: bool) -> str:
+    """For people: `about 2 h 54 min left`; where nothing was measured, `1 h 56 min to 4 h 21 min left by the plan`."""
+    if sure:
+        return f"about {duration(left)} left"
+    return f"{duration(left / _UNSURE)} to {duration(left * _UNSURE)} left by the plan"
+
+
 def summary(tasks: Sequence[Submitted], ended: set[str], now: Sequence[Place], left: float | None) -> str:
     """For people: `7 of 23 stages have finished, about 1 h 20 min left in all; train-academy-dpo-0: training: …`."""
     text = f"{len(ended)} of {len(tasks)} stages have finished"
     if left is not None and len(ended) < len(tasks):
-        text += f", about {duration(left)} left in all"
+        text += f", {left_text(left, measured(ended, now))} in all"
     at_work = [f"{place.task}: {place.text()}" for place in now if not place.ended and place.task not in ended]
     return "; ".join([text, *at_work])
 
@@ -125,7 +141,7 @@ def frame(tasks: Sequence[Submitted], ended: set[str], now: Sequence[Place], lef
         ncols=min(width, 50),
         bar_format="{n_fmt}/{total_fmt} stages |{bar}| {percentage:.0f} %",
     )
-    parts = [bar] + ([f"about {duration(left)} left"] if left is not None and len(ended) < len(tasks) else [])
+    parts = [bar] + ([left_text(left, measured(ended, now))] if left is not None and len(ended) < len(tasks) else [])
     for place in now:
         if not place.ended and place.task not in ended:
             count = f" {place.unit} {place.done}/{place.total}" if place.work else ""
@@ -151,13 +167,15 @@ class Teller:
             folder: where the stages write where they are.
             parallel: how many stages run side by side.
             name: of the experiment, for the artifact.
-            plan: from nothing to task name → planned seconds, asked once, if the run lasts so long that a line is due.
+            plan: from nothing to task name → planned seconds; asked if the run lasts so long that a line is due, and
+                again when more data are prepared.
             terminal: stream of the line; by default stderr. Only a terminal gets one.
         """
         self.tasks: list[Submitted] = []
         self.ended: set[str] = set()
         self._folder, self._parallel, self._name = folder, parallel, name
         self._plan, self._planned = plan, None if plan else {}  # type: ignore[var-annotated]
+        self._prepared = 0  # data that were prepared when the plan was asked
         self._terminal = terminal or sys.stderr
         self._page: UUID | None = None
         self._stop = threading.Event()
@@ -203,7 +221,9 @@ class Teller:
             self._show(100.0, f"{len(self.ended)} of {len(self.tasks)} stages have finished")
 
     def _read_plan(self) -> None:
-        if self._planned is None and self._plan is not None:
+        prepared = sum(task.kind == PREPARES and task.name in self.ended for task in list(self.tasks))
+        if self._plan is not None and (self._planned is None or prepared > self._prepared):
+            self._prepared = prepared
             try:
                 self._planned = dict(self._plan())
             except QAdapterError as error:  # a model whose size is unknown: what was measured has to do

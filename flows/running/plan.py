@@ -9,7 +9,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from flows.full_paper_repro import experiment_stages
@@ -22,6 +24,7 @@ from qadapter.evaluation.benchmarks.own.items import read_own
 from qadapter.evaluation.lm_eval.catalog import check_own
 from qadapter.evaluation.old_text import unmeasured_on_old_text
 from qadapter.evaluation.refusals import is_refusal
+from qadapter.files.artifacts import read_json
 from qadapter.files.folders import resolve_path
 from qadapter.judging.plan import judge_training, plan_judges
 from qadapter.methods.method import Need, PairsPlan
@@ -31,6 +34,7 @@ from qadapter.planning.machine import measured_flops
 from qadapter.planning.small import small_domains
 from qadapter.preferences import sources
 from qadapter.preferences.building import Choices
+from qadapter.preferences.pair import PreferencePair, iter_pairs
 from qadapter.preferences.quality import Quality, sentences
 from qadapter.preferences.reader import Rejected
 from qadapter.preferences.shards import Findings
@@ -179,10 +183,9 @@ def _plan_local(source: Source, longest: int, files: Sequence[Path]) -> SourcePl
         pair = item.pair
         quality.add(pair)
         pairs += 1
-        reply = (len(pair.chosen) + len(pair.rejected)) / 2
-        length = sum(len(turn["content"]) for turn in pair.prompt) + reply
-        characters += min(longest, length / planning.CHARS_PER_TOKEN)
-        replies += min(longest, reply / planning.CHARS_PER_TOKEN)
+        sequence, reply = _lengths(pair, longest)
+        characters += sequence
+        replies += reply
     if not pairs:
         raise no_usable_pair(files, rejected)
     tokens = characters / pairs
@@ -202,6 +205,22 @@ def _plan_local(source: Source, longest: int, files: Sequence[Path]) -> SourcePl
         f"train on, {tokens:.0f} tokens a sequence" + "".join(f"\n{'':<16}{line}" for line in lines),
         heldout,
     )
+
+
+def _lengths(pair: PreferencePair, longest: int) -> tuple[float, float]:
+    """Tokens of prompt and a reply, and of the reply: the mean of both replies, by their characters."""
+    reply = (len(pair.chosen) + len(pair.rejected)) / 2
+    length = sum(len(turn["content"]) for turn in pair.prompt) + reply
+    return min(longest, length / planning.CHARS_PER_TOKEN), min(longest, reply / planning.CHARS_PER_TOKEN)
+
+
+def _plan_prepared(folder: Path, longest: int) -> SourcePlan:
+    """What a prepared source holds: its counts, and the lengths of its first rows, which lie in a random order."""
+    summary = read_json(folder / "summary.json")
+    rows = islice(iter_pairs(folder / "train.jsonl"), _ROWS_TO_MEASURE)
+    lengths = [_lengths(pair, longest) for pair in rows]
+    sequence, reply = (fmean(column) for column in zip(*lengths, strict=True))
+    return SourcePlan(summary["train_pairs"], sequence, reply, "", summary["heldout_pairs"])
 
 
 def _small(experiment: Experiment, plans: Mapping[str, SourcePlan]) -> list[str]:
@@ -412,16 +431,22 @@ def _generated(answers: int, longest: int | None, plan: SourcePlan | None) -> fl
 
 
 _PAIRS_OF_AN_UNREAD_SOURCE = 10_000
+_ROWS_TO_MEASURE = 200
 
 
 def seconds_of(
-    stages: Sequence[tuple[Experiment, str, str, Mapping[str, Any]]], folder: Path | None
+    stages: Sequence[tuple[Experiment, str, str, Mapping[str, Any]]],
+    folder: Path | None,
+    prepared: Mapping[str, Path] | None = None,
 ) -> dict[str, float]:
-    """The plan's seconds for the stages of a run, without reading any data; only their ratios have to be right.
+    """The plan's seconds for the stages of a run, each in a process of its own.
+
+    Of data that are not prepared yet nothing is read: a sequence then counts as half of `max_length`.
 
     Args:
         stages: each with its experiment, the name of its task's function, its own name and its inputs.
         folder: the data folder.
+        prepared: source → folder of its prepared pairs, as far as they are there.
 
     Returns:
         Name → seconds; stages of negligible cost are omitted.
@@ -438,17 +463,16 @@ def seconds_of(
         model = experiment.model.model_dump_json()
         if model not in sizes:
             sizes[model] = planning.model_size(experiment.model)
-        plans = {
-            key: _plan_source(experiment, key, None)
-            if experiment.toy_world
-            else SourcePlan(
-                source.max_train_pairs or source.expected_pairs or _PAIRS_OF_AN_UNREAD_SOURCE,
-                experiment.training.max_length / 2,
-                experiment.training.max_length / 4,
-                "",
-            )
-            for key, source in experiment.sources.items()
-        }
+        longest = experiment.training.max_length
+        plans = {}
+        for key, source in experiment.sources.items():
+            if prepared and key in prepared:
+                plans[key] = _plan_prepared(prepared[key], longest)
+            elif experiment.toy_world:
+                plans[key] = _plan_source(experiment, key, None)
+            else:
+                pairs = source.max_train_pairs or source.expected_pairs or _PAIRS_OF_AN_UNREAD_SOURCE
+                plans[key] = SourcePlan(pairs, longest / 2, longest / 4, "")
         if estimate := _estimate(experiment, PlannedStage(task, name, inputs, ()), plans, sizes[model], folder):
             found[name] = estimate[2] / machine.flops
     return found

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,7 @@ from prefect.runtime import flow_run
 
 from flows.prefect_host.dead_runs import ended_flow_runs, report_crashed
 from flows.prefect_host.orphans import outlive_worker
-from flows.running.left import Teller, kind_of
+from flows.running.left import PREPARES, Teller, kind_of
 from flows.running.run_request import RunRequest
 from flows.running.runners import task_runner
 from flows.running.workers import ForkedWorkers
@@ -89,6 +89,7 @@ class PrefectRun:
         self.experiment = context.experiment
         self._context = context
         self._futures: list[Any] = []
+        self._prepared: dict[str, tuple[str, Any]] = {}  # source → name and future of the task that prepares it
         self._completed: set[UUID] = set()
         self._computes = False  # whether a stage was seen that was not found
         self._runner: Any = task_runner(context.experiment)
@@ -122,13 +123,20 @@ class PrefectRun:
         future = self._runner.submit(task, {"context": self._context, **inputs})
         future.add_done_callback(lambda _: self._teller.ended.add(name))
         self._futures.append(future)
+        if task.fn.__name__ == PREPARES:
+            self._prepared[str(inputs["source"])] = (name, future)
         return future
 
     def _plan(self) -> dict[str, float]:
         """Seconds that the plan estimates for each submitted task; those without an estimate are omitted."""
         from flows.running.plan import seconds_of  # which imports the experiment's stages, and they this module
 
-        return seconds_of(self._submitted, self._context.data)
+        prepared = {}
+        for source, (name, future) in list(self._prepared.items()):
+            if name in self._teller.ended:
+                with suppress(Exception):  # a stage that failed: `settle` says so
+                    prepared[source] = future.result().path
+        return seconds_of(list(self._submitted), self._context.data, prepared)
 
     def of(self, experiment: Experiment) -> PrefectRun:
         """The same run with other settings; it waits for the stages of both."""

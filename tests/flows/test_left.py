@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import time
 from collections.abc import Mapping
@@ -76,11 +77,15 @@ def test_the_line_of_the_log() -> None:
         "train-b-sft-0: training: step 60 of 100 (60 %), 5.0 s per step, about 3 min left"
     )
     assert summary(TASKS, set(), [], None) == "0 of 4 stages have finished"
+    found = [ended("train-a-sft-0", 0, cached=True), running]
+    assert summary(TASKS, {"train-a-sft-0"}, found, 7200.0).startswith(
+        "1 of 4 stages have finished, 80 min to 3 h 00 min left by the plan in all; train-b-sft-0: "
+    )
 
 
 def test_the_line_of_a_terminal_fits() -> None:
     running = at_work("train-b-sft-0", 60, 100, rate=5.0, began=50)
-    text = frame(TASKS, {"train-a-sft-0"}, [running], 500.0, 120)
+    text = frame(TASKS, {"train-a-sft-0"}, [ended("train-a-sft-0", 1), running], 500.0, 120)
     assert text.startswith("1/4 stages |")
     assert text.endswith("| 25 % · about 8 min left · train-b-sft-0 training step 60/100")
     assert len(frame(TASKS, {"train-a-sft-0"}, [running] * 9, 500.0, 80)) == 79
@@ -102,6 +107,40 @@ def test_every_stage_of_the_plan_has_its_seconds() -> None:
     assert {"pretrain", "helpful-sft", "train-academy-dpo-0", "evaluate-academy-dpo-0"} <= found.keys()
     assert all(seconds > 0 for seconds in found.values())
     assert found["train-academy-dpo-0"] > found["train-academy-sft-0"]
+
+
+def test_prepared_data_set_the_first_estimate(tmp_path: Path) -> None:
+    """Rows of 40 tokens instead of half of 256: a training's time is that of its tokens, a third of what was assumed.
+
+    Prompts of 80 and replies of 80 characters are 40 tokens a sequence, 20 of them scored. A step of SFT reads 16
+    sequences, 2 passes: 64 steps · 16 · 2 · 2 · (body · 40 + head · 20) operations at 48 GFLOP/s.
+    """
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    ).save_pretrained(tmp_path)
+    overrides = {"model.pretrained": str(tmp_path), "run_domains": ["academy"], "parallel": 1}
+    experiment = load_experiment("small", overrides)
+    recorder = Recorder()
+    experiment_stages(experiment, recorder)
+    stages = [(experiment, stage.task, stage.name, stage.inputs) for stage in recorder.stages]
+    prepared = {}
+    for source in experiment.sources:
+        prepared[source] = tmp_path / source
+        write_json(tmp_path / source / "summary.json", {"train_pairs": 300, "heldout_pairs": 50})
+        reply = [{"role": "assistant", "content": "b" * 80}]
+        row = {"prompt": [{"role": "user", "content": "a" * 80}], "chosen": reply, "rejected": reply}
+        (tmp_path / source / "train.jsonl").write_text(f"{json.dumps(row)}\n" * 300)
+    before, after = seconds_of(stages, None), seconds_of(stages, None, prepared)
+    ends = 2 * 1000 * 64
+    body = 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
+    expected = 64 * 16 * 2 * 2 * (body * 40 + ends / 2 * 20) / 48e9
+    assert after["train-academy-sft-0"] == pytest.approx(expected)
+    assert before["train-academy-sft-0"] == pytest.approx(
+        expected * (body * 128 + ends / 2 * 64) / (body * 40 + ends / 2 * 20)
+    )
+    assert after.keys() == before.keys()
 
 
 class Terminal(io.StringIO):
@@ -139,7 +178,9 @@ def test_a_run_tells_and_draws(
     teller.ended.update(("train-a-sft-0", "report"))
     teller.stop()
     assert len(asked) == 1
-    assert caplog.messages[0].startswith("0 of 2 stages have finished, about 2 min left in all; train-a-sft-0: train")
+    assert caplog.messages[0].startswith(
+        "0 of 2 stages have finished, 80 s to 3 min left by the plan in all; train-a-sft-0: train"
+    )
     assert (shown[0], shown[-1]) == (0.0, 100.0)
     drawn = terminal.getvalue()
     if terminal.isatty():
