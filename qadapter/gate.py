@@ -68,7 +68,7 @@ class AdaptationRule(_Rules):
     min_gain: float = 0.0
     beyond_noise: bool = True
     min_items: Annotated[int, Field(ge=1)] = MIN_ITEMS
-    allow_same_answers: bool = Field(False, exclude_if=lambda allowed: not allowed)
+    allow_same_answers: Annotated[bool, Field(exclude_if=lambda allowed: not allowed)] = False
 
 
 class RetentionRule(_Rules):
@@ -108,7 +108,7 @@ class Gate(_Rules):
     max_over_refusals: Annotated[float, Field(ge=0, le=1)] | None = None
     max_moved: Annotated[int, Field(ge=0)] | None = None
     max_drift: dict[Trait, NonNegative] = Field(default_factory=dict)
-    flipped_labels: Literal["reject", "report"] = Field("reject", exclude_if=lambda what: what == "reject")
+    flipped_labels: Annotated[Literal["reject", "report"], Field(exclude_if=lambda what: what == "reject")] = "reject"
     level: Annotated[float, Field(gt=0, lt=1)] = LEVEL
     resamples: Annotated[int, Field(ge=100)] = RESAMPLES
 

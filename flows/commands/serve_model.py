@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -50,7 +50,8 @@ def serve_model(
         adapters = {names[model]: each.adapter for model, each in found.items()}
         served = {model: each.version for model, each in found.items() if "@" in model}
         threading.Thread(target=watch, args=(served, over), daemon=True).start()
-        serve(adapters, one.base, **one.numerics, host=host, port=port, cors_origins=cors_origin or ())
+        numerics: dict[str, Any] = dict(one.numerics)
+        serve(adapters, one.base, **numerics, host=host, port=port, cors_origins=cors_origin or ())
     except KeyboardInterrupt:
         pass
     finally:

@@ -137,8 +137,13 @@ def _digest(line: bytes) -> bytes:
 
 
 def _part(scores: PairScores, kept: NDArray[np.bool_]) -> PairScores:
-    columns = (scores.chosen, scores.rejected, scores.chosen_tokens, scores.rejected_tokens, scores.indices)
-    return PairScores(*(column[kept] for column in columns))
+    return PairScores(
+        scores.chosen[kept],
+        scores.rejected[kept],
+        scores.chosen_tokens[kept],
+        scores.rejected_tokens[kept],
+        scores.indices[kept],
+    )
 
 
 def _heldout_margins(adaptation: Path) -> Floats:

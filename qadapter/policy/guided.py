@@ -178,8 +178,10 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         device = next(base_model.parameters()).device
         head = nn.Linear(int(weights["weight"].shape[1]), 1).to(device)
         head.load_state_dict(weights)
-        allowed = {"allow_base_mismatch": allow_base_mismatch}
-        policy = cls(load_adapter(base_model, folder, is_trainable=is_trainable, **allowed), head, guide).eval()
+        adapted_base = load_adapter(
+            base_model, folder, is_trainable=is_trainable, allow_base_mismatch=allow_base_mismatch
+        )
+        policy = cls(adapted_base, head, guide).eval()
         return policy if is_trainable else policy.moved(saved_dial(folder))
 
     @property

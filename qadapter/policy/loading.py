@@ -183,5 +183,5 @@ def load_policy(
         guided = GuidedForCausalLM.from_pretrained(adapter, base, **allowed)
         return guided if dial is None else guided.moved(dial)
     dial = dial or saved_dial(adapter)
-    plain = load_adapter(base, plain_place(adapter), **allowed).eval()
+    plain = load_adapter(base, plain_place(adapter), allow_base_mismatch=allow_base_mismatch).eval()
     return plain if dial.as_trained else QAdapterForCausalLM.around(plain, dial).eval()
