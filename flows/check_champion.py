@@ -18,7 +18,8 @@ from flows.running.prefect_run import close_abandoned
 from flows.running.run_request import check_workspace
 from flows.watch_preferences import emit
 from qadapter.config.customization import PREFERENCES, Customization, load_customization
-from qadapter.gate import Measured, beyond_budget, fallen
+from qadapter.gate.measured import Measured
+from qadapter.gate.watch import beyond_budget, fallen
 from qadapter.serving.registered import DamagedError
 from tasks.candidate import METHOD, learnt_by, measured, registry_of, take_adapter
 from tasks.curve import measure_curve

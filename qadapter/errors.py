@@ -20,6 +20,11 @@ class QAdapterError(Exception):
         super().__init__(*(visible(shown(a)) if isinstance(a, str) else a for a in arguments))
 
 
+def nearest(given: str, known: Iterable[str], most: int = 1) -> list[str]:
+    """The known names that are most like a given one, best first; none where no name is like it."""
+    return difflib.get_close_matches(given, list(dict.fromkeys(known)), n=most, cutoff=0.5)
+
+
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """Suggest a known name: the last part of a message that refuses an unknown one.
 
@@ -31,8 +36,7 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
         `, did you mean 'smoke'?` where a known name is near, else `; known: mini, smoke`; empty where none is known.
     """
     names = list(dict.fromkeys(known))
-    near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
-    if near:
+    if near := nearest(given, names):
         return f", did you mean {near[0]!r}?"
     return f"; known: {', '.join(names)}" if names else ""
 

@@ -20,7 +20,8 @@ from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.new_rows_text import new_rows_sentence, reversed_sentence
 from qadapter.files.artifacts import digest_file, digest_tree, read_json
-from qadapter.gate import Decision, Finding, Measured, decide, what_the_dial_changes
+from qadapter.gate.decision import Decision, Finding, decide, what_the_dial_changes
+from qadapter.gate.measured import Measured
 from qadapter.methods import q_adapter
 from qadapter.preferences.ledger import RECORDS
 from qadapter.serving.registered import DamagedError

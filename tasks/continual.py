@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,6 @@ from prefect import task
 
 from qadapter.config.continual import Continual
 from qadapter.files.artifacts import read_json
-from qadapter.files.folders import resolve_path
 from qadapter.methods.table import SUBJECT
 from tasks.candidate import train_candidate
 from tasks.report import NOTE_TAG, Report, note_of
@@ -19,7 +18,7 @@ from tasks.stages.context import Cell, RunContext
 from tasks.stages.prefect_artifacts import show_figure, show_page
 from tasks.stages.stage_run import StageResult, run_stage, task_result
 from tasks.stages.store import StageOutput
-from tasks.stages.task_reads import task_reads
+from tasks.stages.task_reads import questions_of
 from tasks.train import Base, train_adapter
 
 if TYPE_CHECKING:
@@ -93,17 +92,60 @@ def mix_with_past(
     return task_result(result, result)
 
 
-def _ruler(
-    context: RunContext, data: Mapping[str, StageResult], benchmarks: StageResult | None, world: StageResult | None
-) -> tuple[Ruler, dict[str, StageOutput | Path], dict[str, Any]]:
-    """How policies are measured on some domains, and this as inputs and config of a stage."""
+@dataclass(frozen=True)
+class _Ruled:
+    """A stage that measures policies by a ruler: what it has in common with the others of its kind.
+
+    Attributes:
+        context: of the stage.
+        base: of the policies.
+        ruler: how they are measured.
+        config, inputs: the ruler, as a stage depends on it.
+    """
+
+    context: RunContext
+    base: Base
+    ruler: Ruler
+    config: Mapping[str, Any]
+    inputs: Mapping[str, StageOutput | Path]
+
+    def run(
+        self,
+        name: str,
+        run_name: str,
+        cell: Step | None,
+        compute: Callable[[Path, Path], None],
+        *,
+        config: Mapping[str, Any] | None = None,
+        inputs: Mapping[str, StageOutput | Path],
+    ) -> StageResult:
+        """`run_stage` of one step, or (no cell) of the base, with what this stage alone depends on."""
+        return run_stage(
+            self.context,
+            name,
+            run_name=run_name,
+            tags=cell.tags() if cell else None,
+            module="qadapter.evaluation.sequence.measure",
+            config={**self.config, **self.base.config(), **(config or {})},
+            inputs={**self.base.inputs(), **self.inputs, **inputs},
+            compute=compute,
+        )
+
+
+def _ruled(
+    context: RunContext,
+    base: Base,
+    data: Mapping[str, StageResult],
+    benchmarks: StageResult | None,
+    world: StageResult | None,
+) -> _Ruled:
+    """How policies on a base are measured on some domains."""
     from qadapter.evaluation.sequence.measure import HeldOut, Ruler
 
+    context = base.within(context)
     experiment = context.experiment
     retention = experiment.evaluation.retention
-    official = Path(resolve_path(retention.official_data, context.data)) if retention.official_data else None
-    own = retention.own_files(context.data)
-    read, definitions = task_reads(retention.tasks, benchmarks.path if benchmarks else None, official, own)
+    asked = questions_of(retention, benchmarks.path if benchmarks else None, context.data)
     styles = {name: experiment.sources[experiment.domains[name].source].domain for name in data}
     ruler = Ruler(
         {name: HeldOut(one.path / "heldout.jsonl", styles[name]) for name, one in data.items()},
@@ -112,21 +154,22 @@ def _ruler(
         experiment.training.max_length,
         world.path if world else None,
         benchmarks.path if benchmarks else None,
-        official,
-        own,
+        asked.official,
+        asked.own,
     )
-    inputs: dict[str, StageOutput | Path] = {**read, **{f"data-{name}": one.output for name, one in data.items()}}
+    inputs: dict[str, StageOutput | Path] = {f"data-{name}": one.output for name, one in data.items()}
+    inputs |= asked.inputs
     if world is not None:
         inputs["world"] = world.output
     config = {
         "adaptation": experiment.evaluation.adaptation.measured(),
         "retention": retention.model_dump(exclude={"official_data", "own"}),
-        "tasks": definitions,
+        "tasks": asked.definitions,
         "styles": styles,
         "model": experiment.model.key(),
         "max_length": experiment.training.max_length,
     }
-    return ruler, inputs, config
+    return _Ruled(context, base, ruler, config, inputs)
 
 
 @task(task_run_name="base-outcome")
@@ -164,25 +207,17 @@ def _measured(
     benchmarks: StageResult | None,
     world: StageResult | None,
 ) -> Any:
-    context = base.within(context)
-    ruler, inputs, config = _ruler(context, data, benchmarks, world)
+    ruled = _ruled(context, base, data, benchmarks, world)
 
     def compute(out: Path, _: Path) -> None:
         from qadapter.evaluation.sequence.measure import measure_outcome
 
         folder = adapter.path / "adapter" if adapter else None
-        measure_outcome(base.location, folder, model=context.experiment.model, ruler=ruler, out=out)
+        measure_outcome(base.location, folder, model=ruled.context.experiment.model, ruler=ruled.ruler, out=out)
 
-    result = run_stage(
-        context,
-        "sequence-outcome",
-        run_name=f"outcome · {cell.name}" if cell else "outcome · base",
-        tags=cell.tags() if cell else None,
-        module="qadapter.evaluation.sequence.measure",
-        config={**config, **base.config()},
-        inputs={**base.inputs(), **inputs, **({"adapter": adapter.output} if adapter else {})},
-        compute=compute,
-    )
+    title = f"outcome · {cell.name if cell else 'base'}"
+    inputs = {"adapter": adapter.output} if adapter else {}
+    result = ruled.run("sequence-outcome", title, cell, compute, inputs=inputs)
     return task_result(Measured(cell, result, adapter), result)
 
 
@@ -200,8 +235,7 @@ def compose_adapters(
     world: StageResult | None,
 ) -> Any:
     """Compose the adapters of all preferences so far with the weights that learn most within the budget."""
-    context = base.within(context)
-    ruler, inputs, config = _ruler(context, data, benchmarks, world)
+    ruled = _ruled(context, base, data, benchmarks, world)
 
     def compute(out: Path, _: Path) -> None:
         from qadapter.evaluation.sequence.measure import CHOICE, choose_weights
@@ -211,8 +245,8 @@ def compose_adapters(
         choose_weights(
             base.location,
             [one.path / "adapter" for one in adapters],
-            model=context.experiment.model,
-            ruler=ruler,
+            model=ruled.context.experiment.model,
+            ruler=ruled.ruler,
             before=read_json(before.path / CHOICE)["weights"] if before else (),
             budget=continual.budget,
             weights=continual.weights,
@@ -221,27 +255,21 @@ def compose_adapters(
             out=out,
         )
 
-    result = run_stage(
-        context,
+    result = ruled.run(
         "compose",
-        run_name=f"compose · {cell.name}",
-        tags=cell.tags(),
-        module="qadapter.evaluation.sequence.measure",
+        f"compose · {cell.name}",
+        cell,
+        compute,
         config={
-            **config,
-            **base.config(),
             "budget": continual.budget.model_dump(),
             "weights": continual.weights,
             "factors": continual.factors,
         },
         inputs={
-            **base.inputs(),
-            **inputs,
             "base_outcome": of_base.stage.output,
             **({"before": before.output} if before else {}),
             **{f"adapter-{step}": one.output for step, one in enumerate(adapters, start=1)},
         },
-        compute=compute,
     )
     return task_result(result, result)
 

@@ -9,12 +9,11 @@ from typing import Any
 from prefect import task
 
 from qadapter.config.curve import CurveSettings
-from qadapter.files.folders import resolve_path
 from tasks.evaluate import Evaluation
 from tasks.stages.context import Cell, RunContext
 from tasks.stages.stage_run import StageResult, run_stage, task_result
 from tasks.stages.store import StageOutput
-from tasks.stages.task_reads import task_reads
+from tasks.stages.task_reads import questions_of
 from tasks.train import Base
 
 
@@ -50,12 +49,10 @@ def measure_curve(
     assert trained is not None
     style = experiment.sources[experiment.domains[cell.domain].source].domain
     retention = experiment.evaluation.retention
-    official = Path(resolve_path(retention.official_data, context.data)) if retention.official_data else None
-    own = retention.own_files(context.data)
-    read, definitions = task_reads(retention.tasks, benchmarks.path if benchmarks else None, official, own)
+    asked = questions_of(retention, benchmarks.path if benchmarks else None, context.data)
     inputs: dict[str, StageOutput | Path] = {
         **base.inputs(),
-        **read,
+        **asked.inputs,
         "adapter": trained.output,
         "data": data.output,
         "base_adaptation": base_row.adaptation.output,
@@ -86,8 +83,8 @@ def measure_curve(
             out=out,
             known_adaptation=(base_row.adaptation.path, row.adaptation.path),
             known_retention=(base_row.retention.path, row.retention.path),
-            official_data=official,
-            own=own,
+            official_data=asked.official,
+            own=asked.own,
             old_texts=old_texts.path / "heldout.jsonl" if old_texts else None,
         )
 
@@ -116,7 +113,7 @@ def measure_curve(
             "curve": settings.model_dump(),
             "adaptation": experiment.evaluation.adaptation.measured(),
             "retention": retention.model_dump(exclude={"official_data", "own"}),
-            "tasks": definitions,
+            "tasks": asked.definitions,
             "model": experiment.model.key(),
             "max_length": experiment.training.max_length,
             "style": style,

@@ -13,7 +13,6 @@ from qadapter.config.evaluation import AdaptationSettings
 from qadapter.evaluation.distance import far_from_base
 from qadapter.evaluation.speech import SPEAKS, faults_of
 from qadapter.files.artifacts import read_json_lines
-from qadapter.files.folders import resolve_path
 from qadapter.judging.plan import case_of, judge_of
 from qadapter.judging.table import NO_JUDGE
 from tasks.data import heldout_data, log_pairs
@@ -22,7 +21,7 @@ from tasks.stages.context import Cell, RunContext
 from tasks.stages.process_launcher import ProcessLauncher
 from tasks.stages.stage_run import StageResult, run_stage, task_result
 from tasks.stages.store import StageOutput
-from tasks.stages.task_reads import task_reads
+from tasks.stages.task_reads import questions_of
 from tasks.train import Base
 
 
@@ -181,11 +180,8 @@ def _retention(
         if result is not None:
             inputs[name] = result.output
     settings = experiment.evaluation.retention
-    official = Path(resolve_path(settings.official_data, context.data)) if settings.official_data else None
-    # A score depends on the tasks' definitions and on what they read as much as on the policy.
-    own = settings.own_files(context.data)
-    read, definitions = task_reads(settings.tasks, benchmarks.path if benchmarks else None, official, own)
-    inputs |= read
+    asked = questions_of(settings, benchmarks.path if benchmarks else None, context.data)
+    inputs |= asked.inputs
 
     launcher = ProcessLauncher.for_evaluation(experiment.launch, experiment.model)
 
@@ -203,9 +199,9 @@ def _retention(
             old_texts=old_texts.path / "heldout.jsonl" if old_texts else None,
             max_length=experiment.training.max_length,
             out=out,
-            official_data=official,
+            official_data=asked.official,
             scratch=scratch,
-            own=own,
+            own=asked.own,
         )
 
     return run_stage(
@@ -217,7 +213,7 @@ def _retention(
         config={
             # The key covers the content that the tasks read and the digest of their definitions, not the paths.
             "settings": settings.model_dump(exclude={"official_data", "own"}),
-            "tasks": definitions,
+            "tasks": asked.definitions,
             "model": experiment.model.key(),
             "max_length": experiment.training.max_length,
             **base.config(),

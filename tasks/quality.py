@@ -9,10 +9,10 @@ from prefect import task
 from prefect.logging import get_run_logger
 
 from qadapter.files.artifacts import read_json, write_json
-from tasks.stages.context import RunContext, resolve_path
+from tasks.stages.context import RunContext
 from tasks.stages.stage_run import StageResult, run_stage, task_result
 from tasks.stages.store import StageOutput
-from tasks.stages.task_reads import task_reads
+from tasks.stages.task_reads import questions_of
 
 QUALITY = "quality.json"
 
@@ -29,15 +29,14 @@ def measure_quality(context: RunContext, source: str, data: StageResult, benchma
     """
     retention = context.experiment.evaluation.retention
     folder = benchmarks.path if benchmarks else context.data
-    own = retention.own_files(context.data)
-    official = Path(resolve_path(retention.official_data, context.data)) if retention.official_data else None
+    asked = questions_of(retention, folder, context.data)
 
     def compute(out: Path, _: Path) -> None:
         from qadapter.evaluation.lm_eval.texts import benchmark_items
         from qadapter.evaluation.refusals import is_refusal
         from qadapter.preferences.quality import measure
 
-        items, elsewhere = benchmark_items(retention.tasks, folder, official, own)
+        items, elsewhere = benchmark_items(retention.tasks, folder, asked.official, asked.own)
         summary = read_json(data.path / "summary.json")
         report = measure(data.path, items, is_refusal, summary)
         write_json(out / QUALITY, {**report, "benchmarks_not_looked_at": elsewhere})
@@ -54,20 +53,19 @@ def measure_quality(context: RunContext, source: str, data: StageResult, benchma
             run_id, {"figure": names, "value": [numbers[name] for name in names]}, f"quality-{source}.json"
         )
 
-    read, definitions = task_reads(retention.tasks, folder, official, own)
-    inputs: dict[str, Any] = {"data": data.output, **read}
+    inputs: dict[str, Any] = {"data": data.output, **asked.inputs}
     if benchmarks is not None:
         inputs["benchmarks"] = benchmarks.output
     elif context.data is not None and (there := context.data / "benchmarks").is_dir():
         inputs["benchmarks"] = there
-    if official is not None:
-        inputs["official_data"] = official
+    if asked.official is not None:
+        inputs["official_data"] = asked.official
     result = run_stage(
         context,
         "quality",
         label=source,
         module="qadapter.preferences.quality",
-        config={"tasks": [*retention.tasks, *own], "definitions": definitions},
+        config={"tasks": [*retention.tasks, *asked.own], "definitions": asked.definitions},
         inputs=inputs,
         compute=compute,
         log=log,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -102,6 +103,35 @@ def test_what_reads_the_table_of_methods() -> None:
     assert offenders([Path(f"qadapter/config/{name}.py") for name in low], "qadapter.methods") == []
     methods = [file for file in library if file.parts[1] == "methods"]
     assert offenders(methods, "qadapter.config.experiment", "qadapter.config.methods") == []
+
+
+ONCE = {
+    "did_you_mean": "qadapter/errors.py",
+    "nearest": "qadapter/errors.py",
+    "json_line": "qadapter/files/artifacts.py",
+    "write_json_lines": "qadapter/files/artifacts.py",
+    "read_named": "qadapter/config/reading.py",
+    "load_pairs": "qadapter/preferences/pair.py",
+    "shared_beginning": "qadapter/preferences/beginnings.py",
+    "implied_margin": "qadapter/inference/pair_scores.py",
+    "mean_margin": "qadapter/inference/pair_scores.py",
+    "won": "qadapter/inference/pair_scores.py",
+    "mlflow_name": "tasks/tracking/names.py",
+}
+"""Function → the one file that defines it."""
+
+
+def test_what_several_rooms_need_is_defined_once() -> None:
+    """By name, and by what a second definition would be made of."""
+    nodes = [(file.as_posix(), node) for file in FILES for node in ast.walk(parse(file))]
+    functions = [(node.name, file) for file, node in nodes if isinstance(node, ast.FunctionDef)]
+    assert sorted(entry for entry in functions if entry[0] in ONCE) == sorted(ONCE.items())
+    assert {entry.split(":")[0] for entry in offenders(FILES, "difflib")} == {ONCE["nearest"]}
+    of = {file: ast.unparse(node) for file, node in nodes if isinstance(node, ast.Module)}
+    assert [file for file, code in of.items() if "np.sign(" in code] == [ONCE["won"]]
+    lines = re.compile(r"json\.dumps\((?:[^()]|\([^()]*\))*\)(?:\.encode\(\))? \+ b?'\\n'")
+    written = {file: [line for line in lines.findall(code) if "indent" not in line] for file, code in of.items()}
+    assert [file for file, found in written.items() if found] == [ONCE["json_line"]]
 
 
 def test_the_ground_stands_on_nothing_of_ours() -> None:

@@ -9,7 +9,7 @@ from tests.support.scheduling import SharedServers, family_of
 
 REAL = ["tests/processes/test_killed.py", "tests/processes/test_outages.py", "tests/processes/test_kill_needs.py"]
 HARNESS = ["tests/processes/test_pipeline.py", "tests/flows/test_announce.py"]
-OTHER = [f"tests/qadapter/test_{name}.py" for name in ("gate", "public_names")]
+OTHER = ["tests/qadapter/gate/test_gate.py", "tests/qadapter/test_public_names.py"]
 
 
 class Node:

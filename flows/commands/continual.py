@@ -36,7 +36,7 @@ def continual(
     from flows.continual import continual as run_continual
     from flows.running.prefect_run import StagesFailedError
     from flows.running.sweep_plan import SweepRecorder
-    from qadapter.config.experiment import parse_overrides
+    from qadapter.config.reading import parse_overrides
     from tasks.stages.context import workspace
 
     changes = parse_overrides(overrides or [])

@@ -31,7 +31,8 @@ def run(overrides: Overrides = None, profile: Profile = "smoke", data: Data = No
         CommandFailedError: a stage failed.
     """
     from flows.running.forking import start_forking
-    from qadapter.config.experiment import load_experiment, parse_overrides
+    from qadapter.config.experiment import load_experiment
+    from qadapter.config.reading import parse_overrides
 
     start = time.monotonic()
     changes = parse_overrides(overrides or [])

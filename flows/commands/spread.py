@@ -24,7 +24,7 @@ def spread(
     data: Annotated[str | None, typer.Option(help="folder with the data, as the runs see it")] = None,
 ) -> int:
     """Run each method of an experiment separately, then the whole; returns 0, or 1 if a run did not complete."""
-    from qadapter.config.experiment import parse_overrides
+    from qadapter.config.reading import parse_overrides
 
     return asyncio.run(spread_methods(deployment, profile, data, parse_overrides(overrides or [])))
 

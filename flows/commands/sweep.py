@@ -33,7 +33,7 @@ def sweep(
     from flows.running.sweep_plan import plan_text
     from flows.sweep import check_sweep
     from flows.sweep import sweep as run_sweep
-    from qadapter.config.experiment import parse_overrides
+    from qadapter.config.reading import parse_overrides
     from tasks.stages.context import workspace
 
     changes = parse_overrides(overrides or [])

@@ -112,7 +112,7 @@ def plan_text(profile: str, data: str | None, overrides: Sequence[str] | Mapping
     Raises:
         QAdapterError: the config or the data are invalid; a source that is only unreachable is reported in the plan.
     """
-    from qadapter.config.experiment import parse_overrides
+    from qadapter.config.reading import parse_overrides
 
     request = RunRequest("full-paper-repro", profile, data, parse_overrides(overrides))
     experiment = request.check(remote=False)

@@ -22,7 +22,7 @@ from qadapter.evaluation.curve.points import read_curves
 from qadapter.export.card import Exported, write_card
 from qadapter.export.facts import FACTS, Facts, Measurement
 from qadapter.export.known import read_facts
-from qadapter.files.artifacts import read_json, storage_errors, write_json
+from qadapter.files.artifacts import read_json, storage_errors, write_json, write_json_lines
 from qadapter.policy.base import load_tokenizer
 from qadapter.policy.dial import Dial
 from qadapter.policy.files import read_policy, write_dial
@@ -119,7 +119,7 @@ def _heldout(options: DialOptions, adapter: Path, scratch: Path) -> Path:
     if not pairs:
         raise QAdapterError(f"no pair of {options.data} can be used; qadapter data shows why")
     file = scratch / "heldout.jsonl"
-    file.write_text("".join(json.dumps(pair.to_trl()) + "\n" for pair in pairs), encoding="utf-8")
+    write_json_lines(file, (pair.to_trl() for pair in pairs))
     return file
 
 

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
 import typer
-import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from qadapter.config.base import Settings
+from qadapter.config.reading import read_file
 from qadapter.errors import QAdapterError, did_you_mean
-from qadapter.files.yaml_text import read_yaml
 
 Options = TypeVar("Options", bound=Settings)
 
@@ -125,16 +124,8 @@ def read_options(options: type[Options], given: Mapping[str, Any], config: str |
 
 
 def _config(file: Path, options: type[Settings]) -> dict[str, Any]:
-    try:
-        content = read_yaml(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise QAdapterError(f"--config {file} cannot be read: {error.strerror}; give a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise QAdapterError(f"--config {file} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise QAdapterError(f"--config {file} contains {type(content).__name__}; expected a mapping of keys")
     values: dict[str, Any] = {}
-    for key, value in content.items():
+    for key, value in read_file(file, "--config ").items():
         name = str(key).replace("-", "_")
         if name not in options.model_fields:
             name = ALIASES.get(name, name)

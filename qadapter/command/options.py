@@ -6,13 +6,27 @@ inherit from is a section of the help, under the first sentence of its docstring
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
+from qadapter.command.values import (
+    Assigned,
+    Mapped,
+    Modules,
+    Numbers,
+    Place,
+    Places,
+    ServedAdapter,
+    Strings,
+    assigned,
+    exactly_one,
+    from_here,
+    json_value,
+    listed,
+    repeated,
+)
 from qadapter.config.base import (
     Alpha0,
     AlphaTilde,
@@ -42,97 +56,8 @@ DType = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["none", "int8", "nf4"]
 
 
-def _listed(value: Any) -> Any:
-    """`a,b` as a list, so that a flag can say what a YAML list says."""
-    return value.split(",") if isinstance(value, str) else value
-
-
-def _repeated(value: Any) -> Any:
-    """One value as a list of one."""
-    return [value] if isinstance(value, str) else value
-
-
-def _json(value: Any) -> Any:
-    """A JSON text as what it says, so that a flag can say what a YAML mapping says."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise ValueError(f"no JSON ({error})") from error
-
-
-def _modules(value: Any) -> Any:
-    return value if value == "all-linear" else _listed(value)
-
-
-def _absolute(place: str) -> str:
-    """A path that exists, absolute: it is written down, and read from other folders. Hub ids and URLs as they are."""
-    path = Path(place).expanduser()
-    return str(path.absolute()) if path.exists() else place
-
-
 def _is_none(value: object) -> bool:
     return value is None
-
-
-def _one(values: tuple[str, ...]) -> tuple[str, ...]:
-    if len(values) != 1:
-        raise ValueError(f"expected one adapter, {len(values)} were given")
-    return values
-
-
-def _from_here(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
-
-
-def _named_folder(value: Any) -> Any:
-    """`FOLDER`, or `NAME=FOLDER`, as name and folder; without a name it is the folder's own."""
-    if not isinstance(value, str):
-        return value
-    name, equals, folder = value.partition("=")
-    if not equals:
-        name, folder = Path(value).resolve().name, value
-    if not name or not folder:
-        raise ValueError("expected FOLDER or NAME=FOLDER")
-    return name, Path(folder).expanduser()
-
-
-def _mapping(value: Any) -> Any:
-    """A mapping as YAML text, or the name of a YAML file that holds it."""
-    if not isinstance(value, str):
-        return value
-    file = Path(value).expanduser()
-    try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8") if "{" not in value and file.is_file() else value)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"no YAML: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(found, dict):
-        raise ValueError("a mapping such as '{prompt: question, chosen: a, rejected: b}' or a YAML file was expected")
-    return found
-
-
-def _assigned(value: Any) -> Any:
-    """Fields and values as a YAML mapping, the name of a YAML file, or `name=value,other=value`."""
-    if not isinstance(value, str) or "=" not in value or "{" in value:
-        return _mapping(value)
-    found: dict[str, Any] = {}
-    for item in value.split(","):
-        name, equals, text = item.partition("=")
-        if not equals or not name.strip():
-            raise ValueError(f"expected name=value,other=value or a mapping such as '{{name: value}}', not {item!r}")
-        found[name.strip()] = yaml.safe_load(text)
-    return found
-
-
-Assigned = Annotated[dict[str, Any], BeforeValidator(_assigned)]
-Mapped = Annotated[dict[str, Any] | None, BeforeValidator(_mapping)]
-Place = Annotated[str, AfterValidator(_absolute)]
-Places = Annotated[tuple[Place, ...], BeforeValidator(_repeated)]
-ServedAdapter = Annotated[tuple[str, Path], BeforeValidator(_named_folder)]
-Strings = Annotated[tuple[str, ...], BeforeValidator(_repeated)]
-Numbers = Annotated[tuple[float, ...], BeforeValidator(_listed)]
-Modules = Annotated[str | tuple[str, ...], BeforeValidator(_modules)]
 
 
 class ReadingOptions(ReadingSettings):
@@ -190,7 +115,7 @@ class BaseOptions(Settings):
     trust_remote_code: bool = Field(False, description="run code that comes with the base, with your rights")
     thinking: bool | None = Field(None, description="of a thinking model (default: as trained, else its own)")
     thoughts: Thoughts | None = Field(None, description="of replies (default: as trained, else score)")
-    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_json)] = Field(
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(json_value)] = Field(
         {}, description="further variables of the chat template, as JSON"
     )
     model: Assigned = Field(
@@ -289,7 +214,7 @@ class TrainingOptions(AdapterTraining):
         None, exclude_if=_is_none, description="stop after so many evaluations without a better one"
     )
     seed: Seed = Field(0, description="of split, weights, order and dropout")
-    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(_repeated)] = Field(
+    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(repeated)] = Field(
         (), description="tensorboard, wandb or trackio, which get the curves too; can be given several times"
     )
 
@@ -323,7 +248,7 @@ class TrainOptions(
     """Train a Q-Adapter."""
 
     base: Place = Field(description="folder or hub id of a causal language model")
-    output: Annotated[str, AfterValidator(_from_here)] = Field(
+    output: Annotated[str, AfterValidator(from_here)] = Field(
         description="folder for the adapter, its metrics and the prepared data"
     )
     dtype: DType = Field("float32", description="of the base's weights")
@@ -335,7 +260,7 @@ class TrainOptions(
     @model_validator(mode="before")
     @classmethod
     def _twins(cls, data: Any) -> Any:
-        data = {**data, **{name: _assigned(data[name]) for name in ("trainer", "lora", "model") if data.get(name)}}
+        data = {**data, **{name: assigned(data[name]) for name in ("trainer", "lora", "model") if data.get(name)}}
         data = with_twins(data, TRAINER_TWINS, within="trainer")
         data = with_twins(data, _LORA_FLAGS, within="lora")
         return with_twins(data, {name: name for name in _OF_THE_MODEL}, within="model")
@@ -453,16 +378,16 @@ class ExportOptions(PolicyOptions, ReadingOptions):
 class DialOptions(RetainOptions, BaseOptions, ReadingOptions):
     """Choose an adapter's dial under a forgetting budget."""
 
-    adapter: Annotated[Strings, AfterValidator(_one)] = Field(
+    adapter: Annotated[Strings, AfterValidator(exactly_one)] = Field(
         description="folder of a trained adapter, of any method", json_schema_extra={"positional": "ADAPTER"}
     )
     budget: Share = Field(0.01, description="largest drop of the benchmarks' mean below the base, a share")
     per_task: Share | None = Field(None, description="largest drop of a single benchmark")
     max_over_refusals: Share | None = Field(None, description="largest share of refused harmless requests (toy world)")
-    tasks: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
+    tasks: Annotated[tuple[str, ...], BeforeValidator(listed)] = Field(
         (), description="benchmarks that measure what is kept: names of lm-eval or of this project, a,b"
     )
-    plain_tasks: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
+    plain_tasks: Annotated[tuple[str, ...], BeforeValidator(listed)] = Field(
         (), description="of these, those that are asked without chat template"
     )
     benchmarks: Place | None = Field(None, description="folder with `benchmarks/` for this project's own tasks")
@@ -475,7 +400,7 @@ class DialOptions(RetainOptions, BaseOptions, ReadingOptions):
     allow_base_mismatch: bool = Field(
         False, description="use a base that is another one than the adapter was trained on"
     )
-    kinds: Annotated[tuple[DialKind, ...], BeforeValidator(_listed), Field(min_length=1)] = Field(
+    kinds: Annotated[tuple[DialKind, ...], BeforeValidator(listed), Field(min_length=1)] = Field(
         ("q-weight",), description="dials to measure and choose from: q-weight, scale, or q-weight,scale"
     )
     points: Annotated[int, Field(ge=2, le=33)] = Field(
@@ -514,7 +439,7 @@ class AddressOptions(Settings):
 class ServeOptions(AddressOptions):
     """Serve adapters."""
 
-    adapter: Annotated[tuple[ServedAdapter, ...], BeforeValidator(_repeated)] = Field(
+    adapter: Annotated[tuple[ServedAdapter, ...], BeforeValidator(repeated)] = Field(
         min_length=1,
         description="what a training wrote, as FOLDER or NAME=FOLDER with the model name to serve it under; "
         "can be given several times",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -26,7 +25,7 @@ from qadapter.evaluation.statistics import mean_interval
 from qadapter.export.card import Exported, write_card
 from qadapter.export.facts import FACTS, Facts, Measurement
 from qadapter.export.known import read_facts
-from qadapter.files.artifacts import read_json, storage_errors, write_json
+from qadapter.files.artifacts import read_json, storage_errors, write_json, write_json_lines
 from qadapter.files.yaml_text import read_yaml
 from qadapter.inference.pair_scores import won
 from qadapter.planning.small import MOST_PASSES, Knobs, passes, too_small
@@ -302,7 +301,7 @@ def _write_unused(file: Path, train_set: EncodedPairs, heldout_set: EncodedPairs
     """The pairs that are nothing within the maximal length, by side and place in its file, with the reason."""
     sides = {"train": train_set.quarantined, "heldout": heldout_set.quarantined if heldout_set else []}
     rows = [{"side": side, "pair": index, "reason": why} for side, left in sides.items() for index, why in left]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_json_lines(file, rows)
 
 
 # ---- what people read -------------------------------------------------------------------------------------------

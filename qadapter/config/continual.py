@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from qadapter.config.base import Name, Positive, Seed, Settings, refuse_repeats
 from qadapter.config.budget import Budget, Share
-from qadapter.config.experiment import PROFILE_FOLDER, Experiment, explain_problems
-from qadapter.errors import QAdapterError, did_you_mean
-from qadapter.files.shown import shown
-from qadapter.files.yaml_text import read_yaml
+from qadapter.config.experiment import PROFILE_FOLDER, Experiment
+from qadapter.config.reading import names_in, read_named
+from qadapter.errors import QAdapterError
 from qadapter.methods.table import SUBJECT
 
 CONTINUAL_FOLDER = PROFILE_FOLDER / "continual"
@@ -99,7 +96,7 @@ class Continual(Settings):
 
 def continuals() -> list[str]:
     """Names of the files in `configs/continual/`."""
-    return sorted(file.stem for file in CONTINUAL_FOLDER.glob("*.yaml"))
+    return names_in(CONTINUAL_FOLDER)
 
 
 def load_continual(sequence: str) -> Continual:
@@ -108,15 +105,4 @@ def load_continual(sequence: str) -> Continual:
     Raises:
         QAdapterError: the file is missing or invalid. The message lists every problem with its path.
     """
-    file = Path(sequence) if sequence.endswith((".yaml", ".yml")) else CONTINUAL_FOLDER / f"{sequence}.yaml"
-    if not file.is_file():
-        raise QAdapterError(
-            f"there is no sequence {sequence!r}{did_you_mean(sequence, continuals())}; known are "
-            f"{', '.join(continuals())}, or give the path of a .yaml file"
-        )
-    try:
-        return Continual.model_validate(read_yaml(file.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise QAdapterError(shown(f"{file} is not YAML: {error}")) from error
-    except ValidationError as error:
-        raise QAdapterError(explain_problems(error, file, Continual)) from error
+    return read_named(Continual, "sequence", sequence, CONTINUAL_FOLDER)

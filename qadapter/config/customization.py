@@ -6,22 +6,18 @@ sets where preferences arrive, how they are mixed, and what a candidate must ach
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from qadapter.config.base import Name, Seed, Settings
 from qadapter.config.budget import Budget
 from qadapter.config.curve import CurveSettings
 from qadapter.config.experiment import PROFILE_FOLDER, Experiment, load_experiment
+from qadapter.config.reading import names_in, read_named
 from qadapter.config.sources import Source
-from qadapter.errors import QAdapterError, did_you_mean
-from qadapter.files.shown import shown
-from qadapter.files.yaml_text import read_yaml
-from qadapter.gate import Gate
+from qadapter.errors import QAdapterError
+from qadapter.gate.rules import Gate
 from qadapter.judging.plan import judge_of
 from qadapter.judging.table import NO_JUDGE
 from qadapter.methods.table import SUBJECT
@@ -58,7 +54,7 @@ class Customization(Settings):
         seed: the seed of the trainings.
         start: where a candidate's training starts: `champion`, whose adapter is trained on, or `base`: a new adapter
             learns all pairs each time (docs/continual.md compares both).
-        mix, gate: see `Mix` and `qadapter.gate.Gate`.
+        mix, gate: see `Mix` and `qadapter.gate.rules.Gate`.
         budget: how much a candidate may forget: its dial is then chosen under it after the training, and the gate
             judges that policy, on the half of the items that the dial was not chosen on; None: candidates are judged
             as trained. A check compares the champion with it as well.
@@ -116,7 +112,7 @@ class Customization(Settings):
 
 def customizations() -> list[str]:
     """Names of the files in `configs/customize/`."""
-    return sorted(file.stem for file in CONFIG_FOLDER.glob("*.yaml"))
+    return names_in(CONFIG_FOLDER)
 
 
 def load_customization(config: str) -> Customization:
@@ -125,25 +121,4 @@ def load_customization(config: str) -> Customization:
     Raises:
         QAdapterError: the file is missing or invalid. The message lists every problem with its key.
     """
-    file = Path(config) if config.endswith((".yaml", ".yml")) else CONFIG_FOLDER / f"{config}.yaml"
-    if not file.is_file():
-        hint = did_you_mean(config, customizations())
-        raise QAdapterError(f"there is no customization {config!r}{hint} The path of a .yaml file is accepted too.")
-    try:
-        return Customization.model_validate(read_yaml(file.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise QAdapterError(shown(f"{file} is not YAML: {error}")) from error
-    except ValidationError as error:
-        problems = "\n".join(f"  {_place(e['loc'])}: {_message(e)}" for e in error.errors())
-        raise QAdapterError(shown(f"{error.error_count()} problems in {file.name}:\n{problems}")) from error
-
-
-def _place(location: Sequence[int | str]) -> str:
-    return ".".join(map(str, location)) or "(the whole file)"
-
-
-def _message(problem: Any) -> str:
-    if problem["type"] == "extra_forbidden":
-        return "unknown key"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    return message if isinstance(problem["input"], dict) else f"{message} (given: {problem['input']!r})"
+    return read_named(Customization, "customization", config, CONFIG_FOLDER)

@@ -10,14 +10,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import model_validator
 
 from qadapter.config.base import Count, Settings
 from qadapter.config.folder import CONFIGS
+from qadapter.config.reading import read_file
 from qadapter.config.training import OptimizerSettings
 from qadapter.errors import QAdapterError
-from qadapter.files.yaml_text import read_yaml
 
 CONFIG_FOLDER = CONFIGS / "accelerate"
 _KINDS = ("MULTI_GPU", "FSDP", "DEEPSPEED")
@@ -61,11 +60,8 @@ class LaunchSettings(Settings):
         ours = ", ".join(sorted(file.name for file in CONFIG_FOLDER.glob("*.yaml")))
         if not self.file.is_file():
             raise QAdapterError(f"launch.config: there is no file {self.config!r}; known are {ours}, or give a path")
-        try:
-            found = read_yaml(self.file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise QAdapterError(f"launch.config: {self.file} is not YAML: {error}") from error
-        kind = found.get("distributed_type") if isinstance(found, dict) else None
+        found = read_file(self.file, "launch.config: ")
+        kind = found.get("distributed_type")
         if kind not in _KINDS:
             raise QAdapterError(
                 f"launch.config: distributed_type of {self.file} is {kind!r}; expected one of {', '.join(_KINDS)}"

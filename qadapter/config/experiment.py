@@ -7,14 +7,10 @@ with the key's path and what was expected.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import yaml
-from pydantic import AfterValidator, Field, ValidationError, create_model, model_validator
+from pydantic import AfterValidator, Field, create_model, model_validator
 
 from qadapter.config.base import Count, Name, Seed, Settings
 from qadapter.config.evaluation import AdaptationSettings, BuiltBenchmarks, EvaluationSettings
@@ -22,11 +18,10 @@ from qadapter.config.execution import LaunchSettings, RunnerSettings
 from qadapter.config.folder import CONFIGS
 from qadapter.config.methods import Methods
 from qadapter.config.model import LoraSettings, ModelSettings
+from qadapter.config.reading import names_in, read_named
 from qadapter.config.sources import Source, ToyWorldSettings
 from qadapter.config.training import AdapterTraining, DomainSettings, HelpfulSettings, PretrainingSettings
-from qadapter.errors import QAdapterError, did_you_mean
-from qadapter.files.shown import shown
-from qadapter.files.yaml_text import read_yaml
+from qadapter.errors import did_you_mean
 from qadapter.judging import plan as judges
 from qadapter.judging.table import JUDGES, NO_JUDGE, judge_names
 
@@ -244,7 +239,7 @@ def _texts(part: Any, leave_out: Sequence[Any]) -> Iterator[str]:
 
 def profiles() -> list[str]:
     """Names of the profiles in `configs/`."""
-    return sorted(file.stem for file in PROFILE_FOLDER.glob("*.yaml"))
+    return names_in(PROFILE_FOLDER)
 
 
 def load_experiment(profile: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Experiment:
@@ -258,110 +253,4 @@ def load_experiment(profile: str, overrides: Mapping[str, Any] | Sequence[str] =
         QAdapterError: unknown profile or key, wrong type, or contradiction. The message lists every problem with its
             path.
     """
-    file = Path(profile) if profile.endswith((".yaml", ".yml")) else PROFILE_FOLDER / f"{profile}.yaml"
-    if not file.is_file():
-        raise QAdapterError(
-            f"there is no profile {profile!r}{did_you_mean(profile, profiles())}; "
-            f"known profiles are {', '.join(profiles())}, or give the path of a .yaml file"
-        )
-    try:
-        settings = read_yaml(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise QAdapterError(shown(f"{file} is not YAML: {error}")) from error
-    if not isinstance(settings, dict):
-        raise QAdapterError(f"{file} contains {type(settings).__name__}; expected a mapping of settings")
-    for path, value in parse_overrides(overrides).items():
-        _set(settings, path, deepcopy(value))  # a later override may change it, and the caller keeps the original
-    try:
-        return Experiment.model_validate(settings)
-    except ValidationError as error:
-        raise QAdapterError(explain_problems(error, file)) from error
-
-
-def parse_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
-    """Parse `["training.max_steps=5"]` into `{"training.max_steps": 5}`; a mapping is returned unchanged.
-
-    Raises:
-        QAdapterError: an override has no `=`, or its value is not YAML.
-    """
-    if isinstance(overrides, Mapping):
-        return dict(overrides)
-    parsed: dict[str, Any] = {}
-    for item in overrides:
-        path, equals, text = item.partition("=")
-        if not equals or not path.strip():
-            raise QAdapterError(
-                f"override {item!r} is not of the form key.path=value, for example training.max_steps=5"
-            )
-        try:
-            parsed[path.strip()] = read_yaml(_yaml_float(text))
-        except yaml.YAMLError as error:
-            raise QAdapterError(shown(f"the value of override {item!r} is not YAML: {error}")) from error
-    return parsed
-
-
-def _yaml_float(text: str) -> str:
-    """Read `1e-4` as a number; YAML 1.1 reads it as a string."""
-    return str(float(text)) if re.fullmatch(r"\s*[-+]?\d+(\.\d*)?[eE][-+]?\d+\s*", text) else text
-
-
-def _set(settings: dict[str, Any], path: str, value: Any) -> None:
-    *parents, last = path.split(".")
-    node = settings
-    for i, name in enumerate(parents):
-        if node.get(name) is None:
-            node[name] = {}
-        node = node[name]
-        if not isinstance(node, dict):
-            raise QAdapterError(f"override {path}: {'.'.join(parents[: i + 1])} is a value and has no key {last!r}")
-    node[last] = value
-
-
-def explain_problems(error: ValidationError, file: Path, schema: type[Settings] = Experiment) -> str:
-    """Describe the problems of a config, one per line: the key's path and what was expected. Secrets are masked.
-
-    Args:
-        error: the error that pydantic raised.
-        file: the file of the config.
-        schema: the expected schema.
-    """
-    problems = []
-    for problem in error.errors():
-        path = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            message = f"unknown key{did_you_mean(str(problem['loc'][-1]), _keys_at(problem['loc'][:-1], schema))}"
-        elif problem["type"] == "missing":
-            message = "is required"
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-            if isinstance(problem["input"], str | int | float | bool | None):
-                message += f" (given: {problem['input']!r})"
-        problems += [f"  {path}: {line}" if path else f"  {line}" for line in message.splitlines()]
-    plural = "problem" if len(problems) == 1 else "problems"
-    return shown(f"{len(problems)} {plural} in {file.name} and its overrides:\n" + "\n".join(problems))
-
-
-def _keys_at(location: Sequence[int | str], settings: type[Settings]) -> list[str]:
-    """Known keys of the section at a location of the schema."""
-    schema: Any = settings.model_json_schema()
-    definitions = schema.get("$defs", {})
-
-    def sections(node: Any) -> list[Any]:
-        """The object schemas of a node, after resolving references and unions."""
-        if "$ref" in node:
-            return sections(definitions[node["$ref"].rsplit("/", 1)[1]])
-        if "anyOf" in node:
-            return [section for branch in node["anyOf"] for section in sections(branch)]
-        return [node]
-
-    nodes = [schema]
-    for part in location:
-        following = []
-        for node in nodes:
-            if str(part) in node.get("properties", {}):
-                following += sections(node["properties"][str(part)])
-            else:  # a mapping of names to sections
-                named = [node.get("additionalProperties"), *node.get("patternProperties", {}).values()]
-                following += [section for entry in named if isinstance(entry, dict) for section in sections(entry)]
-        nodes = following
-    return [key for node in nodes for key in node.get("properties", {})]
+    return read_named(Experiment, "profile", profile, PROFILE_FOLDER, overrides)

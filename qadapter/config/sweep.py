@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from qadapter.config.base import Name, NonNegative, Positive, Seed, Settings, refuse_repeats
-from qadapter.config.experiment import PROFILE_FOLDER, Experiment, explain_problems, load_experiment
+from qadapter.config.experiment import PROFILE_FOLDER, Experiment, load_experiment
 from qadapter.config.methods import MethodName
+from qadapter.config.reading import read_named
 from qadapter.errors import QAdapterError
-from qadapter.files.shown import shown
-from qadapter.files.yaml_text import read_yaml
 from qadapter.methods.table import METHODS, NAMES, method_named
 
 SWEEP_FOLDER = PROFILE_FOLDER / "sweep"
@@ -152,18 +149,7 @@ def load_sweep(sweep: str) -> Sweep:
         QAdapterError: unknown sweep or key, wrong type, or contradiction. The message lists every problem with its
             path.
     """
-    file = Path(sweep) if sweep.endswith((".yaml", ".yml")) else SWEEP_FOLDER / f"{sweep}.yaml"
-    known = sorted(entry.stem for entry in SWEEP_FOLDER.glob("*.yaml"))
-    if not file.is_file():
-        raise QAdapterError(f"there is no sweep {sweep!r}; known are {', '.join(known)}, or give a .yaml file")
-    try:
-        content = read_yaml(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise QAdapterError(shown(f"{file} is not YAML: {error}")) from error
-    try:
-        return Sweep.model_validate(content)
-    except ValidationError as error:
-        raise QAdapterError(explain_problems(error, file, Sweep)) from error
+    return read_named(Sweep, "sweep", sweep, SWEEP_FOLDER)
 
 
 def merged_overrides(sweep: Sweep, profile: str, overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ Student interval then.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -134,12 +135,18 @@ def mean_of_tasks_interval(
     )
 
 
-def across_seeds(values: ArrayLike, *, items: int = 0, level: float = LEVEL) -> Interval:
-    """Student's interval of the mean of one score per seed: mean ± t_{S-1} · s/√S.
+def across_seeds(
+    values: ArrayLike, *, items: int = 0, level: float = LEVEL, bounds: tuple[float, float] = (-math.inf, math.inf)
+) -> Interval:
+    """Student's interval of the mean of one score per seed: mean ± t_{S-1} · s/√S, cut at the score's own bounds.
+
+    Student's distribution has no ends: the seeds' shares 0.88 and 0.92 give 0.9 ± 12.7 · 0.02, which reaches 1.15. No
+    true mean lies beyond the bounds, so the cut does not lower the coverage.
 
     Args:
         values: [S]. A single seed has no spread: the interval is the value itself, its standard error not a number.
         items: items behind each score, only to be reported.
+        bounds: what a score can be at least and at most: (0, 1) for a share, (-1, 1) for a difference of two.
     """
     scores = np.asarray(values, dtype=np.float64)
     if scores.ndim != 1 or len(scores) == 0:
@@ -149,7 +156,7 @@ def across_seeds(values: ArrayLike, *, items: int = 0, level: float = LEVEL) -> 
         return Interval(mean, mean, mean, float("nan"), items, 1)
     stderr = float(scores.std(ddof=1) / np.sqrt(n))
     half = float(stats.t.ppf((1 + level) / 2, n - 1)) * stderr
-    return Interval(mean, mean - half, mean + half, stderr, items, n)
+    return Interval(mean, max(mean - half, bounds[0]), min(mean + half, bounds[1]), stderr, items, n)
 
 
 def proportion_interval(successes: float, n: int, *, level: float = LEVEL) -> Interval:

@@ -216,12 +216,23 @@ def read_json_lines(path: Path) -> list[Any]:
         ) from error
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, default=str).encode
+
+
+def json_line(value: Any) -> bytes:
+    """A value as one line of a JSON lines file, in UTF-8; what JSON cannot represent is written as its string."""
+    try:
+        return _encode(value).encode() + b"\n"
+    except UnicodeEncodeError:  # a lone surrogate cannot be encoded in UTF-8
+        return json.dumps(value, default=str).encode() + b"\n"
+
+
 def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
-    """Write values as UTF-8 JSON lines, one value per line; missing folders are created.
+    """Write values as UTF-8 JSON lines, one value per line (`json_line`); missing folders are created.
 
     Args:
-        path: written atomically.
-        rows: the values; a value that JSON cannot represent is written as its string.
+        path: the file, written from its beginning; a process that is killed leaves a part of it.
+        rows: the values.
 
     Raises:
         QAdapterError: the disk is full or the folder cannot be written to.
@@ -229,12 +240,7 @@ def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as stream:
-            for row in rows:
-                try:
-                    line = json.dumps(row, ensure_ascii=False, default=str).encode()
-                except UnicodeEncodeError:  # a lone surrogate cannot be encoded in UTF-8
-                    line = json.dumps(row, default=str).encode()
-                stream.write(line + b"\n")
+            stream.writelines(map(json_line, rows))
 
 
 @contextlib.contextmanager

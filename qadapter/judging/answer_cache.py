@@ -6,7 +6,7 @@ import json
 import threading
 from pathlib import Path
 
-from qadapter.files.artifacts import storage_errors
+from qadapter.files.artifacts import json_line, storage_errors
 from qadapter.files.locks import private_lock
 
 
@@ -46,8 +46,7 @@ class AnswerCache:
             self._answers[key] = text
             if self._file is None:
                 return
-            # ASCII: a judge may send a lone surrogate, which no encoding can represent.
-            line = json.dumps({"key": key, "text": text}).encode() + b"\n"
+            line = json_line({"key": key, "text": text})
             with storage_errors(self._file):
                 self._file.parent.mkdir(parents=True, exist_ok=True)
                 with private_lock(Path(f"{self._file}.lock")), self._file.open("ab+") as stream:

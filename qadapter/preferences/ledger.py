@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from qadapter.files.artifacts import digest_file, read_json, write_json
+from qadapter.files.artifacts import digest_file, json_line, read_json, write_json
 from qadapter.files.folders import shown_path
 from qadapter.preferences.building import Choices
 from qadapter.preferences.pair import PreferencePair
@@ -228,8 +228,8 @@ class _Writer:
     """A ledger that is being written."""
 
     def __init__(self, out: Path, before: _Before) -> None:
-        self._records = (out / RECORDS).open("w", encoding="utf-8")
-        self._quarantine = (out / QUARANTINE).open("w", encoding="utf-8")
+        self._records = (out / RECORDS).open("wb")
+        self._quarantine = (out / QUARANTINE).open("wb")
         self._before = before
         self._digests, self._fresh_places = bytearray(), bytearray()
         self._entries = self._fresh = self._fresh_pairs = self.validated = 0
@@ -260,10 +260,10 @@ class _Writer:
     def _write(self, entry: Entry) -> None:
         fields = {"file": entry.file, "line": entry.line, "digest": entry.digest, "outcome": entry.outcome}
         late = {"late": True} if entry.late else {}
-        self._records.write(json.dumps({**fields, "fresh": entry.fresh, **late}) + "\n")
+        self._records.write(json_line({**fields, "fresh": entry.fresh, **late}))
         reasons = entry.reasons
         for reason in reasons:
-            self._quarantine.write(json.dumps({"file": entry.file, "line": entry.line, "reason": reason}) + "\n")
+            self._quarantine.write(json_line({"file": entry.file, "line": entry.line, "reason": reason}))
         self._reasons.update(reasons)
         if entry.fresh:
             self._fresh_reasons.update(reasons)

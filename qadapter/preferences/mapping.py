@@ -6,7 +6,6 @@ or `texts` and `scores`). Most layouts of `formats.py` are presets of it.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import jmespath
 from jmespath.exceptions import JMESPathError
 
-from qadapter.errors import QAdapterError, did_you_mean
+from qadapter.errors import QAdapterError, did_you_mean, nearest
 from qadapter.preferences.building import Context, Record, decision, margin_of, scored, system_of
 from qadapter.preferences.pair import PreferencePair, Role
 from qadapter.preferences.records import Reason
@@ -407,7 +406,7 @@ def field_paths(record: Any, depth: int = 3) -> dict[str, Any]:
 
 def _nearest(path: str, records: Sequence[Any]) -> list[str]:
     known = {name for record in records for name in field_paths(record)}
-    return difflib.get_close_matches(path, sorted(known), n=3, cutoff=0.5)
+    return nearest(path, sorted(known), 3)
 
 
 def _names(records: Sequence[Any]) -> str:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from qadapter.errors import QAdapterError
+from qadapter.files.artifacts import json_line
 from qadapter.files.folders import shown_path
 from qadapter.preferences.building import Choices
 from qadapter.preferences.pair import SINGLE
@@ -306,7 +307,7 @@ def _write_lines(file: Path, rows: Iterable[Any]) -> tuple[str, int]:
     digest, count = hashlib.sha256(), 0
     with file.open("wb") as stream:
         for row in rows:
-            line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+            line = json_line(row)
             stream.write(line)
             digest.update(line)
             count += 1

@@ -6,7 +6,6 @@ in a URL or a data set's card, and no link in a folder, can lead outside the fol
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 import re
@@ -19,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 from huggingface_hub import HfApi, errors, is_offline_mode, snapshot_download
 
-from qadapter.errors import QAdapterError
+from qadapter.errors import QAdapterError, nearest
 from qadapter.files.folders import refuse_links_out, shown_path
 from qadapter.files.shown import shown
 from qadapter.preferences import cards, download
@@ -226,7 +225,7 @@ def _local(path: str) -> Path:
         names = {name.lower(): name for name in os.listdir(parent)}  # noqa: PTH208 - names are all that is wanted
     except OSError:
         names = {}
-    close = difflib.get_close_matches(missing.name.lower(), names, n=3, cutoff=0.5)
+    close = nearest(missing.name.lower(), names, 3)
     hint = f"Did you mean {' or '.join(str(parent / names[name]) for name in close)}?" if close else "Check the path."
     kind = NoDataError if missing == local else MissingPathError
     raise kind(f"{path} does not exist: there is no '{missing.name}' in {parent}. {hint}")

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qadapter.files.artifacts import storage_errors
+from qadapter.files.artifacts import json_line, storage_errors
 from qadapter.progress.reports import counted
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class Kept:
         text = json.dumps(content)
         with storage_errors(file), file.open("ab") as stream:
             start = b"" if stream.tell() == 0 or _ends_in_newline(file) else b"\n"  # a kill can cut the last line
-            stream.write(start + json.dumps({"sum": _digest(text), "row": text}).encode() + b"\n")
+            stream.write(start + json_line({"sum": _digest(text), "row": text}))
             stream.flush()
             if time.monotonic() - self._synced > _SECONDS_BETWEEN_SYNCS:
                 os.fsync(stream.fileno())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -236,8 +235,8 @@ def budget_metrics(curves: Sequence[MethodCurve]) -> dict[str, float]:
 
 
 def _metric(domain: str, method: str, kind: DialKind) -> str:
-    """The beginning of a metric's name. A sweep calls a setting `sft lr=0.001`, and MLflow takes no `=` in a name."""
-    return re.sub(r"[^\w\-. :/]", "-", f"curve/{domain}/{method}{_suffix(kind)}")
+    """The beginning of a metric's name."""
+    return f"curve/{domain}/{method}{_suffix(kind)}"
 
 
 def _interval_metrics(name: str, interval: Interval) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -10,7 +9,6 @@ from typing import Literal
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
@@ -20,6 +18,7 @@ from qadapter.methods.method import Marker
 from qadapter.policy.dial import DialKind
 from qadapter.report.budget import MethodCurve, kinds_of
 from qadapter.report.figures import styles_of
+from qadapter.report.panels import panels
 from qadapter.report.rows import ordered
 
 DIAL_FIGURE = "curves_of_the_dial.png"
@@ -39,19 +38,16 @@ def dial_figure(curves: Sequence[MethodCurve], file: Path, title: str) -> Figure
     """
     domains = ordered(one.domain for one in curves)
     styles = styles_of(ordered(one.method for one in curves))
-    columns = min(3, len(domains))
-    lines = math.ceil(len(domains) / columns)
     many = len(styles) > _MANY
-    wide, high = (7.0, 6.2) if many else (4.4, 4.2)
-    figure = Figure(figsize=(max(6.0, wide * columns), high * lines + (1.4 if many else 0.6)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(lines, columns, squeeze=False)
-    for place, panel in enumerate(axes.flat):
-        if place >= len(domains):
-            panel.set_visible(False)
-            continue
-        _panel(panel, [one for one in curves if one.domain == domains[place]], styles, bands=not many)
-        panel.set_title(domains[place], fontweight="bold")
+    figure, axes = panels(
+        domains,
+        beside=3,
+        size=(7.0, 6.2) if many else (4.4, 4.2),
+        margin=(0.0, 1.4 if many else 0.6),
+        narrowest=6.0,
+    )
+    for domain, panel in axes.items():
+        _panel(panel, [one for one in curves if one.domain == domain], styles, bands=not many)
         panel.set_xlabel("learnt: adaptation")
         panel.set_ylabel("kept: retention, mean over tasks")
     handles = [

@@ -47,6 +47,9 @@ class Sample:
         weights: [n_k] for each.
         grain: how much one changed answer moves an item: 1, or 1/D where an item is a mean over D domains. 0 where an
             item is no yes or no (bits per byte).
+        base: what it is a difference to.
+        reach: largest size that the mean can have where items are yes or no: 1 for a difference of two shares, 2 for a
+            difference of two such differences to bases of their own.
     """
 
     seeds: tuple[int | None, ...]
@@ -54,6 +57,8 @@ class Sample:
     parts: tuple[Floats, ...]
     weights: tuple[Floats, ...]
     grain: float = 1.0
+    base: str = ""
+    reach: float = 1.0
 
     def minus(self, other: Sample) -> Sample | None:
         """The difference item by item, over the seeds both have (over each one's mean if none); None: other items."""
@@ -62,7 +67,8 @@ class Sample:
         common = [seed for seed in self.seeds if seed in other.seeds]
         sides = [s._of(common) if common else s._averaged() for s in (self, other)]
         differences = tuple(a - b for a, b in zip(*sides, strict=True))
-        return Sample(tuple(common) or (None,), self.ids, differences, self.weights, self.grain)
+        reach = 1.0 if self.base == other.base else self.reach + other.reach
+        return Sample(tuple(common) or (None,), self.ids, differences, self.weights, self.grain, self.base, reach)
 
     def _of(self, seeds: Sequence[int | None]) -> tuple[Floats, ...]:
         return tuple(part[[self.seeds.index(seed) for seed in seeds]] for part in self.parts)
@@ -78,7 +84,13 @@ class Sample:
 
     @cached_property
     def interval(self) -> Interval:
-        """Mean and 95 % interval, over items and, where there are several, over seeds (`docs/evaluation.md`)."""
+        """Mean and 95 % interval, over items and, where there are several, over seeds (`docs/evaluation.md`).
+
+        It is the widest of a bootstrap percentile interval, which holds no value that the items cannot have, and of two
+        that are put symmetrically around the estimate, Wilson's half-width for rare changes and Student's interval of
+        the seeds. These two know no bounds and can give a difference of two shares values beyond ±1. No true value
+        lies there, so the interval is cut at `reach`, which does not lower its coverage.
+        """
         found = mean_of_tasks_interval(self.parts, weights=self.weights, resamples=RESAMPLES)
         if self.grain:
             half = np.sqrt(sum(self._least(p, w) ** 2 for p, w in zip(self.parts, self.weights, strict=True)))
@@ -92,7 +104,7 @@ class Sample:
                 for s in range(len(self.seeds))
             ]
             found = _wider(found, across_seeds(scores))
-        return found
+        return _within(found, -self.reach, self.reach) if self.grain else found
 
     def _least(self, part: Floats, weight: Floats) -> float:
         """Half the width that a part has at least: Wilson's upper end for the share of changed answers, less the share.
@@ -111,6 +123,11 @@ class Sample:
 
 def _wider(one: Interval, other: Interval) -> Interval:
     return replace(one, low=min(one.low, other.low), high=max(one.high, other.high))
+
+
+def _within(found: Interval, least: float, most: float) -> Interval:
+    """An interval cut at the ends of what its quantity can be."""
+    return replace(found, low=max(found.low, least), high=min(found.high, most))
 
 
 class Measured:
@@ -167,14 +184,15 @@ class Measured:
     def _gain(self, method: str, domains: Sequence[str]) -> Sample | None:
         seeds = self.seeds(method, domains)
         parts = [self._stack([self._gained.get((domain, method, seed)) for seed in seeds]) for domain in domains]
-        return _sample(seeds, parts)
+        return _sample(seeds, parts, base=self.base_of(method))
 
     def wins(self, method: str, domains: Sequence[str]) -> Sample | None:
         """`adaptation/win_rate` minus the ½ of the base against itself; the domains are the parts."""
 
         def make() -> Sample | None:
             seeds = self.seeds(method, domains)
-            return _sample(seeds, [self._stack([self._won.get((d, method, s)) for s in seeds]) for d in domains])
+            parts = [self._stack([self._won.get((d, method, s)) for s in seeds]) for d in domains]
+            return _sample(seeds, parts, base=self.base_of(method))
 
         return self._once(("wins", method, *domains), make)
 
@@ -184,7 +202,7 @@ class Measured:
         sample = self.wins(method, domains) if domains and kind(method) != "base" else None
         if sample is None or not value.n:
             return value, None
-        return value, _moved(_EVEN, sample, is_share=True)
+        return value, _moved(_EVEN, sample)
 
     def forgetting(self, method: str, domains: Sequence[str], measure: str | None = None) -> Sample | None:
         """The base's score minus the policy's (reversed where lower is better): one task, or (None) their mean.
@@ -201,19 +219,20 @@ class Measured:
         return self._samples[key]
 
     def _forgetting(self, method: str, domains: Sequence[str], measure: str | None) -> Sample | None:
-        seeds, parts = self.seeds(method, domains), []
+        seeds, parts, shares = self.seeds(method, domains), [], True
         for name in [measure] if measure else self.accuracies:
-            sign = 1.0 if self.higher.get(name, True) else -1.0
+            higher = self.higher.get(name, True)
+            sign = 1.0 if higher else -1.0
             tables: list[_Table | None] = []
             for domain in domains:
                 policy = self._stack([self._kept.get((domain, method, seed), {}).get(name) for seed in seeds])
                 before = self._kept.get((domain, self.base_of(method), None), {}).get(name)
                 if policy is None or before is None or policy[0] != before.ids:
                     return None
+                shares = shares and higher and _are_shares(before.values) and _are_shares(policy[1])
                 tables.append((policy[0], sign * (before.values - policy[1]), policy[2]))
             parts.append(_over_domains(tables))
-        is_share = all(self.higher.get(name, True) for name in ([measure] if measure else self.accuracies))
-        return _sample(seeds, parts, 1 / len(domains) if is_share and domains else 0.0)
+        return _sample(seeds, parts, 1 / len(domains) if shares and domains else 0.0, self.base_of(method))
 
     def change(self, name: str, method: str, domains: Sequence[str]) -> Sample | None:
         """A further measure (`qadapter.report.changes`) minus the base's.
@@ -226,8 +245,8 @@ class Measured:
             seeds = self.seeds(method, domains)
             tables = [self._stack([self._changes(d, method, s).get(name) for s in seeds]) for d in domains]
             if name in OF_OLD_PROMPTS:
-                return _sample(seeds, [_over_domains(tables)], 1 / max(len(domains), 1))
-            return _sample(seeds, tables, 0.0 if name == MARGIN else 1.0)
+                return _sample(seeds, [_over_domains(tables)], 1 / max(len(domains), 1), self.base_of(method))
+            return _sample(seeds, tables, 0.0 if name == MARGIN else 1.0, self.base_of(method))
 
         return self._once(("change", name, method, *domains), make)
 
@@ -252,7 +271,7 @@ class Measured:
             return self._around(SCORE, method, domains, self.gain(method, domains), 1.0)
         if name not in (*OF_PAIRS, *OF_OLD_PROMPTS):
             return None
-        return self._around(name, method, domains, self.change(name, method, domains), 1.0, is_share=name != MARGIN)
+        return self._around(name, method, domains, self.change(name, method, domains), 1.0)
 
     def score(self, method: str, domain: str | None) -> Interval | None:
         """Interval of `adaptation/score`: the base's, taken as it is, plus the interval of what was gained."""
@@ -262,26 +281,20 @@ class Measured:
     def retention(self, method: str, domain: str | None, measure: str | None = None) -> Interval | None:
         """Interval of a task's score, or (None) of `retention/mean`: the base's less the interval of what was lost."""
         domains = self._domains(domain)
-        is_share = measure is None or self.higher.get(measure, True)
+        sign = -1.0 if measure is None or self.higher.get(measure, True) else 1.0
         sample = self.forgetting(method, domains, measure)
-        return self._around(measure or "retention/mean", method, domains, sample, -1.0 if is_share else 1.0, is_share)
+        return self._around(measure or "retention/mean", method, domains, sample, sign)
 
     def _domains(self, domain: str | None) -> list[str]:
         return [domain] if domain else self.domains
 
     def _around(
-        self,
-        metric: str,
-        method: str,
-        domains: Sequence[str],
-        change: Sample | None,
-        sign: float,
-        is_share: bool = True,
+        self, metric: str, method: str, domains: Sequence[str], change: Sample | None, sign: float
     ) -> Interval | None:
         before = spread_over(self.rows, metric, domains, self.base_of(method))
         if change is None or kind(method) == "base" or not before.n:
             return None
-        return _moved(before.mean, change, sign, is_share)
+        return _moved(before.mean, change, sign)
 
     @staticmethod
     def _stack(items: Sequence[Items | None]) -> _Table | None:
@@ -292,13 +305,17 @@ class Measured:
         return found[0].ids, np.stack([item.values for item in found]), found[0].weights
 
 
-def _moved(before: float, change: Sample, sign: float = 1.0, is_share: bool = True) -> Interval:
+def _moved(before: float, change: Sample, sign: float = 1.0) -> Interval:
     """The interval of a change, around where it starts from; a share stays in [0, 1]."""
     found = change.interval
     low, high = sorted((before + sign * found.low, before + sign * found.high))
-    if is_share:
-        low, high = max(low, 0.0), min(high, 1.0)
-    return replace(found, estimate=before + sign * found.estimate, low=low, high=high)
+    moved = replace(found, estimate=before + sign * found.estimate, low=low, high=high)
+    return _within(moved, 0.0, 1.0) if change.grain else moved
+
+
+def _are_shares(values: Floats) -> bool:
+    """Whether scores can be shares. BLEU from 0 to 100, for one, is none, although higher is better."""
+    return bool(((values >= 0) & (values <= 1)).all())
 
 
 def _over_domains(tables: Sequence[_Table | None]) -> _Table | None:
@@ -309,9 +326,11 @@ def _over_domains(tables: Sequence[_Table | None]) -> _Table | None:
     return whole[0][0], np.mean([table[1] for table in whole], axis=0), whole[0][2]
 
 
-def _sample(seeds: Sequence[int | None], parts: Sequence[_Table | None], grain: float = 1.0) -> Sample | None:
+def _sample(
+    seeds: Sequence[int | None], parts: Sequence[_Table | None], grain: float = 1.0, base: str = ""
+) -> Sample | None:
     whole = [part for part in parts if part is not None]
     if not whole or len(whole) < len(parts):
         return None
     ids, values, weights = zip(*whole, strict=True)
-    return Sample(tuple(seeds), ids, values, weights, grain)
+    return Sample(tuple(seeds), ids, values, weights, grain, base)

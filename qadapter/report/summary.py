@@ -146,12 +146,7 @@ def summary_metrics(measured: Measured, fought: Sequence[Duel] | None = None) ->
     for found in duels(measured) if fought is None else fought:
         if not math.isnan(found.avoided):
             result[f"summary/degradation_avoided/{found.method}/against_{found.baseline}"] = found.avoided
-    return {_metric_name(name): value for name, value in result.items()}
-
-
-def _metric_name(name: str) -> str:
-    """MLflow refuses brackets, which labels of compared runs have."""
-    return "".join(c if c.isalnum() or c in "_-. /" else "_" for c in name)
+    return result
 
 
 def _settings(config: Mapping[str, Any], labels: Sequence[str]) -> str:

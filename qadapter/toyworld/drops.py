@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Literal
 
 from qadapter.errors import QAdapterError
-from qadapter.files.artifacts import read_json_lines
+from qadapter.files.artifacts import json_line, read_json_lines
 from qadapter.toyworld.world import ToyWorld
 
 Kind = Literal["good", "flipped", "broken"]
@@ -37,7 +36,7 @@ def write_drop(folder: Path, kind: Kind, part: int = 1, *, parts: int = PARTS, s
     file = folder / f"{kind}-{part}-of-{parts}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     if kind == "broken":
-        text = "<html><body>502 Bad Gateway</body></html>\n"
+        content = b"<html><body>502 Bad Gateway</body></html>\n"
     else:
         with tempfile.TemporaryDirectory() as scratch:
             ToyWorld(seed).write(Path(scratch, "world"), corpus_size=1)
@@ -45,7 +44,7 @@ def write_drop(folder: Path, kind: Kind, part: int = 1, *, parts: int = PARTS, s
         rows = every[(part - 1) * len(every) // parts : part * len(every) // parts]
         if kind == "flipped":
             rows = [{"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
+        content = b"".join(map(json_line, rows))
     temporary = file.with_name(f".{file.name}.tmp")  # hidden: no reader takes it for data
-    temporary.write_text(text)
+    temporary.write_bytes(content)
     return temporary.replace(file)

@@ -28,6 +28,7 @@ from itertools import product
 from pathlib import Path
 
 from qadapter.evaluation.benchmarks.preference.build import write_preference_items
+from qadapter.files.artifacts import json_line
 from qadapter.preferences.pair import PreferencePair
 from qadapter.preferences.split import split_pairs
 from qadapter.preferences.stream import parse_files
@@ -390,9 +391,9 @@ def _dialogues(question: str, chosen: str, rejected: str) -> dict[str, str]:
 
 
 def _write_lines(file: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    text = "".join(json.dumps(row) + "\n" for row in rows)
+    content = b"".join(map(json_line, rows))
     if file.suffix == ".gz":
         # mtime=0: the same rows are the same bytes, so that the file's digest is a cache key
-        file.write_bytes(gzip.compress(text.encode(), mtime=0))
+        file.write_bytes(gzip.compress(content, mtime=0))
     else:
-        file.write_text(text)
+        file.write_bytes(content)

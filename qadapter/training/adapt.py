@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 from qadapter.config.model import LoraSettings, ModelSettings
 from qadapter.config.training import DEFAULT_EVAL_PAIRS, AdapterTraining, OptimizerSettings
 from qadapter.errors import QAdapterError
+from qadapter.files.artifacts import write_json_lines
 from qadapter.policy.adapters import fitted
 from qadapter.policy.frozen import silence
 from qadapter.policy.loading import load_base, lora_config
@@ -312,7 +312,7 @@ def encode_single(
     cuts = truncation_of(encoded)
     if not replies:
         return rows, cuts
-    unused.write_text("".join(json.dumps({"reply": index, "reason": reason}) + "\n" for index, reason in left))
+    write_json_lines(unused, ({"reply": index, "reason": reason} for index, reason in left))
     if not rows:
         raise QAdapterError(
             f"none of {len(replies)} single replies has a token at max_length {max_length} (first reason: "
@@ -368,7 +368,7 @@ def encode_usable(
     """
     found = encode_pairs(pairs, tokenizer, max_length)
     rows = [{"pair": index, "reason": reason} for index, reason in found.unusable]
-    unused.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_json_lines(unused, rows)
     if not found.pairs:
         raise QAdapterError(
             f"none of {len(pairs)} training pairs has a response token left at max_length {max_length} "

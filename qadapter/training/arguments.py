@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import math
 import os
@@ -24,7 +23,7 @@ from transformers.integrations import TensorBoardCallback
 from qadapter.config.open_settings import for_arguments
 from qadapter.config.training import OptimizerSettings
 from qadapter.errors import QAdapterError
-from qadapter.files.artifacts import write_json
+from qadapter.files.artifacts import write_json, write_json_lines
 from qadapter.policy.fingerprint import write_fingerprint
 from qadapter.progress.reports import Work, counted, report_row
 from qadapter.training.checkpoints import SealCheckpoints, last_checkpoint, trained_to_the_end
@@ -301,7 +300,7 @@ def write_training_record(out: Path, trainer: Trainer, cost: Cost, tokens: int, 
     assert model is not None
     rows = curves(trainer.state)
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
-    (out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_json_lines(out / "history.jsonl", rows)
     write_json(
         out / "metrics.json",
         {

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qadapter.files.artifacts import storage_errors, sync_to_disk
+from qadapter.files.artifacts import json_line, storage_errors, sync_to_disk
 from qadapter.files.locks import held
 
 Entry = dict[str, Any]
@@ -71,7 +71,7 @@ class Spool:
         rest = self.file.with_suffix(".rest")
         with storage_errors(self.file):
             with rest.open("wb") as stream:
-                stream.writelines(_line(entry) for entry in entries)
+                stream.writelines(map(json_line, entries))
                 stream.flush()
                 os.fsync(stream.fileno())
             rest.replace(self.file)
@@ -92,13 +92,9 @@ def _append(file: Path, entry: Entry) -> None:
         with file.open("ab+") as stream:
             if stream.tell() and not _ends_in_newline(stream):
                 stream.write(b"\n")
-            stream.write(_line(entry))
+            stream.write(json_line(entry))
             stream.flush()
             os.fsync(stream.fileno())
-
-
-def _line(entry: Entry) -> bytes:
-    return json.dumps(entry, default=str).encode() + b"\n"
 
 
 def _ends_in_newline(stream: Any) -> bool:

@@ -30,6 +30,7 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 from mlflow.utils.validation import (
     MAX_DATASET_DIGEST_SIZE,
+    MAX_ENTITY_KEY_LENGTH,
     MAX_METRICS_PER_BATCH,
     MAX_PARAM_VAL_LENGTH,
     MAX_TAG_VAL_LENGTH,
@@ -52,6 +53,7 @@ from tasks.tracking.spool import Entry
 __all__ = [
     "KIND_TAG",
     "MAX_DATASET_DIGEST_SIZE",
+    "MAX_ENTITY_KEY_LENGTH",
     "MAX_METRICS_PER_BATCH",
     "MAX_PARAM_VAL_LENGTH",
     "MAX_TAG_VAL_LENGTH",

@@ -10,7 +10,6 @@ import getpass
 import json
 import logging
 import os
-import re
 import subprocess
 import time
 import uuid
@@ -23,12 +22,12 @@ from typing import Any
 from qadapter.errors import QAdapterError
 from qadapter.files.process_tags import ProcessTag
 from qadapter.files.shown import shown
+from tasks.tracking.names import flatten, mlflow_name
 from tasks.tracking.outbox import TICKET, TICKET_TAG, Outbox
 from tasks.tracking.store import (
     KIND_TAG,
     MAX_DATASET_DIGEST_SIZE,
     MAX_METRICS_PER_BATCH,
-    MAX_PARAM_VAL_LENGTH,
     MAX_TAG_VAL_LENGTH,
     MODEL_TRAINING,
     SQLITE,
@@ -60,23 +59,6 @@ def tracking_uri(project_root: Path) -> str:
     `mlflow ui` in the project root opens the default.
     """
     return os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{project_root.resolve().as_posix()}/mlflow.db"
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as MLflow parameters: dotted names, lists as compact JSON, long values cut at MLflow's limit.
-
-    User, password and query of URLs are removed.
-    """
-    flat: dict[str, str] = {}
-    for name, value in values.items():
-        label = prefix + re.sub(r"[^\w. :/-]", "_", str(name))  # MLflow refuses other characters
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{label}.")
-            continue
-        text = json.dumps(value, separators=(",", ":")) if isinstance(value, list | tuple | dict) else str(value)
-        text = shown(text)
-        flat[label] = text if len(text) <= MAX_PARAM_VAL_LENGTH else text[: MAX_PARAM_VAL_LENGTH - 1] + "…"
-    return flat
 
 
 @dataclass(frozen=True)
@@ -282,8 +264,9 @@ class Tracker:
             run_id: the run.
             params: settings; see `flatten` for how nested ones are named.
             tags: name → value.
-            history: curves, each row {"step": n, metric name: value, ...}; rows need not contain every metric. A row
-                may have its `timestamp` (milliseconds since the epoch); with it, logging the row twice shows it once.
+            history: curves, each row {"step": n, metric name: value, ...}; rows need not contain every metric. A name
+                that MLflow refuses is changed (`mlflow_name`). A row may have its `timestamp` (milliseconds since the
+                epoch); with it, logging the row twice shows it once.
             model_data: name and digest of the data set that the metrics were measured on, if they belong to the run's
                 logged model too (`log_model`); None and None for no data set.
         """
@@ -292,7 +275,7 @@ class Tracker:
             "params": list(flatten(params or {}).items()),
             "tags": [(name, str(value)) for name, value in (tags or {}).items()],
             "metrics": [
-                (name, float(value), int(row.get("timestamp", now)), int(row["step"]))
+                (mlflow_name(name), float(value), int(row.get("timestamp", now)), int(row["step"]))
                 for row in history
                 for name, value in row.items()
                 if name not in ("step", "timestamp")

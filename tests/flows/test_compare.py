@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from qadapter.files.artifacts import read_json
+from qadapter.files.artifacts import read_json, write_json_lines
 from qadapter.report.intervals import Measured
 from qadapter.report.rows import Row
 from qadapter.report.summary import duels, sentences, summary_metrics
@@ -18,7 +18,7 @@ from tasks.sweep import SweptCell
 from tasks.tracking.past_runs import find_run, read_runs
 from tasks.tracking.tracker import Tracker
 from tests.support.commands import subcommand
-from tests.support.report_files import prompt, rule_row, toy_rows, write_lines
+from tests.support.report_files import prompt, rule_row, toy_rows
 
 main = subcommand("compare")
 
@@ -111,7 +111,7 @@ def test_answers_to_old_prompts_come_along(tmp_path: Path, monkeypatch: pytest.M
             {"prompt": prompt(f"old {base}"), "base": base, "reply": reply}
             for base, reply in zip("abcd", replies, strict=True)
         ]
-        write_lines(row.retention / "old_answers.jsonl", answers)
+        write_json_lines(row.retention / "old_answers.jsonl", answers)
         same = sum(answer["base"] == answer["reply"] for answer in answers) / 4
         rows.append(replace(row, metrics={**row.metrics, "retention/answers_identical": same}))
     tracker = Tracker(f"sqlite:///{tmp_path}/mlflow.db", str(tmp_path / "mlruns"))

@@ -127,7 +127,8 @@ def test_what_cannot_work_is_refused(
 
 def test_an_unknown_sequence_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--sequence", "smok"]) == 2
-    assert "there is no sequence 'smok', did you mean 'smoke'?; known are small, smoke" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "there is no sequence 'smok', did you mean 'smoke'? The path of a .yaml file is accepted too." in errors
 
 
 def test_other_objectives_go_without_composing(tmp_path: Path) -> None:

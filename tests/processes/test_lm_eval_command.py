@@ -24,11 +24,12 @@ from qadapter.evaluation.lm_eval.catalog import expand_suites, find_tasks
 from qadapter.evaluation.lm_eval.command import main
 from qadapter.evaluation.lm_eval.harness import evaluate_tasks
 from qadapter.evaluation.lm_eval.model import PolicyLM
+from qadapter.files.artifacts import write_json_lines
 from qadapter.policy.loading import load_base
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.objective import Objective
 from tests.processes.test_served_model import hub_with
-from tests.support.made_up_benchmarks import write_jsonl, write_papers_suite
+from tests.support.made_up_benchmarks import write_papers_suite
 from tests.support.tiny_chat import TEMPLATE, byte_tokenizer, tiny_llama
 
 LORA = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -78,7 +79,7 @@ def bits_per_byte(folder: Path, model: QAdapterForCausalLM) -> float:
 def test_a_saved_adapter_on_the_command_line_scores_as_in_memory(tmp_path, capsys, small_index, arguments) -> None:
     """In the precision that is asked for, with the batch size that lm-eval finds itself."""
     policy = save_policy(tmp_path, hidden=64)
-    write_jsonl(tmp_path / "benchmarks" / "some_text.jsonl", [{"text": "a few words"}, {"text": "and a few more"}])
+    write_json_lines(tmp_path / "benchmarks" / "some_text.jsonl", [{"text": "a few words"}, {"text": "and a few more"}])
     whole, halved = bits_per_byte(tmp_path, policy), bits_per_byte(tmp_path, in_8_bits(tmp_path))
     assert abs(whole - halved) > 1e-3
     adapter = ["--model_args", f"pretrained={tmp_path / 'adapter'}", *arguments]
@@ -115,7 +116,7 @@ def test_an_official_task_on_local_rows(tmp_path, capsys, small_index) -> None:
     rows = [{"input": f"Is {n} odd?", "target": "Yes" if n % 2 else "No"} for n in range(4)]
     for folder in folders.values():
         for name in ("navigate", "sports_understanding"):
-            write_jsonl(folder / "bbh" / f"{name}.jsonl", rows)
+            write_json_lines(folder / "bbh" / f"{name}.jsonl", rows)
     tasks = ["leaderboard_bbh_navigate", "leaderboard_bbh_sports_understanding"]
     plain = ["--plain_tasks", tasks[1]]
     official = folders["--official_data"]

@@ -425,7 +425,7 @@ def test_every_shipped_config_is_one_that_accelerate_reads() -> None:
         (None, r"there is no file '.*mine\.yaml'; known are ddp\.yaml, fsdp\.yaml, zero2\.yaml, zero3\.yaml"),
         ("a: [", "is not YAML"),
         ("distributed_type: XLA", "distributed_type of .* is 'XLA'; expected one of MULTI_GPU, FSDP, DEEPSPEED"),
-        ("- 1", "is None; expected one of"),
+        ("- 1", r"launch\.config: .*mine\.yaml contains list; expected a mapping"),
         ("{distributed_type: MULTI_GPU, num_machines: 2}", "is for 2 machines; expected 1"),
         ("{distributed_type: DEEPSPEED}", "needs DeepSpeed, which is missing: pip install deepspeed"),
         ("{distributed_type: FSDP}", "splits the base's weights .*quantization is int8"),

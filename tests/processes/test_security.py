@@ -348,7 +348,7 @@ def test_names_of_a_customisation_are_names(place: str, name: str, tmp_path: Pat
     """They become files and folders of the workspace, and a model in MLflow."""
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(CONFIG | {place: name}))
-    with pytest.raises(QAdapterError, match=rf"1 problems in mine\.yaml:\n  {place}: String should"):
+    with pytest.raises(QAdapterError, match=rf"1 problem in mine\.yaml:\n  {place}: String should"):
         load_customization(str(file))
 
 

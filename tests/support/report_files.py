@@ -5,17 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from qadapter.files.artifacts import write_json_lines
 from qadapter.report.rows import Row
 
 TASKS = ("facts", "sums")
 DIRECTIONS = {"retention/facts/acc": True, "retention/sums/acc": True}
-
-
-def write_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def prompt(text: str) -> list[dict[str, str]]:
@@ -29,7 +24,7 @@ def kept_files(folder: Path, scores: Mapping[str, Sequence[float]], metric: str 
         for task, values in scores.items()
         for i, score in enumerate(values)
     ]
-    write_lines(folder / "items.jsonl", items)
+    write_json_lines(folder / "items.jsonl", items)
     (folder / "directions.json").write_text(json.dumps(DIRECTIONS))
     return folder
 
@@ -49,7 +44,7 @@ def rule_row(
     """A policy of the toy world: per prompt whether it follows the rule, per task and item whether it is right."""
     folder = root / f"{domain}-{method}-{seed}"
     verdicts = ["win" if a > b else "loss" if a < b else "tie" for a, b in zip(follows, base_follows, strict=True)]
-    write_lines(
+    write_json_lines(
         folder / "adaptation" / "answers.jsonl",
         [
             {"prompt": prompt(f"q{i}"), "base": f"before {i}", "reply": reply, "verdict": verdict, "judge": "rule"}
@@ -57,7 +52,7 @@ def rule_row(
         ],
     )
     kept_files(folder / "retention", kept)
-    write_lines(folder / "training" / "history.jsonl", [{"step": s, "train/loss": 1 / s} for s in (1, 2, 3)])
+    write_json_lines(folder / "training" / "history.jsonl", [{"step": s, "train/loss": 1 / s} for s in (1, 2, 3)])
     shares = {task: sum(values) / len(values) for task, values in kept.items()}
     lost = {task: sum(values) / len(values) - shares[task] for task, values in base_kept.items()}
     score = sum(follows) / len(follows)
@@ -87,7 +82,7 @@ def pair_row(root: Path, domain: str, method: str, seed: int | None, margins: Se
         }
         for i, margin in enumerate(margins)
     ]
-    write_lines(folder / "pairs.jsonl", pairs)
+    write_json_lines(folder / "pairs.jsonl", pairs)
     score = sum(1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins) / len(margins)
     return Row(domain, method, seed, {"adaptation/score": score, "retention/mean": kept}, adaptation=folder)
 

@@ -7,24 +7,16 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from tests.support.tiny_models import VOCABULARY
+from tests.support.tiny_models import DECODER, IDS
 
-_IDS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_DECODER = {
-    **_IDS,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,  # far from uniform, so that answers differ from prompt to prompt
-}
+_DECODER = {**DECODER, "max_position_embeddings": 128}
+_SLIDING = ["sliding_attention", "full_attention"]
 _GROUPED = {**_DECODER, "num_key_value_heads": 2}
 _EXPERTS = {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-_LOCAL = {**_IDS, "num_local_experts": 4, "num_experts_per_tok": 2}
-_GPT2 = {**_IDS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.2}
+_LOCAL = {**IDS, "num_local_experts": 4, "num_experts_per_tok": 2}
+_GPT2 = {**IDS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.2}
 _MAMBA = {
-    **_IDS,
+    **IDS,
     "hidden_size": 32,
     "state_size": 8,
     "num_hidden_layers": 2,
@@ -64,7 +56,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_GROUPED,
         "head_dim": 8,
         "sliding_window": 8,
-        "layer_types": ["sliding_attention", "full_attention"],
+        "layer_types": _SLIDING,
     },
     "phi": _DECODER,
     "phi3": {**_GROUPED, "rope_scaling": None},
@@ -72,13 +64,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "starcoder2": {**_GROUPED, "residual_dropout": 0.1, "embedding_dropout": 0.1},
     "olmo": _GROUPED,
     "olmo2": _GROUPED,
-    "olmo3": {**_GROUPED, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "olmo3": {**_GROUPED, "sliding_window": 8, "layer_types": _SLIDING},
     "cohere": {**_GROUPED, "logit_scale": 0.5},
     "cohere2": {
         **_GROUPED,
         "logit_scale": 0.5,
         "sliding_window": 8,
-        "layer_types": ["sliding_attention", "full_attention"],
+        "layer_types": _SLIDING,
     },
     "granite": {
         **_GROUPED,
@@ -93,7 +85,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "glm4": {**_GROUPED, "head_dim": 8},
     "smollm3": _GROUPED,
     "ernie4_5": {**_GROUPED, "head_dim": 8},
-    "exaone4": {**_GROUPED, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "exaone4": {**_GROUPED, "sliding_window": 8, "layer_types": _SLIDING},
     "helium": {**_GROUPED, "head_dim": 8},
     "seed_oss": {**_GROUPED, "head_dim": 8, "residual_dropout": 0.1},
     "arcee": _GROUPED,
@@ -107,7 +99,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     # older decoders, with positions, biases and functional dropout of their own
     "gpt2": _GPT2,
     "gpt_neo": {
-        **_IDS,
+        **IDS,
         "hidden_size": 32,
         "num_layers": 2,
         "num_heads": 4,
@@ -121,9 +113,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gptj": {**_GPT2, "rotary_dim": 4},
     "codegen": {**_GPT2, "rotary_dim": 4},
     "gpt_bigcode": _GPT2,
-    "bloom": {**_IDS, "hidden_size": 32, "n_layer": 2, "n_head": 4, "hidden_dropout": 0.1, "initializer_range": 0.2},
+    "bloom": {**IDS, "hidden_size": 32, "n_layer": 2, "n_head": 4, "hidden_dropout": 0.1, "initializer_range": 0.2},
     "mpt": {
-        **_IDS,
+        **IDS,
         "d_model": 32,
         "n_layers": 2,
         "n_heads": 4,
@@ -133,7 +125,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "falcon": {**_DECODER, "hidden_dropout": 0.1, "alibi": False, "new_decoder_architecture": False},
     "opt": {
-        **_IDS,
+        **IDS,
         "hidden_size": 32,
         "ffn_dim": 48,
         "num_hidden_layers": 2,
@@ -145,7 +137,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "init_std": 0.2,
     },
     "xglm": {
-        **_IDS,
+        **IDS,
         "d_model": 32,
         "ffn_dim": 48,
         "num_layers": 2,
@@ -167,13 +159,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_LOCAL,
         "head_dim": 8,
         "sliding_window": 8,
-        "layer_types": ["sliding_attention", "full_attention"],
+        "layer_types": _SLIDING,
     },
     "olmoe": _EXPERTS,
     "granitemoe": {**_GROUPED, **_LOCAL},
     "phimoe": {**_GROUPED, **_LOCAL, "router_jitter_noise": 0.01},
     "dbrx": {
-        **_IDS,
+        **IDS,
         "d_model": 32,
         "n_heads": 4,
         "n_layers": 2,
@@ -212,7 +204,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "interleave_moe_layer_step": 1,
     },
     "jetmoe": {
-        **_IDS,
+        **IDS,
         "hidden_size": 32,
         "num_hidden_layers": 2,
         "num_key_value_heads": 2,

@@ -23,9 +23,9 @@ from transformers import (
 from qadapter.policy.model import QAdapterForCausalLM
 
 VOCABULARY = 262  # of `tiny_chat.byte_tokenizer`
-_IDS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_DECODER = {
-    **_IDS,
+IDS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+DECODER = {
+    **IDS,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -33,7 +33,7 @@ _DECODER = {
     "max_position_embeddings": 256,
     "initializer_range": 0.2,  # far from uniform, so that answers differ from prompt to prompt
 }
-_GROUPED = {**_DECODER, "num_key_value_heads": 2}
+_GROUPED = {**DECODER, "num_key_value_heads": 2}
 
 CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "llama": lambda: LlamaConfig(**_GROUPED),
@@ -41,9 +41,9 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen3": lambda: Qwen3Config(**_GROUPED, head_dim=8),
     "mistral": lambda: MistralConfig(**_GROUPED, sliding_window=8),
     "gpt2": lambda: GPT2Config(
-        **_IDS, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.2, attn_pdrop=0.1, resid_pdrop=0.1
+        **IDS, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.2, attn_pdrop=0.1, resid_pdrop=0.1
     ),
-    "gpt_neox": lambda: GPTNeoXConfig(**_DECODER),
+    "gpt_neox": lambda: GPTNeoXConfig(**DECODER),
     "gemma": lambda: GemmaConfig(**_GROUPED, head_dim=8),
     "gemma2": lambda: Gemma2Config(**_GROUPED, head_dim=8, sliding_window=8),
 }

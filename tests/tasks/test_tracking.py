@@ -26,8 +26,9 @@ from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import digest_file
 from qadapter.files.process_tags import ProcessTag
 from tasks.tracking import store as mlflow_store
+from tasks.tracking.names import flatten, mlflow_name
 from tasks.tracking.store import AwayError, RefusedError
-from tasks.tracking.tracker import FLOW_RUN_TAG, Tracker, flatten, tracking_uri
+from tasks.tracking.tracker import FLOW_RUN_TAG, Tracker, tracking_uri
 from tasks.tracking.view import NOTE_TAG, VIEW_TAG, view_path, view_state, view_tags
 from tests.support.paths import PROJECT_ROOT
 
@@ -73,6 +74,45 @@ def test_flatten() -> None:
     }
     long = flatten({"long": "x" * 7000})["long"]
     assert (len(long), long[-1]) == (6000, "…")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("train/loss", "train/loss"),
+        ("curve/a b/q-adapter:x.1/area", "curve/a b/q-adapter:x.1/area"),
+        ("mean/adaptation/score/dpo (lazy fox)", "mean/adaptation/score/dpo _lazy fox_"),
+        ("curve/academy/sft lr=0.1/area", "curve/academy/sft lr_0.1/area"),
+        ("a\nb", "a_b"),
+        ("exact_match,strict", "exact_match_strict"),
+        ("/a//b/../c/.", "_/a/_/b/_/c/_"),
+        ("..a", "_..a"),
+        ("", "_"),
+        ("α", "α"),
+    ],
+)
+def test_names_become_names_to_mlflow(given: str, expected: str) -> None:
+    from mlflow.utils.validation import _validate_metric_name
+
+    assert mlflow_name(given) == expected
+    _validate_metric_name(expected)
+    assert mlflow_name(expected) == expected
+
+
+def test_long_names_stay_different() -> None:
+    """MLflow takes 250 characters: 241 of the name, a dash, and 8 of the digest of the whole."""
+    one, other = (mlflow_name("x" * 300 + end) for end in "ab")
+    assert len(one) == len(other) == 250
+    assert one != other
+    assert one[:242] == "x" * 241 + "-"
+    assert mlflow_name("x" * 250) == "x" * 250
+
+
+def test_a_metric_of_any_name_is_logged(tracker: Tracker, client: MlflowClient, parent: str) -> None:
+    tracker.log_metrics(parent, {"curve/sft lr=0.1/area": 0.5})
+    tracker.log_history(parent, [{"step": 3, "a//b": 1.0}])
+    found = client.get_run(parent).data.metrics
+    assert (found["curve/sft lr_0.1/area"], found["a/_/b"]) == (0.5, 1.0)
 
 
 def test_parent_and_child(tracker: Tracker, client: MlflowClient, parent: str) -> None:
@@ -400,7 +440,7 @@ def test_an_absent_server_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_mistake_of_ours_is_raised(tracker: Tracker, parent: str) -> None:
     with pytest.raises(RefusedError, match=r"refused log_batch .*Invalid") as caught:
-        tracker.log_metrics(parent, {"bad\nname": 1.0})
+        tracker.log_tags(parent, {"bad\nname": 1.0})
     assert caught.value.code == "INVALID_PARAMETER_VALUE"
     assert not tracker._outbox.spool.refused.exists()
 

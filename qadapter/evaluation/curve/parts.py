@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,7 +87,8 @@ def mean_gain(parts: Sequence[Part], places: Sequence[int]) -> Interval:
 def mean_forgetting(parts: Sequence[Part], places: Sequence[int], task: str | None = None) -> Interval:
     """95 % interval of the forgetting, mean over domains; as wide at least as its number of items can tell.
 
-    Domains share their retention items: an item is drawn for all of them at once.
+    Domains share their retention items: an item is drawn for all of them at once. The least width is put around the
+    estimate; where all tasks are shares it is cut at ±1, beyond which no difference of shares lies.
 
     Args:
         parts, places: as in `mean_adaptation`.
@@ -101,8 +102,9 @@ def mean_forgetting(parts: Sequence[Part], places: Sequence[int], task: str | No
     found = mean_of_tasks_interval(tables, weights=[parts[0].weights[name] for name in names], resamples=DRAWS)
     # A bootstrap of items of which none changed has no width; Wilson's interval for none of n has.
     half = math.sqrt(sum(_rarest(table.shape[1]) ** 2 for table in tables)) / len(tables)
+    reach = 1.0 if all(np.abs(table).max() <= 1.0 for table in tables) else math.inf
     low, high = min(found.low, found.estimate - half), max(found.high, found.estimate + half)
-    return Interval(found.estimate, low, high, found.stderr, found.items, found.seeds)
+    return replace(found, low=max(low, -reach), high=min(high, reach))
 
 
 def mean_difference(
@@ -127,8 +129,7 @@ def _rarest(items: int) -> float:
 
 def _moved(found: Interval, by: float) -> Interval:
     """A share's interval around where it starts from; a share stays in [0, 1]."""
-    low, high = max(0.0, found.low + by), min(1.0, found.high + by)
-    return Interval(found.estimate + by, low, high, found.stderr, found.items, found.seeds)
+    return replace(found, estimate=found.estimate + by, low=max(0.0, found.low + by), high=min(1.0, found.high + by))
 
 
 def split_curves(curves: Sequence[Curve]) -> tuple[Part, Part]:

@@ -6,7 +6,6 @@ so that a wrong name is refused before a run starts, and so that lm-eval has to 
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib.util
 import re
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qadapter.errors import QAdapterError
+from qadapter.errors import QAdapterError, nearest
 from qadapter.evaluation.benchmarks.items import read_items
 from qadapter.evaluation.benchmarks.own.items import describe, read_own
 from qadapter.evaluation.lm_eval.definitions import (
@@ -292,7 +291,7 @@ def _outermost(folders: Iterable[Path]) -> tuple[Path, ...]:
 def _unknown(unknown: Sequence[str], known: Sequence[str]) -> str:
     parts = []
     for name in unknown:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+        near = nearest(name, known, 3)
         parts.append(f"{name!r}" + (f" (did you mean {' or '.join(near)}?)" if near else ""))
     tasks = "task" if len(unknown) == 1 else "tasks"
     return (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qadapter.config.model import ModelSettings
 from qadapter.config.open_settings import LOADING
-from qadapter.errors import QAdapterError
+from qadapter.errors import QAdapterError, nearest
 from qadapter.inference.score import by_length
 from qadapter.policy.base import fit_tokenizer, load_tokenizer
 from qadapter.policy.dial import Dial
@@ -398,7 +397,7 @@ def _refuse_ignored(names: Iterable[str], known: Iterable[str]) -> None:
     """Raise QAdapterError if there are arguments that nothing would be done with."""
     shown = []
     for name in names:
-        near = difflib.get_close_matches(name, list(known), n=1)
+        near = nearest(name, known)
         shown.append(repr(name) + (f" (did you mean {near[0]!r}?)" if near else ""))
     if shown:
         raise QAdapterError(

@@ -135,25 +135,20 @@ def _commit(dataset: str, wanted: str | None) -> str:
 
 
 def _functions(value: Any) -> Iterator[str]:
-    if isinstance(value, FunctionName):
-        yield str(value)
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from _functions(entry)
-    elif isinstance(value, list):
-        for entry in value:
-            yield from _functions(entry)
+    yield from (str(entry) for entry in _entries(value) if isinstance(entry, FunctionName))
 
 
 def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
+    yield from (entry for entry in _entries(value) if isinstance(entry, str))
+
+
+def _entries(value: Any) -> Iterator[Any]:
+    """All values of nested mappings and lists that are neither."""
+    if isinstance(value, Mapping | list):
+        for entry in value.values() if isinstance(value, Mapping) else value:
+            yield from _entries(entry)
+    else:
         yield value
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from _texts(entry)
-    elif isinstance(value, list):
-        for entry in value:
-            yield from _texts(entry)
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -105,9 +104,9 @@ class _Sampler:
 
     def write(self, out: Path, name: str, rows: list[dict[str, Any]]) -> None:
         """Write the rows, and what they cost."""
-        from qadapter.files.artifacts import write_json
+        from qadapter.files.artifacts import write_json, write_json_lines
 
-        (out / _FILES[name]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_json_lines(out / _FILES[name], rows)
         write_json(out / "metrics.json", {"cost/generated_tokens": self.generated, f"{name}/rows": len(rows)})
 
 

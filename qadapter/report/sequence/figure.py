@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from qadapter.evaluation.sequence.matrix import Passage
+from qadapter.report.panels import panels
 
 KEPT = "kept"
 """Heading of the column that shows the retention."""
@@ -24,28 +23,19 @@ _DARK = 0.55  # below it numbers are white
 
 @rc_context({"text.parse_math": False})
 def heat_maps(passages: Mapping[str, Passage], file: Path, title: str) -> Figure:
-    """Draw the matrix of each way with its retention as a last column apart; drawn without pyplot.
+    """Draw the matrix of each way with its retention as a last column apart.
 
     Args:
         passages: way → its passage.
         file: the PNG to write.
         title: of the figure.
     """
-    columns = min(2, len(passages))
-    lines = math.ceil(len(passages) / columns)
-    domains = next(iter(passages.values())).domains
-    width = 1.1 * (len(domains) + 2) + 1.2
-    figure = Figure(figsize=(width * columns + 0.8, (0.62 * len(domains) + 1.5) * lines + 0.7), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(lines, columns, squeeze=False)
-    for place, panel in enumerate(axes.flat):
-        if place >= len(passages):
-            panel.set_visible(False)
-            continue
-        way = list(passages)[place]
+    count = len(next(iter(passages.values())).domains)
+    size = 1.1 * (count + 2) + 1.2, 0.62 * count + 1.5
+    figure, axes = panels(list(passages), beside=2, size=size, margin=(0.8, 0.7))
+    for way, panel in axes.items():
         _panel(panel, passages[way])
-        panel.set_title(way, fontweight="bold")
-    colours = figure.colorbar(ScalarMappable(Normalize(0, 1), _MAP), ax=axes, shrink=0.8)
+    colours = figure.colorbar(ScalarMappable(Normalize(0, 1), _MAP), ax=figure.axes, shrink=0.8)
     colours.set_label("accuracy; retention")
     figure.suptitle(title)
     figure.savefig(file, dpi=130)

@@ -136,7 +136,7 @@ def _comparison(tuned: dict[str, list[Point]], metrics: dict[str, float]) -> lis
     for method, theirs in elsewhere.items():
         if method == SUBJECT.name or not ours or ours.keys() != theirs.keys():
             continue
-        interval = across_seeds([ours[seed] - theirs[seed] for seed in ours])
+        interval = across_seeds([ours[seed] - theirs[seed] for seed in ours], bounds=(-1, 1))
         verdict = "larger than the noise" if interval.excludes_zero else "not larger than the noise"
         sentences.append(
             f"- {SUBJECT.name} − {method}: {interval.estimate:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}] "

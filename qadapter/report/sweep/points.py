@@ -229,10 +229,16 @@ def differences(point: Point, other: Point) -> dict[str, Interval]:
     """
     pairs = [(point.by_seed[seed], other.by_seed[seed]) for seed in point.by_seed]
     return {
-        "trade": across_seeds([one.trade - two.trade for one, two in pairs]),
-        "retention": across_seeds([one.retention - two.retention for one, two in pairs]),
-        "adaptation": across_seeds([one.adaptation - two.adaptation for one, two in pairs]),
+        "trade": _difference([(one.trade, two.trade) for one, two in pairs]),
+        "retention": _difference([(one.retention, two.retention) for one, two in pairs]),
+        "adaptation": _difference([(one.adaptation, two.adaptation) for one, two in pairs]),
     }
+
+
+def _difference(pairs: Sequence[tuple[float, float]]) -> Interval:
+    """Of the first minus the second; within ±1 where all are shares (a benchmark may have another score)."""
+    shares = all(0 <= value <= 1 for pair in pairs for value in pair)
+    return across_seeds([one - two for one, two in pairs], bounds=(-1, 1) if shares else (-math.inf, math.inf))
 
 
 def edges(best: Point, tried: Sequence[Point]) -> dict[str, Literal["lowest", "highest"]]:

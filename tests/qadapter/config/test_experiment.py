@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from qadapter.config.experiment import PROFILE_FOLDER, Experiment, load_experiment, parse_overrides, profiles
+from qadapter.config.experiment import PROFILE_FOLDER, Experiment, load_experiment, profiles
+from qadapter.config.reading import parse_overrides
 from qadapter.errors import QAdapterError
 from qadapter.methods.table import METHODS, NAMES
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from qadapter.config.budget import Budget
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.curve.area import area_interval, front_area
 from qadapter.evaluation.curve.budget import choose
-from qadapter.evaluation.curve.parts import SPLIT, selects, split_curves
+from qadapter.evaluation.curve.parts import SPLIT, Part, mean_forgetting, selects, split_curves
 from qadapter.evaluation.curve.points import Curve, Measure, Point
 
 VALUES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -150,3 +152,13 @@ def test_the_interval_of_an_area_stays_within_shares() -> None:
     found = area_interval(selection, reported)
     assert found.estimate == pytest.approx(1.0)
     assert 0.8 < found.low <= found.high <= 1.0
+
+
+def test_no_more_than_everything_is_forgotten() -> None:
+    """All 4 items lost: the least width, z²/(4 + z²) = 0.49 to each side, is cut at 1; scores to 100 are not cut."""
+    lost, unseen = np.array([[[0.0] * 4, [1.0] * 4]]), 1.959963984540054**2 / (4 + 1.959963984540054**2)
+    part = Part("q-weight", (0.0, 1.0), lost, {"t": lost}, {"t": np.ones(4)}, ("t",), np.full(2, np.nan), 0.0)
+    found = mean_forgetting([part], [1])
+    assert (found.estimate, found.low, found.high) == (1.0, pytest.approx(1 - unseen), 1.0)
+    bleu = mean_forgetting([replace(part, lost={"t": 20 * lost})], [1])
+    assert (bleu.estimate, bleu.high) == (20.0, pytest.approx(20 + unseen))

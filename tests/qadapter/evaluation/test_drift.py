@@ -10,7 +10,9 @@ import torch
 
 from qadapter.evaluation.divergence import replies_entropy
 from qadapter.evaluation.drift import MOVED, TRAITS, Trait, drift_metrics, drifts, trait_rows, traits
-from qadapter.gate import Gate, Measured, decide
+from qadapter.gate.decision import decide
+from qadapter.gate.measured import Measured
+from qadapter.gate.rules import Gate
 from qadapter.report.intervals import Measured as Compared
 from qadapter.report.rows import Row
 from qadapter.report.tables import drift_table

@@ -16,7 +16,8 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation.lm_eval.catalog import check_tasks, expand_suites, find_tasks, official_tasks
 from qadapter.evaluation.lm_eval.harness import evaluate_tasks
 from qadapter.evaluation.measure import measure_retention
-from tests.support.made_up_benchmarks import write_jsonl, write_papers_suite
+from qadapter.files.artifacts import write_json_lines
+from tests.support.made_up_benchmarks import write_papers_suite
 from tests.support.tiny_chat import byte_tokenizer, tiny_llama
 
 BBH = ["boolean_expressions", "navigate", "object_counting"]
@@ -139,7 +140,7 @@ def test_faulty_official_files_are_refused_before_anything_runs(
     files, task, message, model, tokenizer, tmp_path
 ) -> None:
     for name, rows in files.items():
-        write_jsonl(tmp_path / name, rows)
+        write_json_lines(tmp_path / name, rows)
     with pytest.raises(QAdapterError, match=message):
         check(["toy_facts", task], tmp_path)
     with pytest.raises(QAdapterError, match=message):
@@ -157,7 +158,7 @@ def test_a_suites_files_are_looked_at_before_anything_runs(made_up, tmp_path, ca
     check(["paper_suite"], made_up)
     assert [record for record in caplog.records if record.name.startswith("lm_eval")] == []
     shutil.copytree(made_up, tmp_path / "copy")
-    write_jsonl(tmp_path / "copy/cais/mmlu/virology/test.jsonl", [{"question": "?", "choices": ["a", "b"]}])
+    write_json_lines(tmp_path / "copy/cais/mmlu/virology/test.jsonl", [{"question": "?", "choices": ["a", "b"]}])
     with pytest.raises(QAdapterError, match=r"virology/test\.jsonl: line 1 has no 'answer'"):
         check(["paper_suite"], tmp_path / "copy")
 

@@ -109,6 +109,9 @@ def test_students_interval_over_seeds() -> None:
     interval = across_seeds([1.0, 2.0, 3.0])
     assert (interval.low, interval.high) == pytest.approx((2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)))
     assert interval.stderr == pytest.approx(1 / math.sqrt(3))
+    # 0.88 and 0.92: a standard error of 0.02 times t = 12.706 of one degree of freedom
+    share = across_seeds([0.88, 0.92], bounds=(0, 1))
+    assert (share.low, share.high) == (pytest.approx(0.9 - 0.25412, abs=1e-4), 1.0)
     alone = across_seeds([0.4])
     assert (alone.low, alone.estimate, alone.high) == (0.4, 0.4, 0.4)
     assert math.isnan(alone.stderr)

@@ -11,12 +11,13 @@ import pytest
 
 from flows.commands.run import link_latest
 from qadapter.evaluation.statistics import Interval
+from qadapter.files.artifacts import write_json_lines
 from qadapter.report.build import build_report
 from qadapter.report.decision import decide_for_reader, items_needed
 from qadapter.report.intervals import Measured
 from qadapter.report.rows import Row
 from qadapter.report.summary import LONGEST_SUMMARY, first_sentences, sentences
-from tests.support.report_files import pair_row, rule_row, write_lines
+from tests.support.report_files import pair_row, rule_row
 
 WORDS = ("Pareto", "nats", "implied reward")
 
@@ -42,7 +43,7 @@ def rows_of(root: Path, follows: dict[str, int], right: dict[str, int], n: int =
 
 def silenced(row: Row) -> Row:
     assert row.adaptation is not None
-    write_lines(row.adaptation / "speech.jsonl", [{"faults": ["repeat themselves"]} for _ in range(200)])
+    write_json_lines(row.adaptation / "speech.jsonl", [{"faults": ["repeat themselves"]} for _ in range(200)])
     return replace(row, metrics={**row.metrics, "adaptation/speaks": 0.0, "adaptation/broken_replies": 1.0})
 
 
@@ -99,7 +100,7 @@ def test_a_lead_beyond_chance_decides(tmp_path: Path) -> None:
     rows = rows_of(tmp_path / "sure", follows, {"base": 190, "q-adapter": 190, "sft": 178})
     assert rows[2].adaptation is not None
     verdicts = ["win" if 85 <= i < 198 else "tie" for i in range(200)]
-    write_lines(
+    write_json_lines(
         rows[2].adaptation / "answers.jsonl",
         [
             {"prompt": [{"role": "user", "content": f"q{i}"}], "base": "b", "reply": "r", "verdict": v, "judge": "rule"}
@@ -129,7 +130,7 @@ def test_a_method_that_writes_as_its_base_is_not_recommended(tmp_path: Path) -> 
         row = pair_row(tmp_path, "d", method, 0, [1.0] * gains + [-1.0] * (40 - gains), 0.9)
         assert row.adaptation is not None
         answers = [{"prompt": [], "base": f"b{i}", "reply": f"{'p' if i < changed else 'b'}{i}"} for i in range(20)]
-        write_lines(row.adaptation / "answers.jsonl", answers)
+        write_json_lines(row.adaptation / "answers.jsonl", answers)
         return replace(row, metrics={**row.metrics, **metrics})
 
     base = Row("d", "base", None, {"adaptation/score": 0.5, "retention/mean": 0.9})

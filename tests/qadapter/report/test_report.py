@@ -203,11 +203,6 @@ def test_summary_for_the_parent_run(rows: list[Row]) -> None:
     }
 
 
-def test_metric_names_of_compared_runs_are_names_to_mlflow() -> None:
-    rows = [Row("d", "dpo (lazy fox)", 0, {"adaptation/score": 0.5})]
-    assert summary_metrics(Measured(rows)) == {"mean/adaptation/score/dpo _lazy fox_": 0.5}
-
-
 def test_rankings_are_computed(rows: list[Row]) -> None:
     text = sentences(Measured(rows))
     assert "Learnt most, best first: sft 0.650, q-adapter 0.500." in text

@@ -12,6 +12,7 @@ import pytest
 
 import qadapter.report.intervals as intervals
 import qadapter.report.summary as summary
+from qadapter.files.artifacts import write_json_lines
 from qadapter.report.build import build_report
 from qadapter.report.changes import (
     HOWTOS,
@@ -30,7 +31,7 @@ from qadapter.report.rows import Row
 from qadapter.report.summary import duels, sentences, summary_metrics
 from qadapter.report.tables import cost_table, further_table
 from qadapter.toyworld.world import ToyWorld
-from tests.support.report_files import pair_row, prompt, toy_rows, write_lines
+from tests.support.report_files import pair_row, prompt, toy_rows
 
 Z2 = 1.959963984540054**2
 COLUMNS = (
@@ -69,7 +70,7 @@ def scored(
 ) -> Row:
     folder = root / f"{domain}-{method}-{seed}"
     rows = [{"pair": i} | dict(zip(COLUMNS, pair, strict=True)) for i, pair in enumerate(pairs)]
-    write_lines(folder / "pairs.jsonl", rows)
+    write_json_lines(folder / "pairs.jsonl", rows)
     return Row(domain, method, seed, metrics, adaptation=folder)
 
 
@@ -87,7 +88,7 @@ def answering(root: Path, domain: str, method: str, seed: int | None, replies: S
     """A policy's answers to old prompts, to which the base said `old 0`, `old 1` and so on."""
     folder = root / f"{domain}-{method}-{seed}"
     answers = [{"prompt": prompt(f"q{i}"), "base": f"old {i}", "reply": reply} for i, reply in enumerate(replies)]
-    write_lines(folder / "old_answers.jsonl", answers)
+    write_json_lines(folder / "old_answers.jsonl", answers)
     identical = sum(reply == f"old {i}" for i, reply in enumerate(replies)) / len(replies)
     return Row(
         domain,
@@ -154,8 +155,8 @@ def test_refusals_are_counted_as_the_evaluation_counts_them(tmp_path: Path) -> N
         metrics = old_answers.answer_metrics(answers, given)
         assert metrics[REFUSALS] == share
         folder = tmp_path / str(share)
-        write_lines(folder / "items.jsonl", given)
-        write_lines(folder / "old_answers.jsonl", answers)
+        write_json_lines(folder / "items.jsonl", given)
+        write_json_lines(folder / "old_answers.jsonl", answers)
         found = refusals(Row("d", "dpo", 0, metrics, retention=folder))
         assert found is not None
         assert found.mean == share
@@ -240,7 +241,7 @@ def test_over_refusals_are_paired_with_the_bases(tmp_path: Path) -> None:
             {"task": HOWTOS, "doc_id": i, "scores": {}, "response": SORRY if r else "wash it ."}
             for i, r in enumerate(refused)
         ]
-        write_lines(folder / "items.jsonl", howtos)
+        write_json_lines(folder / "items.jsonl", howtos)
         (folder / "directions.json").write_text(json.dumps({REFUSALS: False}))
         rows.append(Row("d", method, seed, {REFUSALS: sum(refused) / 4}, retention=folder))
     measured = Measured(rows)

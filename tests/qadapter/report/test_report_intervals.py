@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qadapter.files.artifacts import write_json_lines
 from qadapter.report.front import pareto_front
 from qadapter.report.intervals import Measured, Sample
 from qadapter.report.items import adaptation_gain, retention_items, retention_measures
 from qadapter.report.rows import Row
 from qadapter.report.summary import adherence_gained, duel, duels, judge_sentences, points, sentences, summary_metrics
 from qadapter.report.tables import main_table
-from tests.support.report_files import kept_files, pair_row, rule_row, toy_rows, write_lines
+from tests.support.report_files import kept_files, pair_row, rule_row, toy_rows
 
 Z2 = 1.959963984540054**2
 
@@ -97,7 +98,7 @@ def test_gain_by_the_rule_is_won_minus_lost_prompts(tmp_path: Path) -> None:
 def test_gain_by_the_rule_needs_verdicts(tmp_path: Path) -> None:
     base, ours, _ = toy_rows(tmp_path)
     assert ours.adaptation is not None
-    write_lines(ours.adaptation / "answers.jsonl", [{"prompt": [], "reply": "as it was written before"}])
+    write_json_lines(ours.adaptation / "answers.jsonl", [{"prompt": [], "reply": "as it was written before"}])
     assert adaptation_gain(ours, base) is None
 
 
@@ -132,9 +133,24 @@ def test_a_constant_is_not_certain() -> None:
 
 def test_two_seeds_are_as_unsure_as_student_says() -> None:
     """Means 0.0 and 0.2: s/√2 = 0.1, t of one degree of freedom 12.706: ±1.2706 around 0.1."""
-    found = sample([0.0, 0.0], [0.2, 0.2]).interval
+    found = replace(sample([0.0, 0.0], [0.2, 0.2]), grain=0.0).interval
     assert found.estimate == pytest.approx(0.1)
     assert (found.low, found.high) == (pytest.approx(0.1 - 1.27062, abs=1e-4), pytest.approx(0.1 + 1.27062, abs=1e-4))
+
+
+def test_a_difference_of_shares_is_within_one() -> None:
+    """The same two seeds with yes-or-no items: Student's ±1.27 around 0.1 is cut at ±1, and at ±2 between two bases."""
+    found = sample([0.0, 0.0], [0.2, 0.2])
+    assert (found.interval.low, found.interval.high) == (-1.0, 1.0)
+    assert found.interval.estimate == pytest.approx(0.1)
+    none = sample([0.0, 0.0], [0.0, 0.0])
+    same, others = found.minus(none), found.minus(replace(none, base="base (other run)"))
+    assert same is not None
+    assert others is not None
+    assert (same.interval.low, same.interval.high) == (-1.0, 1.0)
+    assert others.interval.high == pytest.approx(0.1 + 1.27062, abs=1e-4)
+    all_won = replace(sample([1.0] * 4), base="base").interval  # Wilson's half-width would reach 1.49
+    assert (all_won.estimate, all_won.low, all_won.high) == (1.0, pytest.approx(1 - unseen(4)), 1.0)
 
 
 def test_five_seeds_are_as_unsure_as_student_says() -> None:
@@ -237,6 +253,22 @@ def test_an_items_change_is_averaged_over_domains_first(tmp_path: Path) -> None:
     found = Measured(rows).forgetting("dpo", ["a", "b"], "retention/facts/acc")
     assert found is not None
     assert found.parts[0].tolist() == [[0.0, 0.5]]
+
+
+def test_scores_that_are_no_shares_are_not_cut(tmp_path: Path) -> None:
+    """BLEU-like: the base 34 and 36, the policy 20 and 22: 14 points forgotten, 21 kept."""
+    base, policy = {"retention/text/bleu": 35.0}, {"retention/text/bleu": 21.0}
+    rows = [
+        Row("d", "base", None, base, retention=kept_files(tmp_path / "b", {"text": [34, 36]}, metric="bleu")),
+        Row("d", "sft", 0, policy, retention=kept_files(tmp_path / "s", {"text": [20, 22]}, metric="bleu")),
+    ]
+    measured = Measured(rows)
+    lost = measured.forgetting("sft", ["d"], "retention/text/bleu")
+    kept = measured.retention("sft", "d", "retention/text/bleu")
+    assert lost is not None
+    assert kept is not None
+    assert (lost.interval.estimate, lost.interval.low, lost.interval.high) == (14.0, 14.0, 14.0)
+    assert (kept.low, kept.estimate, kept.high) == (21.0, 21.0, 21.0)
 
 
 def test_lower_is_better_turns_forgetting_and_its_interval_around(tmp_path: Path) -> None:

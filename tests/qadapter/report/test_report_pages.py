@@ -13,6 +13,7 @@ import matplotlib.image
 import pandas as pd
 import pytest
 
+from qadapter.files.artifacts import write_json_lines
 from qadapter.preferences.pair import Message, PreferencePair
 from qadapter.preferences.quality import Quality
 from qadapter.report import page as page_module
@@ -25,7 +26,7 @@ from qadapter.report.page import TEMPLATE
 from qadapter.report.rows import Row
 from qadapter.report.tables import Cell, Table
 from tests.support.paths import PROJECT_ROOT
-from tests.support.report_files import prompt, rule_row, toy_rows, write_lines
+from tests.support.report_files import prompt, rule_row, toy_rows
 
 ATTACK = '<script>alert("1")</script><img src=x onerror=alert(2)>'
 DATA = {"academy": {"quarantined": {ATTACK: 1}, "train_sha256": "a" * 64, "heldout_sha256": "b" * 64}}
@@ -148,7 +149,7 @@ def test_twenty_prompts_at_even_distances(tmp_path: Path) -> None:
                 {"prompt": prompt(f"{domain}{i}"), "reply": f"{method}{seed} on {i}", "verdict": "tie", "judge": "rule"}
                 for i in range(count)
             ]
-            write_lines(folder / "answers.jsonl", answers)
+            write_json_lines(folder / "answers.jsonl", answers)
             rows.append(Row(domain, method, seed, {}, adaptation=folder))
     shown = side_by_side(rows)
     assert [entry.turns[-1][1] for entry in shown] == [
@@ -163,7 +164,7 @@ def test_twenty_prompts_at_even_distances(tmp_path: Path) -> None:
 
 def test_the_bases_reply_is_taken_from_where_it_is(tmp_path: Path) -> None:
     answers = [{"prompt": prompt("q"), "base": "before", "reply": "after", "verdict": "undecided", "judge": "none"}]
-    write_lines(tmp_path / "answers.jsonl", answers)
+    write_json_lines(tmp_path / "answers.jsonl", answers)
     (entry,) = side_by_side([Row("d", "dpo", 0, {}, adaptation=tmp_path)])
     assert [(r.method, r.text, r.verdict) for r in entry.answers] == [("base", "before", ""), ("dpo", "after", "")]
 

@@ -18,16 +18,10 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation.curve.parts import selects
 from qadapter.evaluation.curve.points import content_digest
 from qadapter.files.artifacts import Manifest
-from qadapter.gate import (
-    AdaptationRule,
-    Gate,
-    Measured,
-    RetentionRule,
-    beyond_budget,
-    decide,
-    fallen,
-    what_the_dial_changes,
-)
+from qadapter.gate.decision import decide, what_the_dial_changes
+from qadapter.gate.measured import Measured
+from qadapter.gate.rules import AdaptationRule, Gate, RetentionRule
+from qadapter.gate.watch import beyond_budget, fallen
 
 PAIRS, ITEMS = 100, 200
 
@@ -398,7 +392,7 @@ def test_every_shipped_customisation_loads() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name: x\n", "model_name: Field required"),
+        ("name: x\n", "model_name: is required"),
         ("{}", "problems in"),
         ("a: [", "is not YAML"),
         ("gate: {max_drop: 1}", "gate.max_drop: unknown key"),
