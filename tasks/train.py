@@ -19,7 +19,7 @@ from qadapter.config.model import ModelSettings
 from qadapter.files.artifacts import read_json, read_json_lines, write_json
 from qadapter.methods.method import Need
 from qadapter.methods.table import method_named
-from qadapter.policy.gguf import gguf_file, unpack
+from qadapter.policy.gguf import gguf_file
 from tasks.data import log_pairs
 from tasks.stages.context import Cell, RunContext
 from tasks.stages.process_launcher import ProcessLauncher
@@ -142,12 +142,14 @@ def _unpacked_base(context: RunContext, file: Path) -> Any:
     dtype = context.experiment.model.dtype
 
     def compute(out: Path, _: Path) -> None:
+        from qadapter.policy.unpacking import unpack
+
         unpack(file, dtype, out)
 
     result = run_stage(
         context,
         "unpack",
-        module="qadapter.policy.gguf",
+        module="qadapter.policy.unpacking",
         config={"dtype": dtype},
         inputs={"file": file},
         compute=compute,

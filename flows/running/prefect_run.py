@@ -129,7 +129,7 @@ class PrefectRun:
 
     def _plan(self) -> dict[str, float]:
         """Seconds that the plan estimates for each submitted task; those without an estimate are omitted."""
-        from flows.running.plan import seconds_of  # which imports the experiment's stages, and they this module
+        from flows.running.stage_costs import seconds_of  # reading sources takes numpy
 
         prepared = {}
         for source, (name, future) in list(self._prepared.items()):

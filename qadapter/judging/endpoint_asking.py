@@ -19,8 +19,8 @@ from typing import Any, ClassVar, Literal
 
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.statistics import Interval, proportion_interval
-from qadapter.judging.endpoint import NAME, EndpointSettings
 from qadapter.judging.endpoint_client import JudgeClient, Messages, UnansweredError, Usage, price
+from qadapter.judging.endpoint_settings import NAME, EndpointSettings
 from qadapter.judging.verdicts import WORTH, Verdict
 from qadapter.preferences.pair import Message
 from qadapter.progress.reports import counted

@@ -28,7 +28,7 @@ from qadapter.errors import QAdapterError
 from qadapter.files.shown import remember_secret
 from qadapter.files.url_secrets import check_variable
 from qadapter.judging.answer_cache import AnswerCache
-from qadapter.judging.endpoint import KEY_VARIABLE, EndpointSettings
+from qadapter.judging.endpoint_settings import KEY_VARIABLE, EndpointSettings
 
 Messages = Sequence[dict[str, str]]
 Parsed = TypeVar("Parsed")

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-import tasks.tracking.store  # first: it switches MLflow's telemetry off before MLflow is imported
-
-from mlflow.entities import LoggedModelOutput, LoggedModelStatus  # isort: skip
+from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL
+
+if TYPE_CHECKING:
+    from tasks.tracking.store import MlflowStore
 
 _DIGEST_TAG = "adapter_digest"
 _TYPE = "adapter"
-Store = tasks.tracking.store.MlflowStore
 
 
-def log_model(store: Store, run_id: str, *, name: str, digest: str, params: Mapping[str, str]) -> None:
+def log_model(store: MlflowStore, run_id: str, *, name: str, digest: str, params: Mapping[str, str]) -> None:
     """Make an adapter the logged model of a run; safe to repeat.
 
     An adapter that an earlier run logged under this name is linked, so that the tab shows each adapter once.
@@ -50,7 +51,7 @@ def log_model(store: Store, run_id: str, *, name: str, digest: str, params: Mapp
     store.call("log_outputs", run_id, [LoggedModelOutput(model_id, 0)])
 
 
-def model_of(store: Store, run_id: str) -> str | None:
+def model_of(store: MlflowStore, run_id: str) -> str | None:
     """The id of the model that `log_model` gave to a run; None if it has none."""
     try:
         return _model_of(store, run_id)
@@ -59,7 +60,7 @@ def model_of(store: Store, run_id: str) -> str | None:
 
 
 @lru_cache(maxsize=256)
-def _model_of(store: Store, run_id: str) -> str:
+def _model_of(store: MlflowStore, run_id: str) -> str:
     """As `model_of`; a run's model never changes once it has one."""
     run = store.call("get_run", run_id)
     if run.outputs is None or not run.outputs.model_outputs:

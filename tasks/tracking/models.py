@@ -14,9 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import tasks.tracking.tracker  # first: it switches MLflow's telemetry off before MLflow is imported
-
-import mlflow  # isort: skip
+import mlflow
 import requests
 import yaml
 from mlflow.exceptions import MlflowException
@@ -41,6 +39,7 @@ from tasks.tracking.store import (
     local_path,
     status_of,
 )
+from tasks.tracking.tracker import Tracker, tracking_uri
 
 _GLOBALS = threading.Lock()
 _PREFIX = "qadapter."  # of metadata keys about base and adapter
@@ -358,7 +357,7 @@ class _ModelVersion:
 
     def refuse_damage(self, part: str, folder: Path, digest: Callable[[Path], str] = digest_tree) -> None:
         """Verify a folder against the registered digest."""
-        uri = shown(tasks.tracking.tracker.tracking_uri(workspace()))
+        uri = shown(tracking_uri(workspace()))
         what = f"{part} of version {self.number} of {self.name!r} in MLflow at {uri}"
         refuse_damage(folder, self.digest(part), what, digest)
 
@@ -392,7 +391,7 @@ def _version_of(model: str) -> tuple[MlflowStore, Any]:
         name, _, number = model.partition("/")
     if not name or name == model:
         raise QAdapterError(f"{model!r} is not a version. Give NAME@ALIAS or NAME/VERSION, such as policy@champion.")
-    tracker = tasks.tracking.tracker.Tracker.for_project(workspace())
+    tracker = Tracker.for_project(workspace())
     store = MlflowStore(tracker.uri, tracker.artifact_root)
     try:
         if at:  # an alias may move between two downloads, a version may not
@@ -416,7 +415,7 @@ def _store() -> Iterator[str]:
     """
     with _GLOBALS:
         variable = os.environ.get("MLFLOW_TRACKING_URI")
-        uri = tasks.tracking.tracker.tracking_uri(workspace())
+        uri = tracking_uri(workspace())
         mlflow.set_tracking_uri(uri)
         try:
             yield uri

@@ -19,10 +19,6 @@ from urllib.parse import urlsplit
 
 import pandas as pd
 import requests
-
-# MLflow decides at import whether it sends telemetry. It is off unless the user sets the variable.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType
 from mlflow.exceptions import InvalidUrlException, MlflowException, RestException
@@ -48,6 +44,7 @@ from qadapter.files.artifacts import (
 from qadapter.files.locks import held
 from qadapter.files.shown import shown
 from tasks.stages.retries import retrying
+from tasks.tracking.logged_models import log_model, model_of
 from tasks.tracking.spool import Entry
 
 __all__ = [
@@ -347,8 +344,6 @@ class MlflowStore:
                 of_model: dict[str, Any] = {}
                 if "model_data" in entry:
                     name, digest = entry["model_data"]
-                    from tasks.tracking.logged_models import model_of  # which needs this module
-
                     if (model_id := model_of(self, run)) is not None:
                         of_model = {"model_id": model_id, "dataset_name": name, "dataset_digest": digest}
                 self.call(
@@ -371,8 +366,6 @@ class MlflowStore:
             case "file":
                 self._store("log_artifact", run, entry["path"], entry["artifact_path"])
             case "model":
-                from tasks.tracking.logged_models import log_model
-
                 log_model(self, run, name=entry["name"], digest=entry["digest"], params=entry["params"])
             case "text":
                 self._store("log_text", run, entry["text"], entry["artifact_file"])

@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import tasks.tracking.store  # noqa: F401  # first: it switches MLflow's telemetry off before MLflow is imported
-
-from mlflow.environment_variables import (  # isort: skip
+from mlflow.environment_variables import (
     MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING,
     MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL,
 )

@@ -16,7 +16,8 @@ import pytest
 from flows.full_paper_repro import experiment_stages
 from flows.running import left as left_module
 from flows.running.left import Submitted, Teller, frame, kind_of, seconds_left, summary
-from flows.running.plan import Recorder, seconds_of
+from flows.running.plan import Recorder
+from flows.running.stage_costs import seconds_of
 from qadapter.config.experiment import load_experiment
 from qadapter.files.artifacts import write_json
 from tasks.stages.context import Cell

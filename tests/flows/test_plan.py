@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from flows.full_paper_repro import experiment_stages
 from flows.running import plan
-from flows.running.plan import PlannedStage, Recorder, plan_text
+from flows.running.plan import Recorder, plan_text
+from flows.running.stage_costs import PlannedStage
 from qadapter.config.evaluation import BuiltBenchmarks, RetentionSettings
 from qadapter.config.experiment import Experiment, load_experiment, profiles
 from qadapter.config.model import FromScratch, LoraSettings, ModelSettings

@@ -33,8 +33,8 @@ from qadapter.config.sweep import load_sweep
 from qadapter.errors import QAdapterError
 from qadapter.files.shown import shown
 from qadapter.files.url_secrets import filled_in, public_address, refuse_secrets
-from qadapter.judging.endpoint import EndpointSettings
 from qadapter.judging.endpoint_client import JudgeClient, UnansweredError
+from qadapter.judging.endpoint_settings import EndpointSettings
 from qadapter.policy.files import read_settings
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.policy.model import QAdapterForCausalLM

@@ -19,7 +19,7 @@ from qadapter.errors import QAdapterError
 from qadapter.files import shown as module
 from qadapter.files.shown import csv_cell, guard_logs, quiet_libraries, remember_secret, shown, to_csv, visible
 from qadapter.files.url_secrets import check_variable, filled_in, secrets_in
-from qadapter.judging.endpoint import EndpointSettings
+from qadapter.judging.endpoint_settings import EndpointSettings
 
 CANARY = "pa55word-of-the-test"
 

@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from qadapter.judging.answer_cache import AnswerCache
-from qadapter.judging.endpoint import EndpointSettings
 from qadapter.judging.endpoint_client import LARGEST_RESPONSE, JudgeClient, UnansweredError
+from qadapter.judging.endpoint_settings import EndpointSettings
 
 QUESTION = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
 

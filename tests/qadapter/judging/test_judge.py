@@ -12,9 +12,10 @@ import httpx
 import pytest
 
 from qadapter.errors import QAdapterError
-from qadapter.judging.endpoint import CRITERIA, EndpointSettings
+from qadapter.judging.endpoint import CRITERIA
 from qadapter.judging.endpoint_asking import EndpointJudge, parse_verdict
 from qadapter.judging.endpoint_client import JudgeClient, UnansweredError, check_endpoint
+from qadapter.judging.endpoint_settings import EndpointSettings
 from qadapter.judging.verdicts import judge_answers
 from tests.support.fake_judge import Answer, FakeJudge, Sent, longer, serving
 
