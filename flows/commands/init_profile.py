@@ -39,7 +39,7 @@ def init(
     """Write the profile and the customization; asks on a terminal for what is not given.
 
     Raises:
-        QAdapterError: something is missing and there is no terminal, cannot be used, or a file is there already.
+        QAdapterError: something is missing and there is no terminal, cannot be used, or a file already exists.
     """
     given = {"--model": model, "--pairs": pairs, "--benchmark": benchmark}
     missing = [flag for flag, value in given.items() if not value]
@@ -55,7 +55,7 @@ def init(
         raise QAdapterError(f"--name {name!r}: expected lower-case letters, digits, - and _, for example {suggested!r}")
     profile, weekly = output / f"{name}.yaml", output / f"{name}-weekly.yaml"
     if there := [str(file) for file in (profile, weekly) if file.exists()]:
-        raise QAdapterError(f"{there[0]} is there already; give another --name or --output, or remove it")
+        raise QAdapterError(f"{there[0]} already exists; give another --name or --output, or remove it")
 
     from qadapter.config.customization import load_customization
     from qadapter.planning.own_profile import look_at, profile_text, weekly_text

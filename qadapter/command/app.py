@@ -184,7 +184,7 @@ def call(app: typer.Typer, arguments: list[str]) -> int:
     try:
         if not arguments:
             command.main(["--help"], prog_name=PROGRAM, standalone_mode=False)
-            raise QAdapterError("no command was given")
+            raise QAdapterError("no command was given; choose one of those above")
         return int(command.main(arguments, prog_name=PROGRAM, standalone_mode=False) or 0)
     except QAdapterError as error:
         return _failed(str(error), REFUSED, shown=False)

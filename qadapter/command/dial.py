@@ -117,7 +117,7 @@ def _heldout(options: DialOptions, adapter: Path, scratch: Path) -> Path:
     files = options.located(options.data, options.split)
     pairs = parse_files(files, domain=options.domain, max_chars=options.max_chars, choices=Choices.of(options)).pairs
     if not pairs:
-        raise QAdapterError(f"no pair of {options.data} can be used; qadapter data shows why")
+        raise QAdapterError(f"no pair of {options.data} can be used; `qadapter data {options.data}` shows why")
     file = scratch / "heldout.jsonl"
     write_json_lines(file, (pair.to_trl() for pair in pairs))
     return file

@@ -36,7 +36,7 @@ def run(options: GenerateOptions) -> None:
     reasons = [why_not(tokenizer, prompt) for prompt in prompts]
     refused = [reason for reason in reasons if reason is not None]
     if len(refused) == len(prompts):
-        raise QAdapterError(f"no prompt can be asked: {refused[0]}")
+        raise QAdapterError(f"none of the prompts can be used: {refused[0]}")
     asked_for = "max_new_tokens" in options.model_fields_set
     longest = longest_reply(options.max_new_tokens, context_of(policy), asked_for=asked_for)
 

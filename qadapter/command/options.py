@@ -418,7 +418,7 @@ class DialOptions(RetainOptions, BaseOptions, ReadingOptions):
     @model_validator(mode="after")
     def _something_to_keep(self) -> DialOptions:
         if not self.tasks and not self.retain:
-            raise ValueError("nothing says what is to be kept; give --tasks, or --retain with questions of your own")
+            raise ValueError("no benchmark measures what is kept; give --tasks, or --retain with questions of your own")
         return self
 
 

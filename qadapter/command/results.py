@@ -27,7 +27,7 @@ def require_free(options: FileOptions) -> Path | None:
     if file.is_dir():
         raise QAdapterError(f"--output {file} is a folder; give the name of a file")
     if file.exists() and not options.overwrite:
-        raise QAdapterError(f"{file} is there already; give another --output, or --overwrite to replace it")
+        raise QAdapterError(f"{file} already exists; give another --output, or --overwrite to replace it")
     return file
 
 

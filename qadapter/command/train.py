@@ -62,7 +62,7 @@ def run(options: TrainOptions) -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise QAdapterError(
-            "the command trains in one process, and WORLD_SIZE says there are several; for several GPUs write a script "
+            "the command trains in one process, but WORLD_SIZE is set for several; for several GPUs write a script "
             "around QAdapterTrainer and start it with accelerate launch"
         )
     out = Path(options.output)

@@ -32,7 +32,7 @@ def json_value(value: Any) -> Any:
     try:
         return json.loads(value)
     except ValueError as error:
-        raise ValueError(f"no JSON ({error})") from error
+        raise ValueError(f"is not JSON ({error})") from error
 
 
 def _modules(value: Any) -> Any:
@@ -77,7 +77,7 @@ def _mapping(value: Any) -> Any:
     try:
         text = file.read_text(encoding="utf-8") if "{" not in value and file.is_file() else value
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"no YAML: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(f"is not YAML: {' '.join(str(error).split())[:200]}") from error
     found = _yaml(text)
     if not isinstance(found, dict):
         raise ValueError("a mapping such as '{prompt: question, chosen: a, rejected: b}' or a YAML file was expected")
@@ -88,7 +88,7 @@ def _yaml(text: str) -> Any:
     try:
         return read_yaml(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"no YAML: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(f"is not YAML: {' '.join(str(error).split())[:200]}") from error
 
 
 def assigned(value: Any) -> Any:

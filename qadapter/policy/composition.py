@@ -97,7 +97,7 @@ class ComposedAdapters(nn.Module):
                 on another base, or the weights are then invalid in this one.
         """
         if name in self.peft_model.peft_config:
-            raise QAdapterError(f"An adapter named {name!r} is there already. Choose another name.")
+            raise QAdapterError(f"There is an adapter named {name!r} already. Choose another name.")
         settings = policy_files.read_policy(Path(path))
         place = policy_files.only_adapter(Path(path), settings)
         mine, other = self.objective.parametrization, settings.objective.parametrization

@@ -104,7 +104,7 @@ def refuse_unknown(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any]
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise QAdapterError(f"chat_template_kwargs: {name} is no JSON value ({error})") from error
+            raise QAdapterError(f"chat_template_kwargs: {name} is not a JSON value ({error})") from error
 
 
 def variables(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:

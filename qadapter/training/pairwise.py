@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
@@ -53,13 +53,13 @@ def train_dpo(job: Job, name: str, **loss: Any) -> Trainer:
     return train_to_end(trainer, name)
 
 
-def train_without_reference(job: Job, name: str, trainer: Literal["orpo", "cpo"], **loss: Any) -> Trainer:
+def train_without_reference(job: Job, name: str, trainer: str, **loss: Any) -> Trainer:
     """Train with one of TRL's experimental trainers; the base is not consulted.
 
     Args:
         job: the training.
         name: of the method, for progress messages.
-        trainer: `trl.experimental.<trainer>`, which takes the same rows in both cases.
+        trainer: `trl.experimental.<trainer>`: `orpo`, `cpo`, or another that takes the same rows.
         loss: what the method sets of the trainer's config: `beta`, `loss_type` …
     """
     with warnings.catch_warnings():  # TRL says that it may change without notice; constraints.txt pins it

@@ -516,7 +516,7 @@ def test_an_answer_file_is_not_replaced_unasked(place: Path, tmp_path: Path, ref
     out = tmp_path / "answers.jsonl"
     out.write_text("mine")
     command = ["generate", "--adapter", str(place / "out"), "--prompt", "Hi", "--output", str(out), *SHORT]
-    assert "is there already" in refused(*command)
+    assert "already exists" in refused(*command)
     assert out.read_text() == "mine"
     assert main([*command, "--overwrite"]) == 0
     assert len(rows(out)) == 1
@@ -796,7 +796,7 @@ def test_a_dial_is_chosen_saved_and_taken(
 
 def test_a_dial_needs_something_that_is_kept(place: Path, refused: Callable[..., str]) -> None:
     message = refused("dial", str(place / "out"), "--data", str(place / "pairs.jsonl"))
-    assert "nothing says what is to be kept; give --tasks, or --retain" in message
+    assert "no benchmark measures what is kept; give --tasks, or --retain" in message
 
 
 def test_ctrl_c_stops_a_reply_and_then_the_chat(

@@ -346,7 +346,7 @@ def test_several_adapters_are_saved_and_loaded(tmp_path: Path):
 
 def test_attaching_refuses_what_does_not_fit(tmp_path: Path):
     policy, _, _, _ = two_adapters(tmp_path, RESIDUAL)
-    with pytest.raises(QAdapterError, match="'second' is there already"):
+    with pytest.raises(QAdapterError, match="named 'second' already"):
         policy.attach(tmp_path / "second", "second")
     make_policy(objective=ABSOLUTE).save_pretrained(tmp_path / "absolute")
     with pytest.raises(QAdapterError, match="'absolute', this policy 'residual'"):
