@@ -48,7 +48,7 @@ def open_policy(options: PolicyOptions) -> tuple[QAdapterForCausalLM, PreTrained
         require_adapter(folder)
     weights = options.weights or (1 / len(options.adapter),) * len(options.adapter)
     if len(weights) != len(options.adapter):
-        raise QAdapterError(f"--weights has {len(weights)} numbers for {len(options.adapter)} adapters; give one number per adapter")
+        raise QAdapterError(f"--weights has {len(weights)} numbers for {len(options.adapter)} adapters; give one for each")
     base = base_place(options)
     record = training_record(first)
     if options.base:
