@@ -48,7 +48,9 @@ def open_policy(options: PolicyOptions) -> tuple[QAdapterForCausalLM, PreTrained
         require_adapter(folder)
     weights = options.weights or (1 / len(options.adapter),) * len(options.adapter)
     if len(weights) != len(options.adapter):
-        raise QAdapterError(f"--weights has {len(weights)} numbers for {len(options.adapter)} adapters; give one for each")
+        raise QAdapterError(
+            f"--weights has {len(weights)} numbers for {len(options.adapter)} adapters; give one for each adapter"
+        )
     base = base_place(options)
     record = training_record(first)
     if options.base:
@@ -177,9 +179,7 @@ def base_of_adapter(folder: Path) -> str:
     if not base:
         raise QAdapterError(f"the adapter in {folder} does not say which base it belongs to; give --base")
     if Path(base).is_absolute() and not Path(base).exists():
-        raise QAdapterError(
-            f"the base of {folder} is not at {base} any more; give its folder with --base"
-        )
+        raise QAdapterError(f"the base of {folder} is not at {base} any more; give its folder with --base")
     return str(base)
 
 
