@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from qadapter.config.base import Settings
-from qadapter.errors import QAdapterError, did_you_mean
+from qadapter.errors import QAdapterError, did_you_mean, nearest
 from qadapter.files.shown import shown
 from qadapter.files.yaml_text import read_yaml
 
@@ -58,9 +58,12 @@ def _find(kind: str, name: str, folder: Path) -> Path:
         return Path(name)
     file = folder / f"{name}.yaml"
     if not file.is_file():
-        hint = did_you_mean(name, names_in(folder))
-        stop = "" if hint.endswith("?") else "."
-        raise QAdapterError(f"there is no {kind} {name!r}{hint}{stop} The path of a .yaml file is accepted too.")
+        known = names_in(folder)
+        near = nearest(name, known)
+        raise QAdapterError(
+            f"there is no {kind} {name!r}{f', did you mean {near[0]!r}?' if near else '.'} Known are "
+            f"{', '.join(known)}; the path of a .yaml file is accepted too."
+        )
     return file
 
 

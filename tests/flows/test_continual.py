@@ -128,7 +128,7 @@ def test_what_cannot_work_is_refused(
 def test_an_unknown_sequence_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--sequence", "smok"]) == 2
     errors = capsys.readouterr().err
-    assert "there is no sequence 'smok', did you mean 'smoke'? The path of a .yaml file is accepted too." in errors
+    assert "there is no sequence 'smok', did you mean 'smoke'? Known are small, smoke; the path of a .yaml" in errors
 
 
 def test_other_objectives_go_without_composing(tmp_path: Path) -> None:
