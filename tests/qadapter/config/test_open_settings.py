@@ -145,6 +145,7 @@ def test_the_command_takes_them_as_mapping_or_as_assignments() -> None:
     [
         ({"trainer": "optm=sgd"}, "--trainer.optm: unknown key, did you mean 'optim'?"),
         ({"trainer": "{optim: [}"}, "is not YAML"),
+        ({"trainer": "optim=[a"}, "is not YAML"),
         ({"trainer": "optim"}, "a mapping such as"),
         ({"trainer": "weight_decay=0.1", "weight_decay": "0.2"}, "trainer.weight_decay and weight_decay are the same"),
         ({"lora": "r=4", "lora_rank": "8"}, "lora.r and lora_rank are the same setting"),

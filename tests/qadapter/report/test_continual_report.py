@@ -11,6 +11,7 @@ from matplotlib.text import Text
 
 from qadapter.evaluation.sequence.matrix import Passage
 from qadapter.files.artifacts import read_json
+from qadapter.report.panels import panels
 from qadapter.report.sequence.build import Cost, build_continual_report, matrix_table, recommended
 from qadapter.report.sequence.figure import heat_maps
 from tests.qadapter.evaluation.test_sequence import passage
@@ -72,3 +73,13 @@ def test_the_heat_map_writes_every_number_once(tmp_path: Path) -> None:
     assert [axes.get_title() for axes in figure.axes[:3]] == list(WAYS)
     one = Passage(("a", "b"), WAYS["composed"].outcomes, WAYS["composed"].base)
     assert len(one.domains) == 2
+
+
+def test_panels_fill_lines_of_so_many() -> None:
+    """Four panels of 2 by 1 inches, three in a line: two lines, 6 by 2 inches and the margin, two places free."""
+    figure, axes = panels(["a", "b", "c", "d"], beside=3, size=(2.0, 1.0), margin=(0.5, 0.25))
+    assert figure.get_size_inches().tolist() == [6.5, 2.25]
+    assert {name: panel.get_title() for name, panel in axes.items()} == {name: name for name in "abcd"}
+    assert [panel.get_visible() for panel in figure.axes] == [True] * 4 + [False] * 2
+    narrow, _ = panels(["a"], beside=3, size=(2.0, 1.0), narrowest=6.0)
+    assert narrow.get_size_inches().tolist() == [6.0, 1.0]
