@@ -17,6 +17,7 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation.items import items_digests
 from qadapter.files.artifacts import read_json, read_json_lines
 from qadapter.inference.pair_scores import implied_margin, won
+from qadapter.judging.verdicts import WORTH
 from qadapter.report.rows import Row, kind, run_of
 
 Floats = NDArray[np.float64]
@@ -24,7 +25,7 @@ Floats = NDArray[np.float64]
 SCORE = "adaptation/score"
 RULE = "adaptation/exact_rule"  # the toy world's; where it is measured it is the score
 WIN_RATE = "adaptation/win_rate"
-_VERDICTS = {"win": 1.0, "tie": 0.0, "loss": -1.0}
+_VERDICTS = {verdict: 2 * worth - 1 for verdict, worth in WORTH.items()}  # 1, 0, -1
 _CLOSE = 1e-6
 
 
