@@ -23,6 +23,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import Tensor, nn
 
 from qadapter.errors import QAdapterError
+from qadapter.files.artifacts import json_line
 
 FINGERPRINT_FILE = "base_fingerprint.json"
 
@@ -57,7 +58,7 @@ def write_fingerprint(base: nn.Module, folder: Path) -> None:
     rows = {
         name: {str(row): float(str(np.float32(value))) for row, value in rows.items()} for name, rows in found.items()
     }
-    (folder / FINGERPRINT_FILE).write_text(json.dumps({"format": _FORMAT, "rows": rows}) + "\n")
+    (folder / FINGERPRINT_FILE).write_bytes(json_line({"format": _FORMAT, "rows": rows}))
 
 
 def refuse_mismatch(base: nn.Module, folder: Path) -> None:

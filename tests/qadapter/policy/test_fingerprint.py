@@ -18,11 +18,11 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation.lm_eval.model import PolicyLM
 from qadapter.policy.base import load_network
 from qadapter.policy.fingerprint import FINGERPRINT_FILE, fingerprint_of, refuse_mismatch, write_fingerprint
-from qadapter.policy.gguf import unpack
 from qadapter.policy.guided import Guide, GuidedForCausalLM
 from qadapter.policy.loading import load_policy
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.objective import Objective
+from qadapter.policy.unpacking import unpack
 from qadapter.serving.policies import ServedPolicies
 from tests.support.heard import Heard
 from tests.support.tiny_chat import byte_tokenizer
