@@ -37,6 +37,7 @@ _LOGGER = logging.getLogger(__name__)
 PREPARES = "prepare_data"
 """Kind of the tasks after which more is known of how long the others take."""
 _UNSURE = 1.5  # by this factor a plan may be wrong before anything was measured
+_SHARE, _WARM = 0.1, 60.0  # of its steps and in seconds, from when on a training's rate is that of its end
 
 
 @dataclass(frozen=True)
@@ -77,19 +78,13 @@ def seconds_left(
     Returns:
         None while nothing is known: no task of its own work has ended, none reports, and there is no plan.
     """
-    by_task: dict[str, list[Place]] = {}
-    for place in now:
-        by_task.setdefault(place.task, []).append(place)
+    by_task = _by_task(now)
     took: dict[str, list[float]] = {}
-    planned = measured = 0.0
     for task in tasks:
         own = by_task.get(task.name, [])
         if task.name in ended and own and not all(place.cached for place in own):
-            seconds = sum(place.seconds for place in own if not place.cached)
-            took.setdefault(task.kind, []).append(seconds)
-            if task.planned:
-                planned, measured = planned + task.planned, measured + seconds
-    pace = measured / planned if planned and measured else 1.0
+            took.setdefault(task.kind, []).append(_took(own))
+    pace = measured_pace(tasks, ended, by_task, clock) or 1.0
     rest = []
     known = bool(took)
     for task in tasks:
@@ -111,9 +106,40 @@ def seconds_left(
     return max(sum(rest) / min(parallel, len(rest)), max(rest)) if rest else 0.0
 
 
-def measured(ended: set[str], now: Iterable[Place]) -> bool:
-    """Whether a stage that computed has ended: until then an estimate is the plan's alone."""
-    return any(place.task in ended and not place.cached for place in now)
+def measured_pace(
+    tasks: Sequence[Submitted], ended: set[str], by_task: Mapping[str, list[Place]], clock: float
+) -> float | None:
+    """Measured seconds per planned second, of the stages that ended and of trainings that go on long enough.
+
+    None while nothing that the plan estimates was measured.
+    """
+    planned = measured = 0.0
+    for task in tasks:
+        own = by_task.get(task.name, [])
+        if not own or not task.planned:
+            continue
+        gone = clock - min(place.began for place in own)
+        last = own[-1]
+        if task.name in ended:
+            seconds = 0.0 if all(place.cached for place in own) else _took(own)
+        elif last.unit == "step" and last.left is not None and last.share >= _SHARE and gone >= _WARM:
+            seconds = gone + last.left
+        else:
+            continue
+        if seconds:
+            planned, measured = planned + task.planned, measured + seconds
+    return measured / planned if planned and measured else None
+
+
+def _by_task(now: Iterable[Place]) -> dict[str, list[Place]]:
+    found: dict[str, list[Place]] = {}
+    for place in now:
+        found.setdefault(place.task, []).append(place)
+    return found
+
+
+def _took(own: Sequence[Place]) -> float:
+    return sum(place.seconds for place in own if not place.cached)
 
 
 def left_text(left: float, sure: bool) -> str:
@@ -123,16 +149,25 @@ def left_text(left: float, sure: bool) -> str:
     return f"{duration(left / _UNSURE)} to {duration(left * _UNSURE)} left by the plan"
 
 
-def summary(tasks: Sequence[Submitted], ended: set[str], now: Sequence[Place], left: float | None) -> str:
+def summary(
+    tasks: Sequence[Submitted], ended: set[str], now: Sequence[Place], left: float | None, sure: bool = True
+) -> str:
     """For people: `7 of 23 stages have finished, about 1 h 20 min left in all; train-academy-dpo-0: training: …`."""
     text = f"{len(ended)} of {len(tasks)} stages have finished"
     if left is not None and len(ended) < len(tasks):
-        text += f", {left_text(left, measured(ended, now))} in all"
+        text += f", {left_text(left, sure)} in all"
     at_work = [f"{place.task}: {place.text()}" for place in now if not place.ended and place.task not in ended]
     return "; ".join([text, *at_work])
 
 
-def frame(tasks: Sequence[Submitted], ended: set[str], now: Sequence[Place], left: float | None, width: int) -> str:
+def frame(
+    tasks: Sequence[Submitted],
+    ended: set[str],
+    now: Sequence[Place],
+    left: float | None,
+    width: int,
+    sure: bool = True,
+) -> str:
     """The line in a terminal: a bar over all stages, what is left in all, and where the running stages are."""
     bar = tqdm.format_meter(
         len(ended),
@@ -141,7 +176,7 @@ def frame(tasks: Sequence[Submitted], ended: set[str], now: Sequence[Place], lef
         ncols=min(width, 50),
         bar_format="{n_fmt}/{total_fmt} stages |{bar}| {percentage:.0f} %",
     )
-    parts = [bar] + ([left_text(left, measured(ended, now))] if left is not None and len(ended) < len(tasks) else [])
+    parts = [bar] + ([left_text(left, sure)] if left is not None and len(ended) < len(tasks) else [])
     for place in now:
         if not place.ended and place.task not in ended:
             count = f" {place.unit} {place.done}/{place.total}" if place.work else ""
@@ -201,11 +236,13 @@ class Teller:
             thread.join(_LAST_WORDS)
         self._threads.clear()
 
-    def left(self, now: Iterable[Place]) -> float | None:
-        """Seconds that are left in all, as far as they can be estimated."""
+    def left(self, now: Sequence[Place]) -> tuple[float | None, bool]:
+        """Seconds that are left in all, as far as they can be estimated, and whether something was measured for it."""
         planned = self._planned or {}
         tasks = [replace(task, planned=planned.get(task.name)) for task in list(self.tasks)]
-        return seconds_left(tasks, set(self.ended), now, self._parallel, time.time())
+        ended, clock = set(self.ended), time.time()
+        pace = measured_pace(tasks, ended, _by_task(now), clock)
+        return seconds_left(tasks, ended, now, self._parallel, clock), pace is not None
 
     def _tell(self) -> None:
         while not self._stop.wait(BETWEEN_LINES):
@@ -213,8 +250,7 @@ class Teller:
                 continue
             self._read_plan()
             now = places(self._folder)
-            left = self.left(now)
-            text = summary(self.tasks, self.ended, now, left)
+            text = summary(self.tasks, self.ended, now, *self.left(now))
             get_run_logger().info("%s", text)
             self._show(100 * len(self.ended) / max(1, len(self.tasks)), text)
         if self._page is not None:
@@ -246,7 +282,8 @@ class Teller:
         while not self._stop.wait(_BETWEEN_FRAMES):
             now = places(self._folder)
             width = shutil.get_terminal_size().columns
-            self._terminal.write(f"\r\x1b[K{frame(self.tasks, self.ended, now, self.left(now), width)}\r")
+            left, sure = self.left(now)
+            self._terminal.write(f"\r\x1b[K{frame(self.tasks, self.ended, now, left, width, sure)}\r")
             self._terminal.flush()
         self._terminal.write("\r\x1b[K")
         self._terminal.flush()

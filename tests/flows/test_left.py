@@ -67,6 +67,14 @@ def test_a_running_stage_knows_best() -> None:
     assert left(set(), silent) == 70 + 100 + 200
 
 
+def test_a_training_that_goes_on_sets_the_pace() -> None:
+    """After 300 s 60 of 100 steps are done, 200 s are left: 500 s for 100 planned ones, so DPO's 200 s become 1,000."""
+    running = at_work("train-a-sft-0", 60, 100, rate=5.0, began=300)
+    assert left(set(), running) == 200 + 500 + 1000
+    begun = at_work("train-a-sft-0", 5, 100, rate=5.0, began=300)
+    assert left(set(), begun) == 475 + 100 + 200, "a twentieth of its steps says little"
+
+
 def test_at_the_end_nothing_is_left() -> None:
     assert left({task.name for task in TASKS}, ended("train-a-sft-0", 300)) == 0
 
@@ -78,15 +86,14 @@ def test_the_line_of_the_log() -> None:
         "train-b-sft-0: training: step 60 of 100 (60 %), 5.0 s per step, about 3 min left"
     )
     assert summary(TASKS, set(), [], None) == "0 of 4 stages have finished"
-    found = [ended("train-a-sft-0", 0, cached=True), running]
-    assert summary(TASKS, {"train-a-sft-0"}, found, 7200.0).startswith(
-        "1 of 4 stages have finished, 80 min to 3 h 00 min left by the plan in all; train-b-sft-0: "
+    assert summary(TASKS, set(), [], 7200.0, sure=False) == (
+        "0 of 4 stages have finished, 80 min to 3 h 00 min left by the plan in all"
     )
 
 
 def test_the_line_of_a_terminal_fits() -> None:
     running = at_work("train-b-sft-0", 60, 100, rate=5.0, began=50)
-    text = frame(TASKS, {"train-a-sft-0"}, [ended("train-a-sft-0", 1), running], 500.0, 120)
+    text = frame(TASKS, {"train-a-sft-0"}, [running], 500.0, 120)
     assert text.startswith("1/4 stages |")
     assert text.endswith("| 25 % · about 8 min left · train-b-sft-0 training step 60/100")
     assert len(frame(TASKS, {"train-a-sft-0"}, [running] * 9, 500.0, 80)) == 79
