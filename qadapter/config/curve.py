@@ -17,8 +17,9 @@ class CurveSettings(Settings):
 
     Attributes:
         kinds: which dials, `q-weight` or `scale` or both; each has a curve of its own, and both ends are the same.
-        points: how many the curve chooses itself between 0 and 1, both ends among them.
-        values: further values that are measured in any case, above 1 too.
+        points: how many the curve chooses itself between 0 and 1, both ends among them; they can differ by seed.
+        values: further values that are measured in any case, above 1 too; with several seeds these are what methods
+            are compared at.
         steps: the chosen values are multiples of 1/steps; likelihoods at all weights on Q come from one pass.
         resolution: two neighbours whose adaptation and retention differ by no more than this are not divided further.
     """

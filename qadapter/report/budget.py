@@ -49,6 +49,11 @@ class MethodCurve:
         """Where its metrics stand."""
         return _metric(self.domain, self.method, self.kind)
 
+    @property
+    def values_by_seed(self) -> list[set[float]]:
+        """The values that each seed was measured at."""
+        return [{point.value for point in curve.points} for curve in self.curves]
+
     @cached_property
     def parts(self) -> tuple[Part, Part]:
         """The part that a dial is chosen on, and the part that is reported."""
@@ -267,8 +272,23 @@ def budget_sentences(curves: Sequence[MethodCurve], budget: float = 0.01) -> lis
                 f"{domain}, at most {100 * budget:g} % forgotten{along}: {listed(ahead)} "
                 f"{'learns' if len(ahead) == 1 else 'learn'} most, adaptation {best:.3f}{others}."
             )
-    sentences += _behind([one for one in curves if one.kind == kinds[0]])
+    sentences += _behind([one for one in curves if one.kind == kinds[0]]) + _not_shared(curves)
     return sentences + [sentence for kind in kinds for sentence in _overshoot(curves, kind, budget, len(kinds) > 1)]
+
+
+def _not_shared(curves: Sequence[MethodCurve]) -> list[str]:
+    """That values which a curve chose for one seed alone cannot be chosen for the method."""
+    lacking = [
+        f"{one.domain} · {one.method} {len(measured) - len(shared)} of {len(measured)}"
+        for one in curves
+        if (measured := set.union(*one.values_by_seed)) != (shared := set.intersection(*one.values_by_seed))
+    ]
+    if not lacking:
+        return []
+    return [
+        "At equal budgets, values of the dial that not every seed was measured at cannot be chosen: "
+        f"{listed(lacking)}. `evaluation.curve.values` measures the same values for every seed."
+    ]
 
 
 def _behind(curves: Sequence[MethodCurve]) -> list[str]:

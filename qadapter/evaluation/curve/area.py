@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from qadapter.evaluation.curve.parts import DRAWS, Part
+from qadapter.evaluation.curve.parts import DRAWS, Part, least_half
 from qadapter.evaluation.statistics import Interval
 
 LARGEST_BUDGET = 0.05
@@ -82,7 +82,9 @@ def mean_area_interval(
         estimate += front_area(reported, places, largest)
         items += gained.shape[2]
     draws, estimate = draws / len(domains), estimate / len(domains)
-    low, high = np.quantile(draws, [0.025, 0.975]).clip(0.0, 1.0)  # a mean of shares, around a base that is not drawn
+    low, high = np.quantile(draws, [0.025, 0.975])
+    half = least_half([reported.gained[:, 0] for _, reported in domains])
+    low, high = max(0.0, min(low, estimate - half)), min(1.0, max(high, estimate + half))
     return Interval(estimate, float(low), float(high), float(draws.std()), items, seeds)
 
 

@@ -81,7 +81,7 @@ def mean_adaptation(parts: Sequence[Part], places: Sequence[int]) -> Interval:
 def mean_gain(parts: Sequence[Part], places: Sequence[int]) -> Interval:
     """95 % interval of the adaptation minus the base's; arguments as in `mean_adaptation`."""
     tables = [part.gained[:, place] for part, place in zip(parts, places, strict=True)]
-    return mean_of_tasks_interval(tables, resamples=DRAWS)
+    return _wide_enough(mean_of_tasks_interval(tables, resamples=DRAWS), tables)
 
 
 def mean_forgetting(parts: Sequence[Part], places: Sequence[int], task: str | None = None) -> Interval:
@@ -99,12 +99,9 @@ def mean_forgetting(parts: Sequence[Part], places: Sequence[int], task: str | No
         np.mean([part.lost[name][:, place] for part, place in zip(parts, places, strict=True)], axis=0)
         for name in names
     ]
-    found = mean_of_tasks_interval(tables, weights=[parts[0].weights[name] for name in names], resamples=DRAWS)
-    # A bootstrap of items of which none changed has no width; Wilson's interval for none of n has.
-    half = math.sqrt(sum(_rarest(table.shape[1]) ** 2 for table in tables)) / len(tables)
-    reach = 1.0 if all(np.abs(table).max() <= 1.0 for table in tables) else math.inf
-    low, high = min(found.low, found.estimate - half), max(found.high, found.estimate + half)
-    return replace(found, low=max(low, -reach), high=min(high, reach))
+    return _wide_enough(
+        mean_of_tasks_interval(tables, weights=[parts[0].weights[name] for name in names], resamples=DRAWS), tables
+    )
 
 
 def mean_difference(
@@ -120,7 +117,27 @@ def mean_difference(
         [part.gained[:, place] for part, place in zip(parts, places, strict=True)]
         for parts, places in ((ours, our_places), (theirs, their_places))
     ]
-    return mean_of_tasks_interval([a - b for a, b in zip(*sides, strict=True)], resamples=DRAWS)
+    tables = [a - b for a, b in zip(*sides, strict=True)]
+    return _wide_enough(mean_of_tasks_interval(tables, resamples=DRAWS), tables)
+
+
+def _wide_enough(found: Interval, tables: Sequence[NDArray[np.float64]]) -> Interval:
+    """A bootstrap interval of a mean over tables of differences [S, n_k], as wide at least as the items can tell.
+
+    Where all are differences of shares it is cut at ±1, beyond which none lies.
+    """
+    half = least_half(tables)
+    reach = 1.0 if all(np.abs(table).max() <= 1.0 for table in tables) else math.inf
+    low, high = min(found.low, found.estimate - half), max(found.high, found.estimate + half)
+    return replace(found, low=max(low, -reach), high=min(high, reach))
+
+
+def least_half(tables: Sequence[NDArray[np.float64]]) -> float:
+    """Half the width that a mean over tables [S, n_k] has at least.
+
+    A bootstrap of items that all agree has no width; Wilson's interval for none of n has.
+    """
+    return math.sqrt(sum(_rarest(table.shape[1]) ** 2 for table in tables)) / len(tables)
 
 
 def _rarest(items: int) -> float:

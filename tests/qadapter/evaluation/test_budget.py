@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,15 @@ from qadapter.config.budget import Budget
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.curve.area import area_interval, front_area
 from qadapter.evaluation.curve.budget import choose
-from qadapter.evaluation.curve.parts import SPLIT, Part, mean_forgetting, selects, split_curves
+from qadapter.evaluation.curve.parts import (
+    SPLIT,
+    Part,
+    mean_difference,
+    mean_forgetting,
+    mean_gain,
+    selects,
+    split_curves,
+)
 from qadapter.evaluation.curve.points import Curve, Measure, Point
 
 VALUES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -162,3 +171,21 @@ def test_no_more_than_everything_is_forgotten() -> None:
     assert (found.estimate, found.low, found.high) == (1.0, pytest.approx(1 - unseen), 1.0)
     bleu = mean_forgetting([replace(part, lost={"t": 20 * lost})], [1])
     assert (bleu.estimate, bleu.high) == (20.0, pytest.approx(20 + unseen))
+
+
+def test_shares_that_all_agree_are_not_certain() -> None:
+    """All of n answers as asked, in every draw: Wilson's interval for n of n begins at n/(n + z²)."""
+    one = curve(steps([0, 1], 60), steps([1, 1], 400))
+    selection, reported = split_curves([one])
+    n = reported.gained.shape[2]
+    least = 1 - 1.959964**2 / (n + 1.959964**2)
+    found = choose([one], Budget(max_forgetting=0.01))
+    assert found.adaptation.low == pytest.approx(least, abs=1e-6)
+    assert found.adaptation.high == 1.0
+    assert (found.gain.low, found.gain.high) == (found.adaptation.low, 1.0)
+    assert area_interval(selection, reported).low == pytest.approx(least, abs=1e-6)
+    # Two domains: the half-widths add up as those of independent means.
+    both = mean_gain([reported, reported], [1, 1])
+    assert both.low == pytest.approx(1 - (1 - least) / math.sqrt(2), abs=1e-6)
+    even = mean_difference([reported], [1], [reported], [1])
+    assert (even.low, even.high) == (pytest.approx(least - 1, abs=1e-6), pytest.approx(1 - least, abs=1e-6))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -15,7 +16,14 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation.curve.parts import selects
 from qadapter.evaluation.curve.points import Curve, Measure, Point, write_curves
 from qadapter.policy.dial import DialKind
-from qadapter.report.budget import budget_metrics, budget_sentences, budget_table, curves_of, values_table
+from qadapter.report.budget import (
+    MethodCurve,
+    budget_metrics,
+    budget_sentences,
+    budget_table,
+    curves_of,
+    values_table,
+)
 from qadapter.report.build import build_report
 from qadapter.report.dial_figure import DIAL_FIGURE
 from qadapter.report.own_budget import own_budget_table
@@ -94,6 +102,18 @@ def test_what_it_says_of_equal_budgets(rows: list[Row]) -> None:
         "What the dial takes back at no cost in adaptation: academy · dpo (forgotten 0.100 as trained, 0.000 at 0.5; "
         "adaptation 0.000 and 1.000)."
     )
+
+
+def test_values_of_one_seed_alone_are_named(tmp_path: Path) -> None:
+    """Seed 0 was measured at .5 and .75, seed 1 at .5 and .25: of five values two cannot be chosen."""
+    own = [(0.0, 0.5, 0.75, 1.0), (0.0, 0.25, 0.5, 1.0)]
+    curves = tuple(curve_at((0.0, 0.4, 0.6, 1.0), (1.0,) * 4, values) for values in own)
+    one = MethodCurve("academy", "dpo", "q-weight", curves)
+    assert [line for line in budget_sentences([one]) if "not every seed" in line] == [
+        "At equal budgets, values of the dial that not every seed was measured at cannot be chosen: academy · dpo 2 of "
+        "5. `evaluation.curve.values` measures the same values for every seed."
+    ]
+    assert not [line for line in budget_sentences([replace(one, curves=curves[:1])]) if "not every seed" in line]
 
 
 def test_many_methods_are_listed_by_group(tmp_path: Path) -> None:
