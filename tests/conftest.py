@@ -25,14 +25,21 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+# Where Python must not keep what it compiles, each of a hundred processes would compile the project anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 from flows.running import forking
 from tests.support.paths import SHARED
 from tests.support.prefect_tables import prefect_tables, shared_folder
 from tests.support.real_runs import data_folder, data_server, prefect_server, undisturbed  # noqa: F401 - fixtures of several files
+from tests.support.rewriting import rewrite_tests
+from tests.support.zygote import VARIABLE, fork_from_zygote, zygote
+
+sys.dont_write_bytecode = False
 
 # One process per test process that all others are forked from, whoever needs it first: it has imported everything.
 forking.OF_EVERY_STAGE = "tests.support.forked_run"
+fork_from_zygote()
 
 
 def _shared(name: str) -> Path:
@@ -116,6 +123,27 @@ def _starts_processes(test: Callable[..., object], fixtures: set[str]) -> bool:
         needed = (known[name] for name in used & set(known))
         waiting += [value for value in needed if str(getattr(value, "__module__", "")).startswith("tests.")]
     return False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Fork the test processes of `make test` from one that has imported the libraries."""
+    config = session.config
+    if sys.platform != "linux" or config.getoption("dist", "no") != "loadfile" or set(config.option.tx) != {"popen"}:
+        return
+    python = _running.enter_context(zygote())
+    os.environ[VARIABLE] = str(python)
+    config.option.tx = [f"popen//python={python}" for _ in config.option.tx]
+    rewrite_tests(config, Path(__file__).parent)  # while that process imports
+
+
+_running = ExitStack()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    """End that process, after all that were forked from it."""
+    _running.close()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sqlite3
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -28,18 +29,24 @@ from qadapter.config.customization import CONFIG_FOLDER, customizations, load_cu
 from qadapter.errors import QAdapterError
 from tasks.preferences import Seen
 from tasks.tracking.registry import Version
-from tests.processes.test_deployments import Served, checkpoints, served, wait_until
+from tests.processes.test_deployments import Served, checkpoints, serving, wait_until
 from tests.support.forked_process import ForkedProcess, be_module
 from tests.support.paths import PROJECT_ROOT
+from tests.support.prefect_tables import shared_folder
 from tests.support.tiny_deliveries import CONFIG, MODEL, deliver, evasions, refusals, write_config
-
-__all__ = ["served"]  # the fixture: a server and a worker of this module's own
 
 FLOWS = {
     "customize_on_new_preferences": customize_on_new_preferences,
     "watch_preferences": watch_preferences,
     "check_champion": check_champion,
 }
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server and a worker of this module's own."""
+    with serving(tmp_path_factory.mktemp("serve"), shared_folder(tmp_path_factory), forked=True) as served:
+        yield served
 
 
 def deployments(function: str) -> list[dict[str, Any]]:

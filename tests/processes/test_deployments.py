@@ -15,7 +15,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -28,13 +28,16 @@ import yaml
 from prefect.client.orchestration import SyncPrefectClient
 
 from flows.commands.serve import keep_schedules
+from flows.prefect_host import server_process
 from flows.prefect_host.access import AUTH_FILE, AUTH_VARIABLE, SERVER_AUTH_VARIABLE, Standing, api_url, standing
 from flows.prefect_host.dead_runs import close_dead_runs as close_dead_runs_of
 from flows.prefect_host.deployment_names import DEFAULT_DEPLOYMENTS, expand
 from qadapter.errors import QAdapterError
 from qadapter.training.checkpoints import SEAL
 from tests.processes.test_security import files_with_secrets
+from tests.support import forked_serve
 from tests.support.commands import subcommand
+from tests.support.forked_process import ForkedProcess
 from tests.support.modes import others_modes
 from tests.support.paths import PROJECT_ROOT
 from tests.support.prefect_tables import prefect_tables, shared_folder
@@ -252,7 +255,7 @@ def test_the_real_command_line_loads_the_plugin(tmp_path: Path, name: str, outco
 class Served:
     """A running `make serve` of this project, with all it writes in a folder of its own."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | ForkedProcess
     url: str
     folder: Path
 
@@ -305,9 +308,24 @@ def wait_until(condition: Any, seconds: float, what: str, served: Served) -> Non
         time.sleep(0.3)
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp("serve")
+AS_IN_EARNEST = f"""
+import sys
+from flows.prefect_host import worker_process
+from qadapter.command.parser import main
+worker_process._NAME = {forked_serve.__name__!r}  # which forks the engines of flow runs
+sys.exit(main(["up"]))
+"""
+
+
+@contextmanager
+def serving(folder: Path, tables: Path, *, forked: bool) -> Iterator[Served]:
+    """`make serve` with all that it writes in a folder.
+
+    Args:
+        folder: a new one.
+        tables: see `prefect_tables`.
+        forked: whether all its processes are forked; else only the engines of its flow runs.
+    """
     url = f"http://127.0.0.1:{free_port()}/api"
     environment = environment_for(url, folder / "prefect") | {
         "QADAPTER_HOME": str(folder / "home"),
@@ -316,32 +334,50 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     }
     environment.pop("MLFLOW_TRACKING_URI", None)
     (folder / "home").mkdir()
-    tables = ExitStack()
-    tables.enter_context(prefect_tables(folder / "prefect" / "prefect.db", shared_folder(tmp_path_factory)))
-    with (folder / "serve.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "qadapter", "up"],
-            cwd=PROJECT_ROOT,
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    served = Served(process, url, folder)
-    try:
-        with tables:
+    log = folder / "serve.log"
+    log.touch()
+    process: subprocess.Popen[bytes] | ForkedProcess
+    with prefect_tables(folder / "prefect" / "prefect.db", tables):
+        if forked:
+            process = ForkedProcess(forked_serve.be_up, cwd=PROJECT_ROOT, env=environment, stdout=log, own_group=True)
+        else:
+            with log.open("ab") as stream:
+                process = subprocess.Popen(
+                    [sys.executable, "-c", AS_IN_EARNEST],
+                    cwd=PROJECT_ROOT,
+                    env=environment,
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+        served = Served(process, url, folder)
+        try:
             wait_until(lambda: "Ready." in served.log, 120, "a ready server and worker", served)
+        except BaseException:
+            _stop(process)
+            raise
+    try:
         yield served
     finally:
-        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        process.terminate()
-        try:
-            process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        for child in family:
-            if child.is_running():
-                child.kill()
+        _stop(process)
+
+
+def _stop(process: subprocess.Popen[bytes] | ForkedProcess) -> None:
+    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.terminate()
+    try:
+        process.wait(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    for child in family:
+        if child.is_running():
+            child.kill()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(tmp_path_factory.mktemp("serve"), shared_folder(tmp_path_factory), forked=False) as served:
+        yield served
 
 
 def newest_run(served: Served) -> dict[str, Any]:
@@ -381,14 +417,15 @@ def test_deployments_start_runs_that_complete(
     assert served.post("/work_pools/filter", {})[0]["type"] == "process"
 
     save = "import sys; from prefect.blocks.system import Secret; Secret(value=sys.argv[1]).save('data-token')"
-    environment = served.environment
-    subprocess.run(
-        [sys.executable, "-c", save, SECRETS["QADAPTER_DATA_TOKEN"]], env=environment, check=True, timeout=120
-    )
+    command = [sys.executable, "-c", save, SECRETS["QADAPTER_DATA_TOKEN"]]
+    subprocess.run(command, env=served.environment, check=True, timeout=120)
     overrides = f"overrides={json.dumps(TINY | {'sources': secret_source(data_server)})}"
-    variables = 'env={"QADAPTER_DATA_TOKEN": "{{ prefect.blocks.secret.data-token }}"}'
-    for name in ("full-paper-repro/smoke", "full-paper-repro"):
-        served.prefect("deployment", "run", name, "-p", overrides, "--job-variable", variables, "--watch", timeout=300)
+    variables = {"QADAPTER_DATA_TOKEN": "{{ prefect.blocks.secret.data-token }}"}
+    for name, further in (("full-paper-repro/smoke", {forked_serve.BARE: "1"}), ("full-paper-repro", {})):
+        environment = f"env={json.dumps(variables | further)}"
+        served.prefect(
+            "deployment", "run", name, "-p", overrides, "--job-variable", environment, "--watch", timeout=300
+        )
         assert newest_run(served)["state_type"] == "COMPLETED", served.log[-6000:]
 
     smoke = found[experiment, "smoke"]["id"]
@@ -440,8 +477,8 @@ def test_a_dead_run_does_not_block_its_deployment(served: Served, process: str |
 
 def child_of(served: Served, kind: str) -> psutil.Process:
     """The process of the worker, or of the server."""
-    children = psutil.Process(served.process.pid).children()
-    return next(child for child in children if f"flows.prefect_host.{kind}_process" in child.cmdline())
+    module = {"worker": forked_serve.__name__, "server": server_process.__name__}[kind]
+    return next(child for child in psutil.Process(served.process.pid).children() if module in child.cmdline())
 
 
 def wait_until_old_enough(process: psutil.Process) -> None:
@@ -610,7 +647,11 @@ def test_stopping_leaves_nothing_behind(served: Served) -> None:
     """TERM in the middle of a run: it is reported as crashed, every process ends, the port is free."""
     long_run = TINY | {"pretraining.max_steps": 1_000_000, "base_seed": 7}
     smoke = served.send("GET", "/deployments/name/full-paper-repro/smoke")["id"]
-    served.post(f"/deployments/{smoke}/create_flow_run", {"parameters": {"profile": "smoke", "overrides": long_run}})
+    body = {
+        "parameters": {"profile": "smoke", "overrides": long_run},
+        "job_variables": {"env": {forked_serve.BARE: "1"}},
+    }
+    served.post(f"/deployments/{smoke}/create_flow_run", body)
     wait_until(lambda: newest_run(served)["state_type"] == "RUNNING", 60, "a running flow", served)
     run_id = newest_run(served)["id"]
     family = psutil.Process(served.process.pid).children(recursive=True)

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 from werkzeug.serving import WSGIRequestHandler, make_server
 
+import qadapter
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import digest_tree
@@ -325,7 +328,15 @@ def register(tracker: Tracker, home: Path, number: int) -> Registry:
 def test_what_was_fetched_is_kept_whole_and_found_again(
     proxied: Proxied, tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two versions on one base; nothing is left in the temporary folder, and a copy that is damaged is not used."""
+    """Of two versions on one base; nothing is left in the temporary folder, and a copy that is damaged is not used.
+
+    The package that each version carries is one of two files: all others would come through the proxy at each call.
+    """
+    package = tmp_path / "small/qadapter"
+    package.mkdir(parents=True)
+    for name in ("__init__.py", "errors.py"):
+        shutil.copy(Path(str(qadapter.__file__)).with_name(name), package)
+    monkeypatch.setattr("tasks.tracking.models.qadapter", SimpleNamespace(__file__=str(package / "__init__.py")))
     for number in (1, 2):
         registry = register(tracker, tmp_path / "made", number)
     temporary = tmp_path / "temporary"

@@ -7,8 +7,10 @@ interpreter and the imports, which take longer than what most tests look at.
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,6 +35,7 @@ class ForkedProcess:
         stdout: Path,
         stderr: Path | None = None,
         own_group: bool = False,
+        fork: bool = False,
     ) -> None:
         """Start it.
 
@@ -43,9 +46,10 @@ class ForkedProcess:
             env: its whole environment.
             stdout, stderr: files that its output is appended to; without `stderr` both go to the first.
             own_group: whether it is the leader of a session, so that a signal reaches it with all that it starts.
+            fork: whether this process is its parent, which then has to be without threads.
         """
         files = (str(stdout), str(stderr or stdout))
-        context: Any = forking()
+        context: Any = multiprocessing.get_context("fork") if fork else forking()
         self._process = context.Process(target=_be, args=(target, arguments, str(cwd), dict(env), files, own_group))
         self._process.start()
         self.pid = int(self._process.pid)
@@ -58,6 +62,19 @@ class ForkedProcess:
     def poll(self) -> int | None:
         """The exit code; None while it runs."""
         return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, if it still runs."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """Signal 15."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Signal 9."""
+        self.send_signal(signal.SIGKILL)
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the end.
@@ -77,6 +94,9 @@ def _be(
     """Become a process that has set up nothing yet, and call the target."""
     if own:
         os.setsid()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, file in zip((1, 2), files, strict=True):
         opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(opened, number)
@@ -93,6 +113,16 @@ def _be(
 
         refresh_global_settings_context()
     target(*arguments)
+
+
+def fresh_prefect() -> None:
+    """Let Prefect read its settings and set up its log anew, as when it is imported first."""
+    from prefect.context import refresh_global_settings_context
+    from prefect.logging import configuration
+
+    refresh_global_settings_context()
+    configuration.PROCESS_LOGGING_CONFIG.clear()
+    configuration.setup_logging()
 
 
 def be_module(name: str, *arguments: str) -> None:

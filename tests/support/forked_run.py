@@ -19,9 +19,12 @@ from qadapter.progress.kept import Kept
 from tasks.stages.code_version import code_digest
 from tasks.stages.store import StageStore
 from tasks.tracking.tracker import Tracker
+from tests.support.forked_process import fresh_prefect
 from tests.support.mlflow_tables import make_tables, share_tables
+from tests.support.zygote import fork_from_zygote
 
 prepare_environment()
+fork_from_zygote()
 for _module in (
     "flows.customize",
     "flows.full_paper_repro",
@@ -29,7 +32,11 @@ for _module in (
     "accelerate.commands.launch",
     "mlflow.server.fastapi_app",
     "mlflow.store.tracking.sqlalchemy_store",
+    "prefect.cli.deploy",
+    "prefect.cli.worker",
+    "prefect.runner._workspace_supervisor",
     "prefect.server.api.server",
+    "prefect.workers.process",
     "qadapter.evaluation.measure",
     "qadapter.report.build",
     "qadapter.judging.reward_training",
@@ -43,6 +50,9 @@ for _module in (
     import_module(_module)
     if _module.startswith("flows."):
         code_digest(_module)  # reads and keeps what every stage's digest is made of
+# Both may have been imported before, without the environment that a command prepares.
+fresh_prefect()
+transformers.logging.set_verbosity_error()
 share_tables()
 make_tables()
 gc.collect()
