@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
@@ -90,18 +89,20 @@ def be_up() -> None:
     be_module("qadapter", "up")
 
 
-def be_worker(module: str, *arguments: str) -> None:
+def be_worker(*arguments: str) -> None:
     """Be Prefect's worker, with forked engines."""
     fork_engines()
-    be_module(module, *arguments)
+    sys.argv = [*arguments]
+    worker_process.main()
 
 
 def fork_engines() -> None:
     """Let a worker in this process fork its flow runs, but for those with `BARE` in their environment."""
     forking.OF_EVERY_STAGE = "tests.support.forked_run"
     fork_from_zygote()
-    forking.forking()
-    forkserver.ensure_running()
+    first = forking.forking().Process(target=int)  # it waits for the imports, which the worker must not do later
+    first.start()
+    first.join()
     _starter_engine.run_process = run_process  # type: ignore[assignment]
 
 

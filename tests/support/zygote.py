@@ -47,6 +47,9 @@ LIBRARIES = (
 )
 """What most test processes import sooner or later. One that is missing here is imported where it is needed."""
 
+_SECONDS_TO_END = 20
+"""Seconds that the forks have to end, once those who asked for them have ended."""
+
 
 @contextlib.contextmanager
 def zygote(libraries: Sequence[str] = LIBRARIES) -> Iterator[Path]:
@@ -85,10 +88,11 @@ class _Forks:
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
         self._selector.register(alive, selectors.EVENT_READ)
+        self._forks: set[int] = set()
 
     def next(self) -> tuple[dict[str, Any], list[int]]:
         """Fork as asked; returns in each fork, with the request and the files that came with it."""
-        while True:
+        while self._forks or self._alive in self._selector.get_map():
             for key, _ in self._selector.select():
                 if key.fd not in self._selector.get_map():  # closed in this round
                     continue
@@ -102,19 +106,24 @@ class _Forks:
                     for file in files:
                         os.close(file)
                     if request:
+                        self._forks.add(pid)
                         process = os.pidfd_open(pid)
                         self._selector.register(process, selectors.EVENT_READ, (pid, connection))
                         self._selector.register(connection, selectors.EVENT_READ, (pid, process))
                 elif key.fd == self._alive:
-                    os._exit(0)
+                    signal.alarm(_SECONDS_TO_END)
+                    self._selector.unregister(self._alive)
+                    self._selector.unregister(self._listener)
                 elif isinstance(key.fileobj, socket.socket):  # who waited was killed
                     os.kill(key.data[0], signal.SIGKILL)
                     self._selector.unregister(key.fileobj)
                 else:
                     self._end(key.fd, *key.data)
+        os._exit(0)
 
     def _end(self, process: int, pid: int, connection: socket.socket) -> None:
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        self._forks.remove(pid)
         for file in (process, connection):
             with contextlib.suppress(KeyError):
                 self._selector.unregister(file)
@@ -123,6 +132,7 @@ class _Forks:
             connection.sendall(str(code).encode())
 
     def _close(self) -> None:
+        self._forks.clear()
         for key in list(self._selector.get_map().values()):
             key.fileobj.close() if isinstance(key.fileobj, socket.socket) else os.close(key.fd)
         self._selector.close()
