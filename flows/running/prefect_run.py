@@ -16,6 +16,7 @@ from uuid import UUID
 from prefect.exceptions import UpstreamTaskError
 from prefect.runtime import flow_run
 
+from flows.prefect_host.certificates import share_certificates
 from flows.prefect_host.dead_runs import ended_flow_runs, report_crashed
 from flows.prefect_host.orphans import outlive_worker
 from flows.running.left import PREPARES, Teller, kind_of
@@ -49,6 +50,7 @@ def close_abandoned(tracker: Tracker, experiment_name: str) -> None:
 def checked_run(request: RunRequest) -> Iterator[PrefectRun]:
     """Check a request, open its MLflow run (which always ends FINISHED, FAILED or KILLED), and yield the run."""
     outlive_worker()
+    share_certificates()
     guard_logs()  # the process of a worker starts with Prefect's own command
     experiment = request.check()
     root = workspace()

@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import gc
 import os
-import ssl
 from collections.abc import Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
-from functools import cache
 from importlib import import_module
-from types import SimpleNamespace
 from typing import Any
 
-from prefect.client import orchestration
 from prefect.context import refresh_global_settings_context
 from prefect.task_runners import ProcessPoolTaskRunner, _initialize_process_pool_worker
 
+from flows.prefect_host.certificates import share_certificates
 from flows.prefect_host.dead_runs import end_with_parent
 from flows.prefect_host.orphans import outlive_worker
 from flows.running.forking import forking
@@ -88,17 +85,11 @@ def begin_worker(environment: Mapping[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     refresh_global_settings_context()
-    _share_certificates()
+    share_certificates()
     quiet_libraries()
     guard_logs()
     outlive_worker()
     end_with_parent()
-
-
-def _share_certificates() -> None:
-    """Let Prefect's clients share what they read of the certificates: each stage makes three clients, 30 ms each."""
-    shared = SimpleNamespace(**vars(ssl) | {"create_default_context": cache(ssl.create_default_context)})
-    orchestration.ssl = shared  # type: ignore[assignment]
 
 
 def import_for_computing() -> int:

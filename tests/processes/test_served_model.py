@@ -35,7 +35,7 @@ from tasks.tracking.models import check_files, find_adapter, find_base, find_ser
 from tasks.tracking.tracker import Tracker
 from tests.support.commands import subcommand
 from tests.support.damage import cut, damaged, zero
-from tests.support.paths import PROJECT_ROOT
+from tests.support.forked_process import ForkedProcess, be_module
 from tests.support.real_runs import free_port
 from tests.support.tiny_chat import byte_tokenizer, tiny_llama
 from tests.support.tiny_models import lora, moved
@@ -409,10 +409,13 @@ def test_mlflow_serves_it_without_this_project(registered: Registered, tmp_path:
 
 @pytest.mark.slow
 def test_one_command_serves_the_champion_to_openais_client(registered: Registered, tmp_path: Path) -> None:
+    """`test_served_without_network.py` starts the command's own interpreter; this process is forked."""
     log = tmp_path / "log"
-    command = [sys.executable, "-m", "qadapter", "serve-model", "policy@champion", "--port", "0"]
-    environment = {"PYTHONPATH": str(PROJECT_ROOT), "QADAPTER_API_KEY": "not-a-secret"}
-    with running(command, log, QADAPTER_HOME=str(registered.home), **environment) as process:
+    environment = os.environ | {"QADAPTER_API_KEY": "not-a-secret", "QADAPTER_HOME": str(registered.home)}
+    command = ("qadapter", "serve-model", "policy@champion", "--port", "0")
+    process = ForkedProcess(be_module, *command, cwd=tmp_path, env=environment, stdout=log)
+    with contextlib.ExitStack() as ending:
+        ending.callback(process.kill)
         found = wait_for(
             lambda: re.search(r"Serving policy, base at (http://127\.0\.0\.1:\d+/v1)", log.read_text()), process, log
         )
@@ -430,7 +433,7 @@ def test_one_command_serves_the_champion_to_openais_client(registered: Registere
         assert text == registered.expected(alpha_0=0.2)
         health = found[1].replace("/v1", "/health")
         assert httpx.get(health, headers={"Host": "evil.example"}).status_code == 403, "DNS rebinding"
-        os.kill(process.pid, signal.SIGINT)
+        process.send_signal(signal.SIGINT)
         assert process.wait(120) == 0, log.read_text()[-4000:]
     assert "not-a-secret" not in log.read_text()
 

@@ -132,6 +132,12 @@ def be_module(name: str, *arguments: str) -> None:
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
+def be_program(program: str, *arguments: str) -> None:
+    """Be `python -c program arguments`."""
+    sys.argv = ["-c", *arguments]
+    exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
+
+
 def be_script(script: str, root: str, *arguments: str) -> None:
     """Be `python -c script arguments` in a copy of the project: its modules are imported from there.
 

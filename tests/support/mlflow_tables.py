@@ -44,3 +44,8 @@ def make_tables() -> None:
     """Make the tables now, for processes that are forked from this one."""
     with tempfile.TemporaryDirectory() as folder:
         SqlAlchemyStore(f"sqlite:///{Path(folder, 'mlflow.db')}", folder).engine.dispose()
+
+
+def make_own_tables() -> None:
+    """Let this process make tables by MLflow's own migrations again."""
+    utils._initialize_tables = sqlalchemy_store._initialize_tables = _made

@@ -30,6 +30,7 @@ from tasks.tracking.names import flatten, mlflow_name
 from tasks.tracking.store import AwayError, RefusedError
 from tasks.tracking.tracker import FLOW_RUN_TAG, Tracker, tracking_uri
 from tasks.tracking.view import NOTE_TAG, VIEW_TAG, view_path, view_state, view_tags
+from tests.support.forked_process import ForkedProcess, be_program
 from tests.support.paths import PROJECT_ROOT
 
 
@@ -338,12 +339,14 @@ def test_threads_do_not_mix(tracker: Tracker, client: MlflowClient, parent: str)
         assert run.info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_first_use_by_several_processes_from_anywhere(tmp_path: Path) -> None:
     """Four processes create the schema and the experiment at once, each with another current directory."""
     program = (
-        "import os, sys; sys.path.insert(0, sys.argv[3]); from tasks.tracking.tracker import Tracker\n"
+        "import sys; from tasks.tracking.tracker import Tracker\n"
+        "from tests.support.mlflow_tables import make_own_tables; make_own_tables()\n"
         "tracker = Tracker(*sys.argv[1:3]); tracker.close_abandoned('race')\n"
-        "run = tracker.start_parent('race', sys.argv[4], {'a': 1})\n"
+        "run = tracker.start_parent('race', sys.argv[3], {'a': 1})\n"
         "tracker.log_text(run, 'x', 'x.txt'); tracker.finish(run)"
     )
     uri, artifacts = f"sqlite:///{tmp_path}/mlflow.db", str(tmp_path / "mlruns")
@@ -351,10 +354,11 @@ def test_first_use_by_several_processes_from_anywhere(tmp_path: Path) -> None:
     for index in range(4):
         cwd = tmp_path / f"cwd{index}"
         cwd.mkdir()
-        command = [sys.executable, "-c", program, uri, artifacts, str(PROJECT_ROOT), f"run{index}"]
-        children.append(subprocess.Popen(command, cwd=cwd, stderr=subprocess.PIPE, text=True))
-    errors = [child.communicate(timeout=120)[1] for child in children]
-    assert [child.returncode for child in children] == [0, 0, 0, 0], errors
+        given = (program, uri, artifacts, f"run{index}")
+        children.append(ForkedProcess(be_program, *given, cwd=cwd, env=os.environ, stdout=tmp_path / f"said{index}"))
+    codes = [child.wait(120) for child in children]
+    errors = [(tmp_path / f"said{index}").read_text() for index in range(4)]
+    assert codes == [0, 0, 0, 0], errors
     assert not any("INFO" in text or "alembic" in text for text in errors), errors
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("race")
