@@ -54,12 +54,13 @@ def test_a_fork_is_what_was_asked_for(python: str, tmp_path: Path) -> None:
 
 
 def test_a_fork_and_its_caller_are_killed_together(python: str) -> None:
-    program = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    program = "import os, time; print(os.getpid(), os.getppid(), flush=True); time.sleep(600)"
     for killed in ("fork", "caller"):
         caller = subprocess.Popen([python, "-c", program], stdout=subprocess.PIPE, text=True)
         assert caller.stdout is not None
         with caller.stdout:
-            fork = int(caller.stdout.readline())
+            fork, parent = map(int, caller.stdout.readline().split())
+        assert os.getpid() not in (fork, parent)
         os.kill(fork if killed == "fork" else caller.pid, signal.SIGKILL)
         assert caller.wait(60) == -signal.SIGKILL
         wait_for(lambda pid=fork: not Path(f"/proc/{pid}").exists(), 60, "the end of the fork")

@@ -352,7 +352,7 @@ def serving(folder: Path, tables: Path, *, forked: bool) -> Iterator[Served]:
                 )
         served = Served(process, url, folder)
         try:
-            wait_until(lambda: "Ready." in served.log, 120, "a ready server and worker", served)
+            wait_until(lambda: "Ready." in served.log, 240, "a ready server and worker", served)
         except BaseException:
             _stop(process)
             raise

@@ -411,6 +411,7 @@ def test_mlflow_serves_it_without_this_project(registered: Registered, tmp_path:
 def test_one_command_serves_the_champion_to_openais_client(registered: Registered, tmp_path: Path) -> None:
     """`test_served_without_network.py` starts the command's own interpreter; this process is forked."""
     log = tmp_path / "log"
+    log.touch()
     environment = os.environ | {"QADAPTER_API_KEY": "not-a-secret", "QADAPTER_HOME": str(registered.home)}
     command = ("qadapter", "serve-model", "policy@champion", "--port", "0")
     process = ForkedProcess(be_module, *command, cwd=tmp_path, env=environment, stdout=log)

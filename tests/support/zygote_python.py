@@ -20,9 +20,9 @@ def main(address: str, *arguments: str) -> None:
         address: of the zygote.
         arguments: of the interpreter.
     """
-    place = arguments.index("-c") if "-c" in arguments else 0
+    place = arguments.index("-c") if "-c" in arguments else -1
     zygote = socket.socket(socket.AF_UNIX)
-    if not place or not set(arguments[:place]) <= {"-u", "-B"} or zygote.connect_ex(address):
+    if place < 0 or not set(arguments[:place]) <= {"-u", "-B"} or zygote.connect_ex(address):
         os.execv(sys.executable, [sys.executable, *arguments])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the fork has its own
     files = [int(file.name) for file in Path("/proc/self/fd").iterdir() if _is_inherited(int(file.name))]
@@ -34,7 +34,8 @@ def main(address: str, *arguments: str) -> None:
         os.close(number)
     code = int(zygote.recv(8) or 1)
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
 
