@@ -504,6 +504,8 @@ def test_a_killed_run_resumes_and_a_killed_worker_restarts(served: Served) -> No
     wait_until(crashed, 60, "the worker's report", served)
     step = max(int(file.parent.name.split("-")[1]) for file in checkpoints(served))
 
+    # With the pipes to its worker that it has in earnest: they break.
+    body["job_variables"] = {"env": {forked_serve.BARE: "1"}}
     last = served.post(f"/deployments/{smoke}/create_flow_run", body)["id"]
     goes_on = f"pre-training: resumes after step {step}, where it was stopped"
     wait_until(lambda: goes_on in served.log, 180, "a training that goes on", served)
