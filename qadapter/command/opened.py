@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qadapter.command.options import RENDERING, PolicyOptions
+from qadapter.command.sections import RENDERING, PolicyOptions
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
 from qadapter.policy.adapters import adapter_place, base_of

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qadapter.command.options import FileOptions
+from qadapter.command.sections import FileOptions
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import storage_errors
 

@@ -10,8 +10,9 @@ import pytest
 
 from qadapter.command.chat import Chat
 from qadapter.command.opened import open_policy
-from qadapter.command.options import ChatOptions, PolicyOptions
+from qadapter.command.options import ChatOptions
 from qadapter.command.parser import main
+from qadapter.command.sections import PolicyOptions
 from qadapter.evaluation.lm_eval.model import PolicyLM
 from qadapter.preferences.tokenize import prompt_ids
 from qadapter.training.trainer import QAdapterConfig, QAdapterTrainer
