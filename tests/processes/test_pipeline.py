@@ -773,7 +773,7 @@ def test_bad_input_is_refused_before_anything_runs(name: str, refusals: dict[str
 
 
 @pytest.mark.parametrize("name", [name for name in BAD if not BAD[name].own_process])
-def test_more_bad_input_is_refused(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_more_bad_input_is_refused(name: str, harness: None, tmp_path_factory: pytest.TempPathFactory) -> None:
     home = Home(tmp_path_factory.mktemp("home"))
     check_refusal(name, Refused(*command(home, BAD[name].arguments(tmp_path_factory.mktemp("input"))), home.folder))
 
