@@ -30,20 +30,23 @@ def run(overrides: Overrides = None, profile: Profile = "smoke", data: Data = No
         QAdapterError: something in the config or the data cannot work.
         CommandFailedError: a stage failed.
     """
-    from flows.running.forking import start_forking
+    from flows.running.forking import share_cores, start_forking
     from qadapter.config.experiment import load_experiment
     from qadapter.config.reading import parse_overrides
+    from tasks.stages.workspace import has_report, workspace
 
     start = time.monotonic()
     changes = parse_overrides(overrides or [])
     experiment = load_experiment(profile, changes)  # refuse what cannot work before anything starts
-    start_forking(experiment)
-    with starting_server() as ready:  # it and the workers' parent import while this process does
+    share_cores(experiment)
+    with starting_server() as ready:  # it imports while this process does
         from flows.full_paper_repro import full_paper_repro
         from flows.running.prefect_run import StagesFailedError
         from flows.running.run_request import RunRequest
-        from tasks.stages.context import workspace
+        from tasks.tracking.store import import_for_database
 
+        import_for_database()
+        start_forking(experiment, computes=not has_report())
         request = RunRequest("full-paper-repro", profile, data, changes)
         request.check()  # there is no flow run yet
         ready()

@@ -158,18 +158,15 @@ def _drain() -> None:
 @contextmanager
 def _started(home: Path, auth: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """A temporary server process on a free port. The port is bound here, so that no other process can take it."""
-    from prefect.settings import get_current_settings  # imported only where a server is started: that takes a second
-
     # Prefect's server writes a traceback for each write that it repeats; the run's own output is for its user.
     log = home / _LOG
     mode = "wb" if log.is_file() and log.stat().st_size > _LARGEST_LOG else "ab"
     with socket.create_server(("127.0.0.1", 0)) as listener, log.open(mode) as said:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
         process = subprocess.Popen(
-            command(parent=os.getpid(), listener=listener.fileno(), temporary=True),
+            command(parent=os.getpid(), listener=listener.fileno(), temporary=True, settings_of=Path.cwd()),
             env={
                 **os.environ,
-                **get_current_settings().to_environment_variables(exclude_unset=True),
                 "PREFECT_HOME": str(home),
                 "PREFECT_API_URL": url,
                 AUTH_VARIABLE: auth,

@@ -1,7 +1,8 @@
 """A Prefect server as this project runs it: `python -m flows.prefect_host.server_process --port 4200 --parent PID`.
 
-Prefect's own app behind `guard.Guard`, with the auth string, its own origins only, private files, and a life that ends
-with the process that started it. `prefect server start` has no check of `Host`, and outlives its parent.
+Prefect's own app behind `guard.Guard` and `repeating.Repeating`, with the auth string, its own origins only, private
+files, and a life that ends with the process that started it. `prefect server start` has no check of `Host`, and
+outlives its parent.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from threading import Thread
 
 from flows.prefect_host.access import SERVER_AUTH_VARIABLE
 from flows.prefect_host.guard import Guard, own_origins
+from flows.prefect_host.repeating import Repeating
 from qadapter.files.private import keep_private
 
 SECONDS_TO_END = 5.0
@@ -32,6 +35,7 @@ def command(
     port: int | None = None,
     listener: int | None = None,
     temporary: bool = False,
+    settings_of: Path | None = None,
 ) -> list[str]:
     """The command line of a server.
 
@@ -40,9 +44,11 @@ def command(
         host, port: the address to listen on; or
         listener: file descriptor of an inherited listening socket.
         temporary: without pages and schedules, like Prefect's own temporary server.
+        settings_of: the folder whose Prefect settings count, before those of the project folder.
     """
     where = ["--host", host, "--port", str(port)] if listener is None else ["--listener", str(listener)]
-    return [sys.executable, "-m", _NAME, *where, "--parent", str(parent), *(["--temporary"] if temporary else [])]
+    further = [*(["--temporary"] if temporary else []), *(["--settings-of", str(settings_of)] if settings_of else [])]
+    return [sys.executable, "-m", _NAME, *where, "--parent", str(parent), *further]
 
 
 def end_with(parent: int, stop: Callable[[], None]) -> None:
@@ -72,11 +78,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", choices=["127.0.0.1", "::1"], help="(default: %(default)s)")
     parser.add_argument("--parent", type=int, required=True, help="id of the process that it ends with")
     parser.add_argument("--temporary", action="store_true", help="no pages, no schedules")
+    parser.add_argument("--settings-of", help="folder whose Prefect settings count")
     given = parser.parse_args(arguments)
     auth = os.environ.get(SERVER_AUTH_VARIABLE)
     if not auth:
         parser.error(f"{SERVER_AUTH_VARIABLE} is not set; no Prefect server is started without an auth string.")
     keep_private()
+    if given.settings_of:
+        _take_settings_of(given.settings_of)
     try:
         listener = _listener(given)
     except OSError as error:
@@ -89,6 +98,19 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _take_settings_of(folder: str) -> None:
+    """Put the settings that Prefect finds in a folder into the environment, where they win over this folder's.
+
+    The process that starts a server could do so too, but would have to import Prefect first, which takes a second.
+    """
+    here = Path.cwd()
+    os.chdir(folder)
+    from prefect.settings import get_current_settings
+
+    os.environ |= get_current_settings().to_environment_variables(exclude_unset=True)
+    os.chdir(here)
+
+
 def _listener(given: argparse.Namespace) -> socket.socket:
     if given.listener is not None:
         return socket.socket(fileno=given.listener)
@@ -99,14 +121,17 @@ def _listener(given: argparse.Namespace) -> socket.socket:
 def _serve(listener: socket.socket, auth: str, given: argparse.Namespace) -> None:
     import uvicorn
 
-    # Prefect reads its settings when it is first imported.
+    # Prefect reads its settings when it is first imported, which may have been in another folder.
+    from prefect.context import refresh_global_settings_context
+
+    refresh_global_settings_context()
     from prefect.server.api.server import create_app
     from prefect.settings import get_current_settings
 
     settings = get_current_settings().server
     app = create_app(final=True, ephemeral=given.temporary)
     config = uvicorn.Config(
-        Guard(app, auth=auth),
+        Guard(Repeating(app), auth=auth),
         lifespan="on",
         log_level="error" if given.temporary else settings.logging_level.lower(),
         timeout_keep_alive=settings.api.keepalive_timeout,

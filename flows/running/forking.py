@@ -1,15 +1,23 @@
-"""The process that worker processes are forked from (`workers.py`); a command starts it before it imports anything."""
+"""The process that worker processes are forked from (`workers.py`)."""
 
 from __future__ import annotations
 
 import multiprocessing
-from multiprocessing import forkserver
+import os
+import socket
+import sys
+import threading
+from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
 
 from qadapter.config.experiment import Experiment
 
 OF_EVERY_STAGE = "flows.running.of_every_stage"
-"""What that process imports. Not torch, whose threads do not survive a fork."""
+"""What that process imports."""
+OF_COMPUTING = "flows.running.of_computing"
+"""What it imports too where stages will surely compute. torch starts no thread before it computes."""
 
 
 def has_workers(experiment: Experiment) -> bool:
@@ -17,11 +25,61 @@ def has_workers(experiment: Experiment) -> bool:
     return experiment.runner.engine == "local" and experiment.parallel > 1
 
 
-def start_forking(experiment: Experiment) -> None:
-    """Start the process, where an experiment needs it; it imports while this one goes on."""
-    if has_workers(experiment):
-        forking()
+def share_cores(experiment: Experiment) -> None:
+    """Set how many threads torch uses in this process and in those that it starts; the user's settings take precedence.
+
+    torch reads this once, when it is first imported.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(experiment.threads_per_stage))
+    if experiment.parallel > 1:  # a thread that waits for another must not keep a core busy that a stage needs
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def start_forking(experiment: Experiment, *, computes: bool) -> None:
+    """Start the process, where an experiment needs it, as a fork of this one, whose imports it has then.
+
+    To be called after the imports, and before this process has started a thread, which a fork would not have. Where it
+    has one, and from Python 3.14 on, whose start of that process is another, it is started as Python starts it.
+
+    Args:
+        experiment: the config.
+        computes: whether stages will surely compute. Then the process imports once what each worker would import later.
+    """
+    if not has_workers(experiment):
+        return
+    share_cores(experiment)
+    preload = [OF_EVERY_STAGE, *([OF_COMPUTING] if computes else [])]
+    forking().set_forkserver_preload(preload)
+    if threading.active_count() > 1 or sys.version_info >= (3, 14):
         forkserver.ensure_running()
+    else:
+        _fork_server(preload)
+
+
+def _fork_server(preload: list[str]) -> None:
+    """As `forkserver.ensure_running`, but with a fork in place of a new interpreter."""
+    server: Any = forkserver._forkserver
+    if server._forkserver_pid is not None:
+        return
+    resource_tracker.ensure_running()
+    # The process ends when no process is left that has the other end of this pipe: this one and all workers.
+    alive, others_alive = os.pipe()
+    with socket.socket(socket.AF_UNIX) as listener:
+        address = connection.arbitrary_address("AF_UNIX")  # type: ignore[attr-defined]
+        listener.bind(address)
+        Path(address).chmod(0o600)
+        listener.listen()
+        sys.stdout.flush()  # else the workers would print what waits here once more
+        process = os.fork()
+        if process == 0:
+            try:
+                os.close(others_alive)
+                forkserver.main(listener.detach(), alive, preload)
+            finally:
+                os._exit(0)
+    os.close(alive)
+    server._forkserver_address, server._forkserver_alive_fd = address, others_alive
+    server._forkserver_pid = process
 
 
 def forking() -> ForkServerContext:

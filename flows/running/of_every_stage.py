@@ -8,11 +8,7 @@ from flows.environment import prepare_environment
 from tasks.stages.code_version import code_digest
 
 prepare_environment()
-for _module in (
-    "flows.full_paper_repro",
-    "mlflow.store.tracking.sqlalchemy_store",
-    "prefect.task_engine",
-):
+for _module in ("flows.full_paper_repro", "prefect.task_engine"):
     import_module(_module)
-
+import_module("tasks.tracking.store").import_for_database()
 code_digest("qadapter.evaluation.measure")  # reads and keeps nearly all that any stage's digest is made of

@@ -19,6 +19,7 @@ from prefect.runtime import flow_run
 from flows.prefect_host.certificates import share_certificates
 from flows.prefect_host.dead_runs import ended_flow_runs, report_crashed
 from flows.prefect_host.orphans import outlive_worker
+from flows.running.forking import share_cores
 from flows.running.left import PREPARES, Teller, kind_of
 from flows.running.run_request import RunRequest
 from flows.running.runners import task_runner
@@ -56,10 +57,7 @@ def checked_run(request: RunRequest) -> Iterator[PrefectRun]:
     root = workspace()
     for name in ("qadapter", "tasks"):
         logging.getLogger(name).setLevel(logging.INFO)  # progress of long stages; Prefect passes it on (prefect.toml)
-    # Read by torch when it is first imported, here and in every worker process.
-    os.environ.setdefault("OMP_NUM_THREADS", str(experiment.threads_per_stage))
-    if experiment.parallel > 1:  # a thread that waits for another must not keep a core busy that a stage needs
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    share_cores(experiment)
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(root / "tensorboard"))  # where `report_to` names it
     tracker = Tracker.for_project(root)
     close_abandoned(tracker, request.experiment_name)
@@ -131,14 +129,17 @@ class PrefectRun:
 
     def _plan(self) -> dict[str, float]:
         """Seconds that the plan estimates for each submitted task; those without an estimate are omitted."""
-        from flows.running.stage_costs import seconds_of  # reading sources takes numpy
+        from flows.running.stage_costs import plain, seconds_of  # reading sources takes numpy
 
         prepared = {}
         for source, (name, future) in list(self._prepared.items()):
             if name in self._teller.ended:
                 with suppress(Exception):  # a stage that failed: `settle` says so
                     prepared[source] = future.result().path
-        return seconds_of(list(self._submitted), self._context.data, prepared)
+        stages = [(experiment, task, name, plain(inputs)) for experiment, task, name, inputs in list(self._submitted)]
+        if isinstance(self._runner, ForkedWorkers):  # torch is not imported beside stages that need the cores
+            return dict(self._runner.apart(seconds_of, stages, self._context.data, prepared))
+        return seconds_of(stages, self._context.data, prepared)
 
     def of(self, experiment: Experiment) -> PrefectRun:
         """The same run with other settings; it waits for the stages of both."""

@@ -268,6 +268,11 @@ _PAIRS_OF_AN_UNREAD_SOURCE = 10_000
 _ROWS_TO_MEASURE = 200
 
 
+def plain(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a stage that the plan reads; the others are placeholders, in a run futures of its process."""
+    return {name: value for name, value in inputs.items() if isinstance(value, (str, Cell, Need))}
+
+
 def seconds_of(
     stages: Sequence[tuple[Experiment, str, str, Mapping[str, Any]]],
     folder: Path | None,

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from qadapter.config.experiment import Experiment
 from qadapter.files.folders import resolve_path
 from tasks.stages.store import StageStore
+from tasks.stages.workspace import PROJECT_ROOT, workspace
 from tasks.tracking.tracker import Tracker
 
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
+__all__ = ["LARGEST_LOGGED_FILE", "PROJECT_ROOT", "Cell", "RunContext", "workspace"]
+
 LARGEST_LOGGED_FILE = 256 * 2**20  # bytes; a larger file (a whole model) is logged by name, size and digest
-
-
-def workspace() -> Path:
-    """Folder that holds `mlflow.db`, `mlruns/` and `.qadapter/`: `QADAPTER_HOME`, or the project's root."""
-    return Path(os.environ.get("QADAPTER_HOME") or PROJECT_ROOT).resolve()
 
 
 @dataclass(frozen=True)

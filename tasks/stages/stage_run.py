@@ -18,6 +18,7 @@ from tasks.stages.context import LARGEST_LOGGED_FILE, RunContext
 from tasks.stages.live import LiveStage, shown_live
 from tasks.stages.store import StageOutput
 from tasks.tracking.system_metrics import system_metrics, wanted_by_environment
+from tasks.tracking.tracker import flatten
 from tasks.tracking.view import FRESH_TAG
 
 
@@ -67,16 +68,15 @@ def run_stage(
         The finished stage and its MLflow run.
     """
     tracker = context.tracker
+    settings = flatten(params or {})
     title = run_name or (f"{name} · {label}" if label else name)
     if run_id is None:
+        settings = flatten(_given({**config, **(params or {})}))
         run_id = tracker.start_child(
             context.parent_run_id,
             title,
-            params=_given({**config, **(params or {})}),
             tags={"stage": name, "mlflow.source.name": f"{module.replace('.', '/')}.py", **(tags or {})},
         )
-    elif params:
-        tracker.log_params(run_id, params)
     live = LiveStage(
         name,
         title,
@@ -86,13 +86,20 @@ def run_stage(
     )
     with tracker.ending(run_id):
         with shown_live(live), _system_metrics(context, run_id), _masked_errors():
-            output = context.store.run(name, module=module, config=config, inputs=inputs, compute=compute)
+            output = context.store.run(
+                name,
+                module=module,
+                config=config,
+                inputs=inputs,
+                compute=compute,
+                before=partial(tracker.log_params, run_id, settings),
+            )
         live.end(seconds=output.seconds, cached=output.cached)
         measured = {**output.metrics(), f"cost/{name}_stage_seconds": output.seconds}
         fresh = {} if output.cached else {FRESH_TAG: True}
         tracker.log(
             run_id,
-            params=output.params(),
+            params={**(settings if output.cached else {}), **flatten(output.params())},  # those of a found one at once
             tags={f"cached.{name}": output.cached, f"digest.{name}": output.digest[:16], **fresh},
             history=[{"step": 0, **measured}, *live.unsent(output.history())],
             model_data=model_data,

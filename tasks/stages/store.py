@@ -117,6 +117,7 @@ class StageStore:
         config: Mapping[str, Any],
         inputs: Mapping[str, StageOutput | Path],
         compute: Callable[[Path, Path], None],
+        before: Callable[[], None] = lambda: None,
     ) -> StageOutput:
         """Find a stage's output, or compute it.
 
@@ -128,6 +129,7 @@ class StageStore:
             inputs: name → earlier stage, or file or folder, which is digested.
             compute: called as `compute(out, scratch)`. It writes the result into `out`, an empty folder, and may keep
                 checkpoints in `scratch`, which is the same folder if the stage is killed and run again.
+            before: called if the stage is not found, before it is computed; no part of its key.
 
         Returns:
             The finished stage. If another process is computing the same key, this call waits for it.
@@ -148,6 +150,7 @@ class StageStore:
             with _locked(lock, name):
                 found = self._found(folder, key) or self._fetched(name, folder, key)
                 if found is None:
+                    before()
                     manifest = Manifest(name, key, config, digests, code, library_versions(), seconds=0.0)
                     found = self._compute(manifest, folder, scratch, compute)
         if scratch.exists():  # the computing run was killed after the rename, before it deleted its scratch folder

@@ -44,6 +44,7 @@ from qadapter.files.artifacts import (
 from qadapter.files.locks import held
 from qadapter.files.shown import shown
 from tasks.stages.retries import retrying
+from tasks.tracking.journal import write_ahead
 from tasks.tracking.logged_models import log_model, model_of
 from tasks.tracking.spool import Entry
 
@@ -63,6 +64,7 @@ __all__ = [
     "away_errors",
     "downloaded",
     "first_use",
+    "import_for_database",
     "is_away",
     "local_path",
     "status_of",
@@ -132,7 +134,16 @@ def _client(uri: str, _process: int) -> MlflowClient:
                     for name in ("alembic", "mlflow.store.db.utils"):  # some sixty lines about tables
                         logging.getLogger(name).setLevel(logging.WARNING)
                     MlflowClient(uri).search_experiments(max_results=1)  # which makes them, under the lock
+                write_ahead(database)
     return MlflowClient(uri)
+
+
+def import_for_database() -> None:
+    """Import and prepare what the first call of a store in a SQLite file takes, so that forked processes have it."""
+    from mlflow.store.tracking import sqlalchemy_store  # noqa: F401
+    from sqlalchemy.orm import configure_mappers
+
+    configure_mappers()
 
 
 def first_use(uri: str) -> contextlib.AbstractContextManager[Any]:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import time
 from importlib.util import find_spec
+from multiprocessing import forkserver
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 from prefect.task_runners import ProcessPoolTaskRunner, ThreadPoolTaskRunner
 
 from flows.full_paper_repro import full_paper_repro
+from flows.running.forking import start_forking
 from flows.running.runners import task_runner
 from flows.running.workers import ForkedWorkers
 from qadapter.config.experiment import load_experiment
 from qadapter.errors import QAdapterError
 from tests.processes.test_deployments import TINY
+from tests.support.forked_process import ForkedProcess
 
 
 def runner(**overrides: Any) -> Any:
@@ -52,6 +58,52 @@ def test_a_signal_does_not_wait_for_the_stages_that_run() -> None:
         begin = time.monotonic()
         raise KeyboardInterrupt
     assert time.monotonic() - begin < 30
+
+
+def no_plan() -> None:
+    raise QAdapterError("no plan")
+
+
+def test_a_stage_that_ends_its_process_fails() -> None:
+    """As Prefect's engine does. What Prefect chains to the pool's futures would wait for ever for a `SystemExit`."""
+    with ForkedWorkers(max_workers=1) as workers:
+        assert workers._executor is not None
+        with pytest.raises(RuntimeError, match=r"Prefect gave a stage up \(exit code 3\).*Run it again"):
+            workers._executor.submit(sys.exit, 3).result()
+        assert workers._executor.submit(max, 1, 2).result() == 2
+        own = workers._executor.submit(os.getpid).result()
+        assert workers.apart(os.getpid) not in (own, os.getpid())
+        with pytest.raises(QAdapterError, match="no plan"):
+            workers.apart(no_plan)
+
+
+def look_at_workers(file: str) -> None:
+    """Start workers as `qadapter run` does, and write down where they come from."""
+    start_forking(load_experiment("smoke"), computes=False)
+    with ForkedWorkers(max_workers=2) as workers:
+        assert workers._executor is not None
+        parent = workers._executor.submit(os.getppid).result()
+        looked = psutil.Process(parent).ppid()
+        threads = os.environ["OMP_NUM_THREADS"]
+        Path(file).write_text(
+            json.dumps([os.getpid(), parent, looked, forkserver._forkserver._forkserver_pid, threads])
+        )
+
+
+def test_workers_are_forked_from_a_fork_of_the_command(tmp_path: Path) -> None:
+    """So that no further interpreter imports what the command has imported."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    log = tmp_path / "log"
+    command = ForkedProcess(look_at_workers, str(tmp_path / "found"), cwd=tmp_path, env=environment, stdout=log)
+    assert command.wait(120) == 0, log.read_text()
+    own, parent, grandparent, known, threads = json.loads((tmp_path / "found").read_text())
+    assert own == command.pid == grandparent
+    assert parent == known
+    assert threads == "1"
+    deadline = time.monotonic() + 30
+    while psutil.pid_exists(parent) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not psutil.pid_exists(parent), "it outlives the command"
 
 
 class StandIn:

@@ -12,15 +12,6 @@ from flows.prefect_host import server_process
 
 def serve_prefect(*arguments: str) -> None:
     """Be `python -m flows.prefect_host.server_process`; the server ends with the process that it was forked from."""
-    from prefect.context import refresh_global_settings_context
-
-    serve = server_process._serve
-
-    def serve_with_fresh_settings(*given: Any) -> None:
-        refresh_global_settings_context()  # Prefect has been imported, and `main` sets some
-        serve(*given)
-
-    server_process._serve = serve_with_fresh_settings
     server_process.main([*arguments, "--parent", str(os.getppid())])
 
 

@@ -13,8 +13,10 @@ import sys
 import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import digest_file
 from qadapter.files.process_tags import ProcessTag
+from tasks.tracking import journal
 from tasks.tracking import store as mlflow_store
 from tasks.tracking.names import flatten, mlflow_name
 from tasks.tracking.store import AwayError, RefusedError
@@ -479,3 +482,41 @@ def test_a_deleted_experiment_is_explained(tracker: Tracker, client: MlflowClien
 
 def test_a_tracker_can_be_sent_to_another_process(tracker: Tracker) -> None:
     assert pickle.loads(pickle.dumps(tracker)) == tracker
+
+
+def journal_of(file: Path) -> str:
+    with closing(sqlite3.connect(file)) as database:
+        return str(database.execute("PRAGMA journal_mode").fetchone()[0])
+
+
+def test_a_local_database_gets_a_write_ahead_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A new one, and one of before; not on a network's file system, whose machines share no memory."""
+    file = tmp_path / "mlflow.db"
+    tracker = Tracker(f"sqlite:///{file}", str(tmp_path / "mlruns"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journal, "_file_system", lambda _: "nfs4")
+        run = tracker.start_parent("journal", "run")
+    assert journal_of(file) == "delete"
+    with closing(sqlite3.connect(file)) as reader:
+        reader.execute("BEGIN")
+        assert reader.execute("SELECT COUNT(*) FROM runs").fetchone() == (1,)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(journal, "_BUSY_SECONDS", 0.01)
+            journal.write_ahead(file)  # it is in use
+    assert journal_of(file) == "delete"
+    mlflow_store._client.cache_clear()
+    tracker.log_metrics(run, {"kept": 1.0})
+    assert journal_of(file) == "wal"
+    with closing(sqlite3.connect(file)) as database:
+        assert database.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL: a commit is on the disk
+    assert caplog.text == ""
+
+
+def test_the_file_system_is_that_of_the_nearest_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mounts = {"/": "ext4", str(tmp_path): "nfs4", f"{tmp_path}/near": "xfs", f"{tmp_path}/nea": "tmpfs"}
+    named = [SimpleNamespace(mountpoint=place, fstype=kind) for place, kind in mounts.items()]
+    monkeypatch.setattr(journal.psutil, "disk_partitions", lambda **_: named)
+    assert journal._file_system(tmp_path / "near" / "mlflow.db") == "xfs"
+    assert journal._file_system(tmp_path / "nearer" / "mlflow.db") == "nfs4"
+    named.clear()
+    assert journal._file_system(tmp_path / "mlflow.db") == ""
