@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from importlib.util import find_spec
-from multiprocessing import forkserver
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +24,7 @@ from qadapter.config.experiment import load_experiment
 from qadapter.errors import QAdapterError
 from tests.processes.test_deployments import TINY
 from tests.support.forked_process import ForkedProcess
+from tests.support.real_runs import wait_for
 
 
 def runner(**overrides: Any) -> Any:
@@ -77,33 +78,38 @@ def test_a_stage_that_ends_its_process_fails() -> None:
             workers.apart(no_plan)
 
 
-def look_at_workers(file: str) -> None:
-    """Start workers as `qadapter run` does, and write down where they come from."""
+def work(file: str) -> None:
+    """Start a worker as `qadapter run` does, write down where it comes from, and go on."""
     start_forking(load_experiment("smoke"), computes=False)
     with ForkedWorkers(max_workers=2) as workers:
         assert workers._executor is not None
-        parent = workers._executor.submit(os.getppid).result()
-        looked = psutil.Process(parent).ppid()
-        threads = os.environ["OMP_NUM_THREADS"]
-        Path(file).write_text(
-            json.dumps([os.getpid(), parent, looked, forkserver._forkserver._forkserver_pid, threads])
-        )
+        parent, worker = workers._executor.submit(os.getppid).result(), workers._executor.submit(os.getpid).result()
+        found = [parent, worker, psutil.Process(parent).ppid(), os.environ["OMP_NUM_THREADS"]]
+        Path(f"{file}.part").write_text(json.dumps(found))
+        Path(f"{file}.part").rename(file)
+        time.sleep(600)
 
 
-def test_workers_are_forked_from_a_fork_of_the_command(tmp_path: Path) -> None:
-    """So that no further interpreter imports what the command has imported."""
+def ended(number: int) -> bool:
+    """Whether a process has ended, even if no other has asked for its exit code."""
+    try:
+        return bool(psutil.Process(number).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_workers_come_from_a_fork_of_the_command_and_end_with_it(tmp_path: Path) -> None:
+    """No further interpreter imports what the command has imported; after `kill -9` of the command none is left."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    log = tmp_path / "log"
-    command = ForkedProcess(look_at_workers, str(tmp_path / "found"), cwd=tmp_path, env=environment, stdout=log)
-    assert command.wait(120) == 0, log.read_text()
-    own, parent, grandparent, known, threads = json.loads((tmp_path / "found").read_text())
-    assert own == command.pid == grandparent
-    assert parent == known
+    file, log = tmp_path / "found", tmp_path / "log"
+    command = ForkedProcess(work, str(file), cwd=tmp_path, env=environment, stdout=log)
+    wait_for(file.exists, 120, "a worker", log.read_text)
+    parent, worker, grandparent, threads = json.loads(file.read_text())
+    assert grandparent == command.pid
     assert threads == "1"
-    deadline = time.monotonic() + 30
-    while psutil.pid_exists(parent) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not psutil.pid_exists(parent), "it outlives the command"
+    os.kill(command.pid, signal.SIGKILL)
+    assert command.wait(30) == -signal.SIGKILL
+    wait_for(lambda: ended(parent) and ended(worker), 30, "the end of its processes")
 
 
 class StandIn:
