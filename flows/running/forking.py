@@ -39,7 +39,7 @@ def start_forking(experiment: Experiment, *, computes: bool) -> None:
     """Start the process, where an experiment needs it, as a fork of this one, whose imports it has then.
 
     To be called after the imports, and before this process has started a thread, which a fork would not have. Where it
-    has one, and from Python 3.14 on, whose start of that process is another, it is started as Python starts it.
+    has one, on other systems than Linux, and from Python 3.14 on (whose own start differs), Python itself starts it.
 
     Args:
         experiment: the config.
@@ -50,10 +50,10 @@ def start_forking(experiment: Experiment, *, computes: bool) -> None:
     share_cores(experiment)
     preload = [OF_EVERY_STAGE, *([OF_COMPUTING] if computes else [])]
     forking().set_forkserver_preload(preload)
-    if threading.active_count() > 1 or sys.version_info >= (3, 14):
-        forkserver.ensure_running()
-    else:
+    if sys.platform == "linux" and sys.version_info < (3, 14) and threading.active_count() == 1:
         _fork_server(preload)
+    else:
+        forkserver.ensure_running()
 
 
 def _fork_server(preload: list[str]) -> None:
