@@ -160,11 +160,12 @@ def _started(home: Path, auth: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """A temporary server process on a free port. The port is bound here, so that no other process can take it."""
     # Prefect's server writes a traceback for each write that it repeats; the run's own output is for its user.
     log = home / _LOG
+    elsewhere = None if Path.cwd() == _ROOT else Path.cwd()
     mode = "wb" if log.is_file() and log.stat().st_size > _LARGEST_LOG else "ab"
     with socket.create_server(("127.0.0.1", 0)) as listener, log.open(mode) as said:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
         process = subprocess.Popen(
-            command(parent=os.getpid(), listener=listener.fileno(), temporary=True, settings_of=Path.cwd()),
+            command(parent=os.getpid(), listener=listener.fileno(), temporary=True, settings_of=elsewhere),
             env={
                 **os.environ,
                 "PREFECT_HOME": str(home),

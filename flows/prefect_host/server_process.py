@@ -105,10 +105,19 @@ def _take_settings_of(folder: str) -> None:
     """
     here = Path.cwd()
     os.chdir(folder)
+    _read_again()
     from prefect.settings import get_current_settings
 
     os.environ |= get_current_settings().to_environment_variables(exclude_unset=True)
     os.chdir(here)
+
+
+def _read_again() -> None:
+    """Let Prefect read its settings again, if it has: it does so when it is first imported."""
+    if "prefect.context" in sys.modules:
+        from prefect.context import refresh_global_settings_context
+
+        refresh_global_settings_context()
 
 
 def _listener(given: argparse.Namespace) -> socket.socket:
@@ -121,10 +130,7 @@ def _listener(given: argparse.Namespace) -> socket.socket:
 def _serve(listener: socket.socket, auth: str, given: argparse.Namespace) -> None:
     import uvicorn
 
-    # Prefect reads its settings when it is first imported, which may have been in another folder.
-    from prefect.context import refresh_global_settings_context
-
-    refresh_global_settings_context()
+    _read_again()
     from prefect.server.api.server import create_app
     from prefect.settings import get_current_settings
 
