@@ -225,7 +225,7 @@ def weekly_text(name: str, file: str, profile: Path, deliveries: Path, found: Ma
     return f"""\
 # qadapter customize --config {file}
 #
-# New pairs every week: a run trains the last promoted adapter further on what is new in the folder below. The result is
+# New pairs every week: a run trains the last promoted adapter further on the pairs in the folder below. The result is
 # promoted only if it learnt something and forgot nothing beyond noise (docs/recurring.md).
 name: {name}-weekly
 model_name: {name}  # of the registered model
@@ -236,7 +236,7 @@ source:
   path: {_text(deliveries)}
   heldout: {share:g}  # share of the prompts that is measured; a prompt's side depends on its text alone
 
-mix: {{rows: new, old_share: 0.25}}  # new pairs, and a quarter of the old ones
+mix: {{rows: all}}  # new pairs and all earlier ones; a sample of those learns less (docs/continual.md)
 
 gate:
   adaptation: {{metric: implied_reward_accuracy, min_gain: 0.005, beyond_noise: true, min_items: {items}}}

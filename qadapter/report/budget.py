@@ -279,15 +279,17 @@ def budget_sentences(curves: Sequence[MethodCurve], budget: float = 0.01) -> lis
 def _not_shared(curves: Sequence[MethodCurve]) -> list[str]:
     """That values which a curve chose for one seed alone cannot be chosen for the method."""
     lacking = [
-        f"{one.domain} · {one.method} {len(measured) - len(shared)} of {len(measured)}"
+        (len(measured) - len(shared), len(measured), f"{one.domain} · {one.method}")
         for one in curves
         if (measured := set.union(*one.values_by_seed)) != (shared := set.intersection(*one.values_by_seed))
     ]
     if not lacking:
         return []
+    left, of, name = max(lacking)
     return [
-        "At equal budgets, values of the dial that not every seed was measured at cannot be chosen: "
-        f"{listed(lacking)}. `evaluation.curve.values` measures the same values for every seed."
+        "At equal budgets, values of the dial that not every seed was measured at cannot be chosen: in "
+        f"{len(lacking)} of {len(curves)} curves, {left} of {of} for {name}. "
+        "`evaluation.curve.values` measures the same for every seed."
     ]
 
 

@@ -110,8 +110,8 @@ def test_values_of_one_seed_alone_are_named(tmp_path: Path) -> None:
     curves = tuple(curve_at((0.0, 0.4, 0.6, 1.0), (1.0,) * 4, values) for values in own)
     one = MethodCurve("academy", "dpo", "q-weight", curves)
     assert [line for line in budget_sentences([one]) if "not every seed" in line] == [
-        "At equal budgets, values of the dial that not every seed was measured at cannot be chosen: academy · dpo 2 of "
-        "5. `evaluation.curve.values` measures the same values for every seed."
+        "At equal budgets, values of the dial that not every seed was measured at cannot be chosen: in 1 of 1 curves, "
+        "2 of 5 for academy · dpo. `evaluation.curve.values` measures the same for every seed."
     ]
     assert not [line for line in budget_sentences([replace(one, curves=curves[:1])]) if "not every seed" in line]
 
