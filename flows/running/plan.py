@@ -14,7 +14,7 @@ from typing import Any
 from flows.full_paper_repro import experiment_stages
 from flows.running.left import kind_of
 from flows.running.run_request import RunRequest
-from flows.running.stage_costs import PlannedStage, SourcePlan, estimate_of, plan_source
+from flows.running.stage_costs import SECONDS_TO_BEGIN, PlannedStage, SourcePlan, estimate_of, plan_source
 from qadapter.config.experiment import Experiment
 from qadapter.evaluation.lm_eval.catalog import check_own
 from qadapter.evaluation.old_text import unmeasured_on_old_text
@@ -26,8 +26,6 @@ from qadapter.planning.small import small_domains
 from qadapter.report.rows import listed
 
 _WORTH_MEASURING = 5e7  # parameters; smaller models' time goes into other things than products
-
-_SECONDS_TO_BEGIN = 15.0  # of a stage: imports, the base from the disk, its files' digests, MLflow
 
 _MACHINES = (planning.TWO_CORES, planning.ONE_H200)
 
@@ -151,7 +149,7 @@ def _on_this_machine(
     seconds = {}
     for stage in stages:
         if found := estimate_of(experiment, stage, plans, size, folder):
-            seconds[stage] = _SECONDS_TO_BEGIN + found[2] / (rate / experiment.parallel)
+            seconds[stage] = SECONDS_TO_BEGIN + found[2] / (rate / experiment.parallel)
     hours = makespan(stages, seconds, experiment.parallel) / 3600
     return [
         f"This machine\n  {hours:.1f} h on its cores (parallel {experiment.parallel}, threads "

@@ -34,6 +34,9 @@ from tasks.stages.context import Cell
 # A generated token reads all weights for few rows, which takes about twice the time of its operations.
 _GENERATING = 2
 
+SECONDS_TO_BEGIN = 15.0
+"""Of a stage: imports, the base from the disk, its files' digests, MLflow."""
+
 
 @dataclass(frozen=True, eq=False)
 class PlannedStage:
@@ -313,5 +316,5 @@ def seconds_of(
                 pairs = source.max_train_pairs or source.expected_pairs or _PAIRS_OF_AN_UNREAD_SOURCE
                 plans[key] = SourcePlan(pairs, longest / 2, longest / 4, "")
         if estimate := estimate_of(experiment, PlannedStage(task, name, inputs, ()), plans, sizes[model], folder):
-            found[name] = estimate[2] / machine.flops
+            found[name] = SECONDS_TO_BEGIN + estimate[2] / machine.flops
     return found

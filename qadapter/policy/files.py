@@ -21,7 +21,7 @@ from qadapter.errors import QAdapterError
 from qadapter.policy.adapters import ADAPTER_FILE, adapter_place, base_of, load_adapter, set_adapter_tensors
 from qadapter.policy.base import load_network, read_json_object
 from qadapter.policy.dial import AS_TRAINED, Dial
-from qadapter.policy.fingerprint import write_fingerprint
+from qadapter.policy.fingerprint import refuse_mismatch, write_fingerprint
 from qadapter.policy.objective import Objective
 from qadapter.policy.probe import can_be_probed, logits_of, probe_ids
 from qadapter.policy.ranges import check_dials, check_weights
@@ -274,8 +274,9 @@ def load_adapter_weights(peft_model: PeftModel, folder: Path, name: str) -> None
     """Put the weights that `save` wrote into an adapter that is there already.
 
     Raises:
-        QAdapterError: no weights in the folder, or weights of another adapter.
+        QAdapterError: no weights in the folder, or weights of another adapter or of one on another base.
     """
+    refuse_mismatch(peft_model.get_base_model(), _place(folder, name))
     set_adapter_tensors(peft_model, _place(folder, name) / ADAPTER_FILE, name)
 
 

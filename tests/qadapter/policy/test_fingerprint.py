@@ -17,6 +17,7 @@ from qadapter.command.parser import main
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.lm_eval.model import PolicyLM
 from qadapter.policy.base import load_network
+from qadapter.policy.files import load_adapter_weights
 from qadapter.policy.fingerprint import FINGERPRINT_FILE, fingerprint_of, refuse_mismatch, write_fingerprint
 from qadapter.policy.guided import Guide, GuidedForCausalLM
 from qadapter.policy.loading import load_policy
@@ -179,6 +180,18 @@ def test_a_guide_and_lm_eval_compare_too(bases: Path, tmp_path: Path) -> None:
     with pytest.raises(QAdapterError, match="another base"):
         PolicyLM(str(tmp_path / "one"), base=str(bases / "tuned"))
     PolicyLM(str(tmp_path / "one"), base=str(bases / "tuned"), allow_base_mismatch=True)
+
+
+def test_a_checkpoint_is_of_its_base(bases: Path, tmp_path: Path) -> None:
+    """A training that is resumed after its base was replaced under the same name."""
+    QAdapterForCausalLM.from_base(load_network(bases / "raw"), lora(), RESIDUAL).save_pretrained(tmp_path)
+    for base in ("raw", "tuned"):
+        policy = QAdapterForCausalLM.from_base(load_network(bases / base), lora(), RESIDUAL)
+        if base == "raw":
+            load_adapter_weights(policy.peft_model, tmp_path, "default")
+        else:
+            with pytest.raises(QAdapterError, match="was trained on another base"):
+                load_adapter_weights(policy.peft_model, tmp_path, "default")
 
 
 def test_the_command_refuses_before_it_answers(bases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
