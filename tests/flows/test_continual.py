@@ -61,7 +61,7 @@ def test_the_stages_of_a_sequence() -> None:
     assert third["adapter"].name == "train-replayed-3-business-1"
     assert third["adapter"].inputs["champion"].name == "train-replayed-2-academy-1"
     mixed = third["adapter"].inputs["data"]
-    assert (list(mixed.inputs["earlier"]), mixed.inputs["share"]) == (["harmless", "academy"], 0.25)
+    assert (list(mixed.inputs["earlier"]), mixed.inputs["share"]) == (["harmless", "academy"], 1.0)
     anew = stages["train-retrained-3-business-1"].inputs
     assert anew["data"].inputs["share"] == 1.0
     assert "champion" not in anew

@@ -158,7 +158,7 @@ def test_init_asks_on_a_terminal_and_refuses_without(
         (["--model", "org/name", "--pairs", "pairs.jsonl", "--benchmark", "toy_fact"], "did you mean toy_facts"),
         (["--model", "org/name", "--pairs", "pairs.jsonl", "--benchmark", "pairs.jsonl"], "line 1 has no 'question'"),
         (["--model", "o/n", "--pairs", "pairs.jsonl", "--benchmark", "quiz.jsonl", "--name", "My Own"], "lower-case"),
-        (["--model", "o/n", "--pairs", "pairs.jsonl", "--benchmark", "quiz.jsonl", "--name", "mine"], "is there alrea"),
+        (["--model", "o/n", "--pairs", "pairs.jsonl", "--benchmark", "quiz.jsonl", "--name", "mine"], "already exists"),
     ):
         assert main(["init", *arguments]) == 2
         assert expected in capsys.readouterr().err.splitlines()[-1]
