@@ -23,7 +23,6 @@ from flows.prefect_host.access import (
     wait_for_answer,
 )
 from flows.prefect_host.server_process import command
-from flows.prefect_host.settings import read_settings
 from qadapter.errors import QAdapterError
 from qadapter.files.private import keep_private, private_folder
 from qadapter.files.shown import shown
@@ -199,9 +198,11 @@ def _started(home: Path, auth: str) -> Iterator[tuple[str, Callable[[], None]]]:
 @contextmanager
 def _environment(changes: Mapping[str, str]) -> Iterator[None]:
     """Set environment variables within the block, also for threads that send logs and events."""
+    from prefect.context import refresh_global_settings_context
+
     before = {name: os.environ.get(name) for name in changes}
     os.environ |= changes
-    read_settings()
+    refresh_global_settings_context()
     try:
         yield
     finally:
@@ -211,7 +212,7 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
                     del os.environ[name]
             else:
                 os.environ[name] = value
-        read_settings()
+        refresh_global_settings_context()
 
 
 def _no_link(record: logging.LogRecord) -> bool:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from prefect.context import refresh_global_settings_context
 
 from flows.environment import prepare_environment
-from flows.prefect_host.settings import read_settings
 from qadapter.progress.kept import Kept
 from tasks.stages.code_version import code_digest
 from tasks.stages.store import StageStore
@@ -82,7 +82,7 @@ def run(module: str, arguments: list[str], environment: dict[str, str], log: str
     os.environ.update(environment)
     for name in set(os.environ) & {"MLFLOW_TRACKING_URI"} - set(environment):
         del os.environ[name]
-    read_settings()
+    refresh_global_settings_context()
     if doom and doom[0] == "mlflow":
         _at_call(_die, *doom[1].split())
     elif doom and doom[0] == "mlflow is away":
