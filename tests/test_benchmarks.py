@@ -14,6 +14,7 @@ from qadapter.policy.objective import Objective, pairwise_loss
 COLUMNS = ["seconds", "speed-up", "peak", "MB", "memory"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "extra", "sides"),
     [(training_step, ["--tried"], 10), (decoding, ["--new-tokens", "3"], 4), (scoring, [], 4)],
@@ -29,6 +30,7 @@ def test_prints_one_table(script, extra: list[str], sides: int, capsys: pytest.C
     assert rows[0].split()[-3] == "1.00x"
 
 
+@pytest.mark.slow
 def test_the_machines_rates_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     products, bandwidth = measure.rates("cpu", torch.float32, size=64, copied=2**12)
     assert products > 0.1, "a product of 64 × 64 takes microseconds: what is around it is not counted"
@@ -49,6 +51,7 @@ def test_a_side_without_room_is_not_run() -> None:
     assert lines[3].split()[2] == "1.00x"
 
 
+@pytest.mark.slow
 def test_the_sides_of_this_project_have_the_same_loss():
     """TRL's is another method, and the published code's mask is not shifted."""
     sides = training_step.sides(shapes.SHAPES["tiny"], 2, "cpu", torch.float32, tried=True)
@@ -107,6 +110,7 @@ def test_the_published_way_generates_the_same_text():
     assert torch.equal(makers["published code's way"](), makers["this project"]())
 
 
+@pytest.mark.slow
 def test_preparation_gives_the_same_files_as_datasets(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     preparation.main(["--rows", "300", "--folder", str(tmp_path)])
     shown = capsys.readouterr().out

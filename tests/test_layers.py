@@ -95,6 +95,7 @@ def test_a_served_model_needs_the_library_only() -> None:
     assert offenders([Path("tasks/tracking/served_policy.py")], "tasks", "flows", "prefect") == []
 
 
+@pytest.mark.slow
 def test_only_trainings_and_the_judge_know_trls_trainers() -> None:
     shared = ("supervised", "regularised", "orthogonal", "pairwise", "own_replies")  # by several methods
     training = [Path("qadapter/judging/reward_training.py"), *(Path(f"qadapter/training/{name}.py") for name in shared)]
@@ -105,6 +106,7 @@ def test_only_trainings_and_the_judge_know_trls_trainers() -> None:
     assert offenders([file for file in others if file != head], "trl.trainer", "trl.experimental") == []
 
 
+@pytest.mark.slow
 def test_what_reads_the_table_of_methods() -> None:
     """The schema, the report and the pipeline; not the rooms that methods train with, nor a method itself."""
     table, readers = "qadapter.methods.table", ("config", "report")

@@ -184,6 +184,7 @@ def test_nothing_else_is_sent_to_the_builder() -> None:
         assert not sent(useless), useless
 
 
+@pytest.mark.slow
 def test_the_containers_deployments_find_their_code_in_the_image() -> None:
     found = yaml.safe_load((FOLDER / "deployments.yaml").read_text(encoding="utf-8"))
     (step,) = found["pull"]

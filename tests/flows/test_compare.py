@@ -86,6 +86,7 @@ def _here(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 
+@pytest.mark.slow
 def test_a_flow_run_gives_the_report_it_had(first: str, rows: list[Row], tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main(["smoke · lazy-fox", "--output", str(out)]) == 0
@@ -102,6 +103,7 @@ def test_a_flow_run_gives_the_report_it_had(first: str, rows: list[Row], tmp_pat
     assert (out / "training_curves.png").is_file()
 
 
+@pytest.mark.slow
 def test_answers_to_old_prompts_come_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With them the share that stays identical has an interval."""
     monkeypatch.setenv("QADAPTER_HOME", str(tmp_path))
@@ -269,6 +271,7 @@ def apart(tracker: Tracker, home: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_runs_of_different_domains_are_not_ranked_by_means(apart: list[str], tmp_path: Path) -> None:
     """22 of 25 of the easy base's retention is 88 %; against the mean of both bases, 0.7, it would be 125.7 %."""
     out = tmp_path / "out"

@@ -174,6 +174,7 @@ def test_a_large_head_works_on_scored_tokens_only() -> None:
     assert planning.training_flops(size, 50, 3, scored=20) == 2 * 3 * (2e5 * 50 + 8e5 * 20)
 
 
+@pytest.mark.slow
 def test_this_machines_rate_is_measured() -> None:
     """Between a slow core and a rack of them; nothing else of a machine that is not known can be asserted."""
     rate = machine.measured_flops(256, stages=2, threads=1)
@@ -455,6 +456,7 @@ def test_what_is_too_small_is_said_with_what_to_set() -> None:
     assert plan._small(experiment, dict.fromkeys(experiment.sources, plan.SourcePlan(0, 25, 12, ""))) == []  # unknown
 
 
+@pytest.mark.slow
 def test_the_plan_of_mini(shared_data: Path) -> None:
     text = plan_text("mini", str(shared_data))
     assert text.startswith(f"Plan of mini: the config is valid, {len(expected_names(load_experiment('mini')))} stages.")

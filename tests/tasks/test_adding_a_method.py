@@ -70,6 +70,7 @@ def recipe() -> str:
     return textwrap.dedent(code)
 
 
+@pytest.mark.slow
 def test_the_recipes_method_trains(toy: TinyToy, tmp_path: Path) -> None:
     """On two sequences per pair, as every method."""
     file = tmp_path / "both_replies.py"

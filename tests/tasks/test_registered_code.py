@@ -36,6 +36,7 @@ def logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path(uri.removeprefix("file://"))
 
 
+@pytest.mark.slow
 def test_changed_code_is_refused(logged: Path):
     """Weights alone were held against their digests; the code beside them runs with the server's rights."""
     find_served_model(MODEL)

@@ -173,6 +173,7 @@ def test_the_same_candidate_is_registered_once(registry: Registry) -> None:
 STEPS = ["_alias previous", "_alias champion", "_tag promoted_at"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed_before", STEPS)
 def test_a_kill_leaves_a_valid_champion_and_is_finished_later(
     registry: Registry, monkeypatch: pytest.MonkeyPatch, killed_before: str
@@ -252,6 +253,7 @@ def test_a_rejected_version_is_champion_only_on_demand(registry: Registry) -> No
     assert aliases(registry) == {"champion": 2, "previous": 1}
 
 
+@pytest.mark.slow
 def test_a_killed_rollback_is_harmless(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process dies before any of the steps; then the person says it again, or a run comes first."""
     for killed_before, then in (
@@ -279,6 +281,7 @@ def test_a_killed_rollback_is_harmless(registry: Registry, monkeypatch: pytest.M
         assert aliases(model) == {"champion": 1, "previous": 2}
 
 
+@pytest.mark.slow
 def test_rollback_goes_back_and_forth_or_to_a_version(registry: Registry) -> None:
     registry.promote(register(registry, "one"))
     with pytest.raises(QAdapterError, match="no earlier champion"):

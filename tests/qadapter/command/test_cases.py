@@ -109,6 +109,7 @@ BASES: dict[str, tuple[Change, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BASES)
 def test_a_base_that_is_not_what_it_says(
     name: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -149,6 +150,7 @@ FLAGS: dict[str, str] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", FLAGS)
 def test_a_flag_that_is_wrong(flags: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ["--base", str(place / "base"), "--data", str(place / "rows.jsonl"), "--output", str(tmp_path / "out")]
@@ -214,6 +216,7 @@ def test_what_was_asked_for_is_what_was_trained(place: Path, tmp_path: Path) -> 
         assert torch.equal(value, moved[name]), name
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_no_adapter_of_this_base(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

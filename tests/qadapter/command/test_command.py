@@ -216,6 +216,7 @@ def test_the_process_ends_with_2_and_one_line() -> None:
     assert done.stderr == "error: unknown flag --alpha0, did you mean '--alpha-0'?\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -262,6 +263,7 @@ def test_a_config_names_its_own_mistakes(refused: Callable[..., str], tmp_path: 
     assert "contains list; expected a mapping of keys" in refused("train", "--config", str(file))
 
 
+@pytest.mark.slow
 def test_what_is_not_there_is_refused_before_anything_is_written(
     refused: Callable[..., str], place: Path, tmp_path: Path
 ) -> None:
@@ -344,6 +346,7 @@ def test_the_heldout_measures_are_those_of_the_saved_adapter(place: Path, policy
     assert metrics["heldout/kl/base"] > 0
 
 
+@pytest.mark.slow
 def test_a_stopped_training_goes_on_bitwise(
     place: Path,
     tmp_path: Path,
@@ -634,6 +637,7 @@ def test_raw_data_are_scored_with_what_is_unusable_counted(place: Path, capsys: 
     assert "27 pairs read, 3 of them quarantined, 5 to score" in captured.err
 
 
+@pytest.mark.slow
 def test_a_plain_peft_adapter_has_the_dial_and_no_alphas(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
 ) -> None:
@@ -756,6 +760,7 @@ def test_mistakes_do_not_end_it(talk: Callable[..., list[str]]) -> None:
     assert "/quit" in lines[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", ["q-weight", "scale"])
 def test_a_dial_is_chosen_saved_and_taken(
     kinds: str,
@@ -822,6 +827,7 @@ def test_ctrl_c_stops_a_reply_and_then_the_chat(
 # ---- a base without a chat template -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_without_a_chat_template_conversations_are_transcripts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -133,6 +133,7 @@ def test_a_template_set_in_python_is_asked_with_later(tmp_path: Path, capsys: py
     assert lm.apply_chat_template(ASK) == "<bos><|user|>Name a fruit.<|end|>\n<|assistant|>"
 
 
+@pytest.mark.slow
 def test_chat_has_room_in_a_short_context(no_system: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ChatOptions(adapter=(str(no_system / "out"),))
     assert options.max_new_tokens == 256  # as many as the context has

@@ -63,6 +63,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_score_names_replies_in_another_script(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["score", "--adapter", str(place / "russian"), "--base", str(place / "base")]
     assert main([*command, "--data", str(place / "pairs.jsonl"), "--max-length", "96"]) == 0
@@ -84,6 +85,7 @@ def test_score_says_that_no_answer_changed(place: Path, capsys: pytest.CaptureFi
     assert "WARNING: the policy writes the base's answers word for word; accuracies on pairs do not show that." in said
 
 
+@pytest.mark.slow
 def test_train_names_a_policy_that_it_broke(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["train", "--base", str(place / "base"), "--data", str(place / "pairs.jsonl"), "--max-length", "96"]
     command += ["--output", str(tmp_path / "out"), "--heldout", "2"]

@@ -108,6 +108,7 @@ def test_few_items_give_no_confidence() -> None:
         choose([curve(steps([0, 1], 6), steps([1, 1], 40))], Budget())
 
 
+@pytest.mark.slow
 def test_on_pure_noise_the_reported_gain_is_centred_at_zero() -> None:
     """Policies that differ from their base by noise alone: what is promised is biased, what is reported is not."""
     rng = np.random.default_rng(1)

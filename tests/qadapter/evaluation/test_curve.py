@@ -138,6 +138,7 @@ def no_judge(prompts: Any, before: Any, replies: Any) -> tuple[list[dict[str, An
     return [{"prompt": p, "base": b, "reply": r, "verdict": "", "judge": ""} for p, b, r in rows], {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["q-adapter", "sft"])
 @pytest.mark.parametrize("world", [True, False], ids=["rule", "pairs"])
 def test_each_point_is_the_policy_at_that_value(method: str, world: bool, toy: TinyToy, tmp_path: Path) -> None:

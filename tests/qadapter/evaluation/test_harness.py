@@ -60,6 +60,7 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_exact_answers_are_counted_with_their_standard_error(knowing, tokenizer, data) -> None:
     """4 of 5 right: mean .8, variance 5/4 · .8 · .2 = .2, standard error √(.2/5) = .2. White space does not count."""
     scores = evaluate_tasks(knowing, tokenizer, ["toy_facts", "toy_sums"], data=data)
@@ -121,6 +122,7 @@ def test_multiple_choice_and_bits_per_byte(knowing, tokenizer, data) -> None:
     assert scores.samples["helpful_bits_per_byte"][0]["response"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["knowing", *KINDS])
 def test_same_scores_as_lm_evals_own_hf_model(kind, knowing, tokenizer, data, tmp_path) -> None:
     model = knowing if kind == "knowing" else tiny_policy(kind, seed=3)

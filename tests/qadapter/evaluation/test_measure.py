@@ -131,6 +131,7 @@ def metrics(folder: Path) -> dict[str, float]:
 # ---- adaptation
 
 
+@pytest.mark.slow
 def test_a_base_against_itself_has_learnt_nothing(measured: Measured) -> None:
     found = metrics(measured.adaptation["base"])
     assert found["adaptation/implied_reward_accuracy"] == 0.5
@@ -670,6 +671,7 @@ def test_built_benchmarks_are_scored_in_their_own_directions(measured: Measured,
     assert policy[f"forgetting/{accuracy}"] == found[f"retention/{accuracy}"] - policy[f"retention/{accuracy}"]
 
 
+@pytest.mark.slow
 def test_minis_judges_read_what_no_policy_and_no_base_sees(shared_data: Path, tmp_path: Path) -> None:
     """DSP's domains share their prompts, so one domain's judge could read what the base learnt from another's."""
     experiment = load_experiment("mini")
@@ -723,6 +725,7 @@ class Killed(BaseException):
     """Stands for `kill -9`."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["q-adapter", "base"])
 def test_a_killed_measurement_goes_on(
     measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

@@ -163,6 +163,7 @@ def test_a_suites_files_are_looked_at_before_anything_runs(made_up, tmp_path, ca
         check(["paper_suite"], tmp_path / "copy")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "members"),
     [

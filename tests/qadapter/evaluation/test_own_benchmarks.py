@@ -130,6 +130,7 @@ def test_a_thought_is_no_answer() -> None:
     assert score_reply({"regex": r"^\w+ 20\d\d$", "answers": []}, [" May 2026 "]) == {"acc": 1.0}
 
 
+@pytest.mark.slow
 def test_a_model_is_asked_each_kind(tmp_path: Path) -> None:
     """It knows four answers by heart: of the first kind 2 of 2, of the second 3 of 4, of the third 1 of 2."""
     tokenizer, model = byte_tokenizer(), tiny_llama(hidden=64)

@@ -136,6 +136,7 @@ def test_a_set_without_an_askable_pair_is_refused(tmp_path: Path) -> None:
 # ---- the task's numbers are those of the project's own measure
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ["", TRIMMING])
 @pytest.mark.parametrize("kind", KINDS)
 def test_accuracy_is_the_preference_accuracy_of_the_same_pairs(kind: Kind, template: str, tmp_path: Path) -> None:
@@ -300,6 +301,7 @@ def test_what_was_learnt_is_counted_by_the_worlds_rule(
     assert found.stderr[f"{task}/exact_match"] > 0
 
 
+@pytest.mark.slow
 def test_what_a_model_generates_is_counted_so(world: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """A model that knows four answers by heart, three of them refusals, asked by both."""
     questions = [item["question"] for item in rows(world / "benchmarks/refusals.jsonl")][:4]
@@ -375,6 +377,7 @@ def test_the_source_of_a_preference_is_checked_and_stays() -> None:
     assert needed <= set(customised.sources)
 
 
+@pytest.mark.slow
 def test_mini_is_planned_with_them(shared_data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("QADAPTER_HOME", str(tmp_path))
     assert "build-benchmarks" in plan_text(

@@ -134,6 +134,7 @@ def ruler(world: TinyToy) -> Ruler:
     return Ruler(heldout, adaptation, retention, 64, world.world, world.world)
 
 
+@pytest.mark.slow
 def test_composed_adapters_are_the_sum_that_was_chosen(world: TinyToy, tmp_path: Path) -> None:
     """Whatever the budget, the policy is its adapters at the chosen weights; at a budget of 1 the best-learning one."""
     folders = [world.train("q-adapter", tmp_path / str(seed), seed=seed, lora=NO_DROPOUT) for seed in (0, 1)]

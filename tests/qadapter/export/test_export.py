@@ -107,6 +107,7 @@ def open_(place: Path, name: str, dial: str) -> QAdapterForCausalLM:
     return policy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dial"),
     [
@@ -174,6 +175,7 @@ def kl_per_token(policy: Any, model: Any) -> float:
     return total / tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapters", [["residual"], ["residual", "second"]])
 def test_approximations_are_the_nearest_scale(
     adapters: list[str], place: Path, export: Callable[..., tuple[int, Path, str]]

@@ -67,6 +67,7 @@ def bomb(size: int) -> bytes:
     return b"".join(packer.compress(block) for _ in range(size // len(block))) + packer.compress(b"{}") + packer.flush()
 
 
+@pytest.mark.slow
 def test_a_small_answer_that_unpacks_to_gigabytes_is_refused() -> None:
     """1.5 MB that would become 1.5 GB: the process grows by no more than the limits of one response."""
     body = bomb(1536 * 2**20)
@@ -122,6 +123,7 @@ def write_answers(file: Path, name: str, ready: multiprocessing.synchronize.Barr
         cache.put(f"{name}{number}", f"{name} answers {number} " + "x" * (number * 50))
 
 
+@pytest.mark.slow
 def test_two_processes_add_answers_to_one_file(tmp_path: Path) -> None:
     """Lines up to 10,000 characters, written at the same time: none is lost, none is torn."""
     file = tmp_path / "answers.jsonl"

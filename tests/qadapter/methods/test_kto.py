@@ -82,6 +82,7 @@ class Watch:
         return float(value.mean())
 
 
+@pytest.mark.slow
 def test_pairs_are_good_and_bad_rows_of_one_loss(
     world: TinyToy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,6 +110,7 @@ def test_micro_batches_of_equal_pairs_give_the_same_step(world: TinyToy, tmp_pat
         assert one == pytest.approx(other, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_it_learns_to_prefer_the_chosen_replies(world: TinyToy, tmp_path: Path) -> None:
     training = TRAINING.model_copy(update={"max_steps": 30, "learning_rate": 5e-2})
     lora = LoraSettings(rank=8, alpha=16, dropout=0.0)

@@ -131,6 +131,7 @@ CASES: dict[str, tuple[MethodSettings, Loss, float | None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", CASES)
 def test_each_steps_loss_is_the_formula(
     method: str, world: TinyToy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

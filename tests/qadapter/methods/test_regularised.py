@@ -83,6 +83,7 @@ def test_the_optimum_of_cross_entropy_and_forward_kl() -> None:
     assert free.softmax(-1)[0].tolist() == pytest.approx([0.75, 0.15, 0.10], abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["kl-sft", "tmkl"])
 def test_weight_0_is_sft_and_a_large_one_is_the_base(method: str, world: TinyToy, sft: Path, tmp_path: Path) -> None:
     settings = KLSFTSettings if method == "kl-sft" else TMKLSettings

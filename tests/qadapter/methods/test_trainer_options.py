@@ -89,6 +89,7 @@ def prompt_and_replies(row: Any) -> tuple[list[int], list[list[int]]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_options_reach_the_method(
     method: Method[Any], world: TinyToy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

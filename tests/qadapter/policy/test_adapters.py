@@ -67,6 +67,7 @@ def test_starts_out_of_the_base_are_refused_on_disk(start: str, tmp_path: Path):
         QAdapterForCausalLM.from_pretrained(folder, base_model=tiny_model())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [

@@ -257,6 +257,7 @@ ROPES: dict[str, dict[str, object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ROPES)
 def test_texts_beyond_the_length_that_a_rope_was_trained_on(kind: str, monkeypatch: pytest.MonkeyPatch):
     """Some ropes turn by the length of the whole text: then no prompt is encoded on its own for a longer sequence."""

@@ -88,6 +88,7 @@ def test_equals_the_readable_one_in_float64(objective: Objective, gaps: bool):
     assert_same(*both(hidden_batch(1, torch.float64, gaps=gaps), objective), atol=1e-10, rtol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [*PRESETS, OBJECTIVES[0], OBJECTIVES[-1]], ids=str)
 @pytest.mark.parametrize(("pairs", "length", "vocab"), [(1, 4, 2), (1, 5, 257), (5, 33, 61), (2, 128, 8)])
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (7, 3), (10_000, 10_000)])

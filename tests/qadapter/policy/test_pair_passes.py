@@ -59,6 +59,7 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], atol: float 
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=["paper", "published-code", "residual"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_fused_is_readable(architecture: str, objective: Objective):

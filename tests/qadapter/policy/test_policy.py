@@ -220,6 +220,7 @@ def saved_base(folder: Path, architecture: str = "llama") -> PreTrainedModel:
     return type(tiny_model(architecture)).from_pretrained(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_saved_and_loaded_under_another_seed(architecture: str, tmp_path: Path):
     base = saved_base(tmp_path / "base", architecture)

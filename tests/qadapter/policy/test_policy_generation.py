@@ -34,6 +34,7 @@ def greedy_by_scoring(policy: QAdapterForCausalLM, ids: Tensor, **dials: float) 
     return ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_greedy_is_the_scored_logits_argmax(architecture: str, cached: bool):
@@ -51,6 +52,7 @@ def test_a_cached_step_has_the_logits_of_a_whole_pass(architecture: str):
     torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole, atol=5e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_left_padding_changes_nothing(architecture: str):
     policy = make_policy(architecture)
@@ -61,6 +63,7 @@ def test_left_padding_changes_nothing(architecture: str):
     assert torch.equal(together[1:, 5:], generate(policy, short))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_beam_search_is_the_same_with_and_without_cache(architecture: str):
     policy, ids = make_policy(architecture), tokens()

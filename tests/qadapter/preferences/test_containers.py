@@ -304,6 +304,7 @@ def test_a_zip_archive_that_expands_or_has_a_huge_directory(tmp_path: Path, monk
     assert values(write(tmp_path, "a.zip", bytes(data))) == [Reason.BUDGET]
 
 
+@pytest.mark.slow
 def test_the_reader_has_a_limit_on_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One Arrow batch of 200 MiB, packed with zstd, does not fit beside pyarrow in 400 MiB of address space."""
     table = pa.table({"chosen": ["x" * 2**20] * 200})

@@ -56,6 +56,7 @@ def cell(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(GOOD) - {"mapping"}))
 def test_every_layout_with_other_columns_and_containers(tmp_path: Path, name: str) -> None:
     """Three records, two of them with columns of a platform, as JSON lines, Parquet and CSV: the same pairs."""

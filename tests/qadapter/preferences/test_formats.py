@@ -506,6 +506,7 @@ def test_any_record_gives_pairs_or_reasons(record: Any, file_format: str, domain
             assert isinstance(candidate, Reason)
 
 
+@pytest.mark.slow
 @fast
 @given(
     data=st.binary(max_size=300)

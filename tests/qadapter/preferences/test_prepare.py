@@ -443,6 +443,7 @@ def test_load_pairs_refuses_other_files(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ real data and garbage
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "domain", "read", "quarantined", "duplicates", "prompts"),
     [

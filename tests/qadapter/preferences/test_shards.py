@@ -110,6 +110,7 @@ def outcome(files: list[Path], how: Any) -> tuple[set[tuple[str, str, str]], lis
     return set(pairs), [(item.file.name, item.line) for item in items if not isinstance(item, Accepted)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["all", "first"])
 def test_unpaired_rows_find_partners_in_other_files(tmp_path: Path, how: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every fifth row has the same prompt; a third is good. All pairs are what one file would give, on disk as well."""
@@ -163,6 +164,7 @@ def test_single_replies_are_kept_for_a_method_that_takes_them(tmp_path: Path) ->
         check_usable([lines(tmp_path / "bad.jsonl", [row("q", "", True)])], choices=Choices(pairing="none"))
 
 
+@pytest.mark.slow
 def test_a_growing_source_of_unpaired_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The partner may come with a later delivery; what is known only at the end stands behind the records."""
     files = unpaired(tmp_path / "in")

@@ -419,6 +419,7 @@ def test_the_report_of_real_data_without_tasks(tmp_path: Path) -> None:
     assert table[2][:6] == ["d", "sft", "0.700", "–", "–", "–"]
 
 
+@pytest.mark.slow
 def test_the_figure_can_be_looked_at(rows: list[Row], tmp_path: Path) -> None:
     file = tmp_path / "figure.png"
     figure = retention_against_adaptation(Measured(rows), file, "Test world")
@@ -445,6 +446,7 @@ def test_the_figure_has_error_bars_and_a_front(tmp_path: Path) -> None:
     assert np.asarray(front.get_xydata()).tolist() == corners
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_in_threads(rows: list[Row], tmp_path: Path) -> None:
     """Prefect runs stages in threads; pyplot's global state would be shared among them."""
     from concurrent.futures import ThreadPoolExecutor

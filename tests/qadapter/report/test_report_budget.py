@@ -79,6 +79,7 @@ def rows(tmp_path: Path) -> list[Row]:
     ]
 
 
+@pytest.mark.slow
 def test_adaptation_at_each_budget(rows: list[Row]) -> None:
     found = {one.method: one for one in curves_of(rows)}
     assert [found["sft"].at(budget).value for budget in (0.005, 0.01, 0.02, 0.05)] == [0.5, 0.5, 0.5, 1.0]
@@ -116,6 +117,7 @@ def test_values_of_one_seed_alone_are_named(tmp_path: Path) -> None:
     assert not [line for line in budget_sentences([replace(one, curves=curves[:1])]) if "not every seed" in line]
 
 
+@pytest.mark.slow
 def test_many_methods_are_listed_by_group(tmp_path: Path) -> None:
     """Eleven methods in two domains and their means: a heading per domain and kind, and every row below one."""
     metrics = {"adaptation/score": 0.5, "retention/mean": 0.9}
@@ -147,6 +149,7 @@ def test_metrics_of_the_run(rows: list[Row]) -> None:
     assert low <= area <= high
 
 
+@pytest.mark.slow
 def test_the_report_has_the_curves(rows: list[Row], tmp_path: Path) -> None:
     for name, along in (("with", rows), ("without", [Row(r.domain, r.method, r.seed, r.metrics) for r in rows])):
         out = tmp_path / name
@@ -186,6 +189,7 @@ def both(tmp_path: Path) -> list[Row]:
     return rows
 
 
+@pytest.mark.slow
 def test_both_dials_side_by_side(both: list[Row], tmp_path: Path) -> None:
     curves = curves_of(both)
     assert [(one.domain, one.method, one.kind) for one in curves[:3]] == [
@@ -226,6 +230,7 @@ def test_both_dials_side_by_side(both: list[Row], tmp_path: Path) -> None:
     assert "0.500 / 0.900" in page
 
 
+@pytest.mark.slow
 def test_how_far_ahead_at_equal_budgets(both: list[Row]) -> None:
     """On law 1 − .8, on academy 1 − .4: DPO at .5 is ahead by .4 in the mean; as trained it would be behind."""
     sentences = budget_sentences(curves_of(both))
@@ -238,6 +243,7 @@ def test_how_far_ahead_at_equal_budgets(both: list[Row]) -> None:
     assert sentences[4].startswith("What the dial q-weight takes back at no cost in adaptation: law · dpo")
 
 
+@pytest.mark.slow
 def test_a_sweep_compares_methods_at_equal_budgets(tmp_path: Path) -> None:
     """Two settings of each method. At 1 % DPO's best is `high` at .5, though as trained `low` learns most."""
     settings = {
@@ -273,6 +279,7 @@ def test_a_sweep_compares_methods_at_equal_budgets(tmp_path: Path) -> None:
     assert found["sweep/equal/difference_at_1_percent/dpo"] == pytest.approx(-0.5, abs=0.01)
 
 
+@pytest.mark.slow
 def test_the_profiles_own_budget(rows: list[Row], tmp_path: Path) -> None:
     budget = {"max_forgetting": 0.05, "per_task": 0.01}
     evaluation = {"budget": budget, "retention": {"tasks": ["toy_howtos"]}}
@@ -303,6 +310,7 @@ def test_curves_with_too_few_items_are_left_out(tmp_path: Path) -> None:
     assert budget_table([]) is None
 
 
+@pytest.mark.slow
 def test_a_model_card_for_each_method(rows: list[Row], tmp_path: Path) -> None:
     summary = {"train_sha256": "ab" * 32, "heldout_sha256": "cd" * 32}
     config = {

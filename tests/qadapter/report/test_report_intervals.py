@@ -159,6 +159,7 @@ def test_five_seeds_are_as_unsure_as_student_says() -> None:
     assert (found.low, found.high) == (pytest.approx(0.2 - 0.1963, abs=1e-4), pytest.approx(0.2 + 0.1963, abs=1e-4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [3, 5, 8])
 def test_intervals_hold_the_truth_as_often_as_they_say(seeds: int) -> None:
     """200 experiments whose noise is mostly the seeds': the truth, 0.1, is held in at least 93 % (within counting)."""

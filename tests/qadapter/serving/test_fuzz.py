@@ -96,6 +96,7 @@ def client(generator: Generator) -> Iterator[TestClient]:
         yield made
 
 
+@pytest.mark.slow
 @settings(
     max_examples=EXAMPLES,
     deadline=None,

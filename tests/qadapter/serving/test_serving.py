@@ -127,6 +127,7 @@ def expected(world: World) -> dict[str, Any]:
 # ---- replies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*ADAPTERS, "base"])
 def test_every_kind_of_model_answers_as_it_generates_alone(name: str, world: World, expected: dict[str, Any]) -> None:
     answer = world.ask(name)
@@ -144,6 +145,7 @@ def test_the_models_differ(world: World) -> None:
     assert len({world.reply(name) for name in [*ADAPTERS, "base"]}) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["residual", "absolute"])
 @pytest.mark.parametrize("alpha_0", [0.0, 0.5, 2.0])
 def test_alpha_0_of_a_request_is_the_policys_own(
@@ -160,6 +162,7 @@ def test_the_dials_matter_and_are_forgotten_after_the_request(world: World) -> N
     assert world.reply("residual") == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["residual", "absolute"])
 @pytest.mark.parametrize("dial", ["scale=1.5", "q-weight=0.5", {"kind": "scale", "value": 0}])
 def test_the_dial_of_a_request(name: str, dial: Any, world: World, expected: dict[str, Any]) -> None:
@@ -224,6 +227,7 @@ def test_content_parts_and_a_system_turn(world: World, expected: dict[str, Any])
 # ---- sampling and stopping
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_replies_and_n_different_ones(world: World) -> None:
     def replies(**options: Any) -> list[str]:
         return [choice.message.content for choice in world.ask("residual", temperature=1.0, **options).choices]
@@ -266,6 +270,7 @@ def pieces(stream: Any) -> dict[int, list[str]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.0, "seed": 3, "n": 2}])
 def test_a_stream_joins_to_the_whole_answer(options: dict[str, Any], world: World) -> None:
     body = {"alpha_0": 0.5, "compare_base": True}
@@ -305,6 +310,7 @@ def test_a_client_that_goes_away_ends_its_reply(world: World) -> None:
 # ---- many clients
 
 
+@pytest.mark.slow
 def test_dials_do_not_leak_between_clients(world: World) -> None:
     requests = [
         {"model": "residual", "extra_body": {"alpha_0": 0.2}},
@@ -324,6 +330,7 @@ def test_dials_do_not_leak_between_clients(world: World) -> None:
 IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://localhost/a.png"}}]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "options", "error", "says"),
     [
@@ -457,6 +464,7 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path: Path, world: World) -> N
         ServedPolicies.load(both, **base, allow_base_mismatch=True)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_kind_is_served_alone(tmp_path: Path, world: World) -> None:
     """DoRA layers cannot choose by row: one adapter at a time works, a mix is refused."""
     folders = {}
@@ -525,6 +533,7 @@ def test_the_command_refuses_before_it_loads(
         assert "QADAPTER_API_KEY is set but empty" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_benchmark_prints_a_row_per_model_and_clients(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, world: World
 ) -> None:

@@ -44,6 +44,7 @@ def same_weights(first: Path, second: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["q-adapter", "dpo", "sft", "orpo"])
 def test_evaluation_while_training(world: TinyToy, tmp_path: Path, method: str) -> None:
     """Before the first step and every second one, on pairs that are not trained on; all of it in the curves."""
@@ -93,6 +94,7 @@ def test_pairs_that_are_set_aside_are_not_trained_on(
         set_aside(pairs, 10)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_and_an_early_stop_survive_kills(
     world: TinyToy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

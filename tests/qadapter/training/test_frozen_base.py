@@ -90,6 +90,7 @@ def test_silence_leaves_nothing_to_draw() -> None:
         assert torch.equal(base(input_ids=ids).logits, base(input_ids=ids).logits), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", TRAINED, ids=lambda method: method.name)
 def test_open_settings_reach_every_method_and_the_base_is_still(
     method: Method[Any], place: Path, tmp_path: Path

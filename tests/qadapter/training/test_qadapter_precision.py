@@ -17,6 +17,7 @@ def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "reentrant", "implementation"),
     [
@@ -82,6 +83,7 @@ def test_a_bf16_base_trains_and_generates(tmp_path: Path):
     assert policy.generate(input_ids=ids, max_new_tokens=4, eos_token_id=None).shape == (1, 9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantised_base_trains_and_loads(tmp_path: Path, bits: int):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is an extra: pip install qadapter-pipeline[quantized]")

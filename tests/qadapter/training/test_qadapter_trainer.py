@@ -81,6 +81,7 @@ METRICS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["paper", "published-code", "residual"])
 def test_learns_the_preference_and_moves_only_the_adapter(tmp_path: Path, objective: str):
     trainer = make_trainer(tmp_path, objective=objective, max_steps=30, eval_dataset=pairs())
@@ -145,6 +146,7 @@ def test_metrics_are_means_since_the_last_log(tmp_path: Path):
         assert twos == pytest.approx([(ones[0] + ones[1]) / 2, (ones[2] + ones[3]) / 2], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["paper", "residual"])
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_accumulation_is_exact(tmp_path: Path, objective: str, beta: float):

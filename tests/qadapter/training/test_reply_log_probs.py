@@ -17,6 +17,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> TinyToy:
     return make_tiny_toy(tmp_path_factory.mktemp("reply-log-probs"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_the_same_training(method: str, world: TinyToy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replaced = []

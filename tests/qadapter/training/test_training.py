@@ -230,6 +230,7 @@ def test_pretraining_learns_and_writes_a_whole_model(world: TinyToy) -> None:
     assert 15 < metrics["cost/train_tokens"] / (60 * 16) < 30  # tokens of a toy conversation
 
 
+@pytest.mark.slow
 def test_no_pickle_is_written(world: TinyToy, adapters: dict[str, Trained]) -> None:
     """Weights are safetensors; Trainer's own record of its arguments is a pickle."""
     files = [path for root in (world.base, *(seen.out for seen in adapters.values())) for path in root.rglob("*.*")]
@@ -433,6 +434,7 @@ def test_metrics_and_files_have_the_same_names_for_each_method(adapters: dict[st
         assert rows(seen.out / "unused.jsonl") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", NAMES)
 def test_resumed_is_uninterrupted(
     method: str, world: TinyToy, adapters: dict[str, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -456,6 +458,7 @@ def test_resumed_is_uninterrupted(
     assert curve(tmp_path / "ended") == curve(adapters[method].out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", NAMES)
 def test_a_seed_decides(method: str, world: TinyToy, adapters: dict[str, Trained], tmp_path: Path) -> None:
     same = world.train(method, tmp_path / "same", training=TRAINING.model_copy(update={"save_steps": None}))
@@ -662,6 +665,7 @@ def test_no_pairs_at_all(world: TinyToy, tmp_path: Path) -> None:
 # ---- loading
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", NAMES)
 def test_adapters_load_as_what_they_are(method: str, world: TinyToy, adapters: dict[str, Trained]) -> None:
     """Plain PEFT loads each of them; `load_policy` knows a Q-Adapter, whose policy is not its logits, and a guide."""
