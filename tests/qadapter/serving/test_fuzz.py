@@ -123,6 +123,7 @@ def test_any_request_is_answered_below_500(
         assert answer.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_the_fuzz_reached_both_sides() -> None:
     """Else the test above shows nothing: a good part was answered, a good part refused."""
     print(dict(SEEN))
