@@ -23,18 +23,20 @@ def front_area(part: Part, place_of: Sequence[int] | None = None, largest: float
         largest: the largest budget.
     """
     places = range(len(part.values)) if place_of is None else place_of
-    points = [(part.forgetting(place), part.adaptation(place)) for place in places]
-    return _area(points, part.before, largest)
+    lost = np.array([[part.forgetting(place) for place in places]])
+    learnt = np.array([[part.adaptation(place) for place in places]])
+    return float(_areas(lost, learnt, part.before, largest)[0])
 
 
-def _area(points: Sequence[tuple[float, float]], before: float, largest: float) -> float:
-    area, best, at = 0.0, before, 0.0
-    for forgetting, adaptation in sorted((max(0.0, lost), learnt) for lost, learnt in points):
-        if forgetting > largest:
-            break
-        area += best * (forgetting - at)
-        at, best = forgetting, max(best, adaptation)
-    return (area + best * (largest - at)) / largest
+def _areas(
+    lost: NDArray[np.float64], learnt: NDArray[np.float64], before: float, largest: float
+) -> NDArray[np.float64]:
+    """[R] areas under the fronts of R draws of P points: forgetting and adaptation [R, P], the base's adaptation."""
+    order = np.argsort(lost, axis=1)
+    edges = np.clip(np.take_along_axis(lost, order, axis=1), 0.0, largest)
+    reached = np.maximum.accumulate(np.take_along_axis(learnt, order, axis=1), axis=1).clip(min=before)
+    widths = np.diff(edges, axis=1, append=largest)
+    return (before * edges[:, 0] + (reached * widths).sum(axis=1)) / largest
 
 
 def area_interval(
@@ -75,10 +77,7 @@ def mean_area_interval(
             ],
             axis=0,
         )
-        draws += [
-            _area(list(zip(*points, strict=True)), reported.before, largest)
-            for points in zip(lost.tolist(), learnt.tolist(), strict=True)
-        ]
+        draws += _areas(lost, learnt, reported.before, largest)
         estimate += front_area(reported, places, largest)
         items += gained.shape[2]
     draws, estimate = draws / len(domains), estimate / len(domains)
