@@ -63,12 +63,18 @@ def stages_of_the_code() -> set[str]:
         found |= {need.name for need in method.needs(settings)}
     for file in (PROJECT_ROOT / "tasks").glob("*.py"):
         for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "run_stage":
+            if not isinstance(call, ast.Call):
+                continue
+            if isinstance(call.func, ast.Attribute) and ast.unparse(call.func) == "ruled.run":
+                name = call.args[0]
+            elif isinstance(call.func, ast.Name) and call.func.id == "run_stage":
                 name = call.args[1]
-                if ast.unparse(name) == "need.name":
+                if ast.unparse(name) in {"need.name", "name"}:  # `_Ruled.run` passes on what it is called with
                     continue
-                assert isinstance(name, ast.Constant), f"{file.name}:{call.lineno}: a stage without a name of its own"
-                found.add(str(name.value))
+            else:
+                continue
+            assert isinstance(name, ast.Constant), f"{file.name}:{call.lineno}: a stage without a name of its own"
+            found.add(str(name.value))
     return found
 
 

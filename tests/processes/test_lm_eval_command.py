@@ -261,7 +261,7 @@ def test_base_and_tokenizer_have_the_given_revision(tmp_path, monkeypatch) -> No
     tokenizer.save_pretrained(other)
     found = {}
     for revision in (None, first, second):
-        arguments = {} if revision is None else {"revision": revision}
+        arguments = {} if revision is None else {"revision": revision, "allow_base_mismatch": revision == second}
         model = PolicyLM(str(tmp_path / "adapter"), base="owner/model", **arguments)
         embedding = model.model.get_input_embeddings().weight
         found[revision] = (torch.equal(embedding, policy.get_input_embeddings().weight), model.tokenizer.chat_template)

@@ -82,7 +82,10 @@ def files_with_secrets(places: Sequence[Path]) -> tuple[list[Path], dict[Path, l
     files = [file for place in places for file in place.rglob("*") if file.is_file()]
     found = {}
     for file in files:
-        content = file.read_bytes()
+        try:
+            content = file.read_bytes()
+        except FileNotFoundError:  # an SQLite log, deleted since by the last process that used it
+            continue
         if file.suffix != ".safetensors":
             content = decoded(content)
         needles = [secret.encode() for secret in SECRETS.values()]

@@ -50,8 +50,9 @@ class KeyStore:
         config: Mapping[str, Any],
         inputs: Mapping[str, StageOutput | Path],
         compute: Callable[[Path, Path], None],
+        before: Callable[[], None],
     ) -> StageOutput:
-        """Note the stage's key."""
+        """Note the stage's key; `before` is only called of stages that are not found."""
         digests = {label: _input_digest(source) for label, source in inputs.items()}
         key = _key(name, code_digest(module, compute), config, digests)
         label = [name, *([config["method"]] if "method" in config else []), *(["on"] if "champion" in inputs else [])]
