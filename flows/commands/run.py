@@ -10,6 +10,7 @@ from pathlib import Path
 from flows.commands.arguments import Data, Overrides, Profile
 from flows.prefect_host.server import starting_server
 from qadapter.command.app import CommandFailedError
+from qadapter.files.imports import importing
 
 
 def plan(overrides: Overrides = None, profile: Profile = "smoke", data: Data = None) -> None:
@@ -40,12 +41,13 @@ def run(overrides: Overrides = None, profile: Profile = "smoke", data: Data = No
     experiment = load_experiment(profile, changes)  # refuse what cannot work before anything starts
     share_cores(experiment)
     with starting_server() as ready:  # it imports while this process does
-        from flows.full_paper_repro import full_paper_repro
-        from flows.running.prefect_run import StagesFailedError
-        from flows.running.run_request import RunRequest
-        from tasks.tracking.store import import_for_database
+        with importing():
+            from flows.full_paper_repro import full_paper_repro
+            from flows.running.prefect_run import StagesFailedError
+            from flows.running.run_request import RunRequest
+            from tasks.tracking.store import import_for_database
 
-        import_for_database()
+            import_for_database()
         start_forking(experiment, computes=not has_report())
         request = RunRequest("full-paper-repro", profile, data, changes)
         request.check()  # there is no flow run yet

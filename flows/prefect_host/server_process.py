@@ -19,6 +19,7 @@ from threading import Thread
 from flows.prefect_host.access import SERVER_AUTH_VARIABLE
 from flows.prefect_host.guard import Guard, own_origins
 from flows.prefect_host.repeating import Repeating
+from qadapter.files.imports import importing
 from qadapter.files.private import keep_private
 
 SECONDS_TO_END = 5.0
@@ -128,11 +129,12 @@ def _listener(given: argparse.Namespace) -> socket.socket:
 
 
 def _serve(listener: socket.socket, auth: str, given: argparse.Namespace) -> None:
-    import uvicorn
+    with importing():
+        import uvicorn
 
-    _read_again()
-    from prefect.server.api.server import create_app
-    from prefect.settings import get_current_settings
+        _read_again()
+        from prefect.server.api.server import create_app
+        from prefect.settings import get_current_settings
 
     settings = get_current_settings().server
     app = create_app(final=True, ephemeral=given.temporary)

@@ -36,20 +36,24 @@ VALUES = (0.0, 0.5, 1.0)
 
 
 def curve_at(
-    learnt: tuple[float, ...], kept: tuple[float, ...], values: tuple[float, ...] = VALUES, kind: DialKind = "q-weight"
+    learnt: tuple[float, ...],
+    kept: tuple[float, ...],
+    values: tuple[float, ...] = VALUES,
+    kind: DialKind = "q-weight",
+    items: int = KEPT,
 ) -> Curve:
     """Shares that hold in each half of the split, as far as whole items allow."""
     points = []
     for place, value in enumerate(values):
-        task = Measure(names("r", KEPT), hits(names("r", KEPT), kept[place]))
+        task = Measure(names("r", items), hits(names("r", items), kept[place]))
         gained = Measure(names("a", ITEMS), hits(names("a", ITEMS), learnt[place]))
         points.append(Point(value, gained, {"retention/facts/em": task}))
     return Curve(kind, tuple(points))
 
 
-def write_curve(folder: Path, learnt: tuple[float, ...], kept: tuple[float, ...]) -> Path:
+def write_curve(folder: Path, learnt: tuple[float, ...], kept: tuple[float, ...], items: int = KEPT) -> Path:
     folder.mkdir(parents=True)
-    write_curves(folder, [curve_at(learnt, kept)])
+    write_curves(folder, [curve_at(learnt, kept, items=items)])
     return folder
 
 
@@ -124,7 +128,9 @@ def test_many_methods_are_listed_by_group(tmp_path: Path) -> None:
     many = ["q-adapter", "sft", "dpo", "replay", "orpo", "kto", "ipo", "rpo", "rloo", "kl-sft", "vas"]
     found = []
     for domain, method in product(("academy", "harmless"), many):
-        curve = write_curve(tmp_path / domain / method, (0.0, 0.5, 0.2 if method == "ipo" else 1.0), (1.0, 1.0, 1.0))
+        curve = write_curve(
+            tmp_path / domain / method, (0.0, 0.5, 0.2 if method == "ipo" else 1.0), (1.0, 1.0, 1.0), 200
+        )
         found.append(Row(domain, method, 0, metrics, curve=curve))
     table = budget_table(curves_of(found))
     assert table is not None
