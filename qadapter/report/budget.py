@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
@@ -21,6 +21,8 @@ from qadapter.report.tables import Cell, Table, bracket, number
 
 BUDGETS = (0.005, 0.01, 0.02, 0.05)
 """Shares of the retention tasks' mean that may be forgotten."""
+_MANY = 6
+"""Methods, beyond which a sentence no longer tells each one's numbers; the tables do."""
 LEGEND = (
     "Each method at the value of its dial (0 is the base, 1 the policy as trained) that learnt most within the budget. "
     "The value is chosen on one half of the held-out pairs and benchmark items and everything shown is measured on the "
@@ -315,12 +317,27 @@ def _ahead(curves: Sequence[MethodCurve], budget: float, along: str) -> list[str
     ours = means.pop(SUBJECT.name, None)
     if not ours or not means:
         return []
-    differences = [f"{method} {difference_text(ahead_of(ours, theirs, budget))}" for method, theirs in means.items()]
+    found = {method: ahead_of(ours, theirs, budget) for method, theirs in means.items()}
+    if len(found) > _MANY:
+        differences = _by_verdict(found)
+    else:
+        differences = "; ".join(f"{method} {difference_text(ahead)}" for method, ahead in found.items())
     where = f"mean over {len(ours)} domains" if len(ours) > 1 else ours[0].domain
     return [
         f"At most {100 * budget:g} % forgotten, {where}{along}: adaptation of {SUBJECT.name} minus that of "
-        f"{'; '.join(differences)}."
+        f"{differences}."
     ]
+
+
+def _by_verdict(found: Mapping[str, Interval]) -> str:
+    """Many differences in one sentence: those larger than the noise, one by one, and the range of the others."""
+    sure = [f"{method} {one.estimate:+.3f} {bracket(one)}" for method, one in found.items() if one.excludes_zero]
+    unsure = {method: one.estimate for method, one in found.items() if not one.excludes_zero}
+    parts = [f"{', '.join(sure)}: larger than the noise"] if sure else []
+    if unsure:
+        ends = dict.fromkeys(f"{end:+.3f}" for end in (min(unsure.values()), max(unsure.values())))
+        parts.append(f"{listed(list(unsure))} {' to '.join(ends)}: not larger than the noise")
+    return "; ".join(parts)
 
 
 def ahead_of(ours: Sequence[MethodCurve], theirs: Sequence[MethodCurve], budget: float) -> Interval:
@@ -337,7 +354,7 @@ def difference_text(found: Interval) -> str:
 
 def _overshoot(curves: Sequence[MethodCurve], kind: DialKind, budget: float, many: bool) -> list[str]:
     """Policies that forgot more than the budget as trained and stay within it at a smaller dial without a loss."""
-    saved = []
+    saved: dict[str, list[tuple[str, float, float, float, float, float]]] = {}
     for one in curves:
         if one.kind != kind:
             continue
@@ -345,11 +362,23 @@ def _overshoot(curves: Sequence[MethodCurve], kind: DialKind, budget: float, man
         last, found = reported.values.index(1.0), one.at(budget)
         before, after = reported.adaptation(last), found.adaptation.estimate
         if reported.forgetting(last) > budget and 0 < found.value < 1 and after >= before - 0.01:
-            saved.append(
-                f"{one.domain} · {one.method} (forgotten {reported.forgetting(last):.3f} as trained, "
-                f"{found.forgetting.estimate:.3f} at {found.value:g}; adaptation {before:.3f} and {after:.3f})"
-            )
+            lost = (reported.forgetting(last), found.forgetting.estimate)
+            saved.setdefault(one.domain, []).append((one.method, *lost, found.value, before, after))
     if not saved:
         return []
     which = f"the dial {kind}" if many else "the dial"
-    return [f"What {which} takes back at no cost in adaptation: {listed(saved)}."]
+    if sum(map(len, saved.values())) > _MANY:
+        short = [
+            f"{domain}: {', '.join(f'{method} {lost:.3f} → {kept:.3f}' for method, lost, kept, *_ in each)}"
+            for domain, each in saved.items()
+        ]
+        return [
+            f"What {which} takes back at no cost in adaptation (forgotten as trained → with it): {'; '.join(short)}."
+        ]
+    long = [
+        f"{domain} · {method} (forgotten {lost:.3f} as trained, {kept:.3f} at {value:g}; adaptation {before:.3f} and "
+        f"{after:.3f})"
+        for domain, each in saved.items()
+        for method, lost, kept, value, before, after in each
+    ]
+    return [f"What {which} takes back at no cost in adaptation: {listed(long)}."]

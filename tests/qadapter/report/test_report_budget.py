@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -144,6 +145,27 @@ def test_many_methods_are_listed_by_group(tmp_path: Path) -> None:
     assert behind == [
         f"{domain}, surely behind another method at every budget: ipo." for domain in ("academy", "harmless")
     ]
+    (ahead,) = [line for line in budget_sentences(curves_of(found)) if line.startswith("At most")]
+    assert re.sub(r"\d\.\d{3}", "x", ahead) == (
+        "At most 1 % forgotten, mean over 2 domains: adaptation of q-adapter minus that of ipo +x [x, x]: larger than "
+        "the noise; sft, replay, dpo, orpo, kto, rpo, rloo, kl-sft and vas +x: not larger than the noise."
+    )
+    assert "ipo +0.500 [" in ahead
+    assert "vas +0.000:" in ahead
+
+
+def test_what_the_dial_takes_back_of_many(tmp_path: Path) -> None:
+    """Each loses a tenth as trained and nothing at half of its change."""
+    many = ["sft", "dpo", "orpo", "kto", "ipo", "rpo", "cpo"]
+    metrics = {"adaptation/score": 0.5, "retention/mean": 0.9}
+    found = [
+        Row("law", method, 0, metrics, curve=write_curve(tmp_path / method, (0.0, 1.0, 1.0), (1.0, 1.0, 0.9), 200))
+        for method in many
+    ]
+    sentence = budget_sentences(curves_of(found))[-1]
+    start = "What the dial takes back at no cost in adaptation (forgotten as trained → with it): law: sft 0."
+    assert sentence.startswith(start)
+    assert re.findall(r"([a-z]+) 0\.(?:09|10)\d → 0\.000", sentence) == many
 
 
 def test_metrics_of_the_run(rows: list[Row]) -> None:
