@@ -13,6 +13,7 @@ from pathlib import Path
 from types import CodeType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 
 if TYPE_CHECKING:
@@ -36,6 +37,10 @@ from tests.support.rewriting import rewrite_tests
 from tests.support.zygote import VARIABLE, fork_from_zygote, zygote
 
 sys.dont_write_bytecode = False
+
+# The same examples in each run, so that a change fails by what it changes; HYPOTHESIS_PROFILE=default looks at others.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 # One process per test process that all others are forked from, whoever needs it first: it has imported everything.
 forking.OF_EVERY_STAGE = "tests.support.forked_run"

@@ -534,7 +534,11 @@ def test_any_bytes_are_read_or_refused(
     assert all(isinstance(item, Accepted | Rejected) and item.line >= 1 for item in parsed)
 
 
-content = st.text(st.characters(codec="utf-8"), min_size=1, max_size=30).map(str.strip).filter(bool)
+content = (
+    st.text(st.characters(codec="utf-8"), min_size=1, max_size=30)
+    .map(str.strip)
+    .filter(lambda text: text and "\r\n" not in text)  # which is read as \n
+)
 
 
 @st.composite
