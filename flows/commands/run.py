@@ -31,7 +31,7 @@ def run(overrides: Overrides = None, profile: Profile = "smoke", data: Data = No
         QAdapterError: something in the config or the data cannot work.
         CommandFailedError: a stage failed.
     """
-    from flows.running.forking import share_cores, start_forking
+    from flows.running.forking import start_forking
     from qadapter.config.experiment import load_experiment
     from qadapter.config.reading import parse_overrides
     from tasks.stages.workspace import has_report, workspace
@@ -39,7 +39,6 @@ def run(overrides: Overrides = None, profile: Profile = "smoke", data: Data = No
     start = time.monotonic()
     changes = parse_overrides(overrides or [])
     experiment = load_experiment(profile, changes)  # refuse what cannot work before anything starts
-    share_cores(experiment)
     with starting_server() as ready:  # it imports while this process does
         with importing():
             from flows.full_paper_repro import full_paper_repro

@@ -36,7 +36,7 @@ def share_cores(experiment: Experiment) -> None:
 
 
 def start_forking(experiment: Experiment, *, computes: bool) -> None:
-    """Start the process, where an experiment needs it, as a fork of this one, whose imports it has then.
+    """Share the cores, and start the process, where an experiment needs it, as a fork of this one with its imports.
 
     To be called after the imports, and before this process has started a thread, which a fork would not have. Where it
     has one, on other systems than Linux, and from Python 3.14 on (whose own start differs), Python itself starts it.
@@ -45,9 +45,9 @@ def start_forking(experiment: Experiment, *, computes: bool) -> None:
         experiment: the config.
         computes: whether stages will surely compute. Then the process imports once what each worker would import later.
     """
+    share_cores(experiment)
     if not has_workers(experiment):
         return
-    share_cores(experiment)
     preload = [OF_EVERY_STAGE, *([OF_COMPUTING] if computes else [])]
     forking().set_forkserver_preload(preload)
     if sys.platform == "linux" and sys.version_info < (3, 14) and threading.active_count() == 1:

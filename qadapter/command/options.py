@@ -10,6 +10,7 @@ from qadapter.command.sections import (
     RENDERING,
     AdapterOptions,
     AddressOptions,
+    AllowBaseMismatch,
     AnswerOptions,
     BaseOptions,
     DataOptions,
@@ -169,9 +170,7 @@ class DialOptions(RetainOptions, BaseOptions, ReadingOptions):
     dtype: DType | None = Field(None, description="of the base's weights (default: as trained)")
     quantization: Quantization | None = Field(None, description="of the base (default: as trained)")
     revision: str | None = Field(None, description="of a base from the hub (default: as trained)")
-    allow_base_mismatch: bool = Field(
-        False, description="use a base that is another one than the adapter was trained on"
-    )
+    allow_base_mismatch: AllowBaseMismatch = False
     kinds: Annotated[tuple[DialKind, ...], BeforeValidator(listed), Field(min_length=1)] = Field(
         ("q-weight",), description="dials to measure and choose from: q-weight, scale, or q-weight,scale"
     )
@@ -206,9 +205,7 @@ class ServeOptions(AddressOptions):
     dtype: DType | None = Field(None, description="of the base's weights (default: as trained, else its own)")
     quantization: Quantization | None = Field(None, description="of the base (default: as trained)")
     revision: str | None = Field(None, description="of a base from the hub (default: as trained, else main)")
-    allow_base_mismatch: bool = Field(
-        False, description="use a base that is another one than the adapter was trained on"
-    )
+    allow_base_mismatch: AllowBaseMismatch = False
 
     @field_validator("adapter")
     @classmethod

@@ -43,6 +43,7 @@ RENDERING = ("thinking", "thoughts", "chat_template_kwargs")
 Thoughts = Literal["score", "leave-out"]
 DType = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["none", "int8", "nf4"]
+AllowBaseMismatch = Annotated[bool, Field(description="use a base that is another one than the adapter was trained on")]
 
 
 def _is_none(value: object) -> bool:
@@ -243,9 +244,7 @@ class PolicyOptions(BaseOptions):
     dtype: DType | None = Field(None, description="of the base's weights (default: as trained)")
     quantization: Quantization | None = Field(None, description="of the base (default: as trained)")
     revision: str | None = Field(None, description="of a base from the hub (default: as trained)")
-    allow_base_mismatch: bool = Field(
-        False, description="use a base that is another one than the adapter was trained on"
-    )
+    allow_base_mismatch: AllowBaseMismatch = False
 
 
 class DecodingOptions(Settings):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -48,6 +48,14 @@ class Interval:
     def excludes_zero(self) -> bool:
         """Whether the value is larger than its noise, in either direction."""
         return self.low > 0 or self.high < 0
+
+    def at_least(self, half: float) -> Interval:
+        """The same, reaching at least so far to each side of the estimate."""
+        return replace(self, low=min(self.low, self.estimate - half), high=max(self.high, self.estimate + half))
+
+    def within(self, least: float, most: float) -> Interval:
+        """The same, cut at the ends of what its quantity can be."""
+        return replace(self, low=max(self.low, least), high=min(self.high, most))
 
 
 def mean_interval(
@@ -156,7 +164,7 @@ def across_seeds(
         return Interval(mean, mean, mean, float("nan"), items, 1)
     stderr = float(scores.std(ddof=1) / np.sqrt(n))
     half = float(stats.t.ppf((1 + level) / 2, n - 1)) * stderr
-    return Interval(mean, max(mean - half, bounds[0]), min(mean + half, bounds[1]), stderr, items, n)
+    return Interval(mean, mean - half, mean + half, stderr, items, n).within(*bounds)
 
 
 def proportion_interval(successes: float, n: int, *, level: float = LEVEL) -> Interval:

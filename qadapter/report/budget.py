@@ -51,11 +51,6 @@ class MethodCurve:
         """Where its metrics stand."""
         return _metric(self.domain, self.method, self.kind)
 
-    @property
-    def values_by_seed(self) -> list[set[float]]:
-        """The values that each seed was measured at."""
-        return [{point.value for point in curve.points} for curve in self.curves]
-
     @cached_property
     def parts(self) -> tuple[Part, Part]:
         """The part that a dial is chosen on, and the part that is reported."""
@@ -280,11 +275,11 @@ def budget_sentences(curves: Sequence[MethodCurve], budget: float = 0.01) -> lis
 
 def _not_shared(curves: Sequence[MethodCurve]) -> list[str]:
     """That values which a curve chose for one seed alone cannot be chosen for the method."""
-    lacking = [
-        (len(measured) - len(shared), len(measured), f"{one.domain} · {one.method}")
-        for one in curves
-        if (measured := set.union(*one.values_by_seed)) != (shared := set.intersection(*one.values_by_seed))
-    ]
+    lacking = []
+    for one in curves:
+        measured = {point.value for curve in one.curves for point in curve.points}
+        if left := len(measured) - len(one.parts[0].values):
+            lacking.append((left, len(measured), f"{one.domain} · {one.method}"))
     if not lacking:
         return []
     left, of, name = max(lacking)
@@ -354,7 +349,7 @@ def difference_text(found: Interval) -> str:
 
 def _overshoot(curves: Sequence[MethodCurve], kind: DialKind, budget: float, many: bool) -> list[str]:
     """Policies that forgot more than the budget as trained and stay within it at a smaller dial without a loss."""
-    saved: dict[str, list[tuple[str, float, float, float, float, float]]] = {}
+    saved: list[tuple[MethodCurve, int]] = []  # with the place of the policy as trained
     for one in curves:
         if one.kind != kind:
             continue
@@ -362,23 +357,23 @@ def _overshoot(curves: Sequence[MethodCurve], kind: DialKind, budget: float, man
         last, found = reported.values.index(1.0), one.at(budget)
         before, after = reported.adaptation(last), found.adaptation.estimate
         if reported.forgetting(last) > budget and 0 < found.value < 1 and after >= before - 0.01:
-            lost = (reported.forgetting(last), found.forgetting.estimate)
-            saved.setdefault(one.domain, []).append((one.method, *lost, found.value, before, after))
+            saved.append((one, last))
     if not saved:
         return []
     which = f"the dial {kind}" if many else "the dial"
-    if sum(map(len, saved.values())) > _MANY:
-        short = [
-            f"{domain}: {', '.join(f'{method} {lost:.3f} → {kept:.3f}' for method, lost, kept, *_ in each)}"
-            for domain, each in saved.items()
-        ]
-        return [
-            f"What {which} takes back at no cost in adaptation (forgotten as trained → with it): {'; '.join(short)}."
-        ]
-    long = [
-        f"{domain} · {method} (forgotten {lost:.3f} as trained, {kept:.3f} at {value:g}; adaptation {before:.3f} and "
-        f"{after:.3f})"
-        for domain, each in saved.items()
-        for method, lost, kept, value, before, after in each
-    ]
+    if len(saved) > _MANY:
+        short: dict[str, list[str]] = {}
+        for one, last in saved:
+            lost, kept = one.parts[1].forgetting(last), one.at(budget).forgetting.estimate
+            short.setdefault(one.domain, []).append(f"{one.method} {lost:.3f} → {kept:.3f}")
+        each = "; ".join(f"{domain}: {', '.join(texts)}" for domain, texts in short.items())
+        return [f"What {which} takes back at no cost in adaptation (forgotten as trained → with it): {each}."]
+    long = []
+    for one, last in saved:
+        reported, found = one.parts[1], one.at(budget)
+        long.append(
+            f"{one.domain} · {one.method} (forgotten {reported.forgetting(last):.3f} as trained, "
+            f"{found.forgetting.estimate:.3f} at {found.value:g}; adaptation {reported.adaptation(last):.3f} and "
+            f"{found.adaptation.estimate:.3f})"
+        )
     return [f"What {which} takes back at no cost in adaptation: {listed(long)}."]

@@ -94,17 +94,14 @@ class Sample:
         found = mean_of_tasks_interval(self.parts, weights=self.weights, resamples=RESAMPLES)
         if self.grain:
             half = np.sqrt(sum(self._least(p, w) ** 2 for p, w in zip(self.parts, self.weights, strict=True)))
-            half = float(half) / len(self.parts)
-            found = replace(
-                found, low=min(found.low, found.estimate - half), high=max(found.high, found.estimate + half)
-            )
+            found = found.at_least(float(half) / len(self.parts))
         if len(self.seeds) > 1:
             scores = [
                 np.mean([np.average(part[s], weights=w) for part, w in zip(self.parts, self.weights, strict=True)])
                 for s in range(len(self.seeds))
             ]
             found = _wider(found, across_seeds(scores))
-        return _within(found, -self.reach, self.reach) if self.grain else found
+        return found.within(-self.reach, self.reach) if self.grain else found
 
     def _least(self, part: Floats, weight: Floats) -> float:
         """Half the width that a part has at least: Wilson's upper end for the share of changed answers, less the share.
@@ -123,11 +120,6 @@ class Sample:
 
 def _wider(one: Interval, other: Interval) -> Interval:
     return replace(one, low=min(one.low, other.low), high=max(one.high, other.high))
-
-
-def _within(found: Interval, least: float, most: float) -> Interval:
-    """An interval cut at the ends of what its quantity can be."""
-    return replace(found, low=max(found.low, least), high=min(found.high, most))
 
 
 class Measured:
@@ -310,7 +302,7 @@ def _moved(before: float, change: Sample, sign: float = 1.0) -> Interval:
     found = change.interval
     low, high = sorted((before + sign * found.low, before + sign * found.high))
     moved = replace(found, estimate=before + sign * found.estimate, low=low, high=high)
-    return _within(moved, 0.0, 1.0) if change.grain else moved
+    return moved.within(0.0, 1.0) if change.grain else moved
 
 
 def _are_shares(values: Floats) -> bool:

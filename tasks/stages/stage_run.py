@@ -68,10 +68,9 @@ def run_stage(
         The finished stage and its MLflow run.
     """
     tracker = context.tracker
-    settings = flatten(params or {})
+    settings = flatten(params or {} if run_id else _given({**config, **(params or {})}))
     title = run_name or (f"{name} · {label}" if label else name)
     if run_id is None:
-        settings = flatten(_given({**config, **(params or {})}))
         run_id = tracker.start_child(
             context.parent_run_id,
             title,

@@ -83,8 +83,8 @@ def mean_area_interval(
     draws, estimate = draws / len(domains), estimate / len(domains)
     low, high = np.quantile(draws, [0.025, 0.975])
     half = least_half([reported.gained[:, 0] for _, reported in domains])
-    low, high = max(0.0, min(low, estimate - half)), min(1.0, max(high, estimate + half))
-    return Interval(estimate, float(low), float(high), float(draws.std()), items, seeds)
+    found = Interval(estimate, float(low), float(high), float(draws.std()), items, seeds)
+    return found.at_least(half).within(0.0, 1.0)  # a mean of shares, around a base that is not drawn
 
 
 def _counts(rng: np.random.Generator, items: int, resamples: int) -> NDArray[np.float64]:

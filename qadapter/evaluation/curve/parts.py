@@ -126,10 +126,8 @@ def _wide_enough(found: Interval, tables: Sequence[NDArray[np.float64]]) -> Inte
 
     Where all are differences of shares it is cut at ±1, beyond which none lies.
     """
-    half = least_half(tables)
     reach = 1.0 if all(np.abs(table).max() <= 1.0 for table in tables) else math.inf
-    low, high = min(found.low, found.estimate - half), max(found.high, found.estimate + half)
-    return replace(found, low=max(low, -reach), high=min(high, reach))
+    return found.at_least(least_half(tables)).within(-reach, reach)
 
 
 def least_half(tables: Sequence[NDArray[np.float64]]) -> float:
@@ -146,7 +144,7 @@ def _rarest(items: int) -> float:
 
 def _moved(found: Interval, by: float) -> Interval:
     """A share's interval around where it starts from; a share stays in [0, 1]."""
-    return replace(found, estimate=found.estimate + by, low=max(0.0, found.low + by), high=min(1.0, found.high + by))
+    return replace(found, estimate=found.estimate + by, low=found.low + by, high=found.high + by).within(0.0, 1.0)
 
 
 def split_curves(curves: Sequence[Curve]) -> tuple[Part, Part]:
