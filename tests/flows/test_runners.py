@@ -17,7 +17,7 @@ import pytest
 from prefect.task_runners import ProcessPoolTaskRunner, ThreadPoolTaskRunner
 
 from flows.full_paper_repro import full_paper_repro
-from flows.running.forking import start_forking
+from flows.running.forking import share_cores, start_forking
 from flows.running.runners import task_runner
 from flows.running.workers import ForkedWorkers
 from qadapter.config.experiment import load_experiment
@@ -110,6 +110,31 @@ def test_workers_come_from_a_fork_of_the_command_and_end_with_it(tmp_path: Path)
     os.kill(command.pid, signal.SIGKILL)
     assert command.wait(30) == -signal.SIGKILL
     wait_for(lambda: ended(parent) and ended(worker), 30, "the end of its processes")
+
+
+@pytest.mark.parametrize(
+    ("cores", "settings", "given", "waits"),
+    [
+        (2, {"parallel": 2, "threads": 1, "base_threads": 2}, {}, {"GOMP_SPINCOUNT": "5000"}),
+        (8, {"parallel": 2, "threads": None, "base_threads": 8}, {}, {"GOMP_SPINCOUNT": "5000"}),
+        (2, {"parallel": 2, "threads": 2}, {}, {"OMP_WAIT_POLICY": "passive"}),
+        (2, {"parallel": 2, "threads": 1, "base_threads": 4}, {}, {"OMP_WAIT_POLICY": "passive"}),
+        (2, {"parallel": 2, "threads": 1}, {"OMP_WAIT_POLICY": "active"}, {}),
+        (2, {"parallel": 2, "threads": 1}, {"GOMP_SPINCOUNT": "7"}, {}),
+    ],
+)
+def test_threads_wait_asleep_only_where_others_need_the_core(
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int,
+    settings: dict[str, Any],
+    given: dict[str, str],
+    waits: dict[str, str],
+) -> None:
+    """Asleep at once is slow for small operations, and needed where there are more threads than cores."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr("os.environ", dict(given))
+    share_cores(load_experiment("smoke", settings))
+    assert os.environ == {**given, **waits, "OMP_NUM_THREADS": str(settings["threads"] or 4)}
 
 
 class StandIn:
