@@ -169,17 +169,18 @@ def fine_tune_base(context: RunContext, base: Base, data: StageResult) -> Any:
     def compute(out: Path, scratch: Path) -> None:
         from qadapter.training.supervised import fine_tune_base as fine_tune
 
-        launcher(
-            fine_tune,
-            base.location,
-            data.path / "train.jsonl",
-            model=experiment.model,
-            lora=experiment.lora,
-            settings=settings,
-            seed=experiment.base_seed,
-            out=out,
-            scratch=scratch,
-        )
+        with _base_threads(experiment):
+            launcher(
+                fine_tune,
+                base.location,
+                data.path / "train.jsonl",
+                model=experiment.model,
+                lora=experiment.lora,
+                settings=settings,
+                seed=experiment.base_seed,
+                out=out,
+                scratch=scratch,
+            )
 
     result = run_stage(
         context,

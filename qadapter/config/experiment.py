@@ -64,7 +64,7 @@ class Experiment(Settings):
         parallel: how many stages run side by side (1: one after the other, in this process).
         threads: torch threads per stage; None: the machine's cores divided by `parallel`. A tiny model gains nothing
             from a second thread. The environment variable OMP_NUM_THREADS takes precedence.
-        base_threads: torch threads of pre-training, which all other stages wait for; None: those of every stage.
+        base_threads: torch threads of the base's trainings, which all other stages wait for; None: as every stage.
         system_metrics: log MLflow's system metrics (CPU, memory, disk, network, GPUs) to the run of each stage.
         launch: whether trainings run in this process or in several, through `accelerate launch`.
         run_domains: the domains that run; None: all. The others' sources need not be there.
