@@ -41,11 +41,11 @@ def from_flags(options: type[Options], run: Callable[[Options], None]) -> Callab
         run(read_options(options, given, config))
 
     parameters = []
+    declaring = _sections(options)
     for section in options.__mro__:
-        for name in options.model_fields:
-            if _section(options, name) is section:
-                title = (section.__doc__ or "").splitlines()[0]
-                parameters.append(_parameter(name, options.model_fields[name], title.rstrip(".")))
+        title = (section.__doc__ or " ").splitlines()[0].rstrip(".")
+        fields = (name for name in options.model_fields if declaring[name] is section)
+        parameters += [_parameter(name, options.model_fields[name], title) for name in fields]
     file = typer.Option(
         metavar="FILE",
         help="YAML file with the same keys as the flags (batch_size: 8); flags take precedence",
@@ -56,9 +56,9 @@ def from_flags(options: type[Options], run: Callable[[Options], None]) -> Callab
     return command
 
 
-def _section(options: type[Settings], name: str) -> type:
-    """The class nearest to `options` that declares a field."""
-    return next(parent for parent in options.__mro__ if name in inspect.get_annotations(parent))
+def _sections(options: type[Settings]) -> dict[str, type]:
+    """Field → the class nearest to `options` that declares it."""
+    return {name: parent for parent in reversed(options.__mro__) for name in inspect.get_annotations(parent)}
 
 
 def _keyword(name: str, annotation: Any) -> inspect.Parameter:
