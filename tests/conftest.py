@@ -30,11 +30,12 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 from flows.running import forking
+from tests.support.own_servers import HarnessServer
 from tests.support.paths import SHARED
 from tests.support.prefect_tables import prefect_tables, shared_folder
 from tests.support.real_runs import data_folder, data_server, prefect_server, undisturbed  # noqa: F401 - fixtures of several files
 from tests.support.rewriting import rewrite_tests
-from tests.support.zygote import VARIABLE, fork_from_zygote, zygote
+from tests.support.zygote import VARIABLE, fork_from_zygote, share_certificates, zygote
 
 sys.dont_write_bytecode = False
 
@@ -45,6 +46,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatabl
 # One process per test process that all others are forked from, whoever needs it first: it has imported everything.
 forking.OF_EVERY_STAGE = "tests.support.forked_run"
 fork_from_zygote()
+share_certificates()
 
 
 def _shared(name: str) -> Path:
@@ -62,6 +64,7 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     an earlier test could not deliver to another server does not hold it up.
     """
     from prefect.events.worker import EventsWorker
+    from prefect.server.api.server import SubprocessASGIServer
     from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_SERVER_API_AUTH_STRING, temporary_settings
     from prefect.testing.utilities import prefect_test_harness
 
@@ -72,6 +75,8 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             patch.setenv(setting.name, value)
         folder = tmp_path_factory.mktemp("harness")
         patch.setattr("prefect.testing.utilities.mkdtemp", lambda: str(folder))
+        log = folder / "server.log"
+        patch.setattr(SubprocessASGIServer, "_run_uvicorn_command", lambda server: HarnessServer(server, log))
         with ExitStack() as server:
             with prefect_tables(folder / "prefect-test.db", shared_folder(tmp_path_factory)):
                 server.enter_context(prefect_test_harness(server_startup_timeout=90))
@@ -85,6 +90,15 @@ def prefect_client(harness: None) -> Iterator[SyncPrefectClient]:
 
     with get_client(sync_client=True) as client:
         yield client
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_list_of_packages() -> Iterator[None]:
+    """lm-eval's command describes the machine in each file of results: `pip list` and five more programs, a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "lm_eval" in sys.modules:
+            patch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "not asked in tests")
+        yield
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ from flows.prefect_host.certificates import share_certificates
 
 def test_clients_share_a_context_per_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice as once; another file is read, and both verify."""
+    parse = ssl.create_default_context
+    monkeypatch.setattr(ssl, "create_default_context", getattr(parse, "__wrapped__", parse))  # the tests share one too
     monkeypatch.setattr(orchestration, "ssl", ssl)
     share_certificates()
     share_certificates()

@@ -6,7 +6,7 @@ import os
 import signal
 import sqlite3
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -159,6 +159,14 @@ def announce_at_once(served: Served, times: int) -> None:
         said.unlink()
 
 
+@contextmanager
+def no_run_starts(served: Served) -> Iterator[None]:
+    """In the block runs are asked for, and begin after it."""
+    served.send("PATCH", "/work_pools/qadapter-local", {"is_paused": True})
+    yield
+    served.send("PATCH", "/work_pools/qadapter-local", {"is_paused": False})
+
+
 def ended_runs(served: Served, count: int) -> list[dict[str, Any]]:
     """So many runs of the customisation, once all of them have ended; the first asked for first."""
 
@@ -178,7 +186,9 @@ def test_two_announcements_at_once_make_one_run(served: Served) -> None:
     incoming = served.folder / "home" / "preferences" / "incoming"
     incoming.mkdir(parents=True)
     (incoming / "broken.jsonl").write_text("<html>502 Bad Gateway</html>\n")
-    announce_at_once(served, 2)
+    with no_run_starts(served):
+        announce_at_once(served, 2)
+        wait_until(lambda: len(runs_of(served, NAME)) == 2, 60, "two runs", served)
     found = ended_runs(served, 2)
     assert sorted(run["state_name"] for run in found) == [JOINED, "Quarantined"], served.log[-6000:]
     joined, ran = sorted(found, key=lambda run: str(run["state_name"]) == "Quarantined")

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -651,7 +650,6 @@ class Bad:
 
     arguments: Callable[[Path], list[str]]
     expected: tuple[str, ...]
-    own_process: bool = False
 
 
 def own_source(name: str, content: str) -> Callable[[Path], list[str]]:
@@ -674,9 +672,7 @@ def own_source(name: str, content: str) -> Callable[[Path], list[str]]:
 
 SAME = json.dumps({"chosen": "\n\nHuman: hi\n\nAssistant: yes", "rejected": "\n\nHuman: hi\n\nAssistant: yes"})
 BAD = {
-    "unknown profile": Bad(
-        lambda _: ["--profile", "smok"], ("no profile 'smok'", "did you mean 'smoke'?"), own_process=True
-    ),
+    "unknown profile": Bad(lambda _: ["--profile", "smok"], ("no profile 'smok'", "did you mean 'smoke'?")),
     "unknown key": Bad(
         lambda _: ["training.max_step=5", "lora.rnk=2"],
         ("2 problems", "training.max_step: unknown key, did you mean 'max_steps'?", "lora.rnk: unknown key"),
@@ -689,7 +685,6 @@ BAD = {
     "no usable pair": Bad(
         own_source("pairs.jsonl", f"{SAME}\n" * 3),
         ("No usable preference pair", "pairs.jsonl", "3 read"),
-        own_process=True,
     ),
     "no data folder given": Bad(
         lambda _: ["--profile", "mini"], ("'mini' needs a data folder", "make repro PROFILE=mini DATA=path/to/folder")
@@ -733,29 +728,6 @@ class Refused:
     home: Path
 
 
-@pytest.fixture(scope="module")
-def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Refused]:
-    """The commands of `BAD` that have a process of their own, two at a time: most of it is imports."""
-
-    def refuse(name: str) -> Refused:
-        folder, home = tmp_path_factory.mktemp("input"), tmp_path_factory.mktemp("home")
-        environment = {**os.environ, "QADAPTER_HOME": str(home)}
-        environment.pop("MLFLOW_TRACKING_URI", None)
-        found = subprocess.run(
-            [sys.executable, "-m", "qadapter", "run", *BAD[name].arguments(folder)],
-            cwd=PROJECT_ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        return Refused(found.returncode, found.stdout, found.stderr, home)
-
-    names = [name for name in BAD if BAD[name].own_process]
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(names, pool.map(refuse, names), strict=True))
-
-
 def check_refusal(name: str, refused: Refused) -> None:
     assert refused.code == 2
     assert refused.printed == ""
@@ -767,15 +739,29 @@ def check_refusal(name: str, refused: Refused) -> None:
     assert list(refused.home.iterdir()) == []  # no run, no database, no folder
 
 
-@pytest.mark.parametrize("name", [name for name in BAD if BAD[name].own_process])
-def test_bad_input_is_refused_before_anything_runs(name: str, refusals: dict[str, Refused]) -> None:
-    check_refusal(name, refusals[name])
-
-
-@pytest.mark.parametrize("name", [name for name in BAD if not BAD[name].own_process])
-def test_more_bad_input_is_refused(name: str, harness: None, tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_before_anything_runs(
+    name: str, harness: None, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     home = Home(tmp_path_factory.mktemp("home"))
     check_refusal(name, Refused(*command(home, BAD[name].arguments(tmp_path_factory.mktemp("input"))), home.folder))
+
+
+def test_bad_input_is_refused_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """What no library prints while it is imported either."""
+    name, home = "unknown profile", tmp_path / "home"
+    home.mkdir()
+    environment = {**os.environ, "QADAPTER_HOME": str(home)}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    found = subprocess.run(
+        [sys.executable, "-m", "qadapter", "run", *BAD[name].arguments(tmp_path)],
+        cwd=PROJECT_ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    check_refusal(name, Refused(found.returncode, found.stdout, found.stderr, home))
 
 
 def test_a_traceback_for_those_who_ask(tmp_path: Path) -> None:

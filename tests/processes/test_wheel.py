@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.paths import PROJECT_ROOT
+from tests.support.quiet import noise
 from tests.support.tiny_chat import byte_tokenizer, tiny_llama
 
 NEEDED = ("qadapter", "tasks", "flows", "configs", "installing", "setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -69,14 +70,14 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home / "bin"
 
 
-def run(program: Path, *arguments: str, folder: Path) -> str:
-    """What a program prints in a folder, without anything of this process's Python paths."""
+def run(program: Path, *arguments: str, folder: Path) -> tuple[str, str]:
+    """What a program prints in a folder, and its errors, without anything of this process's Python paths."""
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [str(program), *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return done.stdout, done.stderr
 
 
 def test_the_wheel_holds_the_library_whole_and_nothing_else(wheel: Path) -> None:
@@ -163,7 +164,7 @@ def test_a_checkout_installs_the_pipeline_too(sources: Path, tmp_path: Path) -> 
 @pytest.mark.slow
 def test_the_installed_command_trains_and_evaluates(installed: Path, tmp_path: Path) -> None:
     """`qadapter --help`, `train` and `eval` in a folder that has a model and pairs and nothing else."""
-    shown = run(installed / "qadapter", "--help", folder=tmp_path)
+    shown, _ = run(installed / "qadapter", "--help", folder=tmp_path)
     listed = re.findall(r"^  ([a-z][a-z-]*)  ", shown, flags=re.M)
     assert listed[:9] == ["train", "generate", "score", "data", "chat", "export", "dial", "serve", "eval"]
     assert not {"run", "sweep", "customize", "up"} & set(listed)
@@ -172,7 +173,7 @@ def test_the_installed_command_trains_and_evaluates(installed: Path, tmp_path: P
         "print(qadapter.__version__, qadapter.__file__, u.find_spec('tasks'), u.find_spec('flows'), *e.profiles()); "
         "e.load_experiment('smoke')"
     )
-    found, where, *others = run(installed / "python", "-c", program, folder=tmp_path).split()
+    found, where, *others = run(installed / "python", "-c", program, folder=tmp_path)[0].split()
     assert found == version()
     assert Path(where).is_relative_to(installed.parent)
     assert others == ["None", "None", "arena", "arena-small", "mini", "paper", "small", "smoke"]
@@ -182,17 +183,19 @@ def test_the_installed_command_trains_and_evaluates(installed: Path, tmp_path: P
     pairs = [{"prompt": f"Thing {i}?", "chosen": "Look and see.", "rejected": "Green."} for i in range(8)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     sizes = ["--max-steps", "1", "--batch-size", "2", "--max-length", "64", "--lora-rank", "2"]
-    run(
+    printed, errors = run(
         installed / "qadapter",
         *("train", "--base", "base", "--data", "pairs.jsonl", "--output", "out", *sizes),
         folder=tmp_path,
     )
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["train/steps"] == 1
+    assert "100%" in errors  # the progress bar
+    assert noise(printed + errors) == []
     (tmp_path / "benchmarks").mkdir()
     rows = [{"text": "a few words"}, {"text": "and a few more"}]
     (tmp_path / "benchmarks" / "some_text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = ["--tasks", "some_bits_per_byte", "--data", ".", "--batch_size", "2"]
-    printed = run(
+    printed, _ = run(
         installed / "qadapter",
         *("eval", "run", "--model", "qadapter", "--model_args", "pretrained=out", *task),
         folder=tmp_path,

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import IO, Any
 
 import anyio
-from prefect.runner import _starter_engine, _workspace_supervisor
+from prefect.runner import _starter_engine, _workspace_hook_runner, _workspace_runtime_bootstrap, _workspace_supervisor
 
 from flows.commands import serve
 from flows.prefect_host import worker_process
@@ -34,6 +34,7 @@ BARE = "QADAPTER_TESTS_BARE_ENGINE"
 _SERVER = "flows.prefect_host.server_process"
 _WORKER = "flows.prefect_host.worker_process"
 _run_process = _starter_engine.run_process
+_run_hook = _workspace_hook_runner.run_process
 
 
 class ForkedCommand(ForkedProcess):
@@ -97,13 +98,33 @@ def be_worker(*arguments: str) -> None:
 
 
 def fork_engines() -> None:
-    """Let a worker in this process fork its flow runs, but for those with `BARE` in their environment."""
+    """Let a worker in this process fork its flow runs and their hooks, but for those that have `BARE`."""
     forking.OF_EVERY_STAGE = "tests.support.forked_run"
     fork_from_zygote()
     first = forking.forking().Process(target=int)  # it waits for the imports, which the worker must not do later
     first.start()
     first.join()
     _starter_engine.run_process = run_process  # type: ignore[assignment]
+    _workspace_hook_runner.run_process = run_hook  # type: ignore[assignment]
+
+
+async def run_hook(command: list[str], *, cwd: str, env: dict[str, str], stream_output: bool) -> Any:
+    """Stands for Prefect's function where it runs the hooks of a flow run that was killed."""
+    if BARE in env:
+        return await _run_hook(command, cwd=cwd, env=env, stream_output=stream_output)
+    assert command[:2] == [sys.executable, _workspace_runtime_bootstrap.__file__], command
+    out, error = _path_of(1), _path_of(2)
+    process = ForkedProcess(be_hook, *command[2:], cwd=Path(cwd), env=env, stdout=out, stderr=error)
+    while process.poll() is None:
+        await anyio.sleep(0.05)
+    return process
+
+
+def be_hook(*arguments: str) -> None:
+    """Be Prefect's process of a hook."""
+    sys.path[:0] = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    fresh_prefect()
+    sys.exit(_workspace_runtime_bootstrap.main([*arguments]))
 
 
 async def run_process(

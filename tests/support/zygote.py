@@ -1,8 +1,7 @@
 """One process that imports the libraries once, for a run of the tests in several processes; they are forked from it.
 
 `make test` has three test processes, and each of them a process that servers, workers and launches are forked from.
-The imports of each take a dozen seconds of CPU time. This module forks them all from one process; what they import of
-the project itself, they import as before.
+The imports of each take a dozen seconds of CPU time. This module forks them all from one process.
 """
 
 from __future__ import annotations
@@ -16,10 +15,12 @@ import selectors
 import shlex
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import cache
 from importlib import import_module
 from multiprocessing import spawn
 from pathlib import Path
@@ -47,12 +48,20 @@ LIBRARIES = (
 )
 """What most test processes import sooner or later. One that is missing here is imported where it is needed."""
 
+OWN = (
+    *("flows.customize", "flows.full_paper_repro", "flows.commands.table"),
+    *("qadapter.command.parser", "qadapter.evaluation.measure", "qadapter.report.build", "qadapter.serving.app"),
+    *("qadapter.judging.reward_training", "qadapter.training.adapt", "qadapter.training.pretraining"),
+    *("qadapter.training.supervised", "qadapter.training.trainer"),
+)
+"""Of the project. The tests' own modules are imported by each process: pytest compiles them."""
+
 _SECONDS_TO_END = 20
 """Seconds that the forks have to end, once those who asked for them have ended."""
 
 
 @contextlib.contextmanager
-def zygote(libraries: Sequence[str] = LIBRARIES) -> Iterator[Path]:
+def zygote(libraries: Sequence[str] = (*LIBRARIES, *OWN)) -> Iterator[Path]:
     """A zygote that begins to import `libraries`; the executable that `VARIABLE` is to name."""
     launcher = Path(__file__).with_name("zygote_python.py")
     with tempfile.TemporaryDirectory(prefix="zygote-") as folder:
@@ -163,6 +172,28 @@ def _become(request: dict[str, Any], files: list[int]) -> None:
     exec(compile(request["code"], "<string>", "exec"), vars(main))
 
 
+def read_once() -> None:
+    """Let this process and its forks share what each would read first.
+
+    What stages' digests are made of; the certificates of each HTTP client, though no server of a test has any; and
+    which packages are installed, which MLflow looks up when it logs a model.
+    """
+    from mlflow.utils import requirements_utils
+
+    from tasks.stages.code_version import code_digest
+
+    for name in OWN:
+        code_digest(name)
+    requirements_utils._init_packages_to_modules_map()
+    share_certificates()
+
+
+def share_certificates() -> None:
+    """Let all HTTP clients of this process have one TLS context for the same certificates."""
+    if not hasattr(ssl.create_default_context, "cache_info"):
+        ssl.create_default_context = cache(ssl.create_default_context)  # type: ignore[assignment]
+
+
 def _moved(file: int, above: int) -> int:
     moved = fcntl.fcntl(file, fcntl.F_DUPFD, above)
     os.close(file)
@@ -177,6 +208,8 @@ if __name__ == "__main__":
         for _name in sys.argv[3:]:
             with contextlib.suppress(ImportError):
                 import_module(_name)
+        if "mlflow" in sys.argv[3:]:
+            read_once()
     os.dup2(_error, 2)
     os.close(_error)
     gc.collect()

@@ -49,8 +49,9 @@ from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.preferences.pair import load_pairs
 from qadapter.training.adapt import train_adapter
 from qadapter.training.trainer import QAdapterTrainer
+from tests.support.forked_process import ForkedProcess, be_module, completed
 from tests.support.paths import PROJECT_ROOT
-from tests.support.quiet import noise
+from tests.support.real_runs import wait_for
 from tests.support.tiny_chat import byte_tokenizer, tiny_llama
 from tests.support.tiny_models import lora
 from tests.support.tiny_toy import rows
@@ -859,37 +860,33 @@ def test_without_a_chat_template_conversations_are_transcripts(
 # ---- the real thing -----------------------------------------------------------------------------------------------
 
 
-def command_line(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT_ROOT)}
-    environment.pop("TQDM_DISABLE", None)
-    command = [sys.executable, "-m", "qadapter", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
-    assert done.returncode == 0, done.stderr[-1500:]
-    return done
+def be_chat(typed: str, *arguments: str) -> None:
+    """Be `qadapter chat`; what is typed comes through a pipe."""
+    with Path(typed).open(encoding="utf-8") as sys.stdin:
+        be_module("qadapter", "chat", *arguments)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # two processes that import torch, on a busy machine
 def test_from_preferences_to_a_chat(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The training and the chat, whose progress bar and Ctrl-C need them, in processes of their own."""
+    """Each in a process of its own, the chat until Ctrl-C; `tests/processes/test_wheel.py` starts the real command."""
     write_base(tmp_path / "base")
     write_pairs(tmp_path / "pairs.jsonl")
     data = ["--base", "base", "--data", "pairs.jsonl", "--output", "out"]  # relative to where it runs
     quiz = [{"question": f"Which colour is thing {i}?", "answer": COLOURS[i % 5]} for i in range(4)]
     (tmp_path / "My quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in quiz))
-    trained = command_line(tmp_path, "train", *data, *TRAIN, "--retain", "My quiz.jsonl")
-    assert "100%" in trained.stderr  # the progress bar
-    assert noise(trained.stdout + trained.stderr) == []
+    command = ("qadapter", "train", *data, *TRAIN, "--retain", "My quiz.jsonl")
+    trained = completed(be_module, *command, cwd=tmp_path, env=os.environ)
+    assert trained.returncode == 0, trained.stderr[-1500:]
     assert "retain: my-quiz: 4 questions, short answer\n" in trained.stderr
     kept = json.loads((tmp_path / "out/metrics.json").read_text())
-    shown = re.search(
+    quizzed = re.search(
         r"retain: my-quiz (\S+) before, (\S+) after: (\S+) \(4 questions: \d lost, \d won\)", trained.stderr
     )
-    assert shown is not None
-    assert float(shown[2]) == pytest.approx(kept["retention/my-quiz/acc"], abs=5e-4)
-    assert float(shown[1]) - float(shown[2]) == pytest.approx(kept["forgetting/my-quiz/acc"], abs=1e-3)
+    assert quizzed is not None
+    assert float(quizzed[2]) == pytest.approx(kept["retention/my-quiz/acc"], abs=5e-4)
+    assert float(quizzed[1]) - float(quizzed[2]) == pytest.approx(kept["forgetting/my-quiz/acc"], abs=1e-3)
     assert [row["target"] for row in rows(tmp_path / "out/retained.jsonl")] == [row["answer"] for row in quiz]
     assert "27 pairs read (trl-plain), 24 used, 3 quarantined" in trained.stderr
     adapters = [load_file(folder / "out/adapter_model.safetensors") for folder in (tmp_path, place)]
@@ -902,26 +899,20 @@ def test_from_preferences_to_a_chat(
     scored = json.loads(capsys.readouterr().out)
     assert scored["policy"]["margin"] == pytest.approx(metrics["adaptation/margin"], rel=1e-4)
 
-    command = [sys.executable, "-m", "qadapter", "chat", "--adapter", "out", *SHORT]
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT_ROOT)}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path, env=environment
-    ) as chat:
-        assert chat.stdin is not None
-        assert chat.stdout is not None
-        chat.stdin.write("Hello\n/alpha0\n")
-        chat.stdin.flush()
-        said = ""
-        while "(alpha_0" not in said:
-            line = chat.stdout.readline()
-            assert line, chat.stderr.read() if chat.stderr else ""
-            said += line
+    typed, said, errors = tmp_path / "typed", tmp_path / "said", tmp_path / "errors"
+    os.mkfifo(typed)
+    chat = ForkedProcess(
+        be_chat, str(typed), "--adapter", "out", *SHORT, cwd=tmp_path, env=os.environ, stdout=said, stderr=errors
+    )
+    with typed.open("w") as keyboard:
+        keyboard.write("Hello\n/alpha0\n")
+        keyboard.flush()
+        wait_for(lambda: "(alpha_0" in said.read_text(), 120, "the answers", errors.read_text)
+        shown = said.read_text()
         chat.send_signal(signal.SIGINT)  # while it waits at the prompt
-        rest, errors = chat.communicate(timeout=60)
-    assert chat.returncode == 0, errors[-1000:]
-    assert rest == ""
-    assert said.partition("(alpha_0")[0].strip() == visible(rows(tmp_path / "answers.jsonl")[0]["reply"])
+        assert chat.wait(60) == 0, errors.read_text()[-1000:]
+    assert said.read_text() == shown
+    assert shown.partition("(alpha_0")[0].strip() == visible(rows(tmp_path / "answers.jsonl")[0]["reply"])
 
 
 @pytest.mark.slow

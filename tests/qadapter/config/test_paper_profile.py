@@ -29,12 +29,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs in the public formats, and two items for each of two official tasks."""
+    """Pairs in the public formats, and an item of each of two official tasks."""
     folder = tmp_path_factory.mktemp("data")
     ToyWorld(0).write(folder, corpus_size=300)
     items = {
-        "gsm8k": [{"question": "1 + 1?", "answer": "One and one. #### 2"}] * 2,
-        "bbh/navigate": [{"input": "Back where you were?", "target": target} for target in ("Yes", "No")],
+        "gsm8k": [{"question": "1 + 1?", "answer": "One and one. #### 2"}],
+        "bbh/navigate": [{"input": "Back where you were?", "target": "Yes"}],
     }
     for name, rows in items.items():
         file = folder / "official" / f"{name}.jsonl"
@@ -45,7 +45,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def overrides(model: Path) -> dict[str, Any]:
     """Sizes only, local files in place of the hub, and the one suite that does not lie there left out."""
-    few = {"epochs": 0.1, "batch_size": 2, "micro_batch_size": 1, "max_length": 128, "save_steps": 1}
+    few = {"epochs": 0.1, "batch_size": 2, "micro_batch_size": 1, "max_length": 128, "save_steps": 4}
     academy = SOURCES["academy"] | {"judge_pairs": 4}
     return {
         "model.pretrained": str(model),
@@ -60,7 +60,7 @@ def overrides(model: Path) -> dict[str, Any]:
         "evaluation.retention.tasks": ["gsm8k_cot", BBH],
         "evaluation.retention.plain_tasks": [],
         "evaluation.retention.official_data": "{data}/official",
-        "evaluation.retention.limit": 2,
+        "evaluation.retention.limit": 1,
         "evaluation.retention.max_new_tokens": 4,
         "evaluation.adaptation.max_new_tokens": 4,
         "evaluation.adaptation.generate": 2,
