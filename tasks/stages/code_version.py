@@ -7,12 +7,14 @@ import contextlib
 import dis
 import hashlib
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 _LIBRARY = "qadapter"
 _OURS = (_LIBRARY, "tasks", "flows")
@@ -55,6 +57,7 @@ def code_digest(module: str, function: Callable[..., Any] | None = None) -> str:
         digests[name] = digest
         packages.add(name if file.name == "__init__.py" else name.rpartition(".")[0])
         waiting += [*imported, *_parents(name)]
+    _Parsed.keep()
     for package in packages:
         digests |= {f"{package}:{name}": digest for name, digest in _data_files(package)}
     return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
@@ -133,11 +136,70 @@ def _parents(module: str) -> list[str]:
 @lru_cache(maxsize=1024)
 def _read(module: str, file: Path, _mtime: int, _size: int) -> tuple[str, tuple[str, ...]]:
     """Digest of one file's code and the modules of ours that it names; re-read when the file changes."""
-    tree = ast.parse(file.read_bytes(), filename=str(file))
-    imported = tuple(sorted(set(_imports(tree, module, file.name == "__init__.py"))))
+    return _Parsed.of(module, file.read_bytes(), is_package=file.name == "__init__.py")
+
+
+def _parse(module: str, content: bytes, is_package: bool) -> tuple[str, tuple[str, ...]]:
+    tree = ast.parse(content, filename=module)
+    imported = tuple(sorted(set(_imports(tree, module, is_package))))
     _drop_docstrings(tree)
     dump = ast.dump(tree, annotate_fields=False, include_attributes=False)
     return hashlib.sha256(dump.encode()).hexdigest(), imported
+
+
+class _Parsed:
+    """What `_parse` gave, by content, also in earlier processes; it lies beside what Python compiled of this module.
+
+    To parse 400 modules takes a second and a half, to read them and this file 50 ms.
+    """
+
+    FILE = Path(__file__).parent / "__pycache__" / f"parsed.{sys.implementation.cache_tag}.json"
+    MOST = 4096
+    """Of more, those are kept that this process asked for: most others are of code that is no more."""
+    _known: ClassVar[dict[str, tuple[str, tuple[str, ...]]] | None] = None
+    _asked: ClassVar[set[str]] = set()
+    _new: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, module: str, content: bytes, *, is_package: bool) -> tuple[str, tuple[str, ...]]:
+        """What `_parse` gives."""
+        known = cls._read()
+        key = hashlib.sha256(json.dumps([module, is_package]).encode() + content).hexdigest()
+        if key not in known:
+            known[key] = _parse(module, content, is_package)
+            cls._new = True
+        cls._asked.add(key)
+        return known[key]
+
+    @classmethod
+    def _read(cls) -> dict[str, tuple[str, tuple[str, ...]]]:
+        if cls._known is None:
+            cls._known = {}
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):  # not there, or damaged
+                kept = json.loads(cls.FILE.read_bytes())
+                if kept["by"] == cls._by():
+                    cls._known = {str(key): (str(digest), tuple(names)) for key, (digest, names) in kept["of"].items()}
+        return cls._known
+
+    @classmethod
+    def keep(cls) -> None:
+        """Write what is new; where nothing can be written, each process parses for itself."""
+        if not cls._new or cls._known is None:
+            return
+        cls._new = False
+        known = {key: cls._known[key] for key in cls._asked} if len(cls._known) > cls.MOST else cls._known
+        part = cls.FILE.with_suffix(f".{os.getpid()}.part")
+        with contextlib.suppress(OSError):
+            try:
+                part.write_text(json.dumps({"by": cls._by(), "of": known}))
+                part.replace(cls.FILE)
+            finally:
+                part.unlink(missing_ok=True)
+
+    @staticmethod
+    def _by() -> str:
+        """Which code parsed."""
+        return hashlib.sha256(Path(__file__).read_bytes() + sys.version.encode()).hexdigest()
 
 
 def _imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -39,9 +41,18 @@ def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (root / name).write_text(text)
     monkeypatch.syspath_prepend(str(root))
     monkeypatch.setattr(code_version, "_OURS", ("housing",))
+    forget(monkeypatch, tmp_path / "parsed.json")
     importlib.invalidate_caches()
     yield root / "housing"
     assert "housing" not in sys.modules
+
+
+def forget(monkeypatch: pytest.MonkeyPatch, kept: Path) -> None:
+    """Be a process that has parsed nothing yet, with a file of what others have."""
+    code_version._read.cache_clear()
+    monkeypatch.setattr(code_version._Parsed, "FILE", kept)
+    monkeypatch.setattr(code_version._Parsed, "_known", None)
+    monkeypatch.setattr(code_version._Parsed, "_asked", set())
 
 
 def rewrite(file: Path, old: str, new: str) -> None:
@@ -75,6 +86,62 @@ def test_changed_code_changes_the_digest(code: Path, file: str, old: str, new: s
     before = code_digest("housing.rooms.main")
     rewrite(code / file, old, new) if old else (code / file).write_text(new)
     assert code_digest("housing.rooms.main") != before
+
+
+def test_what_another_process_parsed_is_not_parsed_again(
+    code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By content: code that has changed is parsed, also with the file's old date; only that, and it is kept."""
+    kept, parse, parsed = tmp_path / "parsed.json", ast.parse, []
+
+    def counted(content: bytes, filename: str) -> Any:
+        parsed.append(filename)
+        return parse(content, filename=filename)
+
+    monkeypatch.setattr(ast, "parse", counted)
+    before = code_digest("housing.rooms.main")
+    assert len(parsed) == 6
+    forget(monkeypatch, kept)
+    assert code_digest("housing.rooms.main") == before
+    assert len(parsed) == 6
+    times = (code / "deeper.py").stat()
+    rewrite(code / "deeper.py", "VALUE = 1", "VALUE = 2")
+    os.utime(code / "deeper.py", ns=(times.st_atime_ns, times.st_mtime_ns))
+    for _ in range(2):
+        forget(monkeypatch, kept)
+        assert code_digest("housing.rooms.main") != before
+        assert parsed[6:] == ["housing.deeper"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda kept: kept.unlink(),
+        lambda kept: kept.write_bytes(kept.read_bytes()[:-9]),
+        lambda kept: kept.write_text("[1, 2]"),
+        lambda kept: kept.write_text(kept.read_text().replace('"by": "', '"by": "of other code ')),
+        lambda kept: (kept.unlink(), kept.mkdir()),
+    ],
+    ids=["lost", "cut", "no object", "another version", "a folder"],
+)
+def test_without_it_everything_is_parsed(
+    code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], object]
+) -> None:
+    before, kept = code_digest("housing.rooms.main"), tmp_path / "parsed.json"
+    damage(kept)
+    forget(monkeypatch, kept)
+    assert code_digest("housing.rooms.main") == before
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_what_is_kept_does_not_grow_for_ever(code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(code_version._Parsed, "MOST", 6)
+    for number in range(2, 5):
+        code_digest("housing.rooms.main")
+        forget(monkeypatch, tmp_path / "parsed.json")
+        (code / "deeper.py").write_text(f"import housing.rooms.main\nVALUE = {number}\n")
+    code_digest("housing.rooms.main")
+    assert len(json.loads((tmp_path / "parsed.json").read_text())["of"]) == 6
 
 
 def test_imports_for_type_checkers_do_not_count(code: Path) -> None:
