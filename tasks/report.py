@@ -11,6 +11,7 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 
 from qadapter.files.artifacts import read_json
+from qadapter.report.card_files import card_file
 from tasks.curve import MeasuredCurve
 from tasks.evaluate import Evaluation
 from tasks.quality import QUALITY
@@ -87,8 +88,6 @@ def write_report(
         inputs=inputs,
         compute=compute,
     )
-    from qadapter.report.cards import card_file
-
     folder = result.path
     context.tracker.log_folder(context.parent_run_id, folder, "report")
     context.tracker.log_metrics(context.parent_run_id, result.output.metrics())

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qadapter.evaluation.statistics import Interval
-from qadapter.export.card import CARD, Exported, card_text
+from qadapter.export.card import Exported, card_text
 from qadapter.export.facts import DataFile, Facts, Measurement
+from qadapter.report.card_files import card_file
 from qadapter.report.intervals import Measured
 from qadapter.report.items import SCORE
 from qadapter.report.rows import kind, spread
-
-CARDS = "cards"
-
-
-def card_file(folder: Path, domain: str, method: str) -> Path:
-    """Where the card of a domain's method lies in a report's folder."""
-    parts = [re.sub(r"[^\w.+=-]+", "-", part) for part in (domain, method)]  # labels of compared runs hold anything
-    return folder.joinpath(CARDS, *parts, CARD)
 
 
 def write_cards(
