@@ -188,14 +188,15 @@ def _draws(table: Floats, weight: Floats, seed_share: Floats, rng: np.random.Gen
     resamples, n = len(seed_share), table.shape[1]
     means = np.empty(resamples)
     block = max(1, _BLOCK // n)
+    alike = bool((weight == 1).all())
     for start in range(0, resamples, block):
         shares = seed_share[start : start + block]
         drawn = rng.integers(n, size=(len(shares), n))
         # counts[b, i]: how often item i is drawn in draw b
         offset = np.arange(len(shares))[:, None] * n
         counts = np.bincount((drawn + offset).ravel(), minlength=len(shares) * n).reshape(len(shares), n)
-        weighted = counts * weight
-        means[start : start + block] = (weighted * (shares @ table)).sum(axis=1) / weighted.sum(axis=1)
+        weighted = counts if alike else counts * weight
+        means[start : start + block] = (weighted * (shares @ table)).sum(axis=1) / (n if alike else weighted.sum(axis=1))
     return means
 
 
