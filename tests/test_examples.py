@@ -30,6 +30,7 @@ def test_there_are_three_and_each_is_run_here() -> None:
     assert all(f'example("{name}"' in here for name in names)
 
 
+@pytest.mark.slow
 def test_own_pairs_then_one_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, out, file = tmp_path / "base", tmp_path / "out", tmp_path / "pairs.jsonl"
     tiny_llama().save_pretrained(base)
@@ -54,6 +55,7 @@ def test_own_pairs_then_one_adapter(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert lines["scale=0"] == " ".join(of_base.splitlines()) or of_base.startswith(lines["scale=0"])
 
 
+@pytest.mark.slow
 def test_read_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By hand: base .2 and .9 in the mean; SFT .65 and .4 over two domains and two seeds, Q-Adapter .5 and .95."""
     numbers = [

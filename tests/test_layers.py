@@ -59,15 +59,18 @@ def test_the_rules_see_the_files() -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_library_does_not_know_the_pipeline() -> None:
     assert offenders(on_floor("qadapter"), "prefect", "mlflow") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("floor", "above"), [("qadapter", ("tasks", "flows")), ("tasks", ("flows",))])
 def test_imports_go_down_only(floor: str, above: tuple[str, ...]) -> None:
     assert offenders(on_floor(floor), *above) == []
 
 
+@pytest.mark.slow
 def test_no_circle_of_imports() -> None:
     """Imports inside functions count, those for type checkers only do not."""
     files = {".".join(file.with_suffix("").parts).removesuffix(".__init__"): file for file in FILES}
@@ -79,6 +82,7 @@ def test_no_circle_of_imports() -> None:
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
+@pytest.mark.slow
 def test_six_files_know_mlflow() -> None:
     """Its store, logged models and monitors of a machine; two its format of models; one the server of its pages."""
     names = ("store", "logged_models", "system_metrics", "models", "served_policy")
@@ -174,6 +178,7 @@ def test_every_room_has_a_name_and_configs_hold_no_code() -> None:
     assert sorted((PROJECT_ROOT / "configs").rglob("*.py")) == []
 
 
+@pytest.mark.slow
 def test_no_module_changes_the_environment_when_imported() -> None:
     """Except that MLflow's telemetry must be off before MLflow is imported."""
     found = []

@@ -144,6 +144,7 @@ def test_single_runs_bring_their_base(tracker: Tracker, first: str, tmp_path: Pa
     assert forgotten.interval.estimate == 0.75
 
 
+@pytest.mark.slow
 def test_two_flow_runs(tracker: Tracker, first: str, second: str, tmp_path: Path) -> None:
     """What both found in the store is one row; what they trained differently is named after its flow run."""
     found = read_runs(tracker, [first, second], tmp_path)
@@ -164,6 +165,7 @@ def test_two_flow_runs(tracker: Tracker, first: str, second: str, tmp_path: Path
     assert lost.interval.estimate == 0.0
 
 
+@pytest.mark.slow
 def test_other_bases_are_detected(tracker: Tracker, first: str, rows: list[Row], home: Path, tmp_path: Path) -> None:
     other_base = replace(rows[0], adaptation=rows[1].adaptation)
     third = record(tracker, "smoke · odd-cat", [other_base], home / "third", 3)
@@ -307,6 +309,7 @@ def test_runs_of_different_domains_are_not_ranked_by_means(apart: list[str], tmp
     assert means["retention"].to_dict() == {"base": "0.700", "q-adapter": "–", "sft": "–", "dpo": "–"}
 
 
+@pytest.mark.slow
 def test_a_shared_domain_is_compared_in_that_domain(
     tracker: Tracker, apart: list[str], home: Path, tmp_path: Path
 ) -> None:

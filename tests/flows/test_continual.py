@@ -105,6 +105,7 @@ def written(tmp_path: Path, **changes: Any) -> str:
     return str(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -473,6 +473,7 @@ def test_the_plan_of_mini(shared_data: Path) -> None:
     assert 0.05 < cost_table(text)["all"][-2] < 2  # hours on two cores
 
 
+@pytest.mark.slow
 def test_the_plan_of_paper_offline(offline: list[str]) -> None:
     """Nothing answers, and the plan is made all the same: it says so and estimates from what the config expects."""
     experiment = load_experiment("paper")
@@ -523,6 +524,7 @@ def test_unreadable_questions_are_refused_before_a_run(shared_data: Path, tmp_pa
         plan_text("mini", str(shared_data), [f"built_benchmarks.questions={{gsm8k: {questions}}}"])
 
 
+@pytest.mark.slow
 def test_a_plan_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, offline: list[str]) -> None:
     monkeypatch.setenv("QADAPTER_HOME", str(tmp_path))
     plan_text("smoke", None)

@@ -257,6 +257,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> TinyToy:
     return make_tiny_toy(tmp_path_factory.mktemp("toy"), steps=3)
 
 
+@pytest.mark.slow
 def test_alpha_0_is_moved_and_nothing_else(toy: TinyToy, tmp_path: Path) -> None:
     import torch
 

@@ -67,6 +67,7 @@ def test_a_base_made_of_files_leaves_the_experiment_as_it_is(tmp_path: Path) -> 
     assert Base(str(tmp_path / "model"), None, "helpful").within(scratch) is scratch
 
 
+@pytest.mark.slow
 def test_a_gguf_file_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Later stages load an ordinary folder; the file's content, not its name, is what the folder depends on."""
     held = write_gguf(tmp_path / "tiny.gguf")

@@ -74,6 +74,7 @@ def test_nothing_is_there_before_the_first(registry: Registry) -> None:
         registry.roll_back()
 
 
+@pytest.mark.slow
 def test_promotion_moves_both_aliases(registry: Registry) -> None:
     first = register(registry, "one")
     assert aliases(registry) == {}
@@ -111,6 +112,7 @@ def as_strict_as_a_server(registry: Registry) -> None:
                 )
 
 
+@pytest.mark.slow
 def test_a_long_story_is_cut_to_what_every_database_takes(registry: Registry) -> None:
     """200 tasks with a sentence each, and the metrics of 2,000."""
     as_strict_as_a_server(registry)
@@ -151,6 +153,7 @@ def test_no_secret_of_a_url_is_in_a_tag(registry: Registry) -> None:
     assert "pa55word" not in "".join(version.tags.values())
 
 
+@pytest.mark.slow
 def test_a_rejected_version_has_no_alias(registry: Registry) -> None:
     registry.promote(register(registry, "one"))
     version = register(registry, "two", parent=1, passed=False)
@@ -203,6 +206,7 @@ def dying(method: Any, before: str) -> Any:
     return call
 
 
+@pytest.mark.slow
 def test_finishing_does_not_undo_what_a_person_did(registry: Registry) -> None:
     """Version 3 was left unfinished, then somebody rolled back to 1: it stays 1."""
     registry.promote(register(registry, "one"))
@@ -214,6 +218,7 @@ def test_finishing_does_not_undo_what_a_person_did(registry: Registry) -> None:
     assert "superseded_at" in registry.versions()[2].tags
 
 
+@pytest.mark.slow
 def test_a_rollback_while_a_candidate_is_at_the_gate_is_kept(registry: Registry) -> None:
     """Version 3 was trained on from 2; before it is promoted, a person goes back to 1."""
     registry.promote(register(registry, "one"))
@@ -228,6 +233,7 @@ def test_a_rollback_while_a_candidate_is_at_the_gate_is_kept(registry: Registry)
     assert aliases(registry) == {"champion": 1, "previous": 2}
 
 
+@pytest.mark.slow
 def test_a_rollback_of_a_half_finished_promotion_is_kept(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process died between moving the alias and saying so; then a person goes back."""
     registry.promote(register(registry, "one"))
@@ -242,6 +248,7 @@ def test_a_rollback_of_a_half_finished_promotion_is_kept(registry: Registry, mon
     assert aliases(registry) == {"champion": 1, "previous": 2}
 
 
+@pytest.mark.slow
 def test_a_rejected_version_is_champion_only_on_demand(registry: Registry) -> None:
     registry.promote(register(registry, "one"))
     rejected = register(registry, "two", parent=1, passed=False)
@@ -300,6 +307,7 @@ def test_rollback_goes_back_and_forth_or_to_a_version(registry: Registry) -> Non
         registry.roll_back(to=9)
 
 
+@pytest.mark.slow
 def test_the_history_says_what_became_of_each_version(
     registry: Registry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -357,6 +365,7 @@ def test_a_champion_registered_by_hand_is_refused_with_its_gaps(registry: Regist
             assert "make rollback TO=number" in said
 
 
+@pytest.mark.slow
 def test_a_run_that_was_removed_for_good_takes_its_folders_along(registry: Registry, tmp_path: Path) -> None:
     """`mlflow gc` does so with deleted runs; the ledger's stage is gone too."""
     new = candidate(registry, "one")

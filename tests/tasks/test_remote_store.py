@@ -118,6 +118,7 @@ def test_a_half_uploaded_stage_is_not_seen(
     assert work.calls == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage", ["flipped", "cut", "missing", "pointer", "foreign", "null files", "listed files", "files without sha256"]
 )

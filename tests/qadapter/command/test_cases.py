@@ -173,6 +173,7 @@ POLICIES: dict[str, str] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", POLICIES)
 def test_a_policy_asked_with_absurd_numbers(flags: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["generate", "--adapter", str(place / "out"), "--prompt", "a"]
@@ -252,6 +253,7 @@ def test_a_folder_that_is_no_adapter_of_this_base(
     assert "cannot be read" in refusal(capsys, *asked)
 
 
+@pytest.mark.slow
 def test_a_token_beyond_the_embeddings_ends_nothing(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

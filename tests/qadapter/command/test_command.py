@@ -399,6 +399,7 @@ def test_a_stopped_training_goes_on_bitwise(
     assert not any(name.startswith(("heldout/", "adaptation/")) for name in metrics)
 
 
+@pytest.mark.slow
 def test_evaluation_while_training_and_the_best_checkpoint(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
@@ -434,6 +435,7 @@ def test_evaluation_while_training_and_the_best_checkpoint(
     )
 
 
+@pytest.mark.slow
 def test_flags_win_over_the_config(place: Path, tmp_path: Path) -> None:
     settings = {"base": str(place / "base"), "data": str(place / "pairs.jsonl"), "output": str(tmp_path / "a")}
     settings |= {"max-steps": 3, "batch_size": 4, "target_modules": ["q_proj"], "heldout": 4, "lr": "1e-3"}
@@ -460,6 +462,7 @@ def test_the_residual_objective_is_the_default_and_lr_an_alias() -> None:
     assert (seen[0].learning_rate, seen[0].preset) == (2e-5, "residual")
 
 
+@pytest.mark.slow
 def test_a_folder_with_held_out_files_after_a_failed_start(
     place: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
@@ -481,6 +484,7 @@ def test_a_folder_with_held_out_files_after_a_failed_start(
     assert json.loads((tmp_path / "out/metrics.json").read_text())["adaptation/n"] == 3
 
 
+@pytest.mark.slow
 def test_a_training_that_diverges_is_no_finished_training(
     place: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
@@ -495,6 +499,7 @@ PROMPTS = ["Which colour is thing 3?", "Hello", "A much longer prompt than the o
 SHORT = ["--max-new-tokens", "12"]
 
 
+@pytest.mark.slow
 def test_greedy_replies_are_those_of_the_policys_own_generate(
     place: Path, policy: Any, base: Any, tmp_path: Path
 ) -> None:
@@ -527,6 +532,7 @@ def test_an_answer_file_is_not_replaced_unasked(place: Path, tmp_path: Path, ref
     assert sorted(file.name for file in tmp_path.iterdir()) == ["answers.jsonl"]
 
 
+@pytest.mark.slow
 def test_dials_and_composition_are_the_policys(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
     command = ["generate", "--adapter", str(place / "out"), "--adapter", str(place / "other"), *SHORT]
@@ -543,6 +549,7 @@ def test_dials_and_composition_are_the_policys(place: Path, tmp_path: Path, caps
     assert replies != [reply_of(both, prompt) for prompt in PROMPTS]
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_seed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def replies(seed: str) -> str:
         capsys.readouterr()
@@ -605,6 +612,7 @@ def test_what_is_too_small_is_said_with_what_to_set(tmp_path: Path, capsys: pyte
 # ---- score ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_score_is_preference_metrics_of_policy_and_base(
     place: Path, tmp_path: Path, policy: Any, base: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -630,6 +638,7 @@ def test_score_is_preference_metrics_of_policy_and_base(
     assert (printed["base"]["implied_reward_accuracy"], printed["base"]["margin"]) == (0.5, 0.0)
 
 
+@pytest.mark.slow
 def test_raw_data_are_scored_with_what_is_unusable_counted(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["score", "--adapter", str(place / "out"), "--data", str(place / "pairs.jsonl"), "--max-length", "64"]
     assert main([*command, "--limit", "5"]) == 0
@@ -695,6 +704,7 @@ def talk(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     return run
 
 
+@pytest.mark.slow
 def test_a_conversation_of_several_turns(talk: Callable[..., list[str]], policy: Any, base: Any) -> None:
     first, second = "Which colour is thing 3?", "And thing 4?"
     turns: list[dict[str, str]] = [{"role": "user", "content": first}]
@@ -742,6 +752,7 @@ def test_the_dial_of_a_chat(talk: Callable[..., list[str]], policy: Any) -> None
     assert "\n".join(lines).startswith("\n".join([*expected, replies[2], "'x' is no dial"]))
 
 
+@pytest.mark.slow
 def test_a_system_message_and_sampling(talk: Callable[..., list[str]], policy: Any) -> None:
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
     assert "\n".join(talk("Hello", flags=("--system", "Be brief."))) == printed_reply(policy, turns)

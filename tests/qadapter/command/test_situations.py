@@ -90,6 +90,7 @@ def test_a_prompt_that_cannot_be_asked_is_answered_with_the_reason(
     assert main(asked) == 2
 
 
+@pytest.mark.slow
 def test_mostly_refused_rows_stop_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(tmp_path, templates.OPENS_THOUGHT, write_rows(tmp_path / "rows.jsonl")) == 2
     said = capsys.readouterr().err.splitlines()[-1]

@@ -68,6 +68,7 @@ def test_only_what_is_set_is_part_of_a_key() -> None:
     assert keyed(PLAIN.training) == keyed(load_experiment("smoke", {"trainer": {}}).training)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [

@@ -111,6 +111,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused_first(llama: Path, data:
         RunRequest("x", "paper", str(data), overrides(llama)).check()
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_there_is_refused_first(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -60,6 +60,7 @@ def test_items_are_split_once_by_content() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_point_that_learnt_most_within_the_budget() -> None:
     """Adaptation 0, .2, .6, .9, 1 and retention 1, 1, 1, .98, .8: the budget decides between .5, .75 and 1."""
     one = curve(steps([0, 0.2, 0.6, 0.9, 1], 400), steps([1, 1, 1, 0.98, 0.8], 4000))

@@ -50,6 +50,7 @@ def greedy(policy: Any, prompts: torch.Tensor, dial: Dial) -> list[tuple[int, ..
     return [tuple(row) for row in output[:, prompts.shape[1] :].tolist()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [Objective.preset("residual"), ABSOLUTE], ids=["residual", "absolute"])
 def test_an_interval_is_where_the_answer_is_generated(objective: Objective) -> None:
     """By brute force: the greedy answer at each weight, generated there."""
@@ -222,6 +223,7 @@ def test_each_point_is_the_policy_at_that_value(method: str, world: bool, toy: T
     assert 0 <= metrics["cost/curve_answers_reused"] <= 1
 
 
+@pytest.mark.slow
 def test_the_command_refuses_to_choose_on_a_few_items(
     toy: TinyToy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -141,6 +141,7 @@ def test_same_scores_as_lm_evals_own_hf_model(kind, knowing, tokenizer, data, tm
         assert value == pytest.approx(theirs["results"][task][f"{metric},none"], rel=1e-5), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompts_are_the_tokens_of_training(kind, tokenizer, data, monkeypatch) -> None:
     """What reaches `generate` is the template's token ids, one <bos> only, and the answer is `generate`'s own."""
@@ -177,6 +178,7 @@ def test_training_mode_and_random_state_are_left_alone(tokenizer, data) -> None:
     assert torch.equal(torch.rand(1), expected)
 
 
+@pytest.mark.slow
 def test_overhead_beyond_the_models_work_is_below_a_second(tokenizer, tmp_path) -> None:
     """500 items, two tokens each, so the model itself costs next to nothing. Processor time: others are at work."""
     for name in ["facts", "sums", "howtos", "advice"]:

@@ -693,6 +693,7 @@ def test_minis_judges_read_what_no_policy_and_no_base_sees(shared_data: Path, tm
         assert not judged & (prompts[domain.source]["train"] | prompts[domain.source]["heldout"])
 
 
+@pytest.mark.slow
 def test_minis_benchmarks_are_not_in_its_corpus(shared_data: Path, tmp_path: Path) -> None:
     """What `mini` measures retention on must not be what its base was pre-trained on, by way of another source."""
     experiment = load_experiment("mini")

@@ -27,6 +27,7 @@ def heldout_margins(folder: Path, margins: list[float]) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_flipped_labels_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Adapters trained for a moment; every margin is scored here too, and the threshold is set between two of them."""
     toy = make_tiny_toy(tmp_path / "toy")
@@ -91,6 +92,7 @@ def test_both_views_decide_whether_a_delivery_looks_reversed() -> None:
     assert View(share(0, 19), share(19, 19)).reading == "unknown"  # too few
 
 
+@pytest.mark.slow
 def test_a_reversed_delivery_is_seen_beside_earlier_pairs(tmp_path: Path) -> None:
     """The base's and the champion's shares of the reversed pairs are one minus those of the pairs themselves."""
     toy = make_tiny_toy(tmp_path / "toy")

@@ -34,6 +34,7 @@ def model():
     return tiny_llama(context=6000, layers=1)
 
 
+@pytest.mark.slow
 def test_bbh_on_real_rows(model, tokenizer, shared_data) -> None:
     """Three worked examples as turns, the official description, the file's own questions in order."""
     names = [f"leaderboard_bbh_{name}" for name in BBH]
@@ -120,6 +121,7 @@ def check(tasks: list[str], official_data: Path) -> None:
     RunRequest("x", "smoke", None, changes).check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("files", "task", "message"),
     [
@@ -153,6 +155,7 @@ def test_absent_official_files_may_be_the_hubs(model, tokenizer, tmp_path) -> No
         evaluate_tasks(model, tokenizer, ["leaderboard_bbh_navigate"], official_data=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_suites_files_are_looked_at_before_anything_runs(made_up, tmp_path, caplog) -> None:
     """Each of the 57 subjects of MMLU, too: one of them is faulty in a copy."""
     check(["paper_suite"], made_up)
@@ -196,6 +199,7 @@ def test_groups_that_are_averaged_have_a_score() -> None:
     check_tasks(["paper_suite", "mmlu_stem", "leaderboard", "bbh"])
 
 
+@pytest.mark.slow
 def test_the_members_of_a_tag_are_lm_evals() -> None:
     tag = "bigbench_generate_until"
     folders = find_tasks([tag]).official

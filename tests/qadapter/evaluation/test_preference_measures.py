@@ -165,6 +165,7 @@ def test_kl_refuses_a_base_that_carries_the_adapter(tokenizer) -> None:
         kl_per_token(policy.get_base_model(), policy, tokenizer, [], max_length=8, batch_size=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_batched_replies_equal_single_ones_in_order(kind, tokenizer) -> None:
     model = tiny_policy(kind, seed=5)

@@ -417,6 +417,7 @@ def test_the_stages_write_the_files_and_their_counts(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_pairs_of_real_rows_add_up(shared_data: Path, tmp_path: Path) -> None:
     """Every held-out pair of `mini` is asked, or counted as one that is not."""
     experiment: Experiment = load_experiment("mini")

@@ -97,6 +97,7 @@ class Stages:
         return tasks.evaluate._retention(self.context, self.base, trained, base_retention, None, None)
 
 
+@pytest.mark.slow
 def test_a_changed_answer_in_an_outside_file_is_measured_anew(
     toy: TinyToy, quiz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,6 +142,7 @@ def names(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
@@ -203,6 +204,7 @@ def test_approximations_are_the_nearest_scale(
             assert kl_per_token(policy, weights.peft_model) > found
 
 
+@pytest.mark.slow
 def test_a_lora_folder_holds_its_scale(place: Path, export: Callable[..., tuple[int, Path, str]]) -> None:
     code, out, printed = export("residual", "--dial", "scale=0.5", "--format", "lora")
     assert code == 0, printed
@@ -226,6 +228,7 @@ def test_an_adapter_is_exported_with_its_dial(place: Path, export: Callable[...,
     torch.testing.assert_close(logits(again), logits(open_(place, "sft", "q-weight=0.5")), atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_refusals_before_anything_is_loaded(
     place: Path, tmp_path: Path, export: Callable[..., tuple[int, Path, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,6 +329,7 @@ def test_licences_are_what_cards_state(tmp_path: Path) -> None:
     assert licence_of("") == "not stated"
 
 
+@pytest.mark.slow
 def test_a_training_of_the_command_writes_its_card(place: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"Thing {i}?", "chosen": "Look and see.", "rejected": "It is green."} for i in range(30)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -130,6 +130,7 @@ def test_a_lock_file_of_another_user_is_refused_at_once(tmp_path: Path, monkeypa
         pass
 
 
+@pytest.mark.slow
 def test_every_lock_of_the_project_is_private() -> None:
     """`FileLock` gives its file mode 0644 under any umask; only `private_lock` makes one here."""
     assert private_lock(Path("x")).mode == 0o600

@@ -49,6 +49,7 @@ def judge_of(folder: Path, toy: TinyToy) -> RewardJudge:
     return RewardJudge(folder, toy.base, MODEL, max_length=64, batch_size=3)
 
 
+@pytest.mark.slow
 def test_it_learns_what_is_preferred(toy: TinyToy, judge_folder: Path) -> None:
     """Refusals against compliance is easy to tell: the held-out pairs, of other prompts, are decided rightly."""
     found = metrics(judge_folder)

@@ -45,6 +45,7 @@ def weights(adapter: Path) -> dict[str, torch.Tensor]:
     return load_file(str(adapter / "adapter_model.safetensors"))
 
 
+@pytest.mark.slow
 def test_it_starts_where_the_adapter_stopped(toy: TinyToy, start: Path, tmp_path: Path) -> None:
     """With a learning rate of next to nothing the adapter stays what it was; a fresh one would have B = 0."""
     before, after = weights(start), weights(go_on(toy, start, tmp_path / "out", learning_rate=1e-12) / "adapter")

@@ -325,6 +325,7 @@ def test_a_saved_dial_is_read(world: TinyToy, tmp_path: Path) -> None:
         load_policy(load_base(world.base, MODEL)[0], tmp_path)
 
 
+@pytest.mark.slow
 def test_vas_fits_the_rewards(world: TinyToy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rewards of 1 and 1.5, which the first token of the reply decides: only the state before it stays unsure."""
 

@@ -125,6 +125,7 @@ def test_pairs_are_good_and_bad_rows_of_one_loss(
     assert mixed >= len(watch.batches) - 1
 
 
+@pytest.mark.slow
 def test_single_replies_are_taken_as_they_are(world: TinyToy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two good and five bad rows, no pair at all; the last odd row is left out, and the good ones weigh more."""
     watch = Watch(monkeypatch)

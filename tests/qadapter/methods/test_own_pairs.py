@@ -36,6 +36,7 @@ def test_dpop_by_hand() -> None:
     assert found == pytest.approx([math.log(2), math.log(1 + math.exp(-1)), math.log(2)], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_dpop_without_the_penalty_is_dpo(world: TinyToy, tmp_path: Path) -> None:
     """TRL's DPO, step by step; with the penalty the chosen replies end higher."""
     curves: dict[str, list[dict[str, Any]]] = {}

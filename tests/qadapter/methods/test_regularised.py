@@ -97,6 +97,7 @@ def test_weight_0_is_sft_and_a_large_one_is_the_base(method: str, world: TinyToy
     assert distance[300] < 0.1 * distance[0]
 
 
+@pytest.mark.slow
 def test_oplora_leaves_the_leading_directions_alone(world: TinyToy, sft: Path, tmp_path: Path) -> None:
     out = trained(world, "oplora", tmp_path / "out", OPLoRASettings(protected=5))
     network, _ = load_base(world.base, MODEL)

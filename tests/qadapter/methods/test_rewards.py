@@ -60,6 +60,7 @@ def test_rewards_have_mean_0_and_deviation_1(world: TinyToy) -> None:
     assert score([texts[0][:-1]])[0] != pytest.approx(found[0], abs=1e-4), "the end counts"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "group", "rewards", "advantages"),
     [
@@ -160,6 +161,7 @@ def test_shiqs_residuals_vanish_at_the_optimum(beta: float) -> None:
     )
 
 
+@pytest.mark.slow
 def test_shiqs_loss_without_reward_is_0_at_the_base(
     world: TinyToy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

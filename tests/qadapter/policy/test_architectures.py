@@ -146,6 +146,7 @@ EVERY_KIND = {"llama", "gpt2", "mixtral", "mamba", "jamba"}
 """An attention of each kind of position, experts, a recurrence, and a mixture of them: what `make test-quick` runs."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "architecture",
     [pytest.param(name, marks=() if name in EVERY_KIND else pytest.mark.slow) for name in ARCHITECTURES],

@@ -99,6 +99,7 @@ def test_scale_multiplies_lora_b(objective: Objective):
         assert torch.equal(log_probs(policy, ids), log_probs(policy, ids))  # nothing stays scaled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -170,6 +171,7 @@ def test_what_is_computed():
     assert seen == [3, 3, 6, 3, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dial", ["scale=0.5", "q-weight=1.5", "scale=0"])
 def test_generation_in_the_call(dial: str):
     policy, ids = make_policy(objective=RESIDUAL), tokens()

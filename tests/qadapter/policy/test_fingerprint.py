@@ -77,6 +77,7 @@ def mismatch(base: PreTrainedModel, adapter: Path) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_precision_and_quantisation_hide_nothing_and_add_nothing(bases: Path, tmp_path: Path) -> None:
     """Trained in one way, loaded in another: the same base is the same one, a fine-tuned one is not."""
@@ -158,6 +159,7 @@ WAYS: dict[str, Callable[[Path, PreTrainedModel, bool], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_each_way_to_load_compares_and_can_be_allowed(way: str, bases: Path, tmp_path: Path) -> None:
     policy = QAdapterForCausalLM.from_base(load_network(bases / "raw"), lora(), RESIDUAL)
@@ -194,6 +196,7 @@ def test_a_checkpoint_is_of_its_base(bases: Path, tmp_path: Path) -> None:
                 load_adapter_weights(policy.peft_model, tmp_path, "default")
 
 
+@pytest.mark.slow
 def test_the_command_refuses_before_it_answers(bases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     QAdapterForCausalLM.from_base(load_network(bases / "raw"), lora(), RESIDUAL).save_pretrained(tmp_path / "one")
     asked = ["generate", "--adapter", str(tmp_path / "one"), "--prompt", "a", "--max-new-tokens", "2"]

@@ -82,6 +82,7 @@ def in_blocks_of(rows: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(fused, "NARROWEST_BLOCK", width)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [*PRESETS, *OBJECTIVES], ids=str)
 @pytest.mark.parametrize("gaps", [False, True])
 def test_equals_the_readable_one_in_float64(objective: Objective, gaps: bool):

@@ -44,6 +44,7 @@ def expected_logits(policy: QAdapterForCausalLM, ids: Tensor) -> Tensor:
     return policy_logits(q, base.log_softmax(-1), o.alpha_0, o.alpha_tilde)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [ABSOLUTE, RESIDUAL], ids=["absolute", "residual"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logits_are_the_definition(architecture: str, objective: Objective):
@@ -71,6 +72,7 @@ def test_an_untrained_residual_adapter_is_the_base(architecture: str):
         assert torch.equal(q, base_logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_disabled_is_the_base_for_all_dials(architecture: str):
     ids = tokens()

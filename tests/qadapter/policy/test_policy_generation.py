@@ -92,6 +92,7 @@ def test_beams_really_reorder_the_cache(monkeypatch: pytest.MonkeyPatch):
     assert any(order != sorted(order) or len(set(order)) < len(order) for order in orders)
 
 
+@pytest.mark.slow
 def test_sampling_is_seeded_and_follows_the_policy():
     policy, ids = make_policy(), tokens(1)
     torch.manual_seed(0)
@@ -142,6 +143,7 @@ def test_disabled_generates_as_the_base():
     assert not torch.equal(generate(policy, ids), expected)
 
 
+@pytest.mark.slow
 def test_several_adapters_generate_and_beam(tmp_path: Path):
     policy, _, _, ids = two_adapters(tmp_path, RESIDUAL)
     policy.set_adapter_weights({"default": 0.6, "second": 0.8})
@@ -152,6 +154,7 @@ def test_several_adapters_generate_and_beam(tmp_path: Path):
     assert torch.equal(generate(policy, ids), greedy_by_scoring(policy, ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 3])
 def test_two_passes_generate_with_a_cache_each(beams: int):
     """DoRA's layers cannot tell rows apart."""
@@ -194,6 +197,7 @@ def test_stop_strings_and_end_tokens_stop():
         assert sequence[0].tolist() == whole[0, : 12 + at + 1].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["static", "dynamic"])
 def test_other_caches(implementation: str):
     policy, ids = make_policy(), tokens()

@@ -99,6 +99,7 @@ def test_text_containers_give_the_same_records(tmp_path: Path, name: str, conten
     assert values(write(tmp_path, name, content)) == ROWS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "arrow stream"])
 def test_columns_of_all_types_come_through(tmp_path: Path, kind: str) -> None:
     turns = [{"role": "user", "content": "Q"}]
@@ -190,6 +191,7 @@ def test_the_position_grows_to_the_end(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- damage
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pack", [gzip.compress, zstd, bz2.compress, lzma.compress])
 def test_records_before_a_break_are_kept(tmp_path: Path, pack: Any) -> None:
     """Noise does not compress, so half of the packed bytes hold about half of the rows."""
@@ -287,6 +289,7 @@ def test_few_large_records_decide_a_format(tmp_path: Path) -> None:
     assert len(head(iter_records(file))) == 4
 
 
+@pytest.mark.slow
 def test_a_text_without_an_end_of_line_or_quotation(tmp_path: Path) -> None:
     endless = b"x" * (MAX_RECORD_BYTES + 100)
     assert values(write(tmp_path, "a", b"5\n" + endless + b"\n6\n")) == [5, Reason.TOO_LONG, 6]

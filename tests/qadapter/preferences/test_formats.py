@@ -335,6 +335,7 @@ def test_gzip_is_recognised_by_content_and_may_be_truncated(tmp_path: Path, as_l
         read_pairs(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "file", "stream"])
 def test_columnar_files(tmp_path: Path, kind: str) -> None:
     """DSP in Arrow: a style that a record lacks is null there, and no candidate."""
@@ -488,6 +489,7 @@ record_like = st.dictionaries(
 fast = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
+@pytest.mark.slow
 @fast
 @given(
     record=record_like | anything,
@@ -551,6 +553,7 @@ def pairs(draw: st.DrawFn) -> PreferencePair:
     return PreferencePair(tuple(prompt), chosen, rejected)
 
 
+@pytest.mark.slow
 @fast
 @given(pair=pairs())
 def test_pairs_survive_the_way_through_a_file(tmp_path: Path, pair: PreferencePair) -> None:
@@ -565,6 +568,7 @@ def test_pairs_survive_the_way_through_a_file(tmp_path: Path, pair: PreferencePa
     assert outcomes(implicit) == [(1, pair)]
 
 
+@pytest.mark.slow
 @fast
 @given(pair=pairs())
 def test_dialogues_survive_the_way_through_hh(tmp_path: Path, pair: PreferencePair) -> None:

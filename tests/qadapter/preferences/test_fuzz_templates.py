@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -149,6 +150,7 @@ TEXT = st.one_of(
 TURN = st.tuples(st.sampled_from(["system", "user", "assistant"]), TEXT)
 
 
+@pytest.mark.slow
 @settings(
     max_examples=EXAMPLES,
     deadline=None,
@@ -201,6 +203,7 @@ def test_any_template_and_tokenizer(
             assert isinstance(reply_text(tokenizer, ids, ends), str)
 
 
+@pytest.mark.slow
 def test_the_fuzz_reached_both_sides() -> None:
     """Else the test above shows nothing: a good part was encoded, a good part refused."""
     print(dict(SEEN))

@@ -135,6 +135,7 @@ def test_held_out_files_are_not_waited_for(home: Path, customization: Customizat
     assert not isinstance(caught.value, NoDataError)
 
 
+@pytest.mark.slow
 def test_held_out_files_are_the_same_side_without_a_source(context: RunContext, customization: Customization) -> None:
     """What a candidate was judged by and what its champion is checked with are one set, byte for byte."""
     home = context.store.root.parent

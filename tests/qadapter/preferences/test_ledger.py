@@ -150,6 +150,7 @@ def test_the_mixture_is_everything_or_what_is_new_and_a_sample(tmp_path: Path) -
     assert not {p.prompt_digest for p in sides["train"]} & {p.prompt_digest for p in sides["heldout"]}
 
 
+@pytest.mark.slow
 def test_a_mixture_is_what_the_split_of_all_its_pairs_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same pairs in the same order as from memory, with limits and held-out files; the same from disk."""
     folder = tmp_path / "in"

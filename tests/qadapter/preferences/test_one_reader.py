@@ -47,6 +47,7 @@ def from_file(file: Path) -> list[Any]:
     return [item.pair if isinstance(item, Accepted) else item.reason for item in read_pairs(file)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS)
 def test_file_python_and_command_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str], row: dict[str, Any]) -> None:
     file = tmp_path / "rows.jsonl"

@@ -140,6 +140,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypa
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_rows_sorted_on_disk_are_divided_as_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Buckets written every 500 bytes give the same bytes as ones that never leave the memory, and are removed."""
     file = lines(tmp_path / "in.jsonl", *four_each(30), *rows(20), *four_each(5), "{")
@@ -493,6 +494,7 @@ row: st.SearchStrategy[Any] = st.fixed_dictionaries(
 ) | st.sampled_from([1, None, {}])
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     train=st.lists(row, min_size=1, max_size=25),

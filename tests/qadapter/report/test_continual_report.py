@@ -33,6 +33,7 @@ def test_what_is_recommended() -> None:
     assert recommended(same, 1.0, {"a": Cost(9, 900), "b": Cost(9, 100)}) == "b"
 
 
+@pytest.mark.slow
 def test_the_report_of_a_sequence(tmp_path: Path) -> None:
     build_continual_report(WAYS, title="A sequence <of> three", budget=0.02, costs=COSTS, out=tmp_path)
     text = (tmp_path / "continual.md").read_text(encoding="utf-8")

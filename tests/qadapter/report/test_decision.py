@@ -157,6 +157,7 @@ def test_methods_without_any_difference(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_policy_that_does_not_speak_wins_nothing(tmp_path: Path) -> None:
     """DPO has the highest score of all and answers `==========`."""
     follows = {"base": 4, "q-adapter": 100, "sft": 90, "dpo": 200}

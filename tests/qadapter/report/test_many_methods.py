@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import get_args
 
+import pytest
 from PIL import Image
 
 from qadapter.methods.method import Group
@@ -71,6 +72,7 @@ def test_tables_have_a_heading_for_each_group(tmp_path: Path) -> None:
     assert [name for name, _ in cost_table(measured).groups] == ["", *get_args(Group)], "there they are columns"
 
 
+@pytest.mark.slow
 def test_pictures_of_many_methods_stay_readable(tmp_path: Path) -> None:
     """The legend's entries do not overlap each other or the edge; curves are drawn in bands of eight."""
     rows = rows_of(NAMES, tmp_path)

@@ -168,6 +168,7 @@ def test_what_the_dial_takes_back_of_many(tmp_path: Path) -> None:
     assert re.findall(r"([a-z]+) 0\.(?:09|10)\d → 0\.000", sentence) == many
 
 
+@pytest.mark.slow
 def test_metrics_of_the_run(rows: list[Row]) -> None:
     found = budget_metrics(curves_of(rows))
     assert found["curve/academy/dpo/adaptation_at_1_percent"] == 1.0

@@ -320,6 +320,7 @@ def test_only_reported_values_have_intervals(tmp_path: Path, monkeypatch: pytest
     assert (last.adaptation, last.avoided) == (pytest.approx(-0.1), pytest.approx(0.02))
 
 
+@pytest.mark.slow
 def test_a_report_fights_each_duel_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = many(tmp_path / "rows")
     fought = []

@@ -169,6 +169,7 @@ def test_what_is_shared_is_compared_and_named(overlapping: list[Row]) -> None:
     assert "best first" not in whole  # one method alone is no ranking
 
 
+@pytest.mark.slow
 def test_the_large_panel_has_who_has_every_domain(apart: list[Row], overlapping: list[Row], tmp_path: Path) -> None:
     figure = retention_against_adaptation(Measured(apart), tmp_path / "figure.png", "T")
     drawn = [

@@ -76,6 +76,7 @@ def test_a_front_of_one_point_is_drawn(tmp_path: Path) -> None:
     assert legend(figure) == ["sft", "dpo", FRONT]
 
 
+@pytest.mark.slow
 def test_small_panels_share_their_edges(tmp_path: Path) -> None:
     """The second domain widens the axes of both: the first one's stairs still begin at the edge."""
     rows = [
@@ -117,6 +118,7 @@ def point(name: str, adaptation: float, retention: float, kl: list[float], trade
     return Point(setting(name), *spreads, Spread.of(kl), adaptation, retention, by_seed, len(kl), True)
 
 
+@pytest.mark.slow
 def test_the_sweeps_front_of_one_point_is_drawn(tmp_path: Path) -> None:
     points = [point("a", 0.7, 0.9, [0.1]), point("b", 0.5, 0.8, [0.1])]
     base = (Spread.of([0.4]), Spread.of([0.7]))
@@ -196,6 +198,7 @@ def test_colours_differ_to_every_eye(eye: str) -> None:
     assert min(np.linalg.norm(lab(colour, eye) - lab("#FFFFFF", eye)) for colour in colours) > 25
 
 
+@pytest.mark.slow
 def test_a_long_legend_stays_within_the_figure(tmp_path: Path) -> None:
     """Thirty runs with long names: fewer columns, nothing beyond the edges."""
     names = [f"q-adapter · residual w={i} lr=0.0003 (lazy-fox)" for i in range(30)]

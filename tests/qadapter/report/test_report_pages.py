@@ -56,8 +56,9 @@ class Page(HTMLParser):
         self.text += data
 
 
-@pytest.fixture
-def report(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tmp_path = tmp_path_factory.mktemp("report")
     rows = toy_rows(tmp_path / "rows")
     more = {"base_follows": [0, 0, 0, 1], "base_kept": {"facts": [1, 1, 1, 1], "sums": [1, 1, 1, 0]}}
     kept = {"facts": [1, 1, 1, 1], "sums": [1, 1, 0, 0]}

@@ -80,6 +80,7 @@ def ask(client: openai.OpenAI, model: str = "same", **options: Any) -> Any:
     return client.chat.completions.create(model=model, **settings)
 
 
+@pytest.mark.slow
 def test_the_sdks_echo_of_an_earlier_reply_is_taken(client: openai.OpenAI) -> None:
     message = ask(client).choices[0].message
     further = {"role": "user", "content": "Another."}

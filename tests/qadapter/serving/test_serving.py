@@ -155,6 +155,7 @@ def test_alpha_0_of_a_request_is_the_policys_own(
     assert reply == direct(expected[name], alpha_0=alpha_0, alpha_tilde=0.7)
 
 
+@pytest.mark.slow
 def test_the_dials_matter_and_are_forgotten_after_the_request(world: World) -> None:
     before = world.reply("residual")
     assert world.reply("residual", extra_body={"alpha_0": 1e4, "alpha_tilde": 1e4}) == world.reply("base")
@@ -170,6 +171,7 @@ def test_the_dial_of_a_request(name: str, dial: Any, world: World, expected: dic
     assert world.reply("base") == world.reply(name, extra_body={"dial": "scale=0"}) != world.reply(name)
 
 
+@pytest.mark.slow
 def test_the_dial_of_a_plain_adapter_and_of_a_mix(world: World, expected: dict[str, Any], tmp_path: Path) -> None:
     turned = QAdapterForCausalLM.from_pretrained(world.folder("plain"), world.base())
     assert world.reply("plain", extra_body={"dial": "q-weight=1.5"}) == direct(turned, dial="q-weight=1.5")
@@ -189,6 +191,7 @@ def test_the_dial_of_a_plain_adapter_and_of_a_mix(world: World, expected: dict[s
         assert direct(policies.policy, **dials) == direct(turned, dial="scale=0.5")
 
 
+@pytest.mark.slow
 def test_a_mix_weighs_q_and_not_weights(world: World, expected: dict[str, Any]) -> None:
     """Q-Adapter and plain LoRA side by side: the logits of the mix, written out."""
     tokenizer, w = byte_tokenizer(), {"residual": 0.6, "plain": 0.7}
@@ -252,6 +255,7 @@ def test_a_stop_text_ends_the_reply_before_it(world: World) -> None:
     assert "".join(pieces(world.ask("residual", stop=stop, stream=True))[0]) == whole[:cut]
 
 
+@pytest.mark.slow
 def test_the_models_end_token_ends_the_reply(world: World) -> None:
     answer = world.ask("base", temperature=2.0, seed=0, max_tokens=1500)  # flat enough for <eos> to come by chance
     assert answer.choices[0].finish_reason == "stop"
@@ -391,6 +395,7 @@ def test_codes_that_programs_read(world: World) -> None:
     assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
 
 
+@pytest.mark.slow
 def test_without_a_limit_the_reply_takes_the_room_there_is(world: World) -> None:
     long = [{"role": "user", "content": "x" * (CONTEXT - 100)}]
     answer = world.ask("residual", messages=long, max_tokens=None)
@@ -516,6 +521,7 @@ def test_a_reply_is_read_character_by_character(text: str, stop: tuple[str, ...]
     assert reader.stopped == any(one in text for one in stop)
 
 
+@pytest.mark.slow
 def test_the_command_refuses_before_it_loads(
     tmp_path: Path, world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

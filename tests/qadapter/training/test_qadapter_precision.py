@@ -58,6 +58,7 @@ def test_gradient_checkpointing_changes_nothing(
         torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_bf16_autocast_follows_float32(tmp_path: Path):
     exact = make_trainer(tmp_path / "32", objective="residual", learning_rate=1e-3)
     half = make_trainer(tmp_path / "16", objective="residual", learning_rate=1e-3, bf16=True)
@@ -68,6 +69,7 @@ def test_bf16_autocast_follows_float32(tmp_path: Path):
     assert all(value.dtype == torch.float32 for value in adapter_state(half).values())
 
 
+@pytest.mark.slow
 def test_a_bf16_base_trains_and_generates(tmp_path: Path):
     trainer = make_trainer(tmp_path, model=tiny_model().bfloat16(), objective="residual", max_steps=20)
     before = losses(trainer)

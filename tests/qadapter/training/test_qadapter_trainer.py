@@ -173,6 +173,7 @@ def test_accumulation_is_exact(tmp_path: Path, objective: str, beta: float):
             torch.testing.assert_close(value, states[0][name], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_both_implementations_train_alike(tmp_path: Path):
     runs = [make_trainer(tmp_path / kind, loss_implementation=kind, max_steps=6) for kind in ("fused", "readable")]
     for run in runs:
@@ -183,6 +184,7 @@ def test_both_implementations_train_alike(tmp_path: Path):
         assert fused == pytest.approx(readable, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_resumed_is_bitwise_the_uninterrupted_run(tmp_path: Path):
     def settings(folder: str) -> dict[str, Any]:
         return {"save_strategy": "steps", "save_steps": 3, "max_steps": 7, "peft_config": lora(dropout=0.2)}
@@ -226,6 +228,7 @@ def test_checkpoint_and_saved_model_are_policies(tmp_path: Path):
     assert (tmp_path / "final" / "tokenizer.json").is_file()
 
 
+@pytest.mark.slow
 def test_best_checkpoint_is_loaded_at_the_end(tmp_path: Path):
     trainer = make_trainer(
         tmp_path,
@@ -287,6 +290,7 @@ def plain_implicit(row: PreferencePair) -> dict[str, Any]:
     return {key: row.prompt[0]["content"] + getattr(row, key) for key in ("chosen", "rejected")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [conversational, implicit, plain, plain_implicit])
 def test_takes_every_form_of_preference_data(tmp_path: Path, form: Callable[[PreferencePair], dict[str, Any]]):
     from datasets import Dataset
@@ -382,6 +386,7 @@ def test_options_that_would_have_no_effect_are_refused(tmp_path: Path):
         QAdapterTrainer(tiny_model(), TrainingArguments(str(tmp_path), use_cpu=True), pairs())
 
 
+@pytest.mark.slow
 def test_pairs_grouped_by_length_are_the_same_after_a_resume(tmp_path: Path):
     """A step holds pairs of similar length, each pair comes once per epoch, and each epoch has its own order."""
     data = [PreferencePair(({"role": "user", "content": "?" * (1 + 7 * i % 29)},), "Yes.", "No") for i in range(160)]
@@ -446,6 +451,7 @@ def test_refuses_several_gpus_in_one_process(tmp_path: Path, monkeypatch: pytest
         make_trainer(tmp_path)
 
 
+@pytest.mark.slow
 def test_takes_a_path_a_peft_model_and_a_policy(tmp_path: Path):
     tiny_model().save_pretrained(tmp_path / "base")
     TOKENIZER.save_pretrained(tmp_path / "base")

@@ -717,6 +717,7 @@ def fine_tuned(world: TinyToy, out: Path, scratch: Path, **changes: Any) -> Path
     return out
 
 
+@pytest.mark.slow
 def test_the_sft_base_is_a_whole_model_resumed_or_not(
     world: TinyToy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
