@@ -196,7 +196,8 @@ def _draws(table: Floats, weight: Floats, seed_share: Floats, rng: np.random.Gen
         offset = np.arange(len(shares))[:, None] * n
         counts = np.bincount((drawn + offset).ravel(), minlength=len(shares) * n).reshape(len(shares), n)
         weighted = counts if alike else counts * weight
-        means[start : start + block] = (weighted * (shares @ table)).sum(axis=1) / (n if alike else weighted.sum(axis=1))
+        drawn_weight = n if alike else weighted.sum(axis=1)
+        means[start : start + block] = (weighted * (shares @ table)).sum(axis=1) / drawn_weight
     return means
 
 
