@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -866,6 +867,16 @@ def test_without_a_chat_template_conversations_are_transcripts(
     capsys.readouterr()
     assert main(["chat", "--adapter", str(tmp_path / "out"), *SHORT]) == 0
     assert capsys.readouterr().out.strip() == visible(expected)
+
+
+def test_the_end_of_the_process_searches_for_no_cycles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often `main` is called, once."""
+    at_end: list[Any] = []
+    monkeypatch.setattr("atexit.register", at_end.append)
+    monkeypatch.setattr("atexit.unregister", lambda function: at_end.remove(function) if function in at_end else None)
+    for _ in range(2):
+        assert main(["--version"]) == 0
+    assert at_end == [gc.freeze]
 
 
 # ---- the real thing -----------------------------------------------------------------------------------------------
