@@ -10,7 +10,7 @@ from tasks.stages.code_version import code_digest
 
 prepare_environment()
 with importing():
-    for _module in ("flows.full_paper_repro", "prefect.task_engine"):
+    for _module in ("flows.full_paper_repro", "prefect.task_engine", "pandas"):
         import_module(_module)
     import_module("tasks.tracking.store").import_for_database()
 code_digest("qadapter.evaluation.measure")  # reads and keeps nearly all that any stage's digest is made of

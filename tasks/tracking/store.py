@@ -17,7 +17,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-import pandas as pd
 import requests
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType
@@ -387,6 +386,8 @@ class MlflowStore:
 
     def _write_table(self, run: str, columns: Mapping[str, Sequence[Any]], artifact_file: str) -> None:
         """Store a table like MLflow's `log_table`, but atomically: that one appends, and a repeat doubles rows."""
+        import pandas as pd  # a quarter of a second, which a command need not wait for
+
         text = pd.DataFrame(dict(columns)).to_json(orient="split", index=False, date_format="iso")
         self._store("log_text", run, text, artifact_file)
         # The UI finds the tables of a run through this tag.
