@@ -43,7 +43,7 @@ def from_flags(options: type[Options], run: Callable[[Options], None]) -> Callab
     parameters = []
     declaring = _sections(options)
     for section in options.__mro__:
-        title = (section.__doc__ or " ").splitlines()[0].rstrip(".")
+        title = (section.__doc__ or "").partition("\n")[0].rstrip(".")
         fields = (name for name in options.model_fields if declaring[name] is section)
         parameters += [_parameter(name, options.model_fields[name], title) for name in fields]
     file = typer.Option(

@@ -16,6 +16,9 @@ from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, ClassVar
 
+from qadapter.errors import QAdapterError
+from qadapter.files.artifacts import write_json
+
 _LIBRARY = "qadapter"
 _OURS = (_LIBRARY, "tasks", "flows")
 
@@ -188,13 +191,8 @@ class _Parsed:
             return
         cls._new = False
         known = {key: cls._known[key] for key in cls._asked} if len(cls._known) > cls.MOST else cls._known
-        part = cls.FILE.with_suffix(f".{os.getpid()}.part")
-        with contextlib.suppress(OSError):
-            try:
-                part.write_text(json.dumps({"by": cls._by(), "of": known}))
-                part.replace(cls.FILE)
-            finally:
-                part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, QAdapterError):
+            write_json(cls.FILE, {"by": cls._by(), "of": known})
 
     @staticmethod
     def _by() -> str:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -179,7 +179,7 @@ def read_curves(folder: Path) -> tuple[Curve, ...]:
 
 
 def _without_ids(measure: Measure) -> dict[str, Any]:
-    return {field.name: getattr(measure, field.name) for field in fields(measure) if field.name != "ids"}
+    return {name: value for name, value in vars(measure).items() if name != "ids"}
 
 
 def _with_ids(ids: Sequence[str], row: Mapping[str, Any]) -> Measure:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class Outcome:
 
     def write(self, folder: Path) -> None:
         """Write `outcome.json`."""
-        content = {part: {n: asdict(m) for n, m in getattr(self, part).items()} for part in ("learnt", "kept")}
+        content = {part: {n: vars(m) for n, m in getattr(self, part).items()} for part in ("learnt", "kept")}
         write_json(folder / OUTCOME, content)
 
     @classmethod
