@@ -91,7 +91,9 @@ class VocabularyHead:
         if self.scale != 1.0:
             logits *= self.scale
         if self.softcap is not None:
-            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
+            logits = logits.div_(self.softcap).tanh_()
+            # a gradient needs the tanh as it is
+            logits = logits * self.softcap if logits.requires_grad else logits.mul_(self.softcap)
         return logits
 
     def block(self, start: int, stop: int) -> VocabularyHead:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from qadapter.policy.adapter_rows import AdapterRows
@@ -50,6 +51,8 @@ def scored_states(
 def _may_be(policy: nn.Module) -> bool:
     base = _base_of(policy)
     if isinstance(policy, GuidedForCausalLM):  # its logits are no product of a hidden state and the head
+        return False
+    if isinstance(policy, FSDPModule):  # only its own forward gathers the weights
         return False
     if not isinstance(base, PreTrainedModel) or decoder_of(base) is None:
         return False

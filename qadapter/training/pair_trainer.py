@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from qadapter.inference.score import chunks, evaluating
+from qadapter.inference.score import evaluating
 from qadapter.policy.adapters import adapted
 from qadapter.policy.objective import scored_positions
 from qadapter.preferences.tokenize import PreferenceCollator, padding_id
 from qadapter.training.encoded_pairs import EncodedPairs
+from qadapter.training.reply_rows import ReplyRows
 from qadapter.training.sampling import MeasuredRows
 
 if TYPE_CHECKING:
@@ -111,11 +112,10 @@ class PairTrainer(Trainer):
         """Scores of a batch of `collate_pairs`."""
         ids = inputs["input_ids"]
         scored = scored_positions(inputs["response_mask"], shift_mask=True)
-        given = {"input_ids": ids, "attention_mask": inputs["attention_mask"], "use_cache": False}
         targets = ids[:, 1:][scored]
         with evaluating(model), self.reference(model):
-            base = _gathered(model(**given).logits[:, :-1][scored], targets)
-        own = _gathered(model(**given).logits[:, :-1][scored], targets)
+            base = _gathered(ReplyRows.of(model, inputs, scored), targets)
+        own = _gathered(ReplyRows.of(model, inputs, scored), targets)
         filled = (torch.zeros(scored.shape, device=ids.device).masked_scatter(scored, part) for part in (*own, *base))
         return Scores(scored, *filled)
 
@@ -164,18 +164,15 @@ class PairTrainer(Trainer):
         }
 
 
-def _gathered(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _gathered(rows: ReplyRows, targets: Tensor) -> tuple[Tensor, Tensor]:
     """[N] logits of the targets, and [N] log-normalisers, in float32; at no time is there a float32 copy of all."""
-    parts = [
-        checkpoint(_gather, logits[part], targets[part], use_reentrant=False)
-        for part in chunks(len(targets), logits.shape[-1])
-    ]
+    parts = [checkpoint(_gather, rows, targets[part], part, use_reentrant=False) for part in rows.parts()]
     taken, normalizers = (torch.cat(column) for column in zip(*parts, strict=True))
     return taken, normalizers
 
 
-def _gather(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    logits = logits.float()
+def _gather(rows: ReplyRows, targets: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    logits = rows.logits(part)
     return logits.gather(1, targets[:, None])[:, 0], logits.logsumexp(dim=-1)
 
 

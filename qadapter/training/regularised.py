@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from trl import SFTTrainer
 
-from qadapter.inference.score import chunks, evaluating
+from qadapter.inference.score import evaluating
+from qadapter.training.reply_rows import ReplyRows
 from qadapter.training.supervised import train_sft
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ class RegularisedTrainer(SFTTrainer):
     """SFTTrainer with the loss: cross entropy plus `weight` times a divergence from the base, mean over reply tokens.
 
     TRL's own loss never has the logits at hand (it multiplies hidden states by the head in pieces), so both terms are
-    computed here from the logits of one pass of the adapted model, and from one of the base without gradient.
+    computed here from the logits at the reply tokens, of one pass of the adapted model and of one of the base without
+    gradient.
     The mean is over the reply tokens of a whole optimiser step, as in SFT.
 
     Attributes:
@@ -48,14 +50,13 @@ class RegularisedTrainer(SFTTrainer):
         assert not return_outputs
         targets = inputs["labels"][:, 1:]
         scored = targets != -100
-        given = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
         adapted: Any = self.accelerator.unwrap_model(model)
         with evaluating(adapted), adapted.disable_adapter():
-            base_logits = model(**given).logits[:, :-1][scored]
-        logits = model(**given).logits[:, :-1][scored]
+            base = ReplyRows.of(model, inputs, scored)
+        own = ReplyRows.of(model, inputs, scored)
         sums = [
-            checkpoint(self._sums, base_logits[part], logits[part], targets[scored][part], use_reentrant=False)
-            for part in chunks(len(logits), logits.shape[-1])  # at no time is there a float32 copy of all logits
+            checkpoint(self._sums, base, own, targets[scored][part], part, use_reentrant=False)
+            for part in own.parts()  # at no time is there a float32 copy of all logits
         ]
         likelihood, divergence = (torch.stack(column).sum() for column in zip(*sums, strict=True))
         tokens = torch.as_tensor(scored.sum() if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
@@ -67,8 +68,8 @@ class RegularisedTrainer(SFTTrainer):
             loss = loss * self.accelerator.num_processes  # DDP averages the gradients over the processes
         return loss
 
-    def _sums(self, base_logits: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        base_logits, logits = base_logits.float(), logits.float()
+    def _sums(self, base: ReplyRows, own: ReplyRows, targets: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        base_logits, logits = base.logits(part), own.logits(part)
         cross_entropy = F.cross_entropy(logits, targets, reduction="sum")
         return cross_entropy, self.divergence(base_logits, logits, targets).sum()
 
