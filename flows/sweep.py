@@ -7,7 +7,7 @@ prefect deployment run sweep/smoke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Protocol
 
@@ -23,8 +23,17 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation.lm_eval.catalog import better_when_lower, expand_suites
 from qadapter.judging.plan import plan_judges
 from qadapter.methods.method import Need
+from qadapter.report.rows import listed
 from tasks.curve import MeasuredCurve
-from tasks.sweep import cell_of, evaluate_variant, measure_variant, move_dial, train_variant, write_sweep
+from tasks.sweep import (
+    cell_of,
+    chosen_variants,
+    evaluate_variant,
+    measure_variant,
+    move_dial,
+    train_variant,
+    write_sweep,
+)
 
 
 class RunOfMany(Run, Protocol):
@@ -42,7 +51,9 @@ class _SweepRequest(RunRequest):
 
     def rows_to_judge(self, experiment: Experiment) -> int:
         assert self.sweep is not None
-        return len(experiment.domains) * len(expand(self.sweep, experiment)) * len(experiment.seeds)
+        variants = expand(self.sweep, experiment)
+        confirming = len({variant.method for variant in variants if variant.tuning}) * len(self.sweep.confirm_seeds)
+        return len(experiment.domains) * (len(variants) * len(experiment.seeds) + confirming)
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,11 @@ class CheckedSweep:
     request: RunRequest
     experiment: Experiment
     variants: list[Variant]
+
+    @property
+    def cells(self) -> int:
+        """How often a complete setting is trained: domains × seeds."""
+        return len(self.experiment.seeds) * len(self.experiment.domains)
 
     def judges(self) -> list[str]:
         """Lines on the judges of all settings' answers and their cost."""
@@ -84,33 +100,82 @@ def check_sweep(
             f"evaluation.retention.tasks has no task with an accuracy, only {', '.join(tasks)}: a sweep compares "
             "adaptation with the retained share of an accuracy. Add such a task, for example <name>_word_order."
         )
+    if loaded.confirm_seeds and experiment.toy_world:
+        raise QAdapterError(
+            f"sweep {loaded.name}: confirm_seeds train what one half of the held-out items chooses, and a toy world's "
+            "policies are scored by its rule, without halves. Leave confirm_seeds out, or name all seeds in seeds."
+        )
+    if repeated := sorted(set(loaded.confirm_seeds) & set(experiment.seeds)):
+        raise QAdapterError(f"sweep {loaded.name}: {repeated} are among seeds and confirm_seeds; keep each in one")
     return CheckedSweep(loaded, request, experiment, expand(loaded, experiment))
 
 
-def sweep_stages(experiment: Experiment, variants: Sequence[Variant], run: RunOfMany) -> list[Any]:
-    """Run every stage up to the last measurement; returns the placeholders of the table's rows and of the curves."""
+@dataclass(frozen=True)
+class SweptDomain:
+    """A domain whose base was measured.
+
+    Attributes:
+        name: of the domain.
+        shared: the inputs that its evaluations share.
+        base_row: the base's.
+        made: what methods need, once made.
+    """
+
+    name: str
+    shared: dict[str, Any]
+    base_row: Any
+    made: dict[Need, Any] = field(default_factory=dict)
+
+    def train(self, variant: Variant, seed: int, run: Run) -> Any:
+        """Train a variant; returns the adapter's placeholder."""
+        inputs = {"base": self.shared["base"], "data": self.shared["data"]}
+        needs = needed_stages(variant.experiment, run, variant.method, self.made, domain=self.name, **inputs)
+        return run(train_variant, cell=cell_of(variant, self.name, seed), needs=needs, **inputs)
+
+    def evaluate(self, variant: Variant, seed: int, adapter: Any, run: Run) -> Any:
+        """Measure a variant; returns the row's placeholder."""
+        cell = cell_of(variant, self.name, seed)
+        return run(evaluate_variant, cell=cell, trained=adapter, base_row=self.base_row, **self.shared)
+
+
+def swept_domains(experiment: Experiment, run: RunOfMany) -> list[SweptDomain]:
+    """Run the stages that all settings share."""
     common = common_stages(experiment, run)
+    return [SweptDomain(*found) for found in measured_bases(experiment, run, common)]
+
+
+def sweep_stages(
+    experiment: Experiment, domains: Sequence[SweptDomain], variants: Sequence[Variant], run: RunOfMany
+) -> list[Any]:
+    """Train and measure every setting; returns the placeholders of the table's rows and of the curves."""
     rows = []
-    for domain, shared, base_row in measured_bases(experiment, run, common):
-        base, pairs = shared["base"], shared["data"]
-        rows.append(base_row)
-        made: dict[Need, Any] = {}
+    for domain in domains:
+        rows.append(domain.base_row)
         trained: dict[tuple[str, int], Any] = {}
         for variant, seed in product(variants, experiment.seeds):
-            run_variant, cell = run.of(variant.experiment), cell_of(variant, domain, seed)
+            run_variant, cell = run.of(variant.experiment), cell_of(variant, domain.name, seed)
             if variant.alpha_0 is not None:
                 adapter = run_variant(
                     move_dial, cell=cell, trained=trained[variant.trained_as, seed], alpha_0=variant.alpha_0
                 )
             else:
-                inputs = {"domain": domain, "base": base, "data": pairs}
-                needs = needed_stages(variant.experiment, run_variant, variant.method, made, **inputs)
-                adapter = run_variant(train_variant, cell=cell, base=base, data=pairs, needs=needs)
-                trained[variant.name, seed] = adapter
-            row = run_variant(evaluate_variant, cell=cell, trained=adapter, base_row=base_row, **shared)
+                adapter = trained[variant.name, seed] = domain.train(variant, seed, run_variant)
+            row = domain.evaluate(variant, seed, adapter, run_variant)
             rows.append(row)
             if experiment.evaluation.curve and variant.alpha_0 is None:  # another α0 is a point of the same curve
-                rows.append(run_variant(measure_variant, cell=cell, row=row, base_row=base_row, **curve_inputs(shared)))
+                of_curve = curve_inputs(domain.shared)
+                rows.append(run_variant(measure_variant, cell=cell, row=row, base_row=domain.base_row, **of_curve))
+    return rows
+
+
+def confirming_stages(
+    domains: Sequence[SweptDomain], chosen: Sequence[Variant], seeds: Sequence[int], run: RunOfMany
+) -> list[Any]:
+    """Train and measure the chosen settings with further seeds; returns the placeholders of their rows."""
+    rows = []
+    for domain, variant, seed in product(domains, chosen, seeds):
+        run_variant = run.of(variant.experiment)
+        rows.append(domain.evaluate(variant, seed, domain.train(variant, seed, run_variant), run_variant))
     return rows
 
 
@@ -132,7 +197,14 @@ def sweep(
     checked = check_sweep(sweep, profile, data, overrides or {})
     get_run_logger().info("judge of the answers: %s", "; ".join(checked.judges()))
     with checked_run(checked.request) as run:
-        rows = sweep_stages(checked.experiment, checked.variants, run)
+        domains = swept_domains(checked.experiment, run)
+        rows = sweep_stages(checked.experiment, domains, checked.variants, run)
+        failed = run.settle()
+        if checked.sweep.confirm_seeds and not failed:
+            evaluations = [row for row in run.finished(rows) if not isinstance(row, MeasuredCurve)]
+            chosen = chosen_variants(checked.variants, evaluations, checked.cells)
+            get_run_logger().info("chosen, and trained with further seeds: %s", listed([v.name for v in chosen]))
+            rows += confirming_stages(domains, chosen, checked.sweep.confirm_seeds, run)
         return _report(checked, rows, run)
 
 
@@ -146,7 +218,6 @@ def _report(checked: CheckedSweep, rows: Sequence[Any], run: PrefectRun) -> dict
     measured = run.finished(rows)
     if failed and not any(row.cell.method == "base" for row in measured):
         raise failed
-    cells = len(checked.experiment.seeds) * len(checked.experiment.domains)
     curves = [found for found in measured if isinstance(found, MeasuredCurve)]
     evaluations = [found for found in measured if not isinstance(found, MeasuredCurve)]
     report = run(
@@ -154,8 +225,9 @@ def _report(checked: CheckedSweep, rows: Sequence[Any], run: PrefectRun) -> dict
         name=checked.sweep.name,
         variants=checked.variants,
         rows=evaluations,
-        expected=cells,
+        expected=checked.cells,
         curves=curves,
+        confirm_seeds=checked.sweep.confirm_seeds,
     )
     failed = run.settle()
     written = run.finished([report])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect import task
 
@@ -19,6 +19,9 @@ from tasks.stages.prefect_artifacts import show_figure, show_page
 from tasks.stages.stage_run import StageResult, run_stage, task_result
 from tasks.stages.store import StageOutput
 from tasks.train import log_adapter, train_adapter
+
+if TYPE_CHECKING:
+    from qadapter.report.rows import Row
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ def write_sweep(
     rows: Sequence[Evaluation],
     expected: int,
     curves: Sequence[MeasuredCurve] = (),
+    confirm_seeds: Sequence[int] = (),
 ) -> Any:
     """Write the table and the figure of all settings.
 
@@ -90,6 +94,7 @@ def write_sweep(
         rows: the measured rows: those of the bases, and one per variant, domain and seed.
         expected: number of cells of a complete variant.
         curves: of trained variants, where they were measured: they are compared at equal forgetting budgets.
+        confirm_seeds: those of the rows with which only chosen variants were trained.
     """
     along = {curve.cell.name: curve.stage for curve in curves}
     title = f"Sweep: {name}"
@@ -98,44 +103,26 @@ def write_sweep(
         stages = {"training": row.training, "adaptation": row.adaptation, "retention": row.retention}
         inputs |= {f"{row.cell.name}/{stage}": found.output for stage, found in stages.items() if found}
     inputs |= {f"{name}/curve": stage.output for name, stage in along.items()}
-    settings = {variant.name: _settings(variant, rows) for variant in variants}
-    described: list[dict[str, Any]] = [
-        {
-            "name": variant.name,
-            "family": variant.family,
-            "method": variant.method,
-            "groups": list(variant.groups),
-            "tuning": variant.tuning,
-            "settings": settings[variant.name],
-            "trained_as": variant.trained_as,
-        }
-        for variant in variants
-    ]
+    described = _described(variants, rows)
 
     def compute(out: Path, _: Path) -> None:
-        from qadapter.report.rows import Row
         from qadapter.report.sweep.build import build_sweep_report
         from qadapter.report.sweep.points import Setting
 
-        measured = [
-            Row(
-                row.cell.domain,
-                getattr(row.cell, "variant", "base"),
-                row.cell.seed,
-                metrics_of(row),
-                adaptation=row.adaptation.path,
-                retention=row.retention.path,
-                curve=along[row.cell.name].path if row.cell.name in along else None,
-            )
-            for row in rows
-        ]
-        build_sweep_report(measured, [Setting(**entry) for entry in described], expected=expected, title=title, out=out)
+        build_sweep_report(
+            _measured(rows, {name: stage.path for name, stage in along.items()}),
+            [Setting(**entry) for entry in described],
+            expected=expected,
+            title=title,
+            out=out,
+            confirm_seeds=confirm_seeds,
+        )
 
     result = run_stage(
         context,
         "sweep-report",
         module="qadapter.report.sweep.build",
-        config={"title": title, "variants": described, "expected": expected},
+        config={"title": title, "variants": described, "expected": expected, "confirm_seeds": list(confirm_seeds)},
         params={},
         inputs=inputs,
         compute=compute,
@@ -148,6 +135,54 @@ def write_sweep(
     show_page(folder / "sweep.md", key, title)
     show_figure(folder / "sweep.png", f"{key}-figure", "retention against adaptation")
     return task_result(Report(folder, context.parent_run_id), result)
+
+
+def chosen_variants(variants: Sequence[Variant], rows: Sequence[Evaluation], expected: int) -> list[Variant]:
+    """The variant of each tuned method that is best on the half of the held-out items that chooses.
+
+    Args:
+        variants, rows, expected: see `write_sweep`.
+    """
+    from qadapter.report.sweep.halves import chosen_on_a_half
+    from qadapter.report.sweep.points import Setting
+
+    settings = [Setting(**entry) for entry in _described(variants, rows)]
+    chosen = {point.setting.name for point in chosen_on_a_half(_measured(rows, {}), settings, expected).values()}
+    return [variant for variant in variants if variant.name in chosen]
+
+
+def _measured(rows: Sequence[Evaluation], curves: Mapping[str, Path]) -> list[Row]:
+    """The report's rows; `curves`: the folders of the curves, by the name of the cell."""
+    from qadapter.report.rows import Row
+
+    return [
+        Row(
+            row.cell.domain,
+            getattr(row.cell, "variant", "base"),
+            row.cell.seed,
+            metrics_of(row),
+            adaptation=row.adaptation.path,
+            retention=row.retention.path,
+            curve=curves.get(row.cell.name),
+        )
+        for row in rows
+    ]
+
+
+def _described(variants: Sequence[Variant], rows: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """The fields of each variant's `Setting`."""
+    return [
+        {
+            "name": variant.name,
+            "family": variant.family,
+            "method": variant.method,
+            "groups": list(variant.groups),
+            "tuning": variant.tuning,
+            "settings": _settings(variant, rows),
+            "trained_as": variant.trained_as,
+        }
+        for variant in variants
+    ]
 
 
 def _settings(variant: Variant, rows: Sequence[Evaluation]) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from flows.running.plan import Recorder
-from flows.sweep import CheckedSweep, sweep_stages
+from flows.sweep import CheckedSweep, confirming_stages, sweep_stages, swept_domains
 from qadapter.config.experiment import Experiment
 from qadapter.config.sweep import PARALLEL_EFFICIENCY, estimate_hours
 
@@ -22,14 +22,18 @@ def plan_text(checked: CheckedSweep) -> str:
     """The plan of a sweep."""
     sweep, experiment, variants = checked.sweep, checked.experiment, checked.variants
     recorder = SweepRecorder()
-    sweep_stages(experiment, variants, recorder)
+    domains = swept_domains(experiment, recorder)
+    sweep_stages(experiment, domains, variants, recorder)
+    of_methods = {variant.method: variant for variant in variants if variant.tuning}  # whichever is chosen
+    confirming_stages(domains, list(of_methods.values()), sweep.confirm_seeds, recorder)
     kinds = Counter(stage.task for stage in recorder.stages)
     stages = len(recorder.stages) + 1  # and the report
     hours = estimate_hours(sweep, variants, experiment)
     lines = [
         f"Plan of sweep {sweep.name}: {len(variants)} settings, {stages} stages.",
         f"  profile {checked.request.profile}, domains {', '.join(experiment.domains)}, "
-        f"seeds {', '.join(map(str, experiment.seeds))}",
+        f"seeds {', '.join(map(str, experiment.seeds))}"
+        + (f"; the chosen settings also {', '.join(map(str, sweep.confirm_seeds))}" if sweep.confirm_seeds else ""),
         "",
         "Settings",
     ]

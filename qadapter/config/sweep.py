@@ -77,6 +77,8 @@ class Sweep(Settings):
         name: part of titles and of the report's key.
         profile: the experiment to vary: a name in `configs/`, or a YAML file.
         seeds: every setting is trained once per seed.
+        confirm_seeds: further seeds, with which only the chosen setting of each tuned method is trained: the one with
+            the best trade on the half of the held-out items that chooses (`qadapter.report.sweep.halves`).
         domains: the profile's domains to sweep.
         settings: changes to the experiment for all settings, by dotted key, such as `parallel`.
         groups: the groups of settings.
@@ -87,6 +89,7 @@ class Sweep(Settings):
     name: Name
     profile: str
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    confirm_seeds: tuple[Seed, ...] = ()
     domains: Annotated[tuple[Name, ...], Field(min_length=1)]
     settings: dict[str, Any] = Field({})
     groups: dict[Name, Group] = Field(min_length=1)
@@ -94,7 +97,7 @@ class Sweep(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Sweep:
-        refuse_repeats("seeds", self.seeds)
+        refuse_repeats("seeds", (*self.seeds, *self.confirm_seeds))
         refuse_repeats("domains", self.domains)
         problems = list(self._contradictions())
         if problems:
@@ -106,6 +109,8 @@ class Sweep(Settings):
         for method in NAMES:
             if len(own := [name for name, group in tuned.items() if group.method == method]) > 1:
                 yield f"groups {own} are both the tuning of {method}; keep one and set tuning to false in the others"
+        if self.confirm_seeds and not tuned:
+            yield "confirm_seeds train the chosen setting of each tuned method, and no group has tuning: true"
         efforts = {group.method: len(group.changes()) for group in tuned.values()}
         if len(set(efforts.values())) > 1:
             counts = ", ".join(f"{method} {effort}" for method, effort in efforts.items())
@@ -249,8 +254,10 @@ def _names(method: str, change: Mapping[str, Value]) -> tuple[str, str]:
 
 def estimate_hours(sweep: Sweep, variants: list[Variant], experiment: Experiment) -> float:
     """Estimate a sweep's duration in hours without any cached stage, from its `seconds`."""
-    cells = len(experiment.seeds) * len(experiment.domains)
-    seconds = sum(sweep.seconds["dial" if v.alpha_0 is not None else v.method] for v in variants) * cells
+    of_seed = sum(sweep.seconds["dial" if v.alpha_0 is not None else v.method] for v in variants)
+    confirming = sum(sweep.seconds[method] for method in {v.method for v in variants if v.tuning})
+    trained = of_seed * len(experiment.seeds) + confirming * len(sweep.confirm_seeds)
+    seconds = trained * len(experiment.domains)
     parallel = experiment.parallel
     speed = 1.0 if parallel == 1 else parallel * PARALLEL_EFFICIENCY
     return (sweep.seconds["base"] + seconds / speed) / 3600

@@ -26,7 +26,7 @@ from trl import DPOTrainer
 from flows.full_paper_repro import full_paper_repro
 from flows.running.prefect_run import PrefectRun, StagesFailedError, checked_run
 from flows.running.sweep_plan import SweepRecorder, plan_text
-from flows.sweep import check_sweep, sweep, sweep_stages
+from flows.sweep import check_sweep, sweep, sweep_stages, swept_domains
 from qadapter.config.experiment import load_experiment, profiles
 from qadapter.config.sweep import SWEEP_FOLDER, Sweep, estimate_hours, expand, load_sweep, merged_overrides
 from qadapter.errors import QAdapterError
@@ -82,6 +82,7 @@ GROUPS: dict[str, Any] = {
         "alpha_0_at_inference": [0.5],
     },
 }
+TINY = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 16, "layers": 1, "heads": 2}
 NAMES = [
     "replay T=0",
     "replay T=1",
@@ -131,16 +132,16 @@ def test_the_sweeps_of_the_project() -> None:
 
 
 def test_the_sweep_of_the_pretrained_model() -> None:
-    """Four learning rates for each method; α0 and β on both sides of the paper's values and of `residual`'s."""
+    """Four learning rates for each method; β on both sides of the two presets', α0 towards each other's value."""
     loaded = load_sweep("small")
     experiment = load_experiment("small", merged_overrides(loaded, "small", {}))
-    assert (list(experiment.domains), experiment.seeds) == (["harmless", "academy"], (0, 1))
+    assert (list(experiment.domains), experiment.seeds, loaded.confirm_seeds) == (["harmless", "academy"], (0,), (1,))
     variants = expand(loaded, experiment)
     default = experiment.training.learning_rate
     for method in ("q-adapter", "sft", "dpo", "replay"):
         tuned = [v.experiment.methods.of(method) for v in variants if v.tuning and v.method == method]
         assert {choice.learning_rate or default for choice in tuned} == {1e-4, 3e-4, 1e-3, 3e-3}
-    for family, alpha_0 in (("paper", {0.01, 0.1, 1}), ("residual", {0, 0.1, 1})):
+    for family, alpha_0 in (("paper", {0.01, 0.1}), ("residual", {0.1, 1})):
         own = [v.experiment.methods.q_adapter for v in variants if v.family == family and v.alpha_0 is None]
         preset = 0.01 if family == "paper" else 1.0
         assert {preset if s.alpha_0 is None else s.alpha_0 for s in own} == alpha_0
@@ -230,6 +231,11 @@ def group(**changes: Any) -> dict[str, Any]:
         (group(method="sft", combine={"learning_rate": [1, 1]}), ["learning_rate names [1.0] more than once"]),
         ({"seconds": {"base": 1}}, ["seconds", "'dial'"]),
         ({"seeds": []}, ["seeds"]),
+        ({"confirm_seeds": [1]}, ["seeds names [1] more than once"]),
+        (
+            {"confirm_seeds": [2], "groups": {"residual": GROUPS["residual"]}},
+            ["confirm_seeds train the chosen setting of each tuned method, and no group has tuning: true"],
+        ),
     ],
 )
 def test_bad_sweeps_are_refused(changes: dict[str, Any], expected: list[str], tmp_path: Path) -> None:
@@ -247,6 +253,9 @@ def test_more_that_is_refused(tmp_path: Path) -> None:
     negative = load_sweep(write(tmp_path, **group(method="dpo", combine={"beta": [-1]})))
     with pytest.raises(QAdapterError, match=r"groups.extra: beta: Input should be greater than 0 \(given: {'beta'"):
         expand(negative, load_experiment("smoke"))
+    confirmed = write(tmp_path, confirm_seeds=[2])
+    with pytest.raises(QAdapterError, match=r"confirm_seeds .* a toy world's policies are scored by its rule"):
+        check_sweep(confirmed, None, None, {})
 
 
 # ---- α0 at inference
@@ -367,6 +376,8 @@ def test_the_time_is_counted_from_the_seconds(tmp_path: Path) -> None:
     assert estimate_hours(loaded, expand(loaded, experiment), experiment) * 3600 == pytest.approx(56)
     both = experiment.model_copy(update={"parallel": 2})
     assert estimate_hours(loaded, expand(loaded, both), both) * 3600 == pytest.approx(10 + 46 / 1.7)
+    confirmed = loaded.model_copy(update={"confirm_seeds": (2, 3)})  # one more of each method, twice: 2 + 3 + 4
+    assert estimate_hours(confirmed, expand(confirmed, both), both) * 3600 == pytest.approx(10 + (46 + 18) / 1.7)
 
 
 def test_points_front_and_area() -> None:
@@ -758,6 +769,54 @@ def test_the_plan_counts_what_runs(mended: Swept) -> None:
     assert "train_adapter                14" in printed
 
 
+def test_only_what_was_chosen_is_trained_with_further_seeds(harness: None, shared_data: Path, tmp_path: Path) -> None:
+    """Real rows: two settings of two methods with seed 0, and then one of each with seed 1."""
+    rates: dict[str, Any] = {"tuning": True, "combine": {"learning_rate": [1e-3, 1e-2]}}
+    groups = {"sft": {"method": "sft", **rates}, "q-adapter": {"method": "q-adapter", **rates}}
+    file = write(tmp_path, profile="mini", seeds=[0], confirm_seeds=[1], groups=groups)
+    changes = {
+        "sources.helpful.max_train_pairs": 60,
+        "sources.helpful.max_heldout_pairs": 20,
+        "sources.harmless.max_heldout_pairs": 40,
+        "sources.normal.max_train_pairs": 20,
+        "pretraining.corpus_sources": ["helpful"],
+        **{f"model.from_scratch.{name}": value for name, value in TINY.items()},
+        "pretraining.max_steps": 3,
+        "helpful_sft.max_steps": 2,
+        "training.max_steps": 2,
+        "training.batch_size": 4,
+        "evaluation.curve": None,
+        "evaluation.retention.tasks": ["helpful_word_order"],
+        "evaluation.retention.limit": 20,
+        "evaluation.retention.answers": 0,
+        "evaluation.retention.reworded": 0,
+        "evaluation.adaptation.generate": 0,
+    }
+    checked = check_sweep(file, None, str(shared_data), changes)
+    assert "seeds 0; the chosen settings also 1" in plan_text(checked)
+    assert "train_adapter                 6" in plan_text(checked)
+    home = Home(tmp_path / "home")
+    with home.entered():
+        found = sweep(file, None, str(shared_data), changes)
+    (parent,) = parents(home)
+    cells = {run.data.tags["variant"]: [] for run in home.children(parent) if "variant" in run.data.tags}
+    for run in home.children(parent):
+        if "variant" in run.data.tags:
+            cells[run.data.tags["variant"]].append(int(run.data.tags["seed"]))
+    page = Path(found["report"]).read_text(encoding="utf-8")
+    table = page.partition("## Chosen on one half")[2].partition("## ")[0]
+    chosen = {line.split("|")[2].strip() for line in table.splitlines() if line.startswith(("| sft", "| q-adapter"))}
+    assert len(chosen) == 2
+    assert {name: sorted(seeds) for name, seeds in cells.items()} == {
+        name: [0, 1] if name in chosen else [0] for name in cells
+    }
+    assert len(cells) == 4
+    assert "Settings were chosen with seed 0; the chosen ones were trained again with seed 1." in table
+    every = page.partition("## Every setting")[2]
+    assert all(f"| {name} " in every for name in cells)
+    assert "Not complete" not in page
+
+
 def test_a_bad_sweep_leaves_nothing_behind(harness: None, tmp_path: Path) -> None:
     home = Home(tmp_path / "home")
     code, printed, errors = command(home, ["--sweep", "smok"])
@@ -808,7 +867,7 @@ def test_a_judge_is_paid_for_every_setting_of_a_sweep(tmp_path: Path, monkeypatc
     assert "41,600 calls (two orders of 20 answers in 1,040 rows; " in text
     assert "up to 232 tokens each, about 45.93, budget 50.00" in text
     recorder = SweepRecorder()
-    sweep_stages(checked.experiment, checked.variants, recorder)
+    sweep_stages(checked.experiment, swept_domains(checked.experiment, recorder), checked.variants, recorder)
     rows = [stage for stage in recorder.stages if stage.task == "evaluate" and stage.inputs["trained"] is not None]
     assert checked.request.rows_to_judge(checked.experiment) == len(rows) == 1040
     with pytest.raises(

@@ -42,7 +42,13 @@ _KNOBS = {knob.label: knob.name for knob in knobs().values() if knob.label and k
 
 
 def build_sweep_report(
-    rows: Sequence[Row], settings: Sequence[Setting], *, expected: int, title: str, out: Path
+    rows: Sequence[Row],
+    settings: Sequence[Setting],
+    *,
+    expected: int,
+    title: str,
+    out: Path,
+    confirm_seeds: Sequence[int] = (),
 ) -> None:
     """Write `sweep.md`, `sweep.csv` (every measurement), `settings.json`, `sweep.png` and `metrics.json`.
 
@@ -52,11 +58,15 @@ def build_sweep_report(
         expected: rows that a complete setting has.
         title: of page and figure.
         out: an empty folder.
+        confirm_seeds: those of the rows with which only chosen settings were trained. They are reported where settings
+            are chosen on one half of the items, and nowhere else.
     """
+    to_csv(_all_rows(rows, settings), out / "sweep.csv")
+    confirming = [row for row in rows if row.seed in confirm_seeds]
+    rows = [row for row in rows if row.seed not in confirm_seeds]
     points = points_of(rows, settings, expected)
     compared = [point for point in points if point.complete and point.speaks]
     base_rows = [row for row in rows if row.method == BASE]
-    to_csv(_all_rows(rows, settings), out / "sweep.csv")
     write_json(out / "settings.json", [asdict(setting) for setting in settings])
     front = front_of(compared)
     base = {name: spread(base_rows, name, None, BASE) for name in MEASURED}
@@ -76,7 +86,7 @@ def build_sweep_report(
     if compared:
         tuned = {m: [p for p in compared if p.setting.tuning and p.setting.method == m] for m in _methods(compared)}
         tuned = {method: own for method, own in tuned.items() if own}
-        section, of_halves = halves_section(rows, settings, expected)
+        section, of_halves = halves_section(rows, settings, expected, confirming)
         metrics |= of_halves
         sections += _comparison(tuned, metrics) + ([section] if section else []) + _choices(compared, tuned, metrics)
         sections += ["## Every setting", _markdown(_table(points, front, base, base_rows)), _LEGEND]

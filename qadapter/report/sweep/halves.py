@@ -22,7 +22,7 @@ from qadapter.evaluation.statistics import Interval, mean_of_tasks_interval
 from qadapter.methods.table import SUBJECT
 from qadapter.report.items import RULE, SCORE, adaptation_gain, directions_of, read_lines, retention_items
 from qadapter.report.items import retention_measures as measures_of
-from qadapter.report.rows import Row
+from qadapter.report.rows import Row, listed
 from qadapter.report.sweep.points import BASE, Point, Setting, best_by_trade, points_of
 
 MEAN = "retention/mean"
@@ -79,23 +79,43 @@ def half_rows(rows: Sequence[Row], chosen: bool) -> list[HalfRow]:
     return found
 
 
-def halves_section(rows: Sequence[Row], settings: Sequence[Setting], expected: int) -> tuple[str, dict[str, float]]:
-    """The section of the report, and its metrics; empty where the items are not there.
+def chosen_on_a_half(rows: Sequence[Row], settings: Sequence[Setting], expected: int) -> dict[str, Point]:
+    """For each method the complete tuned setting with the best trade on the half that chooses, as measured there.
 
     Args:
         rows: one per domain, setting and seed, and those of the base, with their folders.
         settings: all settings of the sweep.
         expected: rows that a complete setting has.
     """
-    choosing, reported = half_rows(rows, chosen=True), half_rows(rows, chosen=False)
-    if not choosing or not reported:
-        return "", {}
-    chosen: dict[str, Point] = {}
-    tuned = [point for point in _points(choosing, settings, expected) if point.setting.tuning]
-    for method in dict.fromkeys(point.setting.method for point in tuned):
-        chosen[method] = best_by_trade([point for point in tuned if point.setting.method == method])
-    on_other = {point.setting.name: point for point in _points(reported, settings, expected)}
-    if not chosen or any(point.setting.name not in on_other for point in chosen.values()):
+    tuned = [
+        point
+        for point in points_of([half.row for half in half_rows(rows, chosen=True)], settings, expected)
+        if point.complete and point.speaks and point.setting.tuning
+    ]
+    return {
+        method: best_by_trade([point for point in tuned if point.setting.method == method])
+        for method in dict.fromkeys(point.setting.method for point in tuned)
+    }
+
+
+def halves_section(
+    rows: Sequence[Row], settings: Sequence[Setting], expected: int, confirming: Sequence[Row] = ()
+) -> tuple[str, dict[str, float]]:
+    """The section of the report, and its metrics; empty where the items are not there.
+
+    Args:
+        rows: one per domain, setting and seed, and those of the base, with their folders.
+        settings: all settings of the sweep.
+        expected: rows that a complete setting has.
+        confirming: rows of the chosen settings with further seeds, which are reported and choose nothing.
+    """
+    chosen = chosen_on_a_half(rows, settings, expected)
+    further = _of_all(confirming, [point.setting.name for point in chosen.values()])
+    reported = half_rows([*rows, *further], chosen=False)
+    on_other = {point.setting.name: point for point in points_of([half.row for half in reported], settings, expected)}
+    if not chosen or any(
+        point.setting.name not in on_other or not on_other[point.setting.name].speaks for point in chosen.values()
+    ):
         return "", {}
     table, metrics = [], {}
     for method, point in chosen.items():
@@ -126,7 +146,8 @@ def halves_section(rows: Sequence[Row], settings: Sequence[Setting], expected: i
     parts = [
         "## Chosen on one half of the held-out items, reported on the other",
         "Each method's setting has the best trade on the half that chooses; every number but the last column is of "
-        f"the other half: {prompts} prompts with all their pairs, and {items} items of the retention tasks.",
+        f"the other half: {prompts} prompts with all their pairs, and {items} items of the retention tasks."
+        + _seeds_sentence(rows, further),
         pd.DataFrame(table).to_markdown(index=False, disable_numparse=True),
     ]
     if sentences:
@@ -137,9 +158,24 @@ def halves_section(rows: Sequence[Row], settings: Sequence[Setting], expected: i
     return "\n\n".join(parts), metrics
 
 
-def _points(halves: Sequence[HalfRow], settings: Sequence[Setting], expected: int) -> list[Point]:
-    points = points_of([half.row for half in halves], settings, expected)
-    return [point for point in points if point.complete and point.speaks]
+def _of_all(confirming: Sequence[Row], names: Sequence[str]) -> list[Row]:
+    """Of the further rows those of a domain and seed in which each chosen setting was trained, so that they pair."""
+    there = {(row.domain, row.method, row.seed) for row in confirming}
+    return [
+        row
+        for row in confirming
+        if row.method in names and all((row.domain, name, row.seed) in there for name in names)
+    ]
+
+
+def _seeds_sentence(rows: Sequence[Row], further: Sequence[Row]) -> str:
+    if not further:
+        return ""
+    chose, confirmed = (
+        listed([str(seed) for seed in sorted({row.seed for row in part if row.seed is not None})])
+        for part in (rows, further)
+    )
+    return f" Settings were chosen with seed {chose}; the chosen ones were trained again with seed {confirmed}."
 
 
 def _differences(halves: Sequence[HalfRow], one: str, two: str) -> tuple[Interval, Interval]:

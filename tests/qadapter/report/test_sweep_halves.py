@@ -94,3 +94,31 @@ def test_the_lucky_setting_is_reported_without_its_luck(rows: list[Row]) -> None
 def test_without_items_there_is_no_section(rows: list[Row], tmp_path: Path) -> None:
     (tmp_path / "q a 1/adaptation/pairs.jsonl").unlink()
     assert halves_section(rows, SETTINGS, expected=2) == ("", {})
+
+
+def test_a_chosen_setting_is_confirmed_by_a_seed_that_chose_nothing(rows: list[Row], tmp_path: Path) -> None:
+    """Seed 2 of the chosen settings counts in what is reported, as one of three; a row that has no partner does not."""
+    alone, before = halves_section(rows, SETTINGS, expected=2)
+    confirming = [
+        measured(tmp_path / "dpo a 2", "dpo a", 2, 0.0, 1.0, 0.5),
+        measured(tmp_path / "q a 2", "q a", 2, 0.0, 0.25, 1.0),
+        measured(tmp_path / "q a 3", "q a", 3, 1.0, 1.0, 1.0),
+        measured(tmp_path / "dpo b 2", "dpo b", 2, 1.0, 1.0, 1.0),
+    ]
+    text, metrics = halves_section(rows, SETTINGS, 2, confirming)
+    table = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
+    assert "dpo a" in table["dpo"]
+    assert "q a" in table["q-adapter"]
+    score = {
+        (half.row.method, half.row.seed): half.row.metrics["adaptation/score"]
+        for half in half_rows([*rows, *confirming], False)
+    }
+    by_seed = [score["q a", seed] - score["dpo a", seed] for seed in (0, 1, 2)]
+    assert by_seed[0] == by_seed[1] != by_seed[2]
+    assert metrics["sweep/half_adaptation_difference/dpo"] == pytest.approx(sum(by_seed) / 3, abs=1e-9)
+    kept = [half_rows([row], False)[0].row.metrics["retention/mean"] for row in confirming[:1]]
+    assert metrics["sweep/half_retention_difference/dpo"] == pytest.approx((1 - kept[0]) / 3, abs=1e-9)
+    assert before["sweep/half_retention_difference/dpo"] == 0
+    sentence = " Settings were chosen with seed 0 and 1; the chosen ones were trained again with seed 2."
+    assert sentence in text
+    assert sentence not in alone
