@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -32,6 +33,7 @@ from tasks.tracking.tracker import FLOW_RUN_TAG, Tracker
 
 _SECONDS_TO_FIND_A_STAGE = 3.0  # a stage that takes longer computes
 _SECONDS_TO_BEGIN_A_STAGE = 0.1  # once one has computed, the next that takes longer is taken to compute too
+_BETWEEN_SIGNALS = 1.0  # the longest that a signal which reached another thread than the flow's waits
 _SECONDS_FOR_MLFLOW = 60.0  # wait for MLflow at a run's end; later, pending writes are delivered at the next start
 
 
@@ -89,6 +91,7 @@ class PrefectRun:
         self.experiment = context.experiment
         self._context = context
         self._futures: list[Any] = []
+        self._ended: dict[UUID, threading.Event] = {}
         self._prepared: dict[str, tuple[str, Any]] = {}  # source → name and future of the task that prepares it
         self._completed: set[UUID] = set()
         self._computes = False  # whether a stage was seen that was not found
@@ -122,6 +125,8 @@ class PrefectRun:
         self._teller.submitted(name, kind_of(task.fn.__name__, inputs))
         future = self._runner.submit(task, {"context": self._context, **inputs})
         future.add_done_callback(lambda _: self._teller.ended.add(name))
+        ended = self._ended[future.task_run_id] = threading.Event()
+        future.add_done_callback(lambda _: ended.set())
         self._futures.append(future)
         if task.fn.__name__ == PREPARES:
             self._prepared[str(inputs["source"])] = (name, future)
@@ -178,13 +183,19 @@ class PrefectRun:
         )
 
     def _wait(self, future: Any) -> None:
-        """Wait for a stage; meanwhile a worker process that has nothing to do gets ready for computing."""
+        """Wait for a stage; meanwhile a worker process that has nothing to do gets ready for computing.
+
+        The kernel may deliver a signal to any thread, as it does where a process was stopped, and Python acts on it in
+        the flow's thread alone: a wait without end would not notice it.
+        """
         begin, patience = time.monotonic(), _SECONDS_TO_BEGIN_A_STAGE if self._computes else _SECONDS_TO_FIND_A_STAGE
         future.wait(timeout=patience)
         if time.monotonic() - begin >= patience:
             self._computes = True
             if isinstance(self._runner, ForkedWorkers):
                 self._runner.warm_up()
+        while not self._ended[future.task_run_id].wait(_BETWEEN_SIGNALS):
+            pass
         future.wait()
 
     def finished(self, futures: Sequence[Any]) -> list[Any]:

@@ -135,9 +135,9 @@ def _train(
     if aside:
         evaluate_while_training(trainer, options)
         note(f"evaluation: every {options.eval_steps} steps, on {len(aside)} training pairs that are set aside")
-    for callback in (LogAtCheckpoints(), SealCheckpoints()):
-        trainer.add_callback(callback)
     checkpoint = last_checkpoint(out / "checkpoints")
+    for callback in (LogAtCheckpoints(), SealCheckpoints(checkpoint)):
+        trainer.add_callback(callback)
     before = None
     if own:
         with as_base(trainer.policy):

@@ -26,7 +26,7 @@ from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import write_json, write_json_lines
 from qadapter.policy.fingerprint import write_fingerprint
 from qadapter.progress.reports import Work, counted, report_row
-from qadapter.training.checkpoints import SealCheckpoints, last_checkpoint, trained_to_the_end
+from qadapter.training.checkpoints import SealCheckpoints, last_checkpoint, seconds_before, trained_to_the_end
 from qadapter.training.evaluated import evaluation_row, prepare_evaluation, stopped_early
 from qadapter.training.sampling import group_rows
 
@@ -234,10 +234,10 @@ def train_to_end(trainer: AnyTrainer, name: str) -> AnyTrainer:
     trainer.remove_callback(PrinterCallback)
     _name_for_trackers(trainer, name)
     prepare_evaluation(trainer, name)
-    for callback in (ReportProgress(name), LogAtCheckpoints(), SealCheckpoints()):
+    checkpoint = last_checkpoint(str(trainer.args.output_dir))
+    for callback in (ReportProgress(name), LogAtCheckpoints(), SealCheckpoints(checkpoint)):
         trainer.add_callback(callback)
     group_rows(trainer)
-    checkpoint = last_checkpoint(str(trainer.args.output_dir))
     if checkpoint and stopped_early(trainer, checkpoint):
         log.info("%s: had stopped early at step %d", name, trainer.state.global_step)
         return trainer
@@ -292,7 +292,7 @@ def write_training_record(out: Path, trainer: Trainer, cost: Cost, tokens: int, 
     Args:
         out: the stage's folder.
         trainer: the trainer after training.
-        cost: cost of the training.
+        cost: cost of the training since it was started or resumed; the time of earlier sittings is added.
         tokens: tokens read by the trained model, without padding.
         extra: further metrics by their full names.
     """
@@ -300,15 +300,16 @@ def write_training_record(out: Path, trainer: Trainer, cost: Cost, tokens: int, 
     assert model is not None
     rows = curves(trainer.state)
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    seconds = seconds_before(trainer) + cost.seconds
     write_json_lines(out / "history.jsonl", rows)
     write_json(
         out / "metrics.json",
         {
             **({"train/final_loss": losses[-1]} if losses else {}),
             "train/steps": trainer.state.global_step,
-            "cost/train_seconds": cost.seconds,
+            "cost/train_seconds": seconds,
             "cost/train_tokens": tokens,
-            "cost/train_tokens_per_second": tokens / max(cost.seconds, 1e-9),
+            "cost/train_tokens_per_second": tokens / max(seconds, 1e-9),
             "cost/train_peak_memory_mb": cost.peak_memory_mb,
             "cost/trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             **extra,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,43 @@ log = logging.getLogger(__name__)
 
 SEAL = "whole.json"
 """Written last into a checkpoint: file name → sha256."""
+_SECONDS = "seconds.json"
 
 
 class SealCheckpoints(TrainerCallback):
-    """Seals each checkpoint once all its files are flushed to the disk.
+    """Seals each checkpoint once all its files are flushed to the disk, and notes in it how long the training took.
 
     transformers writes a checkpoint file by file without flushing. After a kill a file may be missing; after a power
     cut any of them may be truncated or empty.
+
+    Attributes:
+        seconds_before: of the sittings before this one, up to the checkpoint at which it goes on.
     """
+
+    def __init__(self, checkpoint: str | None) -> None:
+        """`checkpoint`: at which this training goes on; None if it starts anew."""
+        self.seconds_before = _seconds(checkpoint) if checkpoint else 0.0
+        self._start = time.perf_counter()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Trainer's hook: in every process, after the checkpoint of this step was written."""
         if dist.is_available() and dist.is_initialized():
             dist.barrier()  # each process writes its own random state
         if state.is_world_process_zero:
-            seal(Path(str(args.output_dir), f"checkpoint-{state.global_step}"))
+            checkpoint = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
+            write_json(checkpoint / _SECONDS, self.seconds_before + time.perf_counter() - self._start)
+            seal(checkpoint)
+
+
+def seconds_before(trainer: Trainer) -> float:
+    """Seconds that a trainer's earlier sittings took, up to the checkpoint at which it went on; 0 if there is none."""
+    handlers = trainer.callback_handler.callbacks
+    return sum(one.seconds_before for one in handlers if isinstance(one, SealCheckpoints))
+
+
+def _seconds(checkpoint: str) -> float:
+    file = Path(checkpoint, _SECONDS)
+    return float(read_json(file)) if file.exists() else 0.0
 
 
 def seal(checkpoint: Path) -> None:

@@ -35,6 +35,7 @@ from qadapter.files.artifacts import (
 from qadapter.files.locks import holder, private_lock
 from tasks.stages.code_version import code_digest
 from tasks.stages.remote import RemoteStore
+from tasks.stages.sittings import begin_sitting
 
 __all__ = ["StageOutput", "StageStore", "code_digest", "library_versions"]
 
@@ -65,7 +66,7 @@ class StageOutput:
         path: the folder of its files.
         digest: content digest of those files, on which the keys of later stages depend.
         cached: True if it was found, False if this call computed it.
-        seconds: duration of the computation, also when it was found.
+        seconds: duration of the computation, also when it was found; with that of killed attempts whose work it used.
     """
 
     stage: str
@@ -193,7 +194,7 @@ class StageStore:
         with storage_errors(scratch):
             scratch.mkdir(parents=True, exist_ok=True)
         with atomic_folder(folder) as out:
-            start = time.perf_counter()
+            start = time.perf_counter() - begin_sitting(scratch)
             compute(out, scratch)
             if not list_files(out):
                 raise ValueError(f"Stage {manifest.stage} wrote no file into its output folder.")

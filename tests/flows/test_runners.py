@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,14 +15,20 @@ from typing import Any
 
 import psutil
 import pytest
+from prefect import flow, task
 from prefect.task_runners import ProcessPoolTaskRunner, ThreadPoolTaskRunner
 
 from flows.full_paper_repro import full_paper_repro
+from flows.running import prefect_run
 from flows.running.forking import share_cores, start_forking
+from flows.running.prefect_run import PrefectRun
 from flows.running.runners import task_runner
 from flows.running.workers import ForkedWorkers
 from qadapter.config.experiment import load_experiment
 from qadapter.errors import QAdapterError
+from tasks.stages.context import RunContext
+from tasks.stages.store import StageStore
+from tasks.tracking.tracker import Tracker
 from tests.processes.test_deployments import TINY
 from tests.support.forked_process import ForkedProcess
 from tests.support.real_runs import wait_for
@@ -59,6 +66,43 @@ def test_a_signal_does_not_wait_for_the_stages_that_run() -> None:
         begin = time.monotonic()
         raise KeyboardInterrupt
     assert time.monotonic() - begin < 30
+
+
+@task
+def waits_for(context: RunContext, told: threading.Event) -> bool:
+    return told.wait(20)
+
+
+def test_a_signal_that_reaches_another_thread_is_acted_on(
+    harness: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after Ctrl-Z: the thread that waits for the stages is not woken by it."""
+    monkeypatch.setattr(prefect_run, "_SECONDS_TO_FIND_A_STAGE", 0.1)  # that wait has an end
+    context = RunContext(load_experiment("smoke", {"parallel": 1}), StageStore(tmp_path), Tracker("no", "no"), "")
+    told, interrupted = threading.Event(), threading.Event()
+
+    def interrupts(*_: object) -> None:
+        interrupted.set()
+        told.set()
+
+    def signals_itself() -> None:
+        time.sleep(1)
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+
+    @flow
+    def waiting() -> list[bool]:
+        with PrefectRun(context) as run:
+            stage = run(waits_for, told=told)
+            threading.Thread(target=signals_itself).start()
+            run.settle()
+            return run.finished([stage])
+
+    before = signal.signal(signal.SIGUSR1, interrupts)
+    try:
+        assert waiting() == [True], "the handler ran while the flow waited"
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert interrupted.is_set()
 
 
 def no_plan() -> None:

@@ -149,7 +149,7 @@ def test_a_failed_stage_keeps_its_scratch_and_nothing_else(store: StageStore) ->
     seen: list[list[str]] = []
 
     def flaky(out: Path, scratch: Path) -> None:
-        seen.append(sorted(path.name for path in scratch.iterdir()))
+        seen.append(sorted(path.name for path in scratch.glob("[!.]*")))
         (scratch / "checkpoint-1").write_text("half")
         (out / "part").write_text("x")
         if len(seen) == 1:
@@ -172,6 +172,48 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "empty manifest": lambda folder: (folder / MANIFEST).write_text(""),
     "another key": lambda folder: write_json(folder / MANIFEST, {**read_json(folder / MANIFEST), "key": "0" * 64}),
 }
+
+
+def test_the_time_of_a_killed_attempt_counts_up_to_what_it_kept(store: StageStore) -> None:
+    """100 s to a checkpoint, and again 30 s to another; what came after each was lost."""
+
+    scratches: list[Path] = []
+
+    def work(out: Path, scratch: Path) -> None:
+        scratches.append(scratch)
+        if len(scratches) < 3:
+            (scratch / "checkpoint").write_text("kept")
+            raise RuntimeError("killed")
+        (out / "result.txt").write_text("done")
+
+    for kept in (100, 30):
+        with pytest.raises(RuntimeError, match="killed"):
+            run(store, work)
+        note = scratches[-1] / ".sitting.json"
+        began = read_json(note)["began"] - 1000  # all of it a while ago: nothing is kept in the future
+        os.utime(scratches[-1] / "checkpoint", (began + kept, began + kept))
+        write_json(note, read_json(note) | {"began": began})
+    found = run(store, work)
+    assert 130 <= found.seconds < 140
+    assert run(store, work).seconds == found.seconds
+    fresh = run(store, Work(), config={"lr": 0.2})
+    assert fresh.seconds < 10
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"began": 1}', '{"began": "x", "before": 1}'])
+def test_a_damaged_note_of_an_attempt_is_no_time(text: str, store: StageStore) -> None:
+    calls: list[Path] = []
+
+    def fails(out: Path, scratch: Path) -> None:
+        calls.append(scratch)
+        if len(calls) == 1:
+            (scratch / ".sitting.json").write_text(text)
+            raise ValueError("boom")
+        (out / "result.txt").write_text("done")
+
+    with pytest.raises(ValueError, match="boom"):
+        run(store, fails)
+    assert run(store, fails).seconds < 10
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -250,7 +292,7 @@ from pathlib import Path
 from tasks.stages.store import StageStore
 root, log, seconds = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
 def compute(out, scratch):
-    with log.open("a") as stream: stream.write(f"{os.getpid()} {sorted(p.name for p in scratch.iterdir())}\\n")
+    with log.open("a") as stream: stream.write(f"{os.getpid()} {sorted(p.name for p in scratch.glob('[!.]*'))}\\n")
     (scratch / "checkpoint").write_text("1")
     (out / "a").write_text("1")
     time.sleep(seconds)

@@ -445,6 +445,9 @@ def test_resumed_is_uninterrupted(
     assert not (tmp_path / "killed" / "adapter").exists()
     checkpoint = Path(str(last_checkpoint(scratch)))
     assert checkpoint.name == "checkpoint-4"
+    assert 0 < json.loads((checkpoint / "seconds.json").read_text()) < 500
+    (checkpoint / "seconds.json").write_text("1000.0")
+    seal(checkpoint)
     seen = Trained(tmp_path / "resumed")
     with pytest.MonkeyPatch.context() as patch:
         _watch(seen, patch)
@@ -453,6 +456,10 @@ def test_resumed_is_uninterrupted(
     assert seen.sequences == adapters[method].sequences[4:]
     assert same_weights(adapters[method].out / "adapter", tmp_path / "resumed/adapter")
     assert curve(tmp_path / "resumed") == curve(adapters[method].out)
+    metrics = json.loads((tmp_path / "resumed/metrics.json").read_text())
+    assert 1000 < metrics["cost/train_seconds"] < 1500, "the time before the kill counts"
+    per_second = metrics["cost/train_tokens"] / metrics["cost/train_seconds"]
+    assert metrics["cost/train_tokens_per_second"] == pytest.approx(per_second)
     world.train(method, tmp_path / "ended", scratch=scratch)  # as after a kill between the last step and the adapter
     assert same_weights(adapters[method].out / "adapter", tmp_path / "ended/adapter")
     assert curve(tmp_path / "ended") == curve(adapters[method].out)
