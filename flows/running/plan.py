@@ -182,14 +182,15 @@ def makespan(stages: Sequence[PlannedStage], seconds: Mapping[PlannedStage, floa
 def _assumptions(experiment: Experiment) -> str:
     return "Assumptions\n  " + "\n  ".join(
         [
-            f"a token is {planning.CHARS_PER_TOKEN:g} characters of text; a longer sequence counts as max_length",
+            f"a token is {planning.CHARS_PER_TOKEN:g} characters of text, and a template adds {planning.TURN_TOKENS:g} "
+            "to each turn; a longer sequence counts as max_length",
             "2 operations per parameter and token for each pass: forward 1, backward 1 through activations, 1 through",
             "  weights;",
             f"  {_passes(experiment)}pre-training 3",
             *(f"{machine.name}: {machine.flops / 1e12:,.2f} TFLOP/s" for machine in _MACHINES),
             "the head works on scored tokens only (replies, choices); a generated token counts twice;",
             "an item of an unknown lm-eval task reads max_length tokens, and there are "
-            f"{planning.ITEMS_OF_OTHER_TASKS:,} of them, or `limit`; a judge's own reading is not counted",
+            f"{planning.ITEMS_OF_OTHER_TASKS:,} of them, or `limit`",
             f"micro-batch {experiment.training.micro_batch} pairs, optimiser AdamW on the adapter only, in float32",
         ]
     )

@@ -17,7 +17,7 @@ from qadapter.evaluation.benchmarks.own.items import read_own
 from qadapter.evaluation.refusals import is_refusal
 from qadapter.files.artifacts import read_json
 from qadapter.files.folders import resolve_path
-from qadapter.judging.plan import judge_training
+from qadapter.judging.plan import judge_of, judge_training
 from qadapter.methods.method import Need, PairsPlan
 from qadapter.methods.table import method_named
 from qadapter.planning import estimate as planning
@@ -136,9 +136,10 @@ def _plan_local(source: Source, longest: int, files: Sequence[Path]) -> SourcePl
 
 def _lengths(pair: PreferencePair, longest: int) -> tuple[float, float]:
     """Tokens of prompt and a reply, and of the reply: the mean of both replies, by their characters."""
-    reply = (len(pair.chosen) + len(pair.rejected)) / 2
-    length = sum(len(turn["content"]) for turn in pair.prompt) + reply
-    return min(longest, length / planning.CHARS_PER_TOKEN), min(longest, reply / planning.CHARS_PER_TOKEN)
+    reply = (len(pair.chosen) + len(pair.rejected)) / 2 / planning.CHARS_PER_TOKEN
+    prompt = sum(len(turn["content"]) for turn in pair.prompt) / planning.CHARS_PER_TOKEN
+    added = planning.TURN_TOKENS * (len(pair.prompt) + 1)
+    return min(longest, prompt + reply + added), min(longest, reply + 1)  # and the token that ends it
 
 
 def _plan_prepared(folder: Path, longest: int) -> SourcePlan:
@@ -194,7 +195,13 @@ def estimate_of(
         domain = str(stage.inputs["domain"])
         name = experiment.domains[domain].source
         pairs = experiment.sources[name].judge_pairs
-        return trained(judge_training(experiment, domain), pairs, 2, plans[name], 2, head=False)
+        steps, tokens, operations, memory = trained(
+            judge_training(experiment, domain), pairs, 2, plans[name], 2, head=False
+        )
+        read = (
+            2 * _heldout(experiment, name, plans) * plans[name].tokens_per_sequence
+        )  # how often it agrees with people
+        return steps, tokens + read, operations + planning.training_flops(size, read, 1, 0.0), memory
     cell = stage.inputs.get("cell")
     if isinstance(cell, Cell) and stage.task == "train_adapter":
         plan = plans[experiment.domains[cell.domain].source]
@@ -204,7 +211,7 @@ def estimate_of(
         tokens, scored = _retention_reads(experiment, plans, folder)
         return 0, tokens, planning.training_flops(size, tokens, 1, scored), weights
     if stage.task in ("evaluate", "measure_curve") and isinstance(cell, Cell):
-        tokens, scored = _adaptation_reads(experiment, experiment.domains[cell.domain].source, plans)
+        tokens, scored = _adaptation_reads(experiment, cell.domain, plans)
         if cell.method != "base":
             more, more_scored = _retention_reads(experiment, plans, folder)
             tokens, scored = tokens + more, scored + more_scored
@@ -240,13 +247,22 @@ def _retention_reads(
     return tokens, scored
 
 
-def _adaptation_reads(experiment: Experiment, source: str, plans: Mapping[str, SourcePlan]) -> tuple[float, float]:
+def _adaptation_reads(experiment: Experiment, domain: str, plans: Mapping[str, SourcePlan]) -> tuple[float, float]:
     """Tokens that an adaptation measurement reads, and those of them that are scored or generated."""
+    source = experiment.domains[domain].source
     settings, plan = experiment.evaluation.adaptation, plans[source]
     sequences = 2 * _heldout(experiment, source, plans)
+    answer = settings.max_new_tokens + plan.tokens_per_sequence - plan.reply_tokens
+    read = 3 * settings.generate  # the base's answers by both, for the divergence; the policy's by the base
+    kind = judge_of(experiment, domain)
+    judged = 2 * settings.generate if kind and kind.training else 0
     return (
-        sequences * plan.tokens_per_sequence + _generated(settings.generate, settings.max_new_tokens, plan),
-        sequences * plan.reply_tokens + _generated(settings.generate, settings.max_new_tokens, None),
+        sequences * plan.tokens_per_sequence
+        + _generated(settings.generate, settings.max_new_tokens, plan)
+        + (read + judged) * answer,
+        sequences * plan.reply_tokens
+        + _generated(settings.generate, settings.max_new_tokens, None)
+        + read * settings.max_new_tokens,
     )
 
 

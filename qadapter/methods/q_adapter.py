@@ -139,7 +139,7 @@ METHOD = Method(
     name="q-adapter",
     settings=QAdapterSettings,
     train=train,
-    passes=3.0,  # the base's forward pass, the adapted model's, and one backward
+    passes=2.5,  # the base's forward pass, the adapted model's, one backward; of a prompt once for both replies
     knobs=(
         Knob("preset"),
         Knob("shift_mask"),

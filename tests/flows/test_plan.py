@@ -13,7 +13,7 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flows.full_paper_repro import experiment_stages
-from flows.running import plan
+from flows.running import plan, stage_costs
 from flows.running.plan import Recorder, plan_text
 from flows.running.stage_costs import PlannedStage
 from qadapter.config.evaluation import BuiltBenchmarks, RetentionSettings
@@ -26,6 +26,7 @@ from qadapter.judging.plan import case_of, judged_rows
 from qadapter.planning import estimate as planning
 from qadapter.planning import machine
 from qadapter.preferences import sources
+from qadapter.preferences.pair import PreferencePair
 from qadapter.training.adapt import lora_config
 
 
@@ -166,6 +167,47 @@ def test_what_a_benchmark_reads_by_hand() -> None:
     mmlu = 57 * 50 * 256
     assert tokens == 100 * 240 + 67 * 6 * 24 + 10 * 8 * 50 + mmlu + 7 * 256
     assert scored == 100 * 80 + 67 * 6 * 22 + 10 * 4 * 50 + mmlu + 7 * 256
+
+
+def test_what_is_asked_in_other_words_is_read_twice() -> None:
+    """Five items a task more where there is a question: not of BLiMP, whose sentences have none."""
+    built = BuiltBenchmarks(replies={"helpful": "helpful"}, max_items=10, max_chars=400)
+    tasks = ("hellaswag", "blimp", "helpful_reply_matching", "helpful_bits_per_byte", "mmlu")
+    plain = RetentionSettings(tasks=tasks, own={"quiz": "q.jsonl"}, limit=20)
+    both = plain.model_copy(update={"reworded": 5})
+    more = [
+        after - before
+        for before, after in zip(
+            *(planning.retention_tokens(settings, built, 256, {"quiz": 3}) for settings in (plain, both)), strict=True
+        )
+    ]
+    unknown = (57 * 5 + 3) * 256  # of the three items of one's own all
+    assert more == [5 * 240 + 5 * 8 * 50 + unknown, 5 * 80 + 5 * 4 * 50 + unknown]
+
+
+def test_tokens_of_a_pair_by_hand() -> None:
+    """60 characters of prompt, 24 and 32 of replies: 15 + 7 tokens; a template adds 3.6 to two turns and a reply."""
+    turns = ({"role": "user", "content": "x" * 40}, {"role": "assistant", "content": "y" * 20})
+    pair = PreferencePair(turns, "a" * 24, "b" * 32)  # type: ignore[arg-type]
+    assert stage_costs._lengths(pair, 100) == pytest.approx((15 + 7 + 3 * 3.6, 8))
+    assert stage_costs._lengths(pair, 20) == (20, 8)
+
+
+def test_an_evaluation_by_hand() -> None:
+    """10 held-out pairs of 50 tokens, 20 of them the reply; 4 answers of 16 tokens to prompts of 30.
+
+    Pairs 2 · 10 · 50, answers 4 · (2 · 16 + 30), and twelve times answer and prompt: the base's by both models, the
+    policy's by the base. A reward model reads both answers too, and scores no token.
+    """
+    experiment = load_experiment("mini", {"evaluation.adaptation": {"generate": 4, "max_new_tokens": 16}})
+    plans = dict.fromkeys(experiment.sources, plan.SourcePlan(100, 50, 20, "", 10))
+    tokens, scored = stage_costs._adaptation_reads(experiment, "academy", plans)
+    assert tokens == 2 * 10 * 50 + 4 * (32 + 30) + 12 * 46 + 8 * 46
+    assert scored == 2 * 10 * 20 + 4 * 32 + 12 * 16
+    unjudged = load_experiment(
+        "mini", {"evaluation.adaptation": {"generate": 4, "max_new_tokens": 16, "judge": "none"}}
+    )
+    assert stage_costs._adaptation_reads(unjudged, "academy", plans) == (tokens - 8 * 46, scored)
 
 
 def test_a_large_head_works_on_scored_tokens_only() -> None:
@@ -424,10 +466,11 @@ def test_the_time_of_stages_side_by_side() -> None:
     assert plan.makespan(stages, seconds, 3) == 5 + 4
 
 
-def test_a_pairwise_step_takes_three_passes_and_sft_two(offline: list[str]) -> None:
+def test_a_step_of_dpo_takes_three_passes_and_sft_two(offline: list[str]) -> None:
+    """The Q-Adapter's takes two and a half: both replies share the passes of their prompt."""
     table = cost_table(plan_text("smoke", None, ["training.max_steps=1000000"]))
-    assert table["train q-adapter"][4] == pytest.approx(1.5 * table["train sft"][4], rel=0.01)
-    assert table["train q-adapter"][4] == pytest.approx(table["train dpo"][4], rel=0.01)
+    assert table["train dpo"][4] == pytest.approx(3 / 2 * table["train sft"][4], rel=0.01)
+    assert table["train q-adapter"][4] == pytest.approx(2.5 / 2 * table["train sft"][4], rel=0.01)
 
 
 def test_a_plan_follows_the_overrides(offline: list[str]) -> None:
@@ -493,10 +536,12 @@ def test_the_plan_of_paper_offline(offline: list[str]) -> None:
     assert f" {steps[0]}/{steps[1]} " in next(line for line in text.splitlines() if line.startswith("  train dpo"))
     tokens = sum(2 * 512 * count * 256 for count in (steps[0], *[steps[1]] * 4))
     assert table["train dpo"][2] == pytest.approx(tokens)
-    items = 14_042 + 1_319 + 12_032 + 5_761 + 541
-    # KL: 1,000 helpful texts through policy and base; 16 old prompts and 100 new ones of 128 tokens, each answer twice
+    reworded = 64 * (57 + 1 + 1 + 24 + 1)  # of each of a benchmark's tasks
+    items = 14_042 + 1_319 + 12_032 + 5_761 + 541 + reworded
+    # KL: 1,000 helpful texts through policy and base; 16 old prompts and 100 new ones of 128 tokens, each answer twice;
+    # the answers to new prompts are read three times to compare the models, and two of each by the judge
     kept = items * 512 + 2 * 1000 * 256 + 16 * (2 * 64 + 128)
-    learnt = 2 * 1000 * 256 + 100 * (2 * 256 + 128)
+    learnt = 2 * 1000 * 256 + 100 * (2 * 256 + 128) + 5 * 100 * (256 + 128)
     assert table["evaluate dpo"][2] == pytest.approx(5 * (kept + learnt))
     assert table["evaluate base"][2] == pytest.approx(5 * learnt)
     assert table["measure_base_retention"][2] == pytest.approx(2 * kept)
