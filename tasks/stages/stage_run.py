@@ -16,6 +16,7 @@ from qadapter.errors import QAdapterError
 from qadapter.files.shown import shown
 from tasks.stages.context import LARGEST_LOGGED_FILE, RunContext
 from tasks.stages.live import LiveStage, shown_live
+from tasks.stages.memory import WORTH_IT, give_back_memory
 from tasks.stages.store import StageOutput
 from tasks.tracking.system_metrics import system_metrics, wanted_by_environment
 from tasks.tracking.tracker import flatten
@@ -94,6 +95,8 @@ def run_stage(
                 before=partial(tracker.log_params, run_id, settings),
             )
         live.end(seconds=output.seconds, cached=output.cached)
+        if not output.cached and output.seconds > WORTH_IT:
+            give_back_memory()
         measured = {**output.metrics(), f"cost/{name}_stage_seconds": output.seconds}
         fresh = {} if output.cached else {FRESH_TAG: True}
         tracker.log(

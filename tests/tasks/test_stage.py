@@ -364,6 +364,32 @@ def test_output_survives_prefects_json_results(store: StageStore) -> None:
     assert serializer.loads(serializer.dumps({"stages": [output]})) == {"stages": [output]}
 
 
+HOLDING = """
+import platform, psutil
+from tasks.stages.memory import give_back_memory
+def held(): return psutil.Process().memory_info().rss / 2**20
+blocks = [b"x" * 3_000_000, *(b"x" * 100_000 for _ in range(3000))]  # glibc takes the first from the system, and learns
+del blocks[0]
+more = [b"x" * 100_000 for _ in range(1000)]
+last = more[-1]  # at the heap's end, so that it cannot shrink
+del blocks, more
+before = held()
+give_back_memory()
+print(platform.libc_ver()[0], before - held())
+"""
+
+
+def test_freed_memory_is_returned_to_the_system() -> None:
+    """400 MB of blocks of 100 kB are freed, all but the last."""
+    result = subprocess.run(
+        [sys.executable, "-c", HOLDING], cwd=PROJECT_ROOT, capture_output=True, text=True, check=True
+    )
+    library, returned = result.stdout.split()
+    if library != "glibc":
+        pytest.skip("another C library keeps its heap its own way")
+    assert float(returned) > 300
+
+
 def test_no_heavy_library_is_imported() -> None:
     program = (
         "import sys, tempfile, pathlib; from tasks.stages.store import StageStore, code_digest\n"
