@@ -91,7 +91,8 @@ def duration(seconds: float) -> str:
 
 def speed(seconds: float, unit: str) -> str:
     """A rate for people: `3.1 s per step`, `42 prompts per s`."""
-    return f"{seconds:.1f} s per {unit}" if seconds >= 1 else f"{1 / max(seconds, 1e-9):,.1f} {unit}s per s"
+    several = f"{unit[:-1]}ies" if unit.endswith("y") else f"{unit}s"  # replies
+    return f"{seconds:.1f} s per {unit}" if seconds >= 1 else f"{1 / max(seconds, 1e-9):,.1f} {several} per s"
 
 
 @dataclass

@@ -82,6 +82,7 @@ def test_rates_and_what_is_left() -> None:
     assert place.left == 225
     assert place.text() == "training: step 30 of 120 (25 %), 2.5 s per step, about 4 min left"
     assert speed(0.02, "prompt") == "50.0 prompts per s"
+    assert speed(0.5, "reply") == "2.0 replies per s"
     assert Place("train", "t", "", 0.0, "training", "step", 0, 120).text() == "training: step 0 of 120 (0 %)"
 
 
