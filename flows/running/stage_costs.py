@@ -211,7 +211,7 @@ def estimate_of(
         tokens, scored = _retention_reads(experiment, plans, folder)
         return 0, tokens, planning.training_flops(size, tokens, 1, scored), weights
     if stage.task in ("evaluate", "measure_curve") and isinstance(cell, Cell):
-        tokens, scored = _adaptation_reads(experiment, cell.domain, plans)
+        tokens, scored = _adaptation_reads(experiment, cell.domain, plans, of_base=cell.method == "base")
         if cell.method != "base":
             more, more_scored = _retention_reads(experiment, plans, folder)
             tokens, scored = tokens + more, scored + more_scored
@@ -247,15 +247,19 @@ def _retention_reads(
     return tokens, scored
 
 
-def _adaptation_reads(experiment: Experiment, domain: str, plans: Mapping[str, SourcePlan]) -> tuple[float, float]:
+def _adaptation_reads(
+    experiment: Experiment, domain: str, plans: Mapping[str, SourcePlan], of_base: bool = False
+) -> tuple[float, float]:
     """Tokens that an adaptation measurement reads, and those of them that are scored or generated."""
     source = experiment.domains[domain].source
     settings, plan = experiment.evaluation.adaptation, plans[source]
     sequences = 2 * _heldout(experiment, source, plans)
     answer = settings.max_new_tokens + plan.tokens_per_sequence - plan.reply_tokens
-    read = 3 * settings.generate  # the base's answers by both, for the divergence; the policy's by the base
     kind = judge_of(experiment, domain)
-    judged = 2 * settings.generate if kind and kind.training else 0
+    # The base's answers are read by both models for the divergence, the policy's by the base for their likelihood, and
+    # those of both by the judge; the base reads its own
+    read = settings.generate * (1 if of_base else 3)
+    judged = 2 * settings.generate if kind and kind.training and not of_base else 0
     return (
         sequences * plan.tokens_per_sequence
         + _generated(settings.generate, settings.max_new_tokens, plan)

@@ -208,6 +208,8 @@ def test_an_evaluation_by_hand() -> None:
         "mini", {"evaluation.adaptation": {"generate": 4, "max_new_tokens": 16, "judge": "none"}}
     )
     assert stage_costs._adaptation_reads(unjudged, "academy", plans) == (tokens - 8 * 46, scored)
+    of_base = stage_costs._adaptation_reads(experiment, "academy", plans, of_base=True)
+    assert of_base == (tokens - 8 * 46 - 8 * 46, scored - 8 * 16), "it reads its own answers once"
 
 
 def test_a_large_head_works_on_scored_tokens_only() -> None:
@@ -543,7 +545,7 @@ def test_the_plan_of_paper_offline(offline: list[str]) -> None:
     kept = items * 512 + 2 * 1000 * 256 + 16 * (2 * 64 + 128)
     learnt = 2 * 1000 * 256 + 100 * (2 * 256 + 128) + 5 * 100 * (256 + 128)
     assert table["evaluate dpo"][2] == pytest.approx(5 * (kept + learnt))
-    assert table["evaluate base"][2] == pytest.approx(5 * learnt)
+    assert table["evaluate base"][2] == pytest.approx(5 * (learnt - 4 * 100 * (256 + 128)))
     assert table["measure_base_retention"][2] == pytest.approx(2 * kept)
     assert table["train_judge"][:2] == [5, math.ceil(2000 / 64)]
     assert 8 < table["train dpo"][3] < 80  # GB: it fits onto one GPU of 80
