@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -188,14 +187,13 @@ class PrefectRun:
         The kernel may deliver a signal to any thread, as it does where a process was stopped, and Python acts on it in
         the flow's thread alone: a wait without end would not notice it.
         """
-        begin, patience = time.monotonic(), _SECONDS_TO_BEGIN_A_STAGE if self._computes else _SECONDS_TO_FIND_A_STAGE
-        future.wait(timeout=patience)
-        if time.monotonic() - begin >= patience:
+        ended = self._ended[future.task_run_id]
+        if not ended.wait(_SECONDS_TO_BEGIN_A_STAGE if self._computes else _SECONDS_TO_FIND_A_STAGE):
             self._computes = True
             if isinstance(self._runner, ForkedWorkers):
                 self._runner.warm_up()
-        while not self._ended[future.task_run_id].wait(_BETWEEN_SIGNALS):
-            pass
+            while not ended.wait(_BETWEEN_SIGNALS):
+                pass
         future.wait()
 
     def finished(self, futures: Sequence[Any]) -> list[Any]:

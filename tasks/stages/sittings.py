@@ -12,26 +12,25 @@ from pathlib import Path
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import list_files, read_json, write_json
 
-_SITTING = ".sitting.json"
 
-
-def begin_sitting(scratch: Path) -> float:
-    """Note that a sitting begins.
+def begin_sitting(note: Path, scratch: Path) -> float:
+    """Note that a sitting begins. The caller holds the stage's lock.
 
     Args:
-        scratch: the stage's scratch folder; no other process uses it.
+        note: where this is written down; deleted once the stage is finished.
+        scratch: the stage's scratch folder; without one there is no earlier sitting whose work could be used.
 
     Returns:
         Seconds of the earlier sittings.
     """
-    file, now = scratch / _SITTING, time.time()
-    before = 0.0
-    try:
-        earlier = read_json(file)
-        kept = [path.stat().st_mtime for path in list_files(scratch, exclude={_SITTING}).values()]
-        last = min(max(kept, default=0.0), now)
-        before = float(earlier["before"]) + max(0.0, last - float(earlier["began"]))
-    except (QAdapterError, OSError, KeyError, TypeError, ValueError):  # the first sitting, or one whose note is damaged
-        pass
-    write_json(file, {"began": now, "before": before})
+    now, before = time.time(), 0.0
+    if scratch.exists():
+        try:
+            earlier = read_json(note)
+            kept = [path.stat().st_mtime for path in list_files(scratch).values()]
+            last = min(max(kept, default=0.0), now)
+            before = float(earlier["before"]) + max(0.0, last - float(earlier["began"]))
+        except (QAdapterError, OSError, KeyError, TypeError, ValueError):  # a note that is damaged or gone is no time
+            pass
+    write_json(note, {"began": now, "before": before})
     return before

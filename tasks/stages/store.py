@@ -191,15 +191,18 @@ class StageStore:
     ) -> StageOutput:
         """Compute a stage. The caller holds its lock, so existing files here belong to processes that have ended."""
         self._make_way(manifest.stage, folder)
+        note = self.root.absolute() / "locks" / manifest.stage / f"{manifest.key[:_SHORT]}.sitting"
+        before = begin_sitting(note, scratch)
         with storage_errors(scratch):
             scratch.mkdir(parents=True, exist_ok=True)
         with atomic_folder(folder) as out:
-            start = time.perf_counter() - begin_sitting(scratch)
+            start = time.perf_counter() - before
             compute(out, scratch)
             if not list_files(out):
                 raise ValueError(f"Stage {manifest.stage} wrote no file into its output folder.")
             manifest = dataclasses.replace(manifest, seconds=round(time.perf_counter() - start, 3)).write(out)
         shutil.rmtree(scratch, ignore_errors=True)
+        note.unlink(missing_ok=True)
         return StageOutput(
             manifest.stage, manifest.key, folder, manifest.digest, cached=False, seconds=manifest.seconds
         )

@@ -795,6 +795,8 @@ def test_only_what_was_chosen_is_trained_with_further_seeds(harness: None, share
     checked = check_sweep(file, None, str(shared_data), changes)
     assert "seeds 0; the chosen settings also 1" in plan_text(checked)
     assert "train_adapter                 6" in plan_text(checked)
+    with pytest.raises(QAdapterError, match=r"\[1\] are among seeds and confirm_seeds; keep each in one"):
+        check_sweep(file, None, str(shared_data), changes | {"seeds": [0, 1]})
     home = Home(tmp_path / "home")
     with home.entered():
         found = sweep(file, None, str(shared_data), changes)

@@ -149,7 +149,7 @@ def test_a_failed_stage_keeps_its_scratch_and_nothing_else(store: StageStore) ->
     seen: list[list[str]] = []
 
     def flaky(out: Path, scratch: Path) -> None:
-        seen.append(sorted(path.name for path in scratch.glob("[!.]*")))
+        seen.append(sorted(path.name for path in scratch.iterdir()))
         (scratch / "checkpoint-1").write_text("half")
         (out / "part").write_text("x")
         if len(seen) == 1:
@@ -174,9 +174,13 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
+def note_of(store: StageStore) -> Path:
+    (note,) = store.root.glob("locks/train/*.sitting")
+    return note
+
+
 def test_the_time_of_a_killed_attempt_counts_up_to_what_it_kept(store: StageStore) -> None:
     """100 s to a checkpoint, and again 30 s to another; what came after each was lost."""
-
     scratches: list[Path] = []
 
     def work(out: Path, scratch: Path) -> None:
@@ -189,13 +193,14 @@ def test_the_time_of_a_killed_attempt_counts_up_to_what_it_kept(store: StageStor
     for kept in (100, 30):
         with pytest.raises(RuntimeError, match="killed"):
             run(store, work)
-        note = scratches[-1] / ".sitting.json"
+        note = note_of(store)
         began = read_json(note)["began"] - 1000  # all of it a while ago: nothing is kept in the future
         os.utime(scratches[-1] / "checkpoint", (began + kept, began + kept))
         write_json(note, read_json(note) | {"began": began})
     found = run(store, work)
     assert 130 <= found.seconds < 140
     assert run(store, work).seconds == found.seconds
+    assert not list(store.root.glob("locks/*/*.sitting"))
     fresh = run(store, Work(), config={"lr": 0.2})
     assert fresh.seconds < 10
 
@@ -207,7 +212,8 @@ def test_a_damaged_note_of_an_attempt_is_no_time(text: str, store: StageStore) -
     def fails(out: Path, scratch: Path) -> None:
         calls.append(scratch)
         if len(calls) == 1:
-            (scratch / ".sitting.json").write_text(text)
+            (scratch / "checkpoint").write_text("kept")
+            note_of(store).write_text(text)
             raise ValueError("boom")
         (out / "result.txt").write_text("done")
 
@@ -292,7 +298,7 @@ from pathlib import Path
 from tasks.stages.store import StageStore
 root, log, seconds = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
 def compute(out, scratch):
-    with log.open("a") as stream: stream.write(f"{os.getpid()} {sorted(p.name for p in scratch.glob('[!.]*'))}\\n")
+    with log.open("a") as stream: stream.write(f"{os.getpid()} {sorted(p.name for p in scratch.iterdir())}\\n")
     (scratch / "checkpoint").write_text("1")
     (out / "a").write_text("1")
     time.sleep(seconds)
