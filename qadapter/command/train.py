@@ -38,6 +38,7 @@ from qadapter.preferences.prepare import PreparationSummary, prepare
 from qadapter.preferences.stream import first_usable_pair
 from qadapter.training.arguments import (
     LogAtCheckpoints,
+    RefuseDivergence,
     measured_cost,
     save_weights,
     tokens_seen,
@@ -136,7 +137,7 @@ def _train(
         evaluate_while_training(trainer, options)
         note(f"evaluation: every {options.eval_steps} steps, on {len(aside)} training pairs that are set aside")
     checkpoint = last_checkpoint(out / "checkpoints")
-    for callback in (LogAtCheckpoints(), SealCheckpoints(checkpoint)):
+    for callback in (LogAtCheckpoints(), RefuseDivergence("training"), SealCheckpoints(checkpoint)):
         trainer.add_callback(callback)
     before = None
     if own:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,11 +26,11 @@ from qadapter.evaluation.preference import PairScores, distinct_pairs, preferenc
 from qadapter.evaluation.rewording import reworded, reworded_rows
 from qadapter.evaluation.speech import SPEECH, Speech
 from qadapter.files.artifacts import read_json, read_json_lines, write_json, write_json_lines
-from qadapter.inference.generate import generate_replies, generate_with_ends
+from qadapter.inference.generate import decoding_speed, generate_with_ends
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.preferences.pair import Message, PreferencePair, load_pairs
 from qadapter.preferences.tokenize import UnusablePair, encode_reply
-from qadapter.progress.kept import keeping, leads, spending
+from qadapter.progress.kept import keeping, leads
 from qadapter.toyworld.rules import exact_measures
 from qadapter.toyworld.world import ToyWorld
 
@@ -39,6 +38,7 @@ Compare = Callable[
     [Sequence[Sequence[Message]], Sequence[str], Sequence[str]], tuple[list[dict[str, Any]], dict[str, float]]
 ]
 """Prompts, the base's answers and the policy's → rows {prompt, base, reply, verdict, judge}, and metrics."""
+_SPEED_TOKENS = 16  # of which the decoding speed is taken: a few seconds of an evaluation that takes minutes
 
 
 def measure_adaptation(
@@ -92,7 +92,8 @@ def measure_adaptation(
     metrics = {f"adaptation/{name}": value for name, value in preference_metrics(scores, base_scores).items()}
     if said is not None:
         metrics["adaptation/kl_per_token"] = distance
-        metrics["cost/decoding_tokens_per_second"] = said.tokens_per_second
+        if said.tokens_per_second is not None:
+            metrics["cost/decoding_tokens_per_second"] = said.tokens_per_second
         if world is not None:
             metrics |= exact_measures(ToyWorld.read(world), style, said.prompts, said.replies)
         before = _read_replies(base_adaptation)[0] if base_adaptation else said.replies
@@ -108,12 +109,12 @@ def measure_adaptation(
 
 
 class _Said(NamedTuple):
-    """Held-out prompts, the answers to them, how they read, and how fast one process generated them."""
+    """Held-out prompts, the answers to them, how they read, and how fast one process decodes."""
 
     prompts: list[list[Message]]
     replies: list[str]
     speech: Speech
-    tokens_per_second: float
+    tokens_per_second: float | None
 
 
 def _answer(
@@ -125,16 +126,10 @@ def _answer(
     max_length: int,
 ) -> _Said:
     prompts = [list(pair.prompt) for pair in asked]
-    # The first pass pays for what is set up once; the answers are few and short, so it would be much of the time.
-    generate_replies(policy, tokenizer, prompts[:1], max_new_tokens=2, batch_size=1)
-    start = time.perf_counter()
-    with spending() as spent:
-        generated = generate_with_ends(
-            policy, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
-        )
-    seconds = spent.seconds or time.perf_counter() - start
+    generated = generate_with_ends(
+        policy, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
+    )
     replies = [reply.text for reply in generated]
-    tokens = sum(len(row) + 1 for row in tokenizer(replies, add_special_tokens=False)["input_ids"])
     speech = heard(
         policy,
         tokenizer,
@@ -145,7 +140,8 @@ def _answer(
         max_length=max_length,
         batch_size=settings.batch_size,
     )
-    return _Said(prompts, replies, speech, tokens / seconds)
+    speed = decoding_speed(policy, tokenizer, prompts, tokens=min(_SPEED_TOKENS, settings.max_new_tokens))
+    return _Said(prompts, replies, speech, speed)
 
 
 def _new_divergence(

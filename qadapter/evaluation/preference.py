@@ -59,7 +59,7 @@ def score_pairs(
         batch_size: pairs a forward pass.
 
     Raises:
-        QAdapterError: not one pair can be scored.
+        QAdapterError: not one pair can be scored, or a log-probability is not finite.
     """
     indices, encoded = encode_usable(tokenizer, pairs, max_length)
     if not encoded:
@@ -80,6 +80,11 @@ def score_pairs(
     with evaluating(model):
         found = item_results(lengths, batch_size, log_probs, content, work="scoring", unit="pair")
     sums = np.array(found, dtype=np.float64).reshape(-1, 2).T
+    if len(impossible := np.flatnonzero(np.isinf(sums).any(axis=0))):
+        raise QAdapterError(
+            f"{len(impossible)} of {len(encoded)} held-out pairs have a reply that the policy can never give (log-"
+            f"probability -inf), the first one pair {indices[impossible[0]]}. Its numbers overflow: load it in float32."
+        )
     return PairScores(
         chosen=sums[0],
         rejected=sums[1],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -107,6 +108,37 @@ def generate_with_ends(
     for place, (text, ended) in zip(places, found, strict=True):
         replies[place] = Generated(text, ended)
     return replies
+
+
+def decoding_speed(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[Message]], *, tokens: int
+) -> float | None:
+    """Tokens per second of one reply with a cache, its prompt's tokens included in the time.
+
+    Each policy writes as many tokens to the same prompt, past the end of a reply. The time of real replies would tell
+    how long these are: a batch runs until its last reply ends.
+
+    Args:
+        model: as in `generate_with_ends`.
+        prompts: the first one that can be rendered is used.
+        tokens: to write.
+
+    Returns:
+        The speed; None where no prompt can be rendered.
+    """
+    readable = next((prompt for prompt in prompts if why_not(tokenizer, prompt) is None), None)
+    if readable is None:
+        return None
+    settings = generation_settings(model, tokenizer, tokens, 0.0)
+    settings.eos_token_id = None
+    ids = prompt_ids(tokenizer, readable)[-max(1, context_of(model) - tokens) :]
+    batch = left_padded([ids], settings.pad_token_id, device_of(model))
+    with evaluating(model), only_as_asked(model):
+        for warm in (True, False):
+            settings.max_new_tokens = min(2, tokens) if warm else tokens  # the first pass pays for what is set up once
+            start = time.perf_counter()
+            model.generate(**batch, generation_config=settings).tolist()  # type: ignore[operator]
+    return tokens / (time.perf_counter() - start)
 
 
 def reply_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ends: Sequence[int]) -> str:

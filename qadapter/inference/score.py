@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qadapter.errors import QAdapterError
 from qadapter.policy.log_probs import token_terms
 from qadapter.policy.objective import scored_positions
 from qadapter.policy.scored_states import scored_states
@@ -34,6 +35,9 @@ class Predictions:
         Args:
             model: any policy.
             batch: as `reply_log_probs` takes it.
+
+        Raises:
+            QAdapterError: the policy's numbers are NaN; so does `logits`.
         """
         device = device_of(model)
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
@@ -43,6 +47,7 @@ class Predictions:
         states = scored_states(model, ids, mask, torch.nn.functional.pad(scored, (0, 1)))
         self._states = states
         if states is not None:
+            _refuse_nan(states[0])
             self.vocabulary = len(states[1].weight)
             return
         first = int(positions.min()) if len(positions) else 0
@@ -55,7 +60,7 @@ class Predictions:
     def logits(self, part: slice) -> Tensor:
         """[n, V] float32, of some of the tokens, up to a constant for each."""
         if self._states is None:
-            return self._logits[self.rows[part], self._columns[part]].float()
+            return _refuse_nan(self._logits[self.rows[part], self._columns[part]].float())
         hidden, head = self._states
         return head.logits(hidden[part]).float()
 
@@ -69,6 +74,16 @@ class Predictions:
             scores = self.logits(part)
             parts.append(scores.gather(1, self.targets[part, None]).squeeze(1) - scores.logsumexp(dim=1))
         return torch.cat(parts)
+
+
+def _refuse_nan(values: Tensor) -> Tensor:
+    """The values. A comparison with NaN is false, so what is counted by comparisons would look like a bad score."""
+    if bool(values.isnan().any()):
+        raise QAdapterError(
+            "The policy's numbers are NaN: its training diverged, or they do not fit into its dtype. Train it with a "
+            "lower learning rate, or load it in float32 or bfloat16."
+        )
+    return values
 
 
 def reply_log_probs(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

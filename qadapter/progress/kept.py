@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import json_line, storage_errors
 from qadapter.progress.reports import counted
 
@@ -26,13 +28,6 @@ log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_SYNCS = 1.0
 _SECONDS_BETWEEN_LOOKS = 0.05  # at what other processes have written
-
-
-@dataclass
-class Spent:
-    """Computing time of the batches of a block, of those too that an earlier run or another process computed."""
-
-    seconds: float = 0.0
 
 
 @dataclass
@@ -90,7 +85,6 @@ class Kept:
 
 
 _kept: ContextVar[Kept | None] = ContextVar("where results are kept", default=None)
-_spent: ContextVar[Spent | None] = ContextVar("what batches cost", default=None)
 
 
 @contextmanager
@@ -125,17 +119,6 @@ def leads() -> bool:
     return found is None or found.rank == 0
 
 
-@contextmanager
-def spending() -> Iterator[Spent]:
-    """Measure the computing time of the block's batches."""
-    spent = Spent()
-    token = _spent.set(spent)
-    try:
-        yield spent
-    finally:
-        _spent.reset(token)
-
-
 def computed(
     work: str,
     unit: str,
@@ -154,14 +137,15 @@ def computed(
         content: from the number of a batch to JSON values that determine its result within this stage.
         sampled: whether the results depend on torch's random state, and so on the batches before. They are then
             computed by one process, and the random state after each batch is kept too.
+
+    Raises:
+        QAdapterError: a result is NaN, or has one.
     """
-    found, spent, results = _kept.get(), _spent.get(), []
+    found, results = _kept.get(), []
     if found is None:
         with counted(work, unit, sum(sizes)) as progress:
             for place, size in enumerate(sizes):
-                start = time.perf_counter()
-                results.append(compute(place))
-                _count(spent, time.perf_counter() - start)
+                results.append(_numbers(compute(place), work))
                 progress.advance(size)
         return results
     call = found.next_call()
@@ -181,9 +165,7 @@ def computed(
             row = found.get(key)
             mine = found.rank == 0 if sampled else place % found.processes == found.rank
             if row is None and mine:
-                start = time.perf_counter()
-                result = compute(place)
-                row = {"result": result, "seconds": time.perf_counter() - start}
+                row = {"result": _numbers(compute(place), work)}
                 if sampled:
                     row["state"] = _random_state()
                 found.put(key, row)
@@ -198,13 +180,23 @@ def computed(
         row = found.get(key)
         assert row is not None
         results.append(row["result"])
-        _count(spent, row["seconds"])
     return results
 
 
-def _count(spent: Spent | None, seconds: float) -> None:
-    if spent is not None:
-        spent.seconds += seconds
+def _numbers(result: Any, work: str) -> Any:
+    """A batch's result, which is kept only if it has no NaN."""
+    if _has_nan(result):
+        raise QAdapterError(
+            f"{work}: a result is NaN. The policy's training diverged, or its numbers do not fit into its dtype: train "
+            "it with a lower learning rate, or load it in float32 or bfloat16."
+        )
+    return result
+
+
+def _has_nan(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isnan(value)
+    return isinstance(value, list | tuple) and any(map(_has_nan, value))
 
 
 def _digest(text: str) -> str:

@@ -31,6 +31,7 @@ from qadapter.report.dial_figure import DIAL_FIGURE, dial_figure
 from qadapter.report.figures import retention_against_adaptation
 from qadapter.report.intervals import Measured
 from qadapter.report.items import refuse_other_items
+from qadapter.report.judges import left_out_sentence
 from qadapter.report.latex import latex
 from qadapter.report.own_budget import LEGEND as OWN_BUDGET_LEGEND
 from qadapter.report.own_budget import budget_of, own_budget_table
@@ -48,6 +49,7 @@ from qadapter.report.tables import (
     forgetting_table,
     further_table,
     main_table,
+    subtask_measures,
     task_details,
 )
 
@@ -137,6 +139,7 @@ def build_report(
         "legend": legend,
         "forgetting": forgetting_table(measured),
         "further": further_table(measured),
+        "further_legend": _further_legend(measured),
         "drift": drift_table(measured),
         "costs": cost_table(measured),
         "answers": side_by_side(rows),
@@ -150,7 +153,6 @@ def build_report(
     (out / "report.md").write_text(_markdown(content, long, has_curves), encoding="utf-8")
     for_page = {
         "forgetting_legend": FORGETTING_LEGEND,
-        "further_legend": FURTHER_LEGEND,
         "drift_legend": DRIFT_LEGEND,
         "cost_legend": COST_LEGEND,
         "quality_legend": QUALITY_LEGEND,
@@ -169,11 +171,17 @@ def build_report(
 
 
 def _main_legend(measured: Measured) -> str:
-    """The main table's, with a warning of the numbers of methods that do not speak."""
-    silent = silent_methods(measured.rows)
-    if not silent:
-        return MAIN_LEGEND
-    return f"{MAIN_LEGEND} Without a place in the comparison, because they do not speak: {', '.join(silent)}."
+    """The main table's, with a warning of methods that do not speak and of judges that may decide by chance."""
+    legend, silent = MAIN_LEGEND, silent_methods(measured.rows)
+    if silent:
+        legend += f" Without a place in the comparison, because they do not speak: {', '.join(silent)}."
+    return f"{legend} {left_out_sentence(measured.judged_by_chance)}".strip()
+
+
+def _further_legend(measured: Measured) -> str:
+    """The further table's, with the number of measures that only `details.csv` has."""
+    left_out = len(subtask_measures(measured))
+    return f"{FURTHER_LEGEND} {left_out} measures of groups' sub-tasks: in details.csv." if left_out else FURTHER_LEGEND
 
 
 def _sections(content: Mapping[str, Any], has_curves: bool) -> list[tuple[str, str]]:
@@ -217,7 +225,7 @@ def _markdown(content: Mapping[str, Any], long: pd.DataFrame, has_curves: bool) 
         *(["## Training curves", f"![training curves]({CURVES})"] if has_curves else []),
         "## Further measures",
         markdown.table(content["further"]),
-        FURTHER_LEGEND,
+        content["further_legend"],
         *(["## Drift", markdown.table(content["drift"]), DRIFT_LEGEND] if content["drift"] else []),
         "## Cost",
         markdown.table(content["costs"]),

@@ -261,9 +261,10 @@ def _answers(measured: Measured, chosen: _Candidate, domains: Sequence[str]) -> 
     if not chosen.writes:
         parts.append(f"All {chosen.answers} generated answers are the base's, word for word.")
     elif chosen.answers and not judged:
+        why = "is not known, for their judge may decide by chance" if measured.judged_by_chance else "was not judged"
         parts.append(
             f"{chosen.changed} of {chosen.answers} generated answers differ from the base's; whether they are better "
-            "was not judged: read some below."
+            f"{why}: read some below."
         )
     if broken >= BROKEN_SHARE:
         parts.append(

@@ -24,6 +24,7 @@ from qadapter.report.items import (
     retention_measures,
     wins,
 )
+from qadapter.report.judges import judged_by_chance, without_win_rates_by_chance
 from qadapter.report.rows import Row, Spread, kind, methods_of, ordered, run_of, spread_over
 
 RESAMPLES = 2000
@@ -126,19 +127,21 @@ class Measured:
     """All rows of a comparison with their item scores, read once.
 
     Attributes:
-        rows: one per policy.
+        rows: one per policy, without the win rates of judges that may decide by chance.
+        judged_by_chance: the domains of these judges.
         domains, methods: in order.
         measures: `retention/<task>/<metric>`, one a task.
         higher: metric to whether higher is better.
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows = list(rows)
+        self.rows = without_win_rates_by_chance(rows)
+        self.judged_by_chance = judged_by_chance(rows)
         self.domains = ordered(row.domain for row in rows)
         self.methods = methods_of(rows)
         self.measures = retention_measures(rows)
         self.higher = directions_of(rows)
-        self._by_cell = {(row.domain, row.method, row.seed): row for row in rows}
+        self._by_cell = {(row.domain, row.method, row.seed): row for row in self.rows}
         self._measured = {(row.domain, row.method) for row in rows}
         self._kept = {cell: retention_items(row, self.measures) for cell, row in self._by_cell.items()}
         self._samples: dict[tuple[object, ...], Sample | None] = {}

@@ -114,12 +114,12 @@ def retention_items(row: Row, measures: Sequence[str]) -> dict[str, Items]:
     for record in read_lines(row.retention, "items.jsonl"):
         by_task[record["task"]].append(record)
     measured = {name.split("/")[1] for name in measures}
-    owner = {other: _owner(other, measured) for other in by_task}
+    owners = {other: owner(other, measured) for other in by_task}
     found = {}
     for name in measures:
         _, task, metric = name.split("/")
         below = [other for other in by_task if other.startswith(f"{task}_")]
-        for names in [[task]] if task in by_task else [[other for other in below if owner[other] == task], below]:
+        for names in [[task]] if task in by_task else [[other for other in below if owners[other] == task], below]:
             items = _items([record for other in names for record in by_task[other]], metric)
             if items is not None and agrees(items.mean, row.metrics.get(name)):
                 found[name] = items
@@ -127,7 +127,7 @@ def retention_items(row: Row, measures: Sequence[str]) -> dict[str, Items]:
     return found
 
 
-def _owner(task: str, measured: Collection[str]) -> str:
+def owner(task: str, measured: Collection[str]) -> str:
     """The measured task or group with the longest name that a task's begins with; nothing if there is none."""
     return max((name for name in measured if task == name or task.startswith(f"{name}_")), key=len, default="")
 

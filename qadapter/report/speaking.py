@@ -24,10 +24,15 @@ def speech_sentences(rows: Sequence[Row]) -> list[str]:
     return [_silent(rows, method) for method in silent_methods(rows)]
 
 
-def judged_sentences(rows: Sequence[Row]) -> list[str]:
-    """That the answers were not judged, where no judge and no exact rule compared any; nothing where one did."""
+def judged_sentences(rows: Sequence[Row], judged_by_chance: Sequence[str] = ()) -> list[str]:
+    """That the answers were not judged, where no judge and no exact rule compared any; nothing where one did.
+
+    Args:
+        rows: one per policy.
+        judged_by_chance: domains whose answers a judge compared in vain, of which other sentences tell.
+    """
     trained = [row for row in rows if kind(row.method) != "base"]
-    if not trained or any(WIN_RATE in row.metrics or RULE in row.metrics for row in trained):
+    if not trained or judged_by_chance or any(WIN_RATE in row.metrics or RULE in row.metrics for row in trained):
         return []
     if any(SPEAKS in row.metrics for row in trained):
         return [

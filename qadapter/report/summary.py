@@ -9,18 +9,18 @@ from typing import Any
 
 from qadapter.evaluation.distance import far_from_base
 from qadapter.evaluation.old_text import unmeasured_on_old_text
-from qadapter.evaluation.statistics import Interval, proportion_interval
+from qadapter.evaluation.statistics import Interval
 from qadapter.methods.table import METHODS, SUBJECT
 from qadapter.report.cuts import cut_sentences
 from qadapter.report.front import pareto_front
 from qadapter.report.intervals import Measured
 from qadapter.report.items import SCORE, WIN_RATE
+from qadapter.report.judges import CHANCE, judge_interval
 from qadapter.report.rows import Row, kind, listed, methods_of, spread, spread_over
 from qadapter.report.speaking import judged_sentences, silent_methods, speech_sentences
 from qadapter.report.tables import bracket, number
 
 OURS = SUBJECT.name
-CHANCE = 0.5
 _MOST_DUELS = 12  # more, of a whole sweep, would be no summary
 
 
@@ -214,6 +214,8 @@ def _by_subject(
             f"One seed only ({listed(single)}): such intervals say how the choice of held-out items matters, not how "
             "another training would come out."
         )
+    judges = judge_sentences(measured)
+    by_chance = [line for line in judges if line.partition(":")[0] in measured.judged_by_chance]
     return {
         "speech": speech_sentences(rows),
         "coverage": coverage_sentences(measured),
@@ -223,8 +225,10 @@ def _by_subject(
         "ranking": _rankings(measured, silent),
         "chance": chance_sentences(measured),
         "distance": distance_sentences(measured),
-        "judged": judged_sentences(rows),
-        "judge": judge_sentences(measured) + undecided_sentences(measured) + unmeasured_on_old_text(config),
+        "judged": [*judged_sentences(rows, measured.judged_by_chance), *by_chance],
+        "judge": [line for line in judges if line not in by_chance]
+        + undecided_sentences(measured)
+        + unmeasured_on_old_text(config),
         "setting": setting,
         "cuts": cut_sentences(rows),
         "seeds": seeds,
@@ -379,25 +383,16 @@ def _above_base(measured: Measured, method: str) -> bool:
 
 
 def judge_sentences(measured: Measured) -> list[str]:
-    """What a trained judge is worth, domain by domain, by Wilson's interval over the pairs that it was tried on."""
+    """What a trained judge is worth, domain by domain."""
     result = []
     for domain in measured.domains:
-        for row in measured.rows:
-            names = ("judge_accuracy", "judge_accuracy_n")  # not `n`: it may have been tried on fewer pairs
-            accuracy, n = (row.metrics.get(f"adaptation/{name}", math.nan) for name in names)
-            if row.domain != domain or not n >= 1 or not 0 <= accuracy <= 1:
-                continue
-            found = proportion_interval(accuracy * n, int(n))
-            at_chance = found.low <= CHANCE
+        found = next((i for row in measured.rows if row.domain == domain if (i := judge_interval(row))), None)
+        if found is not None:
+            left_out = ", which may be chance: its win rates are left out" if found.low <= CHANCE else ""
             result.append(
-                f"{domain}: the judge of the answers agrees with {number(accuracy)} {bracket(found)} of {n:.0f} "
-                + (
-                    "held-out pairs: it may be at chance, and then its win rates say nothing."
-                    if at_chance
-                    else "held-out pairs."
-                )
+                f"{domain}: the judge of the answers agrees with {number(found.estimate)} {bracket(found)} of "
+                f"{found.items} held-out pairs{left_out}."
             )
-            break
     return result
 
 

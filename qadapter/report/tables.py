@@ -12,7 +12,7 @@ import pandas as pd
 from qadapter.evaluation.drift import MOVED, TRAITS
 from qadapter.evaluation.statistics import Interval
 from qadapter.report.intervals import Measured
-from qadapter.report.items import SCORE, WIN_RATE
+from qadapter.report.items import SCORE, WIN_RATE, owner
 from qadapter.report.rows import (
     Row,
     Spread,
@@ -304,15 +304,27 @@ def difference_cell(value: float, interval: Interval | None) -> Cell:
 
 
 def further_table(measured: Measured) -> Table:
-    """All other measures of learning and forgetting: one row per measure, means over domains and seeds."""
+    """All other measures of learning and forgetting: one row per measure, means over domains and seeds.
+
+    Those of a group's sub-tasks, of which one group can have dozens, are left out.
+    """
     shown = {SCORE, "retention/mean", "forgetting/mean", *measured.measures}
     names = ordered(
         (name for row in measured.rows for name in row.metrics if name.startswith(("adaptation/", "retention/"))),
         list(FURTHER),
     )
     names += [n for n in FURTHER if n.startswith("forgetting/") and any(n in row.metrics for row in measured.rows)]
+    shown |= set(subtask_measures(measured))
     names = [name for name in dict.fromkeys(names) if name not in shown]
     return _by_measure(measured, {name: (FURTHER.get(name, name), 1 if name in _COUNTS else 3) for name in names})
+
+
+def subtask_measures(measured: Measured) -> list[str]:
+    """The measures of tasks that are measured as part of a group: `retention/mmlu_anatomy/acc` of `mmlu`."""
+    groups = {name.split("/")[1] for name in measured.measures}
+    names = dict.fromkeys(name for row in measured.rows for name in row.metrics if name.startswith("retention/"))
+    tasks = {name: name.split("/")[1] for name in names if name.count("/") == 2}
+    return [name for name, task in tasks.items() if owner(task, groups) not in ("", task)]
 
 
 def drift_table(measured: Measured) -> Table | None:

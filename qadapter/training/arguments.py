@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
@@ -107,6 +108,39 @@ class LogAtCheckpoints(TrainerCallback):
         if control.should_save or state.global_step >= state.max_steps:
             control.should_log = True
         return control
+
+
+class RefuseDivergence(TrainerCallback):
+    """Ends a training whose weights are no numbers any more, at its next log, and so before it is kept anywhere.
+
+    The curve does not tell: Trainer logs the mean of earlier losses in place of one that is NaN. And a finished stage
+    is not computed again.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        """Trainer's hook: after each logged step, and before a checkpoint of it is saved.
+
+        Raises:
+            QAdapterError: a trained weight is NaN or infinite.
+        """
+        for weight, value in model.named_parameters() if model is not None else ():
+            part = value.to_local() if isinstance(value, DTensor) else value
+            if value.requires_grad and not bool(part.isfinite().all()):
+                raise QAdapterError(
+                    f"{self.name}: the training diverged by step {state.global_step} of {state.max_steps}: {weight} is "
+                    f"NaN or infinite. Set a lower learning rate than {args.learning_rate:g}, or more "
+                    "steps of warm-up."
+                )
 
 
 class ReportProgress(TrainerCallback):
@@ -226,6 +260,9 @@ def train_to_end(trainer: AnyTrainer, name: str) -> AnyTrainer:
 
     Returns:
         The same trainer, after the training.
+
+    Raises:
+        QAdapterError: the training diverged.
     """
     if trainer.model is not None and any(kind.__module__.startswith("trl.") for kind in type(trainer).__mro__):
         from qadapter.training.reply_log_probs import score_replies_only  # TRL takes seconds to import
@@ -235,7 +272,7 @@ def train_to_end(trainer: AnyTrainer, name: str) -> AnyTrainer:
     _name_for_trackers(trainer, name)
     prepare_evaluation(trainer, name)
     checkpoint = last_checkpoint(str(trainer.args.output_dir))
-    for callback in (ReportProgress(name), LogAtCheckpoints(), SealCheckpoints(checkpoint)):
+    for callback in (ReportProgress(name), LogAtCheckpoints(), RefuseDivergence(name), SealCheckpoints(checkpoint)):
         trainer.add_callback(callback)
     group_rows(trainer)
     if checkpoint and stopped_early(trainer, checkpoint):

@@ -25,6 +25,7 @@ _METRICS = (
     "forgetting/kl_per_token",
     "adaptation/implied_reward_accuracy",
     "adaptation/win_rate",
+    "adaptation/judge_accuracy",
     "adaptation/speaks",
     "cost/train_seconds",
 )

@@ -361,6 +361,12 @@ def test_doing_nothing_is_worth_nothing(tmp_path: Path) -> None:
         "1.000",
         "",
     ]
+    for row in rows:  # a judge that agrees with 11 of 20 may decide by chance
+        row.metrics.update({"adaptation/judge_accuracy": 0.55, "adaptation/judge_accuracy_n": 20.0})
+    build_sweep_report(rows, settings, expected=1, title="Sweep", out=tmp_path)
+    text = (tmp_path / "sweep.md").read_text(encoding="utf-8")
+    assert "No win rate for harmless: the judge may decide by chance." in text
+    assert "0.625" not in text
 
 
 def test_a_base_that_had_nothing_can_lose_nothing() -> None:

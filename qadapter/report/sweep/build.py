@@ -17,6 +17,7 @@ from qadapter.methods.table import NAMES, SUBJECT, knobs
 from qadapter.report import markdown
 from qadapter.report.budget import LEGEND as BUDGET_LEGEND
 from qadapter.report.budget import budget_metrics, budget_sentences, budget_table, curves_of
+from qadapter.report.judges import judged_by_chance, left_out_sentence, without_win_rates_by_chance
 from qadapter.report.rows import Row, Spread, listed, ordered, spread
 from qadapter.report.sweep.equal import equal_budgets_section
 from qadapter.report.sweep.figure import draw_sweep
@@ -62,6 +63,7 @@ def build_sweep_report(
             are chosen on one half of the items, and nowhere else.
     """
     to_csv(_all_rows(rows, settings), out / "sweep.csv")
+    rows = without_win_rates_by_chance(rows)
     confirming = [row for row in rows if row.seed in confirm_seeds]
     rows = [row for row in rows if row.seed not in confirm_seeds]
     points = points_of(rows, settings, expected)
@@ -80,6 +82,7 @@ def build_sweep_report(
         *([f"Do not answer in language, so listed but not compared: {', '.join(silent)}."] if silent else []),
         f"{len(compared)} settings, each with {expected} trainings (domains × seeds). The base: adaptation "
         f"{ends[0].text()}, retention {ends[1].text()}.",
+        *([left_out] if (left_out := left_out_sentence(judged_by_chance(rows))) else []),
         "![retention against adaptation](sweep.png)",
     ]
     metrics: dict[str, float] = {"sweep/settings": float(len(compared))}

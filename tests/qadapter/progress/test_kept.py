@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from qadapter.progress.kept import computed, keeping, leads, spending
+from qadapter.errors import QAdapterError
+from qadapter.progress.kept import computed, keeping, leads
 from qadapter.progress.reports import listening
 
 SIZES = [4, 4, 3]
@@ -24,11 +25,11 @@ class Counting:
         self.sampled, self.killed_at = sampled, killed_at
         self.batches: list[int] = []
 
-    def __call__(self, place: int) -> list[float]:
+    def __call__(self, place: int) -> list[float | None]:
         if place == self.killed_at:
             raise KeyboardInterrupt
         self.batches.append(place)
-        return [float(torch.rand(())) if self.sampled else place / 3, float("nan"), float("-inf")]
+        return [float(torch.rand(())) if self.sampled else place / 3, None, float("-inf")]
 
     def run(self, scratch: Path | None, of: str = "tokens", work: str = "scoring") -> list[Any]:
         """All batches twice: of two models, say, with the same items."""
@@ -143,13 +144,10 @@ def test_reports_count_kept_items_as_done(tmp_path: Path) -> None:
     assert heard.told == [*resumed, *anew, *anew, *anew]
 
 
-def test_time_of_kept_batches_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rate over all items needs the time of all of them, of those before the kill too."""
-    clock = iter(range(100))
-    monkeypatch.setattr("qadapter.progress.kept.time.perf_counter", lambda: float(next(clock)))
-    for _ in range(2):
-        with spending() as spent:
-            Counting().run(tmp_path)
-        assert spent.seconds == 6.0
-    rows = [json.loads(json.loads(line)["row"]) for line in next(tmp_path.rglob("*.jsonl")).read_text().splitlines()]
-    assert [row["seconds"] for row in rows] == [1.0] * 6
+@pytest.mark.parametrize("result", [math.nan, [1.0, [0.5, math.nan]], [(math.nan, True)]])
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_result_that_is_no_number_is_refused(tmp_path: Path, result: Any, kept: bool) -> None:
+    """Every comparison with NaN is false: an accuracy of it would be a plausible number."""
+    with keeping(tmp_path if kept else None), pytest.raises(QAdapterError, match="scoring: a result is NaN"):
+        computed("scoring", "pair", [2], lambda _: result, lambda _: None)
+    assert not any(file.stat().st_size for file in tmp_path.rglob("*.jsonl"))

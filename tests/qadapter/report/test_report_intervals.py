@@ -14,8 +14,17 @@ from qadapter.report.front import pareto_front
 from qadapter.report.intervals import Measured, Sample
 from qadapter.report.items import adaptation_gain, retention_items, retention_measures
 from qadapter.report.rows import Row
-from qadapter.report.summary import adherence_gained, duel, duels, judge_sentences, points, sentences, summary_metrics
-from qadapter.report.tables import main_table
+from qadapter.report.summary import (
+    adherence_gained,
+    duel,
+    duels,
+    first_sentences,
+    judge_sentences,
+    points,
+    sentences,
+    summary_metrics,
+)
+from qadapter.report.tables import further_table, main_table, subtask_measures
 from tests.support.report_files import kept_files, pair_row, rule_row, toy_rows
 
 Z2 = 1.959963984540054**2
@@ -441,7 +450,43 @@ def test_a_judge_at_chance_is_reported() -> None:
         metrics = {"adaptation/score": 0.5, "adaptation/judge_accuracy": accuracy, "adaptation/judge_accuracy_n": 20.0}
         text = "\n".join(sentences(Measured([Row("d", "dpo", 0, metrics)])))
         assert f"d: the judge of the answers agrees with {accuracy:.3f} [" in text
-        assert ("it may be at chance" in text) == chance
+        assert ("which may be chance: its win rates are left out" in text) == chance
+
+
+def test_win_rates_of_a_judge_at_chance_are_no_result() -> None:
+    """11 of 20 pairs may be a coin's, 19 of 20 not: the first domain's win rate is in no table and no sentence."""
+    rows = []
+    for domain, accuracy in (("a", 0.55), ("b", 0.95)):
+        judged = {"adaptation/judge_accuracy": accuracy, "adaptation/judge_accuracy_n": 20.0}
+        kept = {"adaptation/score": 0.7, "retention/mean": 0.5, "retention/facts/acc": 0.5, **judged}
+        rows += [
+            Row(domain, "base", None, kept | {"adaptation/score": 0.5, "adaptation/win_rate": 0.5}),
+            Row(domain, "q-adapter", 0, kept | {"adaptation/win_rate": 0.9 if domain == "a" else 0.6}),
+        ]
+    measured = Measured(rows)
+    assert measured.judged_by_chance == ["a"]
+    table = main_table(measured)
+    assert table.columns[-1] == "win rate (b)"
+    assert [cells[-1].text for _, cells in table.rows] == ["0.500", "0.600"]
+    labels = [label for label, _ in further_table(measured).rows]
+    assert "win rate of answers against the base ↑ (b only)" in labels
+    lines = sentences(measured)
+    assert any("and wins 60 % of its answers" in line for line in lines)
+    assert "a: the judge of the answers agrees with 0.550" in "\n".join(first_sentences(measured)[0])
+    only_a = Measured(rows[:2])
+    assert "win rate" not in main_table(only_a).columns
+    assert not any("wins" in line or "Answers not judged" in line for line in sentences(only_a))
+    assert rows[1].metrics["adaptation/win_rate"] == 0.9, "what was measured stays as it is"
+
+
+def test_measures_of_subtasks_are_not_listed() -> None:
+    """`blimp` and `mmlu_pro` are measured; `blimp_x` is a part of the first, and so is no measure of its own."""
+    kept = {"retention/blimp/acc": 0.8, "retention/mmlu_pro/acc": 0.5, "retention/mmlu_pro/acc_norm": 0.6}
+    forgotten = {"forgetting/blimp/acc": 0.0, "forgetting/mmlu_pro/acc": 0.0}
+    parts = {f"retention/blimp_{part}/acc": 0.7 for part in ("x", "y_1")}
+    measured = Measured([Row("d", "dpo", 0, {"adaptation/score": 0.5, **kept, **forgotten, **parts})])
+    assert subtask_measures(measured) == list(parts)
+    assert [label for label, _ in further_table(measured).rows] == ["retention/mmlu_pro/acc_norm"]
 
 
 def test_a_judges_interval_is_of_the_pairs_it_was_tried_on() -> None:

@@ -490,6 +490,18 @@ def test_a_method_may_have_its_own_learning_rate(world: TinyToy, tmp_path: Path)
     assert rows(shared / "history.jsonl")[0]["train/learning_rate"] == pytest.approx(1e-2)
 
 
+@pytest.mark.parametrize("method", ["sft", "q-adapter"])
+def test_a_training_that_diverges_leaves_nothing(method: str, world: TinyToy, tmp_path: Path) -> None:
+    """It ends at its next log: not even a checkpoint of such weights is kept."""
+    changes = {"learning_rate": 1e30, "max_steps": 4, "max_grad_norm": 1e9}
+    training = TRAINING.model_copy(update=changes)
+    with pytest.raises(QAdapterError, match=r"the training diverged by step \d of 4: .*lora_.* is NaN or infinite"):
+        world.train(method, tmp_path / "out", training=training)
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    for file in tmp_path.rglob("*.safetensors"):
+        assert all(bool(value.isfinite().all()) for value in load_file(file).values()), file
+
+
 # ---- replay
 
 

@@ -1,0 +1,48 @@
+"""What a trained judge is worth: how often it prefers the reply of a held-out pair that people preferred."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from qadapter.evaluation.statistics import Interval, proportion_interval
+from qadapter.report.items import WIN_RATE
+from qadapter.report.rows import Row, listed, ordered
+
+CHANCE = 0.5
+
+
+def judge_interval(row: Row) -> Interval | None:
+    """How often the judge of a row's answers agrees with people, with Wilson's interval; None where it was not tried.
+
+    The number of pairs is the judge's own, not the policy's `n`: it may have been tried on fewer.
+    """
+    accuracy, n = (row.metrics.get(f"adaptation/{name}", math.nan) for name in ("judge_accuracy", "judge_accuracy_n"))
+    return proportion_interval(accuracy * n, int(n)) if n >= 1 and 0 <= accuracy <= 1 else None
+
+
+def judged_by_chance(rows: Sequence[Row]) -> list[str]:
+    """The domains whose judge may decide as a coin does."""
+    found = [(row.domain, judge_interval(row)) for row in rows]
+    return ordered(domain for domain, interval in found if interval is not None and interval.low <= CHANCE)
+
+
+def without_win_rates_by_chance(rows: Sequence[Row]) -> list[Row]:
+    """The rows; those of the domains whose judge may decide as a coin does are without their win rate."""
+    chance = judged_by_chance(rows)
+    return [
+        replace(row, metrics={name: value for name, value in row.metrics.items() if name != WIN_RATE})
+        if row.domain in chance
+        else row
+        for row in rows
+    ]
+
+
+def left_out_sentence(chance: Sequence[str]) -> str:
+    """Why some domains have no win rate; nothing where all have.
+
+    Args:
+        chance: `judged_by_chance`.
+    """
+    return f"No win rate for {listed(chance)}: the judge may decide by chance." if chance else ""
