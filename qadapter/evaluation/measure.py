@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -267,20 +268,22 @@ def measure_retention(
             evaluate_tasks,
             policy,
             tokenizer,
-            settings.tasks,
-            own=own,
             data=benchmarks,
             official_data=official_data,
             batch_size=settings.batch_size,
             plain_tasks=settings.plain_tasks,
             max_gen_toks=settings.max_new_tokens,
         )
-        scores = ask(limit=settings.limit, limits=settings.limits)
+        scores = ask(settings.tasks, own=own, limit=settings.limit, limits=settings.limits)
         items = [{"task": task, **item} for task, rows in scores.samples.items() for item in rows]
         if base_retention:
             _refuse_other_items(items, read_json_lines(base_retention / "items.jsonl"))
         if settings.reworded:
-            again = reworded_rows(items, ask(limits=_reworded_of(settings, own or {}), in_words=reworded).samples)
+            some = _with_questions(settings.tasks, items)
+            ours = {name: file for name, file in (own or {}).items() if _with_questions([name], items)}
+            if some or ours:
+                limits = _reworded_of(settings, [*some, *ours])
+                again = reworded_rows(items, ask(some, own=ours, limits=limits, in_words=reworded).samples)
         if old_texts is not None and settings.answers:
             base_answers = [row["reply"] for row in read_json_lines(known)] if known else None
             answers, ended = answer_old_prompts(policy, tokenizer, old_texts, base_answers, settings)
@@ -327,9 +330,28 @@ def _drift(
     return drift_metrics(described, of_base(DRIFT, described), again, of_base(REWORDED, again))
 
 
-def _reworded_of(settings: RetentionSettings, own: Collection[str]) -> dict[str, int]:
+def _with_questions(names: Sequence[str], items: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The tasks that ask something; BLiMP's sentences and whole texts are scored behind an empty prompt.
+
+    Args:
+        names: tasks, groups and suites, whose tasks' names begin with theirs.
+        items: what was asked.
+    """
+    prompts: dict[str, list[str]] = defaultdict(list)
+    for item in items:
+        prompts[item["task"]].append(item["prompt"].strip())
+    # Around an empty question a chat template writes the same text each time
+    asking = [task for task, found in prompts.items() if len(set(found)) > 1 or (len(found) == 1 and found[0])]
+    return [
+        name
+        for name in names
+        if any(t == one or t.startswith(f"{one}_") for one in expand_suites([name])[0] for t in asking)
+    ]
+
+
+def _reworded_of(settings: RetentionSettings, names: Sequence[str]) -> dict[str, int]:
     """How many items of each task are asked in other words: the first ones."""
-    most = {name: settings.items_of(name) or settings.reworded for name in (*settings.tasks, *own)}
+    most = {name: settings.items_of(name) or settings.reworded for name in names}
     return {name: min(count, settings.reworded) for name, count in most.items()}
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import jinja2
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -162,9 +163,22 @@ def load_network(
     if gguf:
         network = _plain(network, model)
     if causal:
+        head: Any = network.get_output_embeddings()
+        if head is not None:
+            head.register_forward_pre_hook(_as_rows)
         refuse_misbehaviour(network, str(model))
         remember(network)
     return network
+
+
+def _as_rows(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The head's input, contiguous, so that torch takes one product of all rows.
+
+    Of prompts, generation wants the last position's logits: a slice [B, 1, H], which torch multiplies batch by batch
+    with a frozen weight [V, H]. With `matmul_precision: medium` oneDNN first copies the weight B times: 5.4 GB and 21 s
+    for 8 prompts of Gemma 3 270M, instead of 0.1 s.
+    """
+    return tuple(one.contiguous() if isinstance(one, torch.Tensor) else one for one in given)
 
 
 def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, network: PreTrainedModel) -> PreTrainedTokenizerBase:

@@ -756,6 +756,21 @@ def test_minis_benchmarks_are_not_in_its_corpus(shared_data: Path, tmp_path: Pat
     assert leaks == {"dsp_text": 0, "gsm8k_text": 0, "helpful_text": 0}
 
 
+def test_only_what_asks_is_asked_in_other_words() -> None:
+    """BLiMP's two sentences stand behind nothing, or behind what a template writes around nothing."""
+    prompts = {
+        "blimp_passive_1": ["", ""],
+        "blimp_wh_island": ["", ""],
+        "templated_1": ["<user> </user>", "<user> </user>"],
+        "gsm8k_bits_per_byte": ["", " "],
+        "hellaswag": ["A man sits", "A dog runs"],
+        "own": ["What is 2 plus 3 ?"],
+    }
+    items = [{"task": task, "prompt": prompt} for task, found in prompts.items() for prompt in found]
+    names = ["blimp", "templated", "gsm8k_bits_per_byte", "hellaswag", "own"]
+    assert measure._with_questions(names, items) == ["hellaswag", "own"]
+
+
 # ---- killed
 
 

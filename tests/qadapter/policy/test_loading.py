@@ -132,6 +132,18 @@ def test_another_head_starts_new_and_the_body_is_whole(plain: Path, changed: Cal
         load_base(half, SETTINGS, Classifier, num_labels=1)
 
 
+def test_the_head_takes_one_product_of_all_rows(plain: Path):
+    """Torch multiplies a slice [B, 1, H] row by row with a frozen weight, as many copies of it; oneDNN makes them."""
+    network = load_network(plain).requires_grad_(False)
+    shapes: list[tuple[tuple[int, ...], bool]] = []
+    network.get_output_embeddings().register_forward_hook(
+        lambda _, given, __: shapes.append((tuple(given[0].shape), given[0].is_contiguous()))
+    )
+    prompts = torch.arange(1, 16).reshape(3, 5)
+    network.generate(prompts, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert shapes == [((3, 1, network.config.hidden_size), True)] * 2
+
+
 def test_products_of_fewer_bits(plain: Path):
     """bfloat16 has 8 bits: a factor is off by at most 2^-9 of itself, so a product of two by less than 2^-7.9."""
     a, b = torch.randn(256, 256), torch.randn(256, 256)
