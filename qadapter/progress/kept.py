@@ -105,7 +105,8 @@ def keeping(scratch: Path | None, share: tuple[int, int] | None = None) -> Itera
         found = Kept(folder, rank, processes)
         found.look()
         if found._found and found.rank == 0:
-            log.info("%d batches of an interrupted run are kept and not computed again", len(found._found))
+            batches = "1 batch" if len(found._found) == 1 else f"{len(found._found)} batches"
+            log.info("%s of an interrupted run kept and not computed again", batches)
     token = _kept.set(found)
     try:
         yield

@@ -114,11 +114,12 @@ class RefuseDivergence(TrainerCallback):
     """Ends a training whose weights are no numbers any more, at its next log, and so before it is kept anywhere.
 
     The curve does not tell: Trainer logs the mean of earlier losses in place of one that is NaN. And a finished stage
-    is not computed again.
+    is not computed again. A training that keeps its best checkpoint ends with that one.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self._stopped = False
 
     def on_log(
         self,
@@ -127,20 +128,33 @@ class RefuseDivergence(TrainerCallback):
         control: TrainerControl,
         model: torch.nn.Module | None = None,
         **_: Any,
-    ) -> None:
+    ) -> TrainerControl:
         """Trainer's hook: after each logged step, and before a checkpoint of it is saved.
 
         Raises:
-            QAdapterError: a trained weight is NaN or infinite.
+            QAdapterError: a trained weight is NaN or infinite, and there is no best checkpoint.
         """
-        for weight, value in model.named_parameters() if model is not None else ():
-            part = value.to_local() if isinstance(value, DTensor) else value
-            if value.requires_grad and not bool(part.isfinite().all()):
-                raise QAdapterError(
-                    f"{self.name}: the training diverged by step {state.global_step} of {state.max_steps}: {weight} is "
-                    f"NaN or infinite. Set a lower learning rate than {args.learning_rate:g}, or more "
-                    "steps of warm-up."
-                )
+        if self._stopped or (weight := _diverged(model)) is None:
+            return control
+        what = f"{self.name}: the training diverged by step {state.global_step} of {state.max_steps}"
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            log.warning("%s; it ends with its best checkpoint, %s", what, Path(state.best_model_checkpoint).name)
+            control.should_training_stop, control.should_save, control.should_evaluate = True, False, False
+            self._stopped = True
+            return control
+        raise QAdapterError(
+            f"{what}: {weight} is NaN or infinite. Set a lower learning rate than {args.learning_rate:g}, or more "
+            "steps of warm-up."
+        )
+
+
+def _diverged(model: torch.nn.Module | None) -> str | None:
+    """The name of a trained weight that is NaN or infinite; None if there is none."""
+    for name, weight in model.named_parameters() if model is not None else ():
+        part = weight.to_local() if isinstance(weight, DTensor) else weight
+        if weight.requires_grad and not bool(part.isfinite().all()):
+            return name
+    return None
 
 
 class ReportProgress(TrainerCallback):
@@ -262,7 +276,7 @@ def train_to_end(trainer: AnyTrainer, name: str) -> AnyTrainer:
         The same trainer, after the training.
 
     Raises:
-        QAdapterError: the training diverged.
+        QAdapterError: the training diverged, and no best checkpoint is kept.
     """
     if trainer.model is not None and any(kind.__module__.startswith("trl.") for kind in type(trainer).__mro__):
         from qadapter.training.reply_log_probs import score_replies_only  # TRL takes seconds to import

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -416,7 +417,7 @@ def test_evaluation_while_training_and_the_best_checkpoint(
     monkeypatch.setattr(QAdapterTrainer, "_save_checkpoint", keep)
     data = ["--base", str(place / "base"), "--data", str(place / "pairs.jsonl"), "--output", str(tmp_path / "out")]
     # A learning rate that overshoots: the first evaluations are the best ones
-    asked = ["--eval-steps", "2", "--eval-pairs", "4", "--early-stopping", "2", "--learning-rate", "3"]
+    asked = ["--eval-steps", "2", "--eval-pairs", "4", "--early-stopping", "2", "--learning-rate", "0.3"]
     without = TRAIN[:-2]  # --save-steps: each evaluation saves
     assert main(["train", *data, *without, *asked, "--max-steps", "40"]) == 0
     history = [json.loads(line) for line in (tmp_path / "out/history.jsonl").read_text().splitlines()]
@@ -434,6 +435,28 @@ def test_evaluation_while_training_and_the_best_checkpoint(
     assert "the evaluation has no 'accuracy'; it has" in refused(
         "train", *again, "--eval-steps", "2", "--eval-pairs", "4", "--best-by", "accuracy"
     )
+
+
+@pytest.mark.slow
+def test_a_training_that_diverges_ends_with_its_best_checkpoint(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A learning rate of 3 makes NaN of the weights; without evaluations there is no checkpoint to end with."""
+    data = [*TRAIN[:-2], "--base", str(place / "base"), "--data", str(place / "pairs.jsonl"), "--learning-rate", "3"]
+    asked = ["--eval-steps", "2", "--eval-pairs", "4", "--best-by", "loss", "--max-steps", "40"]
+    assert main(["train", *data, *asked, "--output", str(tmp_path / "best")]) == 0
+    (said,) = (line for line in caplog.messages if "diverged" in line)
+    found = re.search(r"diverged by step (\d+) of 40; it ends with its best checkpoint, checkpoint-(\d+)", said)
+    assert found is not None
+    last, best = map(int, found.groups())
+    history = [json.loads(line) for line in (tmp_path / "best/history.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["eval/loss"] for row in history if "eval/loss" in row}
+    assert best == min((step for step in losses if step), key=lambda step: losses[step]) < last
+    assert all(map(math.isfinite, losses.values()))
+    trained = load_file(tmp_path / "best/adapter_model.safetensors")
+    assert all(bool(value.isfinite().all()) for value in trained.values())
+    assert main(["train", *data, "--max-steps", "40", "--output", str(tmp_path / "none")]) == 2
+    assert not list((tmp_path / "none").glob("adapter_model*"))
 
 
 @pytest.mark.slow
