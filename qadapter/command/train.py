@@ -37,15 +37,14 @@ from qadapter.preferences.pair import PreferencePair, load_pairs
 from qadapter.preferences.prepare import PreparationSummary, prepare
 from qadapter.preferences.stream import first_usable_pair
 from qadapter.training.arguments import (
-    LogAtCheckpoints,
-    RefuseDivergence,
     measured_cost,
     save_weights,
     tokens_seen,
     trainer_arguments,
+    watch_checkpoints,
     write_training_record,
 )
-from qadapter.training.checkpoints import SealCheckpoints, last_checkpoint, trained_to_the_end
+from qadapter.training.checkpoints import last_checkpoint, trained_to_the_end
 from qadapter.training.config import QAdapterConfig
 from qadapter.training.encoded_pairs import EncodedPairs, encode_dataset
 from qadapter.training.evaluated import evaluate_while_training, set_aside, stopped_early
@@ -137,8 +136,7 @@ def _train(
         evaluate_while_training(trainer, options)
         note(f"evaluation: every {options.eval_steps} steps, on {len(aside)} training pairs that are set aside")
     checkpoint = last_checkpoint(out / "checkpoints")
-    for callback in (LogAtCheckpoints(), RefuseDivergence("training"), SealCheckpoints(checkpoint)):
-        trainer.add_callback(callback)
+    watch_checkpoints(trainer, "training", checkpoint)
     before = None
     if own:
         with as_base(trainer.policy):

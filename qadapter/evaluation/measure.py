@@ -279,10 +279,11 @@ def measure_retention(
         if base_retention:
             _refuse_other_items(items, read_json_lines(base_retention / "items.jsonl"))
         if settings.reworded:
-            some = _with_questions(settings.tasks, items)
-            ours = {name: file for name, file in (own or {}).items() if _with_questions([name], items)}
-            if some or ours:
-                limits = _reworded_of(settings, [*some, *ours])
+            asking = _with_questions([*settings.tasks, *(own or {})], items)
+            some = [name for name in asking if name in settings.tasks]
+            ours = {name: file for name, file in (own or {}).items() if name in asking}
+            if asking:
+                limits = _reworded_of(settings, asking)
                 again = reworded_rows(items, ask(some, own=ours, limits=limits, in_words=reworded).samples)
         if old_texts is not None and settings.answers:
             base_answers = [row["reply"] for row in read_json_lines(known)] if known else None

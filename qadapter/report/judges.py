@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from qadapter.evaluation.statistics import Interval, proportion_interval
 from qadapter.report.items import WIN_RATE
-from qadapter.report.rows import Row, listed, ordered
+from qadapter.report.rows import Row, listed
 
 CHANCE = 0.5
 
@@ -22,10 +22,18 @@ def judge_interval(row: Row) -> Interval | None:
     return proportion_interval(accuracy * n, int(n)) if n >= 1 and 0 <= accuracy <= 1 else None
 
 
+def judge_intervals(rows: Sequence[Row]) -> dict[str, Interval]:
+    """Domain → `judge_interval`, of the judge that agrees least where compared runs have several."""
+    found: dict[str, Interval] = {}
+    for row in rows:
+        if (own := judge_interval(row)) is not None and (row.domain not in found or own.low < found[row.domain].low):
+            found[row.domain] = own
+    return found
+
+
 def judged_by_chance(rows: Sequence[Row]) -> list[str]:
     """The domains whose judge may decide as a coin does."""
-    found = [(row.domain, judge_interval(row)) for row in rows]
-    return ordered(domain for domain, interval in found if interval is not None and interval.low <= CHANCE)
+    return [domain for domain, interval in judge_intervals(rows).items() if interval.low <= CHANCE]
 
 
 def without_win_rates_by_chance(rows: Sequence[Row]) -> list[Row]:

@@ -15,7 +15,7 @@ from qadapter.report.cuts import cut_sentences
 from qadapter.report.front import pareto_front
 from qadapter.report.intervals import Measured
 from qadapter.report.items import SCORE, WIN_RATE
-from qadapter.report.judges import CHANCE, judge_interval
+from qadapter.report.judges import CHANCE, judge_intervals
 from qadapter.report.rows import Row, kind, listed, methods_of, spread, spread_over
 from qadapter.report.speaking import judged_sentences, silent_methods, speech_sentences
 from qadapter.report.tables import bracket, number
@@ -214,8 +214,6 @@ def _by_subject(
             f"One seed only ({listed(single)}): such intervals say how the choice of held-out items matters, not how "
             "another training would come out."
         )
-    judges = judge_sentences(measured)
-    by_chance = [line for line in judges if line.partition(":")[0] in measured.judged_by_chance]
     return {
         "speech": speech_sentences(rows),
         "coverage": coverage_sentences(measured),
@@ -225,8 +223,8 @@ def _by_subject(
         "ranking": _rankings(measured, silent),
         "chance": chance_sentences(measured),
         "distance": distance_sentences(measured),
-        "judged": [*judged_sentences(rows, measured.judged_by_chance), *by_chance],
-        "judge": [line for line in judges if line not in by_chance]
+        "judged": judged_sentences(rows, measured.judged_by_chance) + judge_sentences(measured, by_chance=True),
+        "judge": judge_sentences(measured, by_chance=False)
         + undecided_sentences(measured)
         + unmeasured_on_old_text(config),
         "setting": setting,
@@ -382,13 +380,18 @@ def _above_base(measured: Measured, method: str) -> bool:
     return value > 0 and (interval is None or interval.low > 0)
 
 
-def judge_sentences(measured: Measured) -> list[str]:
-    """What a trained judge is worth, domain by domain."""
-    result = []
-    for domain in measured.domains:
-        found = next((i for row in measured.rows if row.domain == domain if (i := judge_interval(row))), None)
-        if found is not None:
-            left_out = ", which may be chance: its win rates are left out" if found.low <= CHANCE else ""
+def judge_sentences(measured: Measured, *, by_chance: bool | None = None) -> list[str]:
+    """What a trained judge is worth, domain by domain.
+
+    Args:
+        measured: what it is of.
+        by_chance: only of the judges that may (True) or cannot (False) decide by chance; None: of all.
+    """
+    result, intervals = [], judge_intervals(measured.rows)
+    for domain in (domain for domain in measured.domains if domain in intervals):
+        found, chance = intervals[domain], domain in measured.judged_by_chance
+        if by_chance in (None, chance):
+            left_out = ", which may be chance: its win rates are left out" if chance else ""
             result.append(
                 f"{domain}: the judge of the answers agrees with {number(found.estimate)} {bracket(found)} of "
                 f"{found.items} held-out pairs{left_out}."

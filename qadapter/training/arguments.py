@@ -286,8 +286,8 @@ def train_to_end(trainer: AnyTrainer, name: str) -> AnyTrainer:
     _name_for_trackers(trainer, name)
     prepare_evaluation(trainer, name)
     checkpoint = last_checkpoint(str(trainer.args.output_dir))
-    for callback in (ReportProgress(name), LogAtCheckpoints(), RefuseDivergence(name), SealCheckpoints(checkpoint)):
-        trainer.add_callback(callback)
+    trainer.add_callback(ReportProgress(name))
+    watch_checkpoints(trainer, name, checkpoint)
     group_rows(trainer)
     if checkpoint and stopped_early(trainer, checkpoint):
         log.info("%s: had stopped early at step %d", name, trainer.state.global_step)
@@ -300,6 +300,17 @@ def train_to_end(trainer: AnyTrainer, name: str) -> AnyTrainer:
         log.info("%s: resumes after step %s, where it was stopped", name, checkpoint.rpartition("-")[2])
     trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
+
+
+def watch_checkpoints(trainer: Trainer, name: str, checkpoint: str | None) -> None:
+    """Let a trainer log at each checkpoint, keep only whole ones, and none of weights that are no numbers.
+
+    Args:
+        trainer, name: as in `train_to_end`.
+        checkpoint: the one that it resumes from.
+    """
+    for callback in (LogAtCheckpoints(), RefuseDivergence(name), SealCheckpoints(checkpoint)):
+        trainer.add_callback(callback)
 
 
 def _name_for_trackers(trainer: Trainer, name: str) -> None:
