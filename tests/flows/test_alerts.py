@@ -20,6 +20,7 @@ from prefect.states import State
 from flows.check_champion import NAME as CHECK
 from flows.check_champion import check_champion
 from flows.commands.alerts import ADDRESS_VARIABLE, FOLDER, kinds
+from flows.continual import continual
 from flows.customize import NAME as CUSTOMIZE
 from flows.full_paper_repro import full_paper_repro
 from flows.running.outcomes import OUTCOMES, ended
@@ -36,12 +37,12 @@ def automation(kind: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", kinds())
-def test_an_alert_fires_on_what_needs_somebody(kind: str) -> None:
+def test_an_alert_fires_on_what_needs_attention(kind: str) -> None:
     """The outcomes with an exit code, and runs that did not get to their end; of every flow of the project."""
     trigger = automation(kind)["trigger"]
     wanted = {name for name, outcome in OUTCOMES.items() if outcome.exit_code} | UNFINISHED
     assert set(trigger["expect"]) == {f"prefect.flow-run.{name}" for name in wanted}
-    every = [CUSTOMIZE, *(one.name for one in (check_champion, watch_preferences, full_paper_repro, sweep))]
+    every = [CUSTOMIZE, *(one.name for one in (check_champion, watch_preferences, full_paper_repro, sweep, continual))]
     assert sorted(trigger["match_related"]["prefect.resource.name"]) == sorted(every)
     assert (FOLDER / f"{kind}.yaml").read_text().startswith(f"# qadapter alerts {kind} --url ")
 
