@@ -186,9 +186,8 @@ methods:
   dpo: {{beta: 0.1}}
 
 # Conversations of before, a file of pairs like the above, let the report say how far the answers to them have moved:
-# sources.old: {{path: old.jsonl}}
+# add `old: {{path: /path/to/old.jsonl}}` to `sources`, set `answers: 16` under `evaluation.retention`, and add
 # helpful_sft: {{source: old, lora: true, learning_rate: 3.0e-4, batch_size: 8, max_length: {length}}}
-# evaluation.retention.answers: 16
 
 evaluation:
   retention:  # what the model could do before: each is asked of the base and of every adapter
@@ -205,7 +204,7 @@ evaluation:
     batch_size: 8
     max_new_tokens: {answers}
     generate: 20  # held-out prompts that every policy answers, for the report's answers
-    # A judge that compares answers with the base's: a chat model behind OpenAI's API (docs/evaluation.md).
+    # A judge that compares answers with the base's: a chat model behind OpenAI's API (docs/pipeline.md).
     judge: none
 """
 
