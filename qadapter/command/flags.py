@@ -71,7 +71,8 @@ def _parameter(name: str, field: FieldInfo, section: str) -> inspect.Parameter:
     if field.is_required():
         text += " (required)"
     elif field.default is not None and field.default is not False and field.default != ():
-        text += f" (default: {field.default})"
+        given = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        text += f" (default: {given})"
     kinds = list(_leaves(field.annotation))
     names = [flag(name), *(f"--{short}" for short, long in ALIASES.items() if long == name)]
     settings: dict[str, Any] = {"help": text, "show_default": False, "rich_help_panel": section}

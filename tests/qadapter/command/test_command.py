@@ -167,6 +167,7 @@ def test_help_of_every_command_has_examples_and_is_quick() -> None:
     text = " ".join(done.stdout.split())
     assert "--learning-rate, --lr X" in text
     assert "(default: 0.0003)" in text
+    assert "(default: q-weight)" in text
     assert "--preset paper|published-code|residual" in text
     for section in ("Commands of the pipeline:", "Preference data, in any of the formats of docs/data.md:"):
         assert section in done.stdout
