@@ -60,10 +60,10 @@ lint: $(STAMP) ## lint, format check, type check
 docs: $(STAMP) ## the documentation site in site/, built strictly and without network
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
-ui: $(STAMP) ## MLflow's UI on the runs of this folder, http://127.0.0.1:5000
+ui: $(STAMP) ## MLflow's UI on the runs of this folder, or of QADAPTER_HOME, http://127.0.0.1:5000
 	@umask 077 && DO_NOT_TRACK=1 MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
 		$(BIN)/mlflow server --app-name qadapter --host 127.0.0.1 --port 5000 --x-frame-options DENY \
-		--allowed-hosts "127.0.0.1:5000,localhost:5000" --backend-store-uri "sqlite:///$(CURDIR)/mlflow.db"
+		--allowed-hosts "127.0.0.1:5000,localhost:5000" --backend-store-uri "sqlite:///$(abspath $(or $(QADAPTER_HOME),$(CURDIR)))/mlflow.db"
 
 serve: $(STAMP) ## Prefect server and worker with all deployments, http://127.0.0.1:4200
 	@$(BIN)/python -m qadapter up
