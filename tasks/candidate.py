@@ -173,6 +173,7 @@ def train_candidate(context: RunContext, cell: Cell, base: Base, data: StageResu
     context = base.within(context)
     experiment = context.experiment
     choice, seed = experiment.methods.of(METHOD), cast(int, cell.seed)
+    training = experiment.training_of(cell.domain)
     launcher = ProcessLauncher(experiment.launch)
 
     def compute(out: Path, scratch: Path) -> None:
@@ -185,7 +186,7 @@ def train_candidate(context: RunContext, cell: Cell, base: Base, data: StageResu
             champion.path / "adapter",
             data.path / "train.jsonl",
             model=experiment.model,
-            training=experiment.training,
+            training=training,
             seed=seed,
             out=out,
             scratch=scratch,
@@ -204,7 +205,7 @@ def train_candidate(context: RunContext, cell: Cell, base: Base, data: StageResu
         config={
             "method": METHOD,
             METHOD: choice.model_dump(),
-            "training": keyed(experiment.training),
+            "training": keyed(training),
             "model": experiment.model.key(),
             "seed": seed,
             **launcher.keyed(),
