@@ -162,8 +162,8 @@ class Generator:
         stop = (*sampling.stop, closing.text.strip()) if closing.token is None and closing.text else sampling.stop
         scores = None if sampling.top_logprobs is None else _Scores(sampling.top_logprobs)
         reader = ReplyReader(tokenizer, len(prompt), stop, on_text, cancelled, ends, scores)
-        if turn.seed is not None:
-            torch.manual_seed(turn.seed)
+        # A process starts with torch's fixed seed, and the seed of the last request would decide this one's reply.
+        torch.seed() if turn.seed is None else torch.manual_seed(turn.seed)
         with self.policies.speaking(turn.blend) as dials, only_as_asked(model):
             model.generate(
                 input_ids=ids,
@@ -247,6 +247,8 @@ class ReplyReader(StoppingCriteria):
         self._cancelled = cancelled
         self._begin = self._read = 0  # the text of ids[:_read] was taken; decoding from _begin gives it its context
         self._held = ""  # text that may be the beginning of a stop text
+        self._taken = 0  # characters so far, streamed, held, and of special tokens
+        self._starts: list[int] = []  # of each scored token, the characters before it
         self.ids: list[int] = []
         self.text = ""
         self.stopped = False
@@ -259,6 +261,7 @@ class ReplyReader(StoppingCriteria):
             if token in self._ends and token not in self._named:
                 continue
             if self._scores is not None:
+                self._starts.append(self._taken)
                 self.scored.append(self._scores.of(token, self._tokenizer))
             if token in self._named:
                 self._read_on(len(self.ids) - 1, whole=True)
@@ -266,8 +269,6 @@ class ReplyReader(StoppingCriteria):
                 self._take(self._named[token], hidden=True)
             else:
                 self._read_on(len(self.ids), whole=False)
-            if self.stopped and self._scores is not None:
-                self.scored.pop()
         end = self.stopped or self._cancelled.is_set()
         return torch.full((len(input_ids),), end, dtype=torch.bool, device=input_ids.device)
 
@@ -292,9 +293,13 @@ class ReplyReader(StoppingCriteria):
 
     def _take(self, piece: str, *, hidden: bool = False) -> None:
         self._held += piece
+        self._taken += len(piece)
         self._hidden += [hidden] * len(piece)
         found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
         self.stopped = bool(found)
+        if found:  # the tokens from the stop text on are no part of the text
+            end = self._taken - len(self._held) + min(found)
+            del self.scored[sum(start < end for start in self._starts) :]
         self._give(min(found) if found else len(self._held) - _overlap(self._held, self._stop))
 
     def _give(self, length: int) -> None:

@@ -25,7 +25,7 @@ from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.objective import Objective
 from qadapter.preferences.tokenize import prompt_ids
 from qadapter.serving.app import create_app
-from qadapter.serving.generator import Generator, Reply, ReplyReader, Sampling, Turn
+from qadapter.serving.generator import Generator, Reply, ReplyReader, Sampling, ScoredToken, Turn
 from qadapter.serving.policies import Blend, ServedPolicies
 from qadapter.serving.server import allowed_hosts
 from tests.support.listening import listening
@@ -496,6 +496,47 @@ class Spelling:
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return bytes(ids).decode(errors="replace")
+
+
+class Certain:
+    """Scores in which every token has the probability 1."""
+
+    def of(self, token: int, tokenizer: Spelling) -> ScoredToken:
+        return ScoredToken(tokenizer.decode([token], skip_special_tokens=True), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stop", "scored"),
+    [
+        ([b"re", b"d", b"E", b"N", b"D"], ("END",), ["re", "d"]),
+        ([b"re", b"dE", b"ND more"], ("END",), ["re", "dE"]),
+        ([b"red", b"END"], ("END", "X"), ["red"]),
+        ([b"E", b"N", b"e", b"d"], ("END",), ["E", "N", "e", "d"]),
+    ],
+)
+def test_tokens_of_a_stop_text_are_not_scored(tokens: list[bytes], stop: tuple[str, ...], scored: list[str]) -> None:
+    class Words(Spelling):
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            return b"".join(tokens[one] for one in ids).decode()
+
+    scores: Any = Certain()
+    reader = ReplyReader(Words(), 0, stop, lambda _: None, threading.Event(), (), scores)  # type: ignore[arg-type]
+    for count in range(1, len(tokens) + 1):
+        if bool(reader(torch.arange(count)[None], None)):
+            break
+    reader.close()
+    assert [one.text for one in reader.scored] == scored
+
+
+def test_a_reply_without_a_seed_is_drawn_anew(world: World) -> None:
+    """Whatever seed the request before it had, and other than what this process would have drawn first."""
+    policies = world.generator.policies
+    turn, sampling = Turn(policies.blend("residual")), Sampling(max_tokens=NEW)
+    texts = set()
+    for _ in range(3):
+        seeded, unseeded = (Turn(turn.blend, 7), turn)
+        texts.add(world.generator.submit([seeded, unseeded], [5, 6, 7], sampling).result()[1].text)
+    assert len(texts) == 3
 
 
 @pytest.mark.parametrize(
