@@ -43,7 +43,7 @@ class Entry:
     Attributes:
         file: name of its file, relative to the folder that holds them all.
         line: see `RawRecord.line`.
-        digest: sha256 of its content and format; of its place where it cannot be read.
+        digest: sha256 of its content and of how it is read; of its place where it cannot be read.
         outcome: for each candidate pair the pair in TRL's format, or the reason (text) why it is none.
         fresh: new or changed since the ledger before.
         late: it has what was known only behind the last record (an unpaired row that had to wait); its record stands
@@ -135,6 +135,7 @@ def update(
     names = list(_names(files).items())
     findings = Findings()
     opened = open_files([file for _, file in names], domain=domain, choices=choices, findings=findings, collect=True)
+    readings = {file: reader.reading for file, reader in opened.readers.items()}  # before a record is read
     refused: dict[str, str] = {}
     with _Before(previous) as before, _Writer(out, before) as now:
         for number, (name, file) in enumerate(names):
@@ -145,7 +146,7 @@ def update(
                 continue
             reader = opened.readers[file]
             for record in file_records(file, choices):
-                digest = _digest(name, record, reader.name)
+                digest = _digest(name, record, readings[file])
                 # What an unpaired row gives depends on the rows before it, which may have changed.
                 outcome = None if reader.across_records else before.outcome(digest)
                 if outcome is None:
@@ -310,12 +311,12 @@ def _outcome(item: ParsedRecord) -> Any:
     return item.pair.to_row() if isinstance(item, Accepted) else item.reason.value
 
 
-def _digest(name: str, record: RawRecord, layout: str) -> str:
+def _digest(name: str, record: RawRecord, reading: str) -> str:
     if record.problem:
         content = f"{record.problem}\n{name}\n{record.line}"
     else:
         content = json.dumps(record.value, sort_keys=True, default=str)
-    return hashlib.sha256(f"{layout}\n{content}".encode(errors="surrogatepass")).hexdigest()
+    return hashlib.sha256(f"{reading}\n{content}".encode(errors="surrogatepass")).hexdigest()
 
 
 def _names(files: Sequence[Path]) -> dict[str, Path]:

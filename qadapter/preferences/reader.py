@@ -86,6 +86,16 @@ class Reader:
         """How often each label was given, or each side preferred."""
         return self._context.labels
 
+    @property
+    def reading(self) -> str:
+        """How a record is read, as far as it was decided from the first records: readers with one text read alike."""
+        context = self._context
+        marks = [  # a name does not tell a style: several have one, and vicuna's begins as the data do
+            style and (style.name, style.starts.pattern, style.answers.pattern, style.open_end.pattern)
+            for style in (context.prompt_style, context.reply_style)
+        ]
+        return repr([self.name, *marks, context.repeats_prompt, self._cells, self._structs])
+
     def give_single(self, take: Callable[[LabelledReply], None] | None) -> None:
         """Hand each unpaired row to a function as well."""
         self._context.single = take

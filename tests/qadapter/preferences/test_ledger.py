@@ -93,6 +93,31 @@ def test_other_rules_validate_everything_again(tmp_path: Path) -> None:
     assert update(folder, tmp_path / "2", tmp_path / "1", rules="other").validated == 5
 
 
+PROMPTS = ("Which town is the capital of France?", "How is a loaf of bread baked?", "Who wrote the tale of Genji?")
+LATER = {"prompt": "What is a compiler good for?", "chosen": "It translates.", "rejected": "Nothing."}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"prompt": prompt, "chosen": f"{prompt} Well.", "rejected": f"{prompt} No."} for prompt in PROMPTS],
+        [{"prompt": f"USER: {prompt} ASSISTANT:", "chosen": "Well.", "rejected": "No."} for prompt in PROMPTS],
+    ],
+    ids=["replies that repeat the prompt", "prompts that are transcripts"],
+)
+def test_a_delivery_that_changes_how_all_are_read_reads_all_again(rows: list[Any], tmp_path: Path) -> None:
+    """A growing source gives what the same files give at once, whatever was decided from its first records before."""
+    folder = tmp_path / "in"
+    write(folder / "a.jsonl", rows)
+    update(folder, tmp_path / "1")
+    write(folder / "a.jsonl", [*rows, LATER])
+    changes = update(folder, tmp_path / "2", tmp_path / "1")
+    assert (changes.new, changes.changed, changes.removed) == (1, 3, 0)
+    update(folder, tmp_path / "at once")
+    grown, at_once = ([entry.outcome for entry in ledger.read(tmp_path / name)] for name in ("2", "at once"))
+    assert grown == at_once
+
+
 def test_a_file_of_no_known_format_does_not_stop_the_others(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     write(folder / "a.jsonl", [record(n) for n in range(5)])
