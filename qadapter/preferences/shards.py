@@ -9,7 +9,6 @@ layout does not fit them.
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from qadapter.files.folders import shown_path
 from qadapter.preferences.building import Choices
 from qadapter.preferences.containers import HEAD_BYTES, RECORDS_TO_DETECT, NoRecordsError
 from qadapter.preferences.pair import LabelledReply
+from qadapter.preferences.parts import part_of
 from qadapter.preferences.reader import Reader
 from qadapter.preferences.reading import first_records, inside
 from qadapter.preferences.recognition import recognise, vote
@@ -29,8 +29,6 @@ log = logging.getLogger(__name__)
 
 VOTERS, VOTERS_BYTES = 2000, 64 * 2**20
 """The records of all files that vote together, and their size, unless there are so many files that each has ten."""
-
-_PART = re.compile(r"(.*?)(?:\d{5}-of-\d{5}(?:-[0-9a-f]+)?|(?:part|shard|chunk)[-_.]?\d+|\A\d{3,})(.*)", re.IGNORECASE)
 
 
 @dataclass(slots=True)
@@ -155,10 +153,10 @@ def _together(heads: dict[Path, list[Any]]) -> Iterator[list[Path]]:
     groups: list[list[Path]] = []
     of_key: dict[Any, list[Path]] = {}
     for file, records in heads.items():
-        part = _PART.fullmatch(file.name)
+        part = part_of(file.name)
         keys: list[Any] = [(file.parent, "columns", _columns(records))]
         if part:
-            keys.append((file.parent, "part", part.group(1), part.group(2)))
+            keys.append((file.parent, "part", *part))
         found = [group for group in groups if any(of_key.get(key) is group for key in keys)]
         group = found[0] if found else []
         if not found:

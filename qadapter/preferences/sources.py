@@ -7,6 +7,7 @@ in a URL or a data set's card, and no link in a folder, can lead outside the fol
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,7 @@ from qadapter.errors import QAdapterError, nearest
 from qadapter.files.folders import refuse_links_out, shown_path
 from qadapter.files.shown import shown
 from qadapter.preferences import cards, download
+from qadapter.preferences.parts import part_of
 
 _TEXTS, _PACKED = (".json", ".jsonl", ".ndjson", ".csv", ".tsv"), (".gz", ".zst", ".bz2", ".xz")
 DATA_SUFFIXES = (
@@ -162,21 +164,34 @@ def refuse_changed(files: Iterable[Path], before: str, path: str) -> None:
 
 
 def fingerprint(files: Iterable[Path]) -> str:
-    """sha256 over the files' contents; their names, places and order do not matter.
+    """sha256 over the files' contents, and which of them are read together (`shards.py`).
+
+    Two arrangements of the same contents may be read differently: files of one folder, or parts of one whole, have one
+    layout. Apart from that their names, places and order do not matter.
 
     Raises:
         QAdapterError: a file cannot be read.
     """
-    digests = []
+    together: dict[tuple[Path, tuple[str, str] | None], list[str]] = {}
     for file in files:
         try:
             with file.open("rb") as stream:
-                digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:
             raise QAdapterError(
                 f"{shown_path(file)} cannot be read: {error.strerror}. Check the path and its permissions."
             ) from error
-    return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
+        together.setdefault((file.parent, part_of(file.name)), []).append(digest)
+    digests = [digest for group in together.values() for digest in group]
+    text = "\n".join(sorted(digests))
+    folders = {folder for folder, _ in together}
+    if len(digests) > 1 and (len(folders) > 1 or any(part for _, part in together)):
+        groups = [
+            sorted([part is not None, sorted(group)] for (place, part), group in together.items() if place == folder)
+            for folder in folders
+        ]
+        text += f"\n{json.dumps(sorted(groups))}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------- kinds and arguments

@@ -261,13 +261,20 @@ def test_arguments_without_meaning_are_refused(tmp_path: Path) -> None:
         check(str(tmp_path), revision="main")
 
 
-def test_fingerprint_is_of_contents_alone(tmp_path: Path) -> None:
-    a, b, c = (write(tmp_path / name, content) for name, content in [("a", b"1"), ("b", b"2"), ("x/c", b"1")])
+def test_fingerprint_is_of_contents_and_of_what_is_read_together(tmp_path: Path) -> None:
+    names = {"a": b"1", "b": b"2", "x/c": b"1", "x/d": b"2", "part-0": b"1", "part-1": b"2", "y/part-7": b"2"}
+    a, b, c, d, part, other, apart = (write(tmp_path / name, content) for name, content in names.items())
     inner = "\n".join(sorted(hashlib.sha256(content).hexdigest() for content in (b"1", b"2")))
     assert (
-        fingerprint([a, b]) == fingerprint([b, a]) == fingerprint([b, c]) == hashlib.sha256(inner.encode()).hexdigest()
+        fingerprint([a, b]) == fingerprint([b, a]) == fingerprint([c, d]) == hashlib.sha256(inner.encode()).hexdigest()
     )
-    assert len({fingerprint(files) for files in ([a], [a, c], [b], [a, b])}) == 4
+    assert fingerprint([a]) == fingerprint([c]) == fingerprint([part])
+    assert fingerprint([part, other]) == fingerprint(
+        [write(tmp_path / "z/shard1", b"2"), write(tmp_path / "z/shard2", b"1")]
+    )
+    assert fingerprint([part, apart]) == fingerprint([apart, part])
+    unlike = [[a], [a, c], [b], [a, b], [b, c], [part, other], [part, b], [part, apart]]
+    assert len({fingerprint(files) for files in unlike}) == len(unlike)
     with pytest.raises(QAdapterError, match="cannot be read"):
         fingerprint([tmp_path / "missing"])
 
