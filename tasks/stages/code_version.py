@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from importlib.util import find_spec
@@ -39,6 +40,27 @@ def code_digest(module: str, function: Callable[..., Any] | None = None) -> str:
     Raises:
         ModuleNotFoundError: there is no such module.
     """
+    digests = _closure(module, function)
+    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
+
+
+def edited_modules(module: str, function: Callable[..., Any] | None = None) -> list[str]:
+    """Modules of a stage's code whose files were edited after this process had loaded them.
+
+    What it computes now would be the old code's, while `code_digest` reads the files. A process that is forked has what
+    its parent had loaded.
+    """
+    digests = _closure(module, function)
+    return sorted(name for name, digest in digests.items() if name in sys.modules and _FIRST.get(name) != digest)
+
+
+_BEGUN = time.time()
+_FIRST: dict[str, str] = {}
+"""The code of each module when it was first looked at; nothing of one that had been edited before, but was loaded."""
+
+
+def _closure(module: str, function: Callable[..., Any] | None) -> dict[str, str]:
+    """The digests of all code and data files that a module and a function reach (`code_digest`)."""
     if _file_of(module) is None:
         raise ModuleNotFoundError(f"No module named {module!r} in {', '.join(_OURS)}", name=module)
     waiting: list[str] = [module]
@@ -58,12 +80,13 @@ def code_digest(module: str, function: Callable[..., Any] | None = None) -> str:
         status = file.stat()
         digest, imported = _read(name, file, status.st_mtime_ns, status.st_size)
         digests[name] = digest
+        _FIRST.setdefault(name, "" if name in sys.modules and status.st_mtime > _BEGUN else digest)
         packages.add(name if file.name == "__init__.py" else name.rpartition(".")[0])
         waiting += [*imported, *_parents(name)]
     _Parsed.keep()
     for package in packages:
         digests |= {f"{package}:{name}": digest for name, digest in _data_files(package)}
-    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
+    return digests
 
 
 def _follow_function(function: Callable[..., Any], digests: dict[str, str]) -> list[str]:

@@ -33,7 +33,7 @@ from qadapter.files.artifacts import (
     storage_errors,
 )
 from qadapter.files.locks import holder, private_lock
-from tasks.stages.code_version import code_digest
+from tasks.stages.code_version import code_digest, edited_modules
 from tasks.stages.remote import RemoteStore
 from tasks.stages.sittings import begin_sitting
 
@@ -136,24 +136,37 @@ class StageStore:
             The finished stage. If another process is computing the same key, this call waits for it.
 
         Raises:
-            QAdapterError: an input is missing, or the disk is full or read-only.
+            QAdapterError: an input is missing or changed before the stage was finished, the stage's code was edited
+                since this process loaded it, or the disk is full or read-only.
             TypeError, ValueError: `config` is not plain JSON, or `compute` wrote no file.
         """
         code = code_digest(module, compute)
+        states = {label: _state(source) for label, source in inputs.items() if isinstance(source, Path)}
         digests = {label: _input_digest(source) for label, source in inputs.items()}
         key = _key(name, code, config, digests)
         folder, scratch, lock = (
             self.root.absolute() / kind / name / key[:_SHORT] for kind in ("stages", "scratch", "locks")
         )
 
+        def refuse_changed() -> None:
+            for label, state in states.items():
+                source = Path(inputs[label])  # type: ignore[arg-type]
+                if _state(source) != state and _input_digest(source) != digests[label]:
+                    raise QAdapterError(
+                        f"{source} changed while stage {name} waited for it or read it, so nothing was made of it. Run "
+                        "again once it stays as it is; write a new version beside it, under another name."
+                    )
+
         found = self._found(folder, key)
         if found is None:
             with _locked(lock, name):
                 found = self._found(folder, key) or self._fetched(name, folder, key)
                 if found is None:
+                    refuse_changed()  # another run may have held the lock for hours
+                    _refuse_edited(name, edited_modules(module, compute))
                     before()
                     manifest = Manifest(name, key, config, digests, code, library_versions(), seconds=0.0)
-                    found = self._compute(manifest, folder, scratch, compute)
+                    found = self._compute(manifest, folder, scratch, compute, refuse_changed)
         if scratch.exists():  # the computing run was killed after the rename, before it deleted its scratch folder
             shutil.rmtree(scratch, ignore_errors=True)
         if self.remote:
@@ -187,9 +200,17 @@ class StageStore:
         return StageOutput(manifest.stage, key, folder, manifest.digest, cached=True, seconds=manifest.seconds)
 
     def _compute(
-        self, manifest: Manifest, folder: Path, scratch: Path, compute: Callable[[Path, Path], None]
+        self,
+        manifest: Manifest,
+        folder: Path,
+        scratch: Path,
+        compute: Callable[[Path, Path], None],
+        refuse_changed: Callable[[], None],
     ) -> StageOutput:
-        """Compute a stage. The caller holds its lock, so existing files here belong to processes that have ended."""
+        """Compute a stage, whose inputs must still be those of its key when it is done.
+
+        The caller holds its lock, so existing files here belong to processes that have ended.
+        """
         self._make_way(manifest.stage, folder)
         note = self.root.absolute() / "locks" / manifest.stage / f"{manifest.key[:_SHORT]}.sitting"
         before = begin_sitting(note, scratch)
@@ -198,6 +219,11 @@ class StageStore:
         with atomic_folder(folder) as out:
             start = time.perf_counter() - before
             compute(out, scratch)
+            try:
+                refuse_changed()
+            except QAdapterError:
+                shutil.rmtree(scratch, ignore_errors=True)  # checkpoints of other inputs than the key's
+                raise
             if not list_files(out):
                 raise ValueError(f"Stage {manifest.stage} wrote no file into its output folder.")
             manifest = dataclasses.replace(manifest, seconds=round(time.perf_counter() - start, 3)).write(out)
@@ -254,6 +280,27 @@ def _last_use(folder: Path) -> float:
 
 def _input_digest(source: StageOutput | Path) -> str:
     return source.digest if isinstance(source, StageOutput) else digest_tree(source)
+
+
+def _refuse_edited(name: str, edited: list[str]) -> None:
+    if edited:
+        more = f" and {len(edited) - 3} more" if len(edited) > 3 else ""
+        raise QAdapterError(
+            f"The code of stage {name} was edited during this run, which still has the old code loaded "
+            f"({', '.join(edited[:3])}{more}), so its result would be stored as the new code's. Start the run again: "
+            "finished stages are kept."
+        )
+
+
+def _state(source: Path) -> dict[str, tuple[int, int]]:
+    """Size and date of a file, or of each file of a folder: while they stay, the content need not be read again."""
+    files = {"": source} if source.is_file() else list_files(source)
+    found = {}
+    for name, path in files.items():
+        with contextlib.suppress(OSError):  # gone meanwhile, or a link to nothing: reading it says so
+            status = path.stat()
+            found[name] = (status.st_size, status.st_mtime_ns)
+    return found
 
 
 def _key(name: str, code: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:

@@ -12,12 +12,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from tasks.stages import code_version
-from tasks.stages.code_version import code_digest
+from tasks.stages.code_version import code_digest, edited_modules
 from tests.support.paths import PROJECT_ROOT
 
 
@@ -53,6 +54,7 @@ def forget(monkeypatch: pytest.MonkeyPatch, kept: Path) -> None:
     monkeypatch.setattr(code_version._Parsed, "FILE", kept)
     monkeypatch.setattr(code_version._Parsed, "_known", None)
     monkeypatch.setattr(code_version._Parsed, "_asked", set())
+    monkeypatch.setattr(code_version, "_FIRST", {})
 
 
 def rewrite(file: Path, old: str, new: str) -> None:
@@ -86,6 +88,25 @@ def test_changed_code_changes_the_digest(code: Path, file: str, old: str, new: s
     before = code_digest("housing.rooms.main")
     rewrite(code / file, old, new) if old else (code / file).write_text(new)
     assert code_digest("housing.rooms.main") != before
+
+
+@pytest.mark.parametrize("looked_at", [True, False], ids=["looked at before the edit", "first looked at after it"])
+def test_code_that_is_edited_after_it_was_loaded_is_named(
+    code: Path, looked_at: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "housing.deep", ModuleType("housing.deep"))
+    monkeypatch.setattr(code_version, "_BEGUN", time.time() + 60)  # the files above were there before
+    if looked_at:
+        assert edited_modules("housing.rooms.main") == []
+        rewrite(code / "deep.py", "thing = 1", "thing = 1  # no other code")
+        assert edited_modules("housing.rooms.main") == []
+    for file in ("deep.py", "deeper.py"):  # the second is not loaded: this process will load what is there then
+        rewrite(code / file, " = 1", " = 2")
+        os.utime(code / file, (time.time() + 120, time.time() + 120))
+    assert edited_modules("housing.rooms.main") == ["housing.deep"]
+    if looked_at:
+        rewrite(code / "deep.py", "thing = 2", "thing = 1")
+        assert edited_modules("housing.rooms.main") == []
 
 
 def test_what_another_process_parsed_is_not_parsed_again(

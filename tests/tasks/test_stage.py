@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,65 @@ def test_a_name_cannot_leave_the_store(store: StageStore, name: str) -> None:
 def test_a_missing_input_is_named(store: StageStore, tmp_path: Path) -> None:
     with pytest.raises(QAdapterError, match=r"gone\.jsonl is missing"):
         run(store, Work(), inputs={"data": tmp_path / "gone.jsonl"})
+
+
+@pytest.mark.parametrize("place", ["model", "model/weights"])
+def test_an_input_that_changes_is_refused(place: str, store: StageStore, tmp_path: Path) -> None:
+    """Else what was made of the new content would be found under the key of the old one."""
+    source, weights = tmp_path / place, tmp_path / "model" / "weights"
+    weights.parent.mkdir()
+    weights.write_text("old")
+
+    def saved_over(out: Path, scratch: Path) -> None:
+        (scratch / "checkpoint").write_text("of both")
+        weights.write_text("new")
+        (out / "result").write_text(weights.read_text())
+
+    with pytest.raises(QAdapterError, match=f"{source} changed while stage train"):
+        run(store, saved_over, inputs={"base": source})
+    assert not list(store.root.glob("scratch/*/*"))
+    weights.write_text("old")
+    assert not run(store, Work(), inputs={"base": source}).cached
+
+
+def test_an_input_that_is_only_touched_is_the_same(store: StageStore, tmp_path: Path) -> None:
+    source = tmp_path / "pairs.jsonl"
+    source.write_text("1")
+
+    def touched(out: Path, scratch: Path) -> None:
+        os.utime(source, (1, 1))
+        (out / "result").write_text(source.read_text())
+
+    assert not run(store, touched, inputs={"data": source}).cached
+    assert run(store, touched, inputs={"data": source}).cached
+
+
+def test_an_input_that_changes_during_the_wait_is_refused_before_the_work(
+    store: StageStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, work = tmp_path / "pairs.jsonl", Work()
+    source.write_text("1")
+
+    @contextlib.contextmanager
+    def waited(*_: object) -> Iterator[None]:
+        source.write_text("another run's holder of the lock took hours")
+        yield
+
+    monkeypatch.setattr(stage, "_locked", waited)
+    with pytest.raises(QAdapterError, match="changed while stage train waited for it"):
+        run(store, work, inputs={"data": source})
+    assert work.calls == 0
+
+
+def test_code_that_was_edited_during_the_run_is_refused(store: StageStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its key is the new code's; what is already there under it was made by that, and is found."""
+    work = Work()
+    run(store, work)
+    monkeypatch.setattr(stage, "edited_modules", lambda *_: ["qadapter.errors"])
+    assert run(store, work).cached
+    with pytest.raises(QAdapterError, match=r"stage train was edited during this run.*\(qadapter.errors\)"):
+        run(store, work, config={"lr": 0.2})
+    assert work.calls == 1
 
 
 def test_a_stage_that_writes_nothing_is_an_error(store: StageStore) -> None:
