@@ -21,7 +21,7 @@ from qadapter.config.customization import PREFERENCES, Customization, load_custo
 from qadapter.gate.measured import Measured
 from qadapter.gate.watch import beyond_budget, fallen
 from qadapter.serving.registered import DamagedError
-from tasks.candidate import METHOD, learnt_by, measured, registry_of, take_adapter
+from tasks.candidate import METHOD, learnt_by, measured, refuse_other_division, registry_of, take_adapter
 from tasks.curve import measure_curve
 from tasks.data import generate_toy_world
 from tasks.dialled import dial_candidate
@@ -212,6 +212,7 @@ def _heldout(
         heldout = step(read_heldout, customization=customization, world=world)
         step(measure_quality, source=PREFERENCES, data=heldout, benchmarks=world)
         return heldout
+    refuse_other_division(champion, customization)
     previous = Seen.read(customization).ledger
     ledger = step(collect_preferences, customization=customization, previous=previous, world=world)
     mixture = step(

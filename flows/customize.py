@@ -41,6 +41,7 @@ from tasks.candidate import (
     digest_of,
     judge_candidate,
     learnt_by,
+    refuse_other_division,
     register_candidate,
     registry_of,
     take_adapter,
@@ -157,6 +158,7 @@ def _customize(
     changes = changes_of(ledger)
     place = str(ledger.path)
     champion = registry.champion()
+    refuse_other_division(champion, customization)
     learnt = learnt_by(champion, registry)
     # Compared with the champion, not with the last run: the champion has not learnt a rejected candidate's data.
     waiting = unlearnt(ledger.path, learnt)

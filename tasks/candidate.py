@@ -20,6 +20,7 @@ from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.new_rows_text import new_rows_sentence, reversed_sentence
 from qadapter.files.artifacts import digest_file, digest_tree, read_json
+from qadapter.files.shown import shown
 from qadapter.gate.decision import Decision, Finding, decide, what_the_dial_changes
 from qadapter.gate.measured import Measured
 from qadapter.methods import q_adapter
@@ -72,6 +73,39 @@ def learnt_by(champion: Version | None, registry: Registry) -> Path | None:
         stage,
     )
     return None
+
+
+def refuse_other_division(champion: Version | None, customization: Customization) -> None:
+    """Refuse a held-out share of the source that contains prompts which the champion was trained on.
+
+    Which prompts are held out depends on the seed and the share. With other ones the champion, and a candidate that
+    goes on from it, would be measured on their own training data.
+
+    Raises:
+        QAdapterError: the champion's config divided the prompts otherwise.
+    """
+    now = _division(customization.model_dump(mode="json"))
+    if champion is None or now is None:
+        return
+    try:
+        then = _division(json.loads(champion.tags["config"])["customization"])
+    except (KeyError, ValueError, TypeError):  # registered by hand, or a config that is too long for a tag
+        return
+    if then != now:
+        before = "held-out files" if then is None else f"heldout {then[0]:g} and seed {then[1]}"
+        raise QAdapterError(
+            f"The champion, version {champion.number}, was trained with {before}; with heldout {now[0]:g} and seed "
+            f"{now[1]} other prompts of {shown(customization.source.path)} are held out, and it has learnt some of "
+            "them. Set them back, give held-out pairs of their own (source.heldout_path), or start a new model_name."
+        )
+
+
+def _division(customization: Mapping[str, Any]) -> tuple[float, int] | None:
+    """What decides which prompts of the source are held out; None where held-out pairs are files of their own."""
+    source = customization["source"]
+    if source["heldout_path"] or source["heldout_split"]:
+        return None
+    return float(source["heldout"]), int(customization["seed"])
 
 
 def _tags(champion: Version, name: str) -> Mapping[str, str]:

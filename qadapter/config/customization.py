@@ -80,6 +80,13 @@ class Customization(Settings):
     def _check(self) -> Customization:
         if self.turn_down and self.budget is None:
             raise ValueError("turn_down needs a budget that says how much may be forgotten; add budget")
+        if self.source.heldout >= 1 and not (self.source.heldout_path or self.source.heldout_split):
+            raise ValueError(
+                f"source.heldout is {self.source.heldout:g} prompts, and where a source grows or shrinks a number "
+                "moves prompts from one side to the other: give a share below 1, or held-out files (heldout_path)"
+            )
+        if self.source.judge_pairs:
+            raise ValueError("source.judge_pairs has no effect: no pairs of a growing source are set apart; remove it")
         return self
 
     def experiment(self) -> Experiment:
