@@ -28,6 +28,10 @@ FORMS = {
     "scored candidates": ("candidates",),
     "scored texts": ("texts", "scores"),
 }
+_OF_FORMS = {
+    "best": ("scored candidates", "scored texts"),
+    "margin": ("a decision", "a judgement"),  # of scores it is their difference
+}
 COMMON = ("prompt", "system", "history", "margin")
 SETTINGS = ("best", "roles", "records", "ties")
 _KEYS = (*COMMON, *(key for form in FORMS.values() for key in form), *SETTINGS)
@@ -82,6 +86,11 @@ class FieldMapping:
         self.ties = fields.get("ties") and _choice(fields, "ties", ("keep", "drop"))
         self._roles = _roles(fields.get("roles"))
         self._style = prompt_style
+        for key, forms in _OF_FORMS.items():
+            if fields.get(key) is not None and self.form not in forms:
+                raise QAdapterError(
+                    f"`fields.{key}` has no effect on {self.form}: it is for {' and '.join(forms)}. Leave it out."
+                )
 
     # ---- compiling
 

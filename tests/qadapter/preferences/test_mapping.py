@@ -131,6 +131,8 @@ def test_records_inside_an_object(tmp_path: Path) -> None:
         ({**JUDGEMENT, "responses": {"left": "a", "right": "b"}}, "none of the labels left, right in votes, but A"),
         ({"prompt": "q", "candidates": "a[*].[x, y]"}, "gives nothing"),
         ({**JUDGEMENT, "best": "most"}, "must be highest or lowest"),
+        ({**JUDGEMENT, "best": "lowest"}, "`fields.best` has no effect on a judgement: it is for scored candidates"),
+        ({"prompt": "q", "candidates": "c", "margin": "m"}, "`fields.margin` has no effect on scored candidates"),
         ({**JUDGEMENT, "roles": {"x": "judge"}}, "must give user, assistant or system"),
         ({**JUDGEMENT, "records": "data"}, "gives no list of objects"),
     ],
