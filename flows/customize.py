@@ -178,7 +178,9 @@ def _customize(
     )
     step(measure_quality, source=PREFERENCES, data=mixture, benchmarks=world)
     if not force and read_json(mixture.path / "summary.json")["fresh_pairs"] == 0:
-        return "NothingNew", f"{changes.text()}; all of them are held out", place
+        limit = customization.source.max_train_pairs
+        where = f" or beyond source.max_train_pairs ({limit})" if limit else ""
+        return "NothingNew", f"{changes.text()}; all of them are held out{where}", place
     ground = lay_ground(experiment, step, world, champion, customization.model_name)
     heldout = step(hold_out, mixture=mixture)
     cell = Cell(customization.domain, METHOD, customization.seed)

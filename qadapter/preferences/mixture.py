@@ -59,7 +59,8 @@ def write_mixture(
             if an earlier training read it whose policy was rejected.
         rows: `all` trains on everything; `new` on the fresh pairs and a sample of the others.
         old_share: share of the other pairs in that sample. A pair's draw depends on its text and the seed alone.
-        heldout, heldout_files, seed, max_train_pairs, max_heldout_pairs, domain, max_chars, choices: as in
+        max_train_pairs: train on at most so many pairs; where the others are a sample, on the fresh ones first.
+        heldout, heldout_files, seed, max_heldout_pairs, domain, max_chars, choices: as in
             `qadapter.preferences.prepare.prepare`.
 
     Raises:
@@ -81,21 +82,31 @@ def write_mixture(
             stack.enter_context(Output(out / f"{name}.jsonl", limit))
             for name, limit in (("train", None), ("fresh", None), ("heldout", max_heldout_pairs))
         )
-        left = max_train_pairs or len(pairs.drawn)
-        for bucket in pairs.buckets():
-            places = division.places(np.array([row.prompt for row in bucket], _DIGEST))
-            new = ~np.isin(np.array([row.order for row in bucket], _DIGEST), known)
-            for row, place, is_new in zip(bucket, places.tolist(), new.tolist(), strict=True):
-                if place == HELDOUT:
-                    kept.add(row)
-                elif place == TRAIN and left:
-                    left -= 1
-                    if is_new or rows == "all" or _drawn(row, old_share):
-                        train.add(row)
-                        if is_new:
-                            fresh.add(row)
-                else:
-                    assert place in (TRAIN, CROSSING)  # beyond the limit, or with a held-out prompt
+
+        def placed() -> Iterator[tuple[Row, int, bool]]:
+            """Each pair, its side, and whether it is new."""
+            for bucket in pairs.buckets():
+                places = division.places(np.array([row.prompt for row in bucket], _DIGEST))
+                new = ~np.isin(np.array([row.order for row in bucket], _DIGEST), known)
+                yield from zip(bucket, places.tolist(), new.tolist(), strict=True)
+
+        left = old_left = max_train_pairs or len(pairs.drawn)
+        if rows == "new" and max_train_pairs:  # the new ones come first: a later run does not count them as new
+            old_left = max(0, left - sum(is_new and place == TRAIN for _, place, is_new in placed()))
+        for row, place, is_new in placed():
+            if place == HELDOUT:
+                kept.add(row)
+            elif place == TRAIN and left:
+                if rows == "new" and not is_new:
+                    if not (old_left and _drawn(row, old_share)):
+                        continue
+                    old_left -= 1
+                left -= 1
+                train.add(row)
+                if is_new:
+                    fresh.add(row)
+            else:
+                assert place in (TRAIN, CROSSING)  # beyond the limit, or with a held-out prompt
         for bucket in held.rows.buckets() if held else ():
             for row in bucket:
                 kept.add(row)

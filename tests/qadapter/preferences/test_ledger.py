@@ -208,6 +208,26 @@ def test_a_mixture_is_what_the_split_of_all_its_pairs_gives(tmp_path: Path, monk
     assert (tmp_path / "alone" / "heldout.jsonl").read_bytes() == (tmp_path / "m1" / "heldout.jsonl").read_bytes()
 
 
+def test_a_limit_is_of_what_is_trained_on_and_the_new_pairs_come_first(tmp_path: Path) -> None:
+    """The champion's ledger has all of a delivery: what a limit left out would never be new again."""
+    folder = tmp_path / "in"
+    write(folder / "a.jsonl", [record(n) for n in range(200)])
+    update(folder, tmp_path / "1")
+    write(folder / "b.jsonl", [record(n) for n in range(200, 240)])
+    update(folder, tmp_path / "2", tmp_path / "1")
+    settings: dict[str, Any] = {"learnt": tmp_path / "1", "rows": "new", "old_share": 0.5}
+    fresh = mixture(tmp_path / "2", tmp_path / "m", **settings)["fresh_pairs"]
+    assert fresh > 20
+    for limit, expected in ((fresh + 5, (fresh, 5)), (fresh, (fresh, 0)), (fresh - 3, (fresh - 3, 0)), (10_000, None)):
+        found = mixture(tmp_path / "2", tmp_path / f"m{limit}", max_train_pairs=limit, **settings)
+        if expected is None:
+            assert found["fresh_pairs"] == fresh
+            assert found["old_pairs"] > 5
+        else:
+            assert (found["fresh_pairs"], found["old_pairs"]) == expected
+            assert found["train_pairs"] == sum(expected)
+
+
 def test_data_of_a_rejected_candidate_are_still_new(tmp_path: Path) -> None:
     """The champion knows the first ledger; a second delivery was rejected, and now there is a third."""
     folder = tmp_path / "in"
