@@ -7,13 +7,12 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from qadapter.command.opened import base_of_adapter, note, require_adapter
+from qadapter.command.opened import base_of_adapter, base_settings, note, rendering_as_asked, require_adapter
 from qadapter.command.options import DialOptions
 from qadapter.command.retaining import own_benchmarks
 from qadapter.config.budget import Budget
 from qadapter.config.curve import CurveSettings
 from qadapter.config.evaluation import AdaptationSettings, RetentionSettings
-from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.curve.budget import Choice, choose_among, facts_of
 from qadapter.evaluation.curve.measure import measure_curve
@@ -43,22 +42,13 @@ def run(options: DialOptions) -> None:
     require_adapter(adapter)
     read_policy(adapter)
     base = options.base or base_of_adapter(adapter)
-    record = training_record(adapter)
-    if options.base:
-        record.pop("revision", None)  # of another base
-    names = ("dtype", "quantization", "revision")
-    numerics = {name: getattr(options, name) or record.get(name) for name in names}
-    model = ModelSettings(
-        pretrained=base,
-        trust_remote_code=options.trust_remote_code,
-        **{name: value for name, value in numerics.items() if value is not None},
-    )
+    model = base_settings(options, base, adapter)
     budget = Budget(
         max_forgetting=options.budget, per_task=options.per_task, max_over_refusals=options.max_over_refusals
     )
     own = own_benchmarks(options.retain)
     of_base = load_tokenizer(base, revision=model.revision, trust_remote_code=options.trust_remote_code)
-    tokenizer = policy_tokenizer(adapter, of_base)
+    tokenizer = rendering_as_asked(options, policy_tokenizer(adapter, of_base))
     retention = RetentionSettings(
         tasks=options.tasks,
         own={name: str(file) for name, file in own.items()},
@@ -80,7 +70,7 @@ def run(options: DialOptions) -> None:
             adaptation=AdaptationSettings(batch_size=options.batch_size),
             retention=retention,
             curve=CurveSettings(kinds=options.kinds, points=options.points, values=options.values),
-            max_length=options.max_length or record.get("max_length") or DEFAULT_MAX_LENGTH,
+            max_length=options.max_length or training_record(adapter).get("max_length") or DEFAULT_MAX_LENGTH,
             world=None,
             style=None,
             benchmarks=Path(options.benchmarks) if options.benchmarks else None,

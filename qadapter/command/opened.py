@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qadapter.command.sections import RENDERING, PolicyOptions
+from qadapter.command.sections import RENDERING, BaseOptions, PolicyOptions
 from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
 from qadapter.policy.adapters import adapter_place, base_of
@@ -22,6 +22,9 @@ from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.ranges import check_dials, check_weights
 from qadapter.policy.tokenizer import RECORD, difference, policy_tokenizer, training_record, unreadable_record
 from qadapter.preferences.template_settings import configured
+
+if TYPE_CHECKING:
+    from qadapter.command.options import DialOptions
 
 __all__ = ["RECORD", "as_base", "dials", "note", "open_base", "open_policy", "training_record"]
 
@@ -52,20 +55,7 @@ def open_policy(options: PolicyOptions) -> tuple[QAdapterForCausalLM, PreTrained
             f"--weights has {len(weights)} numbers for {len(options.adapter)} adapters; give one for each adapter"
         )
     base = base_place(options)
-    record = training_record(first)
-    if options.base:
-        record.pop("revision", None)  # of another base
-    # Never trust_remote_code: a folder from elsewhere must not turn it on.
-    numerics = {name: getattr(options, name) or record.get(name) for name in ("dtype", "quantization", "revision")}
-    try:
-        settings = ModelSettings(
-            pretrained=base,
-            trust_remote_code=options.trust_remote_code,
-            **{name: value for name, value in numerics.items() if value is not None},
-            **(options.model or record.get("model") or {}),
-        )
-    except (ValidationError, TypeError) as error:
-        raise unreadable_record(first, error) from error
+    settings = base_settings(options, base, first)
     if options.alpha_0 is not None or options.alpha_tilde is not None:  # before a large base is read
         check_dials(options.alpha_0 or 0.0, 1.0 if options.alpha_tilde is None else options.alpha_tilde)
     check_weights(dict(zip(map(str, options.adapter), weights, strict=True)))
@@ -80,6 +70,28 @@ def open_policy(options: PolicyOptions) -> tuple[QAdapterForCausalLM, PreTrained
     _compose(policy, others, weights, options.allow_base_mismatch)
     _turn(policy, options)
     return policy, tokenizer
+
+
+def base_settings(options: PolicyOptions | DialOptions, base: str, adapter: Path) -> ModelSettings:
+    """How to load the base of an adapter: what flags do not say is as in its training.
+
+    Raises:
+        QAdapterError: the training's record says no such thing.
+    """
+    record = training_record(adapter)
+    if options.base:
+        record.pop("revision", None)  # of another base
+    # Never trust_remote_code: a folder from elsewhere must not turn it on.
+    numerics = {name: getattr(options, name) or record.get(name) for name in ("dtype", "quantization", "revision")}
+    try:
+        return ModelSettings(
+            pretrained=base,
+            trust_remote_code=options.trust_remote_code,
+            **{name: value for name, value in numerics.items() if value is not None},
+            **(options.model or record.get("model") or {}),
+        )
+    except (ValidationError, TypeError) as error:
+        raise unreadable_record(adapter, error) from error
 
 
 def base_place(options: PolicyOptions) -> str:
@@ -132,9 +144,14 @@ def _tokenizer(
         if (other := difference(policy_tokenizer(folder, of_base), own)) is not None:
             note(f"note: {folder} was trained with {other}; prompts are written as for {first}")
     _say_without_template(own)
+    return rendering_as_asked(options, own)
+
+
+def rendering_as_asked(options: BaseOptions, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A tokenizer with what the flags say of thinking and the template."""
     rendering = options.model_dump(include=set(RENDERING))
     return configured(
-        own,
+        tokenizer,
         thinking=rendering["thinking"],
         thoughts=rendering["thoughts"],
         template=rendering["chat_template_kwargs"],
