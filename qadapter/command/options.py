@@ -77,6 +77,13 @@ class TrainOptions(
         return with_twins(data, {name: name for name in _OF_THE_MODEL}, within="model")
 
     @model_validator(mode="after")
+    def _held_out_once(self) -> TrainOptions:
+        if self.heldout is not None and (self.heldout_data or self.heldout_split):
+            other = "heldout_data" if self.heldout_data else "heldout_split"
+            raise ValueError(f"heldout has no effect with {other}, which is held out whole: give one of them")
+        return self
+
+    @model_validator(mode="after")
     def _adaptable(self) -> TrainOptions:
         if self.lora:
             with located("lora"):
@@ -146,6 +153,17 @@ class ExportOptions(PolicyOptions, ReadingOptions):
         None, description="also send the folder to this repository, owner/name; the token is HF_TOKEN's"
     )
     public: bool = Field(False, description="make a new repository public")
+
+    @model_validator(mode="after")
+    def _of_use(self) -> ExportOptions:
+        if self.approximate and self.format == "adapter":
+            raise ValueError("approximate has no effect on the format adapter, which is the policy: leave it out")
+        idle = [name for name in ("data", "limit", "max_length") if name in self.model_fields_set]
+        if idle and not self.approximate:
+            raise ValueError(f"{idle[0]} has no effect without approximate: nothing else is measured on pairs")
+        if self.public and not self.push_to_hub:
+            raise ValueError("public has no effect without push_to_hub: name the repository to send to")
+        return self
 
 
 class DialOptions(RetainOptions, BaseOptions, ReadingOptions):
