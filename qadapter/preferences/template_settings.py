@@ -69,9 +69,16 @@ def switches(
 
     Raises:
         QAdapterError: thinking is to be on or off, and the template has no such variable; off is fine then where it
-            opens no thought anyway, and where it does, the thought is closed.
+            opens no thought anyway, and where it does, the thought is closed. Or `given` says the opposite.
     """
-    if thinking is None or any(name in given for name in SWITCHES):
+    if thinking is None:
+        return {}
+    if named := [name for name in SWITCHES if name in given]:
+        if bool(given[named[0]]) != thinking:
+            raise QAdapterError(
+                f"thinking is turned {'on' if thinking else 'off'}, but {named[0]} of the template's variables is "
+                f"{given[named[0]]!r}; give one of them"
+            )
         return {}
     known = [name for name in SWITCHES if name in variables(tokenizer)]
     if not known and thinking:

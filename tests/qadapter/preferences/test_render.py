@@ -81,6 +81,16 @@ def test_thinking_off_closes_the_thought_everywhere(template: str):
     assert given.chat_template == template
 
 
+def test_thinking_said_twice_is_one_thing():
+    given = with_template(templates.THINKING)
+    off = configured(given, thinking=False, template={"enable_thinking": False})
+    assert prompt_text(off, ASK) == prompt_text(configured(given, thinking=False), ASK)
+    with pytest.raises(QAdapterError, match=r"thinking is turned on, but enable_thinking .* False; give one"):
+        configured(given, thinking=True, template={"enable_thinking": False})
+    with pytest.raises(QAdapterError, match=r"thinking is turned off, but enable_thinking .* is True"):
+        configured(given, thinking=False, template={"enable_thinking": True})
+
+
 def test_settings_are_saved_with_the_tokenizer(tmp_path):
     tokenizer = configured(with_template(templates.THINKING), thinking=False, thoughts="leave-out")
     tokenizer.save_pretrained(tmp_path)
