@@ -114,8 +114,9 @@ def _what_fell(config: str, customization: Customization, registry: Registry, ch
         adapter = fetch(step, customization, champion)
         base_row = measuring(step, ground, heldout, world)(Cell(customization.domain, "base"), None, None)
 
-        # Cached measurements would make the check pointless, so the champion is always measured anew.
-        fresh = run.storing_in(StageStore(checks))
+        # Cached measurements would make the check pointless, so the champion is always measured anew: what other
+        # machines measured is not looked for either.
+        fresh = run.storing_in(StageStore(checks, remote=None))
 
         def again(task: Any, **inputs: Any) -> Any:
             return fresh.result(fresh(task, **inputs))
