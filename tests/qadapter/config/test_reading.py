@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from qadapter.config.continual import continuals, load_continual
 from qadapter.config.customization import customizations, load_customization
@@ -14,6 +15,7 @@ from qadapter.config.experiment import load_experiment, profiles
 from qadapter.config.reading import names_in
 from qadapter.config.sweep import SWEEP_FOLDER, load_sweep
 from qadapter.errors import QAdapterError
+from qadapter.files.yaml_text import read_yaml
 
 KINDS: list[tuple[str, Callable[[str], Any], list[str]]] = [
     ("profile", load_experiment, profiles()),
@@ -40,7 +42,13 @@ def test_every_kind_is_found_and_refused_alike(
     file = tmp_path / "mine.yaml"
     found = refused(file)
     assert found == f"there is no file {str(file)!r}; give the path of a {kind}, or one of these names: {listed}"
-    contents = {"a: [": "is not YAML", "- 1": "contains list; expected a mapping", "": "contains NoneType; expected"}
+    twice = "is not YAML: the key 'seeds' stands twice, in line 1 and in line 3"
+    contents = {
+        "seeds: [0]\nzzz: {b: 1}\nseeds: [1]": twice,
+        "a: [": "is not YAML",
+        "- 1": "contains list; expected a mapping",
+        "": "contains NoneType; expected",
+    }
     for content, message in contents.items():
         file.write_text(content)
         assert f"{file} {message}" in refused(file)
@@ -52,3 +60,12 @@ def test_every_kind_is_found_and_refused_alike(
     assert first == f"{len(problems)} problems in mine.yaml{overrides}:"
     assert any(line.startswith("  zzz: unknown key") for line in problems)
     assert any(line.endswith(": is required") for line in problems)
+
+
+def test_a_key_stands_once_in_its_mapping() -> None:
+    """PyYAML takes the last one: the first of two sections of a profile would be dropped without a word."""
+    for text in ("{a: 1, a: 2}", "x:\n- {b: 1, 'b': 2}", "a: 1\nb: &k {c: 1}\nd: {<<: *k, e: 1, e: 1}"):
+        with pytest.raises(yaml.YAMLError, match="stands twice"):
+            read_yaml(text)
+    assert read_yaml("a: {x: 1}\nb: {x: 2}\n1: y\n'1': z") == {"a": {"x": 1}, "b": {"x": 2}, 1: "y", "1": "z"}
+    assert read_yaml("a: &k {x: 1}\nb: {<<: *k, x: 2}") == {"a": {"x": 1}, "b": {"x": 2}}  # a merged key is replaced
