@@ -80,7 +80,9 @@ def _closure(module: str, function: Callable[..., Any] | None) -> dict[str, str]
         status = file.stat()
         digest, imported = _read(name, file, status.st_mtime_ns, status.st_size)
         digests[name] = digest
-        _FIRST.setdefault(name, "" if name in sys.modules and status.st_mtime > _BEGUN else digest)
+        # A date in the future is no edit: some archives unpack with one.
+        edited = _BEGUN < status.st_mtime <= time.time()
+        _FIRST.setdefault(name, "" if name in sys.modules and edited else digest)
         packages.add(name if file.name == "__init__.py" else name.rpartition(".")[0])
         waiting += [*imported, *_parents(name)]
     _Parsed.keep()

@@ -95,18 +95,33 @@ def test_code_that_is_edited_after_it_was_loaded_is_named(
     code: Path, looked_at: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "housing.deep", ModuleType("housing.deep"))
-    monkeypatch.setattr(code_version, "_BEGUN", time.time() + 60)  # the files above were there before
+    monkeypatch.setattr(code_version, "_BEGUN", time.time() - 60)
+    for file in code.rglob("*.py"):
+        date(file, -120)
     if looked_at:
         assert edited_modules("housing.rooms.main") == []
         rewrite(code / "deep.py", "thing = 1", "thing = 1  # no other code")
         assert edited_modules("housing.rooms.main") == []
     for file in ("deep.py", "deeper.py"):  # the second is not loaded: this process will load what is there then
         rewrite(code / file, " = 1", " = 2")
-        os.utime(code / file, (time.time() + 120, time.time() + 120))
+        date(code / file, -1)
     assert edited_modules("housing.rooms.main") == ["housing.deep"]
     if looked_at:
         rewrite(code / "deep.py", "thing = 2", "thing = 1")
         assert edited_modules("housing.rooms.main") == []
+
+
+def test_code_with_a_date_in_the_future_was_not_edited(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some archives unpack with one: such a checkout would be refused for hours."""
+    monkeypatch.setitem(sys.modules, "housing.deep", ModuleType("housing.deep"))
+    for file in code.rglob("*.py"):
+        date(file, 7200)
+    assert edited_modules("housing.rooms.main") == []
+
+
+def date(file: Path, seconds: float) -> None:
+    """Give a file a date so many seconds from now."""
+    os.utime(file, (time.time() + seconds, time.time() + seconds))
 
 
 def test_what_another_process_parsed_is_not_parsed_again(
