@@ -1,4 +1,4 @@
-"""The identity of benchmark items: two scores are comparable only on the same items."""
+"""Benchmark items: their identity, for two scores are comparable only on the same ones, and which score counts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,24 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+_KNOWN_BY = ("exact_match", "acc", "acc_norm", "prompt_level_strict_acc", "bits_per_byte")
+
+
+def known_by(metrics: Iterable[str]) -> str | None:
+    """The one metric that a task is known by, wherever one number or one item's score stands for it.
+
+    A benchmark's file lists its metrics in any order: LAMBADA's has its perplexity before its accuracy.
+
+    Args:
+        metrics: a task's, `<metric>` or `<metric>.<filter>`.
+
+    Returns:
+        Exact match, accuracy and so on, in this order of preference; else the first one, None of none.
+    """
+    names = list(metrics)
+    found = (name for wanted in _KNOWN_BY for name in names if name.split(".")[0] == wanted)
+    return next(found, names[0] if names else None)
 
 
 def items_digests(items: Iterable[Mapping[str, Any]]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation.divergence import kl_per_token, replies_entropy
 from qadapter.evaluation.drift import DRIFT, REWORDED, drift_metrics, trait_rows
 from qadapter.evaluation.hearing import heard
-from qadapter.evaluation.items import items_digests
+from qadapter.evaluation.items import items_digests, known_by
 from qadapter.evaluation.lm_eval.catalog import expand_suites, require_scores
 from qadapter.evaluation.lm_eval.harness import evaluate_tasks
 from qadapter.evaluation.old_answers import answer_metrics, answer_old_prompts
@@ -383,13 +383,10 @@ def _traits(
 
 
 def headline_metric(task: str, metrics: dict[str, float]) -> str | None:
-    """The one metric a task is known by: `acc`, `exact_match` and so on, in this order of preference."""
-    present = [name for name in metrics if name.split("/")[1] == task]
-    for wanted in ("exact_match", "acc", "acc_norm", "prompt_level_strict_acc", "bits_per_byte"):
-        for name in present:
-            if name.split("/")[2].split(".")[0] == wanted:
-                return name
-    return present[0] if present else None
+    """The one metric a task is known by (`known_by`), by its full name."""
+    present = {name.split("/")[2]: name for name in metrics if name.split("/")[1] == task}
+    found = known_by(present)
+    return None if found is None else present[found]
 
 
 def _divergence(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from qadapter.evaluation.curve.parts import selects
 from qadapter.evaluation.curve.points import content_digest
+from qadapter.evaluation.items import known_by
 from qadapter.evaluation.speech import faults_of
 from qadapter.files.artifacts import Manifest, read_json, read_json_lines
 from qadapter.inference.pair_scores import implied_margin, mean_margin, won
@@ -129,10 +130,11 @@ class Measured:
 
 
 def _task_items(task: str, items: Sequence[dict[str, Any]], directions: dict[str, bool]) -> TaskItems:
-    metric = next(iter(items[0]["scores"]))
+    metric = known_by(items[0]["scores"])
+    scores = [item["scores"][metric] for item in items]
     places = tuple((item["doc_id"], item.get("prompt"), item.get("target")) for item in items)
     higher = directions.get(f"retention/{task}/{metric}", True)
-    if isinstance(items[0]["score"], list):  # lm-eval's (log-likelihood, bytes): bits per byte, weighted by bytes
-        likelihood, size = np.array([item["score"] for item in items], dtype=np.float64).T
+    if isinstance(scores[0], list):  # lm-eval's (log-likelihood, bytes): bits per byte, weighted by bytes
+        likelihood, size = np.array(scores, dtype=np.float64).T
         return TaskItems(places, -likelihood / size / math.log(2), size, higher)
-    return TaskItems(places, np.array([item["score"] for item in items], dtype=np.float64), None, higher)
+    return TaskItems(places, np.array(scores, dtype=np.float64), None, higher)

@@ -180,7 +180,8 @@ def kept_items(scores: TaskScores, tasks: Sequence[str]) -> dict[str, Measure]:
         rows = [(other, row) for other, items in scores.samples.items() if _belongs(other, task) for row in items]
         if name is None or not rows:
             continue
-        kept[name] = _task(rows, scores.higher_is_better.get(name.removeprefix("retention/"), True))
+        metric, higher = name.split("/")[2], scores.higher_is_better.get(name.removeprefix("retention/"), True)
+        kept[name] = _task(rows, metric, higher)
     return kept
 
 
@@ -198,13 +199,13 @@ def _belongs(task: str, of: str) -> bool:
     return task == of or task.startswith(f"{of}_")
 
 
-def _task(named: Sequence[tuple[str, dict[str, Any]]], higher: bool) -> Measure:
+def _task(named: Sequence[tuple[str, dict[str, Any]]], metric: str, higher: bool) -> Measure:
     ids = tuple(content_digest(task, row["doc_id"], row["prompt"], row["target"]) for task, row in named)
-    rows = [row for _, row in named]
-    if isinstance(rows[0]["score"], list | tuple):  # lm-eval's (log-likelihood, bytes)
-        values = tuple(-row["score"][0] / row["score"][1] / math.log(2) for row in rows)
-        return Measure(ids, values, tuple(float(row["score"][1]) for row in rows), higher)
-    return Measure(ids, tuple(float(row["score"]) for row in rows), None, higher)
+    scores = [row["scores"][metric] for _, row in named]
+    if isinstance(scores[0], list | tuple):  # lm-eval's (log-likelihood, bytes)
+        values = tuple(-likelihood / size / math.log(2) for likelihood, size in scores)
+        return Measure(ids, values, tuple(float(size) for _, size in scores), higher)
+    return Measure(ids, tuple(map(float, scores)), None, higher)
 
 
 def _learn_retention(

@@ -18,6 +18,7 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.errors import QAdapterError
+from qadapter.evaluation.items import known_by
 from qadapter.evaluation.lm_eval.catalog import (
     TaskFolders,
     check_tasks,
@@ -42,8 +43,8 @@ class TaskScores:
         metrics: `<task>/<metric>` to value, groups included. A task with several answer filters has its metrics once
             for each, as `<task>/<metric>.<filter>`.
         stderr: standard error over items, for metrics that are a mean over items.
-        samples: items of each task in the order of the benchmark: `doc_id`, `score` (the first metric's value),
-            `scores` (each metric's), `prompt`, `response`, `target`.
+        samples: items of each task in the order of the benchmark: `doc_id`, `score` (of the one metric that the task is
+            known by), `scores` (each metric's), `prompt`, `response`, `target`.
         higher_is_better: direction of each key of `metrics`.
         shortened: requests whose prompt lost its beginning because the model's context is too short.
     """
@@ -302,12 +303,14 @@ def _items(task: Any, logged: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         response, target = _readable(task, record)
         items[record["doc_id"]] = {
             "doc_id": record["doc_id"],
-            "score": next(iter(scores.values())),
+            "score": None,
             "scores": scores,
             "prompt": record["arguments"][0][0],
             "response": response,
             "target": target,
         }
+    for item in items.values():
+        item["score"] = item["scores"][known_by(item["scores"])]
     return [items[doc_id] for doc_id in sorted(items)]
 
 

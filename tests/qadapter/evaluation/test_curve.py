@@ -14,11 +14,11 @@ from qadapter.command.parser import main
 from qadapter.config.curve import CurveSettings
 from qadapter.config.evaluation import AdaptationSettings, RetentionSettings
 from qadapter.evaluation.curve.both_rows import WeightedTexts, greedy_intervals, log_likelihoods
-from qadapter.evaluation.curve.measure import dialled, measure_curve
+from qadapter.evaluation.curve.measure import dialled, kept_items, measure_curve
 from qadapter.evaluation.curve.points import Measure, Point, next_value, read_curves
 from qadapter.evaluation.curve.scaled import ScaledTexts
 from qadapter.evaluation.divergence import kl_per_token
-from qadapter.evaluation.lm_eval.harness import evaluate_tasks
+from qadapter.evaluation.lm_eval.harness import TaskScores, evaluate_tasks
 from qadapter.evaluation.measure import measure_adaptation, measure_retention
 from qadapter.evaluation.preference import distinct_prompts, preference_metrics, score_pairs
 from qadapter.files.artifacts import read_json
@@ -237,6 +237,23 @@ def test_the_command_refuses_to_choose_on_a_few_items(
     assert main([*command, "--max-new-tokens", "8", "--max-length", "60", "--budget", "1", "--save"]) == 2
     assert "too few to choose a dial on and report another half" in capsys.readouterr().err
     assert saved_dial(adapter).as_trained
+
+
+def scored(place: int, **scores: float) -> dict[str, Any]:
+    return {"doc_id": place, "prompt": f"question {place}", "target": "a", "response": "", "scores": scores}
+
+
+def test_items_are_scored_by_the_metric_of_the_task() -> None:
+    """LAMBADA's file lists perplexity first, whose items are log-likelihoods: half of the words are right."""
+    items = [scored(0, perplexity=-0.5, acc=1.0), scored(1, perplexity=-4.0, acc=0.0)]
+    found = TaskScores(
+        metrics={"lambada/perplexity": 9.5, "lambada/acc": 0.5},
+        samples={"lambada": items},
+        higher_is_better={"lambada/perplexity": False, "lambada/acc": True},
+    )
+    kept = kept_items(found, ["lambada"])
+    assert {name: task.values for name, task in kept.items()} == {"retention/lambada/acc": (1.0, 0.0)}
+    assert Point(0.0, Measure((), ()), kept).retention == 0.5
 
 
 # ---- which point is next --------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lm_eval.tasks import TaskManager
 
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.benchmarks.items import read_items
+from qadapter.evaluation.lm_eval import harness
 from qadapter.evaluation.lm_eval.catalog import find_tasks
 from qadapter.evaluation.lm_eval.definitions import BENCHMARKS, SUITES, local_tasks, render_definitions
 from qadapter.evaluation.lm_eval.harness import check_tasks, evaluate_tasks
@@ -139,6 +141,20 @@ def test_same_scores_as_lm_evals_own_hf_model(kind, knowing, tokenizer, data, tm
     for key, value in ours.metrics.items():
         task, _, metric = key.partition("/")
         assert value == pytest.approx(theirs["results"][task][f"{metric},none"], rel=1e-5), key
+
+
+def test_an_items_score_is_of_the_metric_of_its_task() -> None:
+    """F1 and exact match of two answer filters: the exact match of the first filter stands for the item."""
+    records = [
+        {"doc_id": 0, "filter": name, "metrics": ["f1", "exact_match"], "f1": 0.9, "exact_match": match,
+         "arguments": [["question"]], "resps": [["x"]], "target": "y"}
+        for name, match in (("strict", 0.0), ("flexible", 1.0))
+    ]  # fmt: skip
+    (item,) = harness._items(SimpleNamespace(OUTPUT_TYPE="generate_until"), records)
+    assert item["score"] == 0.0
+    assert item["scores"] == {
+        "f1.strict": 0.9, "exact_match.strict": 0.0, "f1.flexible": 0.9, "exact_match.flexible": 1.0,
+    }  # fmt: skip
 
 
 @pytest.mark.slow

@@ -89,6 +89,27 @@ def test_scores_are_read_as_they_were_measured(make: Any) -> None:
     assert not texts.higher_is_better
 
 
+def test_a_task_is_compared_by_the_metric_that_it_is_known_by(tmp_path: Path) -> None:
+    """LAMBADA's file lists perplexity first, of which less is better and whose items are log-likelihoods, more of which
+    is better: 40 of 100 words lost are a drop of .4, and no gain of 2 nats."""
+
+    def words(name: str, right: int, nats: float) -> Measured:
+        found = measured(tmp_path / name, **policy(60, 150))
+        scores = [{"perplexity": nats, "acc": float(i < right)} for i in range(100)]
+        items = [{"task": "lambada", "doc_id": i, "score": 0.0, "scores": one} for i, one in enumerate(scores)]
+        file = tmp_path / name / "r" / "items.jsonl"
+        file.write_text("".join(json.dumps(item) + "\n" for item in items))
+        directions = {"retention/lambada/perplexity": False, "retention/lambada/acc": True}
+        (tmp_path / name / "r" / "directions.json").write_text(json.dumps(directions))
+        return replace(found, tasks=Measured.read(tmp_path / name / "a", tmp_path / name / "r").tasks)
+
+    before, now = words("before", 80, -1.0), words("now", 40, -3.0)
+    finding = next(one for one in decide(Gate(), now, before, before).findings if one.rule.endswith("lambada"))
+    assert finding.interval is not None
+    assert finding.interval.estimate == pytest.approx(0.4)
+    assert not finding.passed
+
+
 def test_beyond_a_budget_means_beyond_noise(make: Any) -> None:
     """20 of 200 facts lost: .1, standard error √(.1 · .9/200) = .021; texts are no accuracy and do not count."""
     base, now = make(50, 150), make(50, 130, bits=9.0, over_refusals=0.3)
