@@ -169,6 +169,9 @@ def _point(value: float, learnt: Measure, scores: TaskScores, tasks: Sequence[st
 def kept_items(scores: TaskScores, tasks: Sequence[str]) -> dict[str, Measure]:
     """`retention/<task>/<metric>` → its items, for the one metric that each task is known by.
 
+    A group's items are those of its subtasks. A task is left out whose items have no score of their own (F1 over all
+    items, for one).
+
     Args:
         scores: of lm-eval.
         tasks: tasks and groups.
@@ -177,11 +180,12 @@ def kept_items(scores: TaskScores, tasks: Sequence[str]) -> dict[str, Measure]:
     kept = {}
     for task in tasks:
         name = headline_metric(task, metrics)
-        rows = [(other, row) for other, items in scores.samples.items() if _belongs(other, task) for row in items]
+        rows = [(one, row) for one in scores.groups.get(task, [task]) for row in scores.samples.get(one, ())]
         if name is None or not rows:
             continue
         metric, higher = name.split("/")[2], scores.higher_is_better.get(name.removeprefix("retention/"), True)
-        kept[name] = _task(rows, metric, higher)
+        if (found := _task(rows, metric, higher)) is not None:
+            kept[name] = found
     return kept
 
 
@@ -194,17 +198,15 @@ def _on_old_text(points: Sequence[Point], old: OldText) -> list[Point]:
     return found
 
 
-def _belongs(task: str, of: str) -> bool:
-    """Whether a task is a headline task or one of a group's."""
-    return task == of or task.startswith(f"{of}_")
-
-
-def _task(named: Sequence[tuple[str, dict[str, Any]]], metric: str, higher: bool) -> Measure:
+def _task(named: Sequence[tuple[str, dict[str, Any]]], metric: str, higher: bool) -> Measure | None:
+    """The items' scores; None if one is no number."""
     ids = tuple(content_digest(task, row["doc_id"], row["prompt"], row["target"]) for task, row in named)
-    scores = [row["scores"][metric] for _, row in named]
-    if isinstance(scores[0], list | tuple):  # lm-eval's (log-likelihood, bytes)
+    scores = [row["scores"].get(metric) for _, row in named]
+    if metric.split(".")[0] == "bits_per_byte":  # lm-eval's (log-likelihood, bytes)
         values = tuple(-likelihood / size / math.log(2) for likelihood, size in scores)
         return Measure(ids, values, tuple(float(size) for _, size in scores), higher)
+    if not all(isinstance(score, int | float) for score in scores):
+        return None
     return Measure(ids, tuple(map(float, scores)), None, higher)
 
 

@@ -47,6 +47,7 @@ class TaskScores:
             known by), `scores` (each metric's), `prompt`, `response`, `target`.
         higher_is_better: direction of each key of `metrics`.
         shortened: requests whose prompt lost its beginning because the model's context is too short.
+        groups: group → its tasks, those of the groups in it among them.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -54,6 +55,7 @@ class TaskScores:
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     higher_is_better: dict[str, bool] = field(default_factory=dict)
     shortened: int = 0
+    groups: dict[str, list[str]] = field(default_factory=dict)
 
     def update(self, other: TaskScores) -> None:
         """Add the tasks of another evaluation of the same policy."""
@@ -62,6 +64,7 @@ class TaskScores:
         self.samples |= other.samples
         self.higher_is_better |= other.higher_is_better
         self.shortened += other.shortened
+        self.groups |= other.groups
 
 
 def evaluate_tasks(
@@ -270,6 +273,8 @@ def _ask_in(task: Any, in_words: Callable[[str], str]) -> None:
 
 def _collect(raw: Any, loaded: Any) -> TaskScores:
     scores = TaskScores()
+    for name, group in loaded["groups"].items():
+        scores.groups[name] = [task.task_name for task in group.get_all_tasks()]
     for name, results in raw["results"].items():
         filters = {key.partition(",")[2] for key in results if "," in key}
         for key, value in results.items():

@@ -256,6 +256,24 @@ def test_items_are_scored_by_the_metric_of_the_task() -> None:
     assert Point(0.0, Measure((), ()), kept).retention == 0.5
 
 
+def test_a_group_has_no_items_of_a_longer_named_one() -> None:
+    """`mmlu_pro_law` is `mmlu_pro`'s, and `own_hard` no part of `own`: mmlu 1/2, mmlu_pro 1/4, own 2/2, own_hard 0/3.
+
+    A task whose items have no score of their own is left out.
+    """
+    shares = {"mmlu_law": (1, 2), "mmlu_pro_law": (1, 4), "own": (2, 2), "own_hard": (0, 3)}
+    samples = {task: [scored(i, acc=float(i < right)) for i in range(n)] for task, (right, n) in shares.items()}
+    samples["cola"] = [{**scored(0), "scores": {"mcc": (1, 0)}}]
+    found = TaskScores(
+        metrics={"mmlu/acc": 0.5, "mmlu_pro/acc": 0.25, "own/acc": 1.0, "own_hard/acc": 0.0, "cola/mcc": 0.0},
+        samples=samples,
+        groups={"mmlu": ["mmlu_law"], "mmlu_pro": ["mmlu_pro_law"]},
+    )
+    kept = kept_items(found, ["mmlu", "mmlu_pro", "own", "own_hard", "cola"])
+    means = {name.split("/")[1]: task.mean for name, task in kept.items()}
+    assert means == {"mmlu": 0.5, "mmlu_pro": 0.25, "own": 1.0, "own_hard": 0.0}
+
+
 # ---- which point is next --------------------------------------------------------------------------------------------
 
 
