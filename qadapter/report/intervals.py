@@ -224,7 +224,7 @@ class Measured:
                 before = self._kept.get((domain, self.base_of(method), None), {}).get(name)
                 if policy is None or before is None or policy[0] != before.ids:
                     return None
-                shares = shares and higher and _are_shares(before.values) and _are_shares(policy[1])
+                shares = shares and higher and are_shares(before.values) and are_shares(policy[1])
                 tables.append((policy[0], sign * (before.values - policy[1]), policy[2]))
             parts.append(_over_domains(tables))
         return _sample(seeds, parts, 1 / len(domains) if shares and domains else 0.0, self.base_of(method))
@@ -308,7 +308,7 @@ def _moved(before: float, change: Sample, sign: float = 1.0) -> Interval:
     return moved.within(0.0, 1.0) if change.grain else moved
 
 
-def _are_shares(values: Floats) -> bool:
+def are_shares(values: Floats) -> bool:
     """Whether scores can be shares. BLEU from 0 to 100, for one, is none, although higher is better."""
     return bool(((values >= 0) & (values <= 1)).all())
 

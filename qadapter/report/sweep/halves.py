@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -18,11 +18,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from qadapter.evaluation.statistics import Interval, mean_of_tasks_interval
+from qadapter.evaluation.statistics import Interval
 from qadapter.methods.table import SUBJECT
+from qadapter.report.intervals import Sample, are_shares
 from qadapter.report.items import RULE, SCORE, adaptation_gain, directions_of, read_lines, retention_items
 from qadapter.report.items import retention_measures as measures_of
-from qadapter.report.rows import Row, listed
+from qadapter.report.rows import Row, listed, ordered
 from qadapter.report.sweep.points import BASE, Point, Setting, best_by_trade, points_of
 
 MEAN = "retention/mean"
@@ -42,11 +43,13 @@ class HalfRow:
     Attributes:
         row: with the half's `adaptation/score` and `retention/mean`.
         gains: [n], for each prompt the mean over its pairs of what the implied reward gains on the base's ½.
+        pairs: [n], how many these are.
         kept: retention task → [n], its items' scores.
     """
 
     row: Row
     gains: NDArray[np.float64]
+    pairs: NDArray[np.float64]
     kept: Values
 
 
@@ -74,8 +77,8 @@ def half_rows(rows: Sequence[Row], chosen: bool) -> list[HalfRow]:
             return []
         pairs = [value for values in by_prompt.values() for value in values]
         halved = {SCORE: 0.5 + fmean(pairs), MEAN: fmean(float(values.mean()) for values in kept.values())}
-        gains = np.array([fmean(values) for values in by_prompt.values()])
-        found.append(HalfRow(replace(row, metrics={**row.metrics, **halved}), gains, kept))
+        gains, counts = (np.array([of(v) for v in by_prompt.values()], dtype=np.float64) for of in (fmean, len))
+        found.append(HalfRow(replace(row, metrics={**row.metrics, **halved}), gains, counts, kept))
     return found
 
 
@@ -152,7 +155,7 @@ def halves_section(
     ]
     if sentences:
         parts += [
-            "Differences there, with 95 % bootstrap intervals over prompts (items), drawn together with the seeds:",
+            "Differences there, with 95 % intervals over prompts (items) and seeds, as in the report of a comparison:",
             "\n".join(sentences),
         ]
     return "\n\n".join(parts), metrics
@@ -179,18 +182,35 @@ def _seeds_sentence(rows: Sequence[Row], further: Sequence[Row]) -> str:
 
 
 def _differences(halves: Sequence[HalfRow], one: str, two: str) -> tuple[Interval, Interval]:
-    """What the first setting is ahead in adaptation and in retention, items and seeds paired."""
-    gains: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
-    kept: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
+    """What the first setting is ahead in adaptation and in retention, items and seeds paired.
+
+    As in the comparison (`qadapter.report.intervals`): domains have prompts of their own, and are parts of the mean;
+    their retention items are the same, so an item's difference is first averaged over the domains.
+    """
     of = {(half.row.domain, half.row.method, half.row.seed): half for half in halves}
-    for (domain, method, seed), half in of.items():
-        if method != one:
-            continue
-        other = of[domain, two, seed]
-        gains[domain].append(half.gains - other.gains)
-        for task, values in half.kept.items():
-            kept[f"{domain} {task}"].append(values - other.kept[task])
-    return mean_of_tasks_interval(list(gains.values())), mean_of_tasks_interval(list(kept.values()))
+    domains = ordered(domain for domain, method, _ in of if method == one)
+    cells = [(seed, [(of[d, one, seed], of[d, two, seed]) for d in domains]) for seed in _paired(of, domains, one, two)]
+    seeds, first = tuple(seed for seed, _ in cells), cells[0][1][0][0]
+    gains = tuple(
+        np.array([a.gains - b.gains for a, b in column]) for column in zip(*(c for _, c in cells), strict=True)
+    )
+    kept = tuple(
+        np.array([np.mean([a.kept[task] - b.kept[task] for a, b in cell], axis=0) for _, cell in cells])
+        for task in first.kept
+    )
+    shares = all(
+        are_shares(half.kept[task]) for _, cell in cells for pair in cell for half in pair for task in half.kept
+    )
+    pairs = tuple(a.pairs for a, _ in cells[0][1])
+    learnt = Sample(seeds, (), gains, pairs)
+    alike = tuple(np.ones(part.shape[1]) for part in kept)
+    return learnt.interval, Sample(seeds, (), kept, alike, 1 / len(domains) if shares else 0.0).interval
+
+
+def _paired(of: Mapping[tuple[str, str, int | None], HalfRow], domains: Sequence[str], *names: str) -> list[int | None]:
+    """The seeds with which all these settings were trained in every domain."""
+    seeds = dict.fromkeys(seed for _, method, seed in of if method == names[0])
+    return [seed for seed in seeds if all((domain, name, seed) in of for domain in domains for name in names)]
 
 
 def _shown(interval: Interval) -> str:

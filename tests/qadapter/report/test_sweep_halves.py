@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qadapter.report.rows import Row
-from qadapter.report.sweep.halves import half_rows, halves_section, selects
+from qadapter.report.sweep.halves import _differences, half_rows, halves_section, selects
 from qadapter.report.sweep.points import Setting
 
 PROMPTS = [f"prompt {number}" for number in range(12)]  # two pairs each
@@ -21,7 +22,16 @@ def lines(file: Path, rows: list[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def measured(folder: Path, method: str, seed: int | None, chosen: float, other: float, kept: float) -> Row:
+def measured(
+    folder: Path,
+    method: str,
+    seed: int | None,
+    chosen: float,
+    other: float,
+    kept: float,
+    domain: str = "academy",
+    count: int = ITEMS,
+) -> Row:
     """A policy that wins these shares of the pairs of either half, and answers this share of the items."""
     counts = {True: 0, False: 0}
     totals = {half: 2 * sum(selects(prompt) == half for prompt in PROMPTS) for half in (True, False)}
@@ -34,12 +44,12 @@ def measured(folder: Path, method: str, seed: int | None, chosen: float, other: 
         sides = {"chosen_log_prob": margin, "rejected_log_prob": 0.0}
         pairs.append({"pair": len(pairs), "prompt": prompt, **sides, **{f"base_{name}": 0.0 for name in sides}})
     lines(folder / "adaptation/pairs.jsonl", pairs)
-    scores = [float(number < kept * ITEMS) for number in range(ITEMS)]
+    scores = [float(number < kept * count) for number in range(count)]
     items = [{"task": "facts", "doc_id": place, "scores": {"acc": score}} for place, score in enumerate(scores)]
     lines(folder / "retention/items.jsonl", items)
     (folder / "retention/directions.json").write_text(json.dumps({"retention/facts/acc": True}))
     won = sum((0.5 if method == "base" else float(pair["chosen_log_prob"] > 0)) for pair in pairs) / len(pairs)
-    retention = sum(scores) / ITEMS
+    retention = sum(scores) / count
     metrics = {
         "adaptation/score": won,
         "retention/facts/acc": retention,
@@ -47,7 +57,7 @@ def measured(folder: Path, method: str, seed: int | None, chosen: float, other: 
         "forgetting/facts/acc": 0.0,
         "forgetting/kl_per_token": 0.0 if method == "base" else 0.01,
     }
-    return Row("academy", method, seed, metrics, None, folder / "adaptation", folder / "retention")
+    return Row(domain, method, seed, metrics, None, folder / "adaptation", folder / "retention")
 
 
 def setting(name: str, method: str) -> Setting:
@@ -122,3 +132,56 @@ def test_a_chosen_setting_is_confirmed_by_a_seed_that_chose_nothing(rows: list[R
     sentence = " Settings were chosen with seed 0 and 1; the chosen ones were trained again with seed 2."
     assert sentence in text
     assert sentence not in alone
+
+
+def test_domains_share_their_retention_items(tmp_path: Path) -> None:
+    """The same answers in four domains are no surer than in one: an item's difference is averaged over them first."""
+    shares = {"dpo a": (1.0, 0.5, 0.5), "q a": (1.0, 0.5, 1.0)}
+    lost = {}
+    for domains in (["a"], ["a", "b", "c", "d"]):
+        rows = []
+        for domain in domains:
+            folder = tmp_path / f"{len(domains)} {domain}"
+            rows.append(measured(folder / "base", "base", None, 0, 0, 1.0, domain, 200))
+            rows += [measured(folder / name, name, 0, *values, domain, 200) for name, values in shares.items()]
+        _, found = _differences(half_rows(rows, False), "q a", "dpo a")
+        items = [number for number in range(200) if not selects(("facts", number))]
+        assert found.estimate == pytest.approx(sum(number >= 100 for number in items) / len(items))
+        lost[len(domains)] = found
+    one, four = lost[1], lost[4]
+    assert (four.low, four.high) == pytest.approx((one.low, one.high), abs=0.01)
+    assert one.high - one.low == pytest.approx(2 * 1.96 * 0.5 / 10, rel=0.1)  # of some 100 items
+
+
+def test_a_difference_is_that_of_the_numbers_in_the_table(tmp_path: Path) -> None:
+    """A prompt of five pairs, all won, beside prompts of one pair, none won: a mean over pairs, as the table's."""
+    half = [prompt for prompt in (f"prompt {number}" for number in range(40)) if not selects(prompt)][:8]
+    asked = [half[0]] * 5 + half[1:]
+
+    def row(method: str, seed: int | None, won: int) -> Row:
+        found = measured(tmp_path / method, method, seed, 0, 0, 1.0)
+        assert found.adaptation is not None
+        sides = {"rejected_log_prob": 0.0, "base_chosen_log_prob": 0.0, "base_rejected_log_prob": 0.0}
+        lines(
+            found.adaptation / "pairs.jsonl",
+            [
+                {"pair": place, "prompt": prompt, "chosen_log_prob": 1.0 if place < won else -1.0, **sides}
+                for place, prompt in enumerate(asked)
+            ],
+        )
+        return replace(found, metrics={**found.metrics, "adaptation/score": won / len(asked)})
+
+    halves = half_rows([row("q a", 0, 5), row("dpo a", 0, 0)], False)
+    scores = [half.row.metrics["adaptation/score"] for half in halves]
+    gain, _ = _differences(halves, "q a", "dpo a")
+    assert gain.estimate == pytest.approx(scores[0] - scores[1]) == pytest.approx(5 / 12)
+    assert gain.low <= 0  # one prompt of eight differs
+
+
+def test_two_seeds_are_as_unsure_as_in_a_comparison(tmp_path: Path) -> None:
+    """Retention ahead by 0 and by a share s: Student's interval of two seeds is ± 12.7 · s/2 around s/2."""
+    rows = [measured(tmp_path / "base", "base", None, 0, 0, 1.0)]
+    rows += [measured(tmp_path / f"q {seed}", "q a", seed, 1.0, 0.5, 1.0) for seed in (0, 1)]
+    rows += [measured(tmp_path / f"dpo {seed}", "dpo a", seed, 1.0, 0.5, kept) for seed, kept in ((0, 1.0), (1, 0.75))]
+    _, keep = _differences(half_rows(rows, False), "q a", "dpo a")
+    assert (keep.low, keep.high) == (-1.0, 1.0)
