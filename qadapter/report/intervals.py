@@ -71,6 +71,10 @@ class Sample:
         reach = 1.0 if self.base == other.base else self.reach + other.reach
         return Sample(tuple(common) or (None,), self.ids, differences, self.weights, self.grain, self.base, reach)
 
+    def only(self, seeds: Sequence[int | None]) -> Sample:
+        """The same over some of its seeds; over all of them where none is named."""
+        return replace(self, seeds=tuple(seeds), parts=self._of(seeds)) if seeds else self
+
     def _of(self, seeds: Sequence[int | None]) -> tuple[Floats, ...]:
         return tuple(part[[self.seeds.index(seed) for seed in seeds]] for part in self.parts)
 

@@ -32,8 +32,8 @@ class Duel:
         domains: those.
         adaptation: adaptation score, method minus baseline.
         avoided: degradation avoided: the baseline's forgetting minus the method's.
-        share: `avoided` as a share of the baseline's forgetting; NaN where that is not larger than its noise, and
-            without intervals.
+        share: `avoided` as a share of the baseline's forgetting, over the same seeds; NaN where that is not larger than
+            its noise, and without intervals.
         adaptation_interval, avoided_interval: 95 %; None if item scores are missing or intervals were not requested.
     """
 
@@ -89,7 +89,7 @@ def duel(
     learnt = gains[0].minus(gains[1]) if gains[0] and gains[1] else None
     avoided = losses[0].minus(losses[1]) if losses[0] and losses[1] else None
     value = avoided.estimate if avoided else difference("retention/mean")
-    lost = losses[0].interval if losses[0] and intervals else None
+    lost = losses[0].only(common).interval if losses[0] and intervals else None
     share = value / lost.estimate if lost is not None and lost.low > 0 else math.nan
     return Duel(
         method,

@@ -229,6 +229,21 @@ def test_differences_without_a_common_seed_are_of_means() -> None:
     assert difference.parts[0].tolist() == [[0.5, 0.0]]
 
 
+def test_a_share_of_what_a_baseline_forgets_is_over_the_seeds_of_both(tmp_path: Path) -> None:
+    """SFT forgets .5 with seed 0, .3 with three others; the Q-Adapter .05 with seed 0: .45/.5 avoided, not .45/.35."""
+    more = {"follows": [1, 1], "base_follows": [0, 0], "base_kept": {"facts": [1] * 200}}
+
+    def row(method: str, seed: int | None, lost: int) -> Row:
+        kept = {"facts": [0] * lost + [1] * (200 - lost)}
+        return rule_row(tmp_path, "academy", method, seed, kept=kept, **more)
+
+    sft = [row("sft", seed, lost) for seed, lost in enumerate((100, 60, 60, 60))]
+    found = duel(Measured([row("base", None, 0), row("q-adapter", 0, 10), *sft]), "q-adapter", "sft")
+    assert found is not None
+    assert found.avoided == pytest.approx(0.45)
+    assert found.share == pytest.approx(0.9)
+
+
 def test_other_items_cannot_be_compared() -> None:
     assert sample([1.0, 1.0]).minus(sample([1.0, 1.0], ids=("a", "b"))) is None
 
