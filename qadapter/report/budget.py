@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean
 
@@ -39,12 +39,18 @@ VALUES_LEGEND = (
 
 @dataclass(frozen=True)
 class MethodCurve:
-    """The curves of one method in one domain along one kind of dial, over its seeds."""
+    """The curves of one method in one domain along one kind of dial, over its seeds.
+
+    Attributes:
+        curves: one for each seed.
+        seeds: of the trainings.
+    """
 
     domain: str
     method: str
     kind: DialKind
     curves: tuple[Curve, ...]
+    seeds: tuple[int | None, ...]
 
     @property
     def metric(self) -> str:
@@ -85,10 +91,16 @@ def curves_of(rows: Sequence[Row]) -> list[MethodCurve]:
     found = []
     for domain in ordered(row.domain for row in rows):
         for method in methods_of(row for row in rows if row.domain == domain):
-            folders = [row.curve for row in rows if (row.domain, row.method) == (domain, method) and row.curve]
-            curves = [curve for folder in folders if (folder / CURVE).is_file() for curve in read_curves(folder)]
-            for kind in ordered(curve.kind for curve in curves):
-                one = MethodCurve(domain, method, kind, tuple(curve for curve in curves if curve.kind == kind))  # type: ignore[arg-type]
+            own = [row for row in rows if (row.domain, row.method) == (domain, method)]
+            curves = [
+                (row.seed, curve)
+                for row in own
+                if row.curve and (row.curve / CURVE).is_file()
+                for curve in read_curves(row.curve)
+            ]
+            for kind in ordered(curve.kind for _, curve in curves):
+                seeds, of_kind = zip(*(pair for pair in curves if pair[1].kind == kind), strict=True)
+                one = MethodCurve(domain, method, kind, of_kind, seeds)  # type: ignore[arg-type]
                 try:
                     _ = one.parts
                 except QAdapterError:  # too few items in a half
@@ -110,7 +122,7 @@ def over_domains(curves: Sequence[MethodCurve]) -> list[list[MethodCurve]]:
     for kind in kinds_of(curves):
         for method in ordered(one.method for one in curves):
             own = [one for one in curves if (one.method, one.kind) == (method, kind)]
-            if len(own) == len(domains) and len({len(one.curves) for one in own}) == 1:
+            if len(own) == len(domains) and len({one.seeds for one in own}) == 1:
                 found.append(own)
     return found
 
@@ -336,9 +348,20 @@ def _by_verdict(found: Mapping[str, Interval]) -> str:
 
 
 def ahead_of(ours: Sequence[MethodCurve], theirs: Sequence[MethodCurve], budget: float) -> Interval:
-    """How much more one method learnt than another at equal budgets, mean over the same domains."""
-    sides = [([one.parts[1] for one in own], [one.at(budget).place for one in own]) for own in (ours, theirs)]
+    """How much more one method learnt than another at equal budgets, mean over the same domains.
+
+    Over the seeds that both have; over each one's mean where they have none in common.
+    """
+    common = [seed for seed in ours[0].seeds if all(seed in one.seeds for one in (*ours, *theirs))]
+    sides = [([_over(one, common) for one in own], [one.at(budget).place for one in own]) for own in (ours, theirs)]
     return mean_difference(*sides[0], *sides[1])
+
+
+def _over(one: MethodCurve, seeds: Sequence[int | None]) -> Part:
+    """The reported part of these seeds; of the mean over its own where none is named."""
+    part = one.parts[1]
+    places = [one.seeds.index(seed) for seed in seeds]
+    return replace(part, gained=part.gained[places] if places else part.gained.mean(axis=0, keepdims=True))
 
 
 def difference_text(found: Interval) -> str:

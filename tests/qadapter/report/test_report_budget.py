@@ -19,6 +19,7 @@ from qadapter.evaluation.curve.points import Curve, Measure, Point, write_curves
 from qadapter.policy.dial import DialKind
 from qadapter.report.budget import (
     MethodCurve,
+    ahead_of,
     budget_metrics,
     budget_sentences,
     budget_table,
@@ -114,12 +115,29 @@ def test_values_of_one_seed_alone_are_named(tmp_path: Path) -> None:
     """Seed 0 was measured at .5 and .75, seed 1 at .5 and .25: of five values two cannot be chosen."""
     own = [(0.0, 0.5, 0.75, 1.0), (0.0, 0.25, 0.5, 1.0)]
     curves = tuple(curve_at((0.0, 0.4, 0.6, 1.0), (1.0,) * 4, values) for values in own)
-    one = MethodCurve("academy", "dpo", "q-weight", curves)
+    one = MethodCurve("academy", "dpo", "q-weight", curves, (0, 1))
     assert [line for line in budget_sentences([one]) if "not every seed" in line] == [
         "At equal budgets, values of the dial that not every seed was measured at cannot be chosen: in 1 of 1 curves, "
         "2 of 5 for academy · dpo. `evaluation.curve.values` measures the same for every seed."
     ]
-    assert not [line for line in budget_sentences([replace(one, curves=curves[:1])]) if "not every seed" in line]
+    assert not [
+        line for line in budget_sentences([replace(one, curves=curves[:1], seeds=(0,))]) if "not every seed" in line
+    ]
+
+
+def test_methods_are_compared_over_the_seeds_of_both() -> None:
+    """At 1 % the Q-Adapter learns .8, .4 and 0 with seeds 0, 1 and 2; DPO .2 and .6 with seeds 1 and 0, or with others.
+
+    Over seeds 0 and 1: .6 less .4 is .2, and where no seed is common the difference of the means, .4 less .4.
+    """
+
+    def method(name: str, learnt: dict[int, float]) -> MethodCurve:
+        curves = tuple(curve_at((0.0, most, most), (1.0, 1.0, 0.9)) for most in learnt.values())
+        return MethodCurve("law", name, "q-weight", curves, tuple(learnt))
+
+    ours = method("q-adapter", {0: 0.8, 1: 0.4, 2: 0.0})
+    assert ahead_of([ours], [method("dpo", {1: 0.2, 0: 0.6})], 0.01).estimate == pytest.approx(0.2, abs=0.01)
+    assert ahead_of([ours], [method("dpo", {7: 0.2, 8: 0.6})], 0.01).estimate == pytest.approx(0.0, abs=0.01)
 
 
 @pytest.mark.slow
