@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from qadapter.evaluation.statistics import LEVEL, Interval, across_seeds, mean_of_tasks_interval, proportion_interval
+from qadapter.evaluation.statistics import LEVEL, Interval, mean_of_tasks_interval, proportion_interval, with_seeds
 from qadapter.report.changes import MARGIN, OF_OLD_PROMPTS, OF_PAIRS, changes, refusals
 from qadapter.report.items import (
     RULE,
@@ -100,12 +100,7 @@ class Sample:
         if self.grain:
             half = np.sqrt(sum(self._least(p, w) ** 2 for p, w in zip(self.parts, self.weights, strict=True)))
             found = found.at_least(float(half) / len(self.parts))
-        if len(self.seeds) > 1:
-            scores = [
-                np.mean([np.average(part[s], weights=w) for part, w in zip(self.parts, self.weights, strict=True)])
-                for s in range(len(self.seeds))
-            ]
-            found = _wider(found, across_seeds(scores))
+        found = with_seeds(found, self.parts, self.weights)
         return found.within(-self.reach, self.reach) if self.grain else found
 
     def _least(self, part: Floats, weight: Floats) -> float:
@@ -121,10 +116,6 @@ class Sample:
         share = min(float(share), widest)
         n = max(1, round(size))
         return proportion_interval(share * n, n).high - share
-
-
-def _wider(one: Interval, other: Interval) -> Interval:
-    return replace(one, low=min(one.low, other.low), high=max(one.high, other.high))
 
 
 class Measured:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.curve.points import Curve, Point
-from qadapter.evaluation.statistics import Interval, mean_of_tasks_interval, proportion_interval
+from qadapter.evaluation.statistics import Interval, mean_of_tasks_interval, proportion_interval, with_seeds
 from qadapter.policy.dial import DialKind
 
 SPLIT = "dial-1"
@@ -57,6 +57,11 @@ class Part:
     refused: NDArray[np.float64]
     before: float
 
+    def of_seed(self, place: int) -> Part:
+        """The same of one of its adapters."""
+        lost = {name: table[place : place + 1] for name, table in self.lost.items()}
+        return replace(self, gained=self.gained[place : place + 1], lost=lost)
+
     def adaptation(self, place: int) -> float:
         """Adaptation at a point, mean over seeds and items."""
         return self.before + float(self.gained[:, place].mean())
@@ -81,7 +86,7 @@ def mean_adaptation(parts: Sequence[Part], places: Sequence[int]) -> Interval:
 def mean_gain(parts: Sequence[Part], places: Sequence[int]) -> Interval:
     """95 % interval of the adaptation minus the base's; arguments as in `mean_adaptation`."""
     tables = [part.gained[:, place] for part, place in zip(parts, places, strict=True)]
-    return _wide_enough(mean_of_tasks_interval(tables, resamples=DRAWS), tables)
+    return _wide_enough(tables)
 
 
 def mean_forgetting(parts: Sequence[Part], places: Sequence[int], task: str | None = None) -> Interval:
@@ -99,9 +104,7 @@ def mean_forgetting(parts: Sequence[Part], places: Sequence[int], task: str | No
         np.mean([part.lost[name][:, place] for part, place in zip(parts, places, strict=True)], axis=0)
         for name in names
     ]
-    return _wide_enough(
-        mean_of_tasks_interval(tables, weights=[parts[0].weights[name] for name in names], resamples=DRAWS), tables
-    )
+    return _wide_enough(tables, [parts[0].weights[name] for name in names])
 
 
 def mean_difference(
@@ -118,14 +121,17 @@ def mean_difference(
         for parts, places in ((ours, our_places), (theirs, their_places))
     ]
     tables = [a - b for a, b in zip(*sides, strict=True)]
-    return _wide_enough(mean_of_tasks_interval(tables, resamples=DRAWS), tables)
+    return _wide_enough(tables)
 
 
-def _wide_enough(found: Interval, tables: Sequence[NDArray[np.float64]]) -> Interval:
-    """A bootstrap interval of a mean over tables of differences [S, n_k], as wide at least as the items can tell.
+def _wide_enough(
+    tables: Sequence[NDArray[np.float64]], weights: Sequence[NDArray[np.float64]] | None = None
+) -> Interval:
+    """The interval of a mean over tables of differences [S, n_k], as wide at least as items and seeds can tell.
 
     Where all are differences of shares it is cut at ±1, beyond which none lies.
     """
+    found = with_seeds(mean_of_tasks_interval(tables, weights=weights, resamples=DRAWS), tables, weights)
     reach = 1.0 if all(np.abs(table).max() <= 1.0 for table in tables) else math.inf
     return found.at_least(least_half(tables)).within(-reach, reach)
 

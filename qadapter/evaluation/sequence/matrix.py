@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from qadapter.evaluation.curve.points import Measure
 from qadapter.evaluation.sequence.outcome import Outcome
-from qadapter.evaluation.statistics import Interval, mean_of_tasks_interval
+from qadapter.evaluation.statistics import Interval, mean_of_tasks_interval, with_seeds
 
 Floats = NDArray[np.float64]
 
@@ -50,13 +50,13 @@ class Passage:
     @property
     def accuracy(self) -> Interval:
         """ACC with its 95 % interval over items and seeds."""
-        return mean_of_tasks_interval([self._items(len(self.domains) - 1, name) for name in self.domains])
+        return _interval([self._items(len(self.domains) - 1, name) for name in self.domains])
 
     @property
     def backward_transfer(self) -> Interval:
         """BWT with its 95 % interval: paired by item and seed."""
         last = len(self.domains) - 1
-        return mean_of_tasks_interval(
+        return _interval(
             [self._items(last, name) - self._items(step, name) for step, name in enumerate(self.domains[:-1])]
         )
 
@@ -72,16 +72,20 @@ class Passage:
         for task in self.base.averaged:
             start = np.array(self.base.kept[task].values)
             lost.append(np.array([start - np.array(steps[-1].kept[task].values) for steps in self.outcomes]))
-        return mean_of_tasks_interval(lost)
+        return _interval(lost)
 
     def difference(self, other: Passage) -> Interval:
         """ACC minus another way's, paired by item and seed."""
         last = len(self.domains) - 1
-        return mean_of_tasks_interval([self._items(last, name) - other._items(last, name) for name in self.domains])
+        return _interval([self._items(last, name) - other._items(last, name) for name in self.domains])
 
     def _items(self, step: int, domain: str) -> Floats:
         """[S, n], the scores of a domain's items after a step."""
         return np.array([steps[step].learnt[domain].values for steps in self.outcomes], dtype=np.float64)
+
+
+def _interval(tables: Sequence[Floats]) -> Interval:
+    return with_seeds(mean_of_tasks_interval(tables), tables)
 
 
 def accuracies(domains: Sequence[str], steps: Sequence[Outcome]) -> Floats:

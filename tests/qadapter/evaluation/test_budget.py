@@ -144,6 +144,33 @@ def test_several_seeds_are_one_method() -> None:
         split_curves([ones[0], other])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_intervals_hold_the_truth_as_often_as_they_say(seeds: int) -> None:
+    """200 experiments whose noise is mostly the seeds': the gain, 0.1, and as much forgetting; within counting 95 %."""
+    rng = np.random.default_rng(seeds)
+    held = [0, 0]
+    for _ in range(200):
+        part = noisy(0.1 + 0.05 * rng.normal(size=(seeds, 1, 1)) + 0.05 * rng.normal(size=(seeds, 1, 200)))
+        for place, found in enumerate((mean_gain([part], [0]), mean_forgetting([part], [0]))):
+            held[place] += found.low <= 0.1 <= found.high
+    assert min(held) / 200 >= 0.9
+
+
+def noisy(values: np.ndarray) -> Part:
+    """These differences [S, P, n] as what was gained and as what was lost."""
+    ones = {"t": np.ones(values.shape[2])}
+    return Part("q-weight", (0.0, 1.0)[: values.shape[1]], values, {"t": values}, ones, ("t",), np.zeros(2), 0.0)
+
+
+def test_an_area_is_as_unsure_as_its_seeds() -> None:
+    """Seeds that learn .2 and .4 with nothing lost: Student's ± 12.706 · .1 of two seeds is cut at 0 and 1."""
+    gained = np.stack([np.full((2, 400), share) * [[0], [1]] for share in (0.2, 0.4)])
+    part = replace(noisy(gained), lost={"t": np.zeros((2, 2, 400))})
+    found = area_interval(part, part)
+    assert (found.low, found.estimate, found.high) == (0.0, pytest.approx(0.3), 1.0)
+
+
 def test_area_under_the_front() -> None:
     """By hand: base 0; .5 reached at forgetting 0, 1 at .02: (.5 · .02 + 1 · .03)/.05 = .8 up to a budget of 5 %."""
     one = curve(steps([0, 0.5, 1], 400), steps([1, 1, 0.98], 4000))
