@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qadapter.evaluation.curve.scaled import DialledTexts
-from qadapter.inference.generate import context_of, only_as_asked
+from qadapter.inference.generate import context_of, only_as_asked, reply_text
 from qadapter.policy.dial import Dial
 from qadapter.preferences.pair import Message
 from qadapter.preferences.render import end_ids
@@ -45,12 +45,8 @@ class AskedPrompts:
         self._texts.learn([(ids, ended(self._tokenizer, reply)) for ids, reply in given if reply], value)
 
     def replies(self, value: float) -> list[str]:
-        """The reply to each prompt at a value."""
-        return [self._text(answer) for answer in self._answers(value)]
-
-    def _text(self, answer: tuple[int, ...]) -> str:
-        stop = next((place for place, token in enumerate(answer) if token in self._ends), len(answer))
-        return str(self._tokenizer.decode(list(answer[:stop]), skip_special_tokens=True)).strip()
+        """The reply to each prompt at a value, as text (`generate.reply_text`)."""
+        return [reply_text(self._tokenizer, answer, self._ends) for answer in self._answers(value)]
 
     def _answers(self, value: float) -> list[tuple[int, ...]]:
         """The answer to each prompt at a value; those that are not known are generated, in batches."""

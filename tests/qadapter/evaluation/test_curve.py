@@ -13,6 +13,7 @@ import torch
 from qadapter.command.parser import main
 from qadapter.config.curve import CurveSettings
 from qadapter.config.evaluation import AdaptationSettings, RetentionSettings
+from qadapter.evaluation.curve.asked import AskedPrompts
 from qadapter.evaluation.curve.both_rows import WeightedTexts, greedy_intervals, log_likelihoods
 from qadapter.evaluation.curve.measure import dialled, kept_items, measure_curve
 from qadapter.evaluation.curve.points import Measure, Point, next_value, read_curves
@@ -27,10 +28,12 @@ from qadapter.policy.dial import Dial
 from qadapter.policy.files import saved_dial
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.policy.objective import Objective
-from qadapter.preferences.pair import load_pairs
+from qadapter.preferences.pair import Message, load_pairs
+from qadapter.preferences.render import turn_end
 from qadapter.toyworld.rules import follows_rule
 from qadapter.toyworld.world import ToyWorld
 from tests.qadapter.policy.test_policy import ABSOLUTE, make_policy, tokens
+from tests.support.tiny_chat import byte_tokenizer
 from tests.support.tiny_toy import MODEL, TinyToy, make_tiny_toy
 
 GRID = tuple(step / 8 for step in range(9))
@@ -120,6 +123,22 @@ def test_a_known_answer_at_another_scale_takes_one_pass() -> None:
     policy.get_input_embeddings().register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
     assert texts.answers(asked, 0.5) == answers[0.5]
     assert passes == [3]  # those of the nearest scale, all right
+
+
+def test_replies_end_where_a_turn_ends_in_ordinary_text() -> None:
+    """A template that closes turns with the text " e" and no special token: what follows it is no part of a reply."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}U: {{ m['content'] }}\nA: "
+        "{% else %}{{ m['content'] }} e\n{% endif %}{% endfor %}"
+    )
+    assert turn_end(tokenizer).token is None
+    policy = make_policy(objective=Objective.preset("residual")).eval()
+    prompts: list[list[Message]] = [[{"role": "user", "content": letter}] for letter in "abcdefghijklmnop"]
+    expected = generate_replies(policy, tokenizer, prompts, max_new_tokens=40, batch_size=8)
+    texts = WeightedTexts(policy, (0.0, 1.0), pad=0, batch_size=8)
+    asked = AskedPrompts(texts, tokenizer, prompts, max_new_tokens=40, batch_size=8)
+    assert asked.replies(1.0) == expected
 
 
 # ---- a whole curve --------------------------------------------------------------------------------------------------
