@@ -32,6 +32,8 @@ class Predictions:
     def __init__(self, model: torch.nn.Module, batch: Mapping[str, Tensor]) -> None:
         """Run one forward pass. Position t predicts token t + 1; `objective.scored_positions` selects the positions.
 
+        The last token predicts nothing and is not read: a text may have one token more than the model's context.
+
         Args:
             model: any policy.
             batch: as `reply_log_probs` takes it.
@@ -44,7 +46,8 @@ class Predictions:
         scored = scored_positions(batch["response_mask"].to(device).bool(), shift_mask=True)
         self.rows, positions = scored.nonzero(as_tuple=True)
         self.targets = ids[:, 1:][self.rows, positions]
-        states = scored_states(model, ids, mask, torch.nn.functional.pad(scored, (0, 1)))
+        ids, mask = ids[:, :-1], mask[:, :-1]
+        states = scored_states(model, ids, mask, scored)
         self._states = states
         if states is not None:
             _refuse_nan(states[0])

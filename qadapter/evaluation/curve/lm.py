@@ -79,7 +79,7 @@ class DialledLM(PolicyLM):
     ) -> list[tuple[float, bool]]:
         texts = []
         for _, context, continuation in requests:
-            whole = [*context, *continuation][-self.max_length :]
+            whole = [*context, *continuation][-(self.max_length + 1) :]  # as the parent's: the last one is not read
             start = len(whole) - len(continuation)
             texts.append((tuple(whole[:start]), tuple(whole[start:])))
         return self.texts.likelihoods(texts, self.value)

@@ -9,22 +9,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 
 from qadapter.command.parser import main
 from qadapter.config.curve import CurveSettings
 from qadapter.config.evaluation import AdaptationSettings, RetentionSettings
 from qadapter.evaluation.curve.asked import AskedPrompts
 from qadapter.evaluation.curve.both_rows import WeightedTexts, greedy_intervals, log_likelihoods
+from qadapter.evaluation.curve.lm import DialledLM
 from qadapter.evaluation.curve.measure import dialled, kept_items, measure_curve
 from qadapter.evaluation.curve.points import Measure, Point, next_value, read_curves
 from qadapter.evaluation.curve.scaled import ScaledTexts
 from qadapter.evaluation.divergence import kl_per_token
 from qadapter.evaluation.lm_eval.harness import TaskScores, evaluate_tasks
+from qadapter.evaluation.lm_eval.model import PolicyLM
 from qadapter.evaluation.measure import measure_adaptation, measure_retention
 from qadapter.evaluation.preference import distinct_prompts, preference_metrics, score_pairs
 from qadapter.files.artifacts import read_json
 from qadapter.inference.generate import generate_replies
-from qadapter.policy.dial import Dial
+from qadapter.policy.dial import Dial, DialKind
 from qadapter.policy.files import saved_dial
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.policy.objective import Objective
@@ -139,6 +142,26 @@ def test_replies_end_where_a_turn_ends_in_ordinary_text() -> None:
     texts = WeightedTexts(policy, (0.0, 1.0), pad=0, batch_size=8)
     asked = AskedPrompts(texts, tokenizer, prompts, max_new_tokens=40, batch_size=8)
     assert asked.replies(1.0) == expected
+
+
+@pytest.mark.parametrize("kind", ["q-weight", "scale"])
+def test_long_texts_are_cut_as_in_the_evaluation(kind: DialKind) -> None:
+    """163 tokens in a context of 64, and 160 tokens in windows, of which each token is scored once."""
+    policy = make_policy(objective=Objective.preset("residual")).eval()
+    options: dict[str, Any] = {"tokenizer": byte_tokenizer(), "batch_size": 2, "max_length": 64}
+    text = "abcdefgh" * 20
+
+    def scores(lm: PolicyLM) -> list[float]:
+        answer = lm.loglikelihood([Instance("loglikelihood", {}, (text, "xyz"), 0)])
+        return [answer[0][0], *lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])]
+
+    batches: dict[str, Any] = {"pad": 0, "batch_size": 2}
+    texts = WeightedTexts(policy, (0.0, 1.0), **batches) if kind == "q-weight" else ScaledTexts(policy, **batches)
+    for value in (0.0, 1.0):
+        policy.dial = Dial(kind, value)
+        expected = scores(PolicyLM(policy, **options))
+        policy.dial = Dial(kind, 1.0)
+        assert scores(DialledLM(texts, value, **options)) == pytest.approx(expected, abs=1e-3)
 
 
 # ---- a whole curve --------------------------------------------------------------------------------------------------

@@ -71,13 +71,13 @@ def test_scores_equal_those_of_one_reply_at_a_time(kind, batch_size, tokenizer, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_positions_of_replies_are_computed(kind, tokenizer) -> None:
-    """In a batch of one pair: logits for the longer reply's tokens and the position behind it, none for prompts."""
+    """In a batch of one pair: logits for the longer reply's tokens, none for prompts and none behind the last token."""
     model = tiny_policy(kind)
     shapes: list[int] = []
     model.register_forward_hook(lambda module, args, output: shapes.append(output.logits.shape[1]))
     score_pairs(model, tokenizer, PAIRS, max_length=256, batch_size=1)
     longest_reply = [max(len(p.chosen), len(p.rejected)) + 1 for p in PAIRS]
-    assert sorted(shapes) == sorted(n + 1 for n in longest_reply)
+    assert sorted(shapes) == sorted(longest_reply)
 
 
 def test_training_mode_is_restored_and_cut_pairs_are_counted(tokenizer) -> None:
