@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 _KNOWN_BY = ("exact_match", "acc", "acc_norm", "prompt_level_strict_acc", "bits_per_byte")
@@ -25,6 +25,11 @@ def known_by(metrics: Iterable[str]) -> str | None:
     names = list(metrics)
     found = (name for wanted in _KNOWN_BY for name in names if name.split(".")[0] == wanted)
     return next(found, names[0] if names else None)
+
+
+def owner(task: str, measured: Collection[str]) -> str:
+    """The measured task or group with the longest name that a task's begins with; nothing if there is none."""
+    return max((name for name in measured if task == name or task.startswith(f"{name}_")), key=len, default="")
 
 
 def items_digests(items: Iterable[Mapping[str, Any]]) -> dict[str, str]:

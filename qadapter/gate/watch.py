@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
+import numpy as np
+
 from qadapter.config.budget import Budget
+from qadapter.evaluation.items import owner
 from qadapter.evaluation.statistics import mean_interval, mean_of_tasks_interval, paired_difference
 from qadapter.gate.decision import OVER_REFUSALS, differs, over_refusals, speech, too_few
 from qadapter.gate.measured import Floats, Measured, TaskItems
@@ -55,7 +59,8 @@ def fallen(then: Measured, now: Measured, gate: Gate) -> list[str]:
 def beyond_budget(now: Measured, base: Measured, budget: Budget, gate: Gate) -> list[str]:
     """List by how much a policy forgot more than a budget allows, beyond noise: one sentence per limit.
 
-    Over-refusals are a share that is measured, not compared: any excess counts.
+    A group of benchmarks is one task, as where a dial is chosen within the budget. Over-refusals are a share that is
+    measured, not compared: any excess counts.
 
     Args:
         now, base: measured on the same retention items.
@@ -63,11 +68,13 @@ def beyond_budget(now: Measured, base: Measured, budget: Budget, gate: Gate) -> 
         gate: level and draws of the intervals.
     """
     options: dict[str, Any] = {"level": gate.level, "resamples": gate.resamples}
-    lost: dict[str, Floats] = {}
+    headlines = {name.split("/")[1] for name in base.metrics if name.startswith("forgetting/") and name.count("/") == 2}
+    parts: dict[str, list[Floats]] = defaultdict(list)
     for task, before in base.tasks.items():
         after = now.tasks.get(task)
         if before.higher_is_better and after is not None and after.items == before.items and len(before.items):
-            lost[task] = before.values - after.values
+            parts[owner(task, headlines) or task].append(before.values - after.values)
+    lost = {task: np.concatenate(values) for task, values in parts.items()}
     found = []
     if lost:
         mean = mean_of_tasks_interval(list(lost.values()), **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.items import items_digests
+from qadapter.evaluation.items import items_digests, owner
 from qadapter.files.artifacts import read_json, read_json_lines
 from qadapter.inference.pair_scores import implied_margin, won
 from qadapter.judging.verdicts import WORTH
@@ -125,11 +125,6 @@ def retention_items(row: Row, measures: Sequence[str]) -> dict[str, Items]:
                 found[name] = items
                 break
     return found
-
-
-def owner(task: str, measured: Collection[str]) -> str:
-    """The measured task or group with the longest name that a task's begins with; nothing if there is none."""
-    return max((name for name in measured if task == name or task.startswith(f"{name}_")), key=len, default="")
 
 
 def _items(records: Sequence[Mapping[str, Any]], metric: str) -> Items | None:

@@ -10,9 +10,10 @@ from statistics import fmean
 import pandas as pd
 
 from qadapter.evaluation.drift import MOVED, TRAITS
+from qadapter.evaluation.items import owner
 from qadapter.evaluation.statistics import Interval
 from qadapter.report.intervals import Measured
-from qadapter.report.items import SCORE, WIN_RATE, owner
+from qadapter.report.items import SCORE, WIN_RATE
 from qadapter.report.rows import (
     Row,
     Spread,

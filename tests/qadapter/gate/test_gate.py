@@ -123,6 +123,17 @@ def test_beyond_a_budget_means_beyond_noise(make: Any) -> None:
     assert beyond_budget(base, base, Budget(max_forgetting=0.0, per_task=0.0), Gate()) == []
 
 
+def test_a_group_is_one_task_of_a_budget(make: Any) -> None:
+    """40 of 200 facts lost, none of three subtasks of a group: .2 and 0 are .1 in the mean, and not .2/4."""
+    base, now = make(50, 150), make(50, 110)
+    quiet = {f"blimp_{name}": base.tasks["facts"] for name in ("a", "b", "c")}
+    metrics = {"forgetting/facts/exact_match": 0.0, "forgetting/blimp/acc": 0.0}
+    base = replace(base, tasks=base.tasks | quiet, metrics=metrics)
+    now = replace(now, tasks=now.tasks | quiet)
+    (text,) = beyond_budget(now, base, Budget(max_forgetting=0.06), Gate())
+    assert text.startswith("forgetting +0.100 [+0.0")
+
+
 def test_a_better_candidate_passes_with_its_numbers_as_reasons(make: Any) -> None:
     decision = decide(Gate(), make(80, 150), make(60, 150), make(50, 150))
     assert decision.passed
