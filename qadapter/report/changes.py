@@ -11,7 +11,7 @@ import numpy as np
 
 from qadapter.evaluation.refusals import is_refusal
 from qadapter.inference.pair_scores import implied_margin, mean_margin, won
-from qadapter.report.items import Floats, Items, agrees, read_lines
+from qadapter.report.items import Floats, Items, agrees, of_prompts, read_lines
 from qadapter.report.rows import Row
 from qadapter.toyworld.world import ToyWorld
 
@@ -85,8 +85,7 @@ def _of_pairs(row: Row) -> dict[str, Items]:
         - won(mean_margin(base_chosen, base_rejected, chosen_n, rejected_n)),
         MARGIN: margin,
     }
-    ids = [pair["pair"] for pair in pairs]
-    return {name: _shares(ids, value) for name, value in values.items()}
+    return {name: of_prompts(pairs, value) for name, value in values.items()}
 
 
 def _prompts(answers: Sequence[dict[str, Any]]) -> list[str]:

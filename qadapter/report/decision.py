@@ -131,7 +131,8 @@ def _round_up(n: int) -> int:
 
 
 def _items(sample: Sample | None) -> int:
-    return sum(part.shape[1] for part in sample.parts) if sample else 0
+    """Pairs, answers or questions: an item of several pairs weighs as many."""
+    return round(sum(float(weight.sum()) for weight in sample.weights)) if sample else 0
 
 
 def _kind_of_items(measured: Measured) -> str:

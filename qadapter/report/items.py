@@ -149,26 +149,43 @@ def adaptation_gain(row: Row, base: Row | None) -> Items | None:
     """The headline score minus the base's, item by item; None where the files do not give the reported difference.
 
     With an exact rule an item is a held-out prompt, its difference 1, 0 or -1 by the rule's verdict against the base.
-    Otherwise it is a held-out pair: 1 if the implied reward prefers the chosen reply, ½ for a tie, minus the base's ½.
+    Otherwise it is a prompt's held-out pairs (`of_prompts`): of each, 1 if the implied reward prefers the chosen reply,
+    ½ for a tie, minus the base's ½.
     """
     if RULE in row.metrics:
         answers = read_lines(row.adaptation, "answers.jsonl")
         if base is None or any(a.get("judge") not in ("rule", None) or "verdict" not in a for a in answers):
             return None
         values = [_VERDICTS.get(answer["verdict"], math.nan) for answer in answers]
-        ids: list[Any] = [json.dumps(answer["prompt"], sort_keys=True) for answer in answers]
+        ids = tuple(json.dumps(answer["prompt"], sort_keys=True) for answer in answers)
         difference = row.metrics.get(SCORE, math.nan) - base.metrics.get(SCORE, math.nan)
+        items = Items(ids, np.array(values), np.ones(len(values)))
     else:
         pairs = read_lines(row.adaptation, "pairs.jsonl")
         columns = ("chosen_log_prob", "rejected_log_prob", "base_chosen_log_prob", "base_rejected_log_prob")
         margins = implied_margin(*(np.array([pair[name] for pair in pairs], dtype=np.float64) for name in columns))
-        values = (won(margins) - 0.5).tolist()
-        ids = [pair["pair"] for pair in pairs]
+        items = of_prompts(pairs, won(margins) - 0.5)
         difference = row.metrics.get(SCORE, math.nan) - 0.5
-    if not values:
-        return None
-    items = Items(tuple(ids), np.array(values), np.ones(len(values)))
-    return items if agrees(items.mean, difference) else None
+    return items if len(items.values) and agrees(items.mean, difference) else None
+
+
+def of_prompts(pairs: Sequence[Mapping[str, Any]], values: Floats) -> Items:
+    """Values of held-out pairs with their prompts as items: the mean over a prompt's pairs, weighted by their number.
+
+    The mean over all stays that over pairs. Drawn one by one, pairs of a prompt would count as independent, and often
+    have the chosen reply in common: DSP has four for each query, with which an interval is up to twice too narrow.
+
+    Args:
+        pairs: rows of `pairs.jsonl`; each is an item of its own where one lacks its prompt.
+        values: one for each.
+    """
+    keys = [pair.get("prompt") for pair in pairs]
+    if None in keys:
+        keys = [pair["pair"] for pair in pairs]
+    places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+    of = np.array([places[key] for key in keys], dtype=np.int64)
+    counts = np.bincount(of, minlength=len(places)).astype(np.float64)
+    return Items(tuple(places), np.bincount(of, weights=values, minlength=len(places)) / np.maximum(counts, 1), counts)
 
 
 def wins(row: Row) -> Items | None:

@@ -8,11 +8,9 @@ measured on texts of the old distribution, which choose nothing, and is not divi
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -65,20 +63,17 @@ def half_rows(rows: Sequence[Row], chosen: bool) -> list[HalfRow]:
         items = retention_items(row, measures)
         if gain is None or None in prompts or set(items) != set(measures) or not measures:
             return []
-        by_prompt: dict[Any, list[float]] = defaultdict(list)
-        for prompt, value in zip(prompts, gain.values, strict=True):
-            if selects(prompt) == chosen:
-                by_prompt[prompt].append(0.0 if of_base else float(value))
+        here = np.array([selects(prompt) == chosen for prompt in gain.ids])
+        gains, pairs = (np.zeros(here.sum()) if of_base else gain.values[here]), gain.weights[here]
         kept = {
             name: np.array([v for key, v in zip(of.ids, of.values, strict=True) if selects(key) == chosen])
             for name, of in items.items()
         }
-        if not by_prompt or not all(len(values) for values in kept.values()):
+        if not len(gains) or not all(len(values) for values in kept.values()):
             return []
-        pairs = [value for values in by_prompt.values() for value in values]
-        halved = {SCORE: 0.5 + fmean(pairs), MEAN: fmean(float(values.mean()) for values in kept.values())}
-        gains, counts = (np.array([of(v) for v in by_prompt.values()], dtype=np.float64) for of in (fmean, len))
-        found.append(HalfRow(replace(row, metrics={**row.metrics, **halved}), gains, counts, kept))
+        score = 0.5 + float(np.average(gains, weights=pairs))
+        halved = {SCORE: score, MEAN: fmean(float(values.mean()) for values in kept.values())}
+        found.append(HalfRow(replace(row, metrics={**row.metrics, **halved}), gains, pairs, kept))
     return found
 
 

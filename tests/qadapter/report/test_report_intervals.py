@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qadapter.files.artifacts import write_json_lines
+from qadapter.files.artifacts import read_json_lines, write_json_lines
 from qadapter.report.front import pareto_front
 from qadapter.report.intervals import Measured, Sample
 from qadapter.report.items import adaptation_gain, retention_items, retention_measures
@@ -115,6 +115,35 @@ def test_gain_on_pairs_is_the_preference_minus_one_half(tmp_path: Path) -> None:
     gain = adaptation_gain(pair_row(tmp_path, "d", "dpo", 0, [0.5, -0.1, 0.0, 2.0], 0.9), None)
     assert gain is not None
     assert gain.values.tolist() == [0.5, -0.5, 0.0, 0.5]
+
+
+def test_pairs_of_one_prompt_are_one_item(tmp_path: Path) -> None:
+    """Four pairs of two prompts, as DSP has them, and one of a third: 1/2, 0 and -1/2, weighed by their number."""
+    row = pair_row(tmp_path, "d", "dpo", 0, [1.0] * 4 + [1.0, -1.0, 1.0, -1.0] + [-1.0], 0.9)
+    assert row.adaptation is not None
+    pairs = read_json_lines(row.adaptation / "pairs.jsonl")
+    write_json_lines(row.adaptation / "pairs.jsonl", [{**p, "prompt": "aaaabbbbc"[p["pair"]]} for p in pairs])
+    gain = adaptation_gain(row, None)
+    assert gain is not None
+    assert (gain.ids, gain.values.tolist(), gain.weights.tolist()) == (("a", "b", "c"), [0.5, 0.0, -0.5], [4, 4, 1])
+    assert gain.mean == pytest.approx(row.metrics["adaptation/score"] - 0.5)
+
+
+def test_four_pairs_of_a_prompt_that_agree_are_no_surer_than_one(tmp_path: Path) -> None:
+    """100 prompts of which 70 are won: ± 1.96 · √(.7 · .3/100), with one pair each and with four."""
+    widths = []
+    for each in (1, 4):
+        margins = [1.0 if place < 70 * each else -1.0 for place in range(100 * each)]
+        row = pair_row(tmp_path / str(each), "d", "dpo", 0, margins, 0.9)
+        assert row.adaptation is not None
+        pairs = read_json_lines(row.adaptation / "pairs.jsonl")
+        write_json_lines(row.adaptation / "pairs.jsonl", [{**p, "prompt": f"{p['pair'] // each}"} for p in pairs])
+        base = Row("d", "base", None, {"adaptation/score": 0.5, "retention/mean": 0.9})
+        found = Measured([base, row]).score("dpo", "d")
+        assert found is not None
+        assert found.estimate == pytest.approx(0.7)
+        widths.append(found.high - found.low)
+    assert widths == pytest.approx([2 * 1.96 * math.sqrt(0.7 * 0.3 / 100)] * 2, rel=0.1)
 
 
 # ---- intervals
