@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from qadapter.config.model import ModelSettings
 from qadapter.evaluation.preference import encode_usable
-from qadapter.evaluation.statistics import Interval, proportion_interval
+from qadapter.evaluation.statistics import Interval, mean_interval, proportion_interval
 from qadapter.inference.pair_scores import won
 from qadapter.inference.score import device_of, evaluating, item_results
 from qadapter.policy.loading import load_base
@@ -64,7 +66,10 @@ def pair_accuracy(
     max_length: int,
     batch_size: int,
 ) -> Interval:
-    """Share of pairs whose chosen reply has the higher reward, ties one half, with Wilson's interval.
+    """Share of pairs whose chosen reply has the higher reward, ties one half, with its interval.
+
+    Wilson's over the pairs, as wide at least as a bootstrap over prompts: the pairs of one prompt often have a reply in
+    common (DSP's four have the chosen one), so they are right or wrong together.
 
     Args:
         network: with a head of one number.
@@ -76,4 +81,9 @@ def pair_accuracy(
     rows = [pair.prompt_ids + pair.chosen_ids for pair in encoded]
     rows += [pair.prompt_ids + pair.rejected_ids for pair in encoded]
     chosen, rejected = rewards(network, rows, padding_id(tokenizer), batch_size).reshape(2, -1)
-    return proportion_interval(float(won(chosen - rejected).sum()), len(encoded))
+    right = won(chosen - rejected)
+    by_prompt: dict[tuple[int, ...], list[float]] = defaultdict(list)
+    for pair, value in zip(encoded, right.tolist(), strict=True):
+        by_prompt[tuple(pair.prompt_ids)].append(value)
+    shares, counts = zip(*((fmean(values), len(values)) for values in by_prompt.values()), strict=True)
+    return proportion_interval(float(right.sum()), len(encoded)).wider(mean_interval(shares, weights=counts))

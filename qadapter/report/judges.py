@@ -14,12 +14,17 @@ CHANCE = 0.5
 
 
 def judge_interval(row: Row) -> Interval | None:
-    """How often the judge of a row's answers agrees with people, with Wilson's interval; None where it was not tried.
+    """How often the judge of a row's answers agrees with people, with its interval; None where it was not tried.
 
-    The number of pairs is the judge's own, not the policy's `n`: it may have been tried on fewer.
+    The number of pairs is the judge's own, not the policy's `n`: it may have been tried on fewer. The interval is the
+    judge's where that is wider than Wilson's: it knows which pairs have a prompt in common.
     """
-    accuracy, n = (row.metrics.get(f"adaptation/{name}", math.nan) for name in ("judge_accuracy", "judge_accuracy_n"))
-    return proportion_interval(accuracy * n, int(n)) if n >= 1 and 0 <= accuracy <= 1 else None
+    names = ("judge_accuracy", "judge_accuracy_n", "judge_accuracy_low", "judge_accuracy_high")
+    accuracy, n, low, high = (row.metrics.get(f"adaptation/{name}", math.nan) for name in names)
+    if not (n >= 1 and 0 <= accuracy <= 1):
+        return None
+    found = proportion_interval(accuracy * n, int(n))
+    return replace(found, low=min(found.low, low), high=max(found.high, high)) if low <= high else found
 
 
 def judge_intervals(rows: Sequence[Row]) -> dict[str, Interval]:

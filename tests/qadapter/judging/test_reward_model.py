@@ -13,6 +13,7 @@ import torch
 
 from qadapter.config.training import OptimizerSettings
 from qadapter.errors import QAdapterError
+from qadapter.evaluation.statistics import mean_interval, proportion_interval
 from qadapter.judging.reward_model import RewardJudge
 from qadapter.judging.reward_training import train_judge
 from qadapter.judging.rewards import ADAPTER, pair_accuracy, rewards
@@ -132,6 +133,19 @@ def test_accuracy_by_hand() -> None:
     pairs = [pair("q", "aaa", "b"), pair("q", "aa", "bb"), pair("q", "a", "bb"), pair("q", "aaaa", "b")]
     found = pair_accuracy(CountsBytes(), tokenizer, pairs, max_length=64, batch_size=3)
     assert (found.estimate, found.items) == (0.625, 4)
+
+
+def test_pairs_of_one_prompt_are_right_or_wrong_together() -> None:
+    """8 of 12 prompts right, with four pairs each: as sure as 12 prompts make it, not as 48 pairs would."""
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token_id = 9
+    right = [True] * 8 + [False] * 4
+    pairs = [pair(f"q{i}", "aaa" if won else "a", "bb") for i, won in enumerate(right) for _ in range(4)]
+    found = pair_accuracy(CountsBytes(), tokenizer, pairs, max_length=64, batch_size=8)
+    of_prompts, of_pairs = mean_interval([float(won) for won in right]), proportion_interval(32, 48)
+    assert (found.estimate, found.items) == (pytest.approx(2 / 3), 48)
+    assert (found.low, found.high) == (pytest.approx(of_prompts.low), pytest.approx(of_prompts.high))
+    assert of_prompts.low < of_pairs.low < of_pairs.high < of_prompts.high
 
 
 def test_without_template_the_plain_transcript_is_judged(toy: TinyToy, judge_folder: Path, tmp_path: Path) -> None:

@@ -545,6 +545,10 @@ def test_a_judges_interval_is_of_the_pairs_it_was_tried_on() -> None:
         "d: the judge of the answers agrees with 0.750 [0.598, 0.858] of 40 held-out pairs."
     ]
     assert judge_sentences(Measured([Row("d", "dpo", 0, metrics)])) == []
+    ends = {"adaptation/judge_accuracy_low": 0.48, "adaptation/judge_accuracy_high": 0.9}  # several pairs a prompt
+    wide = Measured([replace(row, metrics={**row.metrics, **ends})])
+    assert "agrees with 0.750 [0.480, 0.900] of 40" in judge_sentences(wide)[0]
+    assert wide.judged_by_chance == ["d"]
 
 
 def test_undecided_answers_are_reported() -> None:
