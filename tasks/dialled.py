@@ -37,10 +37,10 @@ class Dialled:
         return found
 
     def prompts(self) -> list[str]:
-        """Digest of the prompt of each held-out pair, in order."""
-        from qadapter.evaluation.curve.points import prompt_digest
+        """The name of the prompt of each held-out pair, in order."""
+        from qadapter.evaluation.prompts import prompt_names
 
-        return [prompt_digest(row["prompt"]) for row in read_json_lines(self.heldout)]
+        return prompt_names([row["prompt"] for row in read_json_lines(self.heldout)])
 
 
 @task(task_run_name="dial-candidate")

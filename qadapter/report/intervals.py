@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from qadapter.evaluation.prompts import effective_number
 from qadapter.evaluation.statistics import LEVEL, Interval, mean_of_tasks_interval, proportion_interval, with_seeds
 from qadapter.report.changes import MARGIN, OF_OLD_PROMPTS, OF_PAIRS, changes, refusals
 from qadapter.report.items import (
@@ -110,7 +111,7 @@ class Sample:
         up to where the distance is largest: from there on the bootstrap's own width is as large.
         """
         changes = part.mean(axis=0)
-        size = weight.sum() ** 2 / (weight**2).sum() / self.grain
+        size = effective_number(weight) / self.grain
         share = np.average(np.abs(changes - np.median(changes)), weights=weight)
         widest = max(0.0, (1 - _Z / np.sqrt(size)) / 2)
         share = min(float(share), widest)

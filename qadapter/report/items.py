@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.items import items_digests, owner
+from qadapter.evaluation.prompts import by_prompt
 from qadapter.files.artifacts import read_json, read_json_lines
 from qadapter.inference.pair_scores import implied_margin, won
 from qadapter.judging.verdicts import WORTH
@@ -172,20 +173,12 @@ def adaptation_gain(row: Row, base: Row | None) -> Items | None:
 def of_prompts(pairs: Sequence[Mapping[str, Any]], values: Floats) -> Items:
     """Values of held-out pairs with their prompts as items: the mean over a prompt's pairs, weighted by their number.
 
-    The mean over all stays that over pairs. Drawn one by one, pairs of a prompt would count as independent, and often
-    have the chosen reply in common: DSP has four for each query, with which an interval is up to twice too narrow.
-
     Args:
         pairs: rows of `pairs.jsonl`; each is an item of its own where one lacks its prompt.
         values: one for each.
     """
-    keys = [pair.get("prompt") for pair in pairs]
-    if None in keys:
-        keys = [pair["pair"] for pair in pairs]
-    places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
-    of = np.array([places[key] for key in keys], dtype=np.int64)
-    counts = np.bincount(of, minlength=len(places)).astype(np.float64)
-    return Items(tuple(places), np.bincount(of, weights=values, minlength=len(places)) / np.maximum(counts, 1), counts)
+    prompts = by_prompt([pair.get("prompt") for pair in pairs], [pair["pair"] for pair in pairs])
+    return Items(prompts.keys, prompts.means(values), prompts.pairs)
 
 
 def wins(row: Row) -> Items | None:

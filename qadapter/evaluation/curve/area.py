@@ -70,7 +70,8 @@ def mean_area_interval(
         places = _front(selection)
         gained = reported.gained[:, places]
         # The base's adaptation is not drawn with it, so a draw of gains alone could pass the ends of its range.
-        learnt = np.clip(reported.before + _drawn(gained, _counts(rng, gained.shape[2], resamples), of_seeds), 0, 1)
+        drawn = _counts(rng, gained.shape[2], resamples) * reported.pairs
+        learnt = np.clip(reported.before + _drawn(gained, drawn, of_seeds), 0, 1)
         lost = np.mean(
             [
                 _drawn(reported.lost[name][:, places], counts[name] * reported.weights[name], of_seeds)
@@ -85,7 +86,7 @@ def mean_area_interval(
     draws, estimate = draws / len(domains), estimate / len(domains)
     low, high = np.quantile(draws, [0.025, 0.975])
     alone = across_seeds(of_each / len(domains))
-    half = max(least_half([reported.gained[:, 0] for _, reported in domains]), alone.high - alone.estimate)
+    half = max(least_half([reported.pairs for _, reported in domains]), alone.high - alone.estimate)
     found = Interval(estimate, float(low), float(high), float(draws.std()), items, seeds)
     return found.at_least(half).within(0.0, 1.0)  # a mean of shares, around a base that is not drawn
 

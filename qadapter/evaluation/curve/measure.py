@@ -26,7 +26,6 @@ from qadapter.evaluation.curve.points import (
     Point,
     content_digest,
     next_value,
-    prompt_digest,
     write_curves,
 )
 from qadapter.evaluation.curve.scaled import DialledTexts, ScaledTexts
@@ -35,6 +34,7 @@ from qadapter.evaluation.lm_eval.harness import TaskScores, opened_tasks
 from qadapter.evaluation.measure import headline_metric
 from qadapter.evaluation.old_answers import HOWTOS
 from qadapter.evaluation.preference import distinct_prompts, encode_usable
+from qadapter.evaluation.prompts import prompt_names
 from qadapter.files.artifacts import read_json_lines, write_json
 from qadapter.inference.pair_scores import mean_margin, won
 from qadapter.policy.dial import AS_TRAINED
@@ -252,7 +252,7 @@ class _Adaptation:
             self._encode(pairs, max_length)
             return
         self._prompts: list[list[Message]] = distinct_prompts(pairs)
-        self._names = tuple(prompt_digest(prompt) for prompt in self._prompts)
+        self._names = tuple(prompt_names(self._prompts))
         self._asked = AskedPrompts(
             texts,
             tokenizer,
@@ -270,7 +270,8 @@ class _Adaptation:
             [(tuple(pair.prompt_ids), tuple(ids(pair))) for pair in encoded]
             for ids in (lambda pair: pair.chosen_ids, lambda pair: pair.rejected_ids)
         ]
-        self._names = tuple(prompt_digest(pairs[i].prompt) for i in indices)
+        names = prompt_names([pair.prompt for pair in pairs])
+        self._names = tuple(names[i] for i in indices)
 
     def at(self, value: float) -> Measure:
         """The measure at a value."""

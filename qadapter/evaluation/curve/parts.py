@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.curve.points import Curve, Point
+from qadapter.evaluation.prompts import Prompts, by_prompt, effective_number
 from qadapter.evaluation.statistics import Interval, mean_of_tasks_interval, proportion_interval, with_seeds
 from qadapter.policy.dial import DialKind
 
@@ -28,7 +29,7 @@ def selects(item: str) -> bool:
     """Whether an item belongs to the selection part: a coin thrown by its content, the same in every run.
 
     Args:
-        item: digest of its content.
+        item: digest of its content; of a held-out pair, the name of its prompt (`qadapter.evaluation.prompts`).
     """
     return hashlib.sha256(f"{SPLIT}\n{item}".encode()).digest()[0] % 2 == 0
 
@@ -40,12 +41,14 @@ class Part:
     Attributes:
         kind: of the dial.
         values: [P], of the dial.
-        gained: [S, P, n], adaptation minus the base's, for S adapters that differ in their seed.
+        gained: [S, P, n], adaptation minus the base's, for S adapters that differ in their seed: of each of n prompts
+            the mean over its pairs.
         lost: task → [S, P, n], the base's score minus the policy's (reversed where lower is better).
         weights: task → [n].
         averaged: names of the tasks that the mean forgetting averages.
         refused: [P], share of refused harmless requests; NaN where it is not measured.
         before: the base's own adaptation.
+        pairs: [n], how many held-out pairs (in the toy world: one answer) each item of `gained` is the mean of.
     """
 
     kind: DialKind
@@ -56,6 +59,7 @@ class Part:
     averaged: tuple[str, ...]
     refused: NDArray[np.float64]
     before: float
+    pairs: NDArray[np.float64]
 
     def of_seed(self, place: int) -> Part:
         """The same of one of its adapters."""
@@ -63,8 +67,8 @@ class Part:
         return replace(self, gained=self.gained[place : place + 1], lost=lost)
 
     def adaptation(self, place: int) -> float:
-        """Adaptation at a point, mean over seeds and items."""
-        return self.before + float(self.gained[:, place].mean())
+        """Adaptation at a point, mean over seeds and pairs."""
+        return self.before + float(np.average(self.gained[:, place].mean(axis=0), weights=self.pairs))
 
     def forgetting(self, place: int, task: str | None = None) -> float:
         """Forgetting at a point: of a task, or the mean over tasks."""
@@ -86,7 +90,7 @@ def mean_adaptation(parts: Sequence[Part], places: Sequence[int]) -> Interval:
 def mean_gain(parts: Sequence[Part], places: Sequence[int]) -> Interval:
     """95 % interval of the adaptation minus the base's; arguments as in `mean_adaptation`."""
     tables = [part.gained[:, place] for part, place in zip(parts, places, strict=True)]
-    return _wide_enough(tables)
+    return _wide_enough(tables, [part.pairs for part in parts])
 
 
 def mean_forgetting(parts: Sequence[Part], places: Sequence[int], task: str | None = None) -> Interval:
@@ -121,31 +125,29 @@ def mean_difference(
         for parts, places in ((ours, our_places), (theirs, their_places))
     ]
     tables = [a - b for a, b in zip(*sides, strict=True)]
-    return _wide_enough(tables)
+    return _wide_enough(tables, [part.pairs for part in ours])
 
 
-def _wide_enough(
-    tables: Sequence[NDArray[np.float64]], weights: Sequence[NDArray[np.float64]] | None = None
-) -> Interval:
+def _wide_enough(tables: Sequence[NDArray[np.float64]], weights: Sequence[NDArray[np.float64]]) -> Interval:
     """The interval of a mean over tables of differences [S, n_k], as wide at least as items and seeds can tell.
 
     Where all are differences of shares it is cut at ±1, beyond which none lies.
     """
     found = with_seeds(mean_of_tasks_interval(tables, weights=weights, resamples=DRAWS), tables, weights)
     reach = 1.0 if all(np.abs(table).max() <= 1.0 for table in tables) else math.inf
-    return found.at_least(least_half(tables)).within(-reach, reach)
+    return found.at_least(least_half(weights)).within(-reach, reach)
 
 
-def least_half(tables: Sequence[NDArray[np.float64]]) -> float:
-    """Half the width that a mean over tables [S, n_k] has at least.
+def least_half(weights: Sequence[NDArray[np.float64]]) -> float:
+    """Half the width that a mean over tables of items with weights [n_k] has at least.
 
     A bootstrap of items that all agree has no width; Wilson's interval for none of n has.
     """
-    return math.sqrt(sum(_rarest(table.shape[1]) ** 2 for table in tables)) / len(tables)
+    return math.sqrt(sum(_rarest(effective_number(weight)) ** 2 for weight in weights)) / len(weights)
 
 
-def _rarest(items: int) -> float:
-    return proportion_interval(0.0, items).high
+def _rarest(items: float) -> float:
+    return proportion_interval(0.0, max(1, round(items))).high
 
 
 def _moved(found: Interval, by: float) -> Interval:
@@ -176,12 +178,13 @@ def split_curves(curves: Sequence[Curve]) -> tuple[Part, Part]:
             one[0].kept[name].ids != task.ids for name, task in first.kept.items()
         ):
             raise QAdapterError("The curves were measured on different retention items, so they cannot be averaged.")
-    chosen = np.array([selects(item) for item in learnt_ids])
+    prompts = by_prompt(learnt_ids, range(len(first.learnt.values)))
+    chosen = np.array([selects(str(prompt)) for prompt in prompts.keys])
     kept = {name: np.array([selects(item) for item in task.ids]) for name, task in first.kept.items()}
     parts = []
     for side in (True, False):
         masks = {name: mask == side for name, mask in kept.items()}
-        parts.append(_part(curves[0].kind, common, rows, chosen == side, masks))
+        parts.append(_part(curves[0].kind, common, rows, prompts, chosen == side, masks))
     return parts[0], parts[1]
 
 
@@ -189,6 +192,7 @@ def _part(
     kind: DialKind,
     values: Sequence[float],
     rows: Sequence[Sequence[Point]],
+    prompts: Prompts,
     chosen: Mask,
     masks: Mapping[str, Mask],
 ) -> Part:
@@ -196,11 +200,12 @@ def _part(
     if fewest < FEWEST:
         raise QAdapterError(
             f"A half of the held-out items has only {fewest}, too few to choose a dial on and report another half; "
-            "hold out more pairs, or give benchmarks with more items."
+            "hold out more prompts, or give benchmarks with more items."
         )
     first = rows[0][0]
-    of_base = np.array(first.learnt.values)[chosen]
-    gained = np.array([[np.array(point.learnt.values)[chosen] - of_base for point in one] for one in rows])
+    pairs, learnt = prompts.pairs[chosen], prompts.means([[point.learnt.values for point in one] for one in rows])
+    of_base = learnt[0, 0, chosen]
+    gained = learnt[:, :, chosen] - of_base
     lost, weights = {}, {}
     for name, task in first.kept.items():
         mask, sign = masks[name], 1.0 if task.higher else -1.0
@@ -223,4 +228,5 @@ def _part(
             f"None of the benchmarks ({', '.join(first.kept) or 'none given'}) has a score of which more is better, so "
             "no mean can fall below the base's; add a benchmark that is scored by accuracy."
         )
-    return Part(kind, tuple(values), gained, lost, weights, averaged, refused, float(of_base.mean()))
+    before = float(np.average(of_base, weights=pairs))
+    return Part(kind, tuple(values), gained, lost, weights, averaged, refused, before, pairs)

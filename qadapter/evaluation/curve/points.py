@@ -28,17 +28,13 @@ def content_digest(*content: Any) -> str:
     return hashlib.sha256(json.dumps(content, ensure_ascii=True, default=str).encode()).hexdigest()
 
 
-def prompt_digest(prompt: Sequence[Any]) -> str:
-    """The digest of held-out pairs: all pairs of a prompt are on one side of the split."""
-    return content_digest("prompt", [[turn["role"], turn["content"]] for turn in prompt])
-
-
 @dataclass(frozen=True)
 class Measure:
     """One measure at one point, item by item.
 
     Attributes:
-        ids: digests of the items' content.
+        ids: digests of the items' content; of held-out pairs, the name of each one's prompt
+            (`qadapter.evaluation.prompts`).
         values: one for each item.
         weights: what each counts; None: 1.
         higher: whether higher is better.

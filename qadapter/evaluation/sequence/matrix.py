@@ -10,13 +10,14 @@ The forgetting of the base is its retention minus the policy's after step K, mea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qadapter.evaluation.curve.points import Measure
+from qadapter.evaluation.prompts import by_prompt
 from qadapter.evaluation.sequence.outcome import Outcome
 from qadapter.evaluation.statistics import Interval, mean_of_tasks_interval, with_seeds
 
@@ -49,15 +50,15 @@ class Passage:
 
     @property
     def accuracy(self) -> Interval:
-        """ACC with its 95 % interval over items and seeds."""
-        return _interval([self._items(len(self.domains) - 1, name) for name in self.domains])
+        """ACC with its 95 % interval over prompts and seeds."""
+        return self._learnt({name: self._items(len(self.domains) - 1, name) for name in self.domains})
 
     @property
     def backward_transfer(self) -> Interval:
         """BWT with its 95 % interval: paired by item and seed."""
         last = len(self.domains) - 1
-        return _interval(
-            [self._items(last, name) - self._items(step, name) for step, name in enumerate(self.domains[:-1])]
+        return self._learnt(
+            {name: self._items(last, name) - self._items(step, name) for step, name in enumerate(self.domains[:-1])}
         )
 
     @property
@@ -75,17 +76,24 @@ class Passage:
         return _interval(lost)
 
     def difference(self, other: Passage) -> Interval:
-        """ACC minus another way's, paired by item and seed."""
+        """ACC minus another way's, paired by pair and seed."""
         last = len(self.domains) - 1
-        return _interval([self._items(last, name) - other._items(last, name) for name in self.domains])
+        return self._learnt({name: self._items(last, name) - other._items(last, name) for name in self.domains})
 
     def _items(self, step: int, domain: str) -> Floats:
-        """[S, n], the scores of a domain's items after a step."""
+        """[S, n], the scores of a domain's held-out items, which are pairs or prompts, after a step."""
         return np.array([steps[step].learnt[domain].values for steps in self.outcomes], dtype=np.float64)
 
+    def _learnt(self, tables: Mapping[str, Floats]) -> Interval:
+        """Interval of a mean over domains of held-out items [S, n]: prompts with all their pairs are drawn."""
+        ids = {name: self.outcomes[0][-1].learnt[name].ids for name in tables}
+        prompts = {name: by_prompt(ids[name], range(table.shape[1])) for name, table in tables.items()}
+        means = [prompts[name].means(table) for name, table in tables.items()]
+        return _interval(means, [prompts[name].pairs for name in tables])
 
-def _interval(tables: Sequence[Floats]) -> Interval:
-    return with_seeds(mean_of_tasks_interval(tables), tables)
+
+def _interval(tables: Sequence[Floats], weights: Sequence[Floats] | None = None) -> Interval:
+    return with_seeds(mean_of_tasks_interval(tables, weights=weights), tables, weights)
 
 
 def accuracies(domains: Sequence[str], steps: Sequence[Outcome]) -> Floats:

@@ -17,11 +17,12 @@ from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.curve.measure import kept_items
 from qadapter.evaluation.curve.parts import FEWEST
-from qadapter.evaluation.curve.points import Measure, prompt_digest
+from qadapter.evaluation.curve.points import Measure
 from qadapter.evaluation.lm_eval.catalog import expand_suites
 from qadapter.evaluation.lm_eval.harness import opened_tasks
 from qadapter.evaluation.lm_eval.model import PolicyLM
 from qadapter.evaluation.preference import distinct_prompts, score_pairs
+from qadapter.evaluation.prompts import prompt_names
 from qadapter.evaluation.sequence.outcome import Outcome
 from qadapter.files.artifacts import write_json
 from qadapter.inference.generate import generate_replies
@@ -121,8 +122,8 @@ class Measuring:
                 batch_size=settings.batch_size,
             )
             margins = mean_margin(scores.chosen, scores.rejected, scores.chosen_tokens, scores.rejected_tokens)
-            names = tuple(prompt_digest(pairs[int(place)].prompt) for place in scores.indices)
-            return Measure(names, tuple(won(margins).tolist()))
+            names = prompt_names([pair.prompt for pair in pairs])
+            return Measure(tuple(names[place] for place in scores.indices), tuple(won(margins).tolist()))
         prompts = distinct_prompts(pairs)
         replies = generate_replies(
             policy,
@@ -132,7 +133,7 @@ class Measuring:
             batch_size=settings.batch_size,
         )
         hits = follows_rule(ToyWorld.read(self._ruler.world), heldout.style, prompts, replies)
-        return Measure(tuple(prompt_digest(prompt) for prompt in prompts), tuple(map(float, hits)))
+        return Measure(tuple(prompt_names(prompts)), tuple(map(float, hits)))
 
 
 def measure_outcome(base: str | Path, adapter: Path | None, *, model: ModelSettings, ruler: Ruler, out: Path) -> None:
@@ -260,9 +261,9 @@ def choose_weights(
 
 def _refuse_few(part: Outcome) -> None:
     for name, measure in {**part.learnt, **part.kept}.items():
-        if len(measure.ids) < FEWEST:
+        if (items := len(set(measure.ids))) < FEWEST:  # pairs of one prompt are one item
             raise QAdapterError(
-                f"Only {len(measure.ids)} items of {name} are in the half that weights are chosen on, and at least "
+                f"Only {items} items of {name} are in the half that weights are chosen on, and at least "
                 f"{FEWEST} are needed. Hold out more pairs, give benchmarks with more items, or leave out `composed`."
             )
 

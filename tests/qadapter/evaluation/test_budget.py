@@ -15,6 +15,7 @@ from qadapter.evaluation.curve.budget import choose
 from qadapter.evaluation.curve.parts import (
     SPLIT,
     Part,
+    mean_adaptation,
     mean_difference,
     mean_forgetting,
     mean_gain,
@@ -160,7 +161,9 @@ def test_intervals_hold_the_truth_as_often_as_they_say(seeds: int) -> None:
 def noisy(values: np.ndarray) -> Part:
     """These differences [S, P, n] as what was gained and as what was lost."""
     ones = {"t": np.ones(values.shape[2])}
-    return Part("q-weight", (0.0, 1.0)[: values.shape[1]], values, {"t": values}, ones, ("t",), np.zeros(2), 0.0)
+    return Part(
+        "q-weight", (0.0, 1.0)[: values.shape[1]], values, {"t": values}, ones, ("t",), np.zeros(2), 0.0, ones["t"]
+    )
 
 
 def test_an_area_is_as_unsure_as_its_seeds() -> None:
@@ -195,7 +198,9 @@ def test_the_interval_of_an_area_stays_within_shares() -> None:
 def test_no_more_than_everything_is_forgotten() -> None:
     """All 4 items lost: the least width, z²/(4 + z²) = 0.49 to each side, is cut at 1; scores to 100 are not cut."""
     lost, unseen = np.array([[[0.0] * 4, [1.0] * 4]]), 1.959963984540054**2 / (4 + 1.959963984540054**2)
-    part = Part("q-weight", (0.0, 1.0), lost, {"t": lost}, {"t": np.ones(4)}, ("t",), np.full(2, np.nan), 0.0)
+    part = Part(
+        "q-weight", (0.0, 1.0), lost, {"t": lost}, {"t": np.ones(4)}, ("t",), np.full(2, np.nan), 0.0, np.ones(4)
+    )
     found = mean_forgetting([part], [1])
     assert (found.estimate, found.low, found.high) == (1.0, pytest.approx(1 - unseen), 1.0)
     bleu = mean_forgetting([replace(part, lost={"t": 20 * lost})], [1])
@@ -218,3 +223,66 @@ def test_shares_that_all_agree_are_not_certain() -> None:
     assert both.low == pytest.approx(1 - (1 - least) / math.sqrt(2), abs=1e-6)
     even = mean_difference([reported], [1], [reported], [1])
     assert (even.low, even.high) == (pytest.approx(least - 1, abs=1e-6), pytest.approx(1 - least, abs=1e-6))
+
+
+# ---- several pairs of one prompt
+
+
+def repeated(one: Curve, times: int) -> Curve:
+    """The same with each held-out item as so many pairs of one prompt, which all agree."""
+
+    def more(learnt: Measure) -> Measure:
+        return Measure(learnt.ids * times, learnt.values * times)
+
+    return Curve(one.kind, tuple(replace(point, learnt=more(point.learnt)) for point in one.points))
+
+
+def test_pairs_of_a_prompt_that_agree_make_nothing_surer() -> None:
+    """n prompts of which a share p is won more than by the base: ± 1.96 · √(p(1 − p)/n), with one pair each or four."""
+    once = curve(steps([0, 0.3, 0.7], 400), steps([1, 1, 1], 400))
+    (_, one), (selection, four) = split_curves([once]), split_curves([repeated(once, 4)])
+    p, n = one.adaptation(2), one.gained.shape[2]
+    assert (four.gained.shape[2], four.pairs.tolist()) == (n, [4.0] * n)
+    expected = 2 * 1.96 * math.sqrt(p * (1 - p) / n)
+    intervals = [mean_gain([four], [2]), mean_adaptation([four], [2]), area_interval(selection, four)]
+    intervals.append(mean_difference([four], [2], [four], [0]))
+    for found, of_one in zip(
+        intervals,
+        [mean_gain([one], [2]), mean_adaptation([one], [2]), area_interval(split_curves([once])[0], one), None],
+        strict=True,
+    ):
+        assert found.high - found.low == pytest.approx(expected, rel=0.1)
+        assert of_one is None or (found.low, found.high) == (pytest.approx(of_one.low), pytest.approx(of_one.high))
+    found = choose([repeated(once, 4)], Budget(max_forgetting=1.0))
+    assert (found.items[0], found.adaptation.high - found.adaptation.low) == (n, pytest.approx(expected, rel=0.1))
+
+
+def test_the_least_width_counts_prompts() -> None:
+    """All won: the interval begins at n/(n + z²) for n prompts, however many pairs they have."""
+    _, reported = split_curves([repeated(curve(steps([0, 1], 60), steps([1, 1], 60)), 4)])
+    n = reported.gained.shape[2]
+    assert n < 60
+    assert mean_gain([reported], [1]).low == pytest.approx(1 - 1.959964**2 / (n + 1.959964**2), abs=1e-6)
+
+
+def test_a_prompt_weighs_as_many_pairs_as_it_has() -> None:
+    """A prompt with three won pairs and one lost beside prompts of one pair: means stay those over pairs."""
+    ids = items("a", 40)
+    named = (ids[0], *ids, ids[0], ids[0])  # the first has four pairs
+    hits = np.array([[0.0] * 43, [float(i % 3 == 0) for i in range(43)]])
+    points = tuple(
+        Point(value, Measure(named, tuple(row)), {"retention/facts/em": Measure(items("r", 40), (1.0,) * 40)})
+        for value, row in zip((0.0, 1.0), hits, strict=True)
+    )
+    for part, side in zip(split_curves([Curve("q-weight", points)]), (True, False), strict=True):
+        here = [i for i, name in enumerate(named) if selects(name) == side]
+        assert part.pairs.sum() == len(here)
+        assert part.adaptation(1) == pytest.approx(hits[1, here].mean())
+        assert mean_adaptation([part], [1]).estimate == pytest.approx(hits[1, here].mean())
+        assert area_interval(part, part).estimate == pytest.approx(hits[1, here].mean())
+
+
+def test_a_half_with_few_prompts_chooses_nothing() -> None:
+    """Six prompts have fewer than four in one of the halves, with forty pairs each too."""
+    with pytest.raises(QAdapterError, match="too few to choose a dial on"):
+        choose([repeated(curve(steps([0, 1], 6), steps([1, 1], 40)), 40)], Budget())

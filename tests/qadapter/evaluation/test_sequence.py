@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ from qadapter.evaluation.sequence.measure import (
     measure_outcome,
 )
 from qadapter.evaluation.sequence.outcome import Outcome
-from qadapter.files.artifacts import read_json
+from qadapter.files.artifacts import read_json, write_json_lines
 from qadapter.policy.files import read_policy
 from qadapter.policy.loading import load_base, load_policy
 from tests.support.tiny_toy import MODEL, NO_DROPOUT, TinyToy, make_tiny_toy
@@ -91,6 +93,72 @@ def test_an_outcome_survives_its_file_and_splits_by_item(tmp_path: Path) -> None
     assert not any(selects(item) for item in reported.kept["a"].ids)
     assert found.averaged == ["a", "b"]
     assert found.adaptation == pytest.approx(0.4)
+
+
+def test_pairs_of_a_prompt_that_agree_make_a_sequence_no_surer() -> None:
+    """ACC of 200 prompts in each of two domains, 60 and 90 % won: ± 1.96 · √(.6 · .4/200 + .9 · .1/200)/2.
+
+    BWT: of the first domain 40 % more than before. With one pair for each prompt or with four, in any order.
+    """
+
+    def pairs(share: float, times: int) -> Measure:
+        names, values = [f"prompt {i}" for i in range(200)], [float(i < share * 200) for i in range(200)]
+        return Measure(tuple(names * times), tuple(values * times))
+
+    found = []
+    for times in (1, 4):
+        steps = [
+            Outcome({"one": pairs(0.2, times)}, {}),
+            Outcome({"one": pairs(0.6, times), "two": pairs(0.9, times)}, {}),
+        ]
+        way = Passage(("one", "two"), (tuple(steps),), Outcome({}, {}))
+        start = [
+            Outcome({"one": pairs(0.2, times)}, {}),
+            Outcome({"one": pairs(0, times), "two": pairs(0.9, times)}, {}),
+        ]
+        other = Passage(("one", "two"), (tuple(start),), Outcome({}, {}))
+        found.append((way.accuracy, way.backward_transfer, way.difference(other)))
+    for one, four in zip(*found, strict=True):
+        assert (four.estimate, four.low, four.high) == (one.estimate, pytest.approx(one.low), pytest.approx(one.high))
+    accuracy, transfer, difference = found[1]
+    width = 2 * 1.96
+    assert accuracy.high - accuracy.low == pytest.approx(width * np.sqrt((0.6 * 0.4 + 0.9 * 0.1) / 200) / 2, rel=0.1)
+    assert transfer.high - transfer.low == pytest.approx(width * np.sqrt(0.4 * 0.6 / 200), rel=0.1)
+    assert difference.high - difference.low == pytest.approx(width * np.sqrt(0.6 * 0.4 / 200) / 2, rel=0.1)
+
+
+def test_outcomes_without_prompts_count_each_pair() -> None:
+    """400 pairs that do not say their prompts, half of them won: ± 1.96 · √(.25/400)."""
+    pairs = Measure((), tuple(float(i < 200) for i in range(400)))
+    found = Passage(("one",), ((Outcome({"one": pairs}, {}),),), Outcome({}, {})).accuracy
+    assert found.items == 400
+    assert found.high - found.low == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 400), rel=0.1)
+
+
+@pytest.mark.slow
+def test_pairs_of_one_prompt_are_on_one_side(world: TinyToy, tmp_path: Path) -> None:
+    """Measured on pairs, four of a prompt, every second with capitals: both halves have whole prompts."""
+    pairs = [
+        {"prompt": turns(text.upper() if each % 2 else text), "chosen": reply("some"), "rejected": reply("none at all")}
+        for text in (f"how many is {i} ?" for i in range(12))
+        for each in range(4)
+    ]
+    write_json_lines(tmp_path / "heldout.jsonl", pairs)
+    real = replace(ruler(world), heldout={"one": HeldOut(tmp_path / "heldout.jsonl")}, world=None)
+    measure_outcome(world.base, None, model=MODEL, ruler=real, out=tmp_path)
+    found = Outcome.read(tmp_path)
+    assert len(found.learnt["one"].ids) == 48
+    for selection in (True, False):
+        here = Counter(found.part(selection=selection).learnt["one"].ids)
+        assert set(here.values()) == {4}
+
+
+def turns(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def reply(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
 
 
 def test_candidates_keep_what_was_there_first() -> None:
