@@ -80,7 +80,10 @@ def measure_new_rows(
         if not leads():
             return
     base_margins = mean_margin(of_all.chosen, of_all.rejected, of_all.chosen_tokens, of_all.rejected_tokens)
-    base_view = View(won(base_margins[~new]), won(base_margins[new]))
+    scored = [*pairs, *earlier]
+    prompts = np.array([scored[place].prompt_digest for place in of_all.indices])
+    asked = tuple(prompts[~new].tolist()), tuple(prompts[new].tolist())
+    base_view = View(won(base_margins[~new]), won(base_margins[new]), *asked)
     suspected = np.zeros(len(of_base), dtype=bool)
     if of_champion is not None and champion_adaptation is not None:
         right = [margin for margin in _heldout_margins(champion_adaptation) if margin > 0]
@@ -103,7 +106,7 @@ def measure_new_rows(
             "new_rows/suspected_flips": float(suspected.sum()),
         }
     if of_both is not None and not new.all():
-        champion_view = View(won(of_both[~new]), won(of_both[new]))
+        champion_view = View(won(of_both[~new]), won(of_both[new]), *asked)
         metrics |= {
             "new_rows/base_accuracy": float(base_view.new.mean()),
             "new_rows/earlier/n": float(len(base_view.known)),

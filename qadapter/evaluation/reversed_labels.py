@@ -7,6 +7,7 @@ it prefers the rejected replies, for example) turns around where labels are reve
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from qadapter.evaluation.prompts import by_prompt, effective_number
+
 Floats = NDArray[np.float64]
 Reading = Literal["usual", "reversed", "unknown"]
 
 LEAST = 20
-"""Pairs, new and earlier ones, below which nothing is said."""
+"""Prompts, of new pairs and of earlier ones, below which nothing is said."""
 _LEVEL = 0.95
 
 
@@ -29,30 +32,37 @@ class View:
     Attributes:
         known: [m], 1 for each earlier pair whose chosen reply it prefers, one half for a tie, else 0.
         new: [n], the same of the delivery.
+        known_prompts, new_prompts: the prompt of each; without them each pair counts as one of its own.
     """
 
     known: Floats
     new: Floats
+    known_prompts: tuple[str, ...] = ()
+    new_prompts: tuple[str, ...] = ()
 
     @property
     def direction(self) -> int:
         """1 if it prefers the chosen replies of earlier pairs, -1 if the rejected ones, 0 where that may be chance."""
-        return _side(self.known)
+        return _side(self.known, self.known_prompts)
 
     @property
     def reading(self) -> Reading:
         """Whether it sees the delivery as it saw earlier pairs, or the other way round."""
-        before, now = self.direction, _side(self.new)
+        before, now = self.direction, _side(self.new, self.new_prompts)
         if not before or not now:
             return "unknown"
         return "usual" if before == now else "reversed"
 
 
-def _side(wins: Floats) -> int:
-    """On which side of one half a share lies beyond noise (Clopper-Pearson): 1, -1, or 0 where that is not known."""
-    if len(wins) < LEAST:
+def _side(wins: Floats, prompts: Sequence[str]) -> int:
+    """On which side of one half a share lies beyond noise (Clopper-Pearson): 1, -1, or 0 where that is not known.
+
+    Pairs of one prompt tell together no more than one.
+    """
+    n = round(effective_number(by_prompt(prompts, range(len(wins))).pairs)) if len(wins) else 0
+    if n < LEAST:
         return 0
-    interval = stats.binomtest(round(float(wins.sum())), len(wins)).proportion_ci(_LEVEL)
+    interval = stats.binomtest(round(float(wins.mean()) * n), n).proportion_ci(_LEVEL)
     return int(interval.low > 0.5) - int(interval.high < 0.5)
 
 

@@ -1,14 +1,16 @@
 """The promotion gate: decides whether a candidate replaces the champion. Each decision lists its reasons.
 
 Both policies were measured on the same held-out pairs and the same items of each retention task, so every comparison is
-paired (`qadapter.evaluation.statistics`): each interval is that of the difference, item by item. With few items an
-interval is meaningless (a single won pair has the interval [1, 1]), so each rule requires a minimum number of items.
+paired (`qadapter.evaluation.statistics`): each interval is that of the difference, item by item. Pairs of one prompt
+are one item. With few items an interval is meaningless (a single won pair has the interval [1, 1]), so each rule
+requires a minimum number of items.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +21,7 @@ from qadapter.gate.measured import Measured
 from qadapter.gate.rules import SAME_ANSWERS, AdaptationRule, Gate
 
 OVER_REFUSALS = "retention/over_refusals"
+HELD_OUT = "prompts of held-out pairs"
 
 
 @dataclass(frozen=True)
@@ -107,23 +110,21 @@ def _adaptation(gate: Gate, candidate: Measured, champion: Measured, rival: str)
     rule, name = gate.adaptation, "adaptation.min_gain"
     if not candidate.on_the_pairs_of(champion):
         return Finding(name, False, f"adaptation: candidate and {rival} were scored on different held-out pairs")
-    if len(candidate.pairs) < rule.min_items:
-        return Finding(name, False, too_few("held-out pairs", len(candidate.pairs), "adaptation", rule.min_items))
-    interval = paired_difference(
-        candidate.won[rule.metric], champion.won[rule.metric], level=gate.level, resamples=gate.resamples
-    )
+    ours, theirs = candidate.by_prompt(rule.metric, champion), champion.by_prompt(rule.metric, candidate)
+    if len(ours.items) < rule.min_items:
+        return Finding(name, False, too_few(HELD_OUT, len(ours.items), "adaptation", rule.min_items))
+    options: dict[str, Any] = {"weights": theirs.weights, "level": gate.level, "resamples": gate.resamples}
+    interval = paired_difference(ours.values, theirs.values, **options)
     wanted = f"wanted at least {rule.min_gain:+.3f}" + (" and beyond noise" if rule.beyond_noise else "")
     passed = _gained(rule, interval)
-    before_all = champion.won[rule.metric]
-    best = paired_difference(np.ones_like(before_all), before_all, level=gate.level, resamples=gate.resamples)
+    best = paired_difference(np.ones_like(theirs.values), theirs.values, **options)
     if not _gained(rule, best):
         passed = interval.high >= 0
         wanted = (
             f"wanted not worse beyond noise, because the {rival} is at the ceiling: winning every pair would be no "
             f"gain of {rule.min_gain:+.3f}" + (" beyond noise" if rule.beyond_noise else "")
         )
-    now, before = candidate.won[rule.metric].mean(), champion.won[rule.metric].mean()
-    text = f"{rule.metric} {now:.3f} after {before:.3f} of the {rival}: {differs(interval)}, {wanted}"
+    text = f"{rule.metric} {ours.mean:.3f} after {theirs.mean:.3f} of the {rival}: {differs(interval)}, {wanted}"
     return Finding(name, bool(passed), text, interval)
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from qadapter.evaluation.curve.parts import selects
 from qadapter.evaluation.curve.points import content_digest
 from qadapter.evaluation.items import known_by
+from qadapter.evaluation.prompts import by_prompt
 from qadapter.evaluation.speech import faults_of
 from qadapter.files.artifacts import Manifest, read_json, read_json_lines
 from qadapter.inference.pair_scores import implied_margin, mean_margin, won
@@ -23,7 +24,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class TaskItems:
-    """A policy's items of one retention task.
+    """A policy's items of one retention task, or the prompts of its held-out pairs.
 
     Attributes:
         items: [n] identities: position, prompt and right answer. Items of different benchmarks therefore differ.
@@ -57,6 +58,7 @@ class Measured:
         heldout: digest of the held-out pairs.
         pairs: [n] positions of the scored pairs in the held-out file.
         won: metric → [n], 1 where the chosen reply wins, one half for a tie, else 0.
+        prompts: [n], the prompt of each pair; empty where the evaluation did not write it down.
         tasks: retention task → its items.
         metrics: every measured number by its full name.
         faults: what is wrong with the generated replies, with an example; empty where nothing is.
@@ -70,6 +72,7 @@ class Measured:
     metrics: dict[str, float]
     faults: str = ""
     changed: tuple[int, int] = (0, 0)
+    prompts: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, adaptation: Path, retention: Path) -> Measured:
@@ -99,13 +102,15 @@ class Measured:
             metrics={**read_json(adaptation / "metrics.json"), **read_json(retention / "metrics.json")},
             faults=faults_of(adaptation),
             changed=(sum(row.get("reply") != row.get("base") for row in replies), len(replies)),
+            prompts=tuple(row["prompt"] for row in rows) if all(row.get("prompt") for row in rows) else (),
         )
 
     def reported(self, prompts: Sequence[str]) -> Measured:
         """Only the items that a dial was not chosen on (`qadapter.evaluation.curve.parts`).
 
         Args:
-            prompts: digest of the prompt of each held-out pair, by its position in the held-out file.
+            prompts: name of the prompt of each held-out pair, by its position in the held-out file, as in the curve
+                that the dial was chosen on (`qadapter.evaluation.prompts.prompt_names`).
         """
         pairs = np.array([not selects(prompts[pair]) for pair in self.pairs], dtype=bool)
         tasks = {}
@@ -120,9 +125,22 @@ class Measured:
         return replace(
             self,
             pairs=tuple(pair for pair, keep in zip(self.pairs, pairs, strict=True) if keep),
+            prompts=tuple(prompts[pair] for pair, keep in zip(self.pairs, pairs, strict=True) if keep),
             won={metric: values[pairs] for metric, values in self.won.items()},
             tasks=tasks,
         )
+
+    def by_prompt(self, metric: str, beside: Measured | None = None) -> TaskItems:
+        """One accuracy on held-out pairs with their prompts as items: a prompt's mean, weighted by its pairs.
+
+        Args:
+            metric: of `won`.
+            beside: another policy; where both scored the same pairs, its prompts stand for those that were not written
+                down here. Without prompts each pair is an item of its own.
+        """
+        known = self.prompts or (beside.prompts if beside and self.on_the_pairs_of(beside) else ())
+        prompts = by_prompt(known, self.pairs)
+        return TaskItems(prompts.keys, prompts.means(self.won[metric]), prompts.pairs, True)
 
     def on_the_pairs_of(self, other: Measured) -> bool:
         """Whether both scored the same pairs. Positions alone are not enough: any set of this size has the same."""

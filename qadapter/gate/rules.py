@@ -28,7 +28,7 @@ class AdaptationRule(_Rules):
             own log-probability, or by that per token.
         min_gain: smallest accepted difference to the champion.
         beyond_noise: the interval of the difference must also lie above 0.
-        min_items: minimum number of scored held-out pairs.
+        min_items: minimum number of prompts with scored held-out pairs.
         allow_same_answers: whether a candidate may pass whose generated replies are all the base's, word for word
             (`SAME_ANSWERS` of them or more): it wins pairs, and its users would notice nothing.
 

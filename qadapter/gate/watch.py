@@ -10,7 +10,7 @@ import numpy as np
 from qadapter.config.budget import Budget
 from qadapter.evaluation.items import owner
 from qadapter.evaluation.statistics import mean_interval, mean_of_tasks_interval, paired_difference
-from qadapter.gate.decision import OVER_REFUSALS, differs, over_refusals, speech, too_few
+from qadapter.gate.decision import HELD_OUT, OVER_REFUSALS, differs, over_refusals, speech, too_few
 from qadapter.gate.measured import Floats, Measured, TaskItems
 from qadapter.gate.rules import Gate
 
@@ -26,11 +26,11 @@ def fallen(then: Measured, now: Measured, gate: Gate) -> list[str]:
     options: dict[str, Any] = {"level": gate.level, "resamples": gate.resamples}
     found = []
     compared: dict[str, tuple[TaskItems, TaskItems, bool]] = {}
-    if len(now.pairs) < gate.adaptation.min_items:
-        found.append(too_few("held-out pairs", len(now.pairs), "adaptation", gate.adaptation.min_items))
+    prompts = now.by_prompt(metric, then)
+    if len(prompts.items) < gate.adaptation.min_items:
+        found.append(too_few(HELD_OUT, len(prompts.items), "adaptation", gate.adaptation.min_items))
     else:
-        pairs = [TaskItems(policy.pairs, policy.won[metric], None, True) for policy in (then, now)]
-        compared[metric] = (pairs[0], pairs[1], now.on_the_pairs_of(then))
+        compared[metric] = (then.by_prompt(metric, now), prompts, now.on_the_pairs_of(then))
     for task, before in then.tasks.items():
         after = now.tasks.get(task)
         if after is None:

@@ -92,6 +92,18 @@ def test_both_views_decide_whether_a_delivery_looks_reversed() -> None:
     assert View(share(0, 19), share(19, 19)).reading == "unknown"  # too few
 
 
+def test_a_view_counts_prompts() -> None:
+    """24 of 40 prompts may be chance, and so may 96 of their 160 pairs; 190 pairs of 19 prompts are too few."""
+    once, four = share(24, 40), np.tile(share(24, 40), 4)
+    prompts = tuple(str(i % 40) for i in range(160))
+    assert (View(once, once).direction, View(four, four).direction) == (0, 1)
+    assert View(four, four, prompts, prompts).direction == 0
+    sure = np.tile(share(27, 40), 4)
+    assert View(sure, sure, prompts, prompts).reading == "usual"
+    few = tuple(str(i % 19) for i in range(190))
+    assert View(np.ones(190), np.ones(190), few, few).reading == "unknown"
+
+
 @pytest.mark.slow
 def test_a_reversed_delivery_is_seen_beside_earlier_pairs(tmp_path: Path) -> None:
     """The base's and the champion's shares of the reversed pairs are one minus those of the pairs themselves."""

@@ -37,7 +37,7 @@ def measured(folder: Path, right: int, facts: int, over_refusals: float | None, 
     rows = [
         {
             "pair": i,
-            "prompt": "7a61ffbe101f7e70",  # a digest
+            "prompt": f"{i:016x}",  # a digest
             "chosen_log_prob": -1.0 if i < right else -3.0,
             "rejected_log_prob": -2.0,
             "base_chosen_log_prob": -2.0,
@@ -354,6 +354,7 @@ def few(found: Measured, pairs: int, items: int) -> Measured:
     return replace(
         found,
         pairs=found.pairs[:pairs],
+        prompts=found.prompts[:pairs],
         won={name: won[:pairs] for name, won in found.won.items()},
         tasks={"facts": replace(facts, items=facts.items[:items], values=facts.values[:items])},
     )
@@ -364,11 +365,13 @@ def test_next_to_nothing_passes_no_rule(make: Any) -> None:
     champion, candidate = few(make(0, 150), 1, 1), few(make(1, 150), 1, 1)
     decision = decide(Gate(), candidate, champion, champion)
     assert [f.passed for f in decision.findings] == [False, False]
-    assert decision.reasons[0].startswith("held-out pairs: only 1, too few to decide; at least 30 are required")
+    assert decision.reasons[0].startswith(
+        "prompts of held-out pairs: only 1, too few to decide; at least 30 are required"
+    )
     assert decision.reasons[1].startswith("facts: only 1, too few")
     loose = Gate(adaptation=AdaptationRule(min_items=1), retention=RetentionRule(min_items=1))
     assert decide(loose, candidate, champion, champion).passed
-    assert [r.split(":")[0] for r in fallen(champion, champion, Gate())] == ["held-out pairs", "facts"]
+    assert [r.split(":")[0] for r in fallen(champion, champion, Gate())] == ["prompts of held-out pairs", "facts"]
 
 
 def test_retention_that_was_not_measured_is_no_retention(make: Any) -> None:
@@ -453,6 +456,76 @@ def test_the_bootstrap_is_the_projects_own(make: Any) -> None:
     assert np.isfinite(list(first.metrics().values())).all()
 
 
+# ---- several pairs of one prompt
+
+
+def repeated(found: Measured, times: int, *, prompts: bool = True) -> Measured:
+    """The same with each pair so many times, as pairs of one prompt; older files do not say which prompt it is."""
+    return replace(
+        found,
+        pairs=tuple(range(PAIRS * times)),
+        prompts=found.prompts * times if prompts else (),
+        won={name: np.tile(won, times) for name, won in found.won.items()},
+    )
+
+
+def learnt(candidate: Measured, champion: Measured, gate: Gate | None = None) -> Any:
+    return decide(gate or Gate(), candidate, champion, champion).findings[0]
+
+
+def test_pairs_of_a_prompt_that_agree_make_the_gate_no_surer(make: Any) -> None:
+    """10 of 100 prompts more are won: .1 ± 1.96 · √(.1 · .9/100), with one pair each or four; .2 ± … is half of it."""
+    once, four = ((repeated(make(70, 150), n), repeated(make(60, 150), n)) for n in (1, 4))
+    for candidate, champion in (once, four):
+        interval = learnt(candidate, champion).interval
+        assert interval.estimate == pytest.approx(0.1)
+        assert interval.high - interval.low == pytest.approx(2 * 1.96 * math.sqrt(0.1 * 0.9 / 100), rel=0.1)
+    assert learnt(*four).interval.low == pytest.approx(learnt(*once).interval.low)
+    # A gain of 3 of 100 is noise. As 12 of 400 independent pairs it would not be.
+    assert not learnt(repeated(make(63, 150), 4), repeated(make(60, 150), 4)).passed
+    assert learnt(repeated(make(63, 150), 4, prompts=False), repeated(make(60, 150), 4, prompts=False)).passed, (
+        "each pair of older files is an item of its own"
+    )
+
+
+def test_prompts_of_one_policy_serve_for_an_older_one(make: Any) -> None:
+    """A champion that was measured before prompts were written down, on the same pairs as its candidate."""
+    candidate, champion = repeated(make(70, 150), 4), repeated(make(60, 150), 4)
+    older = replace(champion, prompts=())
+    assert learnt(candidate, older) == learnt(candidate, champion) == learnt(replace(candidate, prompts=()), champion)
+    assert fallen(older, repeated(make(57, 150), 4), Gate()) == []
+    (reason,) = fallen(older, replace(repeated(make(57, 150), 4), prompts=()), Gate())
+    assert reason.startswith("implied_reward_accuracy fell by +0.030 [+0.0")
+
+
+def test_a_fall_on_other_pairs_counts_prompts(make: Any) -> None:
+    """.80 ± .08 and .70 ± .09 of 100 prompts each overlap; of 400 pairs they would not."""
+    then, now = repeated(make(80, 150), 4), replace(repeated(make(70, 150), 4), heldout="digest of other pairs")
+    assert fallen(then, now, Gate()) == []
+    assert len(fallen(replace(then, prompts=()), replace(now, prompts=()), Gate())) == 1
+
+
+def test_the_least_number_of_pairs_is_one_of_prompts(make: Any) -> None:
+    """100 pairs of 20 prompts are 20 items."""
+    found = make(60, 150)
+    few_prompts = replace(found, prompts=tuple(str(i % 20) for i in range(PAIRS)))
+    text = "prompts of held-out pairs: only 20, too few to decide; at least 30 are required"
+    assert learnt(few_prompts, few_prompts).text.startswith(text)
+    assert fallen(few_prompts, few_prompts, Gate())[0].startswith(text)
+    assert found.prompts == tuple(f"{i:016x}" for i in range(PAIRS))
+
+
+def test_pairs_that_do_not_say_their_prompt_are_read(make: Any, tmp_path: Path) -> None:
+    make(60, 150)
+    file = tmp_path / "0" / "a" / "pairs.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "prompt"}) + "\n" for row in rows))
+    found = Measured.read(tmp_path / "0" / "a", tmp_path / "0" / "r")
+    assert found.prompts == ()
+    assert len(found.by_prompt("preference_accuracy").items) == PAIRS
+    assert len(found.reported([f"{i}" for i in range(PAIRS)]).pairs) < PAIRS
+
+
 # ---- a candidate whose dial was chosen on half of the items
 
 
@@ -460,8 +533,10 @@ def test_only_the_items_that_the_dial_was_not_chosen_on(make: Any) -> None:
     prompts = [f"digest {i // 2}" for i in range(PAIRS)]  # two pairs a prompt: both are on one side
     whole = make(80, 150)
     found = whole.reported(prompts)
+    assert set(map(selects, found.prompts)) == {False}
     assert found.pairs == tuple(i for i in range(PAIRS) if not selects(prompts[i]))
     assert len(found.pairs) % 2 == 0
+    assert found.by_prompt("preference_accuracy").weights.tolist() == [2.0] * (len(found.pairs) // 2)
     assert 20 < len(found.pairs) < 80
     assert found.won["preference_accuracy"].tolist() == [float(i < 80) for i in found.pairs]
     kept = [not selects(content_digest("facts", *item)) for item in whole.tasks["facts"].items]
