@@ -21,6 +21,7 @@ from qadapter.config.training import DEFAULT_EVAL_PAIRS
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.distance import far_from_base
 from qadapter.evaluation.preference import margins, preference_metrics
+from qadapter.evaluation.prompts import by_prompt
 from qadapter.evaluation.statistics import mean_interval
 from qadapter.export.card import Exported, write_card
 from qadapter.export.facts import FACTS, Facts, Measurement
@@ -234,7 +235,9 @@ def _evaluate(
         trainer.policy, tokenizer, heldout, max_length=options.max_length, batch_size=options.micro_batch
     )
     metrics |= {f"adaptation/{name}": value for name, value in preference_metrics(scores, base_scores).items()}
-    sure = mean_interval(won(margins(scores, base_scores)))  # for the card; its ends are no metrics of the training
+    prompts = by_prompt([heldout[place].prompt_digest for place in scores.indices], scores.indices.tolist())
+    wins = prompts.means(won(margins(scores, base_scores)))
+    sure = mean_interval(wins, weights=prompts.pairs)  # for the card; its ends are no metrics of the training
     metrics |= {f"adaptation/implied_reward_accuracy/{end}": getattr(sure, end) for end in ("low", "high")}
     speech = look_at_answers(
         trainer.policy,
