@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 
 import numpy as np
 import torch
@@ -14,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from qadapter.config.model import ModelSettings
 from qadapter.evaluation.preference import encode_usable
+from qadapter.evaluation.prompts import by_prompt
 from qadapter.evaluation.statistics import Interval, mean_interval, proportion_interval
 from qadapter.inference.pair_scores import won
 from qadapter.inference.score import device_of, evaluating, item_results
@@ -82,8 +81,6 @@ def pair_accuracy(
     rows += [pair.prompt_ids + pair.rejected_ids for pair in encoded]
     chosen, rejected = rewards(network, rows, padding_id(tokenizer), batch_size).reshape(2, -1)
     right = won(chosen - rejected)
-    by_prompt: dict[tuple[int, ...], list[float]] = defaultdict(list)
-    for pair, value in zip(encoded, right.tolist(), strict=True):
-        by_prompt[tuple(pair.prompt_ids)].append(value)
-    shares, counts = zip(*((fmean(values), len(values)) for values in by_prompt.values()), strict=True)
-    return proportion_interval(float(right.sum()), len(encoded)).wider(mean_interval(shares, weights=counts))
+    prompts = by_prompt([tuple(pair.prompt_ids) for pair in encoded], range(len(encoded)))
+    over_prompts = mean_interval(prompts.means(right), weights=prompts.pairs)
+    return proportion_interval(float(right.sum()), len(encoded)).wider(over_prompts)

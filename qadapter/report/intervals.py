@@ -109,10 +109,16 @@ class Sample:
 
         A bootstrap knows only the changes that were seen, so rare ones look surer than none or many. The share counts
         up to where the distance is largest: from there on the bootstrap's own width is as large.
+
+        An item of several answers (a prompt with its pairs) counts as one where they changed together, and as more the
+        less its mean varies; a whole changed item is added to what was seen.
         """
         changes = part.mean(axis=0)
-        size = effective_number(weight) / self.grain
         share = np.average(np.abs(changes - np.median(changes)), weights=weight)
+        items = effective_number(weight)
+        varies = np.average((changes - np.average(changes, weights=weight)) ** 2, weights=weight)
+        together = (varies + 1 / items) / (share * (1 - share) + 1 / items)
+        size = float(np.clip(items / together, items, max(items, weight.sum()))) / self.grain
         widest = max(0.0, (1 - _Z / np.sqrt(size)) / 2)
         share = min(float(share), widest)
         n = max(1, round(size))

@@ -146,6 +146,15 @@ def test_four_pairs_of_a_prompt_that_agree_are_no_surer_than_one(tmp_path: Path)
     assert widths == pytest.approx([2 * 1.96 * math.sqrt(0.7 * 0.3 / 100)] * 2, rel=0.1)
 
 
+def test_pairs_of_a_prompt_that_are_won_independently_are_as_sure_as_pairs() -> None:
+    """Of four pairs each, all won with .7: of 200 prompts' means the variance is .21/4, so ± 1.96 · √(.21/800)."""
+    wins = np.repeat([0, 0.25, 0.5, 0.75, 1], [2, 15, 53, 82, 48])  # binomial(4, .7)
+    assert (wins.mean(), wins.var()) == (pytest.approx(0.7, abs=0.01), pytest.approx(0.21 / 4, rel=0.02))
+    found = Sample((0,), (tuple(range(200)),), (wins[None] - 0.5,), (np.full(200, 4.0),)).interval
+    half, of_pairs = (found.high - found.low) / 2, 1.96 * math.sqrt(0.21 / 800)
+    assert of_pairs <= half <= 1.2 * of_pairs
+
+
 # ---- intervals
 
 
