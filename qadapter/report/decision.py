@@ -45,6 +45,7 @@ class _Candidate:
     lost: float
     answers: int
     changed: int
+    everywhere: bool
 
     @property
     def worth(self) -> float:
@@ -66,7 +67,8 @@ def decide_for_reader(measured: Measured) -> Decision:
 
     The recommended method is the one with the highest gain less loss among those that answer in language, gain
     something beyond noise and do not write the base's answers word for word; a second one that cannot be told from it
-    is named with what would tell.
+    is named with what would tell. A method of which a domain was not measured, or what it kept where that of others
+    was, is not ranked: its gain less loss is that of easier domains, or of no loss.
     """
     silent = silent_methods(measured.rows)
     trained = [method for method in measured.methods if kind(method) != "base"]
@@ -78,6 +80,10 @@ def decide_for_reader(measured: Measured) -> Decision:
     broken = f" Do not use {listed(silent)}: {they} not answer in language." if silent else ""
     if not found:
         return Decision(f"Use none of these.{broken or ' Nothing was measured that tells what was learnt.'}", ())
+    found, apart = _ranked(found)
+    broken += apart
+    if not found:
+        return Decision(f"No recommendation: no method was measured in every domain.{broken}", ())
     better = [candidate for candidate in found if candidate.surely_gains]
     gaining = [candidate for candidate in better if candidate.writes]
     if better and not gaining:
@@ -101,7 +107,20 @@ def _candidate(measured: Measured, method: str) -> _Candidate:
     lost = spread_over(measured.rows, "forgetting/mean", domains, method).mean if domains else math.nan
     answers = [one for row in measured.rows if row.method == method for one in read_lines(row.adaptation, _ANSWERS)]
     changed = sum(answer["reply"] != answer["base"] for answer in answers)
-    return _Candidate(method, gained, gain, loss, loss.estimate if loss else lost, len(answers), changed)
+    everywhere = domains == measured.domains
+    return _Candidate(method, gained, gain, loss, loss.estimate if loss else lost, len(answers), changed, everywhere)
+
+
+def _ranked(found: Sequence[_Candidate]) -> tuple[list[_Candidate], str]:
+    """Those whose worth is of the same measurements, and sentences about the others."""
+    known = any(candidate.everywhere and not math.isnan(candidate.lost) for candidate in found)
+    apart = {
+        "not measured in every domain": [c.method for c in found if not c.everywhere],
+        "what was kept is not known": [c.method for c in found if c.everywhere and known and math.isnan(c.lost)],
+    }
+    lacking = [method for methods in apart.values() for method in methods]
+    told = "".join(f" Not ranked: {listed(methods)} ({why})." for why, methods in apart.items() if methods)
+    return [candidate for candidate in found if candidate.method not in lacking], told
 
 
 def items_needed(interval: Interval, effect: float, items: int) -> int | None:

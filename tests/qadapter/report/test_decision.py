@@ -157,6 +157,41 @@ def test_methods_without_any_difference(tmp_path: Path) -> None:
     )
 
 
+def test_a_method_that_lacks_a_domain_is_not_ranked(tmp_path: Path) -> None:
+    """The Q-Adapter learns more wherever both were measured, and alone has the domain in which little is learnt."""
+
+    def measured(domain: str, method: str, follows: int) -> Row:
+        kept = {"facts": [1] * 100}
+        return rule_row(
+            tmp_path,
+            domain,
+            method,
+            None if method == "base" else 0,
+            follows=[int(i < follows) for i in range(200)],
+            kept=kept,
+            base_follows=[int(i < 4) for i in range(200)],
+            base_kept=kept,
+        )
+
+    bases = [measured("easy", "base", 4), measured("hard", "base", 4)]
+    rows = [*bases, measured("easy", "q-adapter", 190), measured("hard", "q-adapter", 60)]
+    partly = [measured("easy", "sft", 150), measured("easy", "dpo", 152)]
+    found = decide_for_reader(Measured([*rows, *partly])).recommendation
+    assert found == "Use q-adapter. Not ranked: dpo and sft (not measured in every domain)."
+    nothing = decide_for_reader(Measured([*bases, partly[0], measured("hard", "dpo", 60)])).recommendation
+    assert nothing.startswith("No recommendation: no method was measured in every domain. Not ranked: sft and dpo")
+
+
+def test_an_unknown_loss_is_not_ranked_as_no_loss(tmp_path: Path) -> None:
+    """As of a run that was stopped before its retention was measured."""
+    same = {"base": 190, "q-adapter": 185, "sft": 20}
+    rows = rows_of(tmp_path, {"base": 4, "q-adapter": 150, "sft": 150}, same)
+    learnt = {name: rows[2].metrics[name] for name in ("adaptation/score", "adaptation/exact_rule")}
+    rows[2] = replace(rows[2], metrics=learnt, retention=None)
+    found = decide_for_reader(Measured(rows)).recommendation
+    assert found == "Use q-adapter. Not ranked: sft (what was kept is not known)."
+
+
 @pytest.mark.slow
 def test_a_policy_that_does_not_speak_wins_nothing(tmp_path: Path) -> None:
     """DPO has the highest score of all and answers `==========`."""
