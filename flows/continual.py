@@ -17,6 +17,7 @@ from flows.running.run_request import RunRequest
 from flows.sweep import RunOfMany
 from qadapter.config.continual import Continual, load_continual
 from qadapter.config.experiment import Experiment
+from qadapter.planning.preflight import require_accuracy
 from tasks.continual import (
     Step,
     compose_adapters,
@@ -63,7 +64,9 @@ def check_continual(
     """
     loaded = load_continual(sequence)
     request = _ContinualRequest("continual", profile or loaded.profile, data, loaded.overrides(overrides), loaded)
-    return loaded, request, request.check(remote=remote)
+    experiment = request.check(remote=remote)
+    require_accuracy(experiment, "what a sequence forgets of the base is a mean of accuracies")
+    return loaded, request, experiment
 
 
 def continual_stages(experiment: Experiment, continual: Continual, run: RunOfMany) -> Any:

@@ -20,9 +20,9 @@ from flows.running.run_request import RunRequest
 from qadapter.config.experiment import Experiment
 from qadapter.config.sweep import Sweep, Variant, expand, load_sweep, merged_overrides
 from qadapter.errors import QAdapterError
-from qadapter.evaluation.lm_eval.catalog import better_when_lower, expand_suites
 from qadapter.judging.plan import plan_judges
 from qadapter.methods.method import Need
+from qadapter.planning.preflight import require_accuracy
 from qadapter.report.rows import listed
 from tasks.curve import MeasuredCurve
 from tasks.sweep import (
@@ -94,12 +94,7 @@ def check_sweep(
     used = profile or loaded.profile
     request = _SweepRequest("sweep", used, data, merged_overrides(loaded, used, overrides), loaded)
     experiment = request.check(remote=remote)
-    tasks, _ = expand_suites(experiment.evaluation.retention.tasks)
-    if better_when_lower(tasks) == tasks and not experiment.evaluation.retention.own:
-        raise QAdapterError(
-            f"evaluation.retention.tasks has no task with an accuracy, only {', '.join(tasks)}: a sweep compares "
-            "adaptation with the retained share of an accuracy. Add such a task, for example <name>_word_order."
-        )
+    require_accuracy(experiment, "a sweep compares adaptation with the retained share of an accuracy")
     if loaded.confirm_seeds and experiment.toy_world:
         raise QAdapterError(
             f"sweep {loaded.name}: confirm_seeds train what one half of the held-out items chooses, and a toy world's "

@@ -12,7 +12,13 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation.benchmarks.build import QUESTION_FIELDS
 from qadapter.evaluation.benchmarks.items import read_items
 from qadapter.evaluation.benchmarks.table import tasks_made
-from qadapter.evaluation.lm_eval.catalog import check_own, check_tasks, expand_suites, find_tasks
+from qadapter.evaluation.lm_eval.catalog import (
+    better_when_lower,
+    check_own,
+    check_tasks,
+    expand_suites,
+    find_tasks,
+)
 from qadapter.evaluation.lm_eval.definitions import needs_data
 from qadapter.files.folders import resolve_path
 from qadapter.judging.plan import plan_judges
@@ -52,6 +58,8 @@ def check_experiment(
     if retention.tasks or not retention.own:
         check_tasks(retention.tasks)
     check_own(retention.own_files(folder))
+    if experiment.evaluation.curve is not None:
+        require_accuracy(experiment, "a budget of forgetting is one of the mean of accuracies")
     if experiment.lora.further():
         from qadapter.policy.loading import lora_config  # transformers takes seconds to import
 
@@ -65,6 +73,25 @@ def check_experiment(
     _check_official_data(experiment, folder)
     _check_benchmarks(experiment)
     plan_judges(experiment, rows)
+
+
+def require_accuracy(experiment: Experiment, why: str) -> None:
+    """Refuse retention tasks whose scores are all better when lower: nothing is averaged of them.
+
+    Args:
+        experiment: whose tasks are known.
+        why: what needs the mean.
+
+    Raises:
+        QAdapterError: no task has an accuracy.
+    """
+    retention = experiment.evaluation.retention
+    tasks, _ = expand_suites(retention.tasks)
+    if better_when_lower(tasks) == tasks and not retention.own:
+        raise QAdapterError(
+            f"evaluation.retention.tasks has no task with an accuracy, only {', '.join(tasks) or 'none'}: {why}. Add "
+            "such a task, for example <name>_word_order."
+        )
 
 
 def _check_sources(

@@ -11,6 +11,7 @@ import yaml
 
 from flows.continual import check_continual, continual_stages
 from flows.customize import train
+from flows.running.run_request import RunRequest
 from flows.running.sweep_plan import SweepRecorder
 from qadapter.config.continual import CONTINUAL_FOLDER, continuals, load_continual
 from qadapter.config.customization import Customization
@@ -74,6 +75,17 @@ def test_the_stages_of_a_sequence() -> None:
     assert composed["before"].name == "compose-2-academy-1"
     for way in ("continued", "retrained", "replayed"):
         assert stages[f"outcome-{way}-1-harmless-1"].inputs["adapter"].name == "train-alone-1-harmless-1"
+
+
+@pytest.mark.slow
+def test_tasks_without_an_accuracy_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of perplexities there is no mean that a sequence could forget, nor a curve's budget."""
+    monkeypatch.setenv("QADAPTER_HOME", str(tmp_path))
+    only = {"evaluation.retention.tasks": ["wikitext"]}
+    with pytest.raises(QAdapterError, match="no task with an accuracy, only wikitext: what a sequence forgets"):
+        check_continual("smoke", None, None, only, remote=False)
+    with pytest.raises(QAdapterError, match="no task with an accuracy, only wikitext: a budget of forgetting"):
+        RunRequest("full-paper-repro", "smoke", None, {**only, "evaluation.curve": {}}).check(remote=False)
 
 
 def test_retraining_has_as_many_steps_per_preference(monkeypatch: pytest.MonkeyPatch) -> None:
