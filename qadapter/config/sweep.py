@@ -168,7 +168,8 @@ def merged_overrides(sweep: Sweep, profile: str, overrides: Mapping[str, Any]) -
     Raises:
         QAdapterError: the profile cannot be read, or lacks one of the domains.
     """
-    experiment = load_experiment(profile, overrides)
+    changes = {**sweep.settings, **overrides}
+    experiment = load_experiment(profile, changes)
     if unknown := [name for name in sweep.domains if name not in experiment.domains]:
         known = ", ".join(experiment.domains)
         raise QAdapterError(f"sweep {sweep.name}: domains {unknown} are not in the profile {profile!r}; it has {known}")
@@ -182,8 +183,7 @@ def merged_overrides(sweep: Sweep, profile: str, overrides: Mapping[str, Any]) -
         used |= set(experiment.built_benchmarks.sources.values())
     return {
         "seeds": list(sweep.seeds),
-        **sweep.settings,
-        **overrides,
+        **changes,
         "run_domains": None,
         "domains": {name: domain.model_dump() for name, domain in domains.items()},
         "sources": {name: source.model_dump() for name, source in experiment.sources.items() if name in used},

@@ -212,6 +212,19 @@ def test_unused_sources_are_dropped_unless_the_user_sets_them(tmp_path: Path) ->
     assert experiment.sources["harmless"].max_chars == 77
 
 
+def test_the_files_settings_reach_domains_and_sources(tmp_path: Path) -> None:
+    """Beside those of other sections; the user's come before them."""
+    settings = {
+        "domains.harmless.base": "pretrained",
+        "sources.harmless.max_chars": 77,
+        "sources.helpful.max_chars": 88,
+    }
+    loaded = load_sweep(write(tmp_path, settings=settings))
+    experiment = load_experiment("smoke", merged_overrides(loaded, "smoke", {"sources.helpful.max_chars": 99}))
+    assert experiment.domains["harmless"].base == "pretrained"
+    assert [experiment.sources[name].max_chars for name in ("harmless", "helpful")] == [77, 99]
+
+
 def group(**changes: Any) -> dict[str, Any]:
     return {"groups": {**GROUPS, "extra": changes}}
 
