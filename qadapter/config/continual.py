@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from qadapter.config.base import Name, Positive, Seed, Settings, refuse_repeats
 from qadapter.config.budget import Budget, Share
 from qadapter.config.experiment import PROFILE_FOLDER, Experiment
-from qadapter.config.reading import names_in, read_named
+from qadapter.config.reading import names_in, read_named, refuse_without_effect
 from qadapter.errors import QAdapterError
 from qadapter.methods.table import SUBJECT
 
@@ -61,11 +61,19 @@ class Continual(Settings):
 
         Args:
             given: the user's.
+
+        Raises:
+            QAdapterError: one of them has no effect.
         """
+        changes = {**self.settings, **given}
+        decided = {
+            "methods.run": f"every way of a sequence trains {SUBJECT.name}",
+            "run_domains": "`domains` of the sequence names them in their order",
+        }
+        refuse_without_effect(f"continual {self.name}", changes, decided)
         return {
             "seeds": list(self.seeds),
-            **self.settings,
-            **given,
+            **changes,
             "run_domains": list(self.domains),
             "methods.run": [SUBJECT.name],
         }

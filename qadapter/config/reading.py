@@ -110,6 +110,30 @@ def parse_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, A
     return parsed
 
 
+def refuse_without_effect(where: str, changes: Mapping[str, Any], decided: Mapping[str, str]) -> None:
+    """Refuse changes of settings that something else decides.
+
+    Args:
+        where: what decides: `sweep smoke`.
+        changes: dotted keys to values.
+        decided: dotted key → what decides it instead.
+
+    Raises:
+        QAdapterError: naming each one.
+    """
+    found = [f"{path} has no effect, because {why}; remove it" for path, why in decided.items() if _sets(changes, path)]
+    if found:
+        raise QAdapterError(f"{where}: {'; '.join(found)}")
+
+
+def _sets(changes: Mapping[str, Any], path: str) -> bool:
+    """Whether changes set a dotted key, by itself or as a part of a section."""
+    if path in changes:
+        return True
+    section, _, last = path.rpartition(".")
+    return bool(section) and isinstance(changes.get(section), Mapping) and last in changes[section]
+
+
 def _yaml_float(text: str) -> str:
     """Read `1e-4` as a number; YAML 1.1 reads it as a string."""
     return str(float(text)) if re.fullmatch(r"\s*[-+]?\d+(\.\d*)?[eE][-+]?\d+\s*", text) else text

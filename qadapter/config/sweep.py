@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from qadapter.config.base import Name, NonNegative, Positive, Seed, Settings, refuse_repeats
 from qadapter.config.experiment import PROFILE_FOLDER, Experiment, load_experiment
 from qadapter.config.methods import MethodName
-from qadapter.config.reading import read_named
+from qadapter.config.reading import read_named, refuse_without_effect
 from qadapter.errors import QAdapterError
 from qadapter.methods.table import METHODS, NAMES, method_named
 
@@ -166,9 +166,10 @@ def merged_overrides(sweep: Sweep, profile: str, overrides: Mapping[str, Any]) -
         overrides: the user's overrides, which take precedence.
 
     Raises:
-        QAdapterError: the profile cannot be read, or lacks one of the domains.
+        QAdapterError: the profile cannot be read or lacks one of the domains, or a change has no effect.
     """
     changes = {**sweep.settings, **overrides}
+    refuse_without_effect(f"sweep {sweep.name}", changes, {"methods.run": "the groups of a sweep name its methods"})
     experiment = load_experiment(profile, changes)
     if unknown := [name for name in sweep.domains if name not in experiment.domains]:
         known = ", ".join(experiment.domains)

@@ -138,6 +138,15 @@ def test_what_cannot_work_is_refused(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "changes", [{"methods.run": ["sft"]}, {"methods": {"run": ["sft"]}}, {"run_domains": ["academy"]}]
+)
+def test_changes_without_effect_are_refused(changes: dict[str, Any]) -> None:
+    """The method and the domains are the sequence's own: all was run as if they had not been given."""
+    with pytest.raises(QAdapterError, match=r"continual smoke: (methods.run|run_domains) has no effect, because"):
+        load_continual("smoke").overrides(changes)
+
+
 def test_an_unknown_sequence_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--sequence", "smok"]) == 2
     errors = capsys.readouterr().err

@@ -263,6 +263,10 @@ def test_more_that_is_refused(tmp_path: Path) -> None:
         load_sweep("smok")
     with pytest.raises(QAdapterError, match=r"domains \['law'\] are not in the profile 'smoke'; it has harmless"):
         merged_overrides(load_sweep(write(tmp_path, domains=["law"])), "smoke", {})
+    with pytest.raises(
+        QAdapterError, match=r"methods.run has no effect, because the groups of a sweep name its methods"
+    ):
+        merged_overrides(load_sweep(write(tmp_path)), "smoke", {"methods.run": ["sft"]})
     negative = load_sweep(write(tmp_path, **group(method="dpo", combine={"beta": [-1]})))
     with pytest.raises(QAdapterError, match=r"groups.extra: beta: Input should be greater than 0 \(given: {'beta'"):
         expand(negative, load_experiment("smoke"))
