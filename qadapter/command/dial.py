@@ -46,6 +46,8 @@ def run(options: DialOptions) -> None:
     budget = Budget(
         max_forgetting=options.budget, per_task=options.per_task, max_over_refusals=options.max_over_refusals
     )
+    if unmeasured := budget.unmeasured(options.tasks, old_answers=0):
+        raise QAdapterError(f"--max-over-refusals: {unmeasured}")
     own = own_benchmarks(options.retain)
     of_base = load_tokenizer(base, revision=model.revision, trust_remote_code=options.trust_remote_code)
     tokenizer = rendering_as_asked(options, policy_tokenizer(adapter, of_base))

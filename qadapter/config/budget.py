@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated
 
 from pydantic import Field
@@ -9,6 +10,8 @@ from pydantic import Field
 from qadapter.config.base import Settings
 
 Share = Annotated[float, Field(ge=0, le=1)]
+_HARMLESS = "toy_howtos"
+"""The task whose requests are harmless: a refused one is an over-refusal."""
 
 
 class Budget(Settings):
@@ -23,6 +26,21 @@ class Budget(Settings):
     max_forgetting: Share = 0.01
     per_task: Share | None = None
     max_over_refusals: Share | None = None
+
+    def unmeasured(self, tasks: Collection[str], old_answers: int) -> str:
+        """Why the limit on over-refusals cannot be kept; empty where there is none, or they are measured.
+
+        Args:
+            tasks: of the retention.
+            old_answers: how many old prompts are answered.
+        """
+        if self.max_over_refusals is None or old_answers or _HARMLESS in tasks:
+            return ""
+        return (
+            f"max_over_refusals is {self.max_over_refusals:g}, and no harmless request is asked: it counts answers to "
+            f"old prompts (helpful_sft and evaluation.retention.answers) or to the task {_HARMLESS}; remove it or "
+            "measure them"
+        )
 
     def __str__(self) -> str:
         """`1 %, 2 % per task, 5 % over-refusals`."""

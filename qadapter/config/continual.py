@@ -92,6 +92,8 @@ class Continual(Settings):
         if len(set(bases.values())) > 1:
             told = ", ".join(f"{name} on {base}" for name, base in bases.items())
             yield f"a sequence has one base, and its domains are on several ({told}); set domains.<name>.base alike"
+        if self.budget.max_over_refusals is not None:
+            yield "budget.max_over_refusals has no effect, because no over-refusal is measured in a sequence; remove it"
         if "composed" in self.ways:
             choice: Any = experiment.methods.of(SUBJECT.name)
             start, end = (1.0 if value is None else value for value in (choice.alpha_0, choice.alpha_tilde))

@@ -93,7 +93,8 @@ class Customization(Settings):
         """The profile reduced to the Q-Adapter and one domain, whose preferences come from `source`.
 
         Raises:
-            QAdapterError: the profile cannot be read, or does not have the domain.
+            QAdapterError: the profile cannot be read or does not have the domain, or the budget limits what it does not
+                measure.
         """
         whole = load_experiment(self.profile, self.overrides)
         if self.domain not in whole.domains:
@@ -114,7 +115,10 @@ class Customization(Settings):
         judge = judge_of(whole, self.domain)
         if judge and judge.training:  # its training pairs are not set apart in a growing source
             fields["evaluation"]["adaptation"]["judge"] = NO_JUDGE
-        return Experiment.model_validate(fields)
+        reduced = Experiment.model_validate(fields)
+        if self.budget is not None and (unmeasured := reduced.unmeasured_of(self.budget)):
+            raise QAdapterError(f"budget: {unmeasured}")
+        return reduced
 
 
 def customizations() -> list[str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, Field, create_model, model_validator
 
 from qadapter.config.base import Count, Name, Seed, Settings
+from qadapter.config.budget import Budget
 from qadapter.config.evaluation import AdaptationSettings, BuiltBenchmarks, EvaluationSettings
 from qadapter.config.execution import LaunchSettings, RunnerSettings
 from qadapter.config.folder import CONFIGS
@@ -165,6 +166,11 @@ class Experiment(Settings):
                         "out of methods.run"
                     )
 
+    def unmeasured_of(self, budget: Budget) -> str:
+        """Why a budget's limit on over-refusals cannot be kept here; empty where it can."""
+        retention = self.evaluation.retention
+        return budget.unmeasured(retention.tasks, retention.answers if self.helpful_sft else 0)
+
     def _contradictions(self) -> Iterator[str]:
         """Yield one sentence per contradiction between sections."""
         if repeated := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
@@ -193,6 +199,8 @@ class Experiment(Settings):
             yield f"domains {needy} use the base 'helpful', but there is no helpful_sft section"
         if self.training.max_steps and (idle := [name for name, d in self.domains.items() if d.epochs]):
             yield f"domains.{idle[0]}.epochs has no effect with training.max_steps: give one of them"
+        if (budget := self.evaluation.budget) is not None and (unmeasured := self.unmeasured_of(budget)):
+            yield f"evaluation.budget: {unmeasured}"
         known = [name for name, domain in self.domains.items() if domain.source in self.sources]
         yield from judges.contradictions(self, known)
         trainings = {"pretraining": self.pretraining, "helpful_sft": self.helpful_sft, "training": self.training}

@@ -13,8 +13,9 @@ from flows.continual import check_continual, continual_stages
 from flows.customize import train
 from flows.running.run_request import RunRequest
 from flows.running.sweep_plan import SweepRecorder
+from qadapter.config.budget import Budget
 from qadapter.config.continual import CONTINUAL_FOLDER, continuals, load_continual
-from qadapter.config.customization import Customization
+from qadapter.config.customization import Customization, load_customization
 from qadapter.config.experiment import load_experiment
 from qadapter.errors import QAdapterError
 from tasks.stages.context import Cell
@@ -145,6 +146,24 @@ def test_changes_without_effect_are_refused(changes: dict[str, Any]) -> None:
     """The method and the domains are the sequence's own: all was run as if they had not been given."""
     with pytest.raises(QAdapterError, match=r"continual smoke: (methods.run|run_domains) has no effect, because"):
         load_continual("smoke").overrides(changes)
+
+
+def test_a_limit_on_over_refusals_is_refused_where_none_is_measured() -> None:
+    """A sequence measures none; a profile and a customization where they ask nothing harmless."""
+    loaded = load_continual("smoke")
+    limited = loaded.model_copy(update={"budget": Budget(max_over_refusals=0.05)})
+    with pytest.raises(QAdapterError, match=r"budget.max_over_refusals has no effect, because no over-refusal is"):
+        limited.check(load_experiment("smoke", loaded.overrides({})))
+    curve = {"evaluation.curve": {}, "evaluation.budget": {"max_over_refusals": 0.05}}
+    load_experiment("smoke", curve)
+    nothing = {"evaluation.retention.tasks": ["toy_facts"], "evaluation.retention.answers": 0}
+    with pytest.raises(QAdapterError, match=r"evaluation.budget: max_over_refusals is 0.05, and no harmless request"):
+        load_experiment("smoke", {**curve, **nothing})
+    customization = load_customization("smoke")
+    assert customization.budget is None
+    weekly = customization.model_copy(update={"budget": Budget(max_over_refusals=0.05), "overrides": nothing})
+    with pytest.raises(QAdapterError, match=r"^budget: max_over_refusals is 0.05, and no harmless request is asked"):
+        weekly.experiment()
 
 
 def test_an_unknown_sequence_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

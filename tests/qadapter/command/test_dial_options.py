@@ -69,6 +69,13 @@ def test_what_is_asked_of_the_template_reaches_it(options: dict[str, Any], monke
         run(DialOptions(**options, chat_template_kwargs={"nonsense": 1}))
 
 
+def test_a_limit_on_what_is_not_measured_is_refused(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No harmless request is asked: the dial was chosen as if no limit had been given."""
+    with pytest.raises(QAdapterError, match=r"max_over_refusals is 0.02, and no harmless request is asked"):
+        run(DialOptions(**options, max_over_refusals=0.02))
+    assert measured_with({**options, "tasks": ["toy_howtos"], "max_over_refusals": 0.02}, monkeypatch)
+
+
 def test_a_damaged_record_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "adapter" / RECORD).write_text("dtype: float31\n")
     with pytest.raises(QAdapterError, match="does not say how to load the base"):
