@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from qadapter.config.open_settings import NO_EFFECT
 from qadapter.errors import QAdapterError
 from qadapter.policy.objective import Objective
+from qadapter.training.evaluated import larger_is_better
 
 
 @dataclass
@@ -19,7 +20,8 @@ class QAdapterConfig(TrainingArguments):
     The fields of the objective are None for the value of the preset named in `objective`;
     `qadapter.policy.objective.Objective` says what each one is. Defaults that differ from `TrainingArguments`:
     `learning_rate` 3e-4 (the paper's), `logging_steps` 10, `remove_unused_columns` off (the data are pairs),
-    `ddp_find_unused_parameters` off (every parameter of the adapter is used in every step).
+    `ddp_find_unused_parameters` off (every parameter of the adapter is used in every step), `greater_is_better` by the
+    metric's name (off for losses and `kl/base`).
 
     Attributes:
         objective: preset to start from: `paper`, `published-code` or `residual`.
@@ -70,6 +72,9 @@ class QAdapterConfig(TrainingArguments):
     ddp_find_unused_parameters: bool | None = False
 
     def __post_init__(self) -> None:
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            # transformers takes what does not end with "loss" as better the larger it is: `loss/preference`, `kl/base`
+            self.greater_is_better = larger_is_better(self.metric_for_best_model)
         super().__post_init__()
         if self.group_by_length:
             self.train_sampling_strategy = "group_by_length"

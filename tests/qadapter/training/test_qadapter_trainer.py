@@ -249,6 +249,18 @@ def test_best_checkpoint_is_loaded_at_the_end(tmp_path: Path):
         assert torch.equal(mine, saved), name
 
 
+def test_the_best_of_a_loss_is_the_smallest(tmp_path: Path):
+    def larger(metric: str, **given: bool) -> bool | None:
+        return QAdapterConfig(
+            output_dir=str(tmp_path), use_cpu=True, metric_for_best_model=metric, **given
+        ).greater_is_better
+
+    smaller = ("loss", "eval_loss", "loss/preference", "eval_loss/regularization", "kl/base", "eval_colors_loss")
+    assert not any(larger(metric) for metric in smaller)
+    assert all(larger(metric) for metric in ("rewards/margins", "eval_rewards/accuracies"))
+    assert larger("kl/base", greater_is_better=True)
+
+
 def test_evaluation_over_batches_is_the_objective_over_all(tmp_path: Path):
     trainer = make_trainer(
         tmp_path,
