@@ -28,6 +28,7 @@ from qadapter.policy.ranges import check_dials, check_weights
 
 SETTINGS_FILE = "q_adapter.json"
 DIAL_FILE = "dial.json"
+GUIDE_FILE = "guide.json"
 _FORMAT, _WITH_DIAL = 1, 2  # versions that read 1 only must refuse a dial that was moved, not serve the policy without
 _PREFIX = "peft_model."
 
@@ -74,6 +75,7 @@ def save(
         return
     for name in settings.adapter_weights:
         write_fingerprint(peft_model.get_base_model(), _place(folder, name))
+    forget_kind(folder)
     if settings.plain:
         write_dial(folder, settings.dial)
         return
@@ -82,6 +84,12 @@ def save(
     (folder / SETTINGS_FILE).write_text(_text({"format": _FORMAT, **content}))
     if not settings.dial.as_trained:
         write_dial(folder, settings.dial)
+
+
+def forget_kind(folder: Path) -> None:
+    """Delete what says which kind of policy a folder holds: the one that is saved there next may be of another."""
+    for name in (SETTINGS_FILE, DIAL_FILE, GUIDE_FILE):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _text(content: Mapping[str, Any]) -> str:

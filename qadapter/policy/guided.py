@@ -30,11 +30,10 @@ from qadapter.errors import QAdapterError
 from qadapter.policy.adapters import ADAPTER_FILE, adapted, load_adapter, set_adapter_tensors
 from qadapter.policy.caches import PassCaches
 from qadapter.policy.dial import Dial
-from qadapter.policy.files import saved_dial
+from qadapter.policy.files import GUIDE_FILE, forget_kind, saved_dial, write_dial
 from qadapter.policy.fingerprint import write_fingerprint
 from qadapter.policy.passes import RowPasses
 
-GUIDE_FILE = "guide.json"
 HEAD_FILE = Path("value_head") / "value_head.safetensors"
 _FORMAT = 1
 _TOKENS_OF_A_PASS = 1024  # candidates that are read at once
@@ -140,7 +139,7 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         state_dict: Mapping[str, Tensor] | None = None,
         **_: Any,
     ) -> None:
-        """Write a PEFT adapter folder with `guide.json` and the head beside it."""
+        """Write a PEFT adapter folder with `guide.json` and the head beside it; `dial.json` if the dial was moved."""
         del state_dict  # the adapter's weights and the head's are here: shards are not gathered
         folder = Path(save_directory)
         self.peft_model.save_pretrained(
@@ -150,9 +149,11 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
             return
         (folder / HEAD_FILE).parent.mkdir(exist_ok=True)
         write_fingerprint(self.peft_model.get_base_model(), folder)
+        forget_kind(folder)
         weights = {name: one.detach().cpu().contiguous() for name, one in self.value_head.state_dict().items()}
         save_file(weights, folder / HEAD_FILE)
         (folder / GUIDE_FILE).write_text(json.dumps({"format": _FORMAT, **asdict(self.guide)}, indent=2) + "\n")
+        write_dial(folder, self.dial)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

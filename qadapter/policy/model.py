@@ -184,21 +184,17 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
     ) -> None:
         """Write a PEFT adapter folder (safetensors) that plain PEFT can load, and `q_adapter.json` beside it.
 
-        For a plain adapter alone it is `dial.json`, and only if the dial was moved.
+        For a plain adapter alone it is `dial.json`, and only if the dial was moved. What another kind of policy left in
+        the folder to say what it is goes.
 
         Args:
             save_directory: made if absent.
             is_main_process: only that one writes.
             state_dict: this module's, where it had to be gathered from several processes.
         """
-        settings = policy_files.PolicySettings(
-            self.objective,
-            self.config.alpha_0,
-            self.config.alpha_tilde,
-            self.adapter_weights,
-            self.dial,
-            self.plain and list(self.adapter_weights.values()) == [1.0],
-        )
+        alphas = (self.config.alpha_0, self.config.alpha_tilde)
+        plain = self.plain and list(self.adapter_weights.values()) == [1.0] and alphas == (1.0, 1.0)
+        settings = policy_files.PolicySettings(self.objective, *alphas, self.adapter_weights, self.dial, plain)
         policy_files.save(
             self.peft_model, settings, Path(save_directory), is_main_process=is_main_process, state_dict=state_dict
         )

@@ -15,6 +15,7 @@ from qadapter.errors import QAdapterError
 from qadapter.policy.adapters import load_adapter
 from qadapter.policy.dial import Dial
 from qadapter.policy.files import copy_turned, read_settings, saved_dial, write_dial
+from qadapter.policy.guided import Guide, GuidedForCausalLM
 from qadapter.policy.loading import load_policy
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.objective import Objective
@@ -276,6 +277,33 @@ def test_saved_beside_a_plain_adapter(tmp_path: Path):
     load_adapter(tiny_model(), tmp_path / "again")  # plain PEFT's files as before
     with pytest.raises(QAdapterError, match="is no Q-Adapter"):  # it has no objective to be trained on with
         QAdapterForCausalLM.from_pretrained(tmp_path, tiny_model(), is_trainable=True)
+
+
+def test_a_plain_adapters_alphas_are_saved(tmp_path: Path):
+    policy = QAdapterForCausalLM.around(plain_adapter())
+    policy.config.alpha_0, policy.config.alpha_tilde = 0.3, 0.7
+    policy.save_pretrained(tmp_path)
+    loaded = QAdapterForCausalLM.from_pretrained(tmp_path, base_model=tiny_model())
+    ids = tokens(2, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(log_probs(loaded, ids), log_probs(policy, ids))
+
+
+def test_a_folder_is_what_was_saved_last(tmp_path: Path):
+    plain = QAdapterForCausalLM.around(plain_adapter(), "scale=0.5")
+    guided = GuidedForCausalLM.from_base(tiny_model(), lora(), Guide("value", 2.0, 3))
+    torch.nn.init.constant_(guided.value_head.weight, 0.3)
+    guided.dial = Dial("q-weight", 0.25)
+    ids = tokens(2, 6)
+    policies = [make_policy(objective=ABSOLUTE), plain, guided]
+    for first in policies:
+        for second in policies:
+            first.save_pretrained(tmp_path)
+            second.save_pretrained(tmp_path)
+            loaded = load_policy(tiny_model(), tmp_path)
+            with torch.no_grad():
+                torch.testing.assert_close(loaded(ids).logits.log_softmax(-1), second(ids).logits.log_softmax(-1))
+    assert loaded.dial == guided.dial
 
 
 def test_plain_adapters_compose(tmp_path: Path):
