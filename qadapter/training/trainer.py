@@ -338,6 +338,8 @@ def _policy(
             raise QAdapterError(
                 "The model carries an adapter already and peft_config asks for another. Give one of the two."
             )
+        if isinstance(model, QAdapterForCausalLM):
+            model.trained_adapter()  # what training would leave out of it is refused: other adapters, other weights
         peft_model = model.peft_model if isinstance(model, QAdapterForCausalLM) else model
         policy = QAdapterForCausalLM(peft_model, objective)
     elif peft_config is None:

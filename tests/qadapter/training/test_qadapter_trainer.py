@@ -379,6 +379,18 @@ def test_refuses_early_what_cannot_work(tmp_path: Path):
 # ---- options -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("weights", [{"default": 1.0, "other": 1.0}, {"other": 1.0}, {"default": 0.5}])
+def test_refuses_a_policy_whose_weights_it_would_not_train(tmp_path: Path, weights: dict[str, float]):
+    policy = QAdapterForCausalLM.from_base(tiny_model(), lora(), Objective.preset("residual"))
+    policy.save_pretrained(tmp_path / "other")
+    policy.attach(tmp_path / "other", "other")
+    policy.set_adapter_weights(weights)
+    with pytest.raises(QAdapterError, match="Training moves one adapter, with weight 1"):
+        make_trainer(tmp_path, model=policy, peft_config=None)
+    policy.set_adapter_weights({"default": 1.0})
+    make_trainer(tmp_path, model=policy, peft_config=None)
+
+
 def test_options_that_would_have_no_effect_are_refused(tmp_path: Path):
     for options, expected in (
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha cannot be set: NEFTune adds noise to the embeddings"),
