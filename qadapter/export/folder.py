@@ -8,11 +8,15 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.errors import QAdapterError
@@ -96,9 +100,71 @@ def _single(model: PeftModel, shares: Mapping[str, float]) -> str:
             )
     if len(names) == 1:
         return names[0]
-    tuner: Any = model.base_model
-    tuner.add_weighted_adapter(names, [shares[name] for name in names], COMBINED, combination_type="cat")
+    _side_by_side(model, {name: shares[name] for name in names})
     return COMBINED
+
+
+@torch.no_grad()
+def _side_by_side(model: PeftModel, shares: Mapping[str, float]) -> None:
+    """Add the adapter `combined`, whose layers add Σ share · scaling · B A of those of the others.
+
+    PEFT's own (`add_weighted_adapter`) takes rank-stabilised scaling, biases and the choice of layers from the first.
+    """
+    network: Any = model.get_base_model()
+    layers: dict[str, LoraLayer] = {
+        name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)
+    }
+    parts = {name: found for name, layer in layers.items() if (found := _parts(layer, shares))}
+    configs: list[Any] = [model.peft_config[name] for name in shares]
+    chosen = [config.target_modules for config in configs]
+    by_end = not any(
+        isinstance(config.target_modules, str) or config.exclude_modules or config.layers_to_transform is not None
+        for config in configs
+    )
+    rank = max(sum(len(a) for a, _, _ in found) for found in parts.values())
+    config = replace(
+        configs[0],
+        r=rank,
+        lora_alpha=rank,
+        target_modules=set().union(*chosen) if by_end else set(parts),
+        lora_bias=any(one.lora_bias for one in configs),
+        use_rslora=False,
+        **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
+        rank_pattern={},
+        alpha_pattern={},
+    )
+    model.add_adapter(COMBINED, config)
+    for name, found in parts.items():
+        first, second, bias = _factors(layers[name], COMBINED)
+        for tensor in (first, second, bias):
+            if tensor is not None:
+                tensor.zero_()
+        start = 0
+        for a, b, of_b in found:
+            first[start : start + len(a)] = a
+            second[:, start : start + len(a)] = b
+            start += len(a)
+            if bias is not None and of_b is not None:
+                bias += of_b
+
+
+def _parts(layer: LoraLayer, shares: Mapping[str, float]) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """Both factors of each adapter that the layer has, and its bias; the second and the bias with share and scaling."""
+    found = []
+    for name, share in shares.items():
+        if name in layer.scaling and (name in layer.lora_A or name in layer.lora_embedding_A):
+            first, second, bias = _factors(layer, name)
+            factor = share * layer.scaling[name]
+            found.append((first, factor * second, None if bias is None else factor * bias))
+    return found
+
+
+def _factors(layer: LoraLayer, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A [rank, …], B [width, rank, …] and B's bias of an adapter in a layer."""
+    if name in layer.lora_A:
+        second: Any = layer.lora_B[name]
+        return layer.lora_A[name].weight, second.weight, second.bias  # type: ignore[return-value]
+    return layer.lora_embedding_A[name], layer.lora_embedding_B[name], None
 
 
 def _is_b(key: str) -> bool:

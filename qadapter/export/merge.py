@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
@@ -31,9 +32,11 @@ def merge_into_base(peft_model: PeftModel, shares: Mapping[str, float]) -> PreTr
         The base, now with the adapters in it.
 
     Raises:
-        QAdapterError: a trained copy of a module that cannot be interpolated.
+        QAdapterError: a trained copy of a module that cannot be interpolated, or an adapter's bias on a layer that has
+            none.
     """
     layers: dict[int, list[BaseTunerLayer]] = {}
+    _refuse_bias_without_place(peft_model, shares)
     for module in peft_model.modules():
         if isinstance(module, BaseTunerLayer):
             layers.setdefault(id(module.get_base_layer()), []).append(module)  # experts: several on one module
@@ -44,6 +47,18 @@ def merge_into_base(peft_model: PeftModel, shares: Mapping[str, float]) -> PreTr
     tuner: Any = peft_model.base_model
     merged: PreTrainedModel = tuner.unload()
     return merged.eval()
+
+
+def _refuse_bias_without_place(peft_model: PeftModel, shares: Mapping[str, float]) -> None:
+    for name in shares:
+        for module in peft_model.modules():
+            if not isinstance(module, LoraLayer) or not module.lora_bias.get(name):
+                continue
+            if getattr(module.get_base_layer(), "bias", None) is None:
+                raise QAdapterError(
+                    f"adapter {name} has lora_bias, and base layers without a bias have no place for it; use --format "
+                    "lora"
+                )
 
 
 def _add(group: list[BaseTunerLayer], shares: Mapping[str, float]) -> None:

@@ -21,9 +21,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qadapter.command.parser import main
+from qadapter.errors import QAdapterError
 from qadapter.export.card import Exported, card_text
 from qadapter.export.facts import FACTS, DataFile, Facts, Measurement
+from qadapter.export.folder import write_lora
 from qadapter.export.known import licence_of, read_facts
+from qadapter.export.merge import merge_into_base
 from qadapter.files.artifacts import write_json
 from qadapter.inference.generate import generate_replies
 from qadapter.policy.dial import Dial
@@ -219,6 +222,47 @@ def test_a_lora_folder_holds_its_scale(place: Path, export: Callable[..., tuple[
     assert code == 2
     assert "no plain LoRA" in printed
     assert (out / "adapter_model.safetensors").exists()  # what was there stays
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"use_rslora": True}, {"use_rslora": True, "alpha_pattern": {"q_proj": 5}}),
+        ({"lora_bias": True}, {}),
+        ({}, {"lora_bias": True, "rank_pattern": {"v_proj": 2}}),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": [0]},
+            {"target_modules": ["v_proj"], "layers_to_transform": [1]},
+        ),
+        ({"exclude_modules": ["q_proj"]}, {"target_modules": ["q_proj", "embed_tokens"]}),
+        ({"target_modules": ".*q_proj"}, {"target_modules": ["down_proj"]}),
+    ],
+    ids=["rslora", "bias of the first", "bias of the second", "layers", "excluded", "pattern"],
+)
+def test_adapters_side_by_side_add_what_each_adds(
+    first: dict[str, Any], second: dict[str, Any], place: Path, tmp_path: Path
+) -> None:
+    model = get_peft_model(base_of(place), lora(**first))
+    model.add_adapter("second", lora(rank=3, **second))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    policy = QAdapterForCausalLM.around(model.eval())
+    shares = {"default": 0.7, "second": -0.4}
+    model.base_model.set_adapter(list(shares))
+    with policy.scaled(shares):
+        expected = logits(model)
+    model.set_adapter("default")
+    write_lora(policy, shares, byte_tokenizer(), tmp_path)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(base_of(place), tmp_path).eval()), expected)
+
+
+def test_a_bias_that_the_base_has_no_place_for_is_refused(place: Path) -> None:
+    model = get_peft_model(base_of(place), lora(lora_bias=True))
+    with pytest.raises(QAdapterError, match=r"lora_bias, and base layers without a bias.*--format lora"):
+        merge_into_base(model, {"default": 1.0})
 
 
 def test_an_adapter_is_exported_with_its_dial(place: Path, export: Callable[..., tuple[int, Path, str]]) -> None:
