@@ -57,6 +57,14 @@ def repeated_rows(value: Any, times: int, count: int) -> Any:
     return value
 
 
+def holds_something(cache: Cache) -> bool:
+    """Whether a cache has states of any token."""
+    try:
+        return bool(rows_of(cache)) and any(_length(layer) for layer in cache.layers)
+    except ValueError:
+        return False
+
+
 class PassCaches(Cache):
     """One cache a pass; asked for its length or layers it answers as the first, since all are of the same shape."""
 
@@ -79,7 +87,7 @@ class PassCaches(Cache):
         if isinstance(cache, cls):
             return cache
         first = cache if cache is not None else DynamicCache(config=config)
-        if _holds_something(first):
+        if holds_something(first):
             raise ValueError("This cache was filled by one pass of another model; start with an empty one.")
         return cls([copy.deepcopy(first) for _ in range(passes)])
 
@@ -101,13 +109,6 @@ class PassCaches(Cache):
         """Forget the last tokens."""
         for cache in self.parts:
             cache.crop(tokens_to_remove)
-
-
-def _holds_something(cache: Cache) -> bool:
-    try:
-        return bool(rows_of(cache)) and any(_length(layer) for layer in cache.layers)
-    except ValueError:
-        return False
 
 
 def _length(layer: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,26 @@ def test_other_caches(implementation: str):
     assert torch.equal(
         generate(policy, ids, cache_implementation=implementation, num_beams=3), generate(policy, ids, num_beams=3)
     )
+
+
+@torch.no_grad()
+def test_a_prompts_cache_is_of_its_adapters_and_scale():
+    policy = make_policy(objective=Objective.preset("residual"))
+    ids, prompt = tokens(2, 9), tokens(2, 9)[:, :-1]
+    expected = generate(policy, ids)
+    filled = policy(input_ids=prompt, use_cache=True, up_to_constant=True).past_key_values
+    assert torch.equal(generate(policy, ids, past_key_values=copy.deepcopy(filled)), expected)
+    with_base = policy(input_ids=prompt[:1], use_cache=True).past_key_values
+    with pytest.raises(QAdapterError, match=r"holds the states of default, __base__ at scale 1, .* those of default"):
+        generate(policy, ids, past_key_values=with_base)  # two rows of a cache for two sequences
+    with pytest.raises(QAdapterError, match=r"those of default, __base__ at scale 0\.5"):
+        policy(input_ids=ids[:, -1:], past_key_values=copy.deepcopy(filled), dial="scale=0.5")
+    with torch.enable_grad():  # takes a pass for each, with a cache of its own
+        apart = policy(input_ids=prompt, use_cache=True).past_key_values
+    assert torch.equal(generate(policy, ids, past_key_values=apart), expected)
+    static = {"cache_implementation": "static"}  # is emptied and used again
+    generate(policy, ids, **static, dial="scale=0.5")
+    assert torch.equal(generate(policy, ids, **static), expected)
 
 
 def test_assisted_decoding_gives_the_same_text():
