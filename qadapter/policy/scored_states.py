@@ -42,10 +42,14 @@ def scored_states(
     """
     if policy not in _usable:
         _usable[policy] = _may_be(policy) and _agrees(policy, input_ids, attention_mask)
-    if not _usable[policy]:
+    if not _usable[policy] or not _plain_head(policy):  # an adapter of the head may have been attached since
         return None
     hidden, head = _states(policy, input_ids, attention_mask)
     return hidden[scored.to(hidden.device)].to(head.weight.device, head.weight.dtype), head
+
+
+def _plain_head(policy: nn.Module) -> bool:
+    return type(_base_of(policy).get_output_embeddings()) is nn.Linear
 
 
 def _may_be(policy: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from qadapter.inference.score import Predictions, reply_log_probs
 from qadapter.policy import fused, log_probs, scored_states
 from qadapter.policy.fused import VocabularyHead
 from qadapter.policy.log_probs import token_terms
+from qadapter.policy.model import QAdapterForCausalLM
+from qadapter.policy.objective import Objective
 from tests.qadapter.policy.test_fused import head_logits
 from tests.support.tiny_chat import KINDS, byte_tokenizer, tiny_policy
-from tests.support.tiny_models import tiny_model
+from tests.support.tiny_models import lora, moved, tiny_model
 
 
 @pytest.mark.parametrize("head", ["linear", "bias and scale", "softcap"])
@@ -86,6 +89,20 @@ def test_replies_score_the_same_from_states(
             found.append((scores, torch.tensor(kl)))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_an_adapter_of_the_head_attached_later_is_scored(every_size: None, tmp_path: Path) -> None:
+    preset = Objective.preset("residual")
+    head = lora(target_modules=["lm_head"])
+    moved(QAdapterForCausalLM.from_base(tiny_model(), head, preset)).save_pretrained(tmp_path)
+    policy = QAdapterForCausalLM.from_base(tiny_model(), lora(), preset)
+    reply_log_probs(policy, batch())
+    assert Predictions(policy, batch())._states is not None
+    policy.attach(tmp_path, "head", 1.0)
+    found = reply_log_probs(policy, batch())
+    scored_states._usable.clear()
+    torch.testing.assert_close(found, reply_log_probs(policy, batch()))
 
 
 def test_what_a_model_does_to_its_logits_is_noticed(every_size: None) -> None:
