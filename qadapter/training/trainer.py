@@ -100,7 +100,7 @@ class QAdapterTrainer(Trainer):
         set_seed(args.seed)  # PEFT draws the adapter's weights
         policy = _policy(model, args, objective, peft_config)
         tokenizer = configured(
-            processing_class or _tokenizer_of(policy),
+            processing_class or _tokenizer_of(policy, model, args),
             thinking=args.thinking,
             thoughts=args.thoughts,  # type: ignore[arg-type]
             template=args.chat_template_kwargs,
@@ -362,12 +362,15 @@ def _policy(
     return policy
 
 
-def _tokenizer_of(policy: QAdapterForCausalLM) -> PreTrainedTokenizerBase:
+def _tokenizer_of(policy: QAdapterForCausalLM, model: Any, args: QAdapterConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the base; of a base that was given by name, in the same revision and with the same trust."""
     place = policy.config.name_or_path
+    given = (args.model_init_kwargs or {}) if isinstance(model, str) else {}
+    same = {name: given[name] for name in ("revision", "trust_remote_code") if name in given}
     try:
         if not place:
             raise QAdapterError("it was made in memory")
-        return load_tokenizer(place)
+        return load_tokenizer(place, **same)
     except QAdapterError as error:
         raise QAdapterError(
             f"There is no tokenizer with the base ({place or 'made in memory'}). Give processing_class. ({error})"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
@@ -493,6 +494,24 @@ def test_takes_a_path_a_peft_model_and_a_policy(tmp_path: Path):
     assert further.policy.config.alpha_0 == 1.0
     steps = [len([e for e in t.state.log_history if "loss" in e]) for t in (by_path, by_peft, further)]
     assert steps == [4, 4, 4]
+
+
+def test_the_tokenizer_is_of_the_bases_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    repository = tmp_path / "hub" / "models--me--tiny"
+    (repository / "refs").mkdir(parents=True)
+    for name, commit in (("v1", "a" * 40), ("main", "b" * 40)):
+        (repository / "refs" / name).write_text(commit)
+        tiny_model().save_pretrained(repository / "snapshots" / commit)
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template += f"{{# {name} #}}"
+        tokenizer.save_pretrained(repository / "snapshots" / commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    asked = {"model": "me/tiny", "processing_class": None}
+    old = make_trainer(tmp_path / "old", **asked, model_init_kwargs={"revision": "v1"})
+    new = make_trainer(tmp_path / "new", **asked)
+    ends = [trainer.processing_class.chat_template.rpartition("{#")[2] for trainer in (old, new)]
+    assert ends == [" v1 #}", " main #}"]
 
 
 def test_config_is_complete_and_written_with_the_model(tmp_path: Path):
