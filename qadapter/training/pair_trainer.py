@@ -77,6 +77,11 @@ class PairTrainer(Trainer):
         self.loss, self.divisor = loss, divisor
         self._margins: dict[bool, list[Tensor]] = {True: [], False: []}  # while training, and in an evaluation
 
+    def _inner_training_loop(self, *arguments: Any, **options: Any) -> Any:
+        """Trainer's loop; what an earlier one had not logged yet is no part of this one's means."""
+        self._margins[True] = []
+        return super()._inner_training_loop(*arguments, **options)
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """What the step's loss divides by, over its micro-batches and all processes."""
         if not batch_samples:

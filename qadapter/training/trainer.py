@@ -131,6 +131,7 @@ class QAdapterTrainer(Trainer):
             optimizers=optimizers,
         )
         self._train_sums, self._eval_sums = _Sums(), _Sums()
+        self._encode = encode
 
     @property
     def policy(self) -> QAdapterForCausalLM:
@@ -138,6 +139,30 @@ class QAdapterTrainer(Trainer):
         policy = self.accelerator.unwrap_model(self.model)
         assert isinstance(policy, QAdapterForCausalLM)
         return policy
+
+    def _inner_training_loop(self, *arguments: Any, **options: Any) -> Any:
+        """Trainer's loop; what an earlier one had not logged yet is no part of this one's means."""
+        self._train_sums.reset()
+        return super()._inner_training_loop(*arguments, **options)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Trainer's; rows that were not given with the trainer are tokenised as those are.
+
+        Raises:
+            QAdapterError: they cannot be evaluated.
+        """
+        return super().get_eval_dataloader(self._encoded(eval_dataset, "evaluation"))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As `get_eval_dataloader`."""
+        return super().get_test_dataloader(self._encoded(test_dataset, "test"))
+
+    def _encoded(self, rows: Any, name: str) -> Any:
+        if rows is None or isinstance(rows, (str, EncodedPairs)):
+            return rows
+        pairs = self._encode(rows, name)
+        _refuse_misfit(self.policy, pairs)
+        return pairs
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Trainer's hook; pairs are grouped by the tokens that they have together."""

@@ -286,6 +286,25 @@ def test_evaluation_over_batches_is_the_objective_over_all(tmp_path: Path):
 # ---- data ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_second_training_logs_its_own_means(tmp_path: Path):
+    trainer = make_trainer(tmp_path, max_steps=4, logging_steps=3, beta=0.0)
+    trainer.train()
+    trainer.train()
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert logged["loss"] == pytest.approx(logged["loss/preference"], rel=1e-5)
+
+
+def test_rows_given_to_evaluate_and_predict_are_tokenised(tmp_path: Path):
+    rows = [conversational(row) for row in pairs(4)]
+    expected = make_trainer(tmp_path, eval_dataset=rows).evaluate()
+    trainer = make_trainer(tmp_path)
+    found = [trainer.evaluate(rows), trainer.evaluate({"a": pairs(4)}), trainer.predict(rows).metrics]
+    losses = [found[0]["eval_loss"], found[1]["eval_a_loss"], found[2]["test_loss"]]
+    assert losses == pytest.approx([expected["eval_loss"]] * 3)
+    with pytest.raises(QAdapterError, match="The evaluation data have no usable pair"):
+        trainer.evaluate([{"prompt": "a", "chosen": "", "rejected": "b"}])
+
+
 def conversational(row: PreferencePair) -> dict[str, Any]:
     return dict(row.to_trl())
 
