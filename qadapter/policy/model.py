@@ -428,24 +428,44 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(self) -> bool:  # type: ignore[override]
         return self._passes.cache_name is not None
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """GenerationMixin's; a base whose cache is none of transformers' reads the whole sequence for each token."""
+    def generate(
+        self,
+        *args: Any,
+        dial: Dial | str | None = None,
+        alpha_0: float | None = None,
+        alpha_tilde: float | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """GenerationMixin's; a base whose cache is none of transformers' reads the whole sequence for each token.
+
+        Args:
+            args, kwargs: of GenerationMixin.
+            dial, alpha_0, alpha_tilde: for this text. They are set for as long as it takes: some ways of decoding call
+                the policy without the arguments of the call (classifier-free guidance), or pass them on to another
+                model (assisted decoding).
+        """
         if self._passes.cache_name is None:
             kwargs["use_cache"] = False
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
+        before = self.dial, self.config.alpha_0, self.config.alpha_tilde
+        self.dial = Dial.of(dial) or self.dial
+        self.config.alpha_0 = self.config.alpha_0 if alpha_0 is None else alpha_0
+        self.config.alpha_tilde = self.config.alpha_tilde if alpha_tilde is None else alpha_tilde
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.dial, self.config.alpha_0, self.config.alpha_tilde = before
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The base's own, with the dials and `up_to_constant`, since sampling depends on differences of logits only.
+        """The base's own, with `up_to_constant`, since sampling depends on differences of logits only.
 
         Architectures do things of their own here: a rope that changes with length starts its cache anew (Phi-3), a
         state-space model takes no mask after the first step.
         """
         base: Any = self.peft_model.get_base_model()
-        own = {name: kwargs.pop(name) for name in ("alpha_0", "alpha_tilde", "dial") if name in kwargs}
         inputs = base.prepare_inputs_for_generation(input_ids, **kwargs)
         if self._passes.cache_name == "cache_params":
             inputs["past_key_values"] = inputs.pop("cache_params", None)
-        return {**inputs, **own, "use_cache": kwargs.get("use_cache"), "up_to_constant": True}
+        return {**inputs, "use_cache": kwargs.get("use_cache"), "up_to_constant": True}
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *arguments: Any, **options: Any

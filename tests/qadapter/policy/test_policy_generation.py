@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from qadapter.errors import QAdapterError
 from qadapter.policy import model as policy_module
+from qadapter.policy.dial import AS_TRAINED, Dial
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.objective import Objective
 from tests.qadapter.policy.test_policy import ABSOLUTE, RESIDUAL, make_policy, rows_computed, tokens, two_adapters
 from tests.support.tiny_chat import byte_tokenizer
-from tests.support.tiny_models import ARCHITECTURES, VOCABULARY
+from tests.support.tiny_models import ARCHITECTURES, VOCABULARY, tiny_model
 
 NEW = 12
 
@@ -119,6 +121,17 @@ def test_the_dials_reach_generation():
     assert torch.equal(generate(policy, ids), expected)
     policy.config.alpha_0, policy.config.alpha_tilde = 0.3, 0.8
     assert not torch.equal(generate(policy, ids), expected)
+
+
+@pytest.mark.parametrize("dials", [{"dial": "q-weight=0.3"}, {"dial": "scale=0.5"}, {"alpha_0": 2.0}], ids=str)
+def test_a_calls_dials_hold_however_it_decodes(dials: dict[str, Any]):
+    policy, assistant, ids = make_policy(), tiny_model(), tokens(1)
+    guided, assisted = generate(policy, ids, guidance_scale=2.0, **dials), generate(policy, ids, **dials)
+    assert torch.equal(generate(policy, ids, assistant_model=assistant, **dials), assisted)
+    assert (policy.dial, policy.config.alpha_0) == (AS_TRAINED, ABSOLUTE.alpha_0)
+    policy.dial = Dial.of(dials.get("dial")) or AS_TRAINED
+    policy.config.alpha_0 = dials.get("alpha_0", ABSOLUTE.alpha_0)
+    assert torch.equal(generate(policy, ids, guidance_scale=2.0), guided)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
