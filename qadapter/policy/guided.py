@@ -232,7 +232,7 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: this policy's cache; it holds one for the base and one for the adapter.
             labels: [B, T] int64, -100 where there is none: also return the cross entropy of the next tokens.
             use_cache: return a cache.
-            logits_to_keep: only the logits of the last so many positions (0: all).
+            logits_to_keep: only the logits of the last so many positions (0: all), or of these.
             only_numbers: [B, T] numbers instead of logits, with gradients.
             dial: for this pass; where the policy's own stands without.
         """
@@ -245,9 +245,15 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         if only_numbers:
             return GuidedOutput(numbers=self._numbers(self._hidden(input_ids, mask, position_ids)))
         caching = (bool(use_cache) or past_key_values is not None) and self.by_masks
+        if caching and any(type(layer) is not DynamicLayer for layer in getattr(past_key_values, "layers", ())):
+            raise QAdapterError(
+                f"A guide takes its candidates out of its cache again, which {type(past_key_values).__name__} cannot. "
+                "Leave cache_implementation and past_key_values out."
+            )
         caches = PassCaches.around(past_key_values, 2, self._text_config) if caching else None
         given: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask}
-        given |= {"position_ids": position_ids, "use_cache": caching, "logits_to_keep": logits_to_keep}
+        some = isinstance(logits_to_keep, Tensor)  # positions by index: those of the whole are guided
+        given |= {"position_ids": position_ids, "use_cache": caching, "logits_to_keep": 0 if some else logits_to_keep}
         if caches is not None:
             given["past_key_values"] = caches.part(0)
         given = {name: value for name, value in given.items() if name in self._base_arguments}
@@ -256,6 +262,8 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         weight = self.weight if dial is None else _weight_of(dial)
         if not self._base_only and self.guide.strength and weight:
             logits = self._guided(logits.float(), input_ids, mask, position_ids, caches, weight)
+        if some:
+            logits = logits[:, logits_to_keep]
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])

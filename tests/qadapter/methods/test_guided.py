@@ -113,6 +113,7 @@ def test_each_way_of_reading_candidates_agrees(world: TinyToy, kind: Any) -> Non
     with torch.no_grad():
         whole = policy(input_ids=ids, attention_mask=mask).logits
         last = policy(input_ids=ids, attention_mask=mask, logits_to_keep=3).logits
+        some = policy(input_ids=ids, attention_mask=mask, logits_to_keep=torch.tensor([2, 4])).logits
         policy.by_masks = False
         alone = policy(input_ids=ids, attention_mask=mask).logits
         policy.by_masks = True
@@ -130,6 +131,9 @@ def test_each_way_of_reading_candidates_agrees(world: TinyToy, kind: Any) -> Non
     seen = mask.bool()
     torch.testing.assert_close(whole[seen], alone[seen], atol=1e-4, rtol=0)
     torch.testing.assert_close(whole[:, -3:], last, atol=1e-4, rtol=0)
+    torch.testing.assert_close(whole[:, [2, 4]], some, atol=1e-4, rtol=0)
+    with pytest.raises(QAdapterError, match="which StaticCache cannot"):
+        policy.generate(ids, attention_mask=mask, max_new_tokens=2, cache_implementation="static")
     torch.testing.assert_close(torch.stack(stepped, 1)[seen[:, 2:]], whole[:, 2:][seen[:, 2:]], atol=1e-4, rtol=0)
     torch.testing.assert_close(base[seen], plain[seen], atol=1e-5, rtol=0)
     changed = ((whole - base).abs() > 1e-6).sum(-1)[seen]
