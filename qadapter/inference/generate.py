@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qadapter.errors import QAdapterError
@@ -255,11 +256,13 @@ def only_as_asked(model: Any) -> Iterator[None]:
     if own is None:
         yield
         return
+    base = model.get_base_model() if isinstance(model, PeftModel) else model  # PEFT's `generate` gives its own to it
+    of_base = base.generation_config
     model.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config, base.generation_config = own, of_base
 
 
 def context_of(model: torch.nn.Module) -> int:

@@ -8,17 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from qadapter.errors import QAdapterError
+from qadapter.inference.generate import generate_replies
 from qadapter.policy import model as policy_module
 from qadapter.policy.dial import AS_TRAINED, Dial
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.objective import Objective
 from tests.qadapter.policy.test_policy import ABSOLUTE, RESIDUAL, make_policy, rows_computed, tokens, two_adapters
 from tests.support.tiny_chat import byte_tokenizer
-from tests.support.tiny_models import ARCHITECTURES, VOCABULARY, tiny_model
+from tests.support.tiny_models import ARCHITECTURES, VOCABULARY, lora, tiny_model
 
 NEW = 12
 
@@ -239,6 +241,16 @@ def test_a_prompts_cache_is_of_its_adapters_and_scale():
     static = {"cache_implementation": "static"}  # is emptied and used again
     generate(policy, ids, **static, dial="scale=0.5")
     assert torch.equal(generate(policy, ids, **static), expected)
+
+
+def test_asking_an_adapter_leaves_its_bases_own_settings():
+    base = tiny_model()
+    base.generation_config.eos_token_id, base.generation_config.repetition_penalty = [2, 7], 1.3
+    adapter = get_peft_model(base, lora()).eval()
+    prompt = [{"role": "user", "content": "why?"}]
+    generate_replies(adapter, byte_tokenizer(), [prompt], max_new_tokens=2, batch_size=1)
+    for own in (base.generation_config, QAdapterForCausalLM.around(adapter).generation_config):
+        assert (own.eos_token_id, own.repetition_penalty) == ([2, 7], 1.3)
 
 
 def test_assisted_decoding_gives_the_same_text():
