@@ -55,7 +55,7 @@ def run(options: ExportOptions) -> None:
             policy.save_pretrained(folder)
             tokenizer.save_pretrained(str(folder))
         elif options.format == "lora":
-            write_lora(policy, shares.shares, tokenizer, folder)
+            exported = replace(exported, rank=write_lora(policy, shares.shares, tokenizer, folder))
         elif options.format == "merged":
             write_checkpoint(policy, shares.shares, tokenizer, folder)
         else:

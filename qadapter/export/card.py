@@ -25,12 +25,14 @@ class Exported:
         scale: factor that is folded into the weights.
         kl: KL(policy ‖ export) per token in nats, where it is an approximation.
         file: the GGUF file's name.
+        rank: largest rank of a LoRA's layers; 0 where it is not known.
     """
 
     format: str
     scale: float = 1.0
     kl: float | None = None
     file: str = ""
+    rank: int = 0
 
 
 def write_card(folder: Path, facts: Facts, exported: Exported, title: str = "") -> None:
@@ -145,7 +147,7 @@ def _loading(facts: Facts, exported: Exported) -> str:
     }[exported.format]
     text = f"```python\n{code}\n```" if code else f"```console\n$ llama-cli -m {exported.file or 'FILE.gguf'}\n```"
     if exported.format == "lora":
-        rank = facts.settings.get("adapter.r", 16)
+        rank = exported.rank or facts.settings.get("adapter.r", 16)
         text += (
             f"\n\n```console\n$ vllm serve {visible(facts.base)} --enable-lora --lora-modules policy=FOLDER "
             f"--max-lora-rank {rank}\n```"

@@ -57,7 +57,7 @@ def write_checkpoint(
 
 def write_lora(
     policy: QAdapterForCausalLM, shares: Mapping[str, float], tokenizer: PreTrainedTokenizerBase, out: Path
-) -> None:
+) -> int:
     """Write a plain LoRA folder whose weights hold the shares: for `vllm serve --enable-lora` and for PEFT.
 
     Args:
@@ -65,6 +65,9 @@ def write_lora(
         shares: adapter → how much of it.
         tokenizer: that of the policy.
         out: a folder that exists.
+
+    Returns:
+        The largest rank of its layers: several adapters have the sum of theirs.
 
     Raises:
         QAdapterError: an adapter that is no plain LoRA.
@@ -84,6 +87,7 @@ def write_lora(
     write_fingerprint(model.get_base_model(), out)
     (out / CONFIG_FILE).write_text(json.dumps({**config, "inference_mode": True}, indent=2, sort_keys=True) + "\n")
     tokenizer.save_pretrained(str(out))
+    return max(len(value) for key, value in weights.items() if "lora_A" in key or "lora_embedding_A" in key)
 
 
 def _single(model: PeftModel, shares: Mapping[str, float]) -> str:

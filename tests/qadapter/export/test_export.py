@@ -29,6 +29,7 @@ from qadapter.export.known import licence_of, read_facts
 from qadapter.export.merge import merge_into_base
 from qadapter.files.artifacts import write_json
 from qadapter.inference.generate import generate_replies
+from qadapter.policy.adapters import ADAPTER_FILE
 from qadapter.policy.dial import Dial
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.objective import Objective
@@ -255,7 +256,10 @@ def test_adapters_side_by_side_add_what_each_adds(
     with policy.scaled(shares):
         expected = logits(model)
     model.set_adapter("default")
-    write_lora(policy, shares, byte_tokenizer(), tmp_path)
+    rank = write_lora(policy, shares, byte_tokenizer(), tmp_path)
+    assert rank == max(len(value) for key, value in load_file(tmp_path / ADAPTER_FILE).items() if "_A" in key)
+    card = card_text("x", Facts("base", settings={"adapter.r": 1}), Exported("lora", rank=rank))
+    assert f"--max-lora-rank {rank}\n" in card
     torch.testing.assert_close(logits(PeftModel.from_pretrained(base_of(place), tmp_path).eval()), expected)
 
 
