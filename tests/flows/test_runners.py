@@ -22,7 +22,7 @@ from flows.full_paper_repro import full_paper_repro
 from flows.running import prefect_run
 from flows.running.forking import share_cores, start_forking
 from flows.running.prefect_run import PrefectRun
-from flows.running.runners import task_runner
+from flows.running.runners import InterruptibleThread, task_runner
 from flows.running.workers import ForkedWorkers
 from qadapter.config.experiment import load_experiment
 from qadapter.errors import QAdapterError
@@ -66,6 +66,29 @@ def test_a_signal_does_not_wait_for_the_stages_that_run() -> None:
         begin = time.monotonic()
         raise KeyboardInterrupt
     assert time.monotonic() - begin < 30
+
+
+def test_a_signal_interrupts_the_stage_in_this_process() -> None:
+    """Also where it is in the thread of the only stage: the main thread alone gets the signal."""
+    ended = []
+
+    def stage() -> None:
+        try:
+            while True:
+                time.sleep(0.05)
+        except KeyboardInterrupt:
+            ended.append("interrupted")
+            raise
+
+    with pytest.raises(KeyboardInterrupt), InterruptibleThread(max_workers=1) as one:  # noqa: PT012 - as above
+        assert one._executor is not None
+        running, waiting = one._executor.submit(stage), one._executor.submit(ended.append, "the next one ran")
+        while not running.running():
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+    assert ended == ["interrupted"]
+    assert isinstance(running.exception(), KeyboardInterrupt)
+    assert waiting.cancelled()
 
 
 @task
