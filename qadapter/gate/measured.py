@@ -140,7 +140,8 @@ class Measured:
         """
         known = self.prompts or (beside.prompts if beside and self.on_the_pairs_of(beside) else ())
         prompts = by_prompt(known, self.pairs)
-        return TaskItems(prompts.keys, prompts.means(self.won[metric]), prompts.pairs, True)
+        values = self.won[metric] if self.pairs else np.zeros(0)
+        return TaskItems(prompts.keys, prompts.means(values), prompts.pairs, True)
 
     def on_the_pairs_of(self, other: Measured) -> bool:
         """Whether both scored the same pairs. Positions alone are not enough: any set of this size has the same."""

@@ -140,7 +140,7 @@ def test_the_sweep_of_the_pretrained_model() -> None:
     default = experiment.training.learning_rate
     for method in ("q-adapter", "sft", "dpo", "replay"):
         tuned = [v.experiment.methods.of(method) for v in variants if v.tuning and v.method == method]
-        assert {choice.learning_rate or default for choice in tuned} == {1e-4, 3e-4, 1e-3, 3e-3}
+        assert {choice.learning_rate or default for choice in tuned} == {1e-5, 3e-5, 1e-4, 3e-4}
     for family, alpha_0 in (("paper", {0.01, 0.1}), ("residual", {0.1, 1})):
         own = [v.experiment.methods.q_adapter for v in variants if v.family == family and v.alpha_0 is None]
         preset = 0.01 if family == "paper" else 1.0
