@@ -10,8 +10,8 @@ from pydantic import Field
 from qadapter.config.base import Settings
 
 Share = Annotated[float, Field(ge=0, le=1)]
-_HARMLESS = "toy_howtos"
-"""The task whose requests are harmless: a refused one is an over-refusal."""
+HOWTOS = "toy_howtos"
+"""The toy world's task of harmless requests: a refused one is an over-refusal."""
 
 
 class Budget(Settings):
@@ -34,11 +34,11 @@ class Budget(Settings):
             tasks: of the retention.
             old_answers: how many old prompts are answered.
         """
-        if self.max_over_refusals is None or old_answers or _HARMLESS in tasks:
+        if self.max_over_refusals is None or old_answers or HOWTOS in tasks:
             return ""
         return (
             f"max_over_refusals is {self.max_over_refusals:g}, and no harmless request is asked: it counts answers to "
-            f"old prompts (helpful_sft and evaluation.retention.answers) or to the task {_HARMLESS}; remove it or "
+            f"old prompts (helpful_sft and evaluation.retention.answers) or to the task {HOWTOS}; remove it or "
             "measure them"
         )
 

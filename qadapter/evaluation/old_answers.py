@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from qadapter.config.budget import HOWTOS
 from qadapter.config.evaluation import RetentionSettings
 from qadapter.evaluation.preference import distinct_prompts
 from qadapter.evaluation.refusals import is_refusal
@@ -18,9 +19,6 @@ from qadapter.toyworld.world import ToyWorld
 
 LONGEST_ANSWER = 64
 """Tokens, where the retention settings leave the length of answers to each task."""
-
-HOWTOS = "toy_howtos"
-"""The toy world's task of harmless requests: a policy that refuses one has learnt too much."""
 
 
 def answer_old_prompts(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_HOWTOS = "toy_howtos"  # whose refusals are counted where there is no old text, too
+from qadapter.config.budget import HOWTOS
 
 
 def unmeasured_on_old_text(config: Mapping[str, Any]) -> list[str]:
@@ -17,7 +17,7 @@ def unmeasured_on_old_text(config: Mapping[str, Any]) -> list[str]:
     if "evaluation" not in config or config.get("helpful_sft"):
         return []
     lacking = ["the KL to the base", "the share of the base's own answers that stay the same"]
-    if _HOWTOS not in config["evaluation"]["retention"]["tasks"]:
+    if HOWTOS not in config["evaluation"]["retention"]["tasks"]:  # its refusals are counted without old text, too
         lacking.append("the share of harmless requests that are refused")
     return [
         f"Nothing is measured on old text ({', '.join(lacking)}), because no source of it is named: add a helpful_sft "

@@ -1,9 +1,10 @@
-"""Caches of a model: what it calls them, how many rows they hold, and those of several passes as one cache."""
+"""Caches of a model: what it calls them, their rows and what these are of, and those of several passes as one cache."""
 
 from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,10 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from qadapter.errors import QAdapterError
+
 CacheName = Literal["past_key_values", "cache_params"]
+_STATES_OF = "_qadapter_states_of"  # attribute of a cache
 
 
 def cache_name(base: PreTrainedModel) -> CacheName | None:
@@ -57,7 +61,7 @@ def repeated_rows(value: Any, times: int, count: int) -> Any:
     return value
 
 
-def holds_something(cache: Cache) -> bool:
+def _holds_something(cache: Cache) -> bool:
     """Whether a cache has states of any token."""
     try:
         return bool(rows_of(cache)) and any(_length(layer) for layer in cache.layers)
@@ -87,7 +91,7 @@ class PassCaches(Cache):
         if isinstance(cache, cls):
             return cache
         first = cache if cache is not None else DynamicCache(config=config)
-        if holds_something(first):
+        if _holds_something(first):
             raise ValueError("This cache was filled by one pass of another model; start with an empty one.")
         return cls([copy.deepcopy(first) for _ in range(passes)])
 
@@ -109,6 +113,30 @@ class PassCaches(Cache):
         """Forget the last tokens."""
         for cache in self.parts:
             cache.crop(tokens_to_remove)
+
+
+def note_states(cache: Cache, names: Sequence[str], scale: float) -> None:
+    """Note in a cache what its rows are of, and at which scale of the adapters."""
+    setattr(cache, _STATES_OF, (tuple(names), scale))
+
+
+def refuse_states_of_others(cache: Cache | None, names: Sequence[str], scale: float) -> None:
+    """Refuse a cache that was filled for other adapters, or for adapters at another scale (`note_states`).
+
+    Raises:
+        QAdapterError: it was.
+    """
+    here = (tuple(names), scale)
+    held, at = getattr(cache, _STATES_OF, here)
+    # of one cache for each name those at the end can be left out
+    needed = held[: len(names)] if isinstance(cache, PassCaches) else held
+    if (needed, at) == here or cache is None or not _holds_something(cache):
+        return
+    raise QAdapterError(
+        f"The cache holds the states of {', '.join(held)} at scale {at:g}, and this call needs those of "
+        f"{', '.join(names)} at scale {scale:g}. Start with an empty one; fill one for `generate` with "
+        "up_to_constant=True and the dial, α0 and weights that it will have."
+    )
 
 
 def _length(layer: Any) -> int:

@@ -22,7 +22,7 @@ from qadapter.errors import QAdapterError
 from qadapter.policy import files as policy_files
 from qadapter.policy.adapter_rows import BASE
 from qadapter.policy.adapters import adapted
-from qadapter.policy.caches import PassCaches, holds_something
+from qadapter.policy.caches import note_states, refuse_states_of_others
 from qadapter.policy.composition import ComposedAdapters, refuse_unworkable
 from qadapter.policy.dial import AS_TRAINED, Dial, combined
 from qadapter.policy.frozen import SilencedLayers
@@ -66,27 +66,6 @@ class _Parts:
     weights: list[float]
     normalizer: float
     scale: float
-
-
-_STATES_OF = "_qadapter_states_of"  # attribute of a cache: what its rows are of, and the adapters' scale
-
-
-def _refuse_states_of_others(cache: Cache | None, parts: _Parts) -> None:
-    """Refuse a cache that was filled for other adapters, or for adapters at another scale.
-
-    Raises:
-        QAdapterError: it was.
-    """
-    names, scale = getattr(cache, _STATES_OF, (parts.names, parts.scale))
-    apart = isinstance(cache, PassCaches)  # a cache for each name: those at the end can be left out
-    needed = names[: len(parts.names)] if apart else names
-    if (needed, scale) == (parts.names, parts.scale) or cache is None or not holds_something(cache):
-        return
-    raise QAdapterError(
-        f"The cache holds the states of {', '.join(names)} at scale {scale:g}, and this call needs those of "
-        f"{', '.join(parts.names)} at scale {parts.scale:g}. Start with an empty one; fill one for `generate` with "
-        "up_to_constant=True and the dial, α0 and weights that it will have."
-    )
 
 
 class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
@@ -375,11 +354,11 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
         stands = self.dial if dial is None else Dial.of(dial)
         assert stands is not None
         parts = self._parts(alpha_0, alpha_tilde, stands, self.plain if up_to_constant is None else up_to_constant)
-        _refuse_states_of_others(past_key_values, parts)
+        refuse_states_of_others(past_key_values, parts.names, parts.scale)
         with self._scale.at(parts.scale):
             rows, cache = self._passes.logits(parts.names, inputs, past_key_values, use_cache)
         if cache is not None:
-            setattr(cache, _STATES_OF, (parts.names, parts.scale))
+            note_states(cache, parts.names, parts.scale)
         rows = [row if row.dtype == torch.float64 else row.float() for row in rows]
         normalizer = _log_normalizer(rows[-1]) if parts.normalizer else None
         logits = _weighted_sum(rows, parts.weights)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
 
@@ -353,15 +353,12 @@ def ahead_of(ours: Sequence[MethodCurve], theirs: Sequence[MethodCurve], budget:
     Over the seeds that both have; over each one's mean where they have none in common.
     """
     common = [seed for seed in ours[0].seeds if all(seed in one.seeds for one in (*ours, *theirs))]
-    sides = [([_over(one, common) for one in own], [one.at(budget).place for one in own]) for own in (ours, theirs)]
-    return mean_difference(*sides[0], *sides[1])
 
+    def reported(own: Sequence[MethodCurve]) -> tuple[list[Part], list[int]]:
+        parts = [one.parts[1].over([one.seeds.index(seed) for seed in common]) for one in own]
+        return parts, [one.at(budget).place for one in own]
 
-def _over(one: MethodCurve, seeds: Sequence[int | None]) -> Part:
-    """The reported part of these seeds; of the mean over its own where none is named."""
-    part = one.parts[1]
-    places = [one.seeds.index(seed) for seed in seeds]
-    return replace(part, gained=part.gained[places] if places else part.gained.mean(axis=0, keepdims=True))
+    return mean_difference(*reported(ours), *reported(theirs))
 
 
 def difference_text(found: Interval) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from qadapter.config.budget import HOWTOS
 from qadapter.evaluation.refusals import is_refusal
 from qadapter.inference.pair_scores import implied_margin, mean_margin, won
 from qadapter.report.items import Floats, Items, agrees, of_prompts, read_lines
@@ -24,8 +25,6 @@ REFUSALS = "retention/over_refusals"
 OF_PAIRS = (IMPLIED, PREFERENCE, NORMALISED, MARGIN)
 OF_OLD_PROMPTS = (IDENTICAL, REFUSALS)
 
-HOWTOS = "toy_howtos"
-"""The toy world's task of harmless requests."""
 _COLUMNS = (
     "chosen_log_prob",
     "rejected_log_prob",

@@ -24,7 +24,7 @@ def judge_interval(row: Row) -> Interval | None:
     if not (n >= 1 and 0 <= accuracy <= 1):
         return None
     found = proportion_interval(accuracy * n, int(n))
-    return replace(found, low=min(found.low, low), high=max(found.high, high)) if low <= high else found
+    return found.wider(replace(found, low=low, high=high)) if low <= high else found
 
 
 def judge_intervals(rows: Sequence[Row]) -> dict[str, Interval]:

@@ -157,6 +157,14 @@ class StageStore:
                         "again once it stays as it is; write a new version beside it, under another name."
                     )
 
+        def checked(out: Path, scratch: Path) -> None:
+            compute(out, scratch)
+            try:
+                refuse_changed()
+            except QAdapterError:
+                shutil.rmtree(scratch, ignore_errors=True)  # checkpoints of other inputs than the key's
+                raise
+
         found = self._found(folder, key)
         if found is None:
             with _locked(lock, name):
@@ -166,7 +174,7 @@ class StageStore:
                     _refuse_edited(name, edited_modules(module, compute))
                     before()
                     manifest = Manifest(name, key, config, digests, code, library_versions(), seconds=0.0)
-                    found = self._compute(manifest, folder, scratch, compute, refuse_changed)
+                    found = self._compute(manifest, folder, scratch, checked)
         if scratch.exists():  # the computing run was killed after the rename, before it deleted its scratch folder
             shutil.rmtree(scratch, ignore_errors=True)
         if self.remote:
@@ -200,17 +208,9 @@ class StageStore:
         return StageOutput(manifest.stage, key, folder, manifest.digest, cached=True, seconds=manifest.seconds)
 
     def _compute(
-        self,
-        manifest: Manifest,
-        folder: Path,
-        scratch: Path,
-        compute: Callable[[Path, Path], None],
-        refuse_changed: Callable[[], None],
+        self, manifest: Manifest, folder: Path, scratch: Path, compute: Callable[[Path, Path], None]
     ) -> StageOutput:
-        """Compute a stage, whose inputs must still be those of its key when it is done.
-
-        The caller holds its lock, so existing files here belong to processes that have ended.
-        """
+        """Compute a stage. The caller holds its lock, so existing files here belong to processes that have ended."""
         self._make_way(manifest.stage, folder)
         note = self.root.absolute() / "locks" / manifest.stage / f"{manifest.key[:_SHORT]}.sitting"
         before = begin_sitting(note, scratch)
@@ -219,11 +219,6 @@ class StageStore:
         with atomic_folder(folder) as out:
             start = time.perf_counter() - before
             compute(out, scratch)
-            try:
-                refuse_changed()
-            except QAdapterError:
-                shutil.rmtree(scratch, ignore_errors=True)  # checkpoints of other inputs than the key's
-                raise
             if not list_files(out):
                 raise ValueError(f"Stage {manifest.stage} wrote no file into its output folder.")
             manifest = dataclasses.replace(manifest, seconds=round(time.perf_counter() - start, 3)).write(out)

@@ -104,9 +104,9 @@ def _die() -> None:
 def _arrange(stage: str, moment: str) -> None:
     real = StageStore._compute
 
-    def compute_and_die(self: StageStore, manifest: Any, folder: Path, scratch: Path, compute: Any, check: Any) -> Any:
+    def compute_and_die(self: StageStore, manifest: Any, folder: Path, scratch: Path, compute: Any) -> Any:
         if manifest.stage != stage:
-            return real(self, manifest, folder, scratch, compute, check)
+            return real(self, manifest, folder, scratch, compute)
 
         def dying(out: Path, scratch: Path) -> None:
             if moment == "started":
@@ -117,7 +117,7 @@ def _arrange(stage: str, moment: str) -> None:
             if moment == "written":
                 _die()
 
-        finished = real(self, manifest, folder, scratch, dying, check)
+        finished = real(self, manifest, folder, scratch, dying)
         if moment == "renamed":
             _die()
         return finished

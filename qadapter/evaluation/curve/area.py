@@ -81,7 +81,7 @@ def mean_area_interval(
         )
         draws += _areas(lost, learnt, reported.before, largest)
         estimate += front_area(reported, places, largest)
-        of_each += [front_area(reported.of_seed(seed), places, largest) for seed in range(seeds)]
+        of_each += [front_area(reported.over([seed]), places, largest) for seed in range(seeds)]
         items += gained.shape[2]
     draws, estimate = draws / len(domains), estimate / len(domains)
     low, high = np.quantile(draws, [0.025, 0.975])

@@ -13,6 +13,7 @@ import numpy as np
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from qadapter.config.budget import HOWTOS
 from qadapter.config.curve import CurveSettings
 from qadapter.config.evaluation import AdaptationSettings, RetentionSettings
 from qadapter.config.model import ModelSettings
@@ -32,7 +33,6 @@ from qadapter.evaluation.curve.scaled import DialledTexts, ScaledTexts
 from qadapter.evaluation.lm_eval.catalog import expand_suites
 from qadapter.evaluation.lm_eval.harness import TaskScores, opened_tasks
 from qadapter.evaluation.measure import headline_metric
-from qadapter.evaluation.old_answers import HOWTOS
 from qadapter.evaluation.preference import distinct_prompts, encode_usable
 from qadapter.evaluation.prompts import prompt_names
 from qadapter.files.artifacts import read_json_lines, write_json

@@ -61,10 +61,14 @@ class Part:
     before: float
     pairs: NDArray[np.float64]
 
-    def of_seed(self, place: int) -> Part:
-        """The same of one of its adapters."""
-        lost = {name: table[place : place + 1] for name, table in self.lost.items()}
-        return replace(self, gained=self.gained[place : place + 1], lost=lost)
+    def over(self, places: Sequence[int]) -> Part:
+        """The same over some of its adapters; over the mean of all where none is named."""
+
+        def chosen(table: NDArray[np.float64]) -> NDArray[np.float64]:
+            return table[list(places)] if places else table.mean(axis=0, keepdims=True)
+
+        lost = {name: chosen(table) for name, table in self.lost.items()}
+        return replace(self, gained=chosen(self.gained), lost=lost)
 
     def adaptation(self, place: int) -> float:
         """Adaptation at a point, mean over seeds and pairs."""
