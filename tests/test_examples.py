@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qadapter
+from qadapter.policy.base import load_network, load_tokenizer
 from qadapter.report.build import build_report
 from qadapter.report.rows import Row
 from tests.support.paths import PROJECT_ROOT
@@ -23,9 +27,9 @@ def example(name: str, *arguments: str) -> None:
     runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](list(arguments))
 
 
-def test_there_are_three_and_each_is_run_here() -> None:
+def test_there_are_four_and_each_is_run_here() -> None:
     names = {file.stem for file in EXAMPLES.glob("*.py")}
-    assert names == {"own_pairs", "one_adapter", "read_report"}
+    assert names == {"own_pairs", "one_adapter", "read_report", "trim_vocabulary"}
     here = Path(__file__).read_text(encoding="utf-8")
     assert all(f'example("{name}"' in here for name in names)
 
@@ -53,6 +57,91 @@ def test_own_pairs_then_one_adapter(tmp_path: Path, capsys: pytest.CaptureFixtur
             policy, byte_tokenizer(), [[{"role": "user", "content": "Thing 3?"}]], max_new_tokens=8, batch_size=1
         )
     assert lines["scale=0"] == " ".join(of_base.splitlines()) or of_base.startswith(lines["scale=0"])
+
+
+def sentence_piece_tokenizer() -> PreTrainedTokenizerFast:
+    """A BPE with byte fallback, of Gemma's build: 33 special and byte-like tokens, letters, and merges of six words."""
+    words = ["green", "greener", "leaf", "leaves", "grass", "grape"]
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    by_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
+    letters = ["▁", *sorted({letter for word in words for letter in word}), "?"]
+    merges: dict[tuple[str, str], None] = {}
+    for word in words:  # from the left, letter after letter: ▁g, ▁gr, ▁gre …
+        for end in range(1, len(word)):
+            merges.setdefault((word[:end], word[end]), None)
+    names = [*special, *letters, *("".join(pair) for pair in merges), *by_bytes]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={name: i for i, name in enumerate(names)},
+            merges=list(merges),
+            unk_token="<unk>",
+            byte_fallback=True,
+            fuse_unk=True,
+        )
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_trim_vocabulary(tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two texts need 'leaf' and 'green', not 'leaves', 'greener', 'grass', 'grape'; what stays computes as before."""
+    tokenizer = sentence_piece_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer) + 5,  # embeddings are often padded
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        pad_token_id=0,
+        eos_token_id=[1, len(tokenizer) - 1],  # a second end, the last of the vocabulary
+        bos_token_id=2,
+        tie_word_embeddings=tied,
+    )
+    network = LlamaForCausalLM(config).eval()
+    network.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.jsonl").write_text(json.dumps({"prompt": ["leaf?"], "n": 1}) + "\n")
+    (tmp_path / "texts" / "b.txt").write_text("leaf green\n")
+
+    given = [
+        "trim_vocabulary",
+        str(tmp_path / "base"),
+        str(tmp_path / "out"),
+        "--texts",
+        str(tmp_path / "texts"),
+        "--tokens",
+        "0",
+    ]
+    example(*given)
+    gone = {"greene", "greener", "leav", "leave", "leaves", "gra", "gras", "grass", "grap", "grape"}
+    kept = [token for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer))) if token not in gone]
+    smaller = load_tokenizer(tmp_path / "out")
+    assert sorted(smaller.get_vocab(), key=smaller.get_vocab().__getitem__) == kept
+    printed = capsys.readouterr().out
+    assert f"{len(kept)} of {len(tokenizer)} tokens" in printed
+    assert "2 texts checked" in printed
+
+    out = load_network(tmp_path / "out")
+    assert out.config.vocab_size == len(kept)
+    assert out.config.eos_token_id == out.generation_config.eos_token_id == [1, len(kept) - 1]
+    old = tokenizer.convert_tokens_to_ids(kept)
+    ids = tokenizer("green leaf?", return_tensors="pt")["input_ids"]
+    new = smaller("green leaf?", return_tensors="pt")["input_ids"]
+    assert [old[token] for token in new[0].tolist()] == ids[0].tolist()
+    with torch.no_grad():
+        torch.testing.assert_close(out(new).logits, network(ids).logits[..., old])
+    assert smaller.decode(smaller("greener leaves")["input_ids"]) == "greener leaves"  # in more, smaller tokens
+    assert len(smaller("greener")["input_ids"]) == 3
+    assert len(tokenizer("greener")["input_ids"]) == 1
+
+    with pytest.raises(SystemExit, match=r"exists\. Name a new folder"):
+        example(*given)
 
 
 @pytest.mark.slow

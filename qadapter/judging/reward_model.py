@@ -44,7 +44,7 @@ class RewardJudge:
         # a config is read without torch
         from qadapter.judging.rewards import ADAPTER, load_reward_base, rewards
         from qadapter.policy.adapters import load_adapter
-        from qadapter.preferences.tokenize import UnusablePair, encode_reply, padding_id
+        from qadapter.preferences.tokenize import UnusablePair, encode_reply
 
         network, tokenizer = load_reward_base(self.base, self.model)
         network = load_adapter(network, self.folder / ADAPTER)  # type: ignore[assignment]
@@ -59,7 +59,7 @@ class RewardJudge:
         pairs = [(encoded(p, mine), encoded(p, its)) for p, mine, its in zip(prompts, replies, base, strict=True)]
         # Each text once: a batch's padding moves a reward by its rounding, and equal texts have one reward.
         texts = sorted({text for pair in pairs for text in pair if text})
-        found = rewards(network, [list(text) for text in texts], padding_id(tokenizer), self.batch_size)
+        found = rewards(network, [list(text) for text in texts], self.batch_size)
         worth = {(): -math.inf, **dict(zip(texts, found.tolist(), strict=True))}
         return [by_score(worth[mine], worth[its]) for mine, its in pairs]
 

@@ -6,6 +6,7 @@ policies are measured on, whose prompts it has not seen either: a judge at chanc
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 from datasets import Dataset
@@ -17,7 +18,7 @@ from qadapter.config.model import LoraSettings, ModelSettings
 from qadapter.config.training import OptimizerSettings
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.preference import encode_usable
-from qadapter.judging.rewards import ADAPTER, load_reward_base, pair_accuracy
+from qadapter.judging.rewards import ADAPTER, load_reward_base, pair_accuracy, reward_padding
 from qadapter.policy.loading import lora_config
 from qadapter.preferences.pair import load_pairs
 from qadapter.training.arguments import (
@@ -78,12 +79,14 @@ def train_judge(
     arguments = trainer_arguments(settings, seed=seed, scratch=scratch)
     # TRL 1.16 turns checkpointing on by default, and only under the name that transformers 5.23 deprecates.
     arguments["gradient_checkpointing"] = arguments["activation_checkpointing"]
+    padded = copy.deepcopy(tokenizer)  # TRL pads with its padding token, and reads the reward in front of that
+    padded.pad_token = tokenizer.convert_ids_to_tokens(reward_padding(tokenizer))
     with measured_cost() as cost:
         trainer = RewardTrainer(
             model=network,
             args=RewardConfig(**arguments, max_length=None),
             train_dataset=rows,
-            processing_class=tokenizer,
+            processing_class=padded,
             peft_config=lora_config(lora, "SEQ_CLS"),
         )
         train_to_end(trainer, "reward model")

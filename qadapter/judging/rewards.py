@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from qadapter.inference.pair_scores import won
 from qadapter.inference.score import device_of, evaluating, item_results
 from qadapter.policy.loading import load_base
 from qadapter.preferences.pair import PreferencePair
-from qadapter.preferences.tokenize import padding_id
+from qadapter.preferences.tokenize import UnusablePair, encode_reply, padding_id
 
 ADAPTER = "reward_model"
 """Folder of the adapter and the head in what a training wrote."""
@@ -29,20 +31,36 @@ Floats = NDArray[np.float64]
 def load_reward_base(base: str | Path, model: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A base with a head of one number in place of its vocabulary; the head is random, drawn by torch's seed."""
     network, tokenizer = load_base(base, model, AutoModelForSequenceClassification, num_labels=1)
-    network.config.pad_token_id = padding_id(tokenizer)  # the reward is read at the last token that is not padding
+    network.config.get_text_config().pad_token_id = reward_padding(tokenizer)
     return network, tokenizer
 
 
-def rewards(network: torch.nn.Module, rows: Sequence[list[int]], padding: int, batch_size: int) -> Floats:
+def reward_padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token id to pad with that ends no reply.
+
+    transformers reads the reward at the last token that is not the padding token, wherever it stands. Where a base pads
+    with its end token, as many do, a reply that ends would have the reward of one that was cut off.
+    """
+    vocabulary = tokenizer.get_vocab()
+    ends = {tokenizer.eos_token_id}
+    with contextlib.suppress(UnusablePair):
+        ends.add(encode_reply([{"role": "user", "content": "a"}], "a", tokenizer, 4096)[1][-1])
+    zero_bytes = (vocabulary.get("<0x00>"), vocabulary.get("Ā"))  # with byte fallback, and as GPT-2 writes it
+    named = (tokenizer.pad_token_id, tokenizer.bos_token_id, *zero_bytes, tokenizer.unk_token_id)
+    return next((token for token in named if token is not None and token not in ends), padding_id(tokenizer))
+
+
+def rewards(network: torch.nn.Module, rows: Sequence[list[int]], batch_size: int) -> Floats:
     """[n], the reward of each sequence of token ids.
 
     Args:
-        network: with a head of one number.
+        network: from `load_reward_base`, with an adapter or without.
         rows: n sequences, not padded.
-        padding: token to fill up with, on the right.
         batch_size: sequences a forward pass.
     """
     device = device_of(network)
+    config: Any = network.config
+    padding = config.get_text_config().pad_token_id
 
     def rewards_of(part: list[int]) -> list[float]:
         width = max(len(rows[i]) for i in part)
@@ -71,7 +89,7 @@ def pair_accuracy(
     common (DSP's four have the chosen one), so they are right or wrong together.
 
     Args:
-        network: with a head of one number.
+        network: from `load_reward_base`, with an adapter or without.
         pairs: that it was not trained on; those that are too long to differ are left out.
         max_length: tokens of prompt and reply.
         batch_size: sequences a forward pass.
@@ -79,7 +97,7 @@ def pair_accuracy(
     _, encoded = encode_usable(tokenizer, pairs, max_length)
     rows = [pair.prompt_ids + pair.chosen_ids for pair in encoded]
     rows += [pair.prompt_ids + pair.rejected_ids for pair in encoded]
-    chosen, rejected = rewards(network, rows, padding_id(tokenizer), batch_size).reshape(2, -1)
+    chosen, rejected = rewards(network, rows, batch_size).reshape(2, -1)
     right = won(chosen - rejected)
     prompts = by_prompt([tuple(pair.prompt_ids) for pair in encoded], range(len(encoded)))
     over_prompts = mean_interval(prompts.means(right), weights=prompts.pairs)

@@ -111,15 +111,13 @@ def open_rewards(
     from qadapter.files.artifacts import read_json
     from qadapter.judging.rewards import ADAPTER, load_reward_base, rewards
     from qadapter.policy.adapters import load_adapter
-    from qadapter.preferences.tokenize import padding_id
 
-    network, tokenizer = load_reward_base(base, model)
+    network, _ = load_reward_base(base, model)
     loaded = load_adapter(network, folder / ADAPTER)
     scale = read_json(folder / SCALE) if standardised else {"mean": 0.0, "deviation": 1.0}
-    padding = padding_id(tokenizer)
 
     def reward(rows: Sequence[Sequence[int]]) -> list[float]:
-        found = rewards(loaded, [list(row) for row in rows], padding, batch_size)
+        found = rewards(loaded, [list(row) for row in rows], batch_size)
         return [float(one) for one in (found - scale["mean"]) / scale["deviation"]]
 
     return reward

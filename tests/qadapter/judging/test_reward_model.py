@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import PretrainedConfig
 
 from qadapter.config.training import OptimizerSettings
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.statistics import mean_interval, proportion_interval
+from qadapter.judging import reward_training
 from qadapter.judging.reward_model import RewardJudge
 from qadapter.judging.reward_training import train_judge
-from qadapter.judging.rewards import ADAPTER, pair_accuracy, rewards
+from qadapter.judging.rewards import ADAPTER, load_reward_base, pair_accuracy, reward_padding, rewards
 from qadapter.policy.loading import load_base
 from qadapter.preferences.pair import load_pairs
 from tests.support.tiny_chat import byte_tokenizer
@@ -116,6 +118,7 @@ class CountsBytes(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.config = PretrainedConfig(pad_token_id=9)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
         assert bool((input_ids[attention_mask == 0] == 9).all())
@@ -123,13 +126,79 @@ class CountsBytes(torch.nn.Module):
 
 
 def test_rewards_are_in_the_order_given() -> None:
-    assert rewards(CountsBytes(), [[1], [2, 3, 4], [5, 6]], 9, batch_size=2).tolist() == [1, 3, 2]
+    assert rewards(CountsBytes(), [[1], [2, 3, 4], [5, 6]], batch_size=2).tolist() == [1, 3, 2]
+
+
+def padded_with_its_end(toy: TinyToy, folder: Path, template: str | None = None) -> Path:
+    """The toy's base, padding with the end token as GPT-2, Pythia and Qwen's bases do."""
+    network, tokenizer = load_base(toy.base, MODEL)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = template or tokenizer.chat_template
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_reply_that_ends_has_the_reward_of_its_end(toy: TinyToy, tmp_path: Path) -> None:
+    """Where a base pads with its end token, the end is read all the same: the hidden state there, times the head."""
+    network, tokenizer = load_reward_base(padded_with_its_end(toy, tmp_path / "base"), MODEL)
+    words = [id_ for id_ in range(len(tokenizer)) if id_ not in tokenizer.all_special_ids]
+    cut = words[:3]
+    texts = [cut, [*cut, tokenizer.eos_token_id], words[:8]]
+    parts: Any = network
+    with torch.no_grad():
+        expected = [
+            float(parts.score(parts.model(torch.tensor([ids])).last_hidden_state)[0, -1, 0].double()) for ids in texts
+        ]
+    assert rewards(network, texts, batch_size=3).tolist() == pytest.approx(expected, abs=1e-6)
+    assert abs(expected[0] - expected[1]) > 1e-3
+
+
+@pytest.mark.slow
+def test_a_training_pads_so_too(toy: TinyToy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainers: list[Any] = []
+    saved = reward_training.save_weights
+    monkeypatch.setattr(reward_training, "save_weights", lambda t, out: (trainers.append(t), saved(t, out)))
+    base = padded_with_its_end(toy, tmp_path / "base")
+    (tmp_path / "o").mkdir()
+    train_judge(
+        base,
+        toy.pairs,
+        toy.heldout,
+        model=MODEL,
+        lora=LORA,
+        settings=SETTINGS,
+        seed=1,
+        out=tmp_path / "o",
+        scratch=tmp_path / "s",
+    )
+    (trainer,) = trainers
+    _, tokenizer = load_base(base, MODEL)
+    padding = reward_padding(tokenizer)
+    assert padding != tokenizer.eos_token_id == tokenizer.pad_token_id
+    assert trainer.data_collator.pad_token_id == trainer.model.config.get_text_config().pad_token_id == padding
+
+
+def test_which_token_pads() -> None:
+    """The padding token, where no reply ends with it; else the beginning of a text, or the byte 0."""
+    tokenizer = byte_tokenizer()
+    assert reward_padding(tokenizer) == tokenizer.pad_token_id == 0
+    tokenizer.pad_token = tokenizer.eos_token
+    assert reward_padding(tokenizer) == tokenizer.bos_token_id == 1
+    tokenizer.bos_token = tokenizer.eos_token  # GPT-2's three are one
+    assert reward_padding(tokenizer) == tokenizer.convert_tokens_to_ids("Ā")
+    assert tokenizer("\0", add_special_tokens=False)["input_ids"] == [reward_padding(tokenizer)]
+
+    # Llama 3 pads with the token that ends a turn; its end of a text is another
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = "<|user|>"
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + '<|user|>' }}{% endfor %}"
+    assert reward_padding(tokenizer) == tokenizer.bos_token_id
 
 
 def test_accuracy_by_hand() -> None:
     """A longer chosen reply counts 1, one of equal length ½, a shorter one 0: (1 + ½ + 0 + 1) / 4."""
     tokenizer = byte_tokenizer()
-    tokenizer.pad_token_id = 9
     pairs = [pair("q", "aaa", "b"), pair("q", "aa", "bb"), pair("q", "a", "bb"), pair("q", "aaaa", "b")]
     found = pair_accuracy(CountsBytes(), tokenizer, pairs, max_length=64, batch_size=3)
     assert (found.estimate, found.items) == (0.625, 4)
@@ -138,7 +207,6 @@ def test_accuracy_by_hand() -> None:
 def test_pairs_of_one_prompt_are_right_or_wrong_together() -> None:
     """8 of 12 prompts right, with four pairs each: as sure as 12 prompts make it, not as 48 pairs would."""
     tokenizer = byte_tokenizer()
-    tokenizer.pad_token_id = 9
     right = [True] * 8 + [False] * 4
     pairs = [pair(f"q{i}", "aaa" if won else "a", "bb") for i, won in enumerate(right) for _ in range(4)]
     found = pair_accuracy(CountsBytes(), tokenizer, pairs, max_length=64, batch_size=8)
