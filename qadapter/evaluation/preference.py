@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from qadapter.errors import QAdapterError
+from qadapter.evaluation.divergence import right_padded
 from qadapter.inference.pair_scores import implied_margin, mean_margin, won
 from qadapter.inference.score import evaluating, item_results, reply_log_probs
 from qadapter.preferences.pair import Message, PreferencePair
-from qadapter.preferences.tokenize import EncodedPair, UnusablePair, collate_pairs, encode_pair, padding_id
+from qadapter.preferences.tokenize import EncodedPair, UnusablePair, encode_pair, padding_id
 
 CALIBRATION_BINS = 10
 
@@ -56,7 +57,7 @@ def score_pairs(
     Args:
         model: any policy.
         max_length: tokens of prompt and reply together; longer ones are shortened as in training.
-        batch_size: pairs a forward pass.
+        batch_size: pairs a forward pass, twice as many replies.
 
     Raises:
         QAdapterError: not one pair can be scored, or a log-probability is not finite.
@@ -67,19 +68,27 @@ def score_pairs(
             f"None of the {len(pairs)} held-out pairs can be scored within {max_length} tokens. Hold out more pairs "
             f"or raise max_length."
         )
-    lengths = [len(e.prompt_ids) + max(len(e.chosen_ids), len(e.rejected_ids)) for e in encoded]
+    given = [(tuple(e.prompt_ids), tuple(ids)) for e in encoded for ids in (e.chosen_ids, e.rejected_ids)]
+    # Each reply once: DSP's four pairs of a prompt have one chosen reply.
+    replies = list(dict.fromkeys(given))
+    rows = [([*prompt, *reply], len(reply)) for prompt, reply in replies]
 
-    def log_probs(part: list[int]) -> list[list[float]]:
-        batch = collate_pairs([encoded[index] for index in part], padding_id(tokenizer))
-        both: list[list[float]] = reply_log_probs(model, batch).reshape(2, len(part)).T.tolist()
-        return both
-
-    def content(index: int) -> list[list[int]]:
-        return [encoded[index].prompt_ids, encoded[index].chosen_ids, encoded[index].rejected_ids]
+    def log_probs(part: list[int]) -> list[float]:
+        batch = right_padded([rows[index] for index in part], padding_id(tokenizer))
+        found: list[float] = reply_log_probs(model, batch).tolist()
+        return found
 
     with evaluating(model):
-        found = item_results(lengths, batch_size, log_probs, content, work="scoring", unit="pair")
-    sums = np.array(found, dtype=np.float64).reshape(-1, 2).T
+        found = item_results(
+            [len(ids) for ids, _ in rows],
+            2 * batch_size,
+            log_probs,
+            lambda index: [list(part) for part in replies[index]],
+            work="scoring",
+            unit="reply",
+        )
+    of_reply = dict(zip(replies, found, strict=True))
+    sums = np.array([of_reply[reply] for reply in given], dtype=np.float64).reshape(-1, 2).T
     if len(impossible := np.flatnonzero(np.isinf(sums).any(axis=0))):
         raise QAdapterError(
             f"{len(impossible)} of {len(encoded)} held-out pairs have a reply that the policy can never give (log-"

@@ -10,7 +10,14 @@ import torch
 
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.divergence import kl_per_token
-from qadapter.evaluation.preference import PairScores, calibration_error, margins, preference_metrics, score_pairs
+from qadapter.evaluation.preference import (
+    PairScores,
+    calibration_error,
+    encode_usable,
+    margins,
+    preference_metrics,
+    score_pairs,
+)
 from qadapter.inference import score as scoring
 from qadapter.inference.generate import generate_replies
 from qadapter.preferences.pair import PreferencePair
@@ -71,13 +78,38 @@ def test_scores_equal_those_of_one_reply_at_a_time(kind, batch_size, tokenizer, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_positions_of_replies_are_computed(kind, tokenizer) -> None:
-    """In a batch of one pair: logits for the longer reply's tokens, none for prompts and none behind the last token."""
+    """Two replies a pass, longest first: logits from the first one's begin on, and none behind the last token."""
     model = tiny_policy(kind)
     shapes: list[int] = []
     model.register_forward_hook(lambda module, args, output: shapes.append(output.logits.shape[1]))
     score_pairs(model, tokenizer, PAIRS, max_length=256, batch_size=1)
-    longest_reply = [max(len(p.chosen), len(p.rejected)) + 1 for p in PAIRS]
-    assert sorted(shapes) == sorted(longest_reply)
+    _, encoded = encode_usable(tokenizer, PAIRS, 256)
+    replies = [(len(e.prompt_ids), len(ids)) for e in encoded for ids in (e.chosen_ids, e.rejected_ids)]
+    replies.sort(key=sum, reverse=True)
+    passes = [replies[i : i + 2] for i in range(0, len(replies), 2)]
+    assert shapes == [max(map(sum, two)) - min(prompt for prompt, _ in two) for two in passes]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reply_that_several_pairs_share_is_scored_once(kind, tokenizer) -> None:
+    """DSP's pairs of one prompt share the chosen reply. The same reply to another prompt is another text."""
+    model = tiny_policy(kind, seed=1)
+    first, other = PAIRS[0].prompt, PAIRS[-1].prompt
+    pairs = [
+        PreferencePair(first, "red", "green"),
+        PreferencePair(first, "red", "blue and more"),
+        PreferencePair(other, "red", "green"),
+    ]
+    rows: list[int] = []
+    counting = model.register_forward_hook(lambda module, args, output: rows.append(len(output.logits)))
+    scores = score_pairs(model, tokenizer, pairs, max_length=256, batch_size=8)
+    counting.remove()
+    assert sum(rows) == 5
+    for i, pair in enumerate(pairs):
+        found = [(scores.chosen[i], scores.chosen_tokens[i]), (scores.rejected[i], scores.rejected_tokens[i])]
+        for (log_prob, tokens), reply in zip(found, (pair.chosen, pair.rejected), strict=True):
+            assert (log_prob, tokens) == pytest.approx(by_hand(model, tokenizer, pair, reply))
+    assert scores.chosen[0] == scores.chosen[1] != scores.chosen[2]
 
 
 def test_training_mode_is_restored_and_cut_pairs_are_counted(tokenizer) -> None:
