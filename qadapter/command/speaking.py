@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qadapter.command.opened import note
 from qadapter.evaluation.hearing import beside_base
-from qadapter.evaluation.preference import distinct_pairs
+from qadapter.evaluation.preference import askable_pairs
 from qadapter.evaluation.speech import Speech
 from qadapter.files.shown import visible
 from qadapter.inference.generate import context_of, longest_reply
@@ -36,7 +36,7 @@ def look_at_answers(
         count: of prompts; 0 asks none and measures nothing.
         max_length, batch_size: as for the scores.
     """
-    asked = distinct_pairs(pairs, count)
+    asked = askable_pairs(tokenizer, pairs, count)
     if not asked:
         note("answers: none were generated, so it is not known whether the policy answers in language (--answers)")
         return {}

@@ -25,7 +25,7 @@ class Divergence:
 
     Attributes:
         sums: [n], sum per conversation in nats.
-        tokens: [n], number of reply tokens per conversation.
+        tokens: [n], number of reply tokens per conversation; 0 for one that the tokenizer has no form for.
     """
 
     sums: NDArray[np.float64]
@@ -33,8 +33,8 @@ class Divergence:
 
     @property
     def per_token(self) -> float:
-        """Mean over all tokens, in nats."""
-        return float(self.sums.sum() / max(self.tokens.sum(), 1))
+        """Mean over all tokens, in nats; NaN without a token."""
+        return float(self.sums.sum() / self.tokens.sum()) if self.tokens.any() else math.nan
 
 
 def kl_per_token(
@@ -52,13 +52,13 @@ def kl_per_token(
         base: the model before customising; not the module inside a PEFT policy, which carries the adapter. None: the
             policy with its adapter switched off, so that the base is in memory once.
         policy: any policy with the base's vocabulary.
-        conversations: a prompt and a reply each, tokenised as in training.
+        conversations: a prompt and a reply each, tokenised as in training; one that has no rendering adds no token.
         max_length: tokens of prompt and reply together.
         batch_size: conversations per forward pass.
     """
     if base is not None and _carries_adapter_of(base, policy):
         raise ValueError("The base is the module inside the policy, so it carries the adapter. Load the base again.")
-    encoded = [encode_reply(prompt, reply, tokenizer, max_length) for prompt, reply in conversations]
+    places, encoded = usable_replies(tokenizer, conversations, max_length)
     rows = [(prompt + reply, len(reply)) for prompt, reply in encoded]
 
     def divergences(part: list[int]) -> list[float]:
@@ -67,10 +67,25 @@ def kl_per_token(
 
     with evaluating(*([policy] if base is None else [base, policy])):
         lengths, work = [len(ids) for ids, _ in rows], "divergence from the base"
-        sums = item_results(lengths, batch_size, divergences, lambda i: rows[i], work=work, unit="reply")
-    return Divergence(
-        sums=np.array(sums, dtype=np.float64), tokens=np.array([reply for _, reply in rows], dtype=np.int64)
-    )
+        of_each = item_results(lengths, batch_size, divergences, lambda i: rows[i], work=work, unit="reply")
+    sums, tokens = np.zeros(len(conversations)), np.zeros(len(conversations), dtype=np.int64)
+    sums[places], tokens[places] = of_each, [reply for _, reply in rows]
+    return Divergence(sums, tokens)
+
+
+def usable_replies(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[tuple[Sequence[Message], str]], max_length: int
+) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
+    """Places of the conversations that `encode_reply` has a form for, and their ids; the others are left out.
+
+    A chat template may refuse one (a system turn, for example) that another base's takes.
+    """
+    places, encoded = [], []
+    for place, (prompt, reply) in enumerate(conversations):
+        with contextlib.suppress(UnusablePair):
+            encoded.append(encode_reply(prompt, reply, tokenizer, max_length))
+            places.append(place)
+    return places, encoded
 
 
 def replies_nll(
@@ -138,12 +153,8 @@ def _token_means(
     NaN for a reply without a token and for a prompt that has no rendering.
     """
     found = [math.nan] * len(conversations)
-    places, rows = [], []
-    for place, (prompt, reply) in enumerate(conversations):
-        with contextlib.suppress(UnusablePair):
-            before, after = encode_reply(prompt, reply, tokenizer, max_length)
-            places.append(place)
-            rows.append((before + after, len(after)))
+    places, encoded = usable_replies(tokenizer, conversations, max_length)
+    rows = [(before + after, len(after)) for before, after in encoded]
 
     def sums(part: list[int]) -> list[float]:
         values: list[float] = sums_of(policy, _batch_of(rows, part, tokenizer)).tolist()

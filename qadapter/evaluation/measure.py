@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -23,14 +22,13 @@ from qadapter.evaluation.items import items_digests, known_by
 from qadapter.evaluation.lm_eval.catalog import expand_suites, require_scores
 from qadapter.evaluation.lm_eval.harness import evaluate_tasks
 from qadapter.evaluation.old_answers import answer_metrics, answer_old_prompts
-from qadapter.evaluation.preference import PairScores, distinct_pairs, preference_metrics, score_pairs
+from qadapter.evaluation.preference import PairScores, askable_pairs, preference_metrics, score_pairs
 from qadapter.evaluation.rewording import reworded, reworded_rows
 from qadapter.evaluation.speech import SPEECH, Speech
 from qadapter.files.artifacts import read_json, read_json_lines, write_json, write_json_lines
 from qadapter.inference.generate import decoding_speed, generate_with_ends
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.preferences.pair import Message, PreferencePair, load_pairs
-from qadapter.preferences.tokenize import UnusablePair, encode_reply
 from qadapter.progress.kept import keeping, leads
 from qadapter.toyworld.rules import exact_measures
 from qadapter.toyworld.world import ToyWorld
@@ -82,7 +80,7 @@ def measure_adaptation(
     network, tokenizer = load_base(base, model)
     pairs = load_pairs(heldout_file)
     policy = load_policy(network, adapter)
-    asked = distinct_pairs(pairs, None if world else settings.generate)
+    asked = askable_pairs(tokenizer, pairs, None if world else settings.generate)
     with keeping(scratch):
         scores = score_pairs(policy, tokenizer, pairs, max_length=max_length, batch_size=settings.batch_size)
         said = _answer(policy, tokenizer, asked, base_adaptation, settings, max_length) if asked else None
@@ -92,7 +90,8 @@ def measure_adaptation(
     base_scores = _read_scores(base_adaptation / "pairs.jsonl") if base_adaptation else scores
     metrics = {f"adaptation/{name}": value for name, value in preference_metrics(scores, base_scores).items()}
     if said is not None:
-        metrics["adaptation/kl_per_token"] = distance
+        if not math.isnan(distance):
+            metrics["adaptation/kl_per_token"] = distance
         if said.tokens_per_second is not None:
             metrics["cost/decoding_tokens_per_second"] = said.tokens_per_second
         if world is not None:
@@ -153,17 +152,14 @@ def _new_divergence(
     settings: AdaptationSettings,
     max_length: int,
 ) -> float:
-    """KL(base ‖ policy) per token on the base's own answers to held-out prompts; 0 for the base itself."""
+    """KL(base ‖ policy) per token on the base's own answers to held-out prompts; 0 for the base itself.
+
+    NaN where the base answers nothing.
+    """
     if base_adaptation is None or not asked:
         return 0.0
     replies = _read_replies(base_adaptation)[0]
-    conversations = []
-    for pair, reply in zip(asked, replies, strict=True):
-        with contextlib.suppress(UnusablePair):
-            encode_reply(pair.prompt, reply, tokenizer, max_length)
-            conversations.append((pair.prompt, reply))
-    if not conversations:
-        return 0.0
+    conversations = [(pair.prompt, reply) for pair, reply in zip(asked, replies, strict=True)]
     batch_size = settings.batch_size
     found = kl_per_token(None, policy, tokenizer, conversations, max_length=max_length, batch_size=batch_size)
     return found.per_token
@@ -313,7 +309,7 @@ def measure_retention(
             sign = 1 if directions.get(name, True) else -1
             forgotten = sign * (before[name] - metrics[name]) + 0.0  # + 0.0: never -0.0
             metrics[name.replace("retention/", "forgetting/", 1)] = forgotten
-    if old_texts is not None:
+    if old_texts is not None and not math.isnan(divergence):
         metrics["forgetting/kl_per_token"] = divergence
     write_json_lines(out / "items.jsonl", items)
     write_json(out / "metrics.json", metrics)
@@ -392,7 +388,7 @@ def headline_metric(task: str, metrics: dict[str, float]) -> str | None:
 def _divergence(
     policy: Any, tokenizer: PreTrainedTokenizerBase, settings: RetentionSettings, old_texts: Path, max_length: int
 ) -> float:
-    """KL(base ‖ policy) per token; the base is the policy without its adapter."""
+    """KL(base ‖ policy) per token, NaN without one; the base is the policy without its adapter."""
     conversations = [(pair.prompt, pair.chosen) for pair in load_pairs(old_texts)[: settings.limit]]
     batch_size = 8 if settings.batch_size == "auto" else settings.batch_size
     return kl_per_token(None, policy, tokenizer, conversations, max_length=max_length, batch_size=batch_size).per_token

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qadapter.config.budget import HOWTOS
 from qadapter.config.evaluation import RetentionSettings
-from qadapter.evaluation.preference import distinct_prompts
+from qadapter.evaluation.preference import askable_pairs
 from qadapter.evaluation.refusals import is_refusal
 from qadapter.inference.generate import generate_with_ends
 from qadapter.preferences.pair import load_pairs
@@ -39,7 +39,7 @@ def answer_old_prompts(
     Returns:
         Rows {prompt, base, reply}, and whether each reply ended by itself.
     """
-    prompts = distinct_prompts(load_pairs(old_texts), settings.answers)
+    prompts = [list(pair.prompt) for pair in askable_pairs(tokenizer, load_pairs(old_texts), settings.answers)]
     generated = generate_with_ends(
         policy,
         tokenizer,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.divergence import right_padded
+from qadapter.inference.generate import why_not
 from qadapter.inference.pair_scores import implied_margin, mean_margin, won
 from qadapter.inference.score import evaluating, item_results, reply_log_probs
 from qadapter.preferences.pair import Message, PreferencePair
@@ -159,6 +161,17 @@ def distinct_pairs(pairs: Sequence[PreferencePair], limit: int | None = None) ->
     """The first pair of each prompt, in the order of `distinct_prompts`."""
     first = {pair.prompt_digest: pair for pair in reversed(pairs)}
     return list(reversed(first.values()))[:limit]
+
+
+def askable_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PreferencePair], limit: int | None = None
+) -> list[PreferencePair]:
+    """The first `distinct_pairs` whose prompt the tokenizer and its chat template have a form for.
+
+    The empty reply to another one is no answer: it would count as one that is broken, unchanged, or a tie.
+    """
+    askable = (pair for pair in distinct_pairs(pairs) if why_not(tokenizer, pair.prompt) is None)
+    return list(islice(askable, limit))
 
 
 def encode_usable(

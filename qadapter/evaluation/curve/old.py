@@ -15,13 +15,14 @@ from qadapter.evaluation.curve.asked import AskedPrompts
 from qadapter.evaluation.curve.both_rows import ENDS, DialledPolicy, Text, rows_at
 from qadapter.evaluation.curve.points import Measure
 from qadapter.evaluation.curve.scaled import DialledTexts
+from qadapter.evaluation.divergence import usable_replies
 from qadapter.evaluation.old_answers import LONGEST_ANSWER
-from qadapter.evaluation.preference import distinct_prompts
+from qadapter.evaluation.preference import askable_pairs
 from qadapter.evaluation.refusals import is_refusal
 from qadapter.files.artifacts import read_json_lines
 from qadapter.policy.dial import Dial
 from qadapter.preferences.pair import load_pairs
-from qadapter.preferences.tokenize import encode_reply, padding_id
+from qadapter.preferences.tokenize import padding_id
 
 _LOGITS_OF_A_TOKEN = 2**16
 """Of all scales whose passes are compared with the base's at once."""
@@ -51,9 +52,11 @@ class OldText:
         self._texts = texts
         self._batch_size = 8 if settings.batch_size == "auto" else settings.batch_size
         self._pad = padding_id(tokenizer)
-        encoded = [encode_reply(pair.prompt, pair.chosen, tokenizer, max_length) for pair in pairs[: settings.limit]]
+        conversations = [(pair.prompt, pair.chosen) for pair in pairs[: settings.limit]]
+        _, encoded = usable_replies(tokenizer, conversations, max_length)
         self._replies: list[Text] = [(tuple(prompt), tuple(reply)) for prompt, reply in encoded]
-        prompts = distinct_prompts(pairs, settings.answers) if settings.answers else []
+        asked = askable_pairs(tokenizer, pairs, settings.answers) if settings.answers else []
+        prompts = [list(pair.prompt) for pair in asked]
         longest = settings.max_new_tokens or LONGEST_ANSWER
         self._asked = AskedPrompts(texts, tokenizer, prompts, max_new_tokens=longest, batch_size=self._batch_size)
         rows = read_json_lines(known / "old_answers.jsonl") if known and prompts else []
@@ -69,8 +72,10 @@ class OldText:
         same = [float(reply == before) for reply, before in zip(replies, self._of_base, strict=True)]
         return Measure((), tuple(same)), Measure((), tuple(float(is_refusal(reply)) for reply in replies))
 
-    def divergences(self, values: Sequence[float]) -> list[float]:
-        """KL(base ‖ policy) per token at each value, in nats."""
+    def divergences(self, values: Sequence[float]) -> Sequence[float | None]:
+        """KL(base ‖ policy) per token at each value, in nats; None where there is no reply to take it on."""
+        if not self._replies:
+            return [None] * len(values)
         return kl_along(
             self._texts.policy,
             [Dial(self._texts.kind, value) for value in values],

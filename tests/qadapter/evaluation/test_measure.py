@@ -6,7 +6,8 @@ import json
 import math
 import random
 import re
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,13 @@ from qadapter.evaluation.drift import DRIFT, REWORDED, TRAITS
 from qadapter.evaluation.lm_eval.harness import TaskScores
 from qadapter.evaluation.measure import headline_metric, measure_adaptation, measure_retention
 from qadapter.evaluation.old_answers import answer_metrics
-from qadapter.evaluation.preference import distinct_prompts, preference_metrics, score_pairs
+from qadapter.evaluation.preference import askable_pairs, distinct_prompts, preference_metrics, score_pairs
 from qadapter.inference import generate
 from qadapter.inference.generate import Generated, decoding_speed, generate_replies
 from qadapter.judging.rule import RuleJudge
 from qadapter.judging.verdicts import comparison
 from qadapter.policy.loading import load_base, load_policy
-from qadapter.preferences.pair import load_pairs
+from qadapter.preferences.pair import Message, PreferencePair, load_pairs
 from qadapter.preferences.prepare import prepare
 from qadapter.preferences.sources import locate
 from qadapter.preferences.tokenize import encode_reply
@@ -517,6 +518,55 @@ def test_the_divergence_is_taken_on_old_texts(measured: Measured, name: str) -> 
     found = metrics(measured.retention[name])["forgetting/kl_per_token"]
     assert found == pytest.approx(expected)
     assert found > 0.01
+
+
+def refusing_system_turns(toy: TinyToy, root: Path) -> tuple[TinyToy, list[PreferencePair]]:
+    """The toy with a template like Gemma's, and five pairs of which it refuses the second and the fourth."""
+    base = root / "base"
+    shutil.copytree(toy.base, base)
+    template = base / "chat_template.jinja"
+    template.write_text(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+        + template.read_text()
+    )
+    asked = askable_pairs(load_base(toy.base, MODEL)[1], load_pairs(toy.pairs), 5)
+    brief: Message = {"role": "system", "content": "tell me"}
+    pairs = [replace(one, prompt=(brief, *one.prompt)) if place in (1, 3) else one for place, one in enumerate(asked)]
+    return replace(toy, base=base), pairs
+
+
+def test_what_the_template_refuses_is_no_part_of_any_measure(measured: Measured, tmp_path: Path) -> None:
+    """Every measure is that of the conversations that can be asked, as if the others were not there."""
+    toy, pairs = refusing_system_turns(measured.toy, tmp_path)
+    sft = measured.adapters["sft"]
+    found: dict[str, Any] = {}
+    for name, some in (("all", pairs), ("askable", pairs[::2])):
+        file = write_pairs(tmp_path / f"{name}.jsonl", some)
+        options = {"settings": RETENTION, "old_texts": file}
+        base = retention(toy, None, None, tmp_path / name / "base-kept", **options)
+        kept_in = retention(toy, sft, base, tmp_path / name / "kept", **options)
+        heard = {"heldout": file, "world": None}
+        base = adaptation(toy, None, None, tmp_path / name / "base-learnt", **heard)
+        learnt_in = adaptation(toy, sft, base, tmp_path / name / "learnt", **heard)
+        answers = rows(kept_in / "old_answers.jsonl"), rows(learnt_in / "answers.jsonl")
+        found[name] = answers, metrics(kept_in), metrics(learnt_in)
+    texts, kept, learnt = found["all"]
+    assert [len(some) for some in texts] == [3, 3]
+    assert (texts, kept) == found["askable"][:2]
+    assert learnt.pop("adaptation/left_out") == 2
+    assert found["askable"][2].pop("adaptation/left_out") == 0
+    for measures in (learnt, found["askable"][2]):
+        del measures["cost/decoding_tokens_per_second"]
+    assert learnt == found["askable"][2]
+    assert 0 < kept["forgetting/kl_per_token"] != learnt["adaptation/kl_per_token"] > 0
+
+
+def test_old_texts_that_the_template_refuses_measure_nothing(measured: Measured, tmp_path: Path) -> None:
+    toy, pairs = refusing_system_turns(measured.toy, tmp_path)
+    options = {"old_texts": write_pairs(tmp_path / "old.jsonl", pairs[1:2])}
+    base = retention(toy, None, None, tmp_path / "kept-base", **options)
+    found = metrics(retention(toy, measured.adapters["sft"], base, tmp_path / "kept", **options))
+    assert not {"forgetting/kl_per_token", "retention/answers_identical", "retention/over_refusals"} & set(found)
 
 
 def fake_scores(values: dict[str, tuple[float, bool]]) -> TaskScores:
