@@ -48,7 +48,8 @@ def serve(
         allow_base_mismatch: whether the base may be another one than the adapters were trained on.
 
     Raises:
-        QAdapterError: something cannot be loaded, the address is taken, or the key in the environment is empty.
+        QAdapterError: something cannot be loaded, the address is taken, or the key in the environment is empty or
+            can be in no header.
     """
     import socket
 
@@ -63,6 +64,12 @@ def serve(
         raise QAdapterError(
             f"{API_KEY_VARIABLE} is set but empty, so no token could be asked for. Give it a value, or unset it to "
             "serve without one."
+        )
+    if key is not None and (key != key.rstrip() or not (key.isascii() and key.isprintable())):
+        raise QAdapterError(
+            f"{API_KEY_VARIABLE} has characters that no request can carry, so that every token would be wrong: a line "
+            "break or blank at its end (as in a secret that `echo` wrote), or others than printable ASCII. Set it "
+            "without them."
         )
     for origin in cors_origins:
         if not re.fullmatch(r"https?://[^/\s*?#@]+", origin):

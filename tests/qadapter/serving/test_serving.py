@@ -580,6 +580,21 @@ def test_the_command_refuses_before_it_loads(
         assert "QADAPTER_API_KEY is set but empty" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("key", "said"), [("a key", ""), *((f"a key{odd}", "carry") for odd in ("\n", " ", "é", "\x07"))]
+)
+def test_a_key_that_no_request_can_carry_is_refused(
+    key: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A header ends before its last blank, and holds no letters that two sides encode alike."""
+    monkeypatch.setenv("QADAPTER_API_KEY", key)
+    assert main(["serve", "--adapter", str(tmp_path), "--port", "0"]) == 2
+    error = capsys.readouterr().err
+    assert ("QADAPTER_API_KEY has characters that no request can carry" in error) == bool(said)
+    assert ("is no adapter" in error) != bool(said)
+    assert "a key" not in error
+
+
 @pytest.mark.slow
 def test_the_benchmark_prints_a_row_per_model_and_clients(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, world: World
