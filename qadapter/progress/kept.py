@@ -150,7 +150,8 @@ def computed(
                 progress.advance(size)
         return results
     call = found.next_call()
-    keys = [_digest(json.dumps([call, work, content(place)])) for place in range(len(sizes))]
+    # With its place: two batches of the same items are two draws where they are sampled.
+    keys = [_digest(json.dumps([call, place, work, content(place)])) for place in range(len(sizes))]
     missing = dict(zip(keys, sizes, strict=True))
     total = sum(missing.values())
 

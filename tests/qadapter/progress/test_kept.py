@@ -87,6 +87,24 @@ def test_other_items_and_other_work_are_not_mixed_up(tmp_path: Path) -> None:
         assert len(other.batches) == 6
 
 
+def test_batches_of_the_same_items_are_draws_of_their_own(tmp_path: Path) -> None:
+    """Four replies to one prompt in batches of two: each is drawn, as without a scratch folder."""
+
+    def drawn(scratch: Path | None) -> list[list[float]]:
+        torch.manual_seed(7)
+        with keeping(scratch), listening(listener := Heard()):
+            found = computed(
+                "sampling", "reply", [2, 2], lambda _: torch.rand(2).tolist(), lambda _: [1, 1], sampled=True
+            )
+        assert listener.told[0] == ("sampling", "reply", 4, 0)
+        return found
+
+    torch.manual_seed(7)
+    whole = [torch.rand(2).tolist(), torch.rand(2).tolist()]
+    assert whole[0] != whole[1]
+    assert drawn(None) == drawn(tmp_path) == whole
+
+
 @pytest.mark.parametrize("sampled", [False, True])
 def test_processes_share_the_batches(tmp_path: Path, sampled: bool) -> None:
     """Three of them, here as threads: each computes its share, all have all results; sampling is one process's."""
