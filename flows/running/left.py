@@ -81,9 +81,9 @@ def seconds_left(
     by_task = _by_task(now)
     took: dict[str, list[float]] = {}
     for task in tasks:
-        own = by_task.get(task.name, [])
-        if task.name in ended and own and not all(place.cached for place in own):
-            took.setdefault(task.kind, []).append(_took(own))
+        # Nothing was measured where every stage was found, or where one failed.
+        if task.name in ended and (seconds := _took(by_task.get(task.name, []))):
+            took.setdefault(task.kind, []).append(seconds)
     pace = measured_pace(tasks, ended, by_task, clock) or 1.0
     rest = []
     known = bool(took)
@@ -95,7 +95,7 @@ def seconds_left(
         open_stages = [place for place in by_task.get(task.name, []) if not place.ended]
         if open_stages:
             place = open_stages[-1]
-            gone = clock - min(other.began for other in by_task[task.name])
+            gone = place.earlier + clock - min(other.began for other in by_task[task.name])
             known = known or place.left is not None
             rest.append(max(place.left or 0.0, (expected or 0.0) - gone))
         else:
@@ -121,9 +121,9 @@ def measured_pace(
         gone = clock - min(place.began for place in own)
         last = own[-1]
         if task.name in ended:
-            seconds = 0.0 if all(place.cached for place in own) else _took(own)
+            seconds = _took(own)
         elif last.unit == "step" and last.left is not None and last.share >= _SHARE and gone >= _WARM:
-            seconds = gone + last.left
+            seconds = last.earlier + gone + last.left
         else:
             continue
         if seconds:
@@ -139,6 +139,9 @@ def _by_task(now: Iterable[Place]) -> dict[str, list[Place]]:
 
 
 def _took(own: Sequence[Place]) -> float:
+    """Seconds that an ended task computed; 0 where every stage was found, and where one failed."""
+    if any(place.ended and not place.cached and not place.seconds for place in own):
+        return 0.0
     return sum(place.seconds for place in own if not place.cached)
 
 

@@ -43,6 +43,7 @@ class Place:
         work, unit: the piece of work that it does now, and what is counted; empty before the first one.
         done, total: of the items of that work.
         rate: seconds per item; None before the first item.
+        before: of the done items those of earlier sittings, which were killed.
         ended: whether the stage has ended.
         seconds: how long the computation took, once it has ended.
         cached: whether it was found.
@@ -57,6 +58,7 @@ class Place:
     done: int = 0
     total: int = 0
     rate: float | None = None
+    before: int = 0
     ended: bool = False
     seconds: float = 0.0
     cached: bool = False
@@ -65,6 +67,11 @@ class Place:
     def left(self) -> float | None:
         """Seconds until the current work is done, at the rate so far; None if there is no rate yet."""
         return None if self.rate is None else self.rate * (self.total - self.done)
+
+    @property
+    def earlier(self) -> float:
+        """Seconds that the current work took in earlier sittings, at the rate of this one."""
+        return (self.rate or 0.0) * self.before
 
     @property
     def share(self) -> float:
@@ -150,6 +157,7 @@ class Board:
                 "done": current.done,
                 "total": current.total,
                 "rate": rate,
+                "before": current.before,
             }
 
     @property

@@ -8,7 +8,7 @@ import logging
 import pickle
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,13 @@ def test_found_stages_measure_nothing() -> None:
     assert left({"train-a-sft-0"}, ended("train-a-sft-0", 300, cached=True)) == 100 + 200
 
 
+def test_a_failed_stage_measures_nothing() -> None:
+    """Neither alone, nor where it is the second one of its task: then the task's time is not known."""
+    assert left({"train-a-sft-0"}, ended("train-a-sft-0", 0)) == 100 + 200
+    first, second = ended("train-a-sft-0", 300), replace(ended("train-a-sft-0", 0), stage="retention")
+    assert left({"train-a-sft-0"}, first, second) == 100 + 200
+
+
 def test_a_running_stage_knows_best() -> None:
     """60 of 100 steps at 5 s each: 200 s, where the plan has 100 s less the 50 s so far."""
     running = at_work("train-a-sft-0", 60, 100, rate=5.0, began=50)
@@ -74,6 +81,14 @@ def test_a_training_that_goes_on_sets_the_pace() -> None:
     assert left(set(), running) == 200 + 500 + 1000
     begun = at_work("train-a-sft-0", 5, 100, rate=5.0, began=300)
     assert left(set(), begun) == 475 + 100 + 200, "a twentieth of its steps says little"
+
+
+def test_a_resumed_training_counts_what_it_did_before() -> None:
+    """80 of 100 steps at 5 s were done before, 12 more in these 60 s: the training takes 500 s as above, not 100."""
+    resumed = replace(at_work("train-a-sft-0", 92, 100, rate=5.0, began=60), before=80)
+    assert left(set(), resumed) == 40 + 500 + 1000
+    early = replace(at_work("train-a-sft-0", 82, 100, rate=0.5, began=1), before=80)
+    assert left(set(), early) == 100 - 40 - 1 + 100 + 200, "in place of the 100 planned seconds less this one"
 
 
 def test_at_the_end_nothing_is_left() -> None:
