@@ -23,9 +23,13 @@ from qadapter.judging.endpoint_client import JudgeClient, Messages, UnansweredEr
 from qadapter.judging.endpoint_settings import NAME, EndpointSettings
 from qadapter.judging.verdicts import WORTH, Verdict
 from qadapter.preferences.pair import Message
+from qadapter.progress.kept import kept_folder
 from qadapter.progress.reports import counted
 
 _LOGGER = logging.getLogger(__name__)
+
+SPENT = "judge_spent.json"
+"""File, among an evaluation's kept results, of what it has paid its judge so far."""
 
 _INSTRUCTION = (
     "You compare two replies to the same conversation. Decide {criterion}. Neither the order nor the length of the "
@@ -81,7 +85,7 @@ class Judgement:
     Attributes:
         rows: in the prompts' order.
         estimate: the expected cost.
-        usage: calls, cached answers, retries, cost and the last error.
+        usage: calls, cached answers, retries, cost and the last error; calls and cost with those before a kill.
     """
 
     rows: list[Comparison]
@@ -173,7 +177,8 @@ class EndpointJudge:
         if not len(prompts) == len(answers_a) == len(answers_b):
             raise ValueError(f"{len(prompts)} prompts, but {len(answers_a)} and {len(answers_b)} answers.")
         questions = self._questions(prompts, answers_a, answers_b)
-        with contextlib.closing(JudgeClient(self.settings, self.cache)) as client:
+        kept = kept_folder()
+        with contextlib.closing(JudgeClient(self.settings, self.cache, kept / SPENT if kept else None)) as client:
             expected = _estimate(client, questions)
             _LOGGER.info("judge %s: %s", self.settings.model, expected.text())
             if self.settings.budget is not None and (expected.price or 0) > self.settings.budget:

@@ -25,6 +25,7 @@ import httpx
 import openai
 
 from qadapter.errors import QAdapterError
+from qadapter.files.artifacts import read_json, write_json
 from qadapter.files.shown import remember_secret
 from qadapter.files.url_secrets import check_variable
 from qadapter.judging.answer_cache import AnswerCache
@@ -139,19 +140,22 @@ class JudgeClient:
         usage: the usage so far.
     """
 
-    def __init__(self, settings: EndpointSettings, cache: Path | None = None) -> None:
+    def __init__(self, settings: EndpointSettings, cache: Path | None = None, spent: Path | None = None) -> None:
         """Check the settings and read the cache.
 
         Args:
             settings: the judge's settings.
             cache: JSON lines of earlier answers, to be extended; a line truncated by a crash is ignored.
+            spent: file of this evaluation's calls and their cost: after a kill it goes on with them, within the same
+                budget. None: usage begins at 0.
         """
         check_endpoint(settings)
         key = _key_of(settings)
         if key and settings.api_key_variable:
             remember_secret(key, settings.api_key_variable)
         self.settings = settings
-        self.usage = Usage()
+        self.usage = Usage(**read_json(spent)) if spent and spent.exists() else Usage()
+        self._spent = spent
         self._answers = AnswerCache(cache)
         self._lock = threading.Lock()
         self._reserved = 0.0
@@ -236,6 +240,8 @@ class JudgeClient:
                 if body is not None:
                     self.usage.calls += 1
                     self.usage.cost += self._cost(body.get("usage"), expected)
+                    if self._spent:
+                        write_json(self._spent, {"calls": self.usage.calls, "cost": self.usage.cost})
         try:
             return str(body["choices"][0]["message"]["content"] or "")
         except (KeyError, IndexError, TypeError):

@@ -114,6 +114,12 @@ def keeping(scratch: Path | None, share: tuple[int, int] | None = None) -> Itera
         _kept.reset(token)
 
 
+def kept_folder() -> Path | None:
+    """Where work keeps what is no batch's result, for the run after a kill; None where nothing is kept."""
+    found = _kept.get()
+    return found.folder if found else None
+
+
 def leads() -> bool:
     """Whether this process does what is done once: asking a judge, writing results."""
     found = _kept.get()

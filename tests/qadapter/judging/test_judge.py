@@ -13,10 +13,11 @@ import pytest
 
 from qadapter.errors import QAdapterError
 from qadapter.judging.endpoint import CRITERIA
-from qadapter.judging.endpoint_asking import EndpointJudge, parse_verdict
+from qadapter.judging.endpoint_asking import SPENT, EndpointJudge, parse_verdict
 from qadapter.judging.endpoint_client import JudgeClient, UnansweredError, check_endpoint
 from qadapter.judging.endpoint_settings import EndpointSettings
 from qadapter.judging.verdicts import judge_answers
+from qadapter.progress.kept import keeping, kept_folder
 from tests.support.fake_judge import Answer, FakeJudge, Sent, longer, serving
 
 PROMPTS = [[{"role": "user", "content": f"question {i}"}] for i in range(6)]
@@ -443,6 +444,37 @@ def test_a_row_that_would_cost_more_than_its_part_is_undecided(serve, caplog) ->
     assert metrics == {"adaptation/ties": 0, "adaptation/undecided": 6}
     assert {row["verdict"] for row in rows} == {"undecided"}
     assert "its budget is 0.01" in caplog.text
+
+
+def test_a_killed_evaluation_goes_on_with_what_it_has_paid(serve, tmp_path) -> None:
+    """Killed after five of twelve calls, of 120 tokens each: all twelve are its cost, and count for its budget."""
+    server, scratch, cache = serve(longer), tmp_path / "scratch", tmp_path / "answers"
+    prices = {"input_price": 1.0, "output_price": 2.0, "parallel": 1}
+    ask, asked = JudgeClient.ask, []
+
+    def killed_at_the_sixth(self, *arguments):
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        asked.append(1)
+        return ask(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch, keeping(scratch):
+        patch.setattr(JudgeClient, "ask", killed_at_the_sixth)
+        with pytest.raises(KeyboardInterrupt):
+            evaluated(server, cache=cache, **prices)
+    assert len(server.requests) == 5
+    with keeping(scratch):
+        _, metrics = evaluated(server, cache=cache, **prices)
+        spent = kept_folder() / SPENT
+    assert len(server.requests) == metrics["cost/judge_calls"] == 12
+    assert metrics["cost/judge_price"] == pytest.approx(12 * 120e-6)
+    one_more = [{"role": "user", "content": "?"}]  # estimated as more than one call's 120
+    client = JudgeClient(settings(server, budget=13 * 120e-6, **prices), None, spent)
+    with contextlib.closing(client), pytest.raises(UnansweredError, match="budget"):
+        client.ask(one_more, parse_verdict, "?")
+    with keeping(tmp_path / "of another policy"):
+        _, metrics = evaluated(server, cache=cache, **prices)
+    assert (metrics["cost/judge_calls"], metrics["cost/judge_price"]) == (0, 0), "its answers were known"
 
 
 def test_the_price_is_logged_before_the_first_call(serve, caplog) -> None:
