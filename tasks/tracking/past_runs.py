@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -155,14 +156,40 @@ def _label(parent: Any, others: Mapping[str, _FlowRun]) -> str:
 
 
 def _labelled(flow_runs: Sequence[_FlowRun]) -> set[str]:
-    """Methods that differ between flow runs in some cell; all methods if the bases differ."""
+    """Methods that differ between flow runs, in some cell or in their settings; all methods if the bases differ."""
     contents = defaultdict(set)
     for flow_run in flow_runs:
         for cell, run in flow_run.cells.items():
             digests = tuple(run.data.tags.get(name) for name in _DIGESTS)
             contents[cell].add(digests if any(digests) else run.info.run_id)
-    methods = {cell[1] for cell, found in contents.items() if len(found) > 1}
+    methods = {cell[1] for cell, found in contents.items() if len(found) > 1} | _set_otherwise(flow_runs)
     return {cell[1] for cell in contents} if "base" in methods else methods
+
+
+def _set_otherwise(flow_runs: Sequence[_FlowRun]) -> set[str]:
+    """Methods of which two flow runs ran other seeds with other settings: no cell shows that these are two methods."""
+    found = set()
+    for one, other in combinations(flow_runs, 2):
+        mine, theirs = _by_row(one), _by_row(other)
+        for row in mine.keys() & theirs.keys():
+            if mine[row].keys().isdisjoint(theirs[row]) and _settings(one, mine[row]) != _settings(other, theirs[row]):
+                found.add(row[1])
+    return found
+
+
+def _by_row(flow_run: _FlowRun) -> dict[tuple[str, str], dict[int | None, Any]]:
+    """Domain and method → seed → run."""
+    found: dict[tuple[str, str], dict[int | None, Any]] = defaultdict(dict)
+    for (domain, method, seed), run in flow_run.cells.items():
+        found[domain, method][seed] = run
+    return found
+
+
+def _settings(flow_run: _FlowRun, runs: Mapping[int | None, Any]) -> dict[str, str]:
+    """What a method was trained and measured with, whatever its seed."""
+    trained = next(iter(runs.values())).data.params
+    measured = {k: v for k, v in flow_run.parent.data.params.items() if k.startswith("evaluation.")}
+    return {k: v for k, v in trained.items() if k != "seed"} | measured
 
 
 def _row(tracker: Tracker, flow_run: _FlowRun, cell: tuple[str, str, int | None], run: Any, folder: Path) -> Row:

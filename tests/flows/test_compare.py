@@ -178,6 +178,32 @@ def test_other_bases_are_detected(tracker: Tracker, first: str, rows: list[Row],
     }
 
 
+@pytest.mark.parametrize(
+    ("betas", "limits", "methods"),
+    [
+        ((0.1, 0.1), (50, 50), {"base": 1, "dpo": 2}),
+        ((0.1, 1.0), (50, 50), {"base": 1, "dpo (a)": 1, "dpo (b)": 1}),
+        ((0.1, 0.1), (50, 60), {"base": 1, "dpo (a)": 1, "dpo (b)": 1}),
+    ],
+)
+def test_other_seeds_are_of_one_method_only_with_its_settings(
+    betas: tuple[float, float], limits: tuple[int, int], methods: dict[str, int], home: Path, tmp_path: Path
+) -> None:
+    """Seed 0 of one flow run and seed 1 of another: a mean of both is of one method where both ran it alike."""
+    tracker = Tracker(f"sqlite:///{home}/seeds-{betas[1]}-{limits[1]}.db", str(home / "mlruns"))
+    parents = []
+    for seed, (beta, limit) in enumerate(zip(betas, limits, strict=True)):
+        params = {"evaluation": {"retention": {"limit": limit}}, "seeds": [seed]}
+        parents.append(tracker.start_parent("full-paper-repro", f"smoke · {'ab'[seed]}", params, {"stage": "parent"}))
+        for cell, digest in ((Cell("academy", "base"), "same"), (Cell("academy", "dpo", seed), f"of {seed}")):
+            own = {"dpo": {"beta": beta}, "seed": seed} if cell.seed is not None else {}
+            with tracker.child(parents[-1], cell.name, own, cell.tags()) as run:
+                tracker.log_metrics(run, {"adaptation/score": beta})
+                tracker.log_tags(run, {"digest.adaptation": digest})
+    found = [row.method for row in read_runs(tracker, parents, tmp_path).rows]
+    assert {method: found.count(method) for method in found} == methods
+
+
 def test_settings_of_a_sweep_are_rows_of_their_own(
     tracker: Tracker, rows: list[Row], home: Path, tmp_path: Path
 ) -> None:
