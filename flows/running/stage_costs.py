@@ -23,7 +23,7 @@ from qadapter.methods.table import method_named
 from qadapter.planning import estimate as planning
 from qadapter.preferences import sources
 from qadapter.preferences.building import Choices
-from qadapter.preferences.pair import PreferencePair, iter_pairs
+from qadapter.preferences.pair import LabelledReply, Message, PreferencePair, iter_pairs, load_single
 from qadapter.preferences.quality import Quality, sentences
 from qadapter.preferences.reader import Rejected
 from qadapter.preferences.shards import Findings
@@ -100,6 +100,8 @@ def _of_set(source: Source) -> dict[str, str | None]:
 
 def _plan_local(source: Source, longest: int, files: Sequence[Path]) -> SourcePlan:
     """Read the source's files as a stream, without keeping them in memory."""
+    if source.pairing == "none":
+        return _plan_single(source, longest, files)
     quality, characters, rejected = Quality(is_refusal), 0.0, Counter[str]()
     pairs, replies = 0, 0.0
     options: dict[str, Any] = {"domain": source.domain, "max_chars": source.max_chars, "choices": Choices.of(source)}
@@ -110,7 +112,7 @@ def _plan_local(source: Source, longest: int, files: Sequence[Path]) -> SourcePl
         pair = item.pair
         quality.add(pair)
         pairs += 1
-        sequence, reply = _lengths(pair, longest)
+        sequence, reply = _lengths_of_pair(pair, longest)
         characters += sequence
         replies += reply
     if not pairs:
@@ -134,21 +136,50 @@ def _plan_local(source: Source, longest: int, files: Sequence[Path]) -> SourcePl
     )
 
 
-def _lengths(pair: PreferencePair, longest: int) -> tuple[float, float]:
-    """Tokens of prompt and a reply, and of the reply: the mean of both replies, by their characters."""
-    reply = (len(pair.chosen) + len(pair.rejected)) / 2 / planning.CHARS_PER_TOKEN
-    prompt = sum(len(turn["content"]) for turn in pair.prompt) / planning.CHARS_PER_TOKEN
-    added = planning.TURN_TOKENS * (len(pair.prompt) + 1)
-    return min(longest, prompt + reply + added), min(longest, reply + 1)  # and the token that ends it
+def _plan_single(source: Source, longest: int, files: Sequence[Path]) -> SourcePlan:
+    """As `_plan_local` for single replies, two of which a training reads where others read a pair."""
+    found: list[tuple[float, float]] = []
+
+    def add(one: LabelledReply) -> None:
+        found.append(_lengths(one.prompt, len(one.reply), longest))
+
+    options: dict[str, Any] = {"domain": source.domain, "max_chars": source.max_chars, "choices": Choices.of(source)}
+    items = stream_files(files, Findings(single=add), **options)
+    rejected = Counter(item.reason.value for item in items if isinstance(item, Rejected))
+    if not found:
+        raise no_usable_pair(files, rejected)
+    sequence, reply = _means(found)
+    note = f"{len(found):,} single replies, {rejected.total()} quarantined; {sequence:.0f} tokens a sequence"
+    return SourcePlan(len(found) // 2, sequence, reply, note)
+
+
+def _lengths_of_pair(pair: PreferencePair, longest: int) -> tuple[float, float]:
+    """Tokens of prompt and a reply, and of the reply: the mean of both replies."""
+    return _lengths(pair.prompt, (len(pair.chosen) + len(pair.rejected)) / 2, longest)
+
+
+def _lengths(prompt: Sequence[Message], reply_characters: float, longest: int) -> tuple[float, float]:
+    """Tokens of prompt and reply, and of the reply, by their characters."""
+    reply = reply_characters / planning.CHARS_PER_TOKEN
+    read = sum(len(turn["content"]) for turn in prompt) / planning.CHARS_PER_TOKEN
+    added = planning.TURN_TOKENS * (len(prompt) + 1)
+    return min(longest, read + reply + added), min(longest, reply + 1)  # and the token that ends it
+
+
+def _means(lengths: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    sequence, reply = (fmean(column) for column in zip(*lengths, strict=True))
+    return sequence, reply
 
 
 def _plan_prepared(folder: Path, longest: int) -> SourcePlan:
     """What a prepared source holds: its counts, and the lengths of its first rows, which lie in a random order."""
-    summary = read_json(folder / "summary.json")
-    rows = islice(iter_pairs(folder / "train.jsonl"), _ROWS_TO_MEASURE)
-    lengths = [_lengths(pair, longest) for pair in rows]
-    sequence, reply = (fmean(column) for column in zip(*lengths, strict=True))
-    return SourcePlan(summary["train_pairs"], sequence, reply, "", summary["heldout_pairs"])
+    summary, file = read_json(folder / "summary.json"), folder / "train.jsonl"
+    lengths = [_lengths_of_pair(pair, longest) for pair in islice(iter_pairs(file), _ROWS_TO_MEASURE)]
+    if lengths:
+        return SourcePlan(summary["train_pairs"], *_means(lengths), "", summary["heldout_pairs"])
+    single = load_single(file)  # of a source with `pairing: none`
+    lengths = [_lengths(one.prompt, len(one.reply), longest) for one in single[:_ROWS_TO_MEASURE]]
+    return SourcePlan(len(single) // 2, *_means(lengths), "", summary["heldout_pairs"])
 
 
 def estimate_of(

@@ -147,6 +147,8 @@ class Experiment(Settings):
                 yield f"sources.{name}.pairing is none, so it has no pair to hold out: give heldout_path"
             if source.judge_pairs:
                 yield f"sources.{name}.pairing is none, so it has no pair to train a judge on: remove judge_pairs"
+            if source.max_train_pairs:
+                yield f"sources.{name}.pairing is none, and max_train_pairs limits pairs, not single replies: remove it"
             if others and any(domain.source == name for domain in self.domains.values()):
                 yield (
                     f"sources.{name}.pairing is none, and {', '.join(others)} cannot train on single replies: set "

@@ -16,10 +16,12 @@ import pytest
 
 from flows.full_paper_repro import experiment_stages
 from flows.running import left as left_module
+from flows.running import stage_costs
 from flows.running.left import Submitted, Teller, frame, kind_of, seconds_left, summary
 from flows.running.plan import Recorder
 from flows.running.stage_costs import plain, seconds_of
 from qadapter.config.experiment import load_experiment
+from qadapter.config.sources import Source
 from qadapter.files.artifacts import write_json
 from tasks.stages.context import Cell
 from tasks.stages.live import Place
@@ -168,6 +170,26 @@ def test_prepared_data_set_the_first_estimate(tmp_path: Path) -> None:
         15 + expected * (body * 128 + ends / 2 * 64) / (body * 47.2 + ends / 2 * 21)
     )
     assert after.keys() == before.keys()
+
+
+def test_prepared_single_replies_have_their_seconds(tmp_path: Path) -> None:
+    """100 single replies are 50 pairs of a training: the same tokens as above, in 50 / 16 steps."""
+    single = {"prompt": [{"role": "user", "content": "a" * 80}], "label": True}
+    row = {**single, "completion": [{"role": "assistant", "content": "b" * 80}]}
+    write_json(tmp_path / "summary.json", {"train_pairs": 0, "single_rows": 100, "heldout_pairs": 5})
+    (tmp_path / "train.jsonl").touch()
+    (tmp_path / "single.jsonl").write_text(f"{json.dumps(row)}\n" * 100)
+    assert stage_costs._plan_prepared(tmp_path, 256) == stage_costs.SourcePlan(50, 20 + 20 + 2 * 3.6, 21, "", 5)
+
+
+def test_the_plan_reads_single_replies(tmp_path: Path) -> None:
+    """51 of them are 25 pairs, and the rows' own lengths count; they were refused as having no usable pair."""
+    rows = [{"prompt": f"{i:080}", "completion": "b" * 80, "label": i % 2 == 0} for i in range(51)]
+    (tmp_path / "kto.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in [*rows, {"prompt": "empty"}]))
+    source = Source(path="kto.jsonl", pairing="none", heldout_path="held.jsonl")
+    plan = stage_costs._plan_local(source, 256, [tmp_path / "kto.jsonl"])
+    assert (plan.train_pairs, plan.tokens_per_sequence, plan.reply_tokens) == (25, pytest.approx(47.2), 21)
+    assert plan.note == "51 single replies, 1 quarantined; 47 tokens a sequence"
 
 
 class Terminal(io.StringIO):

@@ -167,3 +167,5 @@ def test_single_replies_need_a_method_that_takes_them() -> None:
     assert "dpo cannot train on single replies" in str(caught.value)
     held = {**source, "heldout_path": "{data}/hh-rlhf/harmless-heldout.jsonl"}
     assert load_experiment("smoke", {"methods.run": ["kto"], "sources.harmless": held}).methods.run == ("kto",)
+    with pytest.raises(QAdapterError, match="max_train_pairs limits pairs, not single replies: remove it"):
+        load_experiment("smoke", {"methods.run": ["kto"], "sources.harmless": {**held, "max_train_pairs": 9}})
