@@ -8,7 +8,7 @@ gone has probability 0, and the others share what it had. Measure that base like
 
 Kept are the special tokens and bytes, the first tokens of the vocabulary (in a BPE vocabulary the most frequent ones),
 and every token that a string of the texts needs, with the tokens that it can be merged from. Texts are JSON, JSON
-Lines, Parquet or plain text.
+Lines, Parquet or plain text in UTF-8, not packed.
 """
 
 from __future__ import annotations
@@ -44,9 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.output.exists():
         raise SystemExit(f"{given.output} exists. Name a new folder.")
 
+    texts = sorted(set(strings(given.texts)))
+    if not any(texts):
+        raise SystemExit(f"There is no text in {', '.join(map(str, given.texts))}. Name the texts to keep.")
     tokenizer = load_tokenizer(given.base)
     network = load_network(given.base, dtype=torch.float32)
-    texts = sorted(set(strings(given.texts)))
     kept = kept_tokens(tokenizer, texts, given.tokens, [old for *_, ids in token_ids(network) for old in ids])
     before = len(tokenizer)
     smaller = trim_tokenizer(tokenizer, kept)
@@ -61,17 +63,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def strings(places: Sequence[Path]) -> Iterator[str]:
     """Every string in the files: values of JSON, JSON Lines and Parquet, the lines of other texts."""
     for place in places:
-        for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
-            if file.suffix == ".parquet":
-                yield from inside([dict(row) for row in Dataset.from_parquet(str(file), keep_in_memory=True)])
-            elif file.suffix == ".json":
-                yield from inside(json.loads(file.read_text(encoding="utf-8")))
-            elif file.suffix == ".jsonl":
-                yield from inside(
-                    [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-                )
-            elif file.is_file():
-                yield from file.read_text(encoding="utf-8").splitlines()
+        if not place.exists():
+            raise SystemExit(f"There is no {place}. Name files or folders of texts.")
+        for file in sorted(one for one in place.rglob("*") if one.is_file()) if place.is_dir() else [place]:
+            try:
+                yield from of_file(file)
+            except ValueError as error:  # not UTF-8, or not JSON
+                raise SystemExit(f"{file} cannot be read as text: {error}. Unpack it, or leave it out.") from error
+
+
+def of_file(file: Path) -> Iterator[str]:
+    """Every string in one file; see `strings`."""
+    if file.suffix == ".parquet":
+        yield from inside([dict(row) for row in Dataset.from_parquet(str(file), keep_in_memory=True)])
+        return
+    text = file.read_text(encoding="utf-8-sig")
+    if file.suffix == ".json":
+        yield from inside(json.loads(text))
+    elif file.suffix == ".jsonl":
+        # Not `splitlines`: it also cuts at the line separators that a JSON string may hold.
+        yield from inside([json.loads(line) for line in text.split("\n") if line.strip()])
+    else:
+        yield from text.splitlines()
 
 
 def inside(value: Any) -> Iterator[str]:
@@ -104,6 +117,8 @@ def kept_tokens(
     for left, right in model["merges"]:
         merged_from[left + right] |= {left, right}
     kept = set(range(min(first, len(tokenizer)))) | set(tokenizer.all_special_ids) | set(ends)
+    # A chat template may end the assistant's turn with a special token that no name such as `eos_token` stands for.
+    kept |= {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
     kept |= {
         id_ for token, id_ in vocabulary.items() if len(token) == 1 and ord(token) < 0x180
     }  # bytes of GPT-2's kind
@@ -134,8 +149,10 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -> P
             pair for pair in model["merges"] if all(part in model["vocab"] for part in (*pair, "".join(pair)))
         ]
         content["added_tokens"] = [{**t, "id": new[t["id"]]} for t in content["added_tokens"] if t["id"] in new]
-        for token in (content.get("post_processor") or {}).get("special_tokens", {}).values():
-            token["ids"] = [new[old] for old in token["ids"]]
+        post_processor = content.get("post_processor") or {}
+        for step in [post_processor, *post_processor.get("processors", [])]:  # one, or several in a row
+            for token in step.get("special_tokens", {}).values():
+                token["ids"] = [new[old] for old in token["ids"]]
         file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
         return load_tokenizer(folder)
 
@@ -160,6 +177,8 @@ def trim_network(network: PreTrainedModel, kept: Sequence[int]) -> None:
         }
         for layer in layers.values():  # one where they are tied
             layer.weight[: len(kept)] = layer.weight[list(kept)]
+            if getattr(layer, "bias", None) is not None:
+                layer.bias[: len(kept)] = layer.bias[list(kept)]
     network.resize_token_embeddings(len(kept), mean_resizing=False)
     for config, name, ids in token_ids(network):
         renumbered = [new[old] for old in ids]

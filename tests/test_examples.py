@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
 import qadapter
 from qadapter.policy.base import load_network, load_tokenizer
+from qadapter.preferences.render import TurnEnd, turn_end
 from qadapter.report.build import build_report
 from qadapter.report.rows import Row
 from tests.support.paths import PROJECT_ROOT
@@ -142,6 +143,57 @@ def test_trim_vocabulary(tied: bool, tmp_path: Path, capsys: pytest.CaptureFixtu
 
     with pytest.raises(SystemExit, match=r"exists\. Name a new folder"):
         example(*given)
+
+
+def test_trim_vocabulary_keeps_biases_and_ends(tmp_path: Path) -> None:
+    """Phi's head has a bias; the template's end of a turn has no name; the second of two processors adds a token."""
+    tokenizer = sentence_piece_tokenizer()
+    tokenizer.add_tokens(["<|user|>", "<|assistant|>", "<|end|>"], special_tokens=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}<|end|>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    begins = processors.TemplateProcessing(single="<|user|> $A", special_tokens=[("<|user|>", len(tokenizer) - 3)])
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([processors.ByteLevel(), begins])
+    torch.manual_seed(0)
+    ids_of_ends = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    network = PhiForCausalLM(PhiConfig(vocab_size=len(tokenizer), **sizes, **ids_of_ends)).eval()
+    with torch.no_grad():
+        network.get_output_embeddings().bias.copy_(torch.arange(len(tokenizer)))
+    network.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "texts.jsonl").write_text('\ufeff{"prompt": "leaf\u2028green"}\n', encoding="utf-8")
+    places = [str(tmp_path / name) for name in ("base", "out", "texts.jsonl")]
+    example("trim_vocabulary", *places[:2], "--texts", places[2], "--tokens", "0")
+
+    smaller, out = load_tokenizer(tmp_path / "out"), load_network(tmp_path / "out")
+    end = turn_end(smaller)
+    assert end == TurnEnd("<|end|>", len(smaller) - 1)
+    assert smaller("<|end|>")["input_ids"][1:] == [end.token]
+    old = tokenizer.convert_tokens_to_ids(smaller.convert_ids_to_tokens(range(len(smaller))))
+    assert len(old) < len(tokenizer)
+    ids, new = (t("green leaf", return_tensors="pt")["input_ids"] for t in (tokenizer, smaller))
+    assert [old[token] for token in new[0].tolist()] == ids[0].tolist()
+    with torch.no_grad():
+        torch.testing.assert_close(out(new).logits, network(ids).logits[..., old])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"There is no .*texts"),
+        (b"\n", r"There is no text in .*texts"),
+        (b"\x1f\x8b\x08", r"texts cannot be read as text: .*Unpack it"),
+    ],
+)
+def test_trim_vocabulary_refuses_texts(content: bytes | None, message: str, tmp_path: Path) -> None:
+    """Without the texts the smaller base would read all of them in other tokens."""
+    if content is not None:
+        (tmp_path / "texts").write_bytes(content)
+    with pytest.raises(SystemExit, match=message):
+        example("trim_vocabulary", "no/base", str(tmp_path / "out"), "--texts", str(tmp_path / "texts"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
