@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from qadapter.files.url_secrets import secrets_in
 
@@ -31,6 +40,35 @@ class Settings(BaseModel):
             return handler(given)
         finally:
             _inside.reset(token)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false (in YAML yes, on, no, off too) where a number belongs: they would be 1 and 0."""
+        if _holds_truth(value) and _only_numbers(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError("expected a number, not true or false")
+        return value
+
+
+def _holds_truth(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return any(map(_holds_truth, value)) if isinstance(value, list | tuple) else isinstance(value, bool)
+
+
+def _only_numbers(annotation: Any) -> bool:
+    """Whether a field takes numbers, by themselves or in lists and mappings, and nothing that can be true or false."""
+    kinds = list(_kinds(annotation))
+    return any(kind is int or kind is float for kind in kinds) and not any(
+        kind is bool or kind is Any or (isinstance(kind, type) and issubclass(kind, BaseModel)) for kind in kinds
+    )
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """A type and the types that it is put together from, at any depth."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _kinds(part)
 
 
 Positive = Annotated[float, Field(gt=0)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -104,7 +103,7 @@ def parse_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, A
                 f"override {item!r} is not of the form key.path=value, for example training.max_steps=5"
             )
         try:
-            parsed[path.strip()] = read_yaml(_yaml_float(text))
+            parsed[path.strip()] = read_yaml(text)
         except yaml.YAMLError as error:
             raise QAdapterError(shown(f"the value of override {item!r} is not YAML: {error}")) from error
     return parsed
@@ -132,11 +131,6 @@ def _sets(changes: Mapping[str, Any], path: str) -> bool:
         return True
     section, _, last = path.rpartition(".")
     return bool(section) and isinstance(changes.get(section), Mapping) and last in changes[section]
-
-
-def _yaml_float(text: str) -> str:
-    """Read `1e-4` as a number; YAML 1.1 reads it as a string."""
-    return str(float(text)) if re.fullmatch(r"\s*[-+]?\d+(\.\d*)?[eE][-+]?\d+\s*", text) else text
 
 
 def _set(settings: dict[str, Any], path: str, value: Any) -> None:

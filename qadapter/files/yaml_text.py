@@ -1,7 +1,12 @@
-"""YAML from untrusted files: plain values only, each key once, and a limit on what aliases expand to."""
+"""YAML from untrusted files: plain values only, each key once, and a limit on what aliases expand to.
+
+Numbers are read as YAML 1.2 and JSON write them. YAML 1.1, which PyYAML reads, has `1e-4` as a text, `010` as 8 and
+`1:30` as 90.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -18,14 +23,33 @@ class ExpandingYamlError(yaml.YAMLError):
     """A document whose aliases expand to too much, or that is nested too deep."""
 
 
+class _Loader(yaml.SafeLoader):
+    """`SafeLoader` with the numbers of YAML 1.2: what is none of them stays a text."""
+
+
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)",
+    "tag:yaml.org,2002:float": (
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+    ),
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), list("-+.0123456789"))
+
+
 def read_yaml(text: str) -> Any:
-    """The value of a YAML document, as `yaml.safe_load` gives it.
+    """The value of a YAML document, as `yaml.safe_load` gives it but for numbers (see the module).
 
     Raises:
         yaml.YAMLError: it is not YAML, has a tag that is not one of plain data, has a key twice in one mapping, is
             nested too deep, or its aliases expand to more than `MAX_NODES` nodes.
     """
-    loader = yaml.SafeLoader(text)
+    loader = _Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:

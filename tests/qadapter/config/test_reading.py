@@ -13,7 +13,7 @@ from qadapter.config.continual import continuals, load_continual
 from qadapter.config.customization import customizations, load_customization
 from qadapter.config.experiment import load_experiment, profiles
 from qadapter.config.reading import names_in
-from qadapter.config.sweep import SWEEP_FOLDER, load_sweep
+from qadapter.config.sweep import SWEEP_FOLDER, expand, load_sweep
 from qadapter.errors import QAdapterError
 from qadapter.files.yaml_text import read_yaml
 
@@ -69,3 +69,47 @@ def test_a_key_stands_once_in_its_mapping() -> None:
             read_yaml(text)
     assert read_yaml("a: {x: 1}\nb: {x: 2}\n1: y\n'1': z") == {"a": {"x": 1}, "b": {"x": 2}, 1: "y", "1": "z"}
     assert read_yaml("a: &k {x: 1}\nb: {<<: *k, x: 2}") == {"a": {"x": 1}, "b": {"x": 2}}  # a merged key is replaced
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("[1e-4, 3E5, 1.5e2]", [1e-4, 3e5, 150.0]),
+        ("[010, 1:30, 08]", ["010", "1:30", "08"]),
+        ("[0, -7, 0x1F]", [0, -7, 31]),
+    ],
+)
+def test_numbers_are_those_of_yaml_1_2(text: str, value: Any) -> None:
+    """In YAML 1.1 `1e-4` is a text, `010` is 8 and `1:30` is 90."""
+    assert read_yaml(text) == value
+    assert [type(one) for one in read_yaml(text)] == [type(one) for one in value]
+
+
+def test_a_sweep_takes_numbers_with_an_exponent(tmp_path: Path) -> None:
+    """As texts they had no number to be named after."""
+    content = yaml.safe_load((SWEEP_FOLDER / "smoke.yaml").read_text(encoding="utf-8"))
+    content |= {"groups": {"sft": {"method": "sft", "one_at_a_time": {"learning_rate": ["1e-4", "1e-2"]}}}}
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump(content).replace("'1e-4'", "1e-4").replace("'1e-2'", "1e-2"), encoding="utf-8")
+    variants = expand(load_sweep(str(file)), load_experiment("smoke"))
+    assert [one.name for one in variants] == ["sft", "sft lr=0.0001", "sft lr=0.01"]
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("training.max_steps=true", "training.max_steps"),
+        ("training.learning_rate=on", "training.learning_rate"),
+        ("seeds=[0, yes]", "seeds"),
+        ("evaluation.retention.limits={toy_facts: true}", "evaluation.retention.limits"),
+    ],
+)
+def test_a_truth_is_no_number(override: str, key: str) -> None:
+    """They were trained for one step, with the learning rate 1, and measured on one item."""
+    with pytest.raises(QAdapterError, match=rf"\n  {key}: expected a number, not true or false"):
+        load_experiment("smoke", [override])
+
+
+def test_what_can_be_a_truth_stays_one() -> None:
+    experiment = load_experiment("smoke", ["training.bf16=on", "system_metrics=off"])
+    assert (experiment.training.bf16, experiment.system_metrics) == (True, False)
