@@ -140,16 +140,23 @@ class Experiment(Settings):
         from qadapter.methods.table import method_named
 
         others = [name for name in self.methods.run if not method_named(name).takes_single]
+        takers = [name for name in self.methods.run if name not in others]
+        trained = {domain.source for domain in self.domains.values()}
         for name, source in self.sources.items():
+            if source.pairing is not None and name in trained and takers and self.training.eval_steps:
+                yield (
+                    f"training.eval_steps sets pairs aside, and {', '.join(takers)} trains on the single replies of "
+                    f"sources.{name}: leave eval_steps out, or take {', '.join(takers)} out of methods.run"
+                )
             if source.pairing != "none":
                 continue
             if not (source.heldout_path or source.heldout_split):
                 yield f"sources.{name}.pairing is none, so it has no pair to hold out: give heldout_path"
             if source.judge_pairs:
                 yield f"sources.{name}.pairing is none, so it has no pair to train a judge on: remove judge_pairs"
-            if source.max_train_pairs:
-                yield f"sources.{name}.pairing is none, and max_train_pairs limits pairs, not single replies: remove it"
-            if others and any(domain.source == name for domain in self.domains.values()):
+            if source.max_train_pairs is not None:
+                yield f"sources.{name}.pairing is none, so it has no pair to limit: remove max_train_pairs"
+            if others and name in trained:
                 yield (
                     f"sources.{name}.pairing is none, and {', '.join(others)} cannot train on single replies: set "
                     "it to all or first, or take these methods out of methods.run"

@@ -166,6 +166,10 @@ def prepare(
             "`pairing: none` keeps single replies as they are, so there is no pair to hold out or to train a judge on. "
             "Give held-out pairs of their own (heldout_path), and leave judge_pairs out."
         )
+    if unpaired and max_train_pairs is not None:
+        raise QAdapterError(
+            "`pairing: none` keeps single replies as they are, so max_train_pairs has no pair to limit. Leave it out."
+        )
     started_with = out_dir.exists()
     train = Side(files, out_dir / ".rows-train")
     held = None if heldout_files is None else Side(heldout_files, out_dir / ".rows-heldout")
@@ -237,6 +241,11 @@ def _write(
                     if place == TRAIN:
                         singles.add(row)
             single_rows = singles.lines
+            if not single_rows and not division.train_pairs:
+                raise QAdapterError(
+                    "No training row is left: all usable single replies have prompts that are held out too. "
+                    "Give training data with other prompts."
+                )
         written = {place: (output.lines, output.prompts(), output.sha256()) for place, output in outputs.items()}
     _write_lines(quarantine, _quarantined(sides, names))
     reasons = sum((side.reasons() for side in sides), Counter())

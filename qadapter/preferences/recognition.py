@@ -228,13 +228,14 @@ def _check_domain(records: Sequence[dict[str, Any]], context: Context, where: st
 
 
 def _check_min_margin(reader: Reader, records: Sequence[Any], context: Context, where: str) -> None:
-    if context.choices.min_margin is None or reader.across_records:
+    if context.choices.min_margin is None:
         return
-    pairs = [pair for record in records for pair in reader.read(record)]
+    # Rows of one reply are paired across records, and a pair of labels has no margin.
+    pairs = [] if reader.across_records else [pair for record in records for pair in reader.read(record)]
     known = [
         p for p in pairs if p is Reason.WEAK_PREFERENCE or (isinstance(p, PreferencePair) and p.margin is not None)
     ]
-    if not known and any(isinstance(pair, PreferencePair) for pair in pairs):
+    if reader.across_records or (not known and any(isinstance(pair, PreferencePair) for pair in pairs)):
         raise QAdapterError(
             f"{where} ({reader.name}) has no margins, for which `min_margin: {context.choices.min_margin:g}` means "
             "nothing. Remove it, or name the field that holds them as `margin` in `fields`."

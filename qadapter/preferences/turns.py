@@ -231,7 +231,7 @@ def make_pair(prompt: list[Message], chosen: str, rejected: str, margin: float |
     for turn in prompt:
         if not turn["content"]:
             raise UnusableRecord(Reason.EMPTY_PROMPT)
-    chosen, rejected = _without_end(chosen), _without_end(rejected)
+    chosen, rejected = without_end(chosen), without_end(rejected)
     if not chosen or not rejected:
         raise UnusableRecord(Reason.EMPTY_REPLY)
     if chosen == rejected:
@@ -239,7 +239,7 @@ def make_pair(prompt: list[Message], chosen: str, rejected: str, margin: float |
     return PreferencePair(tuple(prompt), chosen, rejected, margin)
 
 
-def _without_end(reply: str) -> str:
+def without_end(reply: str) -> str:
     """A reply without the token that ends a turn, since the tokenizer adds its own."""
     if reply.endswith(END_TOKENS):
         token = next(token for token in END_TOKENS if reply.endswith(token))

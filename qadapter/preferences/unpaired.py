@@ -8,7 +8,7 @@ from typing import Any
 from qadapter.preferences.building import Context, Record, history_messages, opening, side, system_of
 from qadapter.preferences.pair import LabelledReply
 from qadapter.preferences.records import Reason
-from qadapter.preferences.turns import UnusableRecord, listed, prompt_of
+from qadapter.preferences.turns import UnusableRecord, listed, prompt_of, without_end
 
 _TRUE, _FALSE = frozenset({"true", "1", "1.0", "desirable"}), frozenset({"false", "0", "0.0", "-1", "undesirable"})
 
@@ -58,6 +58,7 @@ def unpaired_reply(record: Record, context: Context, split: Split) -> LabelledRe
     words = side(reply)
     if not isinstance(words, str):
         raise UnusableRecord(Reason.NOT_A_DIALOGUE)
+    words = without_end(words)
     if not words:
         raise UnusableRecord(Reason.EMPTY_REPLY)
     return LabelledReply(tuple(prompt_of(turns)), words, good)

@@ -127,7 +127,15 @@ class Job:
 
         A pair gives a good and a bad row. Rows of a source that has single replies are taken as they are, those without
         a partner too.
+
+        Raises:
+            QAdapterError: pairs are set aside for evaluation, whose prompts the single replies have as well.
         """
+        if self.single and self.held:
+            raise QAdapterError(
+                "training.eval_steps sets pairs aside, and the source has single replies to the same prompts that are "
+                "trained on; leave it out"
+            )
         rows = [(*one, True) for one in self.chosen()] + [(*one, False) for one in self.rejected()]
         rows = self.single or rows
         lengths = [len(prompt) + len(reply) for prompt, reply, _ in rows]

@@ -12,6 +12,7 @@ from trl import KTOTrainer
 
 from qadapter.config.experiment import load_experiment
 from qadapter.config.model import LoraSettings
+from qadapter.config.training import AdapterTraining
 from qadapter.errors import QAdapterError
 from qadapter.methods.kto import KTOSettings, balanced, mismatched
 from qadapter.policy.loading import load_base
@@ -165,7 +166,29 @@ def test_single_replies_need_a_method_that_takes_them() -> None:
         load_experiment("smoke", changes)
     assert "no pair to hold out: give heldout_path" in str(caught.value)
     assert "dpo cannot train on single replies" in str(caught.value)
+    with pytest.raises(QAdapterError, match="it has no pair to limit: remove max_train_pairs"):
+        load_experiment("smoke", {**changes, "sources.harmless.max_train_pairs": 9})
     held = {**source, "heldout_path": "{data}/hh-rlhf/harmless-heldout.jsonl"}
     assert load_experiment("smoke", {"methods.run": ["kto"], "sources.harmless": held}).methods.run == ("kto",)
-    with pytest.raises(QAdapterError, match="max_train_pairs limits pairs, not single replies: remove it"):
-        load_experiment("smoke", {"methods.run": ["kto"], "sources.harmless": {**held, "max_train_pairs": 9}})
+
+
+def test_single_replies_and_pairs_set_aside_exclude_each_other(world: TinyToy, tmp_path: Path) -> None:
+    """The rows beside paired ones have the prompts that are set aside too; a method of pairs does not read them."""
+    source = {"path": "{data}/hh-rlhf/harmless.jsonl", "pairing": "all"}
+    changes = {"methods.run": ["dpo", "kto"], "sources.harmless": source, "training.eval_steps": 2}
+    with pytest.raises(
+        QAdapterError, match=r"training\.eval_steps sets pairs aside, and kto trains on the single repl"
+    ):
+        load_experiment("smoke", changes)
+    load_experiment("smoke", {**changes, "methods.run": ["dpo"]})
+
+    single = [
+        LabelledReply(one.prompt, reply, good)
+        for one in load_pairs(world.pairs)
+        for reply, good in ((one.chosen, True), (one.rejected, False))
+    ]
+    (tmp_path / "train.jsonl").write_bytes(world.pairs.read_bytes())
+    (tmp_path / SINGLE).write_text("".join(json.dumps(one.to_row()) + "\n" for one in single), encoding="utf-8")
+    training = AdapterTraining.model_validate({**TRAINING.model_dump(), "eval_steps": 2, "eval_pairs": 2})
+    with pytest.raises(QAdapterError, match="single replies to the same prompts"):
+        world.train("kto", tmp_path / "out", pairs_file=tmp_path / "train.jsonl", training=training)

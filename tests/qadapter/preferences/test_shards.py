@@ -164,6 +164,30 @@ def test_single_replies_are_kept_for_a_method_that_takes_them(tmp_path: Path) ->
         check_usable([lines(tmp_path / "bad.jsonl", [row("q", "", True)])], choices=Choices(pairing="none"))
 
 
+def test_single_replies_are_cleaned_as_those_of_pairs(tmp_path: Path) -> None:
+    """The token that ends a turn is no part of a reply, and a row with nothing else is empty."""
+    rows = [row("q", "yes</s>", True), row("q", "no<|im_end|>", False), row("p", "<|im_end|>", True)]
+    file = lines(tmp_path / "rows.jsonl", rows)
+    held = lines(tmp_path / "held.jsonl", [{"prompt": "h", "chosen": "A", "rejected": "B"}])
+    none = Choices(pairing="none")
+    summary = prepare([file], tmp_path / "out", heldout_files=[held], choices=none)
+    assert {one.reply for one in load_single(tmp_path / "out" / "train.jsonl")} == {"yes", "no"}
+    assert (summary.single_rows, summary.quarantined) == (2, {"empty reply": 1})
+
+
+def test_single_replies_refuse_what_has_no_effect_on_them(tmp_path: Path) -> None:
+    file = lines(tmp_path / "rows.jsonl", [row("q", "yes", True), row("q", "no", False)])
+    held = lines(tmp_path / "held.jsonl", [{"prompt": "Q ", "chosen": "A", "rejected": "B"}])
+    none = Choices(pairing="none")
+    with pytest.raises(QAdapterError, match="No training row is left: all usable single replies have prompts"):
+        prepare([file], tmp_path / "out", heldout_files=[held], choices=none)
+    assert not list((tmp_path / "out").iterdir())
+    with pytest.raises(QAdapterError, match="max_train_pairs has no pair to limit"):
+        prepare([file], tmp_path / "out", heldout_files=[held], max_train_pairs=1, choices=none)
+    with pytest.raises(QAdapterError, match=r"\(kto\) has no margins, for which `min_margin: 1` means nothing"):
+        parse_files([file], choices=Choices(pairing="all", min_margin=1))
+
+
 @pytest.mark.slow
 def test_a_growing_source_of_unpaired_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The partner may come with a later delivery; what is known only at the end stands behind the records."""
