@@ -32,7 +32,7 @@ from qadapter.policy.caches import PassCaches
 from qadapter.policy.dial import Dial
 from qadapter.policy.files import GUIDE_FILE, forget_kind, saved_dial, write_dial
 from qadapter.policy.fingerprint import write_fingerprint
-from qadapter.policy.passes import RowPasses
+from qadapter.policy.passes import RowPasses, refuse_outputs
 
 HEAD_FILE = Path("value_head") / "value_head.safetensors"
 _FORMAT = 1
@@ -221,7 +221,7 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         only_numbers: bool = False,
         dial: Dial | None = None,
-        **_: Any,
+        **options: Any,
     ) -> GuidedOutput:
         """Guided logits, or the head's numbers.
 
@@ -235,7 +235,15 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep: only the logits of the last so many positions (0: all), or of these.
             only_numbers: [B, T] numbers instead of logits, with gradients.
             dial: for this pass; where the policy's own stands without.
+            options: of the loss with labels (`num_items_in_batch`).
+
+        Raises:
+            QAdapterError: another dial than `q-weight`, a cache of another kind or without the guide's states, or
+                hidden states, attentions, a tuple or embeddings in place of tokens.
         """
+        refuse_outputs(options)
+        if options.get("inputs_embeds") is not None:
+            raise QAdapterError("A guide reads candidates behind tokens: give input_ids, not inputs_embeds.")
         known = past_key_values.get_seq_length() if past_key_values is not None else 0
         mask = attention_mask
         if mask is None:
@@ -251,6 +259,12 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
                 "Leave cache_implementation and past_key_values out."
             )
         caches = PassCaches.around(past_key_values, 2, self._text_config) if caching else None
+        weight = self._weight_of_pass(dial)
+        if weight and caches is not None and caches.part(1).get_seq_length() < known:
+            raise QAdapterError(
+                "The cache was filled with the guide off or its dial at 0, so it lacks the guide's states of the text. "
+                "Start with an empty one."
+            )
         given: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask}
         some = isinstance(logits_to_keep, Tensor)  # positions by index: those of the whole are guided
         given |= {"position_ids": position_ids, "use_cache": caching, "logits_to_keep": 0 if some else logits_to_keep}
@@ -259,15 +273,19 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         given = {name: value for name, value in given.items() if name in self._base_arguments}
         with self._passes.bare(len(input_ids)):
             logits = self.peft_model(**given).logits
-        weight = self.weight if dial is None else _weight_of(dial)
-        if not self._base_only and self.guide.strength and weight:
+        if weight:
             logits = self._guided(logits.float(), input_ids, mask, position_ids, caches, weight)
         if some:
             logits = logits[:, logits_to_keep]
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **options)
         return GuidedOutput(loss=loss, logits=logits, past_key_values=caches)
+
+    def _weight_of_pass(self, dial: Dial | None) -> float:
+        """What a pass multiplies the guide's offsets with; 0 where it is the base's."""
+        weight = self.weight if dial is None else _weight_of(dial)
+        return 0.0 if self._base_only or not self.guide.strength else weight
 
     def _guided(
         self, logits: Tensor, ids: Tensor, mask: Tensor, position_ids: Tensor, caches: PassCaches | None, weight: float

@@ -29,7 +29,7 @@ from qadapter.policy.frozen import SilencedLayers
 from qadapter.policy.fused import loss_from_scored
 from qadapter.policy.objective import BatchTotals, Objective, PairwiseLoss, pairwise_loss
 from qadapter.policy.pair_passes import PairPasses
-from qadapter.policy.passes import RowPasses, reorder_rows
+from qadapter.policy.passes import RowPasses, refuse_outputs, reorder_rows
 from qadapter.policy.probe import can_be_probed, logits_of, probe_ids, refuse_other_base
 from qadapter.policy.ranges import check_dials
 from qadapter.policy.scaling import AdapterScale
@@ -331,8 +331,13 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
             up_to_constant: leave out what is the same for all tokens at a position, which no probability depends on.
                 With `residual` and α0 = Σ w_i that is everything the base contributes: its pass is spared. Without it
                 only for a plain adapter.
-            options: further arguments of the base's `forward`.
+            options: further arguments of the base's `forward`, and of the loss with labels (`num_items_in_batch`).
+
+        Raises:
+            QAdapterError: dials out of range, a cache of other adapters, or hidden states, attentions or a tuple are
+                asked for.
         """
+        refuse_outputs(options)
         if response_mask is not None:
             assert input_ids is not None
             pairwise = self._pair_loss(input_ids, attention_mask, response_mask, totals, options)
@@ -366,7 +371,7 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
             logits = _weighted_sum([logits, normalizer], [1.0, -parts.normalizer])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **options)
         return QAdapterOutput(loss=loss, logits=logits, past_key_values=cache)
 
     def _pair_loss(

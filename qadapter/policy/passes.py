@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -132,6 +132,25 @@ class RowPasses:
                 f"Adapter {name} is not PEFT's active one, and these adapter layers cannot choose by row. "
                 f"Call peft_model.set_adapter({name!r}) first."
             )
+
+
+def refuse_outputs(options: Mapping[str, Any]) -> None:
+    """Refuse what a policy's forward pass cannot return: its logits are made of several passes.
+
+    Args:
+        options: further arguments of a call.
+
+    Raises:
+        QAdapterError: hidden states, attentions or router logits are asked for, or a tuple.
+    """
+    asked = [name for name, value in options.items() if name.startswith("output_") and value]
+    if asked:
+        raise QAdapterError(
+            f"{', '.join(asked)}: a policy's logits are made of several passes, so there is none to return. Ask the "
+            "model below it (policy.peft_model), with or without its adapter."
+        )
+    if options.get("return_dict") is False:
+        raise QAdapterError("return_dict is False; a policy returns an output with names: call to_tuple() on it.")
 
 
 def reorder_rows(cache: Cache, beam_idx: Tensor) -> None:

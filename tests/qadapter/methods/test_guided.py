@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -30,6 +31,7 @@ from qadapter.preferences.tokenize import prompt_ids
 from qadapter.serving.generator import Generator, Sampling, Turn
 from qadapter.serving.policies import ServedPolicies
 from qadapter.training.adapt import lora_config
+from tests.support.tiny_models import tiny_model
 from tests.support.tiny_toy import MODEL, NO_DROPOUT, TRAINING, TinyToy, make_tiny_toy, rows
 
 
@@ -152,6 +154,34 @@ def test_strength_0_is_the_base(world: TinyToy) -> None:
     ids = torch.tensor([[4, 11, 12, 13]])
     with torch.no_grad():
         assert torch.equal(policy(input_ids=ids).logits, load_base(world.base, MODEL)[0](ids).logits)
+
+
+def test_a_cache_without_the_guides_states_is_refused() -> None:
+    """A text that was read with the guide off has no states of the guide, which a guided pass behind it needs."""
+    policy = moved(tiny_model("llama"), Guide("value", 3.0, 5))
+    ids = torch.randint(6, 200, (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = policy(input_ids=ids).logits[:, -1]
+        cache = policy(input_ids=ids[:, :4], use_cache=True).past_key_values
+        found = policy(input_ids=ids[:, 4:], past_key_values=cache).logits[:, -1]
+        assert float((found - whole).abs().max()) < 1e-4
+        for dial, off in ((None, policy.disable_adapter()), (Dial("q-weight", 0.0), contextlib.nullcontext())):
+            with off:
+                cache = policy(input_ids=ids[:, :4], use_cache=True, dial=dial).past_key_values
+            with pytest.raises(QAdapterError, match="filled with the guide off or its dial at 0"):
+                policy(input_ids=ids[:, 4:], past_key_values=cache)
+
+
+def test_what_a_guide_cannot_return_is_refused() -> None:
+    policy = moved(tiny_model("llama"), Guide("value", 3.0, 5))
+    ids = torch.tensor([[1, 20, 30]])
+    with pytest.raises(QAdapterError, match="output_hidden_states: a policy's logits are made of several passes"):
+        policy(input_ids=ids, output_hidden_states=True)
+    with pytest.raises(QAdapterError, match="return_dict is False"):
+        policy(input_ids=ids, return_dict=False)
+    with torch.no_grad():
+        whole, part = (policy(input_ids=ids, labels=ids, **given).loss for given in ({}, {"num_items_in_batch": 8}))
+    assert float(part) == pytest.approx(float(whole) * 2 / 8, rel=1e-5)
 
 
 def test_a_constant_value_is_the_base(world: TinyToy) -> None:

@@ -133,6 +133,39 @@ def test_labels_give_the_cross_entropy_of_the_policy():
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_labels_of_a_step_in_parts_add_up():
+    """transformers' Trainer gives a loss the step's number of labels and divides by nothing itself."""
+    policy, ids = make_policy(), tokens(3)
+    labels = ids.clone()
+    labels[0, :9] = labels[1, :4] = -100
+    with torch.no_grad():
+        whole = policy(input_ids=ids, labels=labels).loss
+        parts = [
+            policy(input_ids=ids[[i]], labels=labels[[i]], num_items_in_batch=torch.tensor(3 + 8 + 11)).loss
+            for i in range(3)
+        ]
+    assert float(sum(parts)) == pytest.approx(float(whole), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"output_hidden_states": True}, "output_hidden_states: a policy's logits are made of several passes"),
+        ({"output_attentions": True}, "output_attentions: a policy's logits"),
+        ({"return_dict": False}, "return_dict is False; a policy returns an output with names"),
+    ],
+)
+def test_what_a_policy_cannot_return_is_refused(asked: dict[str, bool], said: str):
+    policy, ids = make_policy(), tokens(2)
+    with pytest.raises(QAdapterError, match=said):
+        policy(input_ids=ids, **asked)
+    if "return_dict" not in asked:
+        with pytest.raises(QAdapterError, match=said):
+            policy.generate(ids, max_new_tokens=2, return_dict_in_generate=True, **asked)
+    same = policy(input_ids=ids, **{name: not value for name, value in asked.items()}).logits
+    assert torch.equal(same, policy(input_ids=ids).logits)
+
+
 def test_logits_to_keep():
     policy, ids = make_policy(), tokens()
     with torch.no_grad():
