@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qadapter.inference.generate import generation_settings, left_padded, only_as_asked
+from qadapter.inference.generate import context_of, generation_settings, left_padded, only_as_asked
 from qadapter.inference.score import device_of, evaluating, item_results
 
 
@@ -27,7 +27,8 @@ def continue_ids(
         model: any policy that can `generate`.
         tokenizer: its tokenizer.
         rows: token ids, at least one each.
-        max_new_tokens: longest continuation.
+        max_new_tokens: longest continuation. It is shorter where the model's context ends before; in a batch, where it
+            ends for the longest row.
         batch_size: rows per batch; a batch contains rows of similar length.
         temperature: 0 takes the most likely token at each step; above 0, tokens are sampled from the full distribution.
         seed: of the sampling; torch's own random state stays as it is.
@@ -40,6 +41,8 @@ def continue_ids(
 
     def continued(part: list[int]) -> list[list[int]]:
         batch = left_padded([rows[index] for index in part], settings.pad_token_id, device)
+        room = context_of(model) - batch["input_ids"].shape[1]  # learnt positions fail behind their end
+        settings.max_new_tokens = max(1, min(max_new_tokens, room))
         output = model.generate(**batch, generation_config=settings)  # type: ignore[operator]
         found = []
         for new in output[:, batch["input_ids"].shape[1] :].tolist():

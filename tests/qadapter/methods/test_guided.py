@@ -17,6 +17,7 @@ from qadapter.evaluation.curve.both_rows import log_likelihoods
 from qadapter.evaluation.divergence import kl_per_token
 from qadapter.evaluation.lm_eval.model import PolicyLM
 from qadapter.files.artifacts import read_json
+from qadapter.inference.continuations import continue_ids
 from qadapter.inference.generate import generate_replies
 from qadapter.methods.needs.reward_model import RewardModelSettings, open_rewards, reward_model
 from qadapter.methods.needs.rollouts import BRANCHES, ROLLOUTS, RolloutSettings, read_rows
@@ -31,6 +32,7 @@ from qadapter.preferences.tokenize import prompt_ids
 from qadapter.serving.generator import Generator, Sampling, Turn
 from qadapter.serving.policies import ServedPolicies
 from qadapter.training.adapt import lora_config
+from tests.support.tiny_chat import byte_tokenizer
 from tests.support.tiny_models import tiny_model
 from tests.support.tiny_toy import MODEL, NO_DROPOUT, TRAINING, TinyToy, make_tiny_toy, rows
 
@@ -299,6 +301,16 @@ def test_a_branch_begins_before_the_first_token(world: TinyToy) -> None:
     found = read_rows(folder, BRANCHES)
     assert found
     assert {tuple(row["prompt"]) for row in found} <= asked
+
+
+def test_a_continuation_ends_with_the_models_positions() -> None:
+    """GPT-2 has learnt 256 of them and fails behind: rows of 250 and 240 tokens get 6 more, and alone 6 and 9."""
+    model, tokenizer = tiny_model("gpt2"), byte_tokenizer()
+    model.generation_config.eos_token_id = None
+    rows = [[20 + i % 50 for i in range(length)] for length in (250, 240)]
+    same: dict[str, Any] = {"max_new_tokens": 9, "temperature": 0.0, "seed": 0}
+    assert [len(one) for one in continue_ids(model, tokenizer, rows, batch_size=2, **same)] == [6, 6]
+    assert [len(one) for one in continue_ids(model, tokenizer, rows, batch_size=1, **same)] == [6, 9]
 
 
 def test_rollouts_are_as_long_as_rejected_replies(world: TinyToy) -> None:
