@@ -41,7 +41,8 @@ class PolicyGradientSettings(MethodSettings):
         beta: the weight of the KL divergence from the base; above 0. Each method says where it stands.
         replies_per_prompt: in a group, whose rewards are compared with each other.
         temperature: of the sampling; above 0.
-        max_new_tokens: of a reply; None: as many as the longest chosen reply has.
+        max_new_tokens: of a reply; None: as many as the longest chosen reply has. Half of `training.max_length` is
+            theirs at least; prompts that leave less lose their beginning.
         reward: how the reward model is trained.
     """
 
@@ -69,5 +70,5 @@ def train_with(job: Job, choice: PolicyGradientSettings, name: Algorithm) -> Tra
         group=choice.replies_per_prompt,
         beta=choice.beta,
         temperature=choice.temperature,
-        max_new_tokens=job.reply_room(choice.max_new_tokens),
+        max_new_tokens=choice.max_new_tokens,
     )

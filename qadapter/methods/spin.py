@@ -22,7 +22,8 @@ class SPINSettings(MethodSettings):
         beta: the paper's λ, DPO's β against the opponent.
         iterations: how often the policy becomes its own opponent; the training's steps are divided among them.
         temperature: of the opponent's replies.
-        max_new_tokens: of the opponent's replies; None: as many as the longest chosen reply has.
+        max_new_tokens: of the opponent's replies; None: as many as the longest chosen reply has. Half of
+            `training.max_length` is theirs at least; prompts that leave less lose their beginning.
     """
 
     beta: Positive = 0.1
@@ -41,7 +42,7 @@ def train(job: Job, choice: SPINSettings) -> Trainer:
         beta=choice.beta,
         iterations=choice.iterations,
         temperature=choice.temperature,
-        max_new_tokens=job.reply_room(choice.max_new_tokens),
+        max_new_tokens=choice.max_new_tokens,
     )
 
 

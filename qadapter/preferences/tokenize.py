@@ -11,6 +11,7 @@ tokens from the right, so that one prompt token is left to predict the first res
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from qadapter.preferences.pair import Message, PreferencePair
 from qadapter.preferences.render import RenderError, prompt_text, rendered, turn_end
 
+log = logging.getLogger(__name__)
 _EMBEDDINGS = "_qadapter_embeddings"  # attribute of a tokenizer that has more tokens than its base
 
 
@@ -263,6 +265,32 @@ def truncation_of(pairs: Iterable[EncodedPair | EncodedReply]) -> Truncation:
         counts.ends += pair.lost_end
         counts.cut += pair.lost_prompt > 0 or pair.lost_reply > 0
     return counts
+
+
+def beside_replies(prompts: Sequence[list[int]], wanted: int, max_length: int) -> tuple[list[list[int]], int]:
+    """Prompts that leave room for generated replies, and the tokens that a reply may have.
+
+    The room is what the longest prompt leaves of `max_length`, and at least half of it. Prompts that leave less lose
+    their beginning, as in an evaluation; the room beside one long prompt would otherwise be that of every reply.
+
+    Args:
+        prompts: token ids.
+        wanted: tokens of a reply, if there is room for them.
+        max_length: most tokens of prompt and reply.
+    """
+    room = max(1, min(wanted, max(max_length // 2, max_length - max(map(len, prompts)))))
+    kept = max_length - room
+    cut = sum(len(prompt) > kept for prompt in prompts)
+    if cut or room < wanted:
+        log.warning(
+            "max_length %d leaves own replies %d of %d tokens, and %d of %d prompts lose their beginning for them",
+            max_length,
+            room,
+            wanted,
+            cut,
+            len(prompts),
+        )
+    return [prompt[-kept:] for prompt in prompts], room
 
 
 def collate_pairs(

@@ -25,6 +25,7 @@ from qadapter.preferences.tokenize import (
     Truncation,
     UnrenderablePair,
     UnusablePair,
+    beside_replies,
     encode_pairs,
     encoded_reply,
     truncation_of,
@@ -146,11 +147,12 @@ class Job:
         lengths = [len(prompt) + len(reply) for prompt, reply in examples]
         return list(examples), self._arguments(lengths, sequences_per_example=2)
 
-    def on_prompts(self, group: int) -> tuple[list[list[int]], dict[str, Any]]:
-        """The pairs' prompts, and a trainer's arguments for steps of `2 · batch_size` replies of its own.
+    def on_prompts(self, group: int, wanted: int | None) -> tuple[list[list[int]], int, dict[str, Any]]:
+        """As `prompts_for_replies`, and a trainer's arguments for steps of `2 · batch_size` replies of its own.
 
         Args:
             group: replies per prompt. The method reports what it read (`spent`), which is known only afterwards.
+            wanted: as `prompts_for_replies` takes it.
 
         Raises:
             QAdapterError: a micro-batch cannot be divided into such groups.
@@ -161,8 +163,8 @@ class Job:
                 f"{replies} replies per micro-batch (two for each of its {self._settings.micro_batch} pairs) are not a "
                 f"multiple of {group} replies per prompt; change training.batch_size or the number of replies"
             )
-        prompts = [pair.prompt_ids for pair in self.encoded]
-        return prompts, self._arguments([len(prompt) for prompt in prompts], sequences_per_example=2)
+        prompts, room = self.prompts_for_replies(wanted)
+        return prompts, room, self._arguments([len(prompt) for prompt in prompts], sequences_per_example=2)
 
     def spent(self, *, trained: int, generated: int) -> None:
         """Report the tokens of a method that makes its own replies.
@@ -173,10 +175,14 @@ class Job:
         """
         self._trained, self.generated = trained, generated
 
-    def reply_room(self, wanted: int | None) -> int:
-        """Tokens that a generated reply may have: `wanted` (None: as many as the longest chosen reply), if they fit."""
+    def prompts_for_replies(self, wanted: int | None) -> tuple[list[list[int]], int]:
+        """The N prompts for replies that a method generates, and the tokens that these may have (`beside_replies`).
+
+        Args:
+            wanted: tokens of a reply; None: as many as the longest chosen reply has.
+        """
         longest = wanted or max(len(pair.chosen_ids) for pair in self.encoded)
-        return max(1, min(longest, self.max_length - max(len(pair.prompt_ids) for pair in self.encoded)))
+        return beside_replies([pair.prompt_ids for pair in self.encoded], longest, self.max_length)
 
     def chosen(self) -> list[Conversation]:
         """The N chosen replies with their prompts."""

@@ -71,7 +71,7 @@ def train_on_rewards(
     group: int,
     beta: float,
     temperature: float,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
 ) -> Trainer:
     """Train on sampled replies to the pairs' prompts, `2 · batch_size` per step, as every method reads.
 
@@ -84,12 +84,13 @@ def train_on_rewards(
         reward: of sequences of token ids, prompt and reply; the end token is part of a reply that ended.
         group: replies per prompt.
         beta: weight of the divergence from the base, above 0: at 0 TRL would have no reference.
-        temperature, max_new_tokens: of the sampling.
+        temperature: of the sampling.
+        max_new_tokens: as `Job.prompts_for_replies` takes it.
 
     Raises:
         QAdapterError: a micro-batch is no multiple of `group`, or rows are to be grouped by length.
     """
-    prompts, arguments = job.on_prompts(group)
+    prompts, room, arguments = job.on_prompts(group, max_new_tokens)
     if arguments.get("train_sampling_strategy") == GROUPED:  # the replies to a prompt would not come together
         raise QAdapterError(f"{name} samples its replies in groups; leave {GROUPED} out")
     counted = GeneratedTokens()
@@ -114,7 +115,7 @@ def train_on_rewards(
             num_generations=group,
             beta=beta,
             temperature=temperature,
-            max_completion_length=max_new_tokens,
+            max_completion_length=room,
             disable_dropout=True,
         ),
         train_dataset=Dataset.from_dict({"prompt": prompts}),

@@ -32,13 +32,22 @@ class SelfPlayTrainer(PairTrainer):
 
     Attributes:
         job: the training.
+        prompts: token ids of each pair's prompt, with room for the opponent's replies.
         iterations: equal parts of the training's steps; iteration k begins before step `first_step(k)`.
         sampling: arguments of `continue_ids` for the opponent's replies.
     """
 
-    def __init__(self, *arguments: Any, job: Job, iterations: int, sampling: Mapping[str, Any], **options: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        job: Job,
+        prompts: list[list[int]],
+        iterations: int,
+        sampling: Mapping[str, Any],
+        **options: Any,
+    ) -> None:
         super().__init__(*arguments, **options)
-        self.job, self.iterations, self.sampling = job, iterations, dict(sampling)
+        self.job, self.prompts, self.iterations, self.sampling = job, prompts, iterations, dict(sampling)
         self.opponent: dict[str, Tensor] = {}
         self.replies: dict[int, list[list[int]]] = {}
         self._iteration = -1
@@ -70,9 +79,9 @@ class SelfPlayTrainer(PairTrainer):
 
     def pair(self, index: int) -> EncodedPair:
         """A chosen reply with one of the opponent's: from the second iteration on, half of them are the last one's."""
-        known = self.job.encoded[index]
+        chosen = self.job.encoded[index].chosen_ids
         iteration = self._iteration - (self._iteration > 0 and (self.state.global_step + index) % 2)
-        return EncodedPair(known.prompt_ids, known.chosen_ids, self.replies[iteration][index])
+        return EncodedPair(self.prompts[index], chosen, self.replies[iteration][index])
 
     @contextmanager
     def reference(self, model: nn.Module) -> Iterator[None]:
@@ -101,9 +110,8 @@ class SelfPlayTrainer(PairTrainer):
         else:
             self.opponent = {name: weights.detach().clone() for name, weights in self._adapter(model).items()}
             unwrapped = self.accelerator.unwrap_model(model)
-            rows = [pair.prompt_ids for pair in self.job.encoded]
             seed = self.job.seed * 1_000 + iteration
-            replies = continue_ids(unwrapped, self.job.tokenizer, rows, seed=seed, **self.sampling)
+            replies = continue_ids(unwrapped, self.job.tokenizer, self.prompts, seed=seed, **self.sampling)
             if self.is_world_process_zero():
                 self._write(iteration, replies)
             self.replies[iteration] = replies
@@ -135,7 +143,7 @@ def _batch(indices: Sequence[int]) -> dict[str, Tensor]:
 
 
 def train_against_itself(
-    job: Job, name: str, *, beta: float, iterations: int, temperature: float, max_new_tokens: int
+    job: Job, name: str, *, beta: float, iterations: int, temperature: float, max_new_tokens: int | None
 ) -> SelfPlayTrainer:
     """Train with DPO's loss on the chosen replies and the opponent's, relative to the opponent.
 
@@ -144,7 +152,8 @@ def train_against_itself(
         name: of the method, for progress messages.
         beta: DPO's β.
         iterations: see `SelfPlayTrainer`.
-        temperature, max_new_tokens: of the opponent's replies.
+        temperature: of the opponent's replies.
+        max_new_tokens: as `Job.prompts_for_replies` takes it.
 
     Raises:
         QAdapterError: there are more iterations than steps.
@@ -156,7 +165,8 @@ def train_against_itself(
         chosen, own = scores.log_ratios.sum(dim=1).chunk(2)
         return -logsigmoid(beta * (chosen - own)).sum()
 
-    sampling = {"temperature": temperature, "max_new_tokens": max_new_tokens, "batch_size": 64}
+    prompts, room = job.prompts_for_replies(max_new_tokens)
+    sampling = {"temperature": temperature, "max_new_tokens": room, "batch_size": 64}
     trainer = pair_trainer(
         job,
         loss,
@@ -165,7 +175,7 @@ def train_against_itself(
         dataset=range(len(job.encoded)),
         lengths=[len(prompt) + len(reply) for prompt, reply in job.chosen()],  # the opponent's are made later
         collator=_batch,
-        further={"job": job, "iterations": iterations, "sampling": sampling},
+        further={"job": job, "prompts": prompts, "iterations": iterations, "sampling": sampling},
     )
     assert isinstance(trainer, SelfPlayTrainer)
     train_to_end(trainer, name)

@@ -25,7 +25,8 @@ class RolloutSettings(Settings):
         per_prompt: replies for each distinct prompt.
         temperature: of the sampling.
         max_new_tokens: of a reply; None: as many as the longest reply of a pair has, chosen or rejected, for the reward
-            of a reply without its end says little.
+            of a reply without its end says little. Half of `training.max_length` is theirs at least; prompts that leave
+            less lose their beginning.
     """
 
     per_prompt: Count = 4
@@ -70,14 +71,14 @@ class _Sampler:
     ) -> None:
         from qadapter.policy.loading import load_base
         from qadapter.preferences.pair import load_pairs
-        from qadapter.preferences.tokenize import encode_pairs
+        from qadapter.preferences.tokenize import beside_replies, encode_pairs
 
         self.network, self.tokenizer = load_base(base, model)
         self.settings, self._batch_size = settings, batch_size
         pairs = encode_pairs(load_pairs(pairs_file), self.tokenizer, training.max_length).pairs
-        self.prompts = [list(ids) for ids in dict.fromkeys(tuple(pair.prompt_ids) for pair in pairs)]
+        prompts = [list(ids) for ids in dict.fromkeys(tuple(pair.prompt_ids) for pair in pairs)]
         longest = settings.max_new_tokens or max(len(ids) for p in pairs for ids in (p.chosen_ids, p.rejected_ids))
-        self.longest = max(1, min(longest, training.max_length - max(map(len, self.prompts))))
+        self.prompts, self.longest = beside_replies(prompts, longest, training.max_length)
         self._folder, self._base, self._model = folder, base, model
         self.generated = 0
 

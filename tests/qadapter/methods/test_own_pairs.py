@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from qadapter.policy.loading import load_base
 from qadapter.preferences.pair import load_pairs
 from qadapter.preferences.tokenize import encode_pair
 from qadapter.training.self_play import SelfPlayTrainer
-from tests.support.tiny_toy import MODEL, PAIRS, TRAINING, TinyToy, make_tiny_toy, rows
+from tests.support.tiny_toy import MODEL, PAIRS, TRAINING, TinyToy, make_tiny_toy, pair, rows, write_pairs
 
 NO_DROPOUT = LoraSettings(rank=2, alpha=4, dropout=0.0)
 
@@ -112,6 +113,22 @@ def test_spin_plays_against_itself(world: TinyToy, tmp_path: Path, monkeypatch: 
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["cost/generated_tokens"] == sum(len(reply) for both in replies for reply in both)
     assert metrics["cost/train_tokens"] == sum(int(step["inputs"]["attention_mask"].sum()) for step in seen)
+
+
+def test_one_long_prompt_shortens_no_reply(world: TinyToy, tmp_path: Path) -> None:
+    """Its pair's replies have two words each: the room beside this prompt was that of every opponent's reply."""
+    pairs = load_pairs(world.pairs)
+    long = " ".join(["tell me how to change the permit ."] * 20)
+    odd = pair(long, "no .", "yes .")
+    mixed = replace(world, pairs=write_pairs(tmp_path / "pairs.jsonl", [odd, *pairs[1:]]))
+    out = mixed.train("spin", tmp_path / "out", choice=SPINSettings(max_new_tokens=12), lora=NO_DROPOUT)
+    replies = json.loads((tmp_path / "out-scratch/opponent-0.json").read_text())
+    _, tokenizer = load_base(world.base, MODEL)
+    left = TRAINING.max_length - len(encode_pair(odd, tokenizer, TRAINING.max_length).prompt_ids)
+    assert left < 6
+    assert max(map(len, replies)) == 12
+    read = json.loads((out / "metrics.json").read_text())["cost/train_tokens"]
+    assert read <= 6 * 8 * TRAINING.max_length
 
 
 def test_more_iterations_than_steps_are_refused(world: TinyToy, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from qadapter.preferences.render import plain_prompt
 from qadapter.preferences.tokenize import (
     EncodedPair,
     UnusablePair,
+    beside_replies,
     collate_pairs,
     encode_pair,
     encode_texts,
@@ -205,3 +206,23 @@ def test_padding_id_falls_back():
     assert padding_id(tokenizer) == tokenizer.eos_token_id == 2
     tokenizer.eos_token = None
     assert padding_id(tokenizer) == 0
+
+
+@pytest.mark.parametrize(
+    ("lengths", "wanted", "room", "kept"),
+    [
+        ([20, 30], 34, 34, [20, 30]),  # all fit
+        ([20, 30], 40, 34, [20, 30]),  # beside the longest prompt there are 34 of 64
+        ([20, 60], 12, 12, [20, 52]),  # one long prompt is cut, and no reply
+        ([20, 60], 40, 32, [20, 32]),  # replies have half of 64
+        ([63], 1, 1, [63]),
+    ],
+)
+def test_own_replies_have_room_beside_long_prompts(
+    lengths: list[int], wanted: int, room: int, kept: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = [list(range(length)) for length in lengths]
+    found, tokens = beside_replies(prompts, wanted, 64)
+    assert tokens == room
+    assert found == [prompt[len(prompt) - left :] for prompt, left in zip(prompts, kept, strict=True)]
+    assert bool(caplog.records) == (kept != lengths or room < wanted)
