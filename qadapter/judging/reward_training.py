@@ -42,7 +42,7 @@ def train_judge(
     seed: int,
     out: Path,
     scratch: Path,
-) -> None:
+) -> RewardTrainer:
     """Fit -log σ(reward of chosen - reward of rejected) and measure the result.
 
     Args:
@@ -58,6 +58,9 @@ def train_judge(
             `judge/accuracy_low`, `judge/accuracy_high` and pairs `judge/accuracy_n`, `judge/train_pairs`,
             `train/…`, `cost/…`.
         scratch: folder of checkpoints; training resumes from the newest complete one.
+
+    Returns:
+        The trainer, with the trained model. Of several processes only the first one writes it to `out`.
 
     Raises:
         QAdapterError: no pair can be used within `max_length`.
@@ -113,3 +116,4 @@ def train_judge(
             "judge/train_pairs": len(pairs),
         },
     )
+    return trainer

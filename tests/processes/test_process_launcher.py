@@ -26,6 +26,7 @@ from qadapter.config.experiment import load_experiment
 from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import digest_tree
 from qadapter.methods import sft
+from qadapter.methods.needs.reward_model import RewardModelSettings, train_reward_model
 from qadapter.preferences.prepare import prepare
 from qadapter.training.adapt import train_adapter as train_function
 from qadapter.training.arguments import trainer_arguments
@@ -41,7 +42,7 @@ from tasks.stages.store import StageOutput, StageStore
 from tasks.tracking.tracker import Tracker
 from tasks.train import Base, train_adapter
 from tests.support.forked_launch import drive
-from tests.support.tiny_toy import CHOICES, LORA, MODEL, TRAINING, TinyToy, make_tiny_toy, rows
+from tests.support.tiny_toy import CHOICES, LORA, MODEL, NO_DROPOUT, TRAINING, TinyToy, make_tiny_toy, rows
 
 TWO = {"launch.engine": "accelerate", "launch.processes": 2}
 SETTINGS_OF_TWO = LaunchSettings(engine="accelerate", processes=2)
@@ -144,6 +145,38 @@ def test_a_judge_is_trained_by_two_processes_as_by_one(toy: TinyToy, tmp_path: P
     one, two = run_judge(), run_judge(training={"micro_batch_size": 1}, **TWO)
     assert_same(one, two)
     assert one.metrics()["judge/accuracy"] == two.metrics()["judge/accuracy"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("forked_launch")
+def test_a_methods_reward_model_is_trained_by_two_processes_as_by_one(toy: TinyToy, tmp_path: Path) -> None:
+    """Only one of the processes has the files that were written; the scale of the rewards is measured by both."""
+    scales, heads = [], []
+    for name, launch, micro in (("one", LaunchSettings(), 4), ("two", SETTINGS_OF_TWO, 1)):
+        out = tmp_path / name
+        for folder in (out, tmp_path / f"{name}-scratch"):
+            folder.mkdir()
+        training = TRAINING.model_copy(update={"micro_batch_size": micro, "max_steps": 4, "save_steps": None})
+        ProcessLauncher(launch)(
+            train_reward_model,
+            toy.base,
+            toy.pairs,
+            model=MODEL,
+            settings=RewardModelSettings(),
+            batch_size=4,
+            seed=0,
+            out=out,
+            scratch=tmp_path / f"{name}-scratch",
+            lora=NO_DROPOUT,
+            training=training,
+            heldout_file=toy.heldout,
+        )
+        scales.append(json.loads((out / "scale.json").read_text()))
+        heads.append(load_file(out / "reward_model/adapter_model.safetensors"))
+    assert scales[1] == pytest.approx(scales[0], rel=1e-3, abs=1e-4)
+    assert scales[0]["deviation"] not in (0.0, 1.0)
+    assert heads[1].keys() == heads[0].keys()
+    assert all(torch.allclose(heads[1][key], heads[0][key], rtol=1e-3, atol=1e-4) for key in heads[0])
 
 
 def assert_same(one: StageOutput, two: StageOutput) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qadapter.config.base import Count, Positive, Settings
 from qadapter.config.model import LoraSettings, ModelSettings
@@ -67,7 +67,7 @@ def train_reward_model(
     """
     from qadapter.files.artifacts import read_json, write_json
     from qadapter.judging.reward_training import train_judge
-    from qadapter.policy.loading import load_base
+    from qadapter.judging.rewards import rewards
     from qadapter.preferences.pair import load_pairs
     from qadapter.preferences.tokenize import encode_pairs
 
@@ -75,7 +75,7 @@ def train_reward_model(
     if settings.epochs and not settings.max_steps:
         changed["max_steps"] = None
     settings_of_training = training.model_copy(update=changed)
-    train_judge(
+    trainer = train_judge(
         base,
         pairs_file,
         heldout_file,
@@ -88,10 +88,11 @@ def train_reward_model(
     )
     metrics = read_json(out / "metrics.json")
     write_json(out / "metrics.json", {name.replace("judge/", f"{NAME}/"): value for name, value in metrics.items()})
-    _, tokenizer = load_base(base, model)
+    tokenizer: Any = trainer.processing_class
     pairs = encode_pairs(load_pairs(pairs_file), tokenizer, training.max_length).pairs
-    score = open_rewards(out, base, model, batch_size, standardised=False)
-    found = score([pair.prompt_ids + ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)])
+    rows = [pair.prompt_ids + ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+    assert trainer.model is not None
+    found = [float(one) for one in rewards(trainer.model, rows, batch_size)]  # of several processes one has the files
     mean = sum(found) / len(found)
     deviation = (sum((one - mean) ** 2 for one in found) / len(found)) ** 0.5
     write_json(out / SCALE, {"mean": mean, "deviation": deviation or 1.0})
