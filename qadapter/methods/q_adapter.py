@@ -74,7 +74,7 @@ def continue_adapter(
         base: folder or hub id of the base that the adapter was trained on.
         adapter: folder of a Q-Adapter.
         pairs_file: prepared preference pairs, one per line.
-        model, training: of the experiment.
+        model, training: of the experiment; it evaluates and stops early as `train_adapter` does.
         seed: of order and dropout.
         out: gets `adapter/`, `params.json`, `history.jsonl` and `metrics.json`, as from `train_adapter`.
         scratch: folder of checkpoints; training resumes from the newest complete one.
@@ -87,31 +87,37 @@ def continue_adapter(
     from qadapter.policy.loading import load_base
     from qadapter.policy.model import QAdapterForCausalLM
     from qadapter.preferences.pair import load_pairs
-    from qadapter.training.adapt import lengths_of_pairs, with_steps, write_adapter
+    from qadapter.training.adapt import lengths_of_pairs, some_aside, with_steps, write_adapter
     from qadapter.training.arguments import measured_cost, tokens_seen, train_to_end, trainer_arguments
-    from qadapter.training.encoded_pairs import encode_dataset
+    from qadapter.training.encoded_pairs import EncodedPairs, encode_dataset
+    from qadapter.training.evaluated import evaluating_while_training
     from qadapter.training.trainer import QAdapterTrainer
 
     network, tokenizer = load_base(base, model)
     policy = QAdapterForCausalLM.from_pretrained(adapter, base_model=network, is_trainable=True)
-    encoded = encode_dataset(
-        load_pairs(pairs_file),
+    given = load_pairs(pairs_file)
+    found = encode_dataset(
+        given,
         tokenizer,
         training.max_length,
         "training",
         allow_truncation=training.allow_truncation,
     )
-    settings = with_steps(training, len(encoded), choice.learning_rate)
+    left_out = {index for index, _ in found.quarantined}
+    usable = [pair for index, pair in enumerate(given) if index not in left_out]
+    _, encoded, aside = some_aside(usable, [found[index] for index in range(len(found))], training)
+    trained = encoded[: len(encoded) - (aside.held if aside else 0)]
+    settings = with_steps(training, len(trained), choice.learning_rate)
     arguments = _configured(choice, trainer_arguments(settings, seed=seed, scratch=scratch), out)
     set_seed(seed)
-    with measured_cost() as cost:
+    with measured_cost() as cost, evaluating_while_training(aside):
+        pairs = EncodedPairs(encoded)
         trainer = train_to_end(
-            QAdapterTrainer(model=policy, args=arguments, train_dataset=encoded, processing_class=tokenizer),
+            QAdapterTrainer(model=policy, args=arguments, train_dataset=pairs, processing_class=tokenizer),
             f"{METHOD.name}, continued",
         )
-    pairs = [encoded[index] for index in range(len(encoded))]
-    tokens = tokens_seen(lengths_of_pairs(pairs), int(settings.max_steps or 0), training.batch_size)
-    write_adapter(out, trainer, cost, tokens, pairs)
+    tokens = tokens_seen(lengths_of_pairs(trained), trainer.state.global_step, training.batch_size)
+    write_adapter(out, trainer, cost, tokens, encoded)
 
 
 def _configured(choice: QAdapterSettings, arguments: Mapping[str, Any], out: Path) -> QAdapterConfig:

@@ -262,13 +262,7 @@ def train_adapter(
     )
     # Two rows cost what a pair costs, and no last micro-batch has a single row, which no other row is compared with.
     single = single[: len(single) // 2 * 2]
-    usable, aside = [pairs[index] for index in kept], None
-    if isinstance(training, AdapterTraining) and training.eval_steps:
-        if not usable:
-            raise QAdapterError("training.eval_steps needs pairs, and the source has single replies; leave it out")
-        order, held = set_aside(usable, training.eval_pairs or DEFAULT_EVAL_PAIRS)
-        usable, encoded = [usable[place] for place in order], [encoded[place] for place in order]
-        aside = Aside(len(usable), held, training)
+    usable, encoded, aside = some_aside([pairs[index] for index in kept], encoded, training)
     left = len(encoded) - (aside.held if aside else 0)
     settings = with_steps(training, left or len(single) // 2, choice.learning_rate)
     job = Job(
@@ -296,6 +290,27 @@ def train_adapter(
     if single:
         own |= cuts.metrics()
     write_adapter(out, trainer, cost, job.tokens(), encoded, **own)
+
+
+def some_aside(
+    pairs: Sequence[PreferencePair], encoded: Sequence[EncodedPair], training: OptimizerSettings
+) -> tuple[list[PreferencePair], list[EncodedPair], Aside | None]:
+    """The pairs of a training, those at their end that it evaluates while it runs, and how; None where it does not.
+
+    Args:
+        pairs, encoded: the usable pairs, as text and as token ids.
+        training: the settings.
+
+    Raises:
+        QAdapterError: there is no pair, or none would be left to train on.
+    """
+    if not (isinstance(training, AdapterTraining) and training.eval_steps):
+        return list(pairs), list(encoded), None
+    if not pairs:
+        raise QAdapterError("training.eval_steps needs pairs, and the source has single replies; leave it out")
+    order, held = set_aside(pairs, training.eval_pairs or DEFAULT_EVAL_PAIRS)
+    aside = Aside(len(pairs), held, training)
+    return [pairs[place] for place in order], [encoded[place] for place in order], aside
 
 
 def encode_single(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qadapter.config.training import AdapterTraining, OptimizerSettings
 from qadapter.errors import QAdapterError
 from qadapter.methods.q_adapter import continue_adapter
 from tests.support.tiny_toy import CHOICES, MODEL, TRAINING, TinyToy, make_tiny_toy
@@ -25,7 +26,7 @@ def start(toy: TinyToy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toy.train("q-adapter", tmp_path_factory.mktemp("first") / "out") / "adapter"
 
 
-def go_on(toy: TinyToy, start: Path, out: Path, **changes: Any) -> Path:
+def go_on(toy: TinyToy, start: Path, out: Path, training: OptimizerSettings = TRAINING, **changes: Any) -> Path:
     out.mkdir()
     continue_adapter(
         CHOICES["q-adapter"],
@@ -33,7 +34,7 @@ def go_on(toy: TinyToy, start: Path, out: Path, **changes: Any) -> Path:
         start,
         toy.pairs,
         model=MODEL,
-        training=TRAINING.model_copy(update=changes),
+        training=training.model_copy(update=changes),
         seed=5,
         out=out,
         scratch=out.with_name(f"{out.name}-scratch"),
@@ -65,6 +66,26 @@ def test_it_learns_on_and_writes_its_record(toy: TinyToy, start: Path, tmp_path:
     assert history[0]["train/loss"] < first[0]["train/loss"], "it begins better than the first training began"
     assert json.loads((out / "params.json").read_text())["objective"]["parametrization"] == "residual"
     assert json.loads((out / "metrics.json").read_text())["train/steps"] == 6
+
+
+def test_it_evaluates_and_stops_early_as_the_first_training_does(toy: TinyToy, start: Path, tmp_path: Path) -> None:
+    """With a learning rate that overshoots, the evaluations after the first one are no better."""
+    asked = {
+        "eval_steps": 1,
+        "eval_pairs": 3,
+        "early_stopping": 2,
+        "learning_rate": 3.0,
+        "max_steps": 40,
+        "save_steps": 1,
+    }
+    training = AdapterTraining(**{**TRAINING.model_dump(), **asked})
+    out = go_on(toy, start, tmp_path / "out", training)
+    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["eval/loss"] for row in history if row["step"] and "eval/loss" in row}
+    best = min(losses, key=lambda step: losses[step])
+    assert json.loads((out / "metrics.json").read_text())["train/steps"] == best + 2 < 40
+    kept = weights(tmp_path / f"out-scratch/checkpoint-{best}")
+    assert all(torch.equal(value, kept[name]) for name, value in weights(out / "adapter").items())
 
 
 def test_an_adapter_of_another_method_is_refused(toy: TinyToy, tmp_path: Path) -> None:
