@@ -35,13 +35,19 @@ class Projection:
             protected: k; at the full rank of a layer its update is 0.
 
         Raises:
-            QAdapterError: the adapter is on a layer that has no matrix of its own.
+            QAdapterError: the adapter is on a layer that has no matrix of its own, or is a variant of LoRA that does
+                more than to add to it.
         """
         self.directions: list[tuple[LoraLayer, Tensor, Tensor]] = []
         if not protected:
             return
         for name, layer in model.named_modules():
             if isinstance(layer, LoraLayer):
+                if layer.lora_variant:
+                    raise QAdapterError(
+                        "oplora protects directions of a weight that a plain LoRA is added to; a variant such as DoRA "
+                        f"scales the weight itself ({name}). Leave lora.use_dora out, or set protected to 0."
+                    )
                 left, _, right = torch.linalg.svd(_weight(layer, name), full_matrices=False)
                 self.directions.append((layer, left[:, :protected], right[:protected].T))
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from qadapter.config.model import LoraSettings
+from qadapter.errors import QAdapterError
 from qadapter.methods.kl_sft import KLSFTSettings, forward_kl
 from qadapter.methods.method import MethodSettings
 from qadapter.methods.oplora import OPLoRASettings
@@ -18,6 +19,7 @@ from qadapter.methods.tmkl import TMKLSettings, masked_forward_kl
 from qadapter.policy.loading import load_base, load_policy
 from qadapter.training.adapt import lora_config
 from qadapter.training.orthogonal import Projection
+from tests.support.tiny_models import lora, tiny_model
 from tests.support.tiny_toy import MODEL, TRAINING, TinyToy, make_tiny_toy, rows
 
 LORA = LoraSettings(rank=4, alpha=8, dropout=0.0)
@@ -116,6 +118,14 @@ def test_oplora_leaves_the_leading_directions_alone(world: TinyToy, sft: Path, t
     none = trained(world, "oplora", tmp_path / "none", OPLoRASettings(protected=0))
     ours, plain = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (none, sft))
     assert all(torch.equal(ours[name], plain[name]) for name in plain), "without a direction it is SFT"
+
+
+def test_a_variant_of_lora_is_refused() -> None:
+    """DoRA scales each output of W + ΔW: the leading directions would not stay what they are."""
+    dora = get_peft_model(tiny_model("llama"), lora(use_dora=True))
+    with pytest.raises(QAdapterError, match=r"a variant such as DoRA scales the weight itself .* lora\.use_dora"):
+        Projection(dora, 4)
+    assert Projection(dora, 0).directions == []
 
 
 def test_at_full_rank_nothing_is_left_to_move(world: TinyToy) -> None:
