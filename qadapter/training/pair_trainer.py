@@ -162,6 +162,8 @@ class PairTrainer(Trainer):
         if not self._margins[training]:
             return {}
         margins = torch.cat(self._margins[training])
+        if training:  # an evaluation's are gathered already, without the pairs that fill up the last batch
+            margins = self.accelerator.gather(margins)
         self._margins[training] = []
         return {
             "rewards/margins": float(margins.mean()),

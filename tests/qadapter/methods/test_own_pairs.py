@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from qadapter.methods.spin import SPINSettings
 from qadapter.policy.loading import load_base
 from qadapter.preferences.pair import load_pairs
 from qadapter.preferences.tokenize import encode_pair
+from qadapter.training.pair_trainer import PairTrainer
 from qadapter.training.self_play import SelfPlayTrainer
 from tests.support.tiny_toy import MODEL, PAIRS, TRAINING, TinyToy, make_tiny_toy, pair, rows, write_pairs
 
@@ -35,6 +37,17 @@ def test_dpop_by_hand() -> None:
     chosen, rejected = torch.tensor([0.0, 1.0, -1.0]), torch.tensor([0.0, -1.0, -3.0])
     found = pair_losses(chosen, rejected, beta=0.5, penalty=2.0).tolist()
     assert found == pytest.approx([math.log(2), math.log(1 + math.exp(-1)), math.log(2)], abs=1e-6)
+
+
+def test_logged_margins_are_of_all_processes() -> None:
+    """Two pairs here, with margins 1 and −2, and two elsewhere, with 5 and 3."""
+    trainer = PairTrainer.__new__(PairTrainer)
+    trainer._margins = {True: [torch.tensor([1.0]), torch.tensor([-2.0])], False: [torch.tensor([4.0])]}
+    gather = lambda own: torch.cat([own, torch.tensor([5.0, 3.0])])  # noqa: E731
+    trainer.accelerator = SimpleNamespace(gather=gather)
+    assert trainer._taken(training=True) == {"rewards/margins": 7 / 4, "rewards/accuracies": 3 / 4}
+    assert trainer._taken(training=True) == {}
+    assert trainer._taken(training=False) == {"rewards/margins": 4.0, "rewards/accuracies": 1.0}
 
 
 @pytest.mark.slow
