@@ -51,6 +51,8 @@ def write_checkpoint(
     # A reply ends where this project ends it: at the template's end of a turn too
     merged.generation_config.eos_token_id = end_ids(tokenizer, generation.eos_token_id)
     merged.generation_config.pad_token_id = padding_id(tokenizer)
+    # transformers saves the base's contradictions (Vicuna's temperature without sampling) only in an unchanged config
+    merged.generation_config._original_object_hash = hash(merged.generation_config)
     merged.save_pretrained(str(out))
     tokenizer.save_pretrained(str(out))
 

@@ -24,7 +24,7 @@ from qadapter.command.parser import main
 from qadapter.errors import QAdapterError
 from qadapter.export.card import Exported, card_text
 from qadapter.export.facts import FACTS, DataFile, Facts, Measurement
-from qadapter.export.folder import write_lora
+from qadapter.export.folder import write_checkpoint, write_lora
 from qadapter.export.known import licence_of, read_facts
 from qadapter.export.merge import merge_into_base
 from qadapter.files.artifacts import write_json
@@ -112,6 +112,17 @@ def open_(place: Path, name: str, dial: str) -> QAdapterForCausalLM:
 
 
 @pytest.mark.slow
+def test_a_bases_contradicting_generation_config_is_kept(tmp_path: Path) -> None:
+    """Vicuna's has a temperature and no sampling: transformers saves that unchanged only, and the ends change."""
+    base = tiny_llama()
+    base.generation_config.temperature = 0.9
+    policy = QAdapterForCausalLM.from_base(base, lora(), Objective.preset("residual"))
+    write_checkpoint(policy, {"default": 1.0}, byte_tokenizer(), tmp_path)
+    written = json.loads((tmp_path / "generation_config.json").read_text())
+    assert written["temperature"] == 0.9
+    assert byte_tokenizer().eos_token_id in written["eos_token_id"]
+
+
 @pytest.mark.parametrize(
     ("name", "dial"),
     [
