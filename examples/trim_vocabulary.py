@@ -118,7 +118,8 @@ def kept_tokens(
         merged_from[left + right] |= {left, right}
     kept = set(range(min(first, len(tokenizer)))) | set(tokenizer.all_special_ids) | set(ends)
     # A chat template may end the assistant's turn with a special token that no name such as `eos_token` stands for.
-    kept |= {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    template = str(tokenizer.chat_template or "")
+    kept |= {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.content in template}
     kept |= {
         id_ for token, id_ in vocabulary.items() if len(token) == 1 and ord(token) < 0x180
     }  # bytes of GPT-2's kind

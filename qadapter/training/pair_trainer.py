@@ -162,13 +162,12 @@ class PairTrainer(Trainer):
         if not self._margins[training]:
             return {}
         margins = torch.cat(self._margins[training])
-        if training:  # an evaluation's are gathered already, without the pairs that fill up the last batch
-            margins = self.accelerator.gather(margins)
         self._margins[training] = []
-        return {
-            "rewards/margins": float(margins.mean()),
-            "rewards/accuracies": float((margins > 0).float().mean()),
-        }
+        sums = torch.stack([margins.sum(), (margins > 0).sum().to(margins), torch.ones_like(margins).sum()])
+        if training:  # an evaluation's are gathered already, without the pairs that fill up the last batch
+            sums = self.accelerator.reduce(sums, reduction="sum")  # processes may have seen unequal numbers of pairs
+        total, positive, count = sums.tolist()
+        return {"rewards/margins": total / count, "rewards/accuracies": positive / count}
 
 
 def _gathered(rows: ReplyRows, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -60,8 +60,8 @@ class RegularisedTrainer(SFTTrainer):
         ]
         likelihood, divergence = (torch.stack(column).sum() for column in zip(*sums, strict=True))
         tokens = torch.as_tensor(scored.sum() if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
-        own = torch.stack([divergence.detach(), scored.sum().to(divergence.dtype)])
-        total, count = self.accelerator.reduce(own, reduction="sum").tolist()  # of all processes
+        here = torch.stack([divergence.detach(), scored.sum().to(divergence.dtype)])
+        total, count = self.accelerator.reduce(here, reduction="sum").tolist()  # of all processes
         self._metrics["train" if model.training else "eval"]["kl/base"].append(total / max(1.0, count))
         loss = (likelihood + self.weight * divergence) / tokens
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:

@@ -40,12 +40,13 @@ def test_dpop_by_hand() -> None:
 
 
 def test_logged_margins_are_of_all_processes() -> None:
-    """Two pairs here, with margins 1 and −2, and two elsewhere, with 5 and 3."""
+    """Two pairs here, with margins 1 and −2, and three elsewhere, with 5, 3 and 0."""
     trainer = PairTrainer.__new__(PairTrainer)
     trainer._margins = {True: [torch.tensor([1.0]), torch.tensor([-2.0])], False: [torch.tensor([4.0])]}
-    gather = lambda own: torch.cat([own, torch.tensor([5.0, 3.0])])  # noqa: E731
-    trainer.accelerator = SimpleNamespace(gather=gather)
-    assert trainer._taken(training=True) == {"rewards/margins": 7 / 4, "rewards/accuracies": 3 / 4}
+    elsewhere = torch.tensor([8.0, 2.0, 3.0])
+    trainer.accelerator = SimpleNamespace(reduce=lambda own, reduction: own + elsewhere)
+    found = trainer._taken(training=True)
+    assert found == {"rewards/margins": pytest.approx(7 / 5), "rewards/accuracies": pytest.approx(3 / 5)}
     assert trainer._taken(training=True) == {}
     assert trainer._taken(training=False) == {"rewards/margins": 4.0, "rewards/accuracies": 1.0}
 
