@@ -29,6 +29,7 @@ class AskedPrompts:
         batch_size: int,
     ) -> None:
         self._texts, self._tokenizer, self._batch_size = texts, tokenizer, batch_size
+        self._longest = max_new_tokens
         room = context_of(texts.policy) - max_new_tokens
         self._ids = [tuple(prompt_ids(tokenizer, prompt)[-room:]) for prompt in prompts]
         self._ends = end_ids(tokenizer, texts.policy.generation_config.eos_token_id)
@@ -46,11 +47,14 @@ class AskedPrompts:
 
     def replies(self, value: float) -> list[str]:
         """The reply to each prompt at a value, as text (`generate.reply_text`)."""
-        return [reply_text(self._tokenizer, answer, self._ends) for answer in self._answers(value)]
+        return [reply_text(self._tokenizer, answer[: self._longest], self._ends) for answer in self._answers(value)]
+
+    def _whole(self, answer: tuple[int, ...]) -> bool:
+        return answer[-1] in self._ends or len(answer) >= self._longest
 
     def _answers(self, value: float) -> list[tuple[int, ...]]:
         """The answer to each prompt at a value; those that are not known are generated, in batches."""
-        known = dict(zip(self._ids, self._texts.answers(self._ids, value), strict=True))
+        known = dict(zip(self._ids, self._texts.answers(self._ids, value, self._whole), strict=True))
         found = {ids: answer for ids, answer in known.items() if answer is not None}
         open_ = [ids for ids in known if ids not in found]
         policy, pad = self._texts.policy, padding_id(self._tokenizer)

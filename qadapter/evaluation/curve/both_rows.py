@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -186,13 +186,23 @@ class WeightedTexts:
                 found[min(max(low, 0.0), high)].append((prompt, answer))
         return found
 
-    def answers(self, prompts: Sequence[tuple[int, ...]], value: float) -> list[tuple[int, ...] | None]:
-        """The greedy answer to each prompt at a weight; None where it is not known."""
-        return [self._answer(prompt, value) for prompt in prompts]
+    def answers(
+        self, prompts: Sequence[tuple[int, ...]], value: float, whole: Callable[[tuple[int, ...]], bool]
+    ) -> list[tuple[int, ...] | None]:
+        """The greedy answer to each prompt at a weight; None where it is not known.
 
-    def _answer(self, prompt: tuple[int, ...], value: float) -> tuple[int, ...] | None:
+        Args:
+            prompts: token ids.
+            value: the weight.
+            whole: whether an answer goes as far as it is asked for here; another task may have cut it sooner.
+        """
+        return [self._answer(prompt, value, whole) for prompt in prompts]
+
+    def _answer(
+        self, prompt: tuple[int, ...], value: float, whole: Callable[[tuple[int, ...]], bool]
+    ) -> tuple[int, ...] | None:
         for answer, low, high in self._answers.get(prompt, ()):
-            if low <= value <= high:
+            if low <= value <= high and whole(answer):
                 return answer
         return None
 

@@ -37,7 +37,16 @@ class DialledLM(PolicyLM):
             self.model.dial = Dial(self.texts.kind, self.value)
             return super()._model_generate(context, max_length, stop, **settings)
         prompts = [tuple(row[keep.bool()].tolist()) for row, keep in zip(context, mask, strict=True)]
-        answers = self.texts.answers(prompts, self.value)
+        longest_answer, ends = max_length - context.shape[1], self.ends()
+
+        def whole(answer: tuple[int, ...]) -> bool:
+            """Whether it ended, or was cut where this task cuts: one that asks the same may cut sooner."""
+            if answer[-1] in ends or len(answer) >= longest_answer:
+                return True
+            text = self.tok_decode(list(answer), skip_special_tokens=False)
+            return any(one in text for one in stop)
+
+        answers = self.texts.answers(prompts, self.value, whole)
         open_ = [place for place, answer in enumerate(answers) if answer is None]
         self.texts.reused += len(prompts) - len(open_)
         if open_:
@@ -52,7 +61,7 @@ class DialledLM(PolicyLM):
                 answers[place] = answer
         longest = max(1, *(len(answer or ()) for answer in answers)) if answers else 1
         pad = int(self.tokenizer.pad_token_id)
-        rows = [[*(answer or ())[: max_length - context.shape[1]]] for answer in answers]
+        rows = [[*(answer or ())[:longest_answer]] for answer in answers]
         padded = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=context.device)
         return torch.cat([context, padded], dim=1)
 

@@ -8,7 +8,7 @@ is the greedy answer here too; only the other prompts are answered token by toke
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,10 +56,20 @@ class ScaledTexts:
                 found[values[0]].append((prompt, answer))
         return found
 
-    def answers(self, prompts: Sequence[tuple[int, ...]], value: float) -> list[tuple[int, ...] | None]:
-        """The greedy answer to each prompt at a scale; None where it is none of the known ones."""
+    def answers(
+        self, prompts: Sequence[tuple[int, ...]], value: float, whole: Callable[[tuple[int, ...]], bool]
+    ) -> list[tuple[int, ...] | None]:
+        """The greedy answer to each prompt at a scale; None where it is none of the known ones.
+
+        Args:
+            prompts, whole: as in `WeightedTexts.answers`.
+            value: the scale.
+        """
         found: dict[tuple[int, ...], tuple[int, ...]] = {}
-        candidates = {prompt: self._nearest(prompt, value) for prompt in dict.fromkeys(prompts)}
+        candidates = {
+            prompt: [answer for answer in self._nearest(prompt, value) if whole(answer)]
+            for prompt in dict.fromkeys(prompts)
+        }
         for place in range(_TRIES):
             texts = [
                 (prompt, answers[place])

@@ -36,7 +36,7 @@ from qadapter.preferences.render import turn_end
 from qadapter.toyworld.rules import follows_rule
 from qadapter.toyworld.world import ToyWorld
 from tests.qadapter.policy.test_policy import ABSOLUTE, make_policy, tokens
-from tests.support.tiny_chat import byte_tokenizer
+from tests.support.tiny_chat import byte_tokenizer, tiny_policy
 from tests.support.tiny_toy import MODEL, TinyToy, make_tiny_toy
 
 GRID = tuple(step / 8 for step in range(9))
@@ -90,6 +90,29 @@ def test_likelihoods_at_every_weight_come_from_one_pass() -> None:
             assert greedy[:, column].tolist() == (log_probs.argmax(-1) == ids[:, 5:]).all(1).tolist()
 
 
+def any_length(_: tuple[int, ...]) -> bool:
+    return True
+
+
+@pytest.mark.parametrize("kind", ["q-weight", "scale"])
+@pytest.mark.parametrize(("first", "then"), [(4, 12), (12, 4)])
+def test_an_answer_that_was_cut_sooner_is_not_taken_for_a_whole_one(kind: str, first: int, then: int) -> None:
+    """Two tasks ask the same with other limits: each has the replies that it has alone."""
+    policy, tokenizer = tiny_policy("q-adapter", 3), byte_tokenizer()
+    prompts: list[list[Message]] = [[{"role": "user", "content": f"thing {i}?"}] for i in range(3)]
+
+    def replies(*limits: int) -> list[str]:
+        options = {"pad": 0, "batch_size": 4}
+        texts = WeightedTexts(policy, GRID, **options) if kind == "q-weight" else ScaledTexts(policy, **options)
+        for limit in limits:
+            asked = AskedPrompts(texts, tokenizer, prompts, max_new_tokens=limit, batch_size=4)
+            found = asked.replies(0.5)
+        return found
+
+    assert replies(first, then) == replies(then)
+    assert replies(then) != replies(first)
+
+
 def test_what_is_known_is_not_computed_again() -> None:
     policy, ids = make_policy(objective=Objective.preset("residual")), tokens(1, 12)
     text = (tuple(ids[0, :5].tolist()), tuple(ids[0, 5:].tolist()))
@@ -99,7 +122,7 @@ def test_what_is_known_is_not_computed_again() -> None:
     policy.get_input_embeddings().register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
     assert texts.likelihoods([text, text], 0.25) != [first[0]] * 2
     texts.learn([(text[0], ())], 0.5)
-    assert texts.answers([text[0]], 0.5) == [None]
+    assert texts.answers([text[0]], 0.5, any_length) == [None]
     assert passes == []
 
 
@@ -121,10 +144,10 @@ def test_a_known_answer_at_another_scale_takes_one_pass() -> None:
             answer if answer in {answers[other][row] for other in (0.0, 0.5, 1.5)} else None
             for row, answer in enumerate(expected)
         ]
-        assert texts.answers(asked, scale) == known
+        assert texts.answers(asked, scale, any_length) == known
     passes: list[int] = []
     policy.get_input_embeddings().register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
-    assert texts.answers(asked, 0.5) == answers[0.5]
+    assert texts.answers(asked, 0.5, any_length) == answers[0.5]
     assert passes == [3]  # those of the nearest scale, all right
 
 
