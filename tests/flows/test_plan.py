@@ -189,8 +189,8 @@ def test_tokens_of_a_pair_by_hand() -> None:
     """60 characters of prompt, 24 and 32 of replies: 15 + 7 tokens; a template adds 3.6 to two turns and a reply."""
     turns = ({"role": "user", "content": "x" * 40}, {"role": "assistant", "content": "y" * 20})
     pair = PreferencePair(turns, "a" * 24, "b" * 32)  # type: ignore[arg-type]
-    assert stage_costs._lengths(pair, 100) == pytest.approx((15 + 7 + 3 * 3.6, 8))
-    assert stage_costs._lengths(pair, 20) == (20, 8)
+    assert stage_costs._lengths_of_pair(pair, 100) == pytest.approx((15 + 7 + 3 * 3.6, 8))
+    assert stage_costs._lengths_of_pair(pair, 20) == (20, 8)
 
 
 def test_an_evaluation_by_hand() -> None:

@@ -124,8 +124,8 @@ def test_two_processes_evaluate_as_one(toy: TinyToy, tmp_path: Path) -> None:
     assert len(kept[0]) >= len(kept[1]) > 3
     whole = (tmp_path / "one/scratch/items/items-0.jsonl").read_text().splitlines()
     assert len(kept[0]) + len(kept[1]) == len(whole)
-    begun = [text for text in heard.told if isinstance(text, str) and text.startswith("scoring: pair ")]
-    assert [text.endswith(" of 12") for text in begun] == [True], "the other process may have begun before"
+    begun = [text for text in heard.told if isinstance(text, str) and text.startswith("scoring: reply ")]
+    assert [text.endswith(" of 24") for text in begun] == [True], "the other process may have begun before"
     assert_same_files(retained(here, toy, tmp_path / "kept-one"), retained(both, toy, tmp_path / "kept-two"))
     assert_same_files(answered(here, toy, tmp_path / "answers-one"), answered(both, toy, tmp_path / "answers-two"))
 
