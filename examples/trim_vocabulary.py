@@ -120,9 +120,8 @@ def kept_tokens(
     # A chat template may end the assistant's turn with a special token that no name such as `eos_token` stands for.
     template = str(tokenizer.chat_template or "")
     kept |= {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.content in template}
-    kept |= {
-        id_ for token, id_ in vocabulary.items() if len(token) == 1 and ord(token) < 0x180
-    }  # bytes of GPT-2's kind
+    # Bytes, as GPT-2 and as Gemma write them
+    kept |= {id_ for token, id_ in vocabulary.items() if len(token) == 1 and ord(token) < 0x180}
     kept |= {id_ for token, id_ in vocabulary.items() if re.fullmatch(r"<0x[0-9A-F]{2}>", token)}
     for text in texts:
         for ids in tokenizer(in_context(tokenizer, text))["input_ids"]:

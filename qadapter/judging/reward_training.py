@@ -18,7 +18,7 @@ from qadapter.config.model import LoraSettings, ModelSettings
 from qadapter.config.training import OptimizerSettings
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.preference import encode_usable
-from qadapter.judging.rewards import ADAPTER, load_reward_base, pair_accuracy, reward_padding
+from qadapter.judging.rewards import ADAPTER, load_reward_base, pair_accuracy
 from qadapter.policy.loading import lora_config
 from qadapter.preferences.pair import load_pairs
 from qadapter.training.arguments import (
@@ -83,7 +83,7 @@ def train_judge(
     # TRL 1.16 turns checkpointing on by default, and only under the name that transformers 5.23 deprecates.
     arguments["gradient_checkpointing"] = arguments["activation_checkpointing"]
     padded = copy.deepcopy(tokenizer)  # TRL pads with its padding token, and reads the reward in front of that
-    padded.pad_token = tokenizer.convert_ids_to_tokens(reward_padding(tokenizer))
+    padded.pad_token = tokenizer.convert_ids_to_tokens(network.config.get_text_config().pad_token_id)
     with measured_cost() as cost:
         trainer = RewardTrainer(
             model=network,
