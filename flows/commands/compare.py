@@ -43,6 +43,8 @@ def write_comparison(runs: list[str], output: Path, title: str) -> None:
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise QAdapterError(f"the output {str(output)!r} exists and is not an empty folder; name another one")
+    if output.resolve() == Path.cwd():
+        raise QAdapterError(f"the output {str(output)!r} is the current folder; name a new one in it")
     from tasks.stages.context import workspace
     from tasks.tracking.tracker import Tracker
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flows.commands.arguments import Overrides
+
+if TYPE_CHECKING:
+    from qadapter.config.experiment import Experiment
 
 
 def spread(
@@ -44,10 +47,21 @@ async def spread_methods(deployment: str, profile: str, data: str | None, overri
     from flows.prefect_host.server import server_access
     from qadapter.config.experiment import load_experiment
 
-    methods = load_experiment(profile, overrides).methods.run
+    experiment = load_experiment(profile, overrides)
+    methods = experiment.methods.run
     with server_access() as url:
         await _refuse_unknown(deployment, url)
-        return await _spread(deployment, methods, {"profile": profile, "data": data, "overrides": dict(overrides)})
+        parameters = {"profile": profile, "data": data, "overrides": dict(overrides)}
+        return await _spread(deployment, methods, parameters, of_each_run(experiment))
+
+
+def of_each_run(experiment: Experiment) -> dict[str, Any]:
+    """The settings of the run of one method: of a judge's budget it has its part."""
+    from qadapter.judging.endpoint_settings import NAME
+
+    if getattr(experiment.evaluation.adaptation, NAME) is None:  # it is not asked
+        return {}
+    return {f"evaluation.adaptation.{NAME}.runs": len(experiment.methods.run)}
 
 
 async def _refuse_unknown(deployment: str, url: str) -> None:
@@ -67,14 +81,16 @@ async def _refuse_unknown(deployment: str, url: str) -> None:
             ) from error
 
 
-async def _spread(deployment: str, methods: Sequence[str], parameters: Mapping[str, Any]) -> int:
+async def _spread(
+    deployment: str, methods: Sequence[str], parameters: Mapping[str, Any], of_each: Mapping[str, Any]
+) -> int:
     async def run(name: str, **changes: Any) -> bool:
         return await _completed(deployment, name, {**parameters, "overrides": {**parameters["overrides"], **changes}})
 
     first, *others = methods
-    if others and not await run(first, **{"methods.run": [first]}):
+    if others and not await run(first, **{**of_each, "methods.run": [first]}):
         return 1
-    done = await asyncio.gather(*(run(method, **{"methods.run": [method]}) for method in others))
+    done = await asyncio.gather(*(run(method, **{**of_each, "methods.run": [method]}) for method in others))
     return 0 if all(done) and await run("comparison") else 1
 
 

@@ -18,6 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from qadapter.errors import QAdapterError, did_you_mean
+from qadapter.files.folders import shown_path
 
 PROGRAM = "qadapter"
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130
@@ -165,10 +166,18 @@ def _guarded(function: Callable[[], int | None], shown: bool, after_interrupt: s
     except BrokenPipeError:  # the reader of the output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            return _failed(_unexpected(error, shown), FAILED, shown)
+        files = " → ".join(shown_path(str(name)) for name in (error.filename, error.filename2) if name is not None)
+        return _failed(f"{files}: {error.strerror}", FAILED, shown)
     except Exception as error:
-        what = " ".join(str(error).split()) or "no message"
-        hint = "" if shown else "; add --traceback to see where"
-        return _failed(f"{type(error).__name__}: {what}{hint}", FAILED, shown)
+        return _failed(_unexpected(error, shown), FAILED, shown)
+
+
+def _unexpected(error: Exception, shown: bool) -> str:
+    what = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {what}" + ("" if shown else "; add --traceback to see where")
 
 
 def _failed(message: str, code: int, shown: bool) -> int:

@@ -207,11 +207,21 @@ def expand(sweep: Sweep, experiment: Experiment) -> list[Variant]:
         for change in group.changes():
             varied = _with_settings(experiment, group.method, change, f"groups.{group_name}")
             key = varied.methods.of(group.method).model_dump_json() + group.method
+            if group.tuning and key in own:
+                raise QAdapterError(
+                    f"groups.{group_name}: {change} is a setting that the group has already, so {group.method} "
+                    "would be tuned over fewer than the other methods."
+                )
             own.append(key)
             if key in found:
                 _join(found, key, group_name, group.tuning)
                 continue
-            family, name = _names(group.method, change)
+            family, name = _names(group.method, change, varied)
+            if taken := next((old for old in found.values() if old.name == name), None):
+                raise QAdapterError(
+                    f"groups.{group_name}: two different settings are named {name!r}; the other one is of groups."
+                    f"{taken.groups[0]}. Leave one of them out."
+                )
             found[key] = Variant(name, family, group.method, (group_name,), group.tuning, varied, None, name)
         centre = found[own[0]]
         for alpha_0 in group.alpha_0_at_inference:
@@ -219,7 +229,7 @@ def expand(sweep: Sweep, experiment: Experiment) -> list[Variant]:
             if key in found:
                 _join(found, key, group_name, tuning=False)
                 continue
-            name = f"{centre.name}, then α0={alpha_0:g}"
+            name = f"{centre.name}, then α0={_short(alpha_0)}"
             found[key] = Variant(
                 name, centre.family, group.method, (group_name,), False, centre.experiment, alpha_0, centre.name
             )
@@ -245,12 +255,24 @@ def _with_settings(experiment: Experiment, method: str, change: Mapping[str, Val
     return experiment.model_copy(update={"methods": experiment.methods.changed(method, changed)})
 
 
-def _names(method: str, change: Mapping[str, Value]) -> tuple[str, str]:
-    """Family and name of a setting."""
+def _names(method: str, change: Mapping[str, Value], varied: Experiment) -> tuple[str, str]:
+    """Family and name of a setting; the name has the values as they were understood (`"1e-4"` is a number)."""
     family = method_named(method).family_of(change)
     labels = {knob.name: knob.label for knob in method_named(method).knobs if knob.label}
-    given = [f"{labels[knob]}={value:g}" for knob, value in change.items() if knob in labels and value is not None]
+    settings = varied.methods.of(method).model_dump()
+    settings["learning_rate"] = settings["learning_rate"] or varied.training.learning_rate
+    given = [
+        f"{labels[knob]}={_short(settings[knob])}"
+        for knob, value in change.items()
+        if knob in labels and value is not None
+    ]
     return family, " ".join([family, *given])
+
+
+def _short(value: float) -> str:
+    """As few digits as tell a number from every other one."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(float(value))
 
 
 def estimate_hours(sweep: Sweep, variants: list[Variant], experiment: Experiment) -> float:

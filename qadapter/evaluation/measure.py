@@ -293,6 +293,11 @@ def measure_retention(
     directions = {f"retention/{name}": higher for name, higher in scores.higher_is_better.items()}
     headline = {task: headline_metric(task, metrics) for task in tasks}
     accuracies = [metrics[name] for name in headline.values() if name and directions.get(name, True)]
+    if other := [name for name in filter(None, headline.values()) if directions.get(name, True) and metrics[name] > 1]:
+        score = f"{other[0].removeprefix('retention/')} is {metrics[other[0]]:.4g}"
+        raise QAdapterError(
+            f"{score}, and retention averages scores from 0 to 1. Leave the task out, or name one with an accuracy."
+        )
     if accuracies:
         metrics["retention/mean"] = sum(accuracies) / len(accuracies)
     if old_texts is not None and settings.answers:

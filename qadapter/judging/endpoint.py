@@ -49,7 +49,7 @@ def share_of_budget(settings: EndpointSettings, rows: int) -> EndpointSettings:
     """The settings for one row, with its share of the budget, so that all rows together stay within it."""
     if settings.budget is None:
         return settings
-    return settings.model_copy(update={"budget": settings.budget / rows})
+    return settings.model_copy(update={"budget": settings.budget / settings.runs / rows})
 
 
 def _contradictions(case: Case) -> Iterable[str]:
@@ -76,13 +76,14 @@ def _plan(cases: Sequence[Case], rows: int) -> list[str]:
     asked = _INSTRUCTION_TOKENS + first.training.max_length + 2 * first.max_new_tokens
     estimated = price(settings, calls * asked, calls * settings.max_output_tokens)
     cost = "price unknown (set input_price and output_price)" if estimated is None else f"about {estimated:.2f}"
-    if settings.budget is not None and estimated is not None and estimated > settings.budget:
+    budget = None if settings.budget is None else settings.budget / settings.runs
+    if budget is not None and estimated is not None and estimated > budget:
         raise QAdapterError(
-            f"evaluation.adaptation.endpoint.budget: {settings.budget:.2f}, but judging would cost {cost} ({calls} "
+            f"evaluation.adaptation.endpoint.budget: {budget:.2f}, but judging would cost {cost} ({calls} "
             f"calls of up to {asked} tokens). Raise the budget, lower evaluation.adaptation.generate or use a cheaper "
             "model."
         )
-    limit = "no budget" if settings.budget is None else f"budget {settings.budget:.2f}"
+    limit = "no budget" if budget is None else f"budget {budget:.2f}"
     return [
         f"endpoint {settings.model}: {calls:,} calls (two orders of {first.generate} answers in "
         f"{rows:,} rows; one more per unusable answer), up to {asked} tokens each, {cost}, {limit}"
@@ -92,7 +93,7 @@ def _plan(cases: Sequence[Case], rows: int) -> list[str]:
 def _cache_key(case: Case) -> dict[str, Any]:
     """The endpoint's settings: any change asks undecided questions again."""
     return {
-        "endpoint": case.settings.model_dump(exclude={"api_key_variable", "parallel"}),
+        "endpoint": case.settings.model_dump(exclude={"api_key_variable", "parallel", "runs"}),
         "criterion": criterion_of(case),
     }
 

@@ -25,6 +25,8 @@ class EndpointSettings(Settings):
         input_price, output_price: price per million tokens; required for an estimate and for a budget.
         budget: largest total cost, in the prices' currency; None: no limit. An experiment's budget is divided equally
             between its rows.
+        runs: number of flow runs that the experiment is divided into, and the budget with it (`qadapter spread` sets
+            it).
         max_output_tokens: longest answer of the judge in tokens.
         timeout: seconds per attempt.
         retries: number of retries after a temporary failure.
@@ -39,6 +41,7 @@ class EndpointSettings(Settings):
     input_price: NonNegative | None = None
     output_price: NonNegative | None = None
     budget: NonNegative | None = None
+    runs: Count = 1
     max_output_tokens: Count = 64
     timeout: Positive = 60.0
     retries: Annotated[int, Field(ge=0)] = 4

@@ -29,7 +29,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from qadapter.errors import QAdapterError
 from qadapter.policy.adapters import ADAPTER_FILE, adapted, load_adapter, set_adapter_tensors
 from qadapter.policy.caches import PassCaches
-from qadapter.policy.dial import Dial
+from qadapter.policy.dial import AS_TRAINED, Dial
 from qadapter.policy.files import GUIDE_FILE, forget_kind, saved_dial, write_dial
 from qadapter.policy.fingerprint import write_fingerprint
 from qadapter.policy.passes import RowPasses, refuse_outputs
@@ -191,8 +191,8 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         return Dial("q-weight", self.weight)
 
     @dial.setter
-    def dial(self, dial: Dial) -> None:
-        self.weight = _weight_of(dial)
+    def dial(self, dial: Dial | str | Mapping[str, Any] | None) -> None:
+        self.weight = _weight_of(Dial.of(dial) or AS_TRAINED)
 
     def moved(self, dial: Dial | None) -> GuidedForCausalLM:
         """This policy with its dial moved; None: as trained.

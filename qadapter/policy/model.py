@@ -129,7 +129,7 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
         self._base_only = False
         self._passes, self._scale = RowPasses(peft_model), AdapterScale(peft_model)
         self._pair_passes: PairPasses | None = None
-        self.dial: Dial = AS_TRAINED
+        self._dial = AS_TRAINED
         self.plain = False
         self.loss_implementation: Literal["readable", "fused"] = "fused"
         self._adapter_weights = {}
@@ -170,8 +170,17 @@ class QAdapterForCausalLM(ComposedAdapters, PreTrainedModel, GenerationMixin):
             QAdapterError: as the constructor.
         """
         policy = cls(peft_model, Objective.preset("residual"))
-        policy.plain, policy.dial = True, Dial.of(dial) or AS_TRAINED
+        policy.plain, policy.dial = True, dial
         return policy
+
+    @property
+    def dial(self) -> Dial:
+        """Where the dial stands. It can be set to a `Dial`, to its text (`scale=0.5`), or to None: as trained."""
+        return self._dial
+
+    @dial.setter
+    def dial(self, dial: Dial | str | Mapping[str, Any] | None) -> None:
+        self._dial = Dial.of(dial) or AS_TRAINED
 
     # ---- files ----------------------------------------------------------------------------------------------------
 

@@ -267,6 +267,13 @@ def test_a_folder_in_use(first: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_the_current_folder_is_refused(
+    first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "the output '.' is the current folder; name a new one in it" in refused(capsys, first, "--output", ".")
+
+
 def test_no_runs_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("QADAPTER_HOME", str(tmp_path / "new"))
     assert "there are no runs yet" in refused(capsys, "x", "--output", str(tmp_path / "out"))

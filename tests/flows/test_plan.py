@@ -12,6 +12,7 @@ import pytest
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from flows.commands.spread import of_each_run
 from flows.full_paper_repro import experiment_stages
 from flows.running import plan, stage_costs
 from flows.running.plan import Recorder, plan_text
@@ -369,6 +370,22 @@ def test_the_price_of_a_judge_is_in_the_plan(monkeypatch: pytest.MonkeyPatch) ->
     assert judged_rows(experiment) == 20
     settings = case_of(experiment, "harmless", endpoint.JUDGE).settings
     assert endpoint.share_of_budget(settings, 20).budget == pytest.approx(0.9 / 20)
+
+
+def test_runs_of_one_experiment_share_the_judges_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`qadapter spread`: four runs of five rows spend what one run of twenty does, and find each other's verdicts."""
+    monkeypatch.setenv("QADAPTER_TEST_KEY", "sk-secret")
+    whole = ENDPOINT | {"evaluation.adaptation.endpoint.budget": 0.9}
+    part = whole | of_each_run(load_experiment("smoke", whole)) | {"methods.run": ["dpo"]}
+    assert "200 calls (two orders of 20 answers in 5 rows" in (text := plan_text("smoke", None, part))
+    assert "about 0.22, budget 0.23" in text
+    with pytest.raises(QAdapterError, match=r"budget: 0\.20, but judging would cost about 0\.22"):
+        plan_text("smoke", None, part | {"evaluation.adaptation.endpoint.budget": 0.8})
+    cases = [case_of(load_experiment("smoke", one), "harmless", endpoint.JUDGE) for one in (whole, part)]
+    shares = [endpoint.share_of_budget(case.settings, rows).budget for case, rows in zip(cases, (20, 5), strict=True)]
+    assert shares[0] == pytest.approx(shares[1])
+    assert endpoint.JUDGE.cache_key(cases[0]) == endpoint.JUDGE.cache_key(cases[1])
+    assert of_each_run(load_experiment("smoke")) == {}
 
 
 @pytest.mark.parametrize(

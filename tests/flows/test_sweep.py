@@ -270,9 +270,24 @@ def test_more_that_is_refused(tmp_path: Path) -> None:
     negative = load_sweep(write(tmp_path, **group(method="dpo", combine={"beta": [-1]})))
     with pytest.raises(QAdapterError, match=r"groups.extra: beta: Input should be greater than 0 \(given: {'beta'"):
         expand(negative, load_experiment("smoke"))
+    twice = load_sweep(
+        write(tmp_path, **group(method="dpo", centre={"learning_rate": 1e-3}, combine={"beta": [None, 1]}))
+    )
+    given = twice.model_copy(update={"groups": {"dpo": twice.groups["extra"].model_copy(update={"tuning": True})}})
+    with pytest.raises(
+        QAdapterError, match=r"groups.dpo: \{'learning_rate': 0.001, 'beta': 1.0\} is a setting that .*"
+    ):
+        expand(given, load_experiment("smoke", {"methods.dpo.beta": 1}))
     confirmed = write(tmp_path, confirm_seeds=[2])
     with pytest.raises(QAdapterError, match=r"confirm_seeds .* a toy world's policies are scored by its rule"):
         check_sweep(confirmed, None, None, {})
+
+
+def test_names_tell_settings_apart_and_have_numbers_as_they_were_understood(tmp_path: Path) -> None:
+    rates = ["1e-4", 1.2345671e-3, 1.2345672e-3]
+    sweep = load_sweep(write(tmp_path, **group(method="dpo", combine={"learning_rate": rates})))
+    names = [variant.name for variant in expand(sweep, load_experiment("smoke")) if variant.groups == ("extra",)]
+    assert names == ["dpo lr=0.0001", "dpo lr=0.0012345671", "dpo lr=0.0012345672"]
 
 
 # ---- α0 at inference

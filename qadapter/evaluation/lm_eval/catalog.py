@@ -17,6 +17,7 @@ from typing import Any
 from qadapter.errors import QAdapterError, nearest
 from qadapter.evaluation.benchmarks.items import read_items
 from qadapter.evaluation.benchmarks.own.items import describe, read_own
+from qadapter.evaluation.items import known_by
 from qadapter.evaluation.lm_eval.definitions import (
     DATA,
     DEFINES,
@@ -31,6 +32,7 @@ from qadapter.files.folders import refuse_links_out
 _TAGGED = re.compile(r"""^["']?tag["']?\s*:(.*(?:\n\s*-.*)*)$""", re.MULTILINE)
 # lm-eval's measures of which the lower is the better one where a task does not say (its `lm_eval.api.metrics`).
 _LOWER = ("bits_per_byte", "brier_score", "byte_perplexity", "perplexity", "ter", "word_perplexity")
+_CORPUS = ("bleu", "chrf", "ter")  # sacreBLEU's: of a whole corpus, from 0 to 100
 
 
 @dataclass(frozen=True)
@@ -167,9 +169,16 @@ def require_scores(names: Sequence[str]) -> None:
     """Require that every name has exactly one score, so that its forgetting can be measured and weighted in the mean.
 
     Raises:
-        QAdapterError: a name is a tag of lm-eval, or a group that is not averaged; the message has its members.
+        QAdapterError: a name is a tag of lm-eval, or a group that is not averaged (the message has its members); or a
+            task that is known by a score of a whole corpus in percent, which has no items to compare.
     """
     for name in names:
+        measures = _measures_of(name)
+        if (metric := known_by(measures)) and measures[metric].get("aggregation", metric) in _CORPUS:
+            raise QAdapterError(
+                f"{name!r} is scored by {metric}, from 0 to 100 for all answers together. Retention compares item by "
+                "item and averages scores from 0 to 1. Leave it out, or name a task with an accuracy."
+            )
         if template_of(name) is None and (members := _loose_members(name, official_tasks())) is not None:
             advice = f"Name those tasks in its place: {', '.join(members)}." if members else "Leave it out."
             raise QAdapterError(
@@ -238,12 +247,17 @@ def better_when_lower(names: Iterable[str]) -> list[str]:
     """Those whose measures are all better when lower (bits per byte, perplexity): they have no accuracy."""
     found = []
     for name in names:
-        template = template_of(name)
-        file = template[0] if template else official_tasks().files.get(name)
-        measures = (settings_of(file).get("metric_list") or []) if file else []
-        if measures and not any(each.get("higher_is_better", each["metric"] not in _LOWER) for each in measures):
+        measures = _measures_of(name).items()
+        if measures and not any(each.get("higher_is_better", metric not in _LOWER) for metric, each in measures):
             found.append(name)
     return found
+
+
+def _measures_of(name: str) -> dict[str, dict[str, Any]]:
+    """Metric → its entry in the file of one task; nothing for a group."""
+    template = template_of(name)
+    file = template[0] if template else official_tasks().files.get(name)
+    return {str(each["metric"]): each for each in (settings_of(file).get("metric_list") or [])} if file else {}
 
 
 @functools.cache

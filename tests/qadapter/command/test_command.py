@@ -282,6 +282,27 @@ def test_what_is_not_there_is_refused_before_anything_is_written(
     assert (place / "pairs.jsonl").is_file()
 
 
+def test_a_file_that_cannot_be_used_is_named_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What no command foresaw, such as a folder where a file is written, is one sentence without Python's words."""
+
+    def write() -> None:
+        (tmp_path / "a").write_text("x")
+
+    def move() -> None:
+        (tmp_path / "no").rename(tmp_path / "b")
+
+    app = new_app()
+    add_command(app, "write", write, summary="write")
+    add_command(app, "move", move, summary="move")
+    (tmp_path / "a").mkdir()
+    assert call(app, ["write"]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path / 'a'}: Is a directory\n"
+    assert call(app, ["move"]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path / 'no'} → {tmp_path / 'b'}: No such file or directory\n"
+
+
 def test_traceback_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--adapter", "nowhere", "--prompt", "Hi", "--traceback"]) == 2
     assert "Traceback" in capsys.readouterr().err

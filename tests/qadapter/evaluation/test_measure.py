@@ -102,6 +102,16 @@ def retention(toy: TinyToy, adapter: Path | None, base: Path | None, out: Path, 
     return out
 
 
+def test_a_score_above_one_is_not_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks whose own functions count in percent (ROUGE of several, EQ-Bench) tell it only by what they return."""
+    toy = make_tiny_toy(tmp_path / "toy")
+    scored = TaskScores({"eq_bench/eqbench": 43.2}, higher_is_better={"eq_bench/eqbench": True})
+    monkeypatch.setattr("qadapter.evaluation.measure.evaluate_tasks", lambda *_, **__: scored)
+    settings = RETENTION.model_copy(update={"tasks": ("eq_bench",), "answers": 0, "reworded": 0})
+    with pytest.raises(QAdapterError, match=r"^eq_bench/eqbench is 43\.2, and retention averages scores from 0 to 1"):
+        retention(toy, None, None, tmp_path / "base", settings=settings)
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
     root = tmp_path_factory.mktemp("measured")

@@ -195,6 +195,13 @@ def test_names_without_a_score_are_refused_before_a_run(name, members, tmp_path)
         )
 
 
+def test_a_score_of_a_whole_corpus_in_percent_is_refused() -> None:
+    """A BLEU of 24 would be all of its mean with an accuracy of .6; `careqa_open` has its own BLEU, from 0 to 1."""
+    with pytest.raises(QAdapterError, match=r"'wmt14-en-fr' is scored by bleu, from 0 to 100 for all answers together"):
+        check_tasks(["toy_facts", "wmt14-en-fr"])
+    check_tasks(["careqa_open"])
+
+
 def test_groups_that_are_averaged_have_a_score() -> None:
     check_tasks(["paper_suite", "mmlu_stem", "leaderboard", "bbh"])
 

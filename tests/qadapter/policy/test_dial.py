@@ -180,8 +180,13 @@ def test_generation_in_the_call(dial: str):
     assert torch.equal(generate(policy, ids, dial=dial), expected)
     assert torch.equal(generate(policy, ids, dial=Dial.parse(dial), use_cache=False), expected)
     assert not torch.equal(generate(policy, ids), expected)
-    policy.dial = Dial.parse(dial)
+    policy.dial = dial
+    assert policy.dial == Dial.parse(dial)
     assert torch.equal(generate(policy, ids), expected)
+    with pytest.raises(QAdapterError, match="'half' is no dial"):
+        policy.dial = "half"
+    policy.dial = None
+    assert torch.equal(generate(policy, ids), generate(policy, ids, dial="scale=1"))
 
 
 def test_a_failed_pass_leaves_nothing_scaled():
@@ -293,7 +298,8 @@ def test_a_folder_is_what_was_saved_last(tmp_path: Path):
     plain = QAdapterForCausalLM.around(plain_adapter(), "scale=0.5")
     guided = GuidedForCausalLM.from_base(tiny_model(), lora(), Guide("value", 2.0, 3))
     torch.nn.init.constant_(guided.value_head.weight, 0.3)
-    guided.dial = Dial("q-weight", 0.25)
+    guided.dial = "q-weight=0.25"
+    assert guided.dial == Dial("q-weight", 0.25)
     ids = tokens(2, 6)
     policies = [make_policy(objective=ABSOLUTE), plain, guided]
     for first in policies:
