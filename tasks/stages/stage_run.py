@@ -118,7 +118,7 @@ def _system_metrics(context: RunContext, run_id: str) -> AbstractContextManager[
     """What measures the machine while a stage runs, if that is asked for."""
     if not (context.experiment.system_metrics or wanted_by_environment()):
         return nullcontext()
-    return system_metrics(run_id, partial(context.tracker.log_history, run_id))
+    return system_metrics(partial(context.tracker.log_history, run_id), context.live / f"{run_id}.system-steps")
 
 
 @contextmanager

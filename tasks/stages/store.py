@@ -40,7 +40,7 @@ from tasks.stages.sittings import begin_sitting
 __all__ = ["StageOutput", "StageStore", "code_digest", "library_versions"]
 
 _LOGGER = logging.getLogger(__name__)
-_LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "lm_eval", "tokenizers", "numpy")
+_LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "lm_eval", "tokenizers", "numpy")
 _SHORT = 20  # hex digits of the key in a folder's name: 80 bits
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from mlflow.environment_variables import (
@@ -22,7 +23,6 @@ from qadapter.progress.reports import Row
 
 _SECONDS = 10.0  # MLflow's own default
 _PREFIX = "system/"
-_steps: dict[str, int] = {}  # run id → the next step: a run is continued by the evaluation
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -32,15 +32,15 @@ def wanted_by_environment() -> bool:
 
 
 @contextmanager
-def system_metrics(run_id: str, log_rows: Callable[[Sequence[Row]], None]) -> Iterator[None]:
+def system_metrics(log_rows: Callable[[Sequence[Row]], None], counted: Path) -> Iterator[None]:
     """Measure the machine during the block, from a thread of its own.
 
     Args:
-        run_id: the MLflow run that the rows go to.
-        log_rows: sends them.
+        log_rows: sends rows to the MLflow run.
+        counted: file with the run's next step; the evaluation, in another process, goes on where the training ended.
     """
     stop = threading.Event()
-    thread = threading.Thread(target=_measure, args=(run_id, log_rows, stop), name="system-metrics", daemon=True)
+    thread = threading.Thread(target=_measure, args=(log_rows, counted, stop), name="system-metrics", daemon=True)
     thread.start()
     try:
         yield
@@ -58,17 +58,20 @@ def _monitors() -> list[Any]:
     return found
 
 
-def _measure(run_id: str, log_rows: Callable[[Sequence[Row]], None], stop: threading.Event) -> None:
+def _measure(log_rows: Callable[[Sequence[Row]], None], counted: Path, stop: threading.Event) -> None:
     monitors = _monitors()
+    counted.parent.mkdir(parents=True, exist_ok=True)
+    step = int(counted.read_text()) if counted.exists() else 0
     interval = float(MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL.get() or _SECONDS)
     while True:
-        row: dict[str, float] = {"step": _steps.setdefault(run_id, 0), "timestamp": int(time.time() * 1000)}
+        row: dict[str, float] = {"step": step, "timestamp": int(time.time() * 1000)}
         for monitor in monitors:
             monitor.collect_metrics()
             row |= {f"{_PREFIX}{name}": float(value) for name, value in monitor.aggregate_metrics().items()}
             monitor.clear_metrics()
-        _steps[run_id] += 1
+        step += 1
         try:
+            counted.write_text(str(step))
             log_rows([row])
         except Exception as error:  # any error: a stage must not fail because of system metrics
             _LOGGER.warning("system metrics are not logged any more: %s", error)

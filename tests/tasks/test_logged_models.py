@@ -13,6 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from qadapter.config.model import ModelSettings
+from qadapter.progress.reports import Row
 from tasks.report import note_of
 from tasks.tracking import logged_models
 from tasks.tracking import tracker as tracker_module
@@ -20,6 +21,7 @@ from tasks.tracking.models import log_served_model
 from tasks.tracking.system_metrics import system_metrics, wanted_by_environment
 from tasks.tracking.tracker import LONGEST_TAG, Tracker
 from tests.support.paths import PROJECT_ROOT
+from tests.support.real_runs import wait_for
 
 KIND = "mlflow.experimentKind"
 
@@ -145,16 +147,23 @@ def test_the_description_is_the_reports_beginning(tmp_path: Path) -> None:
 
 
 def test_system_metrics_where_asked_for(
-    tracker: Tracker, client: MlflowClient, parent: str, monkeypatch: pytest.MonkeyPatch
+    tracker: Tracker, client: MlflowClient, parent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
     run = tracker.start_child(parent, "watched")
+    counted = tmp_path / "live" / "steps"
     for _ in range(2):  # training, then evaluation
-        with system_metrics(run, lambda rows: tracker.log_history(run, rows)):
+        with system_metrics(lambda rows: tracker.log_history(run, rows), counted):
             time.sleep(0.5)
     history = client.get_metric_history(run, "system/cpu_utilization_percentage")
     assert len(history) > 3
     assert [entry.step for entry in history] == list(range(len(history)))
+    assert counted.read_text() == str(len(history)), "where another process would go on"
+    counted.write_text("70")
+    seen: list[Row] = []
+    with system_metrics(seen.extend, counted):
+        wait_for(lambda: seen, 10, "a row")
+    assert seen[0]["step"] == 70
     names = set(client.get_run(run).data.metrics)
     assert {"system/system_memory_usage_megabytes", "system/disk_usage_percentage"} <= names
     assert not wanted_by_environment()
