@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 class QAdapterSettings(MethodSettings):
     """The method's own knobs (`qadapter/policy/objective.py`); None takes the preset's value.
 
-    `paper` is the paper's table.
+    `residual` is what docs/findings.md recommends, `paper` the table of the paper.
     """
 
-    preset: Literal["paper", "published-code", "residual"] = "paper"
+    preset: Literal["paper", "published-code", "residual"] = "residual"
     alpha_tilde: AlphaTilde | None = None
     alpha_0: Alpha0 | None = None
     beta: NonNegative | None = None

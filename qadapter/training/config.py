@@ -24,7 +24,7 @@ class QAdapterConfig(TrainingArguments):
     metric's name (off for losses and `kl/base`).
 
     Attributes:
-        objective: preset to start from: `paper`, `published-code` or `residual`.
+        objective: preset to start from: `residual`, `paper` or `published-code`.
         alpha_tilde: α̃.
         alpha_0: α0.
         beta: β.
@@ -46,7 +46,7 @@ class QAdapterConfig(TrainingArguments):
         model_init_kwargs: for `AutoModelForCausalLM.from_pretrained`, if the model is given by name.
     """
 
-    objective: str = field(default="paper", metadata={"help": "paper, published-code or residual"})
+    objective: str = field(default="residual", metadata={"help": "residual, paper or published-code"})
     alpha_tilde: float | None = None
     alpha_0: float | None = None
     beta: float | None = None

@@ -16,7 +16,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import TrainingArguments
 
+from qadapter.command.sections import ObjectiveOptions
 from qadapter.errors import QAdapterError
+from qadapter.methods.q_adapter import QAdapterSettings
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.objective import Objective, pairwise_loss
 from qadapter.preferences.pair import PreferencePair
@@ -83,6 +85,12 @@ METRICS = {
 
 
 @pytest.mark.slow
+def test_the_default_objective_is_one_everywhere() -> None:
+    """In Python, in a config and in the command."""
+    named = {QAdapterConfig("out", use_cpu=True).objective, QAdapterSettings().preset, ObjectiveOptions().preset}
+    assert named == {"residual"}
+
+
 @pytest.mark.parametrize("objective", ["paper", "published-code", "residual"])
 def test_learns_the_preference_and_moves_only_the_adapter(tmp_path: Path, objective: str):
     trainer = make_trainer(tmp_path, objective=objective, max_steps=30, eval_dataset=pairs())
