@@ -76,7 +76,7 @@ class GuideTrainer(Trainer):
 def train_guide(
     job: Job, name: str, outcomes: Sequence[Outcome], guide: Guide, loss: Loss, *, from_prompt: bool
 ) -> GuideTrainer:
-    """Train on outcomes, `2 · batch_size` of them per step. As in DPO, dropout is off.
+    """Train on outcomes, `2 · batch_size` of them per step. Dropout is off.
 
     Args:
         job: the training.

@@ -75,7 +75,7 @@ def train_on_rewards(
 ) -> Trainer:
     """Train on sampled replies to the pairs' prompts, `2 · batch_size` per step, as every method reads.
 
-    As in DPO, dropout is off: with it, a reply would be scored under another policy than the one that wrote it.
+    Dropout is off: with it, a reply would be scored under another policy than the one that wrote it.
 
     Args:
         job: the training.

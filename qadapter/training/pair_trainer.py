@@ -200,7 +200,7 @@ def pair_trainer(
     collator: Callable[[Sequence[Any]], dict[str, Tensor]] | None = None,
     further: Mapping[str, Any] | None = None,
 ) -> PairTrainer:
-    """A trainer of a new adapter on the job's pairs. As in DPO, dropout is off.
+    """A trainer of a new adapter on the job's pairs. Dropout is off.
 
     Args:
         job: the training.

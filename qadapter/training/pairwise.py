@@ -45,7 +45,12 @@ def train_dpo(job: Job, name: str, **loss: Any) -> Trainer:
     )
     trainer = TokenizedDPOTrainer(
         model=job.network,
-        args=DPOConfig(**for_trl(arguments), max_length=None, **loss),
+        args=DPOConfig(
+            **for_trl(arguments),
+            max_length=None,
+            disable_dropout=False,  # TRL's default would switch the adapter's dropout off in these methods alone
+            **loss,
+        ),
         train_dataset=rows,
         processing_class=job.tokenizer,
         peft_config=job.lora,

@@ -156,6 +156,29 @@ def test_each_steps_loss_is_the_formula(
     assert history[0]["train/rewards/margins"] < history[-1]["train/rewards/margins"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", CASES)
+def test_the_adapters_dropout_acts(
+    method: str, world: TinyToy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in SFT and the Q-Adapter, where TRL's `disable_dropout` would switch it off; the base's own is off."""
+    found: set[tuple[bool, float]] = set()
+    step = Trainer.training_step
+
+    def watched(trainer: Trainer, model: Any, *rest: Any) -> Any:
+        found.update(
+            ("lora_dropout" in name, module.p)
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Dropout)
+        )
+        return step(trainer, model, *rest)
+
+    monkeypatch.setattr(Trainer, "training_step", watched)
+    lora = NO_DROPOUT.model_copy(update={"dropout": 0.1})
+    world.train(method, tmp_path / "out", training=TRAINING.model_copy(update={"max_steps": 1}), lora=lora)
+    assert found == {(True, 0.1)}
+
+
 def test_ipo_divides_each_log_ratio_by_its_length() -> None:
     """Lengths 2 and 4, log-ratios 1 and 1: the difference is 1/2 - 1/4, and at τ = 1 the margin is 1/2."""
     one, zero, none = torch.ones(1), torch.zeros(1), torch.zeros(0)
