@@ -64,7 +64,7 @@ def config_page() -> str:
         "# Config schema",
         "Generated from the code. Profiles are the files `configs/*.yaml`, sweeps `configs/sweep/*.yaml`, sequences "
         "`configs/continual/*.yaml`, customisations `configs/customize/*.yaml`. Keys that are not listed here are "
-        "errors.",
+        "errors, except in `lora`, `model` and `trainer`, which take further fields of the libraries (command.md).",
     ]
     seen: dict[type[BaseModel], None] = {}
     sections = (("Profile", Experiment), ("Sweep", Sweep), ("Sequence", Continual), ("Customisation", Customization))
