@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from qadapter.files.artifacts import digest_file, json_line, read_json, write_json
 from qadapter.files.folders import shown_path
@@ -27,7 +28,7 @@ from qadapter.preferences.reading import file_records, parse_records, parsed
 from qadapter.preferences.records import RawRecord
 from qadapter.preferences.shards import Findings, open_files
 from qadapter.preferences.sources import DATA_ENDINGS
-from qadapter.preferences.split import DIGEST_BYTES, Digests
+from qadapter.preferences.split import DIGEST_BYTES, Digests, among
 
 RECORDS, SUMMARY, QUARANTINE = "records.jsonl", "summary.json", "quarantine.jsonl"
 REFUSED_FILE = "the whole file: no known format"
@@ -45,7 +46,7 @@ class Entry:
         line: see `RawRecord.line`.
         digest: sha256 of its content and of how it is read; of its place where it cannot be read.
         outcome: for each candidate pair the pair in TRL's format, or the reason (text) why it is none.
-        fresh: new or changed since the ledger before.
+        fresh: new or changed since the ledger before; what is late is so too where the ledger before has it not.
         late: it has what was known only behind the last record (an unpaired row that had to wait); its record stands
             before it, with the rest of the outcome.
     """
@@ -76,7 +77,8 @@ class Changes:
         new, changed, unchanged: records that are there now and were not; that stand where another one stood; that were.
         removed: records that are there no more.
         validated: records that were parsed; the others' outcomes are known.
-        fresh_pairs: usable pairs of new and changed records.
+        fresh_pairs: usable pairs of new and changed records; of unpaired rows also those that an earlier row makes with
+            a new one.
         quarantined: candidate pairs that cannot be used, by reason; `fresh_quarantined` of new and changed records.
         refused_files: files of which nothing can be read, or that are not read, with the reason for people.
         odd_files: files that were read like the others of their data set although their own first records look like
@@ -115,7 +117,7 @@ def update(
     unread: Mapping[str, int] | None = None,
     choices: Choices | None = None,
 ) -> Changes:
-    """Write a ledger of some files, holding about 100 bytes per record of both ledgers.
+    """Write a ledger of some files, holding about 100 bytes per record of both ledgers, of unpaired rows 200.
 
     Unlike the preparation of a fixed data set, a file of no known format is not an error: it is quarantined as a whole,
     so that one broken delivery does not keep the others from being used.
@@ -152,7 +154,7 @@ def update(
                 if outcome is None:
                     now.validated += 1
                     outcome = _validate(file, record, reader, max_chars, number)
-                now.write(name, record.line, digest, outcome)
+                now.write(name, record.line, digest, outcome, across_records=reader.across_records)
         for reader in opened.distinct():
             for shard, line, candidate in reader.finish():
                 name, file = names[shard]
@@ -193,6 +195,7 @@ class _Before:
             at += len(line)
         self._all = _digests(digests)
         self.places = _digests(places)
+        self._given: Digests | None = None
         order = np.argsort(self._all, kind="stable")
         self._sorted, self._offsets = self._all[order], np.frombuffer(offsets, np.uint64)[order]
 
@@ -220,6 +223,22 @@ class _Before:
         outcome: list[Any] = json.loads(self._stream.readline())["outcome"]
         return outcome
 
+    def gave(self, digest: str, outcome: Any) -> bool:
+        """Whether the ledger has a pair, in any of its records, or the reason why a record gave none."""
+        if self._given is None:
+            self._given = np.sort(_digests(self._outcomes()))
+        return bool(among(np.frombuffer(_given(digest, outcome), _DIGEST), self._given)[0])
+
+    def _outcomes(self) -> bytearray:
+        found = bytearray()
+        if self._stream is not None:
+            self._stream.seek(0)
+            for line in self._stream:
+                entry = json.loads(line)
+                for outcome in entry["outcome"]:
+                    found += _given(entry["digest"], outcome)
+        return found
+
     def gone(self, now: Digests) -> Digests:
         """The places of the records that are not among these digests."""
         return np.unique(self.places[~np.isin(self._all, now)])
@@ -233,6 +252,8 @@ class _Writer:
         self._quarantine = (out / QUARANTINE).open("wb")
         self._before = before
         self._digests, self._fresh_places = bytearray(), bytearray()
+        self._unpaired_places, self._unpaired_digests = bytearray(), bytearray()
+        self._unpaired: tuple[Digests, npt.NDArray[np.intp]] | None = None
         self._entries = self._fresh = self._fresh_pairs = self.validated = 0
         self._reasons: Counter[str] = Counter()
         self._fresh_reasons: Counter[str] = Counter()
@@ -244,31 +265,53 @@ class _Writer:
         self._records.close()
         self._quarantine.close()
 
-    def write(self, file: str, line: int, digest: str, outcome: list[Any]) -> None:
-        """Write a record and its outcome."""
+    def write(self, file: str, line: int, digest: str, outcome: list[Any], *, across_records: bool = False) -> None:
+        """Write a record and its outcome.
+
+        Args:
+            file, line, digest, outcome: see `Entry`.
+            across_records: whether the outcome depends on other records, so that one that was there may have a new one.
+        """
         entry = Entry(file, line, digest, outcome, digest not in self._before)
         self._entries += 1
         self._digests += bytes.fromhex(digest)[:DIGEST_BYTES]
         if entry.fresh:
             self._fresh += 1
             self._fresh_places += _place(file, line)
-        self._write(entry)
+        if across_records:
+            self._unpaired_places += _place(file, line)
+            self._unpaired_digests += bytes.fromhex(digest)
+        fresh = entry.outcome if entry.fresh else []
+        if across_records and not entry.fresh:
+            fresh = [found for found in outcome if not self._before.gave(digest, found)]
+        self._write(entry, fresh)
 
     def write_late(self, file: str, line: int, outcome: Any) -> None:
-        """Write what became of an unpaired row after all. Such rows are always counted as fresh."""
-        self._write(Entry(file, line, "", [outcome], True, late=True))
+        """Write what became of an unpaired row after all; its record has been written."""
+        digest = self._digest_of(file, line)
+        fresh = digest not in self._before or not self._before.gave(digest, outcome)
+        self._write(Entry(file, line, digest, [outcome], fresh, late=True), [outcome] if fresh else [])
 
-    def _write(self, entry: Entry) -> None:
+    def _digest_of(self, file: str, line: int) -> str:
+        """The digest of an unpaired row that was written."""
+        if self._unpaired is None:
+            places = _digests(self._unpaired_places)
+            order = np.argsort(places, kind="stable")
+            self._unpaired = places[order], order
+        places, order = self._unpaired
+        at = int(order[np.searchsorted(places, np.frombuffer(_place(file, line), _DIGEST)[0])])
+        return self._unpaired_digests[_SHA256_BYTES * at : _SHA256_BYTES * (at + 1)].hex()
+
+    def _write(self, entry: Entry, fresh: Sequence[Any]) -> None:
+        """Write an entry and count what it gave, of which some is fresh."""
         fields = {"file": entry.file, "line": entry.line, "digest": entry.digest, "outcome": entry.outcome}
         late = {"late": True} if entry.late else {}
         self._records.write(json_line({**fields, "fresh": entry.fresh, **late}))
-        reasons = entry.reasons
-        for reason in reasons:
+        for reason in entry.reasons:
             self._quarantine.write(json_line({"file": entry.file, "line": entry.line, "reason": reason}))
-        self._reasons.update(reasons)
-        if entry.fresh:
-            self._fresh_reasons.update(reasons)
-            self._fresh_pairs += len(entry.outcome) - len(reasons)
+        self._reasons.update(entry.reasons)
+        self._fresh_reasons.update(found for found in fresh if isinstance(found, str))
+        self._fresh_pairs += sum(not isinstance(found, str) for found in fresh)
 
     def changes(self, **more: Any) -> Changes:
         """What has changed.
@@ -293,10 +336,17 @@ class _Writer:
 
 
 _DIGEST = np.dtype(f"S{DIGEST_BYTES}")
+_SHA256_BYTES = 32
 
 
 def _digests(values: bytearray) -> Digests:
     return np.frombuffer(bytes(values), _DIGEST)
+
+
+def _given(digest: str, outcome: Any) -> bytes:
+    """What tells apart what records gave: a pair is the same wherever it comes from, a reason is of its record."""
+    text = f"{digest}\n{outcome}" if isinstance(outcome, str) else json.dumps(outcome, sort_keys=True)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:DIGEST_BYTES]
 
 
 def _place(file: str, line: int) -> bytes:

@@ -98,8 +98,8 @@ class Division:
 
     def places(self, prompts: Digests) -> npt.NDArray[np.int8]:
         """`TRAIN`, `HELDOUT`, `JUDGE` or `CROSSING` for each pair of the (training) data, by its prompt."""
-        places = np.where(_among(prompts, self.judge), JUDGE, TRAIN)
-        return np.where(_among(prompts, self.heldout), CROSSING if self.given else HELDOUT, places).astype(np.int8)
+        places = np.where(among(prompts, self.judge), JUDGE, TRAIN)
+        return np.where(among(prompts, self.heldout), CROSSING if self.given else HELDOUT, places).astype(np.int8)
 
 
 def divide(
@@ -123,7 +123,7 @@ def divide(
         given = heldout_pairs.distinct_prompts()
         duplicates += len(heldout_pairs) - len(given)
         held, held_count = np.unique(given), len(given)
-    across = _among(prompts, held)
+    across = among(prompts, held)
     train = prompts[~across]
     if not len(train) and needs_pairs:
         raise QAdapterError(
@@ -144,7 +144,7 @@ def divide(
     )
 
 
-def _among(prompts: Digests, some: Digests) -> npt.NDArray[np.bool_]:
+def among(prompts: Digests, some: Digests) -> npt.NDArray[np.bool_]:
     """Which of the prompts are among some that are sorted."""
     if not len(some):
         return np.zeros(len(prompts), bool)

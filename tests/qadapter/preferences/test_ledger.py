@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from qadapter.errors import QAdapterError
-from qadapter.preferences import ledger, sorting
+from qadapter.preferences import ledger, pairing, sorting
+from qadapter.preferences.building import Choices
 from qadapter.preferences.ledger import REFUSED_FILE, UNREAD_FILE, Changes
 from qadapter.preferences.mixture import unlearnt, write_heldout, write_mixture
 from qadapter.preferences.pair import load_pairs
@@ -29,9 +30,12 @@ def write(file: Path, rows: list[Any]) -> Path:
     return file
 
 
-def update(folder: Path, out: Path, previous: Path | None = None, rules: str = "r") -> Changes:
+def update(
+    folder: Path, out: Path, previous: Path | None = None, rules: str = "r", choices: Choices | None = None
+) -> Changes:
     out.mkdir()
-    return ledger.update(sorted(folder.glob("*.jsonl")), previous, out, domain=None, max_chars=1000, rules=rules)
+    files = sorted(folder.glob("*.jsonl"))
+    return ledger.update(files, previous, out, domain=None, max_chars=1000, rules=rules, choices=choices)
 
 
 def mixture(of: Path, out: Path, **changes: Any) -> dict[str, Any]:
@@ -91,6 +95,38 @@ def test_other_rules_validate_everything_again(tmp_path: Path) -> None:
     write(folder / "a.jsonl", [record(n) for n in range(5)])
     update(folder, tmp_path / "1")
     assert update(folder, tmp_path / "2", tmp_path / "1", rules="other").validated == 5
+
+
+@pytest.mark.parametrize("memory", [pairing.MEMORY_BYTES, 0], ids=["in memory", "on disk"])
+def test_of_unpaired_rows_only_what_was_not_there_is_new(
+    memory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that stays alone is reported once. A new row whose file is read first gives its pair at an earlier one."""
+    monkeypatch.setattr(pairing, "MEMORY_BYTES", memory)
+    folder, alone = tmp_path / "in", Reason.NO_PARTNER.value
+
+    def row(n: int, label: bool) -> dict[str, Any]:
+        return {"prompt": f"question {n} ?", "completion": f"{'yes' if label else 'no'} {n}", "label": label}
+
+    def looked(out: str, previous: str | None = None) -> Changes:
+        before = tmp_path / previous if previous else None
+        return update(folder, tmp_path / out, before, choices=Choices(pairing="all"))
+
+    write(folder / "b.jsonl", [row(1, True), row(1, False), row(2, True), row(3, True)])
+    first = looked("1")
+    assert (first.new, first.fresh_pairs, first.fresh_quarantined) == (4, 1, {alone: 2})
+    again = looked("2", "1")
+    assert (again.unchanged, again.fresh_pairs, again.fresh_quarantined) == (4, 0, {})
+    assert again.quarantined == {alone: 2}
+
+    write(folder / "a.jsonl", [row(2, False), row(4, True)])
+    more = looked("3", "2")
+    assert (more.new, more.fresh_pairs, more.fresh_quarantined) == (2, 1, {alone: 1})
+    assert more.quarantined == {alone: 2}
+    assert unlearnt(tmp_path / "3", tmp_path / "2") == 1
+    (folder / "a.jsonl").unlink()
+    fewer = looked("4", "3")
+    assert (fewer.removed, fewer.fresh_pairs, fewer.fresh_quarantined) == (2, 0, {alone: 1}), "2 is alone again"
 
 
 PROMPTS = ("Which town is the capital of France?", "How is a loaf of bread baked?", "Who wrote the tale of Genji?")
