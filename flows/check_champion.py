@@ -12,7 +12,17 @@ from typing import Any
 from prefect import flow
 from prefect.states import State
 
-from flows.customize import Ground, Step, fetch, lay_ground, measuring, one_at_a_time, prepared, request_of
+from flows.customize import (
+    Ground,
+    Step,
+    fetch,
+    lay_ground,
+    measuring,
+    one_at_a_time,
+    prepared,
+    read_again,
+    request_of,
+)
 from flows.running.outcomes import ended
 from flows.running.prefect_run import close_abandoned
 from flows.running.run_request import check_workspace
@@ -63,6 +73,7 @@ def check_champion(config: str = "smoke") -> State[Any]:
         return ended("NoChampion", f"the registered model {customization.model_name!r} has no champion to check")
     request_of(config, customization, NAME).check()
     with one_at_a_time(customization, "checks"):  # each removes what the one before measured
+        customization = read_again(config, customization)
         champion = registry.champion()
         assert champion is not None  # an alias may move, but is never removed
         damage = _damage(customization, champion)

@@ -26,6 +26,7 @@ from flows.running.run_request import RunRequest, check_workspace
 from qadapter.config.customization import PREFERENCES, Customization, load_customization
 from qadapter.config.experiment import Experiment
 from qadapter.config.sources import Source
+from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import read_json
 from qadapter.files.locks import private_lock
 from qadapter.files.shown import shown
@@ -91,6 +92,7 @@ def customize_on_new_preferences(config: str = "smoke", force: bool = False) -> 
         request_of(config, customization, NAME).check()  # what cannot work need not wait for another run's end
     with one_at_a_time(customization):
         asked_until = datetime.now(UTC)  # after the wait for the lock
+        customization = read_again(config, customization)
         state = _look(config, customization, force)
         for name in join_waiting_runs({"config": config, "force": False}, asked_until, str(state.name)):
             get_run_logger().info("%s was requested before this run read the data, so it has nothing left to do", name)
@@ -353,6 +355,23 @@ def one_at_a_time(customization: Customization, what: str = "customize") -> Iter
         yield
     finally:
         lock.release()
+
+
+def read_again(config: str, before: Customization) -> Customization:
+    """The customization as it is after a wait for another run, which may have taken hours.
+
+    A run that was requested meanwhile, for an edited config, is joined: it has to be that config that was worked with.
+
+    Raises:
+        QAdapterError: it names another model, whose lock is not held.
+    """
+    now = load_customization(config)
+    if now.model_name != before.model_name:
+        raise QAdapterError(
+            f"While this run waited, {config} was given another model_name, {now.model_name!r} instead of "
+            f"{before.model_name!r}. Start the run again."
+        )
+    return now
 
 
 @dataclass(frozen=True)
