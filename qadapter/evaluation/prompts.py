@@ -24,8 +24,8 @@ Floats = NDArray[np.float64]
 def prompt_names(prompts: Sequence[Sequence[Any]]) -> list[str]:
     """The name of each pair's prompt, by which a pair is on one or the other side of a split.
 
-    It is the digest of the prompt as written first among those that differ in case and white space only, which are the
-    same prompt everywhere else (`qadapter.preferences.pair.prompt_digest`).
+    It is the digest of the prompt as written first among those that look alike but for case and white space, which are
+    the same prompt everywhere else (`qadapter.preferences.pair.prompt_digest`).
 
     Args:
         prompts: of all pairs of a held-out file, in its order.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,10 +95,26 @@ class LabelledReply:
         return cls(tuple(row["prompt"]), row["completion"][0]["content"], row["label"])
 
 
+_UNSEEN = dict.fromkeys(
+    map(ord, "\u00ad\u200b\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2068\u2069\ufeff")
+)
+"""Soft hyphens, spaces without width, marks of direction: what a copied text has and its reader does not see."""
+
+
 def prompt_digest(prompt: Sequence[Message]) -> str:
-    """sha256 of a prompt, blind to case and white space: equal digests are the same prompt to a reader."""
-    turns = [[turn["role"], " ".join(turn["content"].lower().split())] for turn in prompt]
+    """sha256 of a prompt: equal digests are the same prompt to a reader.
+
+    It is blind to case, white space and characters without a glyph, and to how accents are composed: some programs
+    write `é` as two characters.
+    """
+    turns = [[turn["role"], _as_read(turn["content"])] for turn in prompt]
     return hashlib.sha256(json.dumps(turns, ensure_ascii=False).encode()).hexdigest()
+
+
+def _as_read(text: str) -> str:
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text.translate(_UNSEEN))
+    return " ".join(text.lower().split())
 
 
 SINGLE = "single.jsonl"

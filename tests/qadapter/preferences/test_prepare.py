@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -305,6 +306,23 @@ def test_equal_training_and_held_out_files_leave_no_training(tmp_path: Path) -> 
     with pytest.raises(QAdapterError, match="No training pair is left: all 5 usable pairs"):
         prepare([file], tmp_path / "out", heldout_files=[file])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        unicodedata.normalize("NFD", "Où est le café de l'Hôtel ?"),
+        "OÙ  EST\u00a0LE CAFÉ DE L'HÔTEL\n?",
+        "\ufeffOù est le ca\u00adfé de\u200b l'Hôtel ?\u200e",
+    ],
+    ids=["accents as characters of their own", "case and white space", "characters without a glyph"],
+)
+def test_a_held_out_prompt_written_otherwise_is_not_trained_on(written: str, tmp_path: Path) -> None:
+    held = lines(tmp_path / "held.jsonl", pair("Où est le café de l'Hôtel ?").to_trl())
+    file = lines(tmp_path / "in.jsonl", pair(written).to_trl(), pair("Ou est le cafe de l'Hotel ?").to_trl())
+    summary = prepare([file], tmp_path / "out", heldout_files=[held])
+    assert (summary.cross_split_pairs, summary.train_pairs) == (1, 1)
+    assert load_pairs(tmp_path / "out" / "train.jsonl") == [pair("Ou est le cafe de l'Hotel ?")]
 
 
 def test_limits_cut_and_are_counted(tmp_path: Path) -> None:
