@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from qadapter.config.model import ModelSettings
 from qadapter.evaluation.new_rows_text import NEW_ROWS
-from qadapter.evaluation.preference import Floats, PairScores, margins, score_pairs
+from qadapter.evaluation.preference import Floats, NoneScoredError, PairScores, margins, score_pairs
 from qadapter.evaluation.reversed_labels import View, look_reversed
 from qadapter.files.artifacts import read_json_lines, write_json, write_json_lines
 from qadapter.inference.pair_scores import implied_margin, mean_margin, won
@@ -55,12 +55,9 @@ def measure_new_rows(
         model: of the experiment.
         max_length, batch_size: as for the held-out pairs.
         out: gets `new_rows.jsonl` (pair, margins of both, whether its label is suspected) and `metrics.json`
-            (`new_rows/…`).
+            (`new_rows/…`). Where no new pair can be scored, only how many were left out.
         scratch: keeps scores, as in `measure_adaptation`.
         trained: all pairs that the candidate was trained on; those that are not new are the earlier ones.
-
-    Raises:
-        QAdapterError: not one pair can be scored.
     """
     pairs = _some(load_pairs(fresh))
     earlier = _earlier(trained, fresh) if trained and champion else []
@@ -71,10 +68,17 @@ def measure_new_rows(
         return score_pairs(policy, tokenizer, asked, max_length=max_length, batch_size=batch_size)
 
     with keeping(scratch):
+        try:
+            of_new = scores(candidate, pairs)
+        except NoneScoredError:
+            if leads():
+                write_json_lines(out / NEW_ROWS, [])
+                write_json(out / "metrics.json", {"new_rows/n": 0.0, "new_rows/left_out": float(len(pairs))})
+            return
         of_all = scores(None, [*pairs, *earlier])
         new = of_all.indices < len(pairs)
         of_base = _part(of_all, new)
-        of_candidate = margins(scores(candidate, pairs), of_base)
+        of_candidate = margins(of_new, of_base)
         of_both = margins(scores(champion, [*pairs, *earlier]), of_all) if champion else None
         of_champion = None if of_both is None else of_both[new]
         if not leads():

@@ -15,6 +15,12 @@ _PROMPT = 60  # characters
 def new_rows_sentence(folder: Path) -> str:
     """What `measure_new_rows` found, for people."""
     metrics = read_json(folder / "metrics.json")
+    if not metrics["new_rows/n"]:
+        return (
+            f"none of {int(metrics['new_rows/left_out'])} new pairs can be scored, so the candidate learnt nothing "
+            "from them: both replies begin alike for all of training.max_length, or the base's chat template refuses "
+            "the prompts"
+        )
     count, of_candidate = int(metrics["new_rows/n"]), metrics["new_rows/candidate_accuracy"]
     text = f"of {count} new pairs the candidate prefers the chosen reply in {of_candidate:.3f}"
     if "new_rows/champion_accuracy" not in metrics:

@@ -46,6 +46,10 @@ class PairScores:
         return len(self.chosen)
 
 
+class NoneScoredError(QAdapterError):
+    """No pair of some can be tokenised: both replies begin alike up to the limit, or no template takes the prompts."""
+
+
 def score_pairs(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -62,11 +66,12 @@ def score_pairs(
         batch_size: pairs a forward pass, twice as many replies.
 
     Raises:
-        QAdapterError: not one pair can be scored, or a log-probability is not finite.
+        NoneScoredError: not one pair can be scored.
+        QAdapterError: a log-probability is not finite.
     """
     indices, encoded = encode_usable(tokenizer, pairs, max_length)
     if not encoded:
-        raise QAdapterError(
+        raise NoneScoredError(
             f"None of the {len(pairs)} held-out pairs can be scored within {max_length} tokens. Hold out more pairs "
             f"or raise max_length."
         )

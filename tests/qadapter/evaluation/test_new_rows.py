@@ -73,6 +73,27 @@ def test_flipped_labels_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "champion" not in new_rows_sentence(first)
 
 
+@pytest.mark.slow
+def test_new_pairs_of_which_none_can_be_scored_are_a_note(tmp_path: Path) -> None:
+    """Their replies differ behind `max_length` only. The candidate was trained on earlier pairs, and is judged."""
+    toy = make_tiny_toy(tmp_path / "toy")
+    training = TRAINING.model_copy(update={"max_steps": 1, "save_steps": None})
+    adapter = toy.train("q-adapter", tmp_path / "adapter", training=training) / "adapter"
+    same = "sorry , i can not help with that . " * 40
+    new = [pair("how ?", f"{same}yes", f"{same}no"), pair("why ?", f"{same}yes", f"{same}no")]
+    fresh = write_pairs(tmp_path / "fresh.jsonl", new)
+    trained = write_pairs(tmp_path / "train.jsonl", [*new, *load_pairs(toy.pairs)])
+    adaptation = heldout_margins(tmp_path / "adaptation", [1.0])
+    for champion, of_champion in ((adapter, adaptation), (None, None)):
+        out = tmp_path / ("first" if champion is None else "later")
+        out.mkdir()
+        options = {"model": MODEL, "max_length": 64, "batch_size": 4, "out": out}
+        measure_new_rows(toy.base, champion, adapter, fresh, of_champion, trained=trained, **options)
+        assert rows(out / "new_rows.jsonl") == []
+        assert new_rows_sentence(out).startswith("none of 2 new pairs can be scored, so the candidate learnt nothing")
+        assert reversed_sentence(out) == ""
+
+
 def share(right: int, of: int) -> np.ndarray:
     return np.array([1.0] * right + [0.0] * (of - right))
 
