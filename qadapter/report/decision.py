@@ -89,7 +89,8 @@ def decide_for_reader(measured: Measured) -> Decision:
     if better and not gaining:
         return Decision(_not_yet(better) + broken, _lines(measured, better[0]))
     if not gaining:
-        return Decision(_not_enough(measured, found[0]) + broken, _lines(measured, found[0]))
+        closest = next((candidate for candidate in found if candidate.gained > 0), found[0])
+        return Decision(_not_enough(measured, closest) + broken, _lines(measured, closest))
     best, second = gaining[0], gaining[1] if len(gaining) > 1 else None
     text = ""
     if second is not None:
@@ -175,7 +176,12 @@ def _not_yet(better: Sequence[_Candidate]) -> str:
 
 
 def _not_enough(measured: Measured, best: _Candidate) -> str:
-    """No method gains beyond noise: how many pairs would tell."""
+    """No method gains beyond noise: how many pairs would tell.
+
+    Args:
+        measured: what it is of.
+        best: of the methods that gained anything; another one where none did.
+    """
     domains = measured.domains_of(best.method, measured.base_of(best.method))
     sample = measured.gain(best.method, domains) if domains else None
     items, what = _items(sample), _kind_of_items(measured)

@@ -106,8 +106,10 @@ def duel(
 def duels(measured: Measured) -> list[Duel]:
     """Every Q-Adapter of the comparison against everything else in it that was trained.
 
-    Those that the summary tells, the first ones, have intervals; the others, thousands in a sweep, have none.
+    Those that the summary tells, the first ones of methods that speak, have intervals; the others, thousands in a
+    sweep, have none.
     """
+    silent, told = silent_methods(measured.rows), 0
     ours = [method for method in measured.methods if kind(method) == OURS]
     pairs = [
         (method, other)
@@ -116,9 +118,11 @@ def duels(measured: Measured) -> list[Duel]:
     ]
     found: list[Duel] = []
     for method, other in pairs:
-        one = duel(measured, method, other, intervals=len(found) < _MOST_DUELS)
+        speak = method not in silent and other not in silent
+        one = duel(measured, method, other, intervals=speak and told < _MOST_DUELS)
         if one is not None:
             found.append(one)
+            told += speak
     return found
 
 

@@ -12,11 +12,12 @@ import pytest
 from flows.commands.run import link_latest
 from qadapter.evaluation.statistics import Interval
 from qadapter.files.artifacts import write_json_lines
+from qadapter.methods.table import NAMES
 from qadapter.report.build import build_report
 from qadapter.report.decision import decide_for_reader, items_needed
 from qadapter.report.intervals import Measured
 from qadapter.report.rows import Row
-from qadapter.report.summary import LONGEST_SUMMARY, first_sentences, sentences
+from qadapter.report.summary import LONGEST_SUMMARY, duels, first_sentences, sentences
 from tests.support.report_files import pair_row, rule_row
 
 WORDS = ("Pareto", "nats", "implied reward")
@@ -73,6 +74,15 @@ def test_noise_is_no_recommendation(tmp_path: Path) -> None:
     assert found.recommendation.endswith("prompts and 3 seeds to tell q-adapter from the base.")
     nothing = decide_for_reader(Measured(rows_of(tmp_path, {"base": 3, "dpo": 3}, {"base": 10, "dpo": 10}, n=12)))
     assert "None of them gained anything" in nothing.recommendation
+
+
+def test_a_gain_within_noise_is_no_missing_gain(tmp_path: Path) -> None:
+    """DPO follows the rule in 6 of 60 answers more and forgets 30 %; SFT follows it in one less and forgets nothing."""
+    follows, right = {"base": 30, "sft": 29, "dpo": 36}, {"base": 150, "sft": 150, "dpo": 90}
+    found = decide_for_reader(Measured(rows_of(tmp_path, follows, right, n=60)))
+    assert "None of them gained anything" not in found.recommendation
+    assert found.recommendation.endswith("prompts and 3 seeds to tell dpo from the base.")
+    assert dict(found.lines)["Gained"] == "dpo follows the new rule in 60 % of its answers; the base in 50 %."
 
 
 def test_two_methods_within_noise(tmp_path: Path) -> None:
@@ -222,6 +232,20 @@ def test_a_policy_that_does_not_speak_wins_nothing(tmp_path: Path) -> None:
     assert page.index("Do not use dpo: it does not") < page.index("dpo does not speak") < page.index('id="comparison"')
     alone = decide_for_reader(Measured([row for row in rows if row.method in ("base", "dpo")]))
     assert alone.recommendation == "Use none of these. Do not use dpo: it does not answer in language."
+
+
+def test_a_silent_method_takes_no_interval_of_a_told_duel(tmp_path: Path) -> None:
+    """14 methods beside the Q-Adapter, the first one silent: of 13 duels 12 are told, each with its noise."""
+    others = [name for name in NAMES if name != "q-adapter"][:14]
+    counts = {"base": 4, "q-adapter": 150, **dict.fromkeys(others, 100)}
+    rows = rows_of(tmp_path, counts, dict.fromkeys(counts, 19), tasks=20)
+    measured = Measured([silenced(row) if row.method == others[0] else row for row in rows])
+    fought = duels(measured)
+    assert len(fought) == 14
+    assert sum(one.adaptation_interval is not None for one in fought) == 12
+    told = [line for line in sentences(measured) if line.startswith("q-adapter against ")]
+    assert len(told) == 12
+    assert not any("noise unknown" in line for line in told)
 
 
 @pytest.mark.parametrize("effect", [0.1, 0.05])
