@@ -322,11 +322,15 @@ def _portrait(measured: Measured, method: str) -> str:
         parts.append(f"keeps {100 * kept / base:.1f} % of the base's retention ({number(kept)} of {number(base)})")
     if not math.isnan(gained):
         parts.append(f"reaches an adaptation score of {number(score)}, {_signed(gained, interval)} against the base")
-    judged = {row.domain for row in measured.rows if row.method == method and WIN_RATE in row.metrics}
-    wins, sure = measured.win_rate(method, [domain for domain in domains if domain in judged])
+    known = {row.domain for row in measured.rows if row.method == method and WIN_RATE in row.metrics}
+    judged = [domain for domain in domains if domain in known]
+    wins, sure = measured.win_rate(method, judged)
     if wins.n:
         ends = f" [{100 * sure.low:.0f}, {100 * sure.high:.0f}]" if sure else ""
-        parts.append(f"wins {100 * wins.mean:.0f} %{ends} of its answers against the base's (a tie is half a win)")
+        there = f" in {listed(judged)}" if len(judged) < len(domains) else ""
+        parts.append(
+            f"wins {100 * wins.mean:.0f} %{ends} of its answers{there} against the base's (a tie is half a win)"
+        )
     where = f"{found}," if (found := _where(measured, domains)) else ""
     return f"{method}{where} {listed(parts)}." if parts else f"{method} was not measured."
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 import pandas as pd
 
@@ -329,23 +328,21 @@ def subtask_measures(measured: Measured) -> list[str]:
 
 
 def drift_table(measured: Measured) -> Table | None:
-    """How far each method's answers to old prompts moved from its base's: one row per trait; None where nothing was
-    measured."""
+    """How far each method's answers to old prompts moved from its base's; None where nothing was measured.
+
+    One row per trait, and per group of domains over which the methods can be compared.
+    """
     methods = [m for m in measured.methods if kind(m) != "base" and any(MOVED in r.metrics for r in _of(measured, m))]
     if not methods:
         return None
-    rows = [("traits that moved beyond noise", tuple(_moved(measured, method) for method in methods))]
+    rows = []
+    for domains in comparable_domains(measured.rows, MOVED):
+        label = f"traits that moved beyond noise{_only(measured, domains)}"
+        rows.append((label, tuple(_moved(measured, domains, method) for method in methods)))
     for trait, label in TRAITS.items():
-        name = f"drift/{trait}"
-        if not any(name in row.metrics for row in measured.rows):
-            continue
-        cells = []
-        for method in methods:
-            found = [row.metrics for row in _of(measured, method) if name in row.metrics]
-            sure = sum(one[f"{name}/low"] > 0 or one[f"{name}/high"] < 0 for one in found)
-            text = f"{fmean(one[name] for one in found):+.3f}" if found else "–"
-            cells.append(Cell(text, f"[{sure} of {len(found)}]" if found else "", sure=2 * sure > len(found)))
-        rows.append((label, tuple(cells)))
+        for domains in comparable_domains(measured.rows, f"drift/{trait}"):
+            cells = tuple(_drifted(measured, f"drift/{trait}", domains, method) for method in methods)
+            rows.append((f"{label}{_only(measured, domains)}", cells))
     return Table("trait", (("Policy minus base", len(methods)),), tuple(methods), tuple(rows))
 
 
@@ -353,10 +350,32 @@ def _of(measured: Measured, method: str) -> list[Row]:
     return [row for row in measured.rows if row.method == method]
 
 
-def _moved(measured: Measured, method: str) -> Cell:
-    found = [row.metrics for row in _of(measured, method) if MOVED in row.metrics]
+def _behind_mean(measured: Measured, name: str, domains: Sequence[str], method: str) -> list[dict[str, float]]:
+    """The measurements that `spread_over` averages: of the seeds that have a metric in each of some domains."""
+    found = {(r.domain, r.seed): r.metrics for r in _of(measured, method) if r.domain in domains and name in r.metrics}
+    return [one for (_, seed), one in found.items() if all((domain, seed) in found for domain in domains)]
+
+
+def _drifted(measured: Measured, name: str, domains: Sequence[str], method: str) -> Cell:
+    found = _behind_mean(measured, name, domains, method)
+    if not found:
+        return Cell("–")
+    sure = sum(one[f"{name}/low"] > 0 or one[f"{name}/high"] < 0 for one in found)
+    value = round(spread_over(measured.rows, name, domains, method).mean, 3) + 0.0  # + 0.0: avoids -0.000
+    return Cell(f"{value:+.3f}", f"[{sure} of {len(found)}]", sure=2 * sure > len(found))
+
+
+def _moved(measured: Measured, domains: Sequence[str], method: str) -> Cell:
+    found = _behind_mean(measured, MOVED, domains, method)
+    if not found:
+        return Cell("–")
     count = max(sum(f"drift/{trait}" in one for trait in TRAITS) for one in found)
-    return Cell(f"{fmean(one[MOVED] for one in found):.1f} of {count}")
+    return Cell(f"{spread_over(measured.rows, MOVED, domains, method).mean:.1f} of {count}")
+
+
+def _only(measured: Measured, domains: Sequence[str]) -> str:
+    """Behind the label of a row: the domains that it is a mean over, unless these are all."""
+    return "" if len(domains) == len(measured.domains) else f" ({', '.join(domains)} only)"
 
 
 def cost_table(measured: Measured) -> Table:
@@ -390,8 +409,7 @@ def _by_measure(measured: Measured, names: dict[str, tuple[str, int]]) -> Table:
                 _measure(name, one, measured.further(name, method, domains), 0 if whole else digits)
                 for method, one in found.items()
             ]
-            where = "" if len(domains) == len(measured.domains) else f" ({', '.join(domains)} only)"
-            rows.append((f"{label}{where}", tuple(cells)))
+            rows.append((f"{label}{_only(measured, domains)}", tuple(cells)))
     groups = groups_of(measured.methods) or (("", len(measured.methods)),)
     return Table("measure", groups, tuple(measured.methods), tuple(rows))
 

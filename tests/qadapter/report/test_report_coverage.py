@@ -12,7 +12,15 @@ from qadapter.report.figures import retention_against_adaptation
 from qadapter.report.intervals import Measured
 from qadapter.report.rows import Row, comparable_domains, spread
 from qadapter.report.summary import adherence_gained, coverage_sentences, duel, points, sentences, summary_metrics
-from qadapter.report.tables import COLUMNS, comparison, cost_table, forgetting_table, further_table, main_table
+from qadapter.report.tables import (
+    COLUMNS,
+    comparison,
+    cost_table,
+    drift_table,
+    forgetting_table,
+    further_table,
+    main_table,
+)
 from tests.support.report_files import pair_row, rule_row
 
 
@@ -197,3 +205,40 @@ def test_a_method_is_against_its_own_base_in_its_own_domains(tmp_path: Path) -> 
     kept = measured.retention("dpo", "b")
     assert kept is not None
     assert kept.estimate == 0.5
+
+
+def test_drift_is_a_mean_over_the_domains_of_all(tmp_path: Path) -> None:
+    """DPO writes 2 words more in `x` and 60 in `y`, SFT 3 in `x` alone: in `x`, where both are, DPO drifts less.
+
+    DPO's seed 1 lacks `y`; of DPO alone, over both domains, the mean is of seed 0: (2 + 60)/2.
+    """
+
+    def drifted(domain: str, method: str, seed: int, words: float) -> Row:
+        ends = {"drift/words/low": words - 1, "drift/words/high": words + 1}
+        return Row(domain, method, seed, {"drift/words": words, **ends, "drift/moved": 1.0})
+
+    dpo = [drifted("x", "dpo", 0, 2.0), drifted("x", "dpo", 1, 8.0), drifted("y", "dpo", 0, 60.0)]
+    both = drift_table(Measured([*dpo, drifted("x", "sft", 0, 3.0)]))
+    assert both is not None
+    shown = {label: [cell.whole for cell in cells] for label, cells in both.rows}
+    assert both.columns == ("sft", "dpo")
+    assert shown["words per reply (x only)"] == ["+3.000 [1 of 1]", "+5.000 [2 of 2]"]
+    assert shown["traits that moved beyond noise (x only)"] == ["1.0 of 1", "1.0 of 1"]
+    alone = drift_table(Measured(dpo))
+    assert alone is not None
+    (of_words,) = dict(alone.rows)["words per reply"]
+    assert of_words.whole == "+31.000 [2 of 2]"
+    apart = drift_table(Measured([drifted("y", "dpo", 0, 60.0), drifted("x", "sft", 0, 3.0)]))
+    assert apart is not None
+    shown = {label: [cell.whole for cell in cells] for label, cells in apart.rows}
+    assert shown["words per reply (y only)"] == ["–", "+60.000 [1 of 1]"]
+    assert shown["words per reply (x only)"] == ["+3.000 [1 of 1]", "–"]
+
+
+def test_a_win_rate_of_some_domains_names_them() -> None:
+    """Judged in `a` alone: .9 there says nothing of `b`."""
+    rows = []
+    for domain, judged in (("a", {"adaptation/win_rate": 0.9}), ("b", {})):
+        rows += [row(domain, "base", None, 0.5, 0.5), Row(domain, "q-adapter", 0, {"adaptation/score": 0.7, **judged})]
+    assert any("wins 90 % of its answers in a against the base's" in line for line in sentences(Measured(rows)))
+    assert any("wins 90 % of its answers against the base's" in line for line in sentences(Measured(rows[:2])))
