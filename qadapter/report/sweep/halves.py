@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from statistics import fmean
 
 import numpy as np
@@ -108,7 +109,8 @@ def halves_section(
         confirming: rows of the chosen settings with further seeds, which are reported and choose nothing.
     """
     chosen = chosen_on_a_half(rows, settings, expected)
-    further = _of_all(confirming, [point.setting.name for point in chosen.values()])
+    names = [point.setting.name for point in chosen.values()]
+    further = _of_all(confirming, names, ordered(row.domain for row in rows))
     reported = half_rows([*rows, *further], chosen=False)
     on_other = {point.setting.name: point for point in points_of([half.row for half in reported], settings, expected)}
     if not chosen or any(
@@ -156,13 +158,16 @@ def halves_section(
     return "\n\n".join(parts), metrics
 
 
-def _of_all(confirming: Sequence[Row], names: Sequence[str]) -> list[Row]:
-    """Of the further rows those of a domain and seed in which each chosen setting was trained, so that they pair."""
+def _of_all(confirming: Sequence[Row], names: Sequence[str], domains: Sequence[str]) -> list[Row]:
+    """The further rows of the chosen settings, of the seeds with which each was trained in every domain.
+
+    A seed that lacks one has no mean over domains, and one that a setting lacks does not pair.
+    """
     there = {(row.domain, row.method, row.seed) for row in confirming}
     return [
         row
         for row in confirming
-        if row.method in names and all((row.domain, name, row.seed) in there for name in names)
+        if row.method in names and all((d, name, row.seed) in there for d, name in product(domains, names))
     ]
 
 

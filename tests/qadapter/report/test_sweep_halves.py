@@ -134,6 +134,19 @@ def test_a_chosen_setting_is_confirmed_by_a_seed_that_chose_nothing(rows: list[R
     assert sentence not in alone
 
 
+def test_a_confirming_seed_that_lacks_a_domain_is_not_in_the_mean(tmp_path: Path) -> None:
+    """All pairs won in `a`, half of them in `b`: ¾. A further seed in `a` alone would make it (¾ + 1)/2."""
+    rows = []
+    for domain, share in (("a", 1.0), ("b", 0.5)):
+        rows.append(measured(tmp_path / f"base {domain}", "base", None, 0, 0, 1.0, domain))
+        rows += [measured(tmp_path / f"{n} {domain}", n, 0, share, share, 1.0, domain) for n in ("dpo a", "q a")]
+    confirming = [measured(tmp_path / f"{name} 1", name, 1, 1.0, 1.0, 1.0, "a") for name in ("dpo a", "q a")]
+    text, metrics = halves_section(rows, SETTINGS, 2, confirming)
+    assert (text, metrics) == halves_section(rows, SETTINGS, 2)
+    (line,) = [line for line in text.splitlines() if line.startswith("| dpo ")]
+    assert line.split("|")[3].strip() == "0.750"
+
+
 def test_domains_share_their_retention_items(tmp_path: Path) -> None:
     """The same answers in four domains are no surer than in one: an item's difference is averaged over them first."""
     shares = {"dpo a": (1.0, 0.5, 0.5), "q a": (1.0, 0.5, 1.0)}
