@@ -127,10 +127,11 @@ def build_report(
     legend = _main_legend(measured)
     (out / "report.tex").write_text(latex(main, f"{title}. {legend}"), encoding="utf-8")
     first, further = first_sentences(measured, config, fought)
+    silent = silent_methods(measured.rows)
     content = {
         "title": title,
         "decision": decide_for_reader(measured),
-        "sentences": [*first, *budget_sentences(curves)],
+        "sentences": [*first, *budget_sentences([one for one in curves if one.method not in silent])],
         "budgets": budget_table(curves),
         "values": values_table(curves),
         "own_budget": own_budget_table(curves, budget_of(config)),

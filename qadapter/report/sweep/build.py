@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ from qadapter.files.shown import to_csv
 from qadapter.methods.table import NAMES, SUBJECT, knobs
 from qadapter.report import markdown
 from qadapter.report.budget import LEGEND as BUDGET_LEGEND
-from qadapter.report.budget import budget_metrics, budget_sentences, budget_table, curves_of
+from qadapter.report.budget import MethodCurve, budget_metrics, budget_sentences, budget_table, curves_of
 from qadapter.report.judges import judged_by_chance, left_out_sentence, without_win_rates_by_chance
 from qadapter.report.rows import Row, Spread, listed, ordered, spread
 from qadapter.report.sweep.equal import equal_budgets_section
@@ -95,10 +96,11 @@ def build_sweep_report(
         sections += ["## Every setting", _markdown(_table(points, front, base, base_rows)), _LEGEND]
     curves = curves_of(rows)
     if (budgets := budget_table(curves)) is not None:
-        of_budgets, of_methods = equal_budgets_section(curves, settings)
+        ranked = _whole(curves, rows, [point.setting.name for point in compared])
+        of_budgets, of_methods = equal_budgets_section(ranked, settings)
         sections += [*of_budgets, "## Every setting at equal budgets"]
         sections += [
-            "\n".join(f"- {line}" for line in budget_sentences(curves)),
+            "\n".join(f"- {line}" for line in budget_sentences(ranked)),
             markdown.table(budgets),
             BUDGET_LEGEND,
         ]
@@ -117,6 +119,12 @@ _LEGEND = (
     "comma, measured with another α0."
 )
 _FAMILIES = "Families have different numbers of settings here; compare methods by the first table."
+
+
+def _whole(curves: Sequence[MethodCurve], rows: Sequence[Row], compared: Sequence[str]) -> list[MethodCurve]:
+    """The curves of the settings that are compared, where every seed has one; the others are listed only."""
+    trained = Counter((row.domain, row.method) for row in rows)
+    return [one for one in curves if one.method in compared and len(one.curves) == trained[one.domain, one.method]]
 
 
 def _comparison(tuned: dict[str, list[Point]], metrics: dict[str, float]) -> list[str]:

@@ -326,6 +326,66 @@ def test_a_sweep_compares_methods_at_equal_budgets(tmp_path: Path) -> None:
     assert found["sweep/equal/difference_at_1_percent/dpo"] == pytest.approx(-0.5, abs=0.01)
 
 
+def test_who_is_not_compared_is_not_chosen_at_equal_budgets(tmp_path: Path) -> None:
+    """SFT's `b` does not speak, `c` lacks a training and `d` a curve: `a` is chosen, though it learns least."""
+    settings = {"sft a": 0.2, "sft b": 1.0, "sft c": 1.0, "sft d": 1.0, "residual": 0.5}
+    metrics = {"adaptation/score": 0.5, "retention/mean": 0.9, "forgetting/mean": 0.0, RULE: 0.5}
+    rows = [Row("academy", "base", None, metrics)]
+    described = []
+    for name, learnt in settings.items():
+        curve = write_curve(tmp_path / name, (0.0, learnt, learnt), (1.0, 1.0, 1.0), items=400)
+        own = [Row("academy", name, seed, metrics, curve=curve) for seed in (0, 1)]
+        if name == "sft b":
+            own = [replace(row, metrics={**metrics, "adaptation/speaks": 0.0}) for row in own]
+        if name == "sft d":
+            own[1] = replace(own[1], curve=None)
+        rows += own[:1] if name == "sft c" else own
+        method = "q-adapter" if name == "residual" else "sft"
+        described.append(Setting(name, method, method, (method,), True, {}, name))
+    (tmp_path / "sweep").mkdir()
+    build_sweep_report(rows, described, expected=2, title="t", out=tmp_path / "sweep")
+    text = (tmp_path / "sweep" / "sweep.md").read_text()
+    section = text.partition("## The methods at equal forgetting budgets")[2]
+    compared, _, listing = section.partition("## Every setting")
+    assert "sft a, dial 0.5" in compared
+    assert not any(name in compared for name in ("sft b", "sft c", "sft d"))
+    assert "- academy, at most 1 % forgotten: residual learns most, adaptation 0.5" in listing
+    assert all(f"| academy · {name} " in listing for name in settings), "each is listed"
+    found = json.loads((tmp_path / "sweep" / "metrics.json").read_text())
+    assert found["sweep/equal/sft/adaptation_at_1_percent"] == pytest.approx(0.2, abs=0.01)
+
+
+def test_a_silent_method_is_not_ranked_at_equal_budgets(rows: list[Row], tmp_path: Path) -> None:
+    """DPO learns most there, and it does not speak."""
+    rows = [replace(r, metrics={**r.metrics, "adaptation/speaks": float(r.method != "dpo")}) for r in rows]
+    build_report(rows, title="t", data={}, config={}, out=tmp_path)
+    top = (tmp_path / "report.md").read_text().partition("## Main table")[0]
+    assert "dpo does not speak" in top
+    assert "academy, at most 1 % forgotten: sft learns most, adaptation 0.4" in top
+    assert "What the dial takes back" not in top
+
+
+def test_a_dial_that_forgets_more_takes_nothing_back(tmp_path: Path) -> None:
+    """At .5 nothing is lost where the dial is chosen and 5 % where it is reported; as trained 10 and 3 %."""
+
+    def halves(prefix: str, count: int, chosen: float, other: float) -> Measure:
+        items = names(prefix, count)
+        mixed = zip(items, hits(items, chosen), hits(items, other), strict=True)
+        return Measure(items, tuple(one if selects(item) else two for item, one, two in mixed))
+
+    shares = ((0.0, 0.0, 1.0, 1.0), (0.5, 0.9, 1.0, 0.95), (1.0, 0.5, 0.9, 0.97))
+    for name, kept in (("more", 0.95), ("none", 1.0)):
+        points = [
+            Point(value, halves("a", ITEMS, learnt, learnt), {"retention/facts/em": halves("r", KEPT, one, two)})
+            for value, learnt, one, two in (shares[0], (0.5, 0.9, 1.0, kept), shares[2])
+        ]
+        (tmp_path / name).mkdir()
+        write_curves(tmp_path / name, [Curve("q-weight", tuple(points))])
+        found = budget_sentences(curves_of([Row("d", "sft", 0, {}, curve=tmp_path / name)]))
+        assert found[0].startswith("d, at most 1 % forgotten: sft learns most, adaptation 0.9")
+        assert any("takes back" in line for line in found) == (name == "none")
+
+
 @pytest.mark.slow
 def test_the_profiles_own_budget(rows: list[Row], tmp_path: Path) -> None:
     budget = {"max_forgetting": 0.05, "per_task": 0.01}
