@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from qadapter.errors import QAdapterError
 from qadapter.files.artifacts import read_json
 from qadapter.files.shown import shown, visible
 from qadapter.report.items import SCORE
-from qadapter.report.rows import SETTING, Row
+from qadapter.report.rows import SETTING, Row, kind
 from tasks.tracking.tracker import Tracker
 
 # The artifacts of each stage that the report reads.
@@ -24,6 +24,8 @@ _FILES = {
     "retention": ("items.jsonl", "directions.json", "old_answers.jsonl"),
     "prepare": ("summary.json",),
 }
+_OF_ALL_DOMAINS = ("training.", "lora.", "model.")
+"""How the settings begin, besides those of the method, that a flow run's domains have in common."""
 _DIGESTS = ("digest.train", "digest.adaptation", "digest.retention")
 
 
@@ -167,12 +169,17 @@ def _labelled(flow_runs: Sequence[_FlowRun]) -> set[str]:
 
 
 def _set_otherwise(flow_runs: Sequence[_FlowRun]) -> set[str]:
-    """Methods of which two flow runs ran other seeds with other settings: no cell shows that these are two methods."""
+    """Methods of which two flow runs ran other seeds or other domains with other settings: no cell shows that these are
+    two methods."""
     found = set()
     for one, other in combinations(flow_runs, 2):
         mine, theirs = _by_row(one), _by_row(other)
-        for row in mine.keys() & theirs.keys():
-            if mine[row].keys().isdisjoint(theirs[row]) and _settings(one, mine[row]) != _settings(other, theirs[row]):
+        for row, again in product(mine, theirs):
+            if row[1] != again[1] or row[1] == "base":
+                continue
+            apart = row != again or mine[row].keys().isdisjoint(theirs[again])
+            kinds = (*_OF_ALL_DOMAINS, f"{kind(row[1])}.") if row != again else ("",)
+            if apart and _settings(one, mine[row], kinds) != _settings(other, theirs[again], kinds):
                 found.add(row[1])
     return found
 
@@ -185,11 +192,18 @@ def _by_row(flow_run: _FlowRun) -> dict[tuple[str, str], dict[int | None, Any]]:
     return found
 
 
-def _settings(flow_run: _FlowRun, runs: Mapping[int | None, Any]) -> dict[str, str]:
-    """What a method was trained and measured with, whatever its seed."""
+def _settings(flow_run: _FlowRun, runs: Mapping[int | None, Any], kinds: tuple[str, ...]) -> dict[str, str]:
+    """What a method was trained and measured with, whatever its seed.
+
+    Args:
+        flow_run: whose.
+        runs: of the method, in one domain.
+        kinds: how the names of the training's settings begin; of other domains those that a domain does not change.
+    """
     trained = next(iter(runs.values())).data.params
+    own = {"seed"} if kinds == ("",) else {"seed", "training.epochs"}
     measured = {k: v for k, v in flow_run.parent.data.params.items() if k.startswith("evaluation.")}
-    return {k: v for k, v in trained.items() if k != "seed"} | measured
+    return {k: v for k, v in trained.items() if k not in own and k.startswith(kinds)} | measured
 
 
 def _row(tracker: Tracker, flow_run: _FlowRun, cell: tuple[str, str, int | None], run: Any, folder: Path) -> Row:
