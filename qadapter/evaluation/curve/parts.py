@@ -94,7 +94,7 @@ def mean_adaptation(parts: Sequence[Part], places: Sequence[int]) -> Interval:
 def mean_gain(parts: Sequence[Part], places: Sequence[int]) -> Interval:
     """95 % interval of the adaptation minus the base's; arguments as in `mean_adaptation`."""
     tables = [part.gained[:, place] for part, place in zip(parts, places, strict=True)]
-    return _wide_enough(tables, [part.pairs for part in parts])
+    return wide_enough(tables, [part.pairs for part in parts])
 
 
 def mean_forgetting(parts: Sequence[Part], places: Sequence[int], task: str | None = None) -> Interval:
@@ -112,7 +112,7 @@ def mean_forgetting(parts: Sequence[Part], places: Sequence[int], task: str | No
         np.mean([part.lost[name][:, place] for part, place in zip(parts, places, strict=True)], axis=0)
         for name in names
     ]
-    return _wide_enough(tables, [parts[0].weights[name] for name in names])
+    return wide_enough(tables, [parts[0].weights[name] for name in names])
 
 
 def mean_difference(
@@ -129,13 +129,13 @@ def mean_difference(
         for parts, places in ((ours, our_places), (theirs, their_places))
     ]
     tables = [a - b for a, b in zip(*sides, strict=True)]
-    return _wide_enough(tables, [part.pairs for part in ours])
+    return wide_enough(tables, [part.pairs for part in ours])
 
 
-def _wide_enough(tables: Sequence[NDArray[np.float64]], weights: Sequence[NDArray[np.float64]]) -> Interval:
-    """The interval of a mean over tables of differences [S, n_k], as wide at least as items and seeds can tell.
+def wide_enough(tables: Sequence[NDArray[np.float64]], weights: Sequence[NDArray[np.float64]]) -> Interval:
+    """The interval of a mean over tables of shares or differences [S, n_k], at least as wide as items and seeds tell.
 
-    Where all are differences of shares it is cut at ±1, beyond which none lies.
+    Where all are shares or differences of shares it is cut at ±1, beyond which none lies.
     """
     found = with_seeds(mean_of_tasks_interval(tables, weights=weights, resamples=DRAWS), tables, weights)
     reach = 1.0 if all(np.abs(table).max() <= 1.0 for table in tables) else math.inf

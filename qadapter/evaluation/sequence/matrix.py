@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from qadapter.evaluation.curve.parts import wide_enough
 from qadapter.evaluation.curve.points import Measure
 from qadapter.evaluation.prompts import by_prompt
 from qadapter.evaluation.sequence.outcome import Outcome
-from qadapter.evaluation.statistics import Interval, mean_of_tasks_interval, with_seeds
+from qadapter.evaluation.statistics import Interval
 
 Floats = NDArray[np.float64]
 
@@ -50,8 +51,9 @@ class Passage:
 
     @property
     def accuracy(self) -> Interval:
-        """ACC with its 95 % interval over prompts and seeds."""
-        return self._learnt({name: self._items(len(self.domains) - 1, name) for name in self.domains})
+        """ACC with its 95 % interval over prompts and seeds, which ends where a share does."""
+        found = self._learnt({name: self._items(len(self.domains) - 1, name) for name in self.domains})
+        return found.within(0.0, 1.0)
 
     @property
     def backward_transfer(self) -> Interval:
@@ -73,7 +75,7 @@ class Passage:
         for task in self.base.averaged:
             start = np.array(self.base.kept[task].values)
             lost.append(np.array([start - np.array(steps[-1].kept[task].values) for steps in self.outcomes]))
-        return _interval(lost)
+        return wide_enough(lost, [np.ones(table.shape[1]) for table in lost])
 
     def difference(self, other: Passage) -> Interval:
         """ACC minus another way's, paired by pair and seed."""
@@ -89,11 +91,7 @@ class Passage:
         ids = {name: self.outcomes[0][-1].learnt[name].ids for name in tables}
         prompts = {name: by_prompt(ids[name], range(table.shape[1])) for name, table in tables.items()}
         means = [prompts[name].means(table) for name, table in tables.items()]
-        return _interval(means, [prompts[name].pairs for name in tables])
-
-
-def _interval(tables: Sequence[Floats], weights: Sequence[Floats] | None = None) -> Interval:
-    return with_seeds(mean_of_tasks_interval(tables, weights=weights), tables, weights)
+        return wide_enough(means, [prompts[name].pairs for name in tables])
 
 
 def accuracies(domains: Sequence[str], steps: Sequence[Outcome]) -> Floats:

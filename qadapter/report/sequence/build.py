@@ -108,7 +108,11 @@ def ways_table(passages: Mapping[str, Passage], costs: Mapping[str, Cost]) -> Ta
 
 
 def _difference(found: Interval) -> Cell:
-    return Cell(f"{found.estimate + 0.0:+.3f}", bracket(found), sure=found.excludes_zero)
+    return Cell(_signed(found.estimate), bracket(found), sure=found.excludes_zero)
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 3) + 0.0:+.3f}"  # + 0.0: avoids -0.000
 
 
 def matrix_table(passage: Passage) -> Table:
@@ -140,8 +144,8 @@ def told(passages: Mapping[str, Passage], budget: float, costs: Mapping[str, Cos
     within = [way for way, other in passages.items() if other.forgetting.estimate <= budget]
     sentences = [
         f"By default: {best}. After {len(one.domains)} preferences it has ACC {one.accuracy.estimate:.3f} "
-        f"{bracket(one.accuracy)}, BWT {one.backward_transfer.estimate:+.3f}, and has forgotten "
-        f"{one.forgetting.estimate:.3f} {bracket(one.forgetting)} of the base.",
+        f"{bracket(one.accuracy)}, BWT {_signed(one.backward_transfer.estimate)}, and has forgotten "
+        f"{number(one.forgetting.estimate)} {bracket(one.forgetting)} of the base.",
         f"Rule: of the ways that forget at most {budget:g} of the base ({listed(within) or 'none does, so of all'}) "
         "the one with the largest ACC; of those not surely behind it, the one that trains on the fewest tokens.",
     ]
@@ -150,9 +154,10 @@ def told(passages: Mapping[str, Passage], budget: float, costs: Mapping[str, Cos
             continue
         found = one.difference(other)
         sure = "surely" if found.excludes_zero else "not surely"
+        moved, lost = _signed(other.backward_transfer.estimate), number(other.forgetting.estimate)
         sentences.append(
-            f"{best} − {way}: ACC {found.estimate:+.3f} {bracket(found)}, {sure} different; {way} has BWT "
-            f"{other.backward_transfer.estimate:+.3f} and has forgotten {other.forgetting.estimate:.3f} of the base."
+            f"{best} − {way}: ACC {_signed(found.estimate)} {bracket(found)}, {sure} different; {way} has BWT "
+            f"{moved} and has forgotten {lost} of the base."
         )
     return sentences
 

@@ -82,6 +82,25 @@ def test_seeds_are_averaged_and_ways_compared_in_pairs() -> None:
     assert not one.difference(one).excludes_zero
 
 
+def test_a_sequence_is_as_unsure_as_its_number_of_items() -> None:
+    """20 answers all right, or none of 20 lost in two tasks: Wilson's half width for none of 20, z²/(20 + z²)."""
+    whole = Measure(tuple(f"item-{i}" for i in range(20)), (1.0,) * 20)
+    steps = (Outcome({"one": whole}, {"a": whole, "b": whole}),)
+    found = Passage(("one",), (steps,), Outcome({}, {"a": whole, "b": whole}))
+    none_of_20 = 1.96**2 / (20 + 1.96**2)
+    assert (found.accuracy.low, found.accuracy.high) == (pytest.approx(1 - none_of_20, abs=1e-4), 1.0)
+    assert found.forgetting.high == pytest.approx(none_of_20 / np.sqrt(2), abs=1e-4)
+    assert found.forgetting.low == -found.forgetting.high
+    assert found.difference(found).high == pytest.approx(none_of_20, abs=1e-4)
+
+
+def test_a_sequences_accuracy_is_a_share() -> None:
+    """.9 and 1 of two seeds: Student's interval, .95 ± 12.7 · .05, is cut at 1."""
+    one, other = passage([[0.9], [0.9, 0.9], [0.9, 0.9, 0.9]], [1, 1, 1]), passage([[1], [1, 1], [1, 1, 1]], [1, 1, 1])
+    found = Passage(DOMAINS, (*one.outcomes, *other.outcomes), one.base).accuracy
+    assert (found.low, found.high) == (pytest.approx(0.95 - 12.706 * 0.05, abs=1e-3), 1.0)
+
+
 def test_an_outcome_survives_its_file_and_splits_by_item(tmp_path: Path) -> None:
     found = outcome((0.5, 0.3), 0.9)
     found.write(tmp_path)

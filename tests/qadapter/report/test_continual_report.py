@@ -12,7 +12,7 @@ from matplotlib.text import Text
 from qadapter.evaluation.sequence.matrix import Passage
 from qadapter.files.artifacts import read_json
 from qadapter.report.panels import panels
-from qadapter.report.sequence.build import Cost, build_continual_report, matrix_table, recommended
+from qadapter.report.sequence.build import Cost, _signed, build_continual_report, matrix_table, recommended
 from qadapter.report.sequence.figure import heat_maps
 from tests.qadapter.evaluation.test_sequence import passage
 
@@ -27,7 +27,9 @@ COSTS = {"continued": Cost(30, 300), "composed": Cost(30, 300), "retrained": Cos
 def test_what_is_recommended() -> None:
     """Within the budget first; then ACC; where two are not surely apart, the cheaper one."""
     assert recommended(WAYS, 0.02, COSTS) == "composed", "the others forget .1 and .2 of the base"
-    assert recommended(WAYS, 0.15, COSTS) == "retrained"
+    assert recommended(WAYS, 0.15, COSTS) == "composed", "4 of 30 answers behind `retrained`, which is not sure"
+    dearer = {**COSTS, "composed": Cost(90, 900)}
+    assert recommended(WAYS, 0.15, dearer) == "retrained"
     assert recommended({"continued": WAYS["continued"], "retrained": WAYS["retrained"]}, 0.0, COSTS) == "retrained"
     same = {"a": WAYS["retrained"], "b": WAYS["retrained"]}
     assert recommended(same, 1.0, {"a": Cost(9, 900), "b": Cost(9, 100)}) == "b"
@@ -54,6 +56,10 @@ def test_the_report_of_a_sequence(tmp_path: Path) -> None:
     HTMLParser().feed(page)
     assert (tmp_path / "continual.png").read_bytes()[:4] == b"\x89PNG"
     json.dumps(table)
+
+
+def test_a_rounded_difference_has_no_minus_before_nothing() -> None:
+    assert [_signed(value) for value in (-0.0004, 0.0, -0.0006, 0.1)] == ["+0.000", "+0.000", "-0.001", "+0.100"]
 
 
 def test_a_matrix_is_shown_below_its_diagonal() -> None:
