@@ -83,7 +83,8 @@ def _forgotten(measured: Measured, domain: str, method: str) -> list[Measurement
         found = spread(measured.rows, name, domain, method)
         if found.n:
             sample = measured.forgetting(method, [domain], measure)
-            label = f"{name.split('/')[1]}, base minus policy"
+            lower = measure is not None and not measured.higher.get(measure, True)
+            label = f"{name.split('/')[1]}, {'policy minus base' if lower else 'base minus policy'}"
             rows.append(_measurement(label, found.mean, sample.interval if sample else None, None))
     kl = spread(measured.rows, "forgetting/kl_per_token", domain, method)
     if kl.n:

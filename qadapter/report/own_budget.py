@@ -12,8 +12,9 @@ from qadapter.report.tables import Cell, Table, bracket, number
 
 LEGEND = (
     "The value that learnt most within the budget on one half of the items, measured on the other half. *kept to*: "
-    "`surely` where the whole interval of what was forgotten lies within the budget; else how far the interval reaches "
-    "beyond it; where no value above 0 stays within the budget, by how much the nearest exceeds it."
+    "`surely` where the whole interval of what was forgotten, of each task where these have a limit, lies within the "
+    "budget; else how far an interval reaches beyond it; where no value above 0 stays within the budget, by how much "
+    "the nearest exceeds it."
 )
 
 
@@ -45,4 +46,4 @@ def own_budget_table(curves: Sequence[MethodCurve], budget: Budget | None) -> Ta
 def _kept_to(found: Choice) -> str:
     if found.nearest is not None:
         return f"no: {found.nearest[0]:g} exceeds it by {found.nearest[1]:.4f}"
-    return "surely" if found.sure else f"perhaps: {found.forgetting.high - found.budget.max_forgetting:.4f} beyond"
+    return "surely" if found.sure else f"perhaps: {found.beyond:.4f} beyond"

@@ -26,7 +26,8 @@ class Choice:
         adaptation, forgetting: on the part that it was not chosen on.
         gain: adaptation minus the base's, there.
         expected: adaptation and forgetting on the part that it was chosen on.
-        sure: whether the whole interval of the forgetting lies within the budget.
+        beyond: how far an interval of the forgetting reaches beyond its limit, there: the mean's or, with a limit for
+            single tasks, the task's that reaches farthest; 0 or less where none does.
         nearest: where no point above 0 satisfies the budget, the value that comes nearest and by how much it exceeds
             the budget; None elsewhere.
         items: of the reported part: held-out items, retention items.
@@ -40,9 +41,14 @@ class Choice:
     forgetting: Interval
     gain: Interval
     expected: tuple[float, float]
-    sure: bool
+    beyond: float
     nearest: tuple[float, float] | None
     items: tuple[int, int]
+
+    @property
+    def sure(self) -> bool:
+        """Whether the whole intervals of the forgetting lie within the budget."""
+        return self.beyond <= 0
 
     @property
     def dial(self) -> Dial:
@@ -51,23 +57,22 @@ class Choice:
 
     def sentence(self) -> str:
         """What was chosen and how sure it is, for people."""
-        limit = self.budget.max_forgetting
-        found = self.forgetting
+        per_task = "" if self.budget.per_task is None else f", {self.budget.per_task:g} per task"
+        limit, found = f"{self.budget.max_forgetting:g}{per_task}", self.forgetting
         shown = f"forgetting {found.estimate:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
         learnt = f"adaptation {self.adaptation.estimate:.3f} [{self.adaptation.low:.3f}, {self.adaptation.high:.3f}]"
         where = f"on the {self.items[0]} held-out and {self.items[1]} retention items it was not chosen on ({SPLIT})"
         if self.nearest is not None:
             value, by = self.nearest
             return (
-                f"no point above 0 stays within the budget of {limit:g}: the nearest, {Dial(self.kind, value)}, "
+                f"no point above 0 stays within the budget of {limit}: the nearest, {Dial(self.kind, value)}, "
                 f"exceeds it by {by:.4f}. The dial stays at 0, the base"
             )
         if self.sure:
-            return f"dial {self.dial}: {learnt}, {shown}, within the budget of {limit:g} with confidence, {where}"
-        over = found.high - limit
+            return f"dial {self.dial}: {learnt}, {shown}, within the budget of {limit} with confidence, {where}"
         return (
-            f"dial {self.dial}: {learnt}, {shown}, {where}. Not surely within the budget of {limit:g}: the interval "
-            f"reaches {over:.4f} beyond it"
+            f"dial {self.dial}: {learnt}, {shown}, {where}. Not surely within the budget of {limit}: the interval "
+            f"reaches {self.beyond:.4f} beyond it"
         )
 
 
@@ -142,10 +147,17 @@ def choose_on(selection: Part, reported: Part, budget: Budget) -> Choice:
         forgetting=forgetting,
         gain=mean_gain([reported], [best]),
         expected=(selection.adaptation(best), selection.forgetting(best)),
-        sure=forgetting.high <= budget.max_forgetting,
+        beyond=_beyond(reported, best, forgetting, budget),
         nearest=nearest,
         items=(reported.gained.shape[2], sum(table.shape[2] for table in reported.lost.values())),
     )
+
+
+def _beyond(reported: Part, place: int, forgetting: Interval, budget: Budget) -> float:
+    over = [forgetting.high - budget.max_forgetting]
+    if budget.per_task is not None:
+        over += [mean_forgetting([reported], [place], name).high - budget.per_task for name in reported.averaged]
+    return max(over)
 
 
 def facts_of(choice: Choice) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import pytest
 from qadapter.config.budget import Budget
 from qadapter.config.experiment import load_experiment
 from qadapter.errors import QAdapterError
+from qadapter.evaluation.curve.budget import choose_on
 from qadapter.evaluation.curve.parts import selects
 from qadapter.evaluation.curve.points import Curve, Measure, Point, write_curves
 from qadapter.policy.dial import DialKind
@@ -27,7 +28,9 @@ from qadapter.report.budget import (
     values_table,
 )
 from qadapter.report.build import build_report
+from qadapter.report.cards import write_cards
 from qadapter.report.dial_figure import DIAL_FIGURE
+from qadapter.report.intervals import Measured
 from qadapter.report.own_budget import own_budget_table
 from qadapter.report.rows import Row
 from qadapter.report.sweep.build import build_sweep_report
@@ -384,6 +387,47 @@ def test_a_dial_that_forgets_more_takes_nothing_back(tmp_path: Path) -> None:
         found = budget_sentences(curves_of([Row("d", "sft", 0, {}, curve=tmp_path / name)]))
         assert found[0].startswith("d, at most 1 % forgotten: sft learns most, adaptation 0.9")
         assert any("takes back" in line for line in found) == (name == "none")
+
+
+def test_a_limit_per_task_is_kept_to_task_by_task(tmp_path: Path) -> None:
+    """Where it is reported one task loses 5 % and the other gains them: the mean loses nothing, a task too much."""
+    points = []
+    for value, first, second in ((0.0, 0.9, 0.9), (1.0, 0.85, 0.95)):
+        kept = {}
+        for name, other in (("first", first), ("second", second)):
+            items = names(name, KEPT)
+            mixed = zip(items, hits(items, 0.9), hits(items, other), strict=True)
+            kept[f"retention/{name}/em"] = Measure(items, tuple(a if selects(i) else b for i, a, b in mixed))
+        points.append(Point(value, Measure(names("a", ITEMS), hits(names("a", ITEMS), value)), kept))
+    write_curves(tmp_path, [Curve("q-weight", tuple(points))])
+    (one,) = curves_of([Row("d", "sft", 0, {}, curve=tmp_path)])
+    shown = []
+    for budget in (Budget(max_forgetting=0.02), Budget(max_forgetting=0.02, per_task=0.02)):
+        table = own_budget_table([one], budget)
+        assert table is not None
+        shown.append([cell.text for cell in table.rows[0][1]][1:])
+    assert shown[0] == ["1", "0.000", "surely"]
+    assert shown[1][:2] == ["1", "0.000"]
+    assert float(re.fullmatch(r"perhaps: (0\.\d+) beyond", shown[1][2])[1]) > 0.03 - 0.001  # type: ignore[index]
+    text = choose_on(*one.parts, Budget(max_forgetting=0.02, per_task=0.02)).sentence()
+    assert "Not surely within the budget of 0.02, 0.02 per task: the interval reaches 0.0" in text
+
+
+def test_a_card_says_which_way_a_loss_is_counted(tmp_path: Path) -> None:
+    """1.2 bits per byte after 1: .2 forgotten is the policy minus the base. Of an accuracy it is the base minus it."""
+    (tmp_path / "directions.json").write_text(json.dumps({"retention/text/bits_per_byte": False}))
+    before = {"adaptation/score": 0.5, "retention/text/bits_per_byte": 1.0, "retention/facts/acc": 0.9}
+    after = {**before, "retention/text/bits_per_byte": 1.2, "retention/facts/acc": 0.8}
+    lost = {"forgetting/text/bits_per_byte": 0.2, "forgetting/facts/acc": 0.1}
+    none = dict.fromkeys(lost, 0.0)
+    rows = [
+        Row("d", "base", None, before | none, retention=tmp_path),
+        Row("d", "sft", 0, after | lost, retention=tmp_path),
+    ]
+    write_cards(Measured(rows), {}, {}, tmp_path)
+    card = (tmp_path / "cards/d/sft/README.md").read_text()
+    assert "| text, policy minus base | 0.2 |" in card
+    assert "| facts, base minus policy | 0.1 |" in card
 
 
 @pytest.mark.slow
