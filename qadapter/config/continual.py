@@ -18,6 +18,8 @@ CONTINUAL_FOLDER = PROFILE_FOLDER / "continual"
 
 Way = Literal["continued", "composed", "retrained", "replayed"]
 WAYS: tuple[Way, ...] = get_args(Way)
+TAKEN = frozenset({"kept", "retention"})
+"""Names beside those of the domains, in `matrix.json` and among the metrics of a step."""
 
 
 class Continual(Settings):
@@ -54,6 +56,8 @@ class Continual(Settings):
     def _check(self) -> Continual:
         for name in ("domains", "seeds", "ways", "weights", "factors"):
             refuse_repeats(name, getattr(self, name))
+        if taken := sorted(TAKEN & set(self.domains)):
+            raise ValueError(f"domains names {taken[0]!r}, which is what the report calls the retention; rename it")
         return self
 
     def overrides(self, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,8 @@ from qadapter.judging import plan as judges
 from qadapter.judging.table import JUDGES, NO_JUDGE, judge_names
 
 PROFILE_FOLDER = CONFIGS
+MEAN = "mean"
+"""What reports and MLflow call the mean over all domains."""
 
 
 def _known_judge(name: str | None) -> str | None:
@@ -184,6 +186,8 @@ class Experiment(Settings):
         """Yield one sentence per contradiction between sections."""
         if repeated := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
             yield f"seeds names {repeated} more than once"
+        if MEAN in self.domains:
+            yield f"domains.{MEAN}: the report and MLflow call the mean over all domains so; rename it"
         yield from self._single_replies()
         yield from self._refused_by_methods()
         named = {f"domains.{name}.source": domain.source for name, domain in self.domains.items()}

@@ -8,13 +8,14 @@ from typing import Any, cast
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from flows.continual import check_continual, continual_stages
 from flows.customize import train
 from flows.running.run_request import RunRequest
 from flows.running.sweep_plan import SweepRecorder
 from qadapter.config.budget import Budget
-from qadapter.config.continual import CONTINUAL_FOLDER, continuals, load_continual
+from qadapter.config.continual import CONTINUAL_FOLDER, Continual, continuals, load_continual
 from qadapter.config.customization import Customization, load_customization
 from qadapter.config.experiment import load_experiment
 from qadapter.errors import QAdapterError
@@ -137,6 +138,14 @@ def test_what_cannot_work_is_refused(
 ) -> None:
     assert main(["--sequence", written(tmp_path, **changes), "--plan"]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["kept", "retention"])
+def test_a_domain_is_not_named_as_the_retention(name: str) -> None:
+    """Its last score in `matrix.json`, or its score among a step's metrics, was the retention's."""
+    given = load_continual("smoke").model_dump()
+    with pytest.raises(ValidationError, match=f"domains names '{name}', which is what the report calls the retention"):
+        Continual.model_validate({**given, "domains": ["academy", name]})
 
 
 @pytest.mark.parametrize(

@@ -335,6 +335,10 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"training.max_length": 100},
         "training.max_length 100 is longer than the model's context 96",
     ),
+    "the mean's name": (
+        {"domains.mean": {"source": "academy"}},
+        "domains.mean: the report and MLflow call the mean over all domains so",
+    ),
     "a seed twice": ({"seeds": [0, 1, 0]}, "seeds names [0] more than once"),
     "a method twice": ({"methods.run": ["sft", "dpo", "sft"]}, "run names ['sft'] more than once"),
     "a task twice": ({"evaluation.retention.tasks": ["toy_facts", "toy_facts"]}, "tasks names ['toy_facts'] more than"),
