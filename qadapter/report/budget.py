@@ -28,12 +28,13 @@ LEGEND = (
     "The value is chosen on one half of the held-out pairs and benchmark items and everything shown is measured on the "
     "other half (split `dial-1`, by content). In brackets: 95 % intervals over items and seeds. A star: the whole "
     "interval of what was forgotten lies within the budget. *area*: adaptation that is reached, averaged over all "
-    "budgets from 0 to 5 %."
+    "budgets from 0 to 5 %. Outside of a toy world *adaptation* is here the share of held-out pairs whose chosen reply "
+    "has the higher log-probability per token, which the base has too, and not the implied reward of the main table."
 )
 VALUES_LEGEND = (
     "Adaptation / retention at each value of the dial that all methods were measured at, mean over seeds, on all "
     "items. *q-weight*: base logits plus the weight times the difference that the policy makes. *scale*: the adapter "
-    "multiplied by it."
+    "multiplied by it. *adaptation*: as at equal budgets."
 )
 
 
@@ -269,6 +270,9 @@ def budget_sentences(curves: Sequence[MethodCurve], budget: float = 0.01) -> lis
             continue  # the table has them
         for domain in domains:
             here = {one.method: one.at(budget) for one in of_kind if one.domain == domain}
+            if not any(found.value for found in here.values()):
+                sentences.append(f"{domain}, at most {100 * budget:g} % forgotten{along}: no method leaves its base.")
+                continue
             best = max(found.adaptation.estimate for found in here.values())
             ahead = [method for method, found in here.items() if found.adaptation.estimate >= best - 1e-9]
             unsure = [

@@ -114,6 +114,17 @@ def test_what_it_says_of_equal_budgets(rows: list[Row]) -> None:
     )
 
 
+def test_nobody_learns_most_where_each_dial_stands_at_the_base(tmp_path: Path) -> None:
+    """Each value above 0 forgets a fifth and more: 1 % leaves the base, of which there is nothing to rank."""
+    found = [
+        Row("d", name, 0, {}, curve=write_curve(tmp_path / name, (0.5, learnt, learnt), (1.0, 0.8, 0.6)))
+        for name, learnt in (("sft", 0.7), ("dpo", 0.9))
+    ]
+    sentences = budget_sentences(curves_of(found))
+    assert "d, at most 1 % forgotten: no method leaves its base." in sentences
+    assert not any("most" in line.replace("at most", "") for line in sentences)
+
+
 def test_values_of_one_seed_alone_are_named(tmp_path: Path) -> None:
     """Seed 0 was measured at .5 and .75, seed 1 at .5 and .25: of five values two cannot be chosen."""
     own = [(0.0, 0.5, 0.75, 1.0), (0.0, 0.25, 0.5, 1.0)]
