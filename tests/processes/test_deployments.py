@@ -292,7 +292,7 @@ class Served:
     def send(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """As Prefect's own client does, with another try when the server's database is busy (503)."""
         for _ in range(10):
-            answer = httpx.request(method, self.url + path, json=body, timeout=30, headers=self.headers)
+            answer = httpx.request(method, self.url + path, json=body, timeout=120, headers=self.headers)
             if answer.status_code != 503:
                 break
             time.sleep(1)
