@@ -87,10 +87,13 @@ async def _spread(
     async def run(name: str, **changes: Any) -> bool:
         return await _completed(deployment, name, {**parameters, "overrides": {**parameters["overrides"], **changes}})
 
+    async def run_alone(method: str) -> bool:
+        return await run(method, **{**of_each, "methods.run": [method]})
+
     first, *others = methods
-    if others and not await run(first, **{**of_each, "methods.run": [first]}):
+    if others and not await run_alone(first):
         return 1
-    done = await asyncio.gather(*(run(method, **{**of_each, "methods.run": [method]}) for method in others))
+    done = await asyncio.gather(*map(run_alone, others))
     return 0 if all(done) and await run("comparison") else 1
 
 

@@ -158,6 +158,11 @@ def number(value: float, digits: int = 3) -> str:
     return "–" if math.isnan(value) else f"{round(value, digits) + 0.0:,.{digits}f}"
 
 
+def signed(value: float) -> str:
+    """With its sign and three digits, and never -0.000."""
+    return f"{round(value, 3) + 0.0:+.3f}"
+
+
 def bracket(interval: Interval | None, digits: int = 3) -> str:
     """`[low, high]`, or nothing."""
     return f"[{number(interval.low, digits)}, {number(interval.high, digits)}]" if interval else ""
@@ -361,8 +366,8 @@ def _drifted(measured: Measured, name: str, domains: Sequence[str], method: str)
     if not found:
         return Cell("–")
     sure = sum(one[f"{name}/low"] > 0 or one[f"{name}/high"] < 0 for one in found)
-    value = round(spread_over(measured.rows, name, domains, method).mean, 3) + 0.0  # + 0.0: avoids -0.000
-    return Cell(f"{value:+.3f}", f"[{sure} of {len(found)}]", sure=2 * sure > len(found))
+    value = spread_over(measured.rows, name, domains, method).mean
+    return Cell(signed(value), f"[{sure} of {len(found)}]", sure=2 * sure > len(found))
 
 
 def _moved(measured: Measured, domains: Sequence[str], method: str) -> Cell:

@@ -177,10 +177,11 @@ def _set_otherwise(flow_runs: Sequence[_FlowRun]) -> set[str]:
         for row, again in product(mine, theirs):
             if row[1] != again[1] or row[1] == "base":
                 continue
-            apart = row != again or mine[row].keys().isdisjoint(theirs[again])
-            kinds = (*_OF_ALL_DOMAINS, f"{kind(row[1])}.") if row != again else ("",)
-            if apart and _settings(one, mine[row], kinds) != _settings(other, theirs[again], kinds):
-                found.add(row[1])
+            elsewhere = row != again
+            if elsewhere or mine[row].keys().isdisjoint(theirs[again]):
+                set_so = _settings(one, row[1], mine[row], elsewhere=elsewhere)
+                if set_so != _settings(other, row[1], theirs[again], elsewhere=elsewhere):
+                    found.add(row[1])
     return found
 
 
@@ -192,18 +193,21 @@ def _by_row(flow_run: _FlowRun) -> dict[tuple[str, str], dict[int | None, Any]]:
     return found
 
 
-def _settings(flow_run: _FlowRun, runs: Mapping[int | None, Any], kinds: tuple[str, ...]) -> dict[str, str]:
+def _settings(flow_run: _FlowRun, method: str, runs: Mapping[int | None, Any], *, elsewhere: bool) -> dict[str, str]:
     """What a method was trained and measured with, whatever its seed.
 
     Args:
         flow_run: whose.
-        runs: of the method, in one domain.
-        kinds: how the names of the training's settings begin; of other domains those that a domain does not change.
+        method: its name.
+        runs: its runs, in one domain.
+        elsewhere: to be compared with another domain: only the settings that no domain changes.
     """
-    trained = next(iter(runs.values())).data.params
-    own = {"seed"} if kinds == ("",) else {"seed", "training.epochs"}
+    trained = {k: v for k, v in next(iter(runs.values())).data.params.items() if k != "seed"}
+    if elsewhere:
+        shared = (*_OF_ALL_DOMAINS, f"{kind(method)}.")
+        trained = {k: v for k, v in trained.items() if k.startswith(shared) and k != "training.epochs"}
     measured = {k: v for k, v in flow_run.parent.data.params.items() if k.startswith("evaluation.")}
-    return {k: v for k, v in trained.items() if k not in own and k.startswith(kinds)} | measured
+    return trained | measured
 
 
 def _row(tracker: Tracker, flow_run: _FlowRun, cell: tuple[str, str, int | None], run: Any, folder: Path) -> Row:

@@ -15,7 +15,7 @@ from qadapter.report import markdown
 from qadapter.report.page import data_uri, page
 from qadapter.report.rows import listed
 from qadapter.report.sequence.figure import KEPT, heat_maps
-from qadapter.report.tables import Cell, Table, bracket, number
+from qadapter.report.tables import Cell, Table, bracket, number, signed
 
 FIGURE = "continual.png"
 LEGEND = (
@@ -108,11 +108,7 @@ def ways_table(passages: Mapping[str, Passage], costs: Mapping[str, Cost]) -> Ta
 
 
 def _difference(found: Interval) -> Cell:
-    return Cell(_signed(found.estimate), bracket(found), sure=found.excludes_zero)
-
-
-def _signed(value: float) -> str:
-    return f"{round(value, 3) + 0.0:+.3f}"  # + 0.0: avoids -0.000
+    return Cell(signed(found.estimate), bracket(found), sure=found.excludes_zero)
 
 
 def matrix_table(passage: Passage) -> Table:
@@ -144,7 +140,7 @@ def told(passages: Mapping[str, Passage], budget: float, costs: Mapping[str, Cos
     within = [way for way, other in passages.items() if other.forgetting.estimate <= budget]
     sentences = [
         f"By default: {best}. After {len(one.domains)} preferences it has ACC {one.accuracy.estimate:.3f} "
-        f"{bracket(one.accuracy)}, BWT {_signed(one.backward_transfer.estimate)}, and has forgotten "
+        f"{bracket(one.accuracy)}, BWT {signed(one.backward_transfer.estimate)}, and has forgotten "
         f"{number(one.forgetting.estimate)} {bracket(one.forgetting)} of the base.",
         f"Rule: of the ways that forget at most {budget:g} of the base ({listed(within) or 'none does, so of all'}) "
         "the one with the largest ACC; of those not surely behind it, the one that trains on the fewest tokens.",
@@ -154,9 +150,9 @@ def told(passages: Mapping[str, Passage], budget: float, costs: Mapping[str, Cos
             continue
         found = one.difference(other)
         sure = "surely" if found.excludes_zero else "not surely"
-        moved, lost = _signed(other.backward_transfer.estimate), number(other.forgetting.estimate)
+        moved, lost = signed(other.backward_transfer.estimate), number(other.forgetting.estimate)
         sentences.append(
-            f"{best} − {way}: ACC {_signed(found.estimate)} {bracket(found)}, {sure} different; {way} has BWT "
+            f"{best} − {way}: ACC {signed(found.estimate)} {bracket(found)}, {sure} different; {way} has BWT "
             f"{moved} and has forgotten {lost} of the base."
         )
     return sentences

@@ -10,6 +10,7 @@ from qadapter.evaluation.statistics import Interval
 from qadapter.methods.table import knobs
 from qadapter.report.rows import listed
 from qadapter.report.sweep.points import Point, best_by_trade, differences, edges
+from qadapter.report.tables import signed
 
 
 def edge_sentences(tuned: Mapping[str, Sequence[Point]]) -> str:
@@ -84,10 +85,6 @@ def difference_table(best: Point, tuned: Mapping[str, Point], tried: int) -> lis
 
 def _difference(interval: Interval) -> str:
     if interval.seeds < 2:
-        return _signed(interval.estimate)
+        return signed(interval.estimate)
     star = r"\*" if interval.excludes_zero else ""
-    return f"{_signed(interval.estimate)}{star} [{_signed(interval.low)}, {_signed(interval.high)}]"
-
-
-def _signed(value: float) -> str:
-    return f"{round(value, 3) + 0.0:+.3f}"  # + 0.0: avoids -0.000
+    return f"{signed(interval.estimate)}{star} [{signed(interval.low)}, {signed(interval.high)}]"

@@ -12,8 +12,9 @@ from matplotlib.text import Text
 from qadapter.evaluation.sequence.matrix import Passage
 from qadapter.files.artifacts import read_json
 from qadapter.report.panels import panels
-from qadapter.report.sequence.build import Cost, _signed, build_continual_report, matrix_table, recommended
+from qadapter.report.sequence.build import Cost, build_continual_report, matrix_table, recommended
 from qadapter.report.sequence.figure import heat_maps
+from qadapter.report.tables import signed
 from tests.qadapter.evaluation.test_sequence import passage
 
 WAYS = {
@@ -59,7 +60,7 @@ def test_the_report_of_a_sequence(tmp_path: Path) -> None:
 
 
 def test_a_rounded_difference_has_no_minus_before_nothing() -> None:
-    assert [_signed(value) for value in (-0.0004, 0.0, -0.0006, 0.1)] == ["+0.000", "+0.000", "-0.001", "+0.100"]
+    assert [signed(value) for value in (-0.0004, 0.0, -0.0006, 0.1)] == ["+0.000", "+0.000", "-0.001", "+0.100"]
 
 
 def test_a_matrix_is_shown_below_its_diagonal() -> None:
