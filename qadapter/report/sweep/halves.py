@@ -24,6 +24,7 @@ from qadapter.report.items import RULE, SCORE, adaptation_gain, directions_of, r
 from qadapter.report.items import retention_measures as measures_of
 from qadapter.report.rows import Row, listed, ordered
 from qadapter.report.sweep.points import BASE, Point, Setting, best_by_trade, points_of
+from qadapter.report.tables import signed
 
 MEAN = "retention/mean"
 Values = dict[str, NDArray[np.float64]]
@@ -50,6 +51,10 @@ class HalfRow:
     gains: NDArray[np.float64]
     pairs: NDArray[np.float64]
     kept: Values
+
+
+Cells = Mapping[tuple[str, str, int | None], HalfRow]
+"""(domain, setting, seed) → its row."""
 
 
 def half_rows(rows: Sequence[Row], chosen: bool) -> list[HalfRow]:
@@ -133,11 +138,12 @@ def halves_section(
                 "trade where it was chosen": f"{point.trade:.3f}",
             }
         )
-    sentences = []
+    sentences, others = [], {}
     for method in chosen:
         if method == SUBJECT.name or SUBJECT.name not in chosen:
             continue
-        gain, keep = _differences(reported, chosen[SUBJECT.name].setting.name, chosen[method].setting.name)
+        others[method] = chosen[method].setting.name
+        gain, keep = _differences(reported, chosen[SUBJECT.name].setting.name, others[method])
         sentences.append(f"- {SUBJECT.name} − {method}: adaptation {_shown(gain)}; retention {_shown(keep)}.")
         metrics[f"sweep/half_adaptation_difference/{method}"] = gain.estimate
         metrics[f"sweep/half_retention_difference/{method}"] = keep.estimate
@@ -155,7 +161,42 @@ def halves_section(
             "Differences there, with 95 % intervals over prompts (items) and seeds, as in the report of a comparison:",
             "\n".join(sentences),
         ]
+        parts += _by_domain(reported, chosen[SUBJECT.name].setting.name, others)
     return "\n\n".join(parts), metrics
+
+
+def _by_domain(halves: Sequence[HalfRow], subject: str, others: Mapping[str, str]) -> list[str]:
+    """The differences in adaptation of each domain and seed; nothing where one domain and seed are all there is.
+
+    A mean over domains hides it where a method is ahead in one and behind in another.
+
+    Args:
+        halves: all rows on the half that reports.
+        subject: the Q-Adapter's chosen setting.
+        others: method to its chosen setting.
+    """
+    of = {(half.row.domain, half.row.method, half.row.seed): half for half in halves}
+    domains = ordered(domain for domain, method, _ in of if method == subject)
+    seeds = _paired(of, domains, subject, *others.values())
+    if len(domains) * len(seeds) < 2:
+        return []
+    table = [
+        {
+            "domain": domain,
+            "seed": "–" if seed is None else seed,
+            **{
+                f"− {method}": _starred(_gain_over(of, [domain], [seed], subject, name).interval)
+                for method, name in others.items()
+            },
+        }
+        for domain in domains
+        for seed in seeds
+    ]
+    return [
+        f"The same by domain and seed: adaptation of {SUBJECT.name} minus the other's, with 95 % intervals over "
+        "prompts; a star: larger than the noise.",
+        pd.DataFrame(table).to_markdown(index=False, disable_numparse=True),
+    ]
 
 
 def _of_all(confirming: Sequence[Row], names: Sequence[str], domains: Sequence[str]) -> list[Row]:
@@ -189,25 +230,25 @@ def _differences(halves: Sequence[HalfRow], one: str, two: str) -> tuple[Interva
     """
     of = {(half.row.domain, half.row.method, half.row.seed): half for half in halves}
     domains = ordered(domain for domain, method, _ in of if method == one)
-    cells = [(seed, [(of[d, one, seed], of[d, two, seed]) for d in domains]) for seed in _paired(of, domains, one, two)]
-    seeds, first = tuple(seed for seed, _ in cells), cells[0][1][0][0]
-    gains = tuple(
-        np.array([a.gains - b.gains for a, b in column]) for column in zip(*(c for _, c in cells), strict=True)
-    )
+    seeds = _paired(of, domains, one, two)
+    cells = [[(of[d, one, seed], of[d, two, seed]) for d in domains] for seed in seeds]
     kept = tuple(
-        np.array([np.mean([a.kept[task] - b.kept[task] for a, b in cell], axis=0) for _, cell in cells])
-        for task in first.kept
+        np.array([np.mean([a.kept[task] - b.kept[task] for a, b in cell], axis=0) for cell in cells])
+        for task in cells[0][0][0].kept
     )
-    shares = all(
-        are_shares(half.kept[task]) for _, cell in cells for pair in cell for half in pair for task in half.kept
-    )
-    pairs = tuple(a.pairs for a, _ in cells[0][1])
-    learnt = Sample(seeds, (), gains, pairs)
+    shares = all(are_shares(half.kept[task]) for cell in cells for pair in cell for half in pair for task in half.kept)
     alike = tuple(np.ones(part.shape[1]) for part in kept)
-    return learnt.interval, Sample(seeds, (), kept, alike, 1 / len(domains) if shares else 0.0).interval
+    keep = Sample(tuple(seeds), (), kept, alike, 1 / len(domains) if shares else 0.0)
+    return _gain_over(of, domains, seeds, one, two).interval, keep.interval
 
 
-def _paired(of: Mapping[tuple[str, str, int | None], HalfRow], domains: Sequence[str], *names: str) -> list[int | None]:
+def _gain_over(of: Cells, domains: Sequence[str], seeds: Sequence[int | None], one: str, two: str) -> Sample:
+    """What the first setting learnt more than the second; the domains are the parts."""
+    gains = tuple(np.array([of[d, one, seed].gains - of[d, two, seed].gains for seed in seeds]) for d in domains)
+    return Sample(tuple(seeds), (), gains, tuple(of[d, one, seeds[0]].pairs for d in domains))
+
+
+def _paired(of: Cells, domains: Sequence[str], *names: str) -> list[int | None]:
     """The seeds with which all these settings were trained in every domain."""
     seeds = dict.fromkeys(seed for _, method, seed in of if method == names[0])
     return [seed for seed in seeds if all((domain, name, seed) in of for domain in domains for name in names)]
@@ -215,4 +256,12 @@ def _paired(of: Mapping[tuple[str, str, int | None], HalfRow], domains: Sequence
 
 def _shown(interval: Interval) -> str:
     verdict = "larger" if interval.excludes_zero else "not larger"
-    return f"{interval.estimate:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}], {verdict} than the noise"
+    return f"{_signed(interval)}, {verdict} than the noise"
+
+
+def _starred(interval: Interval) -> str:
+    return _signed(interval, r"\*" if interval.excludes_zero else "")
+
+
+def _signed(interval: Interval, star: str = "") -> str:
+    return f"{signed(interval.estimate)}{star} [{signed(interval.low)}, {signed(interval.high)}]"

@@ -147,6 +147,33 @@ def test_a_confirming_seed_that_lacks_a_domain_is_not_in_the_mean(tmp_path: Path
     assert line.split("|")[3].strip() == "0.750"
 
 
+def test_domains_that_disagree_are_told(tmp_path: Path) -> None:
+    """Ahead by all pairs in `a`, behind by all in `b`: the mean is 0, which is in no domain."""
+    rows = []
+    for domain, q, dpo in (("a", 1.0, 0.0), ("b", 0.0, 1.0)):
+        rows.append(measured(tmp_path / f"base {domain}", "base", None, 0, 0, 1.0, domain))
+        rows.append(measured(tmp_path / f"q {domain}", "q a", 0, q, q, 1.0, domain))
+        rows.append(measured(tmp_path / f"dpo {domain}", "dpo a", 0, dpo, dpo, 1.0, domain))
+    text, metrics = halves_section(rows, SETTINGS, 2)
+    assert metrics["sweep/half_adaptation_difference/dpo"] == pytest.approx(0, abs=1e-9)
+    _, told = text.split("The same by domain and seed")
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines() if line.startswith("|")]
+    assert cells[0] == ["domain", "seed", "− dpo"]
+    (a, b) = cells[2:]
+    assert a[:2] == ["a", "0"]
+    assert b[:2] == ["b", "0"]
+    assert a[2].startswith(r"+1.000\* [+")
+    assert b[2].startswith(r"-1.000\* [-")
+
+
+def test_one_domain_and_one_seed_are_told_once(tmp_path: Path) -> None:
+    rows = [measured(tmp_path / "base", "base", None, 0, 0, 1.0)]
+    rows += [measured(tmp_path / name, name, 0, 1.0, 1.0, 1.0) for name in ("q a", "dpo a")]
+    text, _ = halves_section(rows, SETTINGS, 1)
+    assert "Differences there" in text
+    assert "by domain" not in text
+
+
 def test_domains_share_their_retention_items(tmp_path: Path) -> None:
     """The same answers in four domains are no surer than in one: an item's difference is averaged over them first."""
     shares = {"dpo a": (1.0, 0.5, 0.5), "q a": (1.0, 0.5, 1.0)}
