@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from qadapter.preferences.prepare import PreparationSummary, prepare
 from qadapter.preferences.stream import first_usable_pair
 from qadapter.training.arguments import (
     measured_cost,
+    name_for_trackers,
     save_weights,
     tokens_seen,
     trainer_arguments,
@@ -138,6 +140,7 @@ def _train(
         note(f"evaluation: every {options.eval_steps} steps, on {len(aside)} training pairs that are set aside")
     checkpoint = last_checkpoint(out / "checkpoints")
     watch_checkpoints(trainer, "training", checkpoint)
+    name_for_trackers(trainer, _label(out))
     before = None
     if own:
         with as_base(trainer.policy):
@@ -157,6 +160,12 @@ def _train(
     metrics |= train_set.truncation.metrics()
     _write_card(out, options, metrics, len(heldout))
     write_training_record(out, trainer, cost, tokens_seen(train_set.lengths, steps, options.batch_size), **metrics)
+
+
+def _label(out: Path) -> str:
+    """Folder and time of the start, which a resumed training keeps and one that overwrites it does not."""
+    began = datetime.fromtimestamp((out / RECORD).stat().st_mtime).astimezone()
+    return f"{out.absolute().name} {began:%Y-%m-%d %H.%M.%S}"
 
 
 def _apart(pairs: list[PreferencePair], options: TrainOptions) -> tuple[list[PreferencePair], list[PreferencePair]]:

@@ -283,7 +283,7 @@ def train_to_end(trainer: AnyTrainer, name: str) -> AnyTrainer:
 
         score_replies_only(trainer.model)
     trainer.remove_callback(PrinterCallback)
-    _name_for_trackers(trainer, name)
+    name_for_trackers(trainer, f"{name} {Path(str(trainer.args.output_dir)).name}")
     prepare_evaluation(trainer, name)
     checkpoint = last_checkpoint(str(trainer.args.output_dir))
     trainer.add_callback(ReportProgress(name))
@@ -313,14 +313,17 @@ def watch_checkpoints(trainer: Trainer, name: str, checkpoint: str | None) -> No
         trainer.add_callback(callback)
 
 
-def _name_for_trackers(trainer: Trainer, name: str) -> None:
-    """Name a training for the trackers of `report_to`: method and folder of checkpoints.
+def name_for_trackers(trainer: Trainer, label: str) -> None:
+    """Name a training for the trackers of `report_to`, so that one that was stopped goes on in its own curves.
 
     TensorBoard's files go to `TENSORBOARD_LOGGING_DIR`, by default beside the folder of checkpoints, which is deleted
     after the training.
+
+    Args:
+        trainer: its `output_dir` has the checkpoints.
+        label: the same after a stop, and no other training's.
     """
     checkpoints = Path(str(trainer.args.output_dir)).absolute()
-    label = f"{name} {checkpoints.name}"
     trainer.args.run_name = label
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):
