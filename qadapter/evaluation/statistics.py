@@ -61,6 +61,16 @@ class Interval:
         """The same, cut at the ends of what its quantity can be."""
         return replace(self, low=max(self.low, least), high=min(self.high, most))
 
+    def as_difference(self, mark: str = "", digits: int = 3) -> str:
+        """`+0.050 [+0.020, +0.080]`, with a mark behind the estimate."""
+        low, high = signed(self.low, digits), signed(self.high, digits)
+        return f"{signed(self.estimate, digits)}{mark} [{low}, {high}]"
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """With its sign, and never -0.000."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}"
+
 
 def mean_interval(
     values: ArrayLike,

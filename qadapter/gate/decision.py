@@ -16,7 +16,7 @@ import numpy as np
 
 from qadapter.evaluation.drift import MOVED, TRAITS
 from qadapter.evaluation.speech import BROKEN, BROKEN_SHARE, SPEAKS
-from qadapter.evaluation.statistics import Interval, paired_difference
+from qadapter.evaluation.statistics import Interval, paired_difference, signed
 from qadapter.gate.measured import Measured
 from qadapter.gate.rules import SAME_ANSWERS, AdaptationRule, Gate
 
@@ -124,7 +124,7 @@ def _adaptation(gate: Gate, candidate: Measured, champion: Measured, rival: str)
             f"wanted not worse beyond noise, because the {rival} is at the ceiling: winning every pair would be no "
             f"gain of {rule.min_gain:+.3f}" + (" beyond noise" if rule.beyond_noise else "")
         )
-    text = f"{rule.metric} {ours.mean:.3f} after {theirs.mean:.3f} of the {rival}: {differs(interval)}, {wanted}"
+    text = f"{rule.metric} {ours.mean:.3f} after {theirs.mean:.3f} of the {rival}: {interval.as_difference()}, {wanted}"
     return Finding(name, bool(passed), text, interval)
 
 
@@ -224,7 +224,7 @@ def _drift(gate: Gate, candidate: Measured) -> Iterator[Finding]:
             yield Finding(f"max_drift.{trait}", False, text)
             continue
         value, low, high = (candidate.metrics[key] for key in (name, f"{name}/low", f"{name}/high"))
-        text = f"{TRAITS[trait]} {value:+.3f} [{low:+.3f}, {high:+.3f}] from the base, allowed ±{limit:.3f}"
+        text = f"{TRAITS[trait]} {signed(value)} [{signed(low)}, {signed(high)}] from the base, allowed ±{limit:.3f}"
         yield Finding(f"max_drift.{trait}", low <= limit and high >= -limit, text)
 
 
@@ -255,8 +255,3 @@ def too_few(what: str, items: int, rule: str, least: int) -> str:
         f"{what}: only {items}, too few to decide; at least {least} are required "
         f"(gate.{rule}.min_items). Measure more, or lower that number"
     )
-
-
-def differs(interval: Interval) -> str:
-    """A difference with its interval: `+0.050 [+0.020, +0.080]`."""
-    return f"{interval.estimate:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"

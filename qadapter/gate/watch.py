@@ -10,7 +10,7 @@ import numpy as np
 from qadapter.config.budget import Budget
 from qadapter.evaluation.items import owner
 from qadapter.evaluation.statistics import mean_interval, mean_of_tasks_interval, paired_difference
-from qadapter.gate.decision import HELD_OUT, OVER_REFUSALS, differs, over_refusals, speech, too_few
+from qadapter.gate.decision import HELD_OUT, OVER_REFUSALS, over_refusals, speech, too_few
 from qadapter.gate.measured import Floats, Measured, TaskItems
 from qadapter.gate.rules import Gate
 
@@ -43,7 +43,7 @@ def fallen(then: Measured, now: Measured, gate: Gate) -> list[str]:
         sign = 1 if before.higher_is_better else -1
         if paired:
             drop = paired_difference(sign * before.values, sign * after.values, weights=before.weights, **options)
-            fell, shown = drop.low > 0, differs(drop)
+            fell, shown = drop.low > 0, drop.as_difference()
         else:
             old = mean_interval(sign * before.values, weights=before.weights, **options)
             new = mean_interval(sign * after.values, weights=after.weights, **options)
@@ -79,12 +79,13 @@ def beyond_budget(now: Measured, base: Measured, budget: Budget, gate: Gate) -> 
     if lost:
         mean = mean_of_tasks_interval(list(lost.values()), **options)
         if mean.low > budget.max_forgetting:
-            found.append(f"forgetting {differs(mean)} is beyond the budget of {budget.max_forgetting:g}")
+            found.append(f"forgetting {mean.as_difference()} is beyond the budget of {budget.max_forgetting:g}")
     for task, values in lost.items():
         drop = mean_interval(values, **options)
         if budget.per_task is not None and drop.low > budget.per_task:
             found.append(
-                f"{task} fell below the base by {differs(drop)}, beyond the budget of {budget.per_task:g} per task"
+                f"{task} fell below the base by {drop.as_difference()}, "
+                f"beyond the budget of {budget.per_task:g} per task"
             )
     refused = now.metrics.get(OVER_REFUSALS)
     if budget.max_over_refusals is not None and refused is not None and refused > budget.max_over_refusals:

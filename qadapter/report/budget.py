@@ -13,7 +13,7 @@ from qadapter.evaluation.curve.area import area_interval, mean_area_interval
 from qadapter.evaluation.curve.budget import Choice, choose_on
 from qadapter.evaluation.curve.parts import Part, mean_adaptation, mean_difference, mean_forgetting, split_curves
 from qadapter.evaluation.curve.points import CURVE, Curve, read_curves
-from qadapter.evaluation.statistics import Interval
+from qadapter.evaluation.statistics import Interval, signed
 from qadapter.methods.table import SUBJECT
 from qadapter.policy.dial import KINDS, DialKind
 from qadapter.report.rows import Row, groups_of, listed, methods_of, ordered
@@ -342,11 +342,11 @@ def _ahead(curves: Sequence[MethodCurve], budget: float, along: str) -> list[str
 
 def _by_verdict(found: Mapping[str, Interval]) -> str:
     """Many differences in one sentence: those larger than the noise, one by one, and the range of the others."""
-    sure = [f"{method} {one.estimate:+.3f} {bracket(one)}" for method, one in found.items() if one.excludes_zero]
+    sure = [f"{method} {signed(one.estimate)} {bracket(one)}" for method, one in found.items() if one.excludes_zero]
     unsure = {method: one.estimate for method, one in found.items() if not one.excludes_zero}
     parts = [f"{', '.join(sure)}: larger than the noise"] if sure else []
     if unsure:
-        ends = dict.fromkeys(f"{end:+.3f}" for end in (min(unsure.values()), max(unsure.values())))
+        ends = dict.fromkeys(signed(end) for end in (min(unsure.values()), max(unsure.values())))
         parts.append(f"{listed(list(unsure))} {' to '.join(ends)}: not larger than the noise")
     return "; ".join(parts)
 
@@ -368,7 +368,7 @@ def ahead_of(ours: Sequence[MethodCurve], theirs: Sequence[MethodCurve], budget:
 def difference_text(found: Interval) -> str:
     """A difference with its interval, and whether it is larger than its noise."""
     verdict = "larger than the noise" if found.excludes_zero else "not larger than the noise"
-    return f"{found.estimate:+.3f} {bracket(found)}, {verdict}"
+    return f"{signed(found.estimate)} {bracket(found)}, {verdict}"
 
 
 def _overshoot(curves: Sequence[MethodCurve], kind: DialKind, budget: float, many: bool) -> list[str]:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from qadapter.evaluation.drift import MOVED, TRAITS
 from qadapter.evaluation.items import owner
-from qadapter.evaluation.statistics import Interval
+from qadapter.evaluation.statistics import Interval, signed
 from qadapter.report.intervals import Measured
 from qadapter.report.items import SCORE, WIN_RATE
 from qadapter.report.rows import (
@@ -156,11 +156,6 @@ def _by_group(
 def number(value: float, digits: int = 3) -> str:
     """Fixed digits, thousands apart, `–` for what was not measured, and never -0.000."""
     return "–" if math.isnan(value) else f"{round(value, digits) + 0.0:,.{digits}f}"
-
-
-def signed(value: float) -> str:
-    """With its sign and three digits, and never -0.000."""
-    return f"{round(value, 3) + 0.0:+.3f}"
 
 
 def bracket(interval: Interval | None, digits: int = 3) -> str:

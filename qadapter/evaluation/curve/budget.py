@@ -59,7 +59,7 @@ class Choice:
         """What was chosen and how sure it is, for people."""
         per_task = "" if self.budget.per_task is None else f", {self.budget.per_task:g} per task"
         limit, found = f"{self.budget.max_forgetting:g}{per_task}", self.forgetting
-        shown = f"forgetting {found.estimate:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+        shown = f"forgetting {found.as_difference(digits=4)}"
         learnt = f"adaptation {self.adaptation.estimate:.3f} [{self.adaptation.low:.3f}, {self.adaptation.high:.3f}]"
         where = f"on the {self.items[0]} held-out and {self.items[1]} retention items it was not chosen on ({SPLIT})"
         if self.nearest is not None:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from qadapter.evaluation.sequence.matrix import Passage
-from qadapter.evaluation.statistics import Interval
+from qadapter.evaluation.statistics import Interval, signed
 from qadapter.files.artifacts import write_json
 from qadapter.report import markdown
 from qadapter.report.page import data_uri, page
 from qadapter.report.rows import listed
 from qadapter.report.sequence.figure import KEPT, heat_maps
-from qadapter.report.tables import Cell, Table, bracket, number, signed
+from qadapter.report.tables import Cell, Table, bracket, number
 
 FIGURE = "continual.png"
 LEGEND = (

@@ -160,7 +160,7 @@ def _comparison(tuned: dict[str, list[Point]], metrics: dict[str, float]) -> lis
         interval = across_seeds([ours[seed] - theirs[seed] for seed in ours], bounds=(-1, 1))
         verdict = "larger than the noise" if interval.excludes_zero else "not larger than the noise"
         sentences.append(
-            f"- {SUBJECT.name} − {method}: {interval.estimate:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}] "
+            f"- {SUBJECT.name} − {method}: {interval.as_difference()} "
             f"(95 %, Student, {interval.seeds} seeds): {verdict}."
         )
         metrics[f"sweep/trade_difference/{method}"] = interval.estimate

@@ -24,7 +24,6 @@ from qadapter.report.items import RULE, SCORE, adaptation_gain, directions_of, r
 from qadapter.report.items import retention_measures as measures_of
 from qadapter.report.rows import Row, listed, ordered
 from qadapter.report.sweep.points import BASE, Point, Setting, best_by_trade, points_of
-from qadapter.report.tables import signed
 
 MEAN = "retention/mean"
 Values = dict[str, NDArray[np.float64]]
@@ -256,12 +255,8 @@ def _paired(of: Cells, domains: Sequence[str], *names: str) -> list[int | None]:
 
 def _shown(interval: Interval) -> str:
     verdict = "larger" if interval.excludes_zero else "not larger"
-    return f"{_signed(interval)}, {verdict} than the noise"
+    return f"{interval.as_difference()}, {verdict} than the noise"
 
 
 def _starred(interval: Interval) -> str:
-    return _signed(interval, r"\*" if interval.excludes_zero else "")
-
-
-def _signed(interval: Interval, star: str = "") -> str:
-    return f"{signed(interval.estimate)}{star} [{signed(interval.low)}, {signed(interval.high)}]"
+    return interval.as_difference(r"\*" if interval.excludes_zero else "")

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from qadapter.evaluation.statistics import Interval
+from qadapter.evaluation.statistics import Interval, signed
 from qadapter.methods.table import knobs
 from qadapter.report.rows import listed
 from qadapter.report.sweep.points import Point, best_by_trade, differences, edges
-from qadapter.report.tables import signed
 
 
 def edge_sentences(tuned: Mapping[str, Sequence[Point]]) -> str:
@@ -87,4 +86,4 @@ def _difference(interval: Interval) -> str:
     if interval.seeds < 2:
         return signed(interval.estimate)
     star = r"\*" if interval.excludes_zero else ""
-    return f"{signed(interval.estimate)}{star} [{signed(interval.low)}, {signed(interval.high)}]"
+    return interval.as_difference(star)

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from qadapter.evaluation.statistics import (
+    Interval,
     across_seeds,
     mean_interval,
     mean_of_tasks_interval,
     paired_difference,
     proportion_interval,
+    signed,
 )
 
 RNG = np.random.default_rng(0)
@@ -152,3 +154,10 @@ def test_large_samples_need_little_time() -> None:
     start = time.perf_counter()
     mean_interval(RNG.normal(size=14_000), resamples=1000)
     assert time.perf_counter() - start < 3
+
+
+def test_a_difference_is_told_with_signs_and_never_as_minus_zero() -> None:
+    assert [signed(value) for value in (-0.0004, 0.0, -0.0006, 0.1)] == ["+0.000", "+0.000", "-0.001", "+0.100"]
+    told = Interval(-0.0001, -0.0204, 0.0304, 0.01, 10)
+    assert told.as_difference() == "+0.000 [-0.020, +0.030]"
+    assert told.as_difference("*", digits=4) == "-0.0001* [-0.0204, +0.0304]"

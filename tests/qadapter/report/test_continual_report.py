@@ -14,7 +14,6 @@ from qadapter.files.artifacts import read_json
 from qadapter.report.panels import panels
 from qadapter.report.sequence.build import Cost, build_continual_report, matrix_table, recommended
 from qadapter.report.sequence.figure import heat_maps
-from qadapter.report.tables import signed
 from tests.qadapter.evaluation.test_sequence import passage
 
 WAYS = {
@@ -57,10 +56,6 @@ def test_the_report_of_a_sequence(tmp_path: Path) -> None:
     HTMLParser().feed(page)
     assert (tmp_path / "continual.png").read_bytes()[:4] == b"\x89PNG"
     json.dumps(table)
-
-
-def test_a_rounded_difference_has_no_minus_before_nothing() -> None:
-    assert [signed(value) for value in (-0.0004, 0.0, -0.0006, 0.1)] == ["+0.000", "+0.000", "-0.001", "+0.100"]
 
 
 def test_a_matrix_is_shown_below_its_diagonal() -> None:
