@@ -131,7 +131,7 @@ def measure_curve(
                 else ScaledTexts(policy, **options)
             )
             learnt = _Adaptation(texts, tokenizer, pairs, adaptation, max_length, world, style, known_adaptation)
-            _learn_retention(texts, lm_at(texts, 0.0), tokenizer, set(retention.plain_tasks), known_retention)
+            _learn_retention(texts, lm_at(texts, 0.0), tokenizer, score.generated, known_retention)
             for value_before, answers in (before.known() if before else {}).items():
                 texts.learn(answers, value_before)
             points = [point for one in found[:1] for point in one.points if point.value in (0.0, 1.0)]
@@ -214,19 +214,28 @@ def _learn_retention(
     texts: DialledTexts,
     lm_of: Callable[[bool], DialledLM],
     tokenizer: PreTrainedTokenizerBase,
-    plain: set[str],
+    generated: Mapping[str, bool],
     known: Known,
 ) -> None:
-    """Take in the answers that base and policy gave to the benchmarks' generated questions."""
+    """Take in the answers that base and policy gave to the benchmarks' questions.
+
+    Args:
+        texts: gets them.
+        lm_of: lm-eval's model with chat template (True) or without.
+        tokenizer: the policy's.
+        generated: task whose answers are generated → whether it is asked with chat template. A choice of the most
+            likely one is no answer, and is not taken in.
+        known: the folders of base and policy.
+    """
     models: dict[bool, DialledLM] = {}
     for value, folder in zip(_KNOWN_AT, known, strict=True):
         if folder is None:
             continue
         found = []
         for row in read_json_lines(folder / "items.jsonl"):
-            if not isinstance(row["response"], str) or not row["response"]:
+            if row["task"] not in generated or not row["response"]:
                 continue
-            chat = row["task"] not in plain
+            chat = generated[row["task"]]
             lm = models[chat] if chat in models else models.setdefault(chat, lm_of(chat))
             found.append((lm.prompt_ids(row["prompt"]), ended(tokenizer, row["response"])))
         texts.learn(found, value)

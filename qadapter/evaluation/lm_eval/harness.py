@@ -139,6 +139,52 @@ def evaluate_tasks(
         model.train(was_training)
 
 
+@dataclass(frozen=True)
+class OpenedTasks:
+    """Loaded tasks, which can be asked of several models.
+
+    Attributes:
+        parts: (with chat template, limit, lm-eval's loaded tasks) of the tasks that one call of lm-eval can ask.
+        fewshot_as_multiturn, seed: as in `evaluate_tasks`.
+    """
+
+    parts: Sequence[tuple[bool, int | None, Any]]
+    fewshot_as_multiturn: bool
+    seed: int
+
+    @property
+    def generated(self) -> dict[str, bool]:
+        """Each task whose answers are generated → whether it is asked with chat template; a group's one by one."""
+        return {
+            name: chat
+            for chat, _, loaded in self.parts
+            for name, task in loaded["tasks"].items()
+            if task.OUTPUT_TYPE == "generate_until"
+        }
+
+    def __call__(self, make: Callable[[bool], PolicyLM]) -> TaskScores:
+        """Score a model.
+
+        Args:
+            make: lm-eval's model for tasks with chat template (True) or without.
+        """
+        scores = TaskScores()
+        for chat, most, loaded in self.parts:
+            lm = make(chat)
+            with _seeded(self.seed, lm.device):
+                raw = evaluate(
+                    lm,
+                    loaded,
+                    limit=most,
+                    bootstrap_iters=0,
+                    apply_chat_template=chat,
+                    fewshot_as_multiturn=self.fewshot_as_multiturn and chat,
+                )
+            scores.update(_collect(raw, loaded))
+            scores.shortened += lm.shortened
+        return scores
+
+
 @contextmanager
 def opened_tasks(
     tokenizer: PreTrainedTokenizerBase,
@@ -156,7 +202,7 @@ def opened_tasks(
     max_gen_toks: int | None = None,
     seed: int = 0,
     in_words: Callable[[str], str] | None = None,
-) -> Iterator[Callable[[Callable[[bool], PolicyLM]], TaskScores]]:
+) -> Iterator[OpenedTasks]:
     """Load tasks once, to score with several models.
 
     Args:
@@ -164,7 +210,7 @@ def opened_tasks(
             fewshot_as_multiturn, num_fewshot, max_gen_toks, seed, in_words: as in `evaluate_tasks`.
 
     Yields:
-        A function that scores: it is given what makes lm-eval's model for tasks with chat template (True) or without.
+        The tasks; called with what makes lm-eval's model, they are asked.
 
     Raises:
         QAdapterError: as `evaluate_tasks`.
@@ -189,25 +235,7 @@ def opened_tasks(
                 if in_words is not None:
                     _ask_in(task, in_words)
             parts.append((chat, most, loaded))
-
-        def score(make: Callable[[bool], PolicyLM]) -> TaskScores:
-            scores = TaskScores()
-            for chat, most, loaded in parts:
-                lm = make(chat)
-                with _seeded(seed, lm.device):
-                    raw = evaluate(
-                        lm,
-                        loaded,
-                        limit=most,
-                        bootstrap_iters=0,
-                        apply_chat_template=chat,
-                        fewshot_as_multiturn=fewshot_as_multiturn and chat,
-                    )
-                scores.update(_collect(raw, loaded))
-                scores.shortened += lm.shortened
-            return scores
-
-        yield score
+        yield OpenedTasks(parts, fewshot_as_multiturn, seed)
 
 
 def _limit_of_each(tasks: Sequence[str], limit: int | None, limits: Mapping[str, int]) -> dict[str, int | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 
 from qadapter.command.parser import main
 from qadapter.config.curve import CurveSettings
@@ -21,11 +23,13 @@ from qadapter.evaluation.curve.measure import dialled, kept_items, measure_curve
 from qadapter.evaluation.curve.points import Measure, Point, next_value, read_curves
 from qadapter.evaluation.curve.scaled import ScaledTexts
 from qadapter.evaluation.divergence import kl_per_token
+from qadapter.evaluation.lm_eval.catalog import find_tasks
 from qadapter.evaluation.lm_eval.harness import TaskScores, evaluate_tasks
 from qadapter.evaluation.lm_eval.model import PolicyLM
+from qadapter.evaluation.lm_eval.official_files import leaves
 from qadapter.evaluation.measure import measure_adaptation, measure_retention
 from qadapter.evaluation.preference import distinct_prompts, preference_metrics, score_pairs
-from qadapter.files.artifacts import read_json
+from qadapter.files.artifacts import read_json, write_json_lines
 from qadapter.inference.generate import generate_replies
 from qadapter.policy.dial import Dial, DialKind
 from qadapter.policy.files import saved_dial
@@ -372,3 +376,38 @@ def test_a_resolved_curve_takes_no_more_points() -> None:
     assert next_value([*ends, point(1.5, 1.0, 0.1), point(0.3, 1.0, 0.1)], named) is None
     everything = [point(value, value, 1 - value) for value in CurveSettings(points=9, steps=4).grid]
     assert next_value(everything, CurveSettings(points=9, steps=4)) is None
+
+
+@pytest.mark.slow
+def test_a_curve_on_plain_text_asks_no_task_with_a_template(toy: TinyToy, tmp_path: Path) -> None:
+    """A base without chat template, a task that generates and a group that chooses: their answers are read again."""
+    adapter = toy.train("sft", tmp_path / "trained") / "adapter"
+    base = tmp_path / "base"
+    shutil.copytree(toy.base, base)
+    (base / "chat_template.jinja").unlink()
+    index = TaskManager(include_path=list(find_tasks(["blimp"]).official), include_defaults=False)
+    for task in leaves("blimp", index.task_index):
+        name = index.task_index[task].cfg["dataset_name"]
+        sides = {"sentence_good": "rain is wet .", "sentence_bad": "wet is rain ."}
+        write_json_lines(tmp_path / "official/nyu-mll/blimp" / name / "train.jsonl", [{"UID": name, **sides}])
+    tasks = ("toy_facts", "blimp")
+    retention = RETENTION.model_copy(update={"tasks": tasks, "plain_tasks": tasks, "answers": 0})
+    known = []
+    for name, policy in (("before", None), ("after", adapter)):
+        known.append(tmp_path / name)
+        known[-1].mkdir()
+        measure_retention(
+            base, policy, known[0] if policy else None, model=MODEL, settings=retention, benchmarks=toy.world,
+            old_texts=None, max_length=64, out=known[-1], official_data=tmp_path / "official",
+        )  # fmt: skip
+    out = tmp_path / "curve"
+    out.mkdir()
+    measure_curve(
+        base, adapter, toy.heldout, model=MODEL, adaptation=ADAPTATION, retention=retention,
+        curve=CurveSettings(points=3), max_length=64, world=None, style=None, benchmarks=toy.world, out=out,
+        known_retention=(known[0], known[1]), official_data=tmp_path / "official",
+    )  # fmt: skip
+    (curve,) = read_curves(out)
+    for end, folder in ((curve.points[0], known[0]), (curve.as_trained, known[1])):
+        assert end.retention == pytest.approx(read_json(folder / "metrics.json")["retention/mean"])
+    assert read_json(out / "metrics.json")["cost/curve_answers_reused"] > 0  # of the facts, asked as plain text
