@@ -64,10 +64,14 @@ def first_records(
 
 
 def inside(choices: Choices | None) -> Choices | None:
-    """The choices for records that were taken out of the list that a mapping's `records` names."""
+    """The choices for records that were taken out of the list that a mapping's `records` names.
+
+    Where `records` is all that the mapping says, the layout of these records is recognised.
+    """
     if choices is None or not _list_name(choices):
         return choices
-    return replace(choices, fields={key: value for key, value in (choices.fields or {}).items() if key != "records"})
+    paths = {key: value for key, value in (choices.fields or {}).items() if key != "records"}
+    return replace(choices, fields=paths or None)
 
 
 def _objects_of(file: Path, first: Sequence[RawRecord]) -> list[Any]:

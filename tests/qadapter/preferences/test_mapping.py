@@ -12,7 +12,7 @@ from qadapter.errors import QAdapterError
 from qadapter.preferences.building import Choices
 from qadapter.preferences.pair import Message, PreferencePair
 from qadapter.preferences.reader import Accepted
-from qadapter.preferences.reading import read_pairs
+from qadapter.preferences.reading import detect_format, read_pairs
 from qadapter.preferences.recognition import recognise
 from qadapter.preferences.records import Reason
 
@@ -110,6 +110,17 @@ def test_records_inside_an_object(tmp_path: Path) -> None:
     assert [item.pair for item in found if isinstance(item, Accepted)] == [PAIR, PAIR]
     nested = {**JUDGEMENT, "records": "result.items"}
     assert mapped(nested, {"result": {"items": [VOTE, 3, VOTE]}}) == [PAIR, Reason.NOT_AN_OBJECT, PAIR]
+
+
+def test_the_list_of_an_object_is_recognised_by_itself(tmp_path: Path) -> None:
+    """`records` alone names the list; its records are in a layout as those of any other file."""
+    file = tmp_path / "pairs.json"
+    row = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
+    file.write_text(json.dumps({"version": 1, "data": [row, row]}))
+    choices = Choices(fields={"records": "data"})
+    assert detect_format(file, choices=choices) == "trl-plain"
+    found = list(read_pairs(file, choices=choices))
+    assert [item.pair for item in found if isinstance(item, Accepted)] == [PAIR, PAIR]
 
 
 @pytest.mark.parametrize(
