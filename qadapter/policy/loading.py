@@ -155,14 +155,18 @@ def quantization_config(settings: ModelSettings) -> object:
 
 
 def load_policy(
-    base: PreTrainedModel, adapter: Path | None, dial: Dial | None = None, *, allow_base_mismatch: bool = False
+    base: PreTrainedModel,
+    adapter: str | Path | None,
+    dial: Dial | str | None = None,
+    *,
+    allow_base_mismatch: bool = False,
 ) -> PreTrainedModel | PeftModel | QAdapterForCausalLM | GuidedForCausalLM:
     """A policy ready to score and to generate.
 
     Args:
         base: from `load_base`; the adapter is put onto it.
         adapter: folder that a training wrote; None for the base itself.
-        dial: where its dial stands; as saved with the adapter without it.
+        dial: where its dial stands, also as its text (`scale=0.5`); as saved with the adapter without it.
         allow_base_mismatch: whether the base may be another one than the adapter was trained on.
 
     Returns:
@@ -174,6 +178,7 @@ def load_policy(
     """
     if adapter is None:
         return base
+    adapter, dial = Path(adapter), Dial.of(dial)
     allowed = {"allow_base_mismatch": allow_base_mismatch}
     if (adapter / SETTINGS_FILE).is_file():
         policy = QAdapterForCausalLM.from_pretrained(adapter, base_model=base, **allowed).eval()

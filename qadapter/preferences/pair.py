@@ -156,6 +156,6 @@ def iter_pairs(file: Path) -> Iterator[PreferencePair]:
         ) from error
 
 
-def load_pairs(file: Path) -> list[PreferencePair]:
+def load_pairs(file: str | Path) -> list[PreferencePair]:
     """All pairs that `iter_pairs` gives, as a list, to draw from."""
-    return list(iter_pairs(file))
+    return list(iter_pairs(Path(file)))

@@ -276,6 +276,7 @@ def test_saved_beside_a_plain_adapter(tmp_path: Path):
         assert torch.equal(again(input_ids=ids).logits, turned(input_ids=ids).logits)
         in_call = load_policy(tiny_model(), tmp_path, Dial("q-weight", 2))
         assert torch.equal(in_call(input_ids=ids).logits, again(input_ids=ids, dial="q-weight=2").logits)
+    assert load_policy(tiny_model(), str(tmp_path), "q-weight=2").dial == in_call.dial  # as texts
     again.save_pretrained(tmp_path / "again")
     assert saved_dial(tmp_path / "again") == Dial("scale", 0.5)
     assert not (tmp_path / "again/q_adapter.json").exists()

@@ -232,7 +232,7 @@ def test_a_mixture_is_what_the_split_of_all_its_pairs_gives(tmp_path: Path, monk
         out = tmp_path / f"m{number}"
         mixture(tmp_path / "2", out, learnt=tmp_path / "1", **settings)
         assert load_pairs(out / "train.jsonl") == expected.train
-        assert load_pairs(out / "heldout.jsonl") == expected.heldout
+        assert load_pairs(str(out / "heldout.jsonl")) == expected.heldout
         assert load_pairs(out / "fresh.jsonl") == [pair for pair in expected.train if str(pair) not in old]
         with monkeypatch.context() as patch:
             patch.setattr(sorting, "MEMORY_BYTES", 500)
