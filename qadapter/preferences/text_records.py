@@ -21,7 +21,7 @@ from qadapter.preferences.records import MAX_RECORD_BYTES, MAX_RECORD_VALUES, Ra
 
 HEAD_BYTES = 4096
 BOM = b"\xef\xbb\xbf"
-LIST_START = re.compile(rb"\s*\[\s*[{\]]")
+LIST_START = re.compile(rb"\s*\[\s*[{\"\]]")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DELIMITERS = ",;\t|"
 _CSV_NAMES = (".csv", ".tsv")

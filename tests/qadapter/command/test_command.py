@@ -625,6 +625,13 @@ def test_a_prompt_is_a_line_of_a_text_file(tmp_path: Path) -> None:
     assert prompts == ["one\u2028still one", "two\x85still two", "three"]
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_prompts_are_the_texts_of_a_json_list(tmp_path: Path, indent: int | None) -> None:
+    file = tmp_path / "prompts.json"
+    file.write_text(json.dumps(["one", {"prompt": "two"}], indent=indent))
+    assert [turn["content"] for turns in read_prompts(file) for turn in turns] == ["one", "two"]
+
+
 # ---- small trainings --------------------------------------------------------------------------------------------
 
 
