@@ -354,6 +354,10 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"training.micro_batch_size": 3},
         "batch_size 16 is not a multiple of micro_batch_size 3",
     ),
+    "groups of replies that a micro-batch cannot be divided into": (
+        {"methods.run": ["sft", "rloo"], "training.micro_batch_size": 1},
+        "replies_per_prompt: 2 replies per micro-batch (two for each of its 1 pairs) are not a multiple of 4",
+    ),
     "neither a size nor a name": ({"model": {}, "pretraining": None}, "give exactly one of from_scratch"),
     "a size and a name": ({"model.pretrained": "some/model"}, "give exactly one of from_scratch"),
     "a quantised model from scratch": ({"model.quantization": "int8"}, "quantization is for pretrained models"),
