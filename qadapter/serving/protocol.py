@@ -121,13 +121,13 @@ def _first_problem(error: ValidationError) -> tuple[str, str]:
     """The field that is wrong, as the client wrote it, and why.
 
     Of a field that can be one of several kinds, pydantic names the kind in the path and says of each why it is not that
-    one: the reason that lies deepest is that of the kind which was meant.
+    one: the reason that lies deepest is that of the kind which was meant; of equals, one that is not about the kind.
     """
     problems = error.errors(include_url=False, include_context=False, include_input=False)
     first = problems[0]["loc"]
     place = next((i for i, part in enumerate(first) if _is_kind(part)), len(first))
     same = [problem for problem in problems if problem["loc"][:place] == first[:place]]
-    meant = max(same, key=lambda problem: len(problem["loc"]))
+    meant = max(same, key=lambda problem: (len(problem["loc"]), not problem["type"].endswith("_type")))
     where = ".".join(str(part) for part in meant["loc"] if not _is_kind(part))
     return where, meant["msg"].removeprefix("Value error, ")
 

@@ -355,7 +355,7 @@ IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": 
         ("residual", {"extra_body": {"alpha_tilde": 1e-42}}, openai.BadRequestError, "alpha_tilde: "),
         ("residual", {"extra_body": {"alpha_0": 1e40}}, openai.BadRequestError, "alpha_0: "),
         ("residual", {"extra_body": {"adapters": {"plain": 1e39}}}, openai.BadRequestError, "adapters.plain: "),
-        ("residual", {"stop": ["x"] * 17}, openai.BadRequestError, "stop: "),
+        ("residual", {"stop": ["x"] * 17}, openai.BadRequestError, "stop: List should have at most 16 items"),
         ("residual", {"stop": "x" * 1001}, openai.BadRequestError, "stop: String should have at most 1000"),
         ("residual", {"extra_body": {"stop": ["x", None]}}, openai.BadRequestError, "stop.1: "),
         ("residual", {"max_completion_tokens": 3, "max_tokens": 4}, openai.BadRequestError, "give one of them"),
