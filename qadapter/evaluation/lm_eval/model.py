@@ -218,7 +218,7 @@ class PolicyLM(HFLM):
             if longest >= self.max_length:
                 raise QAdapterError(
                     f"Task {requests[0].task_name} lets the model write {longest} tokens, but its context holds "
-                    f"{self.max_length} with the prompt. Set a smaller max_gen_toks."
+                    f"{self.max_length} with the prompt. Set a smaller max_new_tokens (lm-eval: max_gen_toks)."
                 )
         size = self._decided_size(lambda: self._detect_batch_size())
         order = Collator(

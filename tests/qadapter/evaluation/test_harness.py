@@ -216,7 +216,7 @@ def test_too_long_prompts_are_counted_and_too_long_answers_refused(tokenizer, tm
     model = tiny_llama(context=64)
     write_benchmark(tmp_path, "facts", [{"question": "x" * n, "answer": "y"} for n in (5, 100, 100)])
     assert evaluate_tasks(model, tokenizer, ["toy_facts"], data=tmp_path, max_gen_toks=4).shortened == 2
-    with pytest.raises(QAdapterError, match=r"write 64 tokens.*context holds 64.*smaller max_gen_toks"):
+    with pytest.raises(QAdapterError, match=r"write 64 tokens.*context holds 64.*smaller max_new_tokens"):
         evaluate_tasks(model, tokenizer, ["toy_facts"], data=tmp_path)
     rows = [{"prompt": "p", "choices": ["a" * 80, "b"], "answer": 0}]
     write_benchmark(tmp_path, "helpful_reply_matching", rows)
