@@ -50,7 +50,7 @@ def alerts(
         QAdapterError: no server answers, there is no such kind, or the message could not be sent.
     """
     if kind not in kinds():
-        raise QAdapterError(f"there is no alert {kind!r}{did_you_mean(kind, kinds())}; expected {', '.join(kinds())}")
+        raise QAdapterError(f"there is no alert {kind!r}{did_you_mean(kind, kinds())}")
     address = url or os.environ.get(ADDRESS_VARIABLE)
     if not remove:
         if not address:

@@ -310,6 +310,6 @@ def _load_base(folder: Path, base_model: str | Path | None, options: dict[str, A
         return load_network(place, **options)
     except QAdapterError as error:
         raise QAdapterError(
-            f"The base model {place} of the adapter in {folder} cannot be loaded: {error} "
+            f"The base model {place} of the adapter in {folder} cannot be loaded: {str(error).rstrip('.')}. "
             "Or give base_model: the path where it lies now, or the model itself."
         ) from error

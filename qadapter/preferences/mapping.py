@@ -70,7 +70,7 @@ class FieldMapping:
             )
         for key in fields:
             if key not in _KEYS:
-                raise QAdapterError(f"`fields` has no key '{key}'{did_you_mean(str(key), _KEYS)}.")
+                raise QAdapterError(f"`fields` has no key '{key}'{did_you_mean(str(key), _KEYS)}")
         self.form = _form(fields)
         self.paths: dict[str, str] = {}
         self._get: dict[str, Getter] = {}

@@ -167,7 +167,7 @@ def _zip_entry(file: Path, raw: IO[bytes]) -> tuple[Any, str]:
         data = [info for info in infos if not info.is_dir() and not _is_beside(PurePosixPath(info.filename))]
         if len(data) != 1:
             raise refused(
-                file, f"is a zip archive with {len(data)} data files; one was expected", "Unpack it into a folder"
+                file, f"is a zip archive with {len(data)} data files in place of one", "Unpack it into a folder"
             )
         if data[0].flag_bits & 1:
             raise refused(file, "is a zip archive with a password", "Unpack it")
