@@ -98,6 +98,7 @@ class ComposedAdapters(nn.Module):
         """
         if name in self.peft_model.peft_config:
             raise QAdapterError(f"There is an adapter named {name!r} already. Choose another name.")
+        policy_files.refuse_guide(Path(path))
         settings = policy_files.read_policy(Path(path))
         place = policy_files.only_adapter(Path(path), settings)
         mine, other = self.objective.parametrization, settings.objective.parametrization

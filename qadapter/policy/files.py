@@ -231,6 +231,15 @@ def read_policy(folder: Path) -> PolicySettings:
     return PolicySettings(Objective.preset("residual"), 1.0, 1.0, {name: 1.0}, saved_dial(folder), plain=True)
 
 
+def refuse_guide(folder: Path) -> None:
+    """Raise QAdapterError if an adapter guides its base's decoding: its LoRA alone is the value network, no policy."""
+    if (folder / GUIDE_FILE).is_file():
+        raise QAdapterError(
+            f"The adapter in {folder} guides the base's decoding ({GUIDE_FILE}, of the methods vas and pita) and is no "
+            "policy without its guide. Load it with load_policy, or serve it alone with `qadapter serve`."
+        )
+
+
 def load(
     folder: Path,
     base_model: str | Path | PreTrainedModel | None,
@@ -243,6 +252,7 @@ def load(
 
     The rest is as in `QAdapterForCausalLM.from_pretrained`.
     """
+    refuse_guide(folder)
     # A plain adapter has no objective that training could go on with
     settings = read_settings(folder) if is_trainable else read_policy(folder)
     for name in settings.adapter_weights:

@@ -100,7 +100,8 @@ class PolicyLM(HFLM):
         """Wrap a policy.
 
         Args:
-            pretrained: the policy; or, from a command line, the folder of an adapter of any method.
+            pretrained: the policy; or, from a command line, the folder of an adapter of any method but
+                vas and pita.
             tokenizer: the policy's; by default the one that lies with the adapter, else the base's.
             device: device of a loaded policy; without a GPU, always the CPU.
             apply_chat_template: whether prompts will come out of a chat template.

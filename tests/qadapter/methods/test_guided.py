@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from peft import get_peft_model
 
+from qadapter.command.parser import main
 from qadapter.errors import QAdapterError
 from qadapter.evaluation.curve.both_rows import log_likelihoods
 from qadapter.evaluation.divergence import kl_per_token
@@ -27,13 +29,14 @@ from qadapter.policy.dial import Dial
 from qadapter.policy.files import write_dial
 from qadapter.policy.guided import GUIDE_FILE, Guide, GuidedForCausalLM
 from qadapter.policy.loading import load_base, load_policy
+from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.preferences.pair import load_pairs
 from qadapter.preferences.tokenize import prompt_ids
 from qadapter.serving.generator import Generator, Sampling, Turn
 from qadapter.serving.policies import ServedPolicies
 from qadapter.training.adapt import lora_config
 from tests.support.tiny_chat import byte_tokenizer
-from tests.support.tiny_models import tiny_model
+from tests.support.tiny_models import lora, tiny_model
 from tests.support.tiny_toy import MODEL, NO_DROPOUT, TRAINING, TinyToy, make_tiny_toy, rows
 
 
@@ -223,6 +226,31 @@ def test_a_saved_policy_is_the_same(world: TinyToy, tmp_path: Path) -> None:
     file.write_text(json.dumps({"format": 1, "kind": "value", "strength": 1, "top_k": 2}))
     with pytest.raises(QAdapterError, match=r"value_head\.safetensors cannot be read"):
         load_policy(load_base(world.base, MODEL)[0], tmp_path / "saved")
+
+
+def test_its_lora_is_not_taken_for_the_policy(
+    world: TinyToy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without its guide it is the value network: what loads Q-Adapters and plain adapters refuses it."""
+    folder, plain = tmp_path / "guide", tmp_path / "plain"
+    moved(load_base(world.base, MODEL)[0], Guide("value", 1.0, 9)).save_pretrained(folder)
+    with pytest.raises(QAdapterError, match=r"guides the base's decoding \(guide\.json"):
+        QAdapterForCausalLM.from_pretrained(folder, load_base(world.base, MODEL)[0])
+    get_peft_model(load_base(world.base, MODEL)[0], lora()).save_pretrained(str(plain))
+    policy = QAdapterForCausalLM.from_pretrained(plain, load_base(world.base, MODEL)[0])
+    with pytest.raises(QAdapterError, match="guides the base's decoding"):
+        policy.attach(folder, "guide")
+    with pytest.raises(QAdapterError, match="guides the base's decoding"):
+        PolicyLM(str(folder), base=str(world.base))
+    place = ["--adapter", str(folder), "--base", str(world.base)]
+    for words in (
+        ["generate", *place, "--prompt", "what is 2 plus 2 ?"],
+        ["score", *place, "--data", str(world.heldout)],
+        ["export", str(folder), "--base", str(world.base), "--output", str(tmp_path / "out")],
+    ):
+        assert main(words) == 2
+        assert "guides the base's decoding" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
 
 
 def test_it_is_served_alone_and_runs_under_lm_eval(world: TinyToy, tmp_path: Path) -> None:
