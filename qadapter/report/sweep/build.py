@@ -81,8 +81,8 @@ def build_sweep_report(
         f"# {title}",
         *([f"Not complete, so listed but not compared: {', '.join(missing)}."] if missing else []),
         *([f"Do not answer in language, so listed but not compared: {', '.join(silent)}."] if silent else []),
-        f"{len(compared)} settings, each with {expected} trainings (domains × seeds). The base: adaptation "
-        f"{ends[0].text()}, retention {ends[1].text()}.",
+        f"{len(compared)} settings, each with {expected} training{'' if expected == 1 else 's'} (domains × seeds). "
+        f"The base: adaptation {ends[0].text()}, retention {ends[1].text()}.",
         *([left_out] if (left_out := left_out_sentence(judged_by_chance(rows))) else []),
         "![retention against adaptation](sweep.png)",
     ]
@@ -118,7 +118,6 @@ _LEGEND = (
     "retention without less of the other. A setting called `…, then α0=…` is the adapter of the setting before the "
     "comma, measured with another α0."
 )
-_FAMILIES = "Families have different numbers of settings here; compare methods by the first table."
 
 
 def _whole(curves: Sequence[MethodCurve], rows: Sequence[Row], compared: Sequence[str]) -> list[MethodCurve]:
@@ -206,11 +205,15 @@ def _choices(compared: Sequence[Point], tuned: Mapping[str, list[Point]], metric
                 "best trade": f"{best_by_trade(own).trade:.3f} ({best_by_trade(own).setting.name})",
             }
         )
+    fronts = largest_front(areas) if table else ""
+    if len({row["settings"] for row in table}) > 1:
+        fronts += " Families have different numbers of settings here"
+        fronts += "; compare methods by the first table." if tuned else "."
     return [
         "## The best setting of all, ablations included",
         "\n".join(lines),
         *difference_table(best, {method: best_by_trade(own) for method, own in tuned.items()}, len(compared)),
-        *([_markdown(pd.DataFrame(table)), f"{largest_front(areas)} {_FAMILIES}"] if table else []),
+        *([_markdown(pd.DataFrame(table)), fronts] if table else []),
     ]
 
 
