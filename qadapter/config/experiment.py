@@ -176,12 +176,8 @@ class Experiment(Settings):
                         f"training.{key}: {name} cannot follow it ({refuses[setting]}): leave it out, or take {name} "
                         "out of methods.run"
                     )
-            pairs, group = self.training.micro_batch, getattr(self.methods.of(name), "replies_per_prompt", None)
-            if group and 2 * pairs % group:
-                yield (
-                    f"methods.{name}.replies_per_prompt: {2 * pairs} replies per micro-batch (two for each of its "
-                    f"{pairs} pairs) are not a multiple of {group}: change it or training.micro_batch_size"
-                )
+            if why := self.methods.of(name).misfit(self.training):
+                yield f"methods.{name}.{why}"
 
     def unmeasured_of(self, budget: Budget) -> str:
         """Why a budget's limit on over-refusals cannot be kept here; empty where it can."""

@@ -15,6 +15,7 @@ from qadapter.config.base import Positive, Settings
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from qadapter.config.training import OptimizerSettings
     from qadapter.training.adapt import Job
 
 Marker = str | tuple[int, Literal[0, 1, 2], int]
@@ -25,6 +26,10 @@ class MethodSettings(Settings):
     """What every method's section of a config has: a learning rate of its own; None for the experiment's."""
 
     learning_rate: Positive | None = None
+
+    def misfit(self, training: OptimizerSettings) -> str:
+        """Why these settings and the experiment's `training` cannot be used together; empty if they can."""
+        return ""
 
 
 S = TypeVar("S", bound=MethodSettings)

@@ -13,6 +13,7 @@ from qadapter.methods.needs.reward_model import RewardModelSettings, reward_mode
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from qadapter.config.training import OptimizerSettings
     from qadapter.training.adapt import Job
     from qadapter.training.own_replies import Algorithm
 
@@ -51,6 +52,16 @@ class PolicyGradientSettings(MethodSettings):
     temperature: Positive = 1.0
     max_new_tokens: Count | None = None
     reward: RewardModelSettings = RewardModelSettings()
+
+    def misfit(self, training: OptimizerSettings) -> str:
+        """A micro-batch of whole groups is needed."""
+        pairs, group = training.micro_batch, self.replies_per_prompt
+        if 2 * pairs % group == 0:
+            return ""
+        return (
+            f"replies_per_prompt: {2 * pairs} replies per micro-batch (two for each of its {pairs} pairs) are not a "
+            f"multiple of {group}: change it or training.micro_batch_size"
+        )
 
 
 def needs_of(choice: PolicyGradientSettings) -> tuple[Need, ...]:

@@ -12,6 +12,7 @@ from qadapter.methods.method import LEARNING_RATE, Knob, Look, Method, MethodSet
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from qadapter.config.training import OptimizerSettings
     from qadapter.training.adapt import Job
 
 
@@ -30,6 +31,12 @@ class SPINSettings(MethodSettings):
     iterations: Annotated[int, Field(ge=2)] = 2
     temperature: Temperature = 1.0
     max_new_tokens: Count | None = None
+
+    def misfit(self, training: OptimizerSettings) -> str:
+        """An iteration has a step at least."""
+        if training.max_steps is None or self.iterations <= training.max_steps:
+            return ""
+        return f"iterations: {self.iterations} are more than the {training.max_steps} steps of training.max_steps"
 
 
 def train(job: Job, choice: SPINSettings) -> Trainer:

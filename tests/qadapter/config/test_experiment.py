@@ -358,6 +358,10 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"methods.run": ["sft", "rloo"], "training.micro_batch_size": 1},
         "replies_per_prompt: 2 replies per micro-batch (two for each of its 1 pairs) are not a multiple of 4",
     ),
+    "more iterations than steps": (
+        {"methods.run": ["sft", "spin"], "training.max_steps": 1},
+        "methods.spin.iterations: 2 are more than the 1 steps of training.max_steps",
+    ),
     "neither a size nor a name": ({"model": {}, "pretraining": None}, "give exactly one of from_scratch"),
     "a size and a name": ({"model.pretrained": "some/model"}, "give exactly one of from_scratch"),
     "a quantised model from scratch": ({"model.quantization": "int8"}, "quantization is for pretrained models"),
