@@ -116,12 +116,18 @@ def write_report(
 def note_of(file: Path) -> str:
     """A report's beginning as the description of its MLflow run: what was found, and the first table.
 
+    MLflow's page shows the first lines and folds the rest, and cannot show the figures, which lie beside the report.
+
     Args:
         file: `report.md` or `sweep.md`, whose sections begin with `## `.
     """
-    beginning, *sections = file.read_text(encoding="utf-8").split("\n## ")
+    lines = file.read_text(encoding="utf-8").splitlines()
+    beginning, *sections = "\n".join(line for line in lines if not line.startswith("![")).split("\n## ")
     where = "The whole report is among this run's artifacts, under `report`."
-    text = f"{beginning.partition(chr(10))[2].strip()}\n\n## {sections[0].strip()}" if sections else beginning.strip()
+    text = beginning.strip()
+    if sections:
+        title, _, section = sections[0].partition("\n")
+        text = f"{text.partition(chr(10))[2].strip()}\n\n**{title}**\n{section.rstrip()}"
     room = LONGEST_TAG - len(where) - 2
     if len(text) > room:
         text = text[:room].rpartition("\n")[0]

@@ -123,6 +123,8 @@ REPORT = """# Report
 
 - a sentence
 
+![a figure](figure.png)
+
 ## Main table
 
 | a | b |
@@ -139,7 +141,7 @@ def test_the_description_is_the_reports_beginning(tmp_path: Path) -> None:
     file = tmp_path / "report.md"
     file.write_text(REPORT)
     text = note_of(file)
-    assert text.startswith("> The best is dpo.\n\n- a sentence\n\n## Main table\n\n| a | b |")
+    assert text.startswith("> The best is dpo.\n\n- a sentence\n\n**Main table**\n\n| a | b |")
     assert text.endswith("| 1 | 2 |\n\nThe whole report is among this run's artifacts, under `report`.")
     file.write_text(REPORT.replace("| 1 | 2 |", "| 1 | 2 |\n" * 2000))
     assert 0.9 * LONGEST_TAG < len(note_of(file)) <= LONGEST_TAG
