@@ -18,6 +18,7 @@ from qadapter.files.shown import visible
 from qadapter.inference.generate import longest_reply, only_as_asked, reply_text
 from qadapter.inference.score import device_of
 from qadapter.policy.dial import Dial
+from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.positions import position_limit
 from qadapter.preferences.pair import Message
 from qadapter.preferences.render import end_ids
@@ -152,8 +153,8 @@ class Chat:
         self._commands[name](value.strip())
 
     def _turn(self, dial: str, value: str) -> None:
-        if self._policy.plain:
-            raise QAdapterError("a plain PEFT adapter has no alpha; use /dial")
+        if not isinstance(self._policy, QAdapterForCausalLM) or self._policy.plain:
+            raise QAdapterError("only a Q-Adapter has an alpha; use /dial")
         if value:
             setattr(self._policy.config, dial, _number(value, above_zero=dial == "alpha_tilde"))
         print(f"({dials(self._policy)})")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from qadapter.command.opened import base_place, note, open_policy, training_record
+from qadapter.command.opened import base_place, note, open_adapters, training_record
 from qadapter.command.options import ExportOptions
 from qadapter.errors import QAdapterError
 from qadapter.export.card import Exported, write_card
@@ -45,7 +45,7 @@ def run(options: ExportOptions) -> None:
             f"the base is loaded as {quantized}, and an adapter cannot be merged into such weights without loss; add "
             "--quantization none to export the policy on the base as it is, or use --format lora"
         )
-    policy, tokenizer = open_policy(options)
+    policy, tokenizer = open_adapters(options)
     facts = _facts(options, first, policy)
     exported, shares = Exported(options.format), Shares({})
     if options.format != "adapter":

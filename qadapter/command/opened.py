@@ -15,8 +15,9 @@ from qadapter.config.model import ModelSettings
 from qadapter.errors import QAdapterError
 from qadapter.policy.adapters import adapter_place, base_of
 from qadapter.policy.base import fit_tokenizer
-from qadapter.policy.files import SETTINGS_FILE, read_settings
+from qadapter.policy.files import GUIDE_FILE, SETTINGS_FILE, read_settings, refuse_guide
 from qadapter.policy.gguf import gguf_file
+from qadapter.policy.guided import GuidedForCausalLM, guide_weight
 from qadapter.policy.loading import load_base
 from qadapter.policy.model import QAdapterForCausalLM
 from qadapter.policy.ranges import check_dials, check_weights
@@ -26,7 +27,7 @@ from qadapter.preferences.template_settings import configured
 if TYPE_CHECKING:
     from qadapter.command.options import DialOptions
 
-__all__ = ["RECORD", "as_base", "dials", "note", "open_base", "open_policy", "training_record"]
+__all__ = ["RECORD", "as_base", "dials", "note", "open_adapters", "open_base", "open_policy", "training_record"]
 
 
 def note(text: str) -> None:
@@ -34,8 +35,38 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def open_policy(options: PolicyOptions) -> tuple[QAdapterForCausalLM, PreTrainedTokenizerBase]:
-    """The policy, ready to score and to generate, and its tokenizer.
+Policy = QAdapterForCausalLM | GuidedForCausalLM
+
+
+def open_policy(options: PolicyOptions) -> tuple[Policy, PreTrainedTokenizerBase]:
+    """The policy of any method, ready to score and to generate, and its tokenizer.
+
+    Args:
+        options: as in `open_adapters`.
+
+    Raises:
+        QAdapterError: as there; flags that an adapter which guides its base's decoding (VAS, PITA) cannot follow.
+    """
+    first = Path(options.adapter[0]).expanduser()
+    if not (first / GUIDE_FILE).is_file():
+        return open_adapters(options)
+    flags = {"--weights": options.weights, "--alpha-0": options.alpha_0, "--alpha-tilde": options.alpha_tilde}
+    asked = [flag for flag, value in flags.items() if value is not None]
+    if len(options.adapter) > 1 or asked:
+        raise QAdapterError(
+            f"{first} guides its base's decoding ({GUIDE_FILE}) and is used alone, without "
+            f"{', '.join(asked) or 'a second --adapter'}; its dial is --dial q-weight=0.5"
+        )
+    if options.dial is not None:
+        guide_weight(options.dial)  # before a large base is read
+    network, tokenizer = _base_and_tokenizer(options, first)
+    policy = GuidedForCausalLM.from_pretrained(first, network, allow_base_mismatch=options.allow_base_mismatch)
+    policy.dial = options.dial or policy.dial
+    return policy, tokenizer
+
+
+def open_adapters(options: PolicyOptions) -> tuple[QAdapterForCausalLM, PreTrainedTokenizerBase]:
+    """The policy of one or several adapters that are it themselves, and its tokenizer.
 
     Args:
         options: folders, weights, dials, base. What is not given of the base's numerics is as in training.
@@ -49,18 +80,16 @@ def open_policy(options: PolicyOptions) -> tuple[QAdapterForCausalLM, PreTrained
     first, *others = (Path(folder).expanduser() for folder in options.adapter)
     for folder in (first, *others):
         require_adapter(folder)
+        refuse_guide(folder)
     weights = options.weights or (1 / len(options.adapter),) * len(options.adapter)
     if len(weights) != len(options.adapter):
         raise QAdapterError(
             f"--weights has {len(weights)} numbers for {len(options.adapter)} adapters; give one for each adapter"
         )
-    base = base_place(options)
-    settings = base_settings(options, base, first)
     if options.alpha_0 is not None or options.alpha_tilde is not None:  # before a large base is read
         check_dials(options.alpha_0 or 0.0, 1.0 if options.alpha_tilde is None else options.alpha_tilde)
     check_weights(dict(zip(map(str, options.adapter), weights, strict=True)))
-    network, of_base = open_base(base, settings, say=False)
-    tokenizer = _tokenizer(options, of_base, network)
+    network, tokenizer = _base_and_tokenizer(options, first)
     policy = QAdapterForCausalLM.from_pretrained(first, network, allow_base_mismatch=options.allow_base_mismatch)
     if policy.plain and (options.alpha_0 is not None or options.alpha_tilde is not None):
         raise QAdapterError(
@@ -70,6 +99,12 @@ def open_policy(options: PolicyOptions) -> tuple[QAdapterForCausalLM, PreTrained
     _compose(policy, others, weights, options.allow_base_mismatch)
     _turn(policy, options)
     return policy, tokenizer
+
+
+def _base_and_tokenizer(options: PolicyOptions, first: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    base = base_place(options)
+    network, of_base = open_base(base, base_settings(options, base, first), say=False)
+    return network, _tokenizer(options, of_base, network)
 
 
 def base_settings(options: PolicyOptions | DialOptions, base: str, adapter: Path) -> ModelSettings:
@@ -158,9 +193,12 @@ def rendering_as_asked(options: BaseOptions, tokenizer: PreTrainedTokenizerBase)
     )
 
 
-def dials(policy: QAdapterForCausalLM) -> str:
+def dials(policy: Policy) -> str:
     """Where a policy's dials stand, for people to read."""
     turned = "" if policy.dial.as_trained else f", dial {policy.dial}"
+    if isinstance(policy, GuidedForCausalLM):
+        guide = policy.guide
+        return f"guided base ({guide.kind}), strength {guide.strength:g}, {guide.top_k} candidates{turned}"
     weights = ", ".join(f"{name} {weight:g}" for name, weight in policy.adapter_weights.items())
     if policy.plain:
         return f"plain PEFT adapter{'' if len(policy.adapter_weights) == 1 else f', weights: {weights}'}{turned}"

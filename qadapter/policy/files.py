@@ -236,7 +236,7 @@ def refuse_guide(folder: Path) -> None:
     if (folder / GUIDE_FILE).is_file():
         raise QAdapterError(
             f"The adapter in {folder} guides the base's decoding ({GUIDE_FILE}, of the methods vas and pita) and is no "
-            "policy without its guide. Load it with load_policy, or serve it alone with `qadapter serve`."
+            "Q-Adapter and no plain adapter. Use it alone, by load_policy or by any command but `qadapter export`."
         )
 
 
@@ -266,7 +266,7 @@ def load(
             raise QAdapterError(f"{', '.join(base_options)} only matter for a base that is loaded; one was given.")
         base = base_model
     else:
-        base = _load_base(folder, base_model, base_options)
+        base = load_base_of(folder, base_model, base_options)
     expected = logits_of(base, probe_ids(base)) if can_be_probed(base) else None
     first, *others = settings.adapter_weights
     allowed = {"allow_base_mismatch": allow_base_mismatch}
@@ -309,7 +309,12 @@ def _place(folder: Path, name: str) -> Path:
     return folder if name == "default" else folder / name  # PEFT's layout
 
 
-def _load_base(folder: Path, base_model: str | Path | None, options: dict[str, Any]) -> PreTrainedModel:
+def load_base_of(folder: Path, base_model: str | Path | None, options: dict[str, Any]) -> PreTrainedModel:
+    """The base of an adapter, from where `base_model` or the adapter's own files say.
+
+    Raises:
+        QAdapterError: neither says it, or there is no base.
+    """
     named = next(iter(read_policy(folder).adapter_weights))
     place = base_model or base_of(_place(folder, named))
     if not place:

@@ -192,7 +192,7 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
 
     @dial.setter
     def dial(self, dial: Dial | str | Mapping[str, Any] | None) -> None:
-        self.weight = _weight_of(Dial.of(dial) or AS_TRAINED)
+        self.weight = guide_weight(Dial.of(dial) or AS_TRAINED)
 
     def moved(self, dial: Dial | None) -> GuidedForCausalLM:
         """This policy with its dial moved; None: as trained.
@@ -200,7 +200,7 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             QAdapterError: another kind of dial than `q-weight`, which scales adapters that are the policy themselves.
         """
-        self.weight = 1.0 if dial is None else _weight_of(dial)
+        self.weight = 1.0 if dial is None else guide_weight(dial)
         return self
 
     def load_weights(self, folder: Path) -> None:
@@ -284,7 +284,7 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _weight_of_pass(self, dial: Dial | None) -> float:
         """What a pass multiplies the guide's offsets with; 0 where it is the base's."""
-        weight = self.weight if dial is None else _weight_of(dial)
+        weight = self.weight if dial is None else guide_weight(dial)
         return 0.0 if self._base_only or not self.guide.strength else weight
 
     def _guided(
@@ -406,7 +406,7 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if not self.by_masks:
             kwargs["use_cache"] = False
-        before, self.weight = self.weight, self.weight if dial is None else _weight_of(dial)
+        before, self.weight = self.weight, self.weight if dial is None else guide_weight(dial)
         try:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
@@ -430,7 +430,7 @@ class GuidedForCausalLM(PreTrainedModel, GenerationMixin):
         return found
 
 
-def _weight_of(dial: Dial) -> float:
+def guide_weight(dial: Dial) -> float:
     """What a dial multiplies the guide's offsets with.
 
     Raises:

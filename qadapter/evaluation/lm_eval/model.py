@@ -22,6 +22,8 @@ from qadapter.errors import QAdapterError, nearest
 from qadapter.inference.score import by_length
 from qadapter.policy.base import fit_tokenizer, load_tokenizer
 from qadapter.policy.dial import Dial
+from qadapter.policy.files import GUIDE_FILE, load_base_of
+from qadapter.policy.guided import GuidedForCausalLM
 from qadapter.policy.loading import quantization_config
 from qadapter.policy.log_probs import token_terms
 from qadapter.policy.model import QAdapterForCausalLM
@@ -100,8 +102,7 @@ class PolicyLM(HFLM):
         """Wrap a policy.
 
         Args:
-            pretrained: the policy; or, from a command line, the folder of an adapter of any method but
-                vas and pita.
+            pretrained: the policy; or, from a command line, the folder of an adapter of any method.
             tokenizer: the policy's; by default the one that lies with the adapter, else the base's.
             device: device of a loaded policy; without a GPU, always the CPU.
             apply_chat_template: whether prompts will come out of a chat template.
@@ -128,9 +129,12 @@ class PolicyLM(HFLM):
             further = {name: loading.pop(name) for name in LOADING if name in loading}
             options = {**_base_options(**loading), **further}
             folder, mismatch = pretrained, bool(settings.pop("allow_base_mismatch", False))
-            pretrained = QAdapterForCausalLM.from_pretrained(
-                folder, base, device_map={"": place}, allow_base_mismatch=mismatch, **options
-            )
+            options["device_map"] = {"": place}
+            if (Path(folder) / GUIDE_FILE).is_file():
+                network = load_base_of(Path(folder), base, options)
+                pretrained = GuidedForCausalLM.from_pretrained(folder, network, allow_base_mismatch=mismatch)
+            else:
+                pretrained = QAdapterForCausalLM.from_pretrained(folder, base, allow_base_mismatch=mismatch, **options)
             pretrained.dial = dial or pretrained.dial
             if tokenizer is None:
                 of_base = {name: options[name] for name in ("revision", "trust_remote_code")}

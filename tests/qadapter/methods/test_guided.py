@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 from pathlib import Path
@@ -18,6 +19,7 @@ from qadapter.errors import QAdapterError
 from qadapter.evaluation.curve.both_rows import log_likelihoods
 from qadapter.evaluation.divergence import kl_per_token
 from qadapter.evaluation.lm_eval.model import PolicyLM
+from qadapter.evaluation.preference import score_pairs
 from qadapter.files.artifacts import read_json
 from qadapter.inference.continuations import continue_ids
 from qadapter.inference.generate import generate_replies
@@ -240,17 +242,70 @@ def test_its_lora_is_not_taken_for_the_policy(
     policy = QAdapterForCausalLM.from_pretrained(plain, load_base(world.base, MODEL)[0])
     with pytest.raises(QAdapterError, match="guides the base's decoding"):
         policy.attach(folder, "guide")
-    with pytest.raises(QAdapterError, match="guides the base's decoding"):
-        PolicyLM(str(folder), base=str(world.base))
-    place = ["--adapter", str(folder), "--base", str(world.base)]
+    place = ["--base", str(world.base), "--output", str(tmp_path / "out")]
     for words in (
-        ["generate", *place, "--prompt", "what is 2 plus 2 ?"],
-        ["score", *place, "--data", str(world.heldout)],
-        ["export", str(folder), "--base", str(world.base), "--output", str(tmp_path / "out")],
+        ["export", str(folder), *place],
+        ["score", "--adapter", str(plain), "--adapter", str(folder), *place, "--data", str(world.heldout)],
     ):
         assert main(words) == 2
         assert "guides the base's decoding" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_commands_use_its_guide(
+    world: TinyToy, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replies, scores, chat and lm-eval's model are those of the policy that `load_policy` gives, its dial included."""
+    folder, file = tmp_path / "guide", tmp_path / "out.jsonl"
+    network, tokenizer = load_base(world.base, MODEL)
+    moved(network, Guide("value", 2.0, 9)).save_pretrained(folder)
+    policy = load_policy(load_base(world.base, MODEL)[0], folder, "q-weight=0.5")
+    place = ["--adapter", str(folder), "--base", str(world.base)]
+    turned = [*place, "--dial", "q-weight=0.5"]
+    asked = [[{"role": "user", "content": "what is 2 plus 2 ?"}]]
+    (reply,) = generate_replies(policy, tokenizer, asked, max_new_tokens=8, batch_size=1)
+    with policy.disable_adapter():
+        assert reply != generate_replies(policy, tokenizer, asked, max_new_tokens=8, batch_size=1)[0]
+    said = ["--prompt", "what is 2 plus 2 ?", "--max-new-tokens", "8", "--output", str(file)]
+    assert main(["generate", *turned, *said]) == 0
+    assert rows(file)[0]["reply"] == reply
+    file.unlink()
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", io.StringIO("/alpha0 1\nwhat is 2 plus 2 ?\n"))
+    assert main(["chat", *turned, "--max-new-tokens", "8"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["only a Q-Adapter has an alpha; use /dial", reply]
+
+    pairs = load_pairs(world.heldout)[:3]
+    score = [
+        "--data",
+        str(world.heldout),
+        "--limit",
+        "3",
+        "--max-length",
+        "64",
+        "--answers",
+        "0",
+        "--output",
+        str(file),
+    ]
+    assert main(["score", *turned, *score]) == 0
+    scores = score_pairs(policy, tokenizer, pairs, max_length=64, batch_size=8)
+    assert [row["chosen_log_prob"] for row in rows(file)] == pytest.approx(scores.chosen, abs=1e-4)
+    capsys.readouterr()
+
+    model = PolicyLM(str(folder), base=str(world.base), dial="q-weight=0.5")
+    asked_of = [Instance("loglikelihood", {}, ("what is", " 2 plus 2"), 0)]
+    expected = PolicyLM(policy, tokenizer=tokenizer).loglikelihood(asked_of)
+    assert model.loglikelihood(asked_of)[0] == pytest.approx(expected[0], abs=1e-4)
+
+    for flags, why in (
+        (["--dial", "scale=0.5"], "this adapter only guides the base's decoding; use q-weight=0.5"),
+        (["--alpha-0", "1"], "is used alone, without --alpha-0"),
+        (["--weights", "1"], "is used alone, without --weights"),
+        (["--adapter", str(folder)], "is used alone, without a second --adapter"),
+    ):
+        assert main(["generate", *place, *flags, "--prompt", "a"]) == 2
+        assert why in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_it_is_served_alone_and_runs_under_lm_eval(world: TinyToy, tmp_path: Path) -> None:
