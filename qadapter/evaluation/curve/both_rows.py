@@ -25,6 +25,7 @@ from qadapter.inference.score import Predictions, by_length, chunks, evaluating
 from qadapter.policy.dial import Dial, DialKind
 from qadapter.policy.guided import GuidedForCausalLM
 from qadapter.policy.model import QAdapterForCausalLM
+from qadapter.progress.reports import counted
 
 DialledPolicy = QAdapterForCausalLM | GuidedForCausalLM
 """A policy whose logits are those of its base plus the dial's value times a difference that does not depend on it."""
@@ -64,7 +65,7 @@ def rows_at(
 ) -> Iterator[tuple[NDArray[np.int64], list[Tensor], Tensor]]:
     """For chunks of predicted tokens: which text each is of [N], [N, V] logits at each dial, and the token [N]."""
     sides = [_AtDial(policy, dial) for dial in dials]
-    with evaluating(policy):
+    with evaluating(policy), counted("texts along the dial", "text", len(texts)) as read:
         for some in by_length([len(prompt) + len(rest) for prompt, rest in texts], batch_size):
             batch = right_padded([([*texts[i][0], *texts[i][1]], len(texts[i][1])) for i in some], pad)
             found = [Predictions(side, batch) for side in sides]
@@ -72,6 +73,7 @@ def rows_at(
             for part in chunks(len(first.rows), 2 * len(sides) * first.vocabulary):
                 of = np.array(some)[first.rows[part].cpu().numpy()]
                 yield of, [one.logits(part) for one in found], first.targets[part]
+            read.advance(len(some))
 
 
 def greedy_intervals(policy: DialledPolicy, texts: Sequence[Text], *, pad: int, batch_size: int) -> NDArray[np.float64]:

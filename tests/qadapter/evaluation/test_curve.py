@@ -37,6 +37,7 @@ from qadapter.policy.loading import load_base, load_policy
 from qadapter.policy.objective import Objective
 from qadapter.preferences.pair import Message, load_pairs
 from qadapter.preferences.render import turn_end
+from qadapter.progress.reports import listening
 from qadapter.toyworld.rules import follows_rule
 from qadapter.toyworld.world import ToyWorld
 from tests.qadapter.policy.test_policy import ABSOLUTE, make_policy, tokens
@@ -189,6 +190,28 @@ def test_long_texts_are_cut_as_in_the_evaluation(kind: DialKind) -> None:
         expected = scores(PolicyLM(policy, **options))
         policy.dial = Dial(kind, 1.0)
         assert scores(DialledLM(texts, value, **options)) == pytest.approx(expected, abs=1e-3)
+
+
+def test_reading_texts_tells_how_far_it_is() -> None:
+    """Three texts in batches of two, at both ends of the dial: told after each batch."""
+    policy = make_policy(objective=ABSOLUTE)
+    told: list[tuple[Any, ...]] = []
+
+    class Heard:
+        def begin(self, work: str, unit: str, total: int, done: int) -> None:
+            told.append((work, unit, total, done))
+
+        def at(self, done: int) -> None:
+            told.append((done,))
+
+        def end(self) -> None:
+            told.append(())
+
+        def row(self, row: Any) -> None: ...
+
+    with listening(Heard()):
+        log_likelihoods(policy, [((1, 2), (3,)), ((2,), (4, 5)), ((3, 4), (6,))], [0.5], pad=0, batch_size=2)
+    assert told == [("texts along the dial", "text", 3, 0), (2,), (3,), ()]
 
 
 # ---- a whole curve --------------------------------------------------------------------------------------------------
