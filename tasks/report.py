@@ -121,7 +121,7 @@ def note_of(file: Path) -> str:
     Args:
         file: `report.md` or `sweep.md`, whose sections begin with `## `.
     """
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = file.read_text(encoding="utf-8").split("\n")
     beginning, *sections = "\n".join(line for line in lines if not line.startswith("![")).split("\n## ")
     where = "The whole report is among this run's artifacts, under `report`."
     text = beginning.strip()

@@ -283,7 +283,7 @@ def train_to_end(trainer: AnyTrainer, name: str) -> AnyTrainer:
 
         score_replies_only(trainer.model)
     trainer.remove_callback(PrinterCallback)
-    name_for_trackers(trainer, f"{name} {Path(str(trainer.args.output_dir)).name}")
+    name_for_trackers(trainer, f"{name} {Path(str(trainer.args.output_dir)).absolute().name}")
     prepare_evaluation(trainer, name)
     checkpoint = last_checkpoint(str(trainer.args.output_dir))
     trainer.add_callback(ReportProgress(name))

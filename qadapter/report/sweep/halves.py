@@ -24,6 +24,7 @@ from qadapter.report.items import RULE, SCORE, adaptation_gain, directions_of, r
 from qadapter.report.items import retention_measures as measures_of
 from qadapter.report.rows import Row, listed, ordered
 from qadapter.report.sweep.points import BASE, Point, Setting, best_by_trade, points_of
+from qadapter.report.sweep.sentences import starred
 
 MEAN = "retention/mean"
 Values = dict[str, NDArray[np.float64]]
@@ -184,7 +185,7 @@ def _by_domain(halves: Sequence[HalfRow], subject: str, others: Mapping[str, str
             "domain": domain,
             "seed": "–" if seed is None else seed,
             **{
-                f"− {method}": _starred(_gain_over(of, [domain], [seed], subject, name).interval)
+                f"− {method}": starred(_gain_over(of, [domain], [seed], subject, name).interval)
                 for method, name in others.items()
             },
         }
@@ -256,7 +257,3 @@ def _paired(of: Cells, domains: Sequence[str], *names: str) -> list[int | None]:
 def _shown(interval: Interval) -> str:
     verdict = "larger" if interval.excludes_zero else "not larger"
     return f"{interval.as_difference()}, {verdict} than the noise"
-
-
-def _starred(interval: Interval) -> str:
-    return interval.as_difference(r"\*" if interval.excludes_zero else "")

@@ -83,7 +83,9 @@ def difference_table(best: Point, tuned: Mapping[str, Point], tried: int) -> lis
 
 
 def _difference(interval: Interval) -> str:
-    if interval.seeds < 2:
-        return signed(interval.estimate)
-    star = r"\*" if interval.excludes_zero else ""
-    return interval.as_difference(star)
+    return signed(interval.estimate) if interval.seeds < 2 else starred(interval)
+
+
+def starred(interval: Interval) -> str:
+    """A difference with its interval in a table of Markdown, and a star where it is larger than its noise."""
+    return interval.as_difference(r"\*" if interval.excludes_zero else "")

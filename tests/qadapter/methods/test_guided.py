@@ -276,19 +276,8 @@ def test_commands_use_its_guide(
     assert capsys.readouterr().out.splitlines() == ["only a Q-Adapter has an alpha; use /dial", reply]
 
     pairs = load_pairs(world.heldout)[:3]
-    score = [
-        "--data",
-        str(world.heldout),
-        "--limit",
-        "3",
-        "--max-length",
-        "64",
-        "--answers",
-        "0",
-        "--output",
-        str(file),
-    ]
-    assert main(["score", *turned, *score]) == 0
+    score = [*turned, "--data", str(world.heldout), *"--limit 3 --max-length 64 --answers 0".split()]
+    assert main(["score", *score, "--output", str(file)]) == 0
     scores = score_pairs(policy, tokenizer, pairs, max_length=64, batch_size=8)
     assert [row["chosen_log_prob"] for row in rows(file)] == pytest.approx(scores.chosen, abs=1e-4)
     capsys.readouterr()
